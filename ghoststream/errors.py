@@ -1,0 +1,79 @@
+"""Errors of the library: one root, and each kind also inherits the fitting builtin.
+
+A message states what was found, where, and what to do. ``exit_code`` is what the command line exits with:
+2 when the request cannot be met (nothing is wrong with the data), 3 when data on disk is broken.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GhoststreamError(Exception):
+    """Root of every error that ghoststream raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RequestError(GhoststreamError, ValueError):
+    """What was asked for cannot be done as asked: bad option, plan or specification."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class InputNotFoundError(RequestError, FileNotFoundError):
+    """A path that was named does not exist."""
+
+
+class OutputExistsError(RequestError, FileExistsError):
+    """The output place holds something that this request would overwrite."""
+
+
+class UnsupportedModelError(RequestError, NotImplementedError):
+    """The model is of a kind that cannot be streamed, pruned or exported."""
+
+
+class PlanError(RequestError):
+    """A pruning plan is malformed or does not fit the model."""
+
+
+class TextError(RequestError):
+    """A text specification gives too little or unusable text."""
+
+
+class MismatchError(RequestError):
+    """An artifact was made from something else than what is asked for (other model, tokens or recipe)."""
+
+
+class BudgetError(RequestError, MemoryError):
+    """The work does not fit the stated memory or disk budget."""
+
+
+class BusyError(RequestError, BlockingIOError):
+    """Another process is writing the same artifact."""
+
+
+class DataError(GhoststreamError):
+    """Data on disk is broken."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class CheckpointError(DataError, OSError):
+    """A checkpoint is incomplete, truncated, or holds tensors of the wrong name, shape or dtype."""
+
+
+class StoreError(DataError, OSError):
+    """An activation store is incomplete, corrupt or not a store."""
+
+
+class ArtifactError(DataError, OSError):
+    """An operator, plan or report file is unreadable or fails its digest."""
+
+
+class NumericsError(DataError, ArithmeticError):
+    """Values that must be finite are not, or a system cannot be solved."""
+
+
+class DiskFullError(DataError, OSError):
+    """Writing failed because no space is left."""

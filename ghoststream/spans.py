@@ -1,0 +1,147 @@
+"""The algebra of removed layers: spans and pruning plans.
+
+One convention everywhere, messages included: layers are numbered from 0, a span is half-open ``[start, stop)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ghoststream.errors import PlanError
+
+_SPAN_TEXT = re.compile(r"\[?\s*(\d+)\s*[:,\-]\s*(\d+)\s*\)?")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Span:
+    """A run of removed decoder layers ``[start, stop)``; its boundary maps ``h[start]`` to ``h[stop]``.
+
+    Raises:
+        PlanError: If ``start < 0`` or ``stop <= start``.
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.stop <= self.start:
+            msg = f"span [{self.start},{self.stop}) is empty or negative; give 0 <= start < stop"
+            raise PlanError(msg)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self.start <= layer < self.stop
+
+    def __str__(self) -> str:
+        return f"[{self.start},{self.stop})"
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """Read ``13:19``, ``13-19`` or ``[13,19)``.
+
+        Raises:
+            PlanError: If the text is not a span.
+        """
+        match = _SPAN_TEXT.fullmatch(text.strip())
+        if match is None:
+            msg = f"cannot read the span {text!r}; write START:STOP, 0-based and half-open, for example 13:19"
+            raise PlanError(msg)
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """An ordered set of disjoint, non-touching spans of a model with ``n_layers`` decoder layers.
+
+    Touching or overlapping spans are merged on construction. At least one layer must survive.
+
+    Raises:
+        PlanError: If a span reaches past the last layer, or no layer would be left.
+    """
+
+    n_layers: int
+    spans: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        merged: list[Span] = []
+        for span in sorted(self.spans):
+            if merged and span.start <= merged[-1].stop:
+                merged[-1] = Span(merged[-1].start, max(span.stop, merged[-1].stop))
+            else:
+                merged.append(span)
+        object.__setattr__(self, "spans", tuple(merged))
+        if merged and merged[-1].stop > self.n_layers:
+            msg = f"span {merged[-1]} reaches past the last layer: the model has layers [0,{self.n_layers})"
+            raise PlanError(msg)
+        if self.n_removed >= self.n_layers:
+            msg = f"the plan removes {self.n_removed} of {self.n_layers} layers; at least one must survive"
+            raise PlanError(msg)
+
+    @classmethod
+    def from_layers(cls, n_layers: int, removed: Iterable[int]) -> PruningPlan:
+        """Make the plan that removes the given layer numbers."""
+        return cls(n_layers, tuple(Span(layer, layer + 1) for layer in removed))
+
+    @classmethod
+    def parse(cls, n_layers: int, text: str) -> PruningPlan:
+        """Read one or more spans separated by blanks or ``;``, for example ``"5:7 13:19"``."""
+        parts = [part for part in re.split(r"[;\s]+", text.strip()) if part]
+        return cls(n_layers, tuple(Span.parse(part) for part in parts))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """Rebuild a plan from :meth:`to_json`.
+
+        Raises:
+            PlanError: If a key is missing or of the wrong type.
+        """
+        try:
+            spans = tuple(Span(int(start), int(stop)) for start, stop in data["spans"])
+            return cls(int(data["n_layers"]), spans)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            msg = f'not a pruning plan ({error}); it needs "n_layers" and "spans": [[start, stop], ...]'
+            raise PlanError(msg) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain JSON data."""
+        return {"n_layers": self.n_layers, "spans": [[span.start, span.stop] for span in self.spans]}
+
+    @property
+    def n_removed(self) -> int:
+        """Number of removed layers."""
+        return sum(len(span) for span in self.spans)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Removed layer numbers, ascending."""
+        return tuple(layer for span in self.spans for layer in range(span.start, span.stop))
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Surviving layer numbers of the original model, ascending; position = new number."""
+        gone = set(self.removed)
+        return tuple(layer for layer in range(self.n_layers) if layer not in gone)
+
+    def boundary_index(self, span: Span) -> int:
+        """Return the new number of the first surviving layer after ``span`` (``len(kept)``: the final norm)."""
+        return span.stop - sum(len(other) for other in self.spans if other.start <= span.start)
+
+    def require_fits(self, n_layers: int) -> None:
+        """Check that the plan was made for a model with this many layers.
+
+        Raises:
+            PlanError: If it was not.
+        """
+        if n_layers != self.n_layers:
+            msg = f"the plan is for a model of {self.n_layers} layers, this model has {n_layers}"
+            raise PlanError(msg)
+
+    def __str__(self) -> str:
+        return " ".join(str(span) for span in self.spans) or "(nothing removed)"

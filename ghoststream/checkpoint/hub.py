@@ -1,0 +1,88 @@
+"""From what a user calls a model to a local folder: a path as it is, a hub id downloaded once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststream.errors import InputNotFoundError, UnsupportedModelError
+from ghoststream.files import require_free_space
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model on this machine.
+
+    Attributes:
+        name: What the user called it.
+        root: The local folder.
+        commit: The hub commit that ``root`` holds, or ``None`` for a local folder.
+    """
+
+    name: str
+    root: Path
+    commit: str | None = None
+
+
+def resolve_model(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
+    """Return the local folder of a model, downloading a hub model first if need be.
+
+    Only safetensors, configuration and tokenizer files are fetched; the free disk space is checked before, and an
+    interrupted download continues when it is asked for again.
+
+    Args:
+        model: A local folder, or a hub id such as ``org/name``.
+        revision: Branch, tag or commit of a hub model.
+
+    Raises:
+        InputNotFoundError: If there is no such folder, and no such hub model or no way to reach the hub.
+        UnsupportedModelError: If the hub model has no safetensors.
+        BudgetError: If the disk cannot hold the download.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ResolvedModel(str(model), path.resolve())
+    text = str(model)
+    if path.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        msg = f"no model folder at {model}; give a folder with config.json and safetensors, or a hub id like org/name"
+        raise InputNotFoundError(msg)
+    return _download(text, revision)
+
+
+def _download(model_id: str, revision: str | None) -> ResolvedModel:
+    from huggingface_hub import constants, snapshot_download
+
+    commit = revision
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            commit = _check_before_download(model_id, revision)
+        root = snapshot_download(model_id, revision=commit, allow_patterns=list(_WANTED))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        msg = (
+            f"no local folder {model_id!r}, and the hub model of that name cannot be had ({reason}); "
+            f"check the name and the connection, or give a local folder"
+        )
+        raise InputNotFoundError(msg) from error
+    return ResolvedModel(model_id, Path(root), Path(root).name)
+
+
+def _check_before_download(model_id: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, constants
+
+    info: Any = HfApi().model_info(model_id, revision=revision, files_metadata=True)
+    weights = [file for file in info.siblings if file.rfilename.endswith(".safetensors")]
+    if not weights:
+        msg = f"{model_id} has no safetensors files; convert it once with transformers' save_pretrained"
+        raise UnsupportedModelError(msg)
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    require_free_space(cache, sum(file.size or 0 for file in weights), f"the download of {model_id}")
+    return str(info.sha)

@@ -1,0 +1,184 @@
+"""The safetensors index of a checkpoint folder: every tensor's shard, dtype, shape and place, read once.
+
+Only headers are read. They are checked against the file sizes, so that a truncated or missing shard is found
+before any work starts.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ghoststream.errors import CheckpointError, InputNotFoundError, UnsupportedModelError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100 * 1024 * 1024
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: ``offset`` and ``n_bytes`` are absolute byte positions in the shard file."""
+
+    name: str
+    shard: str
+    dtype_name: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype.
+
+        Raises:
+            CheckpointError: If torch here has no such dtype.
+        """
+        try:
+            return DTYPES[self.dtype_name]
+        except KeyError:
+            msg = f"tensor {self.name} in {self.shard} has dtype {self.dtype_name}, which cannot be read here"
+            raise CheckpointError(msg) from None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointIndex:
+    """All tensors of a local safetensors checkpoint folder, single-file or sharded."""
+
+    root: Path
+    tensors: Mapping[str, TensorEntry]
+    shards: tuple[str, ...]
+
+    @classmethod
+    def open(cls, root: Path) -> CheckpointIndex:
+        """Parse the index and every shard's header.
+
+        Raises:
+            InputNotFoundError: If the folder does not exist.
+            UnsupportedModelError: If it holds weights, but not as safetensors.
+            CheckpointError: If a shard is missing, truncated, or lacks a tensor of the index.
+        """
+        if not root.is_dir():
+            msg = f"no checkpoint folder at {root}; give a local folder with {SINGLE_NAME} or a hub id"
+            raise InputNotFoundError(msg)
+        weight_map = _read_weight_map(root)
+        shards = tuple(sorted(set(weight_map.values()))) if weight_map else (SINGLE_NAME,)
+        entries: dict[str, TensorEntry] = {}
+        for shard in shards:
+            for entry in read_header(root / shard):
+                entries[entry.name] = entry
+        _check_weight_map(root, weight_map, entries)
+        if weight_map:
+            entries = {name: entries[name] for name in weight_map}
+        return cls(root, MappingProxyType(entries), shards)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.n_bytes for entry in self.tensors.values())
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """Read one safetensors header and check it against the file's size.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated or not safetensors.
+    """
+    header, data_start, size = _header_json(path)
+    entries = []
+    for name, item in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = item["data_offsets"]
+        entry = TensorEntry(
+            name, path.name, item["dtype"], tuple(item["shape"]), data_start + begin, end - begin
+        )
+        expected = prod(entry.shape) * entry.dtype.itemsize
+        if expected != entry.n_bytes:
+            msg = f"{path}: tensor {name} of shape {entry.shape} should have {expected} bytes, not {entry.n_bytes}"
+            raise CheckpointError(msg)
+        if entry.offset + entry.n_bytes > size:
+            msg = (
+                f"{path} is truncated: tensor {name} ends at byte {entry.offset + entry.n_bytes}, "
+                f"the file has {size}; download or copy this shard again"
+            )
+            raise CheckpointError(msg)
+        entries.append(entry)
+    return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the ``__metadata__`` strings of a safetensors file."""
+    header, _, _ = _header_json(path)
+    return dict(header.get("__metadata__", {}))
+
+
+def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
+            raw = file.read(length) if length <= min(_MAX_HEADER_BYTES, size) else b""
+        header = json.loads(raw)
+    except FileNotFoundError:
+        msg = f"shard {path.name} is missing from {path.parent}; download or copy it again"
+        raise CheckpointError(msg) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        msg = f"{path} is not a complete safetensors file (its header cannot be read); download or copy it again"
+        raise CheckpointError(msg) from error
+    return header, 8 + length, size
+
+
+def _read_weight_map(root: Path) -> dict[str, str]:
+    path = root / INDEX_NAME
+    if path.is_file():
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            msg = f"{path} is not a safetensors index ({error}); download or copy it again"
+            raise CheckpointError(msg) from error
+        return dict(weight_map)
+    if (root / SINGLE_NAME).is_file():
+        return {}
+    other = sorted(p.name for p in root.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".h5"})
+    if other:
+        msg = (
+            f"{root} holds {other[0]} but no safetensors; load it once with transformers and "
+            f"call save_pretrained to convert it"
+        )
+        raise UnsupportedModelError(msg)
+    msg = f"{root} has neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a checkpoint folder"
+    raise InputNotFoundError(msg)
+
+
+def _check_weight_map(root: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
+    for name, shard in weight_map.items():
+        if name not in entries or entries[name].shard != shard:
+            msg = f"{root}: the index places tensor {name} in {shard}, which does not hold it; copy both again"
+            raise CheckpointError(msg)

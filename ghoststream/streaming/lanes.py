@@ -1,0 +1,74 @@
+"""Lanes: the variants of a model that travel through one pass, and who watches them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.streaming.batches import Batch
+
+
+class BoundaryMap(Protocol):
+    """What a lane applies at a boundary."""
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Map ``h[start]`` to the estimate of ``h[stop]``, both ``(n, T, C)`` on the pass's device and dtype."""
+
+
+class Observer(Protocol):
+    """Who watches a lane. ``states`` belong to the pass: copy what is kept.
+
+    At position ``p`` the states that enter layer ``p`` are shown (``p == L``: the final norm): before a span
+    that starts there, after the operator of a span that stops there. Positions inside a span are not shown.
+    """
+
+    def wants(self, position: int) -> bool:
+        """Whether the states at this position are to be shown."""
+
+    def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
+        """See the states of one batch, shape ``(n, T, C)``."""
+
+    def finished(self, position: int) -> None:
+        """Know that every batch was shown at this position."""
+
+    def failed(self) -> None:
+        """Know that the pass ends in an error; what is unfinished will not be finished."""
+
+
+class LogitsObserver(Protocol):
+    """Who watches the logits at the end of a lane."""
+
+    def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
+        """See the logits of flattened tokens ``[first, first + k)`` of a batch, shape ``(k, V)``."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One variant of the model.
+
+    Attributes:
+        name: Shown in messages.
+        plan: The layers this lane skips.
+        maps: What is applied at each boundary; a span without one is just cut out.
+        observers: Who sees the hidden states.
+        logits: Who sees the logits; without one the head is not run for this lane.
+    """
+
+    name: str
+    plan: PruningPlan
+    maps: Mapping[Span, BoundaryMap] = field(default_factory=lambda: MappingProxyType({}))
+    observers: tuple[Observer, ...] = ()
+    logits: LogitsObserver | None = None
+
+    def skips(self, layer: int) -> bool:
+        """Whether ``layer`` is removed in this lane."""
+        return any(layer in span for span in self.plan.spans)
+
+    def span_ending_at(self, position: int) -> Span | None:
+        """Return the span with this ``stop``, if there is one."""
+        return next((span for span in self.plan.spans if span.stop == position), None)

@@ -1,0 +1,52 @@
+"""Reading the next part's weights while the current one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from ghoststream.streaming.skeleton import Weights
+
+
+class WeightPrefetcher:
+    """Gives the results of ``reads`` in order; the next one is read by a background thread meanwhile.
+
+    Memory: the part in use and the one being read.
+    """
+
+    def __init__(self, reads: Sequence[Callable[[], Weights]]) -> None:
+        self._reads = list(reads)
+        self._next = 0
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ghoststream-weights")
+        self._pending: Future[Weights] | None = None
+
+    def __enter__(self) -> Self:
+        self._submit()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pending = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self) -> Weights:
+        """Return the next weights and start reading those after them.
+
+        Raises:
+            CheckpointError: If the read failed.
+        """
+        if self._pending is None:
+            msg = "every part has been taken"
+            raise IndexError(msg)
+        weights = self._pending.result()
+        self._submit()
+        return weights
+
+    def _submit(self) -> None:
+        self._pending = None
+        if self._next < len(self._reads):
+            self._pending = self._pool.submit(self._reads[self._next])
+            self._next += 1

@@ -1,0 +1,97 @@
+"""Next-token losses of a lane, from logits that arrive in chunks of tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ghoststream.errors import TextError
+from ghoststream.streaming import Batch
+
+_IGNORED = -100
+LOGIT_CHUNK_BYTES = 32 * 2**20
+
+
+def default_logit_tokens(vocab_size: int) -> int:
+    """How many tokens' float32 logits fit in 32 MiB; with their softmax, three times that is alive."""
+    return max(1, LOGIT_CHUNK_BYTES // (4 * vocab_size))
+
+
+@dataclass(frozen=True, slots=True)
+class LossSummary:
+    """Losses over a text.
+
+    Attributes:
+        loss: Mean negative log-likelihood a token, in nats.
+        tokens: Number of predicted tokens.
+        standard_error: Standard error of ``loss`` over windows (NaN for a single window).
+        sequence_losses: Mean loss of each window.
+    """
+
+    loss: float
+    tokens: int
+    standard_error: float
+    sequence_losses: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class LossAccumulator:
+    """A :class:`~ghoststream.streaming.LogitsObserver` that sums next-token losses a sequence, in float64.
+
+    The logits of position ``t`` predict token ``t + 1`` of the same window; padding is neither predicted nor
+    used to predict. The softmax is taken in float32, as transformers' own loss does.
+
+    Memory: three times a chunk of logits in float32.
+    """
+
+    def __init__(self, n_sequences: int) -> None:
+        self._sums: npt.NDArray[np.float64] = np.zeros(n_sequences)
+        self._counts: npt.NDArray[np.int64] = np.zeros(n_sequences, dtype=np.int64)
+
+    def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
+        """Add the losses of flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
+        k, length = int(logits.shape[0]), int(batch.ids.shape[1])
+        targets = _targets(batch)[first : first + k]
+        losses = torch.nn.functional.cross_entropy(
+            logits.float(), targets.to(logits.device), reduction="none", ignore_index=_IGNORED
+        )
+        used = (targets != _IGNORED).numpy()
+        rows = batch.start + np.arange(first, first + k) // length
+        np.add.at(self._sums, rows[used], losses.double().cpu().numpy()[used])
+        np.add.at(self._counts, rows[used], 1)
+
+    def summary(self) -> LossSummary:
+        """Summarise what was seen.
+
+        The standard error is that of a ratio of sums over windows.
+
+        Raises:
+            TextError: If no token was predicted.
+        """
+        seen = self._counts > 0
+        sums, counts = self._sums[seen], self._counts[seen]
+        if not len(counts):
+            msg = "no token to predict: every window has fewer than two tokens"
+            raise TextError(msg)
+        loss, n = float(sums.sum() / counts.sum()), len(counts)
+        error = math.nan
+        if n > 1:
+            deviations = sums - loss * counts
+            error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / float(counts.sum())
+        return LossSummary(loss, int(counts.sum()), error, tuple((sums / counts).tolist()))
+
+
+def _targets(batch: Batch) -> torch.Tensor:
+    targets = torch.full_like(batch.ids, _IGNORED)
+    targets[:, :-1] = batch.ids[:, 1:]
+    if batch.mask is not None:
+        targets[:, :-1][~batch.mask[:, 1:]] = _IGNORED
+    return targets.flatten()

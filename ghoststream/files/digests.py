@@ -1,0 +1,39 @@
+"""Digests of bytes and files, always written as ``sha256:<64 hex digits>``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+from ghoststream.errors import InputNotFoundError
+
+
+class _Hash(Protocol):
+    def hexdigest(self) -> str: ...
+
+
+def format_digest(sha256: _Hash) -> str:
+    """Write a running ``hashlib.sha256`` the way digests are stored."""
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def bytes_digest(data: bytes | bytearray | memoryview) -> str:
+    """Return ``sha256:<hex>`` of ``data``."""
+    return format_digest(hashlib.sha256(data))
+
+
+def file_digest(path: Path) -> str:
+    """Return ``sha256:<hex>`` of a file's bytes.
+
+    Raises:
+        InputNotFoundError: If there is no such file.
+
+    Memory: One read buffer (256 KiB), whatever the size of the file.
+    """
+    try:
+        with path.open("rb") as file:
+            return format_digest(hashlib.file_digest(file, "sha256"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        msg = f"there is no file {path}; check the path"
+        raise InputNotFoundError(msg) from error

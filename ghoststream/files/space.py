@@ -1,0 +1,99 @@
+"""Disk space: checked before work starts, and a full disk named as such when it happens."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ghoststream.errors import BudgetError, DiskFullError, GhoststreamError, RequestError
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+# Libraries written in Rust (safetensors, tokenizers) raise their own kind and put the number in the text.
+_RUST_FULL = re.compile(rf"\(os error ({'|'.join(str(number) for number in sorted(_FULL))})\)")
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Write a number of bytes for people, in binary units: ``1536`` is ``1.5 KiB``."""
+    if abs(n_bytes) < 1024:
+        return f"{n_bytes} bytes"
+    power = min((abs(n_bytes).bit_length() - 1) // 10, len(_UNITS))
+    return f"{n_bytes / 1024**power:.1f} {_UNITS[power - 1]}"
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes free for this user where ``path`` is, or would be once it is made."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def require_free_space(path: Path, n_bytes: int, what: str) -> None:
+    """Check before work starts that the disk can take what will be written.
+
+    Args:
+        path: Where it will be written; need not exist yet.
+        n_bytes: How many bytes will be written.
+        what: What needs them, for the message (``"the store"``).
+
+    Raises:
+        BudgetError: If fewer bytes are free.
+    """
+    free = free_bytes(path)
+    if free < n_bytes:
+        msg = (
+            f"{what} needs {format_bytes(n_bytes)} at {path}, but only {format_bytes(free)} are free there"
+            f" ({format_bytes(n_bytes - free)} short); free space or choose another place"
+        )
+        raise BudgetError(msg)
+
+
+@contextmanager
+def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
+    """Turn a full disk, or one that refuses writing, into an error that says where and what to do.
+
+    Args:
+        path: What is being written.
+        n_bytes: How many bytes it needs in all, if known.
+
+    Raises:
+        DiskFullError: If no space, or no quota, was left.
+        RequestError: If writing there is not permitted.
+    """
+    try:
+        yield
+    except GhoststreamError:
+        raise
+    except Exception as error:
+        if _is_full(error):
+            needed = "" if n_bytes is None else f" of {format_bytes(n_bytes)} needed"
+            msg = (
+                f"no space left while writing {path} ({format_bytes(free_bytes(path))} free{needed});"
+                " free space and run the same command again, finished parts are kept"
+            )
+            raise DiskFullError(msg) from error
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            msg = f"cannot write {path} ({error.strerror}); choose a place that you may write to"
+            raise RequestError(msg) from error
+        raise
+
+
+def _is_full(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _FULL:
+            return True
+        if _RUST_FULL.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

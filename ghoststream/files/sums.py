@@ -1,0 +1,90 @@
+"""``SHA256SUMS``: checksums of a folder in the format of coreutils (``sha256sum --check SHA256SUMS``)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from ghoststream.errors import InputNotFoundError
+from ghoststream.files.atomic import atomic_write_bytes
+from ghoststream.files.digests import file_digest
+
+SUMS_NAME = "SHA256SUMS"
+"""Name of the checksum file inside a folder."""
+
+_LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+_UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
+
+
+def write_sums(folder: Path) -> None:
+    """Write the checksums of every file under ``folder``.
+
+    Left out are the checksum file itself, locks and partial files, and what differs between two runs of the
+    same recipe by nature: ``run.json`` and ``*.log``.
+
+    Raises:
+        InputNotFoundError: If there is no such folder.
+        DiskFullError: If no space was left.
+    """
+    if not folder.is_dir():
+        msg = f"there is no folder {folder} to take checksums of; check the path"
+        raise InputNotFoundError(msg)
+    names = sorted(
+        entry.relative_to(folder).as_posix()
+        for entry in folder.rglob("*")
+        if entry.is_file() and not _left_out(entry.name)
+    )
+    lines = [_format_line(file_digest(folder / name), name) for name in names]
+    atomic_write_bytes(folder / SUMS_NAME, "".join(lines).encode(errors="surrogateescape"))
+
+
+def verify_sums(folder: Path) -> list[str]:
+    """Check every file that ``SHA256SUMS`` lists; files that it does not list are left alone.
+
+    Returns:
+        One line for each problem (file missing, changed, not readable; malformed line); empty if all is well.
+    """
+    sums = folder / SUMS_NAME
+    try:
+        text = sums.read_bytes().decode(errors="surrogateescape")
+    except OSError as error:
+        return [f"{sums} cannot be read ({error.strerror}): the folder cannot be checked"]
+    problems = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            problems.append(f"{sums} line {number} is not a checksum line")
+            continue
+        problem = _check(folder, _unescape(match[3]) if match[1] else match[3], match[2])
+        if problem is not None:
+            problems.append(problem)
+    return problems
+
+
+def _check(folder: Path, name: str, expected: str) -> str | None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        return f"{folder / SUMS_NAME} lists {name}, which lies outside the folder"
+    path = folder / relative
+    try:
+        found = file_digest(path)
+    except InputNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if found == f"sha256:{expected}" else f"{path} has changed: its SHA-256 is not the one noted"
+
+
+def _left_out(name: str) -> bool:
+    return name in {SUMS_NAME, "run.json", ".lock"} or name.endswith((".log", ".partial"))
+
+
+def _format_line(digest: str, name: str) -> str:
+    escaped = "".join(_ESCAPES.get(letter, letter) for letter in name)
+    mark = "\\" if escaped != name else ""
+    return f"{mark}{digest.removeprefix('sha256:')}  {escaped}\n"
+
+
+def _unescape(name: str) -> str:
+    return re.sub(r"\\[\\nr]", lambda match: _UNESCAPES[match[0]], name)

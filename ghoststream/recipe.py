@@ -1,0 +1,191 @@
+"""Recipes: everything that can change a bit of a result, frozen, hashed and saved with it.
+
+What cannot change a bit (device, paths, number of workers, prefetch depth) is runtime and has no place here.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ghoststream.errors import ArtifactError
+from ghoststream.files import differences as json_differences
+from ghoststream.files import json_digest
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+"""A digest as it is stored everywhere: ``sha256:`` and 64 hexadecimal digits."""
+
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+StoreDtype = Literal["bfloat16", "float16", "float32"]
+Bos = Literal["auto", "always", "never"]
+TextPart = Literal["all", "fit", "heldout"]
+
+_LIBRARIES = ("ghoststream", "torch", "transformers", "zarr", "numpy", "safetensors", "dask")
+_Count = Annotated[int, Field(ge=1)]
+
+
+class Recipe(BaseModel):
+    """Base of all recipes: frozen, no unknown fields, one digest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON data."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Return ``sha256:<hex>`` of the canonical JSON of the recipe."""
+        return json_digest(self.to_json())
+
+    @classmethod
+    def from_json(cls, data: Any, source: object) -> Self:
+        """Rebuild a recipe from :meth:`to_json`.
+
+        Args:
+            data: The JSON data.
+            source: Where it was read, for the message.
+
+        Raises:
+            ArtifactError: If a field is missing, unknown, or of the wrong type or range.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
+                for problem in error.errors()
+            )
+            msg = (
+                f"the {cls.__name__} in {source} cannot be used ({problems});"
+                " it was edited or written by another version, make it again"
+            )
+            raise ArtifactError(msg) from error
+
+
+class TextRecipe(Recipe):
+    """Which token windows are cut from which text.
+
+    Attributes:
+        spec: The text specification without folders (``ghoststream.text.TextSpec.identity``).
+        sequences: Number of sequences; ``None`` takes all that the text gives.
+        length: Tokens of one sequence.
+        pack: Whether documents are joined into one stream that is cut in windows.
+        bos: When the beginning-of-sequence token is put in front.
+        part: Which part of the text is meant, where the text has a standard split.
+    """
+
+    spec: str
+    sequences: _Count | None = None
+    length: Annotated[int, Field(ge=2)]
+    pack: bool = True
+    bos: Bos = "auto"
+    part: TextPart = "all"
+
+
+class CaptureRecipe(Recipe):
+    """What decides every bit of an activation store.
+
+    Attributes:
+        model_digest: Fingerprint of the checkpoint.
+        config_digest: Digest of its ``config.json``.
+        revision: Hub commit, where there is one.
+        text: Which windows were asked for.
+        tokens_digest: Digest of the token ids, lengths and mask that came of it.
+        dtype: Compute dtype.
+        store_dtype: Dtype of the stored hidden states.
+        attention: Attention implementation (``sdpa``, ``eager``).
+        micro_batch: Sequences in one forward.
+        layers: Which hidden states ``h[l]``, ``0 <= l <= L``, are stored; ascending.
+        sequences_per_shard: Sequences in one shard of the store.
+    """
+
+    model_digest: Digest
+    config_digest: Digest
+    revision: str | None = None
+    text: TextRecipe
+    tokens_digest: Digest
+    dtype: Dtype
+    store_dtype: StoreDtype
+    attention: str
+    micro_batch: _Count
+    layers: tuple[Annotated[int, Field(ge=0)], ...]
+    sequences_per_shard: _Count
+
+
+class SolveRecipe(Recipe):
+    """What decides every bit of the operators.
+
+    Attributes:
+        operator: Name of the operator family (``ghost``).
+        eps: Ridge added to the Gram's diagonal, absolute.
+        features: What the operator reads (``hidden``).
+        weights: Token weights (``uniform``).
+        range_sequences: Sequences that one reduction task reads.
+        folds: Folds of whole sequences that moments are kept by.
+        seed: Seed of what is random, the assignment of folds among it.
+        store_digest: Digest of the activation store.
+    """
+
+    operator: str
+    eps: Annotated[float, Field(ge=0)] = 1e-6
+    features: str = "hidden"
+    weights: str = "uniform"
+    range_sequences: _Count
+    folds: _Count = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    store_digest: Digest
+
+
+class EvaluateRecipe(Recipe):
+    """What decides every bit of a perplexity, for one model.
+
+    Attributes:
+        text: Which windows were asked for.
+        tokens_digest: Digest of the token ids, lengths and mask that came of it.
+        dtype: Compute dtype.
+        attention: Attention implementation.
+        micro_batch: Sequences in one forward.
+        loss_chunk_tokens: Tokens whose logits are held at once.
+    """
+
+    text: TextRecipe
+    tokens_digest: Digest
+    dtype: Dtype
+    attention: str
+    micro_batch: _Count
+    loss_chunk_tokens: _Count
+
+
+def differences(found: Recipe | Mapping[str, Any], asked: Recipe | Mapping[str, Any]) -> list[str]:
+    """Say which fields of two recipes differ and how, for the messages of ``MismatchError``.
+
+    Args:
+        found: The recipe that an artifact carries.
+        asked: The recipe that is wanted.
+
+    Returns:
+        Lines such as ``"text.length is 512, asked for 256"``; empty if the recipes are equal.
+    """
+    return json_differences(_json(found), _json(asked))
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that take part in a result.
+
+    A library that is not installed as a package is ``"not installed"``.
+    """
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _json(recipe: Recipe | Mapping[str, Any]) -> Mapping[str, Any]:
+    return recipe.to_json() if isinstance(recipe, Recipe) else recipe

@@ -47,7 +47,9 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     return config_class(**{**_COMMON, **TINY_CONFIGS[model_type], **overrides})
 
 
-def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+def tiny_model(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Any:
     """Build a tiny random causal language model in evaluation mode."""
     from transformers import AutoModelForCausalLM
 

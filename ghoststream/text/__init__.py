@@ -1,0 +1,19 @@
+"""Text: a SPEC becomes token ids, lengths and a mask, with a recipe that says what they were made from."""
+
+from __future__ import annotations
+
+from ghoststream.text.documents import Document
+from ghoststream.text.encoding import tokenizer_fingerprint
+from ghoststream.text.prepare import prepare_tokens
+from ghoststream.text.sources import load_documents
+from ghoststream.text.spec import TextSpec
+from ghoststream.text.token_set import TokenSet
+
+__all__ = [
+    "Document",
+    "TextSpec",
+    "TokenSet",
+    "load_documents",
+    "prepare_tokens",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,102 @@
+"""The text specification: how a user names calibration and evaluation text on the command line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ghoststream.errors import TextError
+
+Part = Literal["all", "fit", "heldout"]
+NAMED_SETS = ("wikitext2", "ptb", "c4")
+_FORMS = (
+    "file:PATH, ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb, c4 (each [:SPLIT]) or"
+    " python-docs[:fit|:heldout]"
+)
+_USUAL_SPLITS = frozenset({"train", "training", "validation", "valid", "val", "dev", "test", "all"})
+# A colon inside brackets belongs to a slice such as train[:1%].
+_COLON = re.compile(r":(?![^\[]*\])")
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """A parsed text specification.
+
+    Attributes:
+        kind: What sort of source it is; ``named`` is one of ``wikitext2``, ``ptb``, ``c4``.
+        source: The path, the dataset's name or folder, or the set's name.
+        config: Configuration of an ``hf`` dataset.
+        split: Split of an ``hf`` or named dataset; ``fit`` or ``heldout`` of ``python-docs``.
+        field: Field of an ``hf`` dataset that holds the text.
+    """
+
+    kind: Literal["file", "ids", "hf", "named", "python-docs"]
+    source: str
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> TextSpec:
+        """Read a specification as written on the command line.
+
+        ``hf:`` with three parts is ambiguous; if the second is a usual split name (``train``, ``test[:10%]``,
+        ...) it is the split and the third the field, otherwise they are configuration and split. An empty
+        configuration (``hf:NAME::SPLIT:FIELD``) says that there is none.
+
+        Raises:
+            TextError: If it has none of the known forms.
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "file" and rest:
+            return cls("file", rest)
+        if kind == "ids" and rest:
+            return cls("ids", rest)
+        if kind == "hf" and rest:
+            return cls._parse_hf(text, rest)
+        if kind in NAMED_SETS and (rest or text == kind):
+            return cls("named", kind, split=rest or None)
+        if kind == "python-docs" and (rest in {"fit", "heldout"} or text == kind):
+            return cls("python-docs", kind, split=rest or None)
+        msg = f"cannot read the text specification {text!r}; write {_FORMS}"
+        raise TextError(msg)
+
+    @classmethod
+    def _parse_hf(cls, text: str, rest: str) -> TextSpec:
+        parts = _COLON.split(rest)
+        match parts:
+            case [name, split] if name and split:
+                return cls("hf", name, split=split)
+            case [name, split, field] if name and field and _is_usual_split(split):
+                return cls("hf", name, split=split, field=field)
+            case [name, config, split] if name and split:
+                return cls("hf", name, config=config or None, split=split)
+            case [name, config, split, field] if name and split and field:
+                return cls("hf", name, config=config or None, split=split, field=field)
+        msg = f"cannot read the text specification {text!r}; write hf:NAME[:CONFIG]:SPLIT[:FIELD]"
+        raise TextError(msg)
+
+    @property
+    def identity(self) -> str:
+        """The specification without folders: paths are no part of a recipe, the text's digest stands for them."""
+        if self.kind in {"file", "ids"} or (self.kind == "hf" and Path(self.source).exists()):
+            return self._join(Path(self.source).name)
+        return str(self)
+
+    def __str__(self) -> str:
+        return self._join(self.source)
+
+    def _join(self, source: str) -> str:
+        if self.kind in {"file", "ids"}:
+            return f"{self.kind}:{source}"
+        if self.kind == "hf":
+            config = "" if self.config is None and self.field is None else f":{self.config or ''}"
+            field = "" if self.field is None else f":{self.field}"
+            return f"hf:{source}{config}:{self.split}{field}"
+        return source if self.split is None else f"{source}:{self.split}"
+
+
+def _is_usual_split(text: str) -> bool:
+    return text.partition("[")[0] in _USUAL_SPLITS

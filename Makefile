@@ -1,0 +1,58 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer, make and a C++ compiler
+# (the package that carries the demo's model builds a small library).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := torch==2.13.0
+PYTEST_ARGS ?=
+
+# Results are promised bit for bit for a fixed number of BLAS threads; one thread a worker is also the fastest
+# where several workers share few cores.
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format soak bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv with everything pinned
+
+# A stamp is written last, so an interrupted install is taken up again. torch goes first: the others then find
+# the pinned one and never pull a second.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt $(TORCH)
+	$(PIP) install --quiet -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+
+demo: $(STAMP) ## prune and repair a 135M model, with figures
+	$(BIN)/ghoststream demo
+
+test: lint ## lint, then the main test suite
+	$(BIN)/python -m pytest -m "not soak and not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff, mypy --strict, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## rewrite the code as lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+soak: $(STAMP) ## the tests that take minutes
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+bench: $(STAMP) ## the measurements under benchmarks/, each prints ratios and writes JSON
+	@set -e; for script in benchmarks/bench_*.py; do test -e "$$script" || continue; echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find ghoststream tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

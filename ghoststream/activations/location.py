@@ -1,0 +1,203 @@
+"""Where a store is: a local folder or anything that Zarr's storage classes take, with the few verbs used here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import zarr
+from zarr.abc.store import Store
+from zarr.buffer import cpu, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
+
+from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.files import atomic_write_bytes, disk_errors, fsync_folder, fsync_path
+
+StoreLike = str | Path | Store
+"""A folder, a URL, or a Zarr store object."""
+
+_T = TypeVar("_T")
+_CONCURRENCY = 4
+_ZARR_DEFAULT_CONCURRENCY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """One place that holds, or will hold, a store.
+
+    Attributes:
+        uri: How it is called in messages, and what another process opens it by.
+        store: The Zarr store.
+        root: The folder, or None where it is not a local one.
+    """
+
+    uri: str
+    store: Store
+    root: Path | None
+
+    def is_empty(self) -> bool:
+        """Say whether nothing is there."""
+        if self.root is not None:
+            return not self.root.exists() or not any(self.root.iterdir())
+        return sync(self.store.is_empty(""))
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's bytes, or None if there is none."""
+        if self.root is not None and not self.root.is_dir():
+            return None
+        value = sync(self.store.get(key, default_buffer_prototype()))
+        return None if value is None else value.to_bytes()
+
+    def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
+        """Return several objects' bytes, a few at a time."""
+
+        async def read(key: str) -> bytes | None:
+            value = await self.store.get(key, default_buffer_prototype())
+            return None if value is None else value.to_bytes()
+
+        return sync(_gather(read(key) for key in keys))
+
+    def write_marker(self, key: str, data: bytes) -> None:
+        """Replace an object in one step; on a local disk it is forced there before and after the rename.
+
+        Raises:
+            DiskFullError: If no space was left; what was there before is untouched.
+        """
+        if self.root is not None:
+            atomic_write_bytes(self.root / key, data)
+        else:
+            sync(self.store.set(key, cpu.Buffer.from_bytes(data)))
+
+    def sizes(self, keys: Iterable[str]) -> list[int | None]:
+        """Return the size of each object in bytes, None for a missing one."""
+
+        async def size(key: str) -> int | None:
+            try:
+                return await self.store.getsize(key)
+            except FileNotFoundError:
+                return None
+
+        return sync(_gather(size(key) for key in keys))
+
+    def list_names(self) -> list[str]:
+        """Return the names at the top."""
+
+        async def collect() -> list[str]:
+            return sorted([name async for name in self.store.list_dir("")])
+
+        return sync(collect())
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """Return the keys of all objects under a prefix, sorted."""
+
+        async def collect() -> list[str]:
+            return sorted([key async for key in self.store.list_prefix(prefix)])
+
+        return sync(collect())
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; missing ones are passed over."""
+        sync(_gather(self.store.delete(key) for key in keys))
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove everything under a prefix."""
+        sync(self.store.delete_dir(prefix))
+
+    @contextmanager
+    def writing(self, key: str, n_bytes: int) -> Iterator[None]:
+        """Turn a full local disk into an error that says so.
+
+        Raises:
+            DiskFullError: If no space was left.
+        """
+        if self.root is None:
+            yield
+            return
+        with disk_errors(self.root / key, n_bytes):
+            yield
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Force objects and the folders that name them to disk; nothing to do where the store is not local.
+
+        Raises:
+            DiskFullError: If the file system only now finds that it is full.
+        """
+        if self.root is None:
+            return
+        paths = [self.root / key for key in keys]
+        for path in paths:
+            fsync_path(path)
+        folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(self.root)}
+        for folder in sorted(folders, reverse=True):
+            fsync_folder(folder)
+        fsync_folder(self.root.parent)
+
+
+def locate(
+    uri: StoreLike,
+    *,
+    writable: bool,
+    storage_options: Mapping[str, Any] | None = None,
+    must_exist: bool = True,
+) -> Location:
+    """Find the Zarr store for a path, a URL or a store object.
+
+    Args:
+        uri: A folder, ``file://``, any URL that fsspec knows, or a Zarr store object (obstore's for example).
+        writable: Whether objects will be written or removed.
+        storage_options: What fsspec gets besides the URL.
+        must_exist: Whether a local folder has to be there already.
+
+    Raises:
+        InputNotFoundError: If a local folder must exist and does not.
+        RequestError: If the URL's kind is unknown or its package is not installed, or the path is a file.
+    """
+    _limit_concurrency()
+    if isinstance(uri, Store):
+        root = uri.root if isinstance(uri, LocalStore) else None
+        return Location(str(uri) if root is None else str(root), uri, root)
+    text = str(uri)
+    if "://" in text and not text.startswith("file://"):
+        return Location(text, _remote_store(text, storage_options, read_only=not writable), None)
+    root = Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text)
+    if root.exists() and not root.is_dir():
+        msg = f"{root} is a file, and an activation store is a folder; check the path"
+        raise RequestError(msg)
+    root = root.absolute()
+    if must_exist and not root.exists():
+        msg = f"there is no activation store at {root}; check the path, or run `ghoststream capture` first"
+        raise InputNotFoundError(msg)
+    return Location(str(root), LocalStore(root, read_only=not writable), root)
+
+
+def _remote_store(url: str, storage_options: Mapping[str, Any] | None, *, read_only: bool) -> Store:
+    try:
+        return FsspecStore.from_url(url, storage_options=dict(storage_options or {}), read_only=read_only)
+    except (ImportError, ValueError) as error:
+        msg = (
+            f"cannot open {url}: {error}; install the fsspec package for this kind of URL"
+            " (s3fs for s3://, gcsfs for gs://), or pass a Zarr store object"
+        )
+        raise RequestError(msg) from error
+
+
+def _limit_concurrency() -> None:
+    # Each shard in flight costs its size in memory, and shards are large here; a user's own setting is kept.
+    if zarr.config.get("async.concurrency") == _ZARR_DEFAULT_CONCURRENCY:
+        zarr.config.set({"async.concurrency": _CONCURRENCY})
+
+
+async def _gather(tasks: Iterable[Awaitable[_T]]) -> list[_T]:
+    gate = asyncio.Semaphore(_CONCURRENCY * 4)
+
+    async def one(task: Awaitable[_T]) -> _T:
+        async with gate:
+            return await task
+
+    return list(await asyncio.gather(*(one(task) for task in tasks)))

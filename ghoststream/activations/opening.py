@@ -1,0 +1,235 @@
+"""Making a store, checking one on opening, and clearing what a killed run left."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from typing import Any
+
+from ghoststream.activations import encoding
+from ghoststream.activations.encoding import Encoding
+from ghoststream.activations.guard import GuardedStore, ObjectRecord
+from ghoststream.activations.layout import (
+    SCRATCH_PREFIX,
+    create_groups,
+    create_hidden_array,
+    create_token_array,
+    hidden_path,
+)
+from ghoststream.activations.location import Location
+from ghoststream.activations.manifest import MANIFEST_KEY, Manifest
+from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TokenArrays
+from ghoststream.errors import InputNotFoundError, OutputExistsError, StoreError
+from ghoststream.files import FolderLock, bytes_digest, require_free_space
+
+RUN_KEY = "run.json"
+"""Times and host facts of the runs that filled the store; not part of its identity."""
+
+_ADVICE = "restore the store from a copy, or delete it and capture again"
+_OWN_FOLDERS = ("hidden/", "tokens/", SCRATCH_PREFIX)
+_BYSTANDERS = frozenset({".lock", RUN_KEY})
+_FOLDERS = ("tokens", "hidden")
+_METADATA = "zarr.json"
+_TOKEN_ENCODINGS = {
+    IDS_PATH: encoding.TOKEN_IDS,
+    LENGTHS_PATH: encoding.LENGTHS,
+    MASK_PATH: encoding.TOKEN_MASK,
+}
+
+
+class WriterLock:
+    """The right to write into a store, held until :meth:`release` or until the object is gone.
+
+    Local stores only: object stores have no locks, and there two writers are the user's to keep apart.
+
+    Raises:
+        BusyError: If another process, or another open store of this one, is writing there.
+    """
+
+    def __init__(self, location: Location) -> None:
+        if location.root is not None:
+            lock = FolderLock(location.root)
+            lock.acquire()
+            self._finalizer = weakref.finalize(self, lock.release)
+
+    def release(self) -> None:
+        """Give the right back; nothing happens if that was done before."""
+        if hasattr(self, "_finalizer"):
+            self._finalizer()
+
+
+def make_store(location: Location, manifest: Manifest, tokens: TokenArrays) -> None:
+    """Write groups, array metadata and tokens, and the manifest last; its records are filled in here.
+
+    Raises:
+        DiskFullError: If no space was left.
+    """
+    layout = manifest.layout
+    clear_unfinished(location)
+    guard = GuardedStore(location.store)
+    with location.writing(MANIFEST_KEY, layout.total_bytes()):
+        create_groups(guard, ("", *_FOLDERS))
+        for path, values in zip(_TOKEN_ENCODINGS, tokens, strict=True):
+            create_token_array(guard, path, values, layout.sequences_per_shard, _TOKEN_ENCODINGS[path])
+        for layer in layout.layers:
+            create_hidden_array(guard, hidden_path(layer), layout, layer, layout.store_dtype)
+    written = guard.ledger.written
+    manifest.metadata = {key: record for key, record in written.items() if key.endswith(_METADATA)}
+    manifest.arrays = {
+        path: {key: record for key, record in written.items() if key.startswith(f"{path}/c.")}
+        for path in _TOKEN_ENCODINGS
+    }
+    location.settle(written)
+    location.write_marker(MANIFEST_KEY, manifest.to_bytes())
+
+
+def require_space(location: Location, manifest: Manifest) -> None:
+    """Check that a local disk can take the layers that are not committed.
+
+    Raises:
+        BudgetError: If it cannot.
+    """
+    layout = manifest.layout
+    missing = [layer for layer in layout.layers if hidden_path(layer) not in manifest.arrays]
+    if location.root is not None:
+        n_bytes = len(missing) * layout.layer_bytes() + (0 if manifest.arrays else layout.token_bytes())
+        require_free_space(location.root, n_bytes, "the activation store")
+
+
+def require_free_place(location: Location) -> None:
+    """Check that a store can be made here: nothing is here, or only what a killed creation left.
+
+    Raises:
+        OutputExistsError: If there is something else.
+    """
+    if location.is_empty() or is_unfinished(location):
+        return
+    what = "an activation store" if location.read(MANIFEST_KEY) is not None else "something else"
+    msg = f"{location.uri} holds {what} already; choose another place, or delete it first"
+    raise OutputExistsError(msg)
+
+
+def is_unfinished(location: Location) -> bool:
+    """Say whether a killed creation is all that is here: our root group or less, and no manifest."""
+    names = {name for name in location.list_names() if name not in _BYSTANDERS}
+    if MANIFEST_KEY in names:
+        return False
+    partial = {name for name in names if name.endswith(".partial")}
+    if _root_type(location) == encoding.STORE.type:
+        return names - partial <= {_METADATA, *_FOLDERS}
+    # Killed while the root group was written, which is the first thing that a creation does.
+    return names == partial and all(name.startswith("zarr.") for name in partial)
+
+
+def clear_unfinished(location: Location) -> None:
+    """Remove what a killed creation left; call only where :func:`require_free_place` passed."""
+    location.delete(key for key in location.list_keys() if key not in _BYSTANDERS)
+
+
+def load_manifest(location: Location) -> Manifest:
+    """Read the manifest and check its digest.
+
+    Raises:
+        InputNotFoundError: If nothing is at the location.
+        StoreError: If it is not a finished store, or the manifest is damaged or of a newer version.
+    """
+    content = location.read(MANIFEST_KEY)
+    if content is not None:
+        return Manifest.from_bytes(content, f"{location.uri}/{MANIFEST_KEY}")
+    if location.is_empty():
+        msg = f"there is no activation store at {location.uri}; check the path, or run `ghoststream capture` first"
+        raise InputNotFoundError(msg)
+    if _root_type(location) == encoding.STORE.type:
+        msg = (
+            f"{location.uri} has no {MANIFEST_KEY}: its creation was interrupted; run the same capture again"
+        )
+    else:
+        msg = f"{location.uri} is not an activation store: it has no {MANIFEST_KEY}; check the path"
+    raise StoreError(msg)
+
+
+def check_objects(location: Location, manifest: Manifest) -> dict[str, str]:
+    """Check metadata files by digest and encoding version, and shards by presence and size.
+
+    Returns:
+        The problem of each object that has one, by key.
+
+    Raises:
+        StoreError: If an element was written by a newer version of this library.
+    """
+    problems = {}
+    keys = sorted(manifest.metadata)
+    for key, content in zip(keys, location.read_many(keys), strict=True):
+        problem = _check_metadata(key, content, manifest.metadata[key])
+        if problem is not None:
+            problems[key] = problem
+        elif content is not None:
+            path = key.removesuffix(_METADATA).rstrip("/")
+            _encoding_of(path).require(json.loads(content).get("attributes", {}), f"{location.uri}/{key}")
+    shards = {key: record for entry in manifest.arrays.values() for key, record in entry.items()}
+    for (key, record), size in zip(shards.items(), location.sizes(shards), strict=True):
+        if size is None:
+            problems[key] = f"{key} is missing, though it was committed"
+        elif size != record.size:
+            problems[key] = f"{key} has {size} bytes, and {record.size} were committed"
+    return problems
+
+
+def require_sound(location: Location, manifest: Manifest) -> None:
+    """Raise for the first problems that :func:`check_objects` finds.
+
+    Raises:
+        StoreError: If there are any.
+    """
+    problems = list(check_objects(location, manifest).values())
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        msg = f"{location.uri} is damaged: {'; '.join(problems[:3])}{more}; {_ADVICE}"
+        raise StoreError(msg)
+
+
+def clear_leftovers(location: Location, manifest: Manifest) -> None:
+    """Remove what a killed run left: partial files, shards of layers that were not committed, dropped scratch."""
+    expected = manifest.objects()
+    strays = [
+        key
+        for key in location.list_keys()
+        if key not in expected and (key.startswith(_OWN_FOLDERS) or key.endswith(".partial"))
+    ]
+    location.delete(strays)
+    for path in sorted({key.partition("/")[0] for key in strays if key.startswith(SCRATCH_PREFIX)}):
+        if path not in manifest.arrays:
+            location.delete_folder(path)
+
+
+def unexpected_keys(location: Location, manifest: Manifest) -> list[str]:
+    """Return the objects beside the shards of committed arrays that the manifest does not list."""
+    expected = manifest.objects()
+    return [
+        key
+        for key in location.list_keys()
+        if key.rpartition("/")[0] in manifest.arrays and key not in expected
+    ]
+
+
+def _check_metadata(key: str, content: bytes | None, record: ObjectRecord) -> str | None:
+    if content is None:
+        return f"{key} is missing"
+    if bytes_digest(content) != record.digest:
+        return f"{key} was changed after it was written: its digest is not the manifest's"
+    return None
+
+
+def _encoding_of(path: str) -> Encoding:
+    if not path:
+        return encoding.STORE
+    if path in _FOLDERS:
+        return encoding.FOLDER
+    return _TOKEN_ENCODINGS.get(path, encoding.HIDDEN_STATES)
+
+
+def _root_type(location: Location) -> Any:
+    try:
+        return json.loads(location.read(_METADATA) or b"{}")["attributes"]["encoding-type"]
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,102 @@
+"""Reading rows of a hidden-state array, and saying where it is broken when it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+
+from ghoststream.activations.guard import ChangedObjectError, GuardedStore
+from ghoststream.activations.layout import open_array, shard_key
+from ghoststream.errors import NumericsError, StoreError
+
+_ADVICE = (
+    "the data changed after it was written: run `ghoststream verify` on the store, then restore it from a copy,"
+    " or delete it and capture again"
+)
+_BROKEN = (ChangedObjectError, ValueError, RuntimeError, LookupError)
+
+
+def open_rows(store: GuardedStore, path: str, uri: str) -> zarr.Array[Any]:
+    """Open an array.
+
+    Raises:
+        StoreError: If its metadata is missing or not what was committed, or if the disk or the network fails.
+    """
+    try:
+        return open_array(store, path)
+    except ChangedObjectError as error:
+        msg = f"{uri}: {error}; {_ADVICE}"
+        raise StoreError(msg) from error
+    except OSError as error:
+        raise _unreachable(uri, path, error) from error
+
+
+def read_rows(array: zarr.Array[Any], start: int, stop: int, uri: str) -> npt.NDArray[Any]:
+    """Read the stored values of sequences ``[start, stop)``.
+
+    Raises:
+        StoreError: If a shard is missing, is not what was committed, or a chunk fails its checksum; the message
+            names the array, the shard and the chunk. Also if the disk or the network fails.
+
+    Memory: The rows, and for each of at most ``async.concurrency`` (4) shards in flight what is wanted of it
+    twice, encoded and decoded.
+    """
+    try:
+        return np.asarray(array[start:stop])
+    except _BROKEN as error:
+        msg = f"{uri}: {_first_broken(array, start, stop)} ({error}); {_ADVICE}"
+        raise StoreError(msg) from error
+    except OSError as error:
+        raise _unreachable(uri, array.path, error) from error
+
+
+def require_finite_rows(rows: torch.Tensor, mask: npt.NDArray[np.bool_], start: int, what: str) -> None:
+    """Check that hidden states at positions that count are finite.
+
+    Args:
+        rows: Hidden states, ``(n, T, C)``, any floating dtype.
+        mask: True where a position counts, ``(n, T)``.
+        start: Sequence number of the first row.
+        what: What they are, for the message.
+
+    Raises:
+        NumericsError: If a value is NaN or infinite.
+
+    Memory: One sequence.
+    """
+    for offset, row in enumerate(rows):
+        # NaN and infinity survive a maximum: the common case costs one pass and no mask.
+        if bool(row.abs().max().isfinite()):
+            continue
+        bad = ~row.isfinite().all(dim=-1).cpu().numpy() & mask[offset]
+        if bad.any():
+            msg = (
+                f"{what}: NaN or infinite hidden states in sequence {start + offset}, at {int(bad.sum())} of"
+                f" {int(mask[offset].sum())} positions, the first at position {int(bad.argmax())};"
+                " run the model in a wider dtype (bfloat16 or float32) and check its weights and the text"
+            )
+            raise NumericsError(msg)
+
+
+def _unreachable(uri: str, path: str, error: OSError) -> StoreError:
+    return StoreError(
+        f"{uri}: reading {path} failed ({error}); check the disk or the connection and run again"
+    )
+
+
+def _first_broken(array: zarr.Array[Any], start: int, stop: int) -> str:
+    chunk, shard = array.chunks[0], (array.shards or array.chunks)[0]
+    for first in range(start - start % chunk, stop, chunk):
+        last = min(first + chunk, array.shape[0])
+        try:
+            array[first:last]
+        except _BROKEN:
+            place = shard_key(array.path, first // shard)
+            return (
+                f"shard {place}, chunk {first % shard // chunk} (sequences [{first},{last})) cannot be read"
+            )
+    return f"{array.path} reads well chunk by chunk, but a shard is not the one that was committed"

@@ -1,0 +1,233 @@
+"""The operators of a plan, and their file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.errors import ArtifactError, NumericsError, RequestError
+from ghoststream.files import bytes_digest
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
+
+Weights = npt.NDArray[np.float32]
+Form = Literal["linear", "diagonal", "identity"]
+
+_ENCODING = {"encoding-type": "ghoststream-operators", "encoding-version": "1.0"}
+_RANKS: Mapping[str, int | None] = {"linear": 2, "diagonal": 1, "identity": None}
+
+
+@dataclass(frozen=True)
+class BoundaryOperator:
+    """What is inserted at one boundary: ``y = x + phi(x) W^T (+ b)``.
+
+    Attributes:
+        span: The removed span.
+        form: ``linear``: ``y = x + phi(x) W^T``; ``diagonal``: ``y = x + x * w``; ``identity``: nothing.
+        features: Name of the feature ``phi``.
+        weight: float32: ``(C, p)`` in the layout of ``nn.Linear`` (``W = M^T``), ``(C,)`` for ``diagonal``, None
+            for ``identity``.
+        bias: float32 ``(C,)`` or None.
+        diagnostics: JSON data: residuals in and out of sample, condition, tokens, warnings.
+
+    Raises:
+        NumericsError: If a weight is NaN or infinite, in float32.
+    """
+
+    span: Span
+    form: Form
+    features: str = "hidden"
+    weight: Weights | None = None
+    bias: Weights | None = None
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, array in (("weight", self.weight), ("bias", self.bias)):
+            if array is not None and not np.isfinite(array).all():
+                msg = f"the {name} of boundary {self.span} is not finite in float32; nothing was written"
+                raise NumericsError(msg)
+        rank = None if self.weight is None else self.weight.ndim
+        if rank != _RANKS[self.form]:
+            msg = f"an operator of form {self.form!r} at {self.span} cannot have a weight of rank {rank}"
+            raise RequestError(msg)
+
+    @property
+    def name(self) -> str:
+        """Prefix of its tensors in the file."""
+        return f"boundary.{self.span.start}-{self.span.stop}"
+
+    def apply(self, states: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+        """Apply the operator to hidden states ``(..., C)`` in numpy (feature ``hidden`` only).
+
+        Raises:
+            RequestError: If the operator reads another feature.
+        """
+        if self.features != "hidden":
+            msg = (
+                f"the operator at {self.span} reads {self.features!r}, which hidden states alone do not give"
+            )
+            raise RequestError(msg)
+        if self.weight is None:
+            return states
+        change = states @ self.weight.T if self.form == "linear" else states * self.weight
+        result: npt.NDArray[np.floating[Any]] = states + change
+        return result if self.bias is None else result + self.bias
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the arrays as JSON data."""
+        return {
+            "span": [self.span.start, self.span.stop],
+            "form": self.form,
+            "features": self.features,
+            "bias": self.bias is not None,
+            "diagnostics": self.diagnostics,
+        }
+
+
+@dataclass(frozen=True)
+class OperatorSet:
+    """The operators of one pruning plan.
+
+    Attributes:
+        plan: The plan.
+        kind: Name of the operator family.
+        boundaries: One operator for each span of the plan, in its order; ``identity`` ones included.
+        hidden: Hidden size C.
+        metadata: JSON data: ``base`` (fingerprint of the dense model), ``recipe``, ``recipe_digest``,
+            ``versions``.
+
+    Memory: ``4 p C`` bytes for each linear operator.
+    """
+
+    plan: PruningPlan
+    kind: str
+    boundaries: tuple[BoundaryOperator, ...]
+    hidden: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spans = tuple(operator.span for operator in self.boundaries)
+        if spans != self.plan.spans:
+            msg = f"operators for {list(map(str, spans))} do not fit the plan {self.plan}; give one a span, in order"
+            raise RequestError(msg)
+
+    @property
+    def operators(self) -> tuple[BoundaryOperator, ...]:
+        """The operators that change something: all but the ``identity`` ones."""
+        return tuple(operator for operator in self.boundaries if operator.form != "identity")
+
+    @property
+    def diagnostics(self) -> dict[str, dict[str, Any]]:
+        """Diagnostics by span, as written (``"[13,19)"``)."""
+        return {str(operator.span): operator.diagnostics for operator in self.boundaries}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All warnings of all boundaries."""
+        return tuple(
+            text for operator in self.boundaries for text in operator.diagnostics.get("warnings", ())
+        )
+
+    def save(self, path: Path, *, temporary: Path | None = None) -> None:
+        """Write ONE safetensors file: tensors ``boundary.{start}-{stop}.weight`` (and ``.bias``), one metadata key.
+
+        Equal content gives equal bytes. The file appears whole or not at all. ``temporary`` is its name while
+        it is written (same file system).
+
+        Raises:
+            DiskFullError: If no space is left.
+        """
+        arrays = self._arrays()
+        metadata = {
+            **_ENCODING,
+            **self.metadata,
+            "kind": self.kind,
+            "hidden": self.hidden,
+            "plan": self.plan.to_json(),
+            "boundaries": [operator.to_json() for operator in self.boundaries],
+            "tensors": {name: _digest(array) for name, array in arrays.items()},
+        }
+        write_safetensors(path, arrays, metadata, temporary=temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> OperatorSet:
+        """Read what :meth:`save` wrote, and check every tensor's digest.
+
+        Raises:
+            InputNotFoundError: If there is no such file.
+            ArtifactError: If it is something else, damaged, or written by a newer version.
+        """
+        metadata = read_metadata(path)
+        _require_encoding(metadata, path)
+        try:
+            arrays = _read_arrays(path, metadata.pop("tensors"))
+            boundaries = tuple(_boundary(item, arrays) for item in metadata.pop("boundaries"))
+            plan = PruningPlan.from_json(metadata.pop("plan"))
+            kind, hidden = str(metadata.pop("kind")), int(metadata.pop("hidden"))
+            rest = {key: value for key, value in metadata.items() if key not in _ENCODING}
+            return cls(plan, kind, boundaries, hidden, rest)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            msg = f"{path} lacks a part of an operator file ({error}); delete it and solve again"
+            raise ArtifactError(msg) from error
+
+    def _arrays(self) -> dict[str, Weights]:
+        arrays: dict[str, Weights] = {}
+        for operator in self.operators:
+            for part, array in (("weight", operator.weight), ("bias", operator.bias)):
+                if array is not None:
+                    arrays[f"{operator.name}.{part}"] = np.ascontiguousarray(array, dtype=np.float32)
+        return arrays
+
+
+def _require_encoding(metadata: Mapping[str, Any], path: Path) -> None:
+    found = {key: metadata.get(key) for key in _ENCODING}
+    if found["encoding-type"] != _ENCODING["encoding-type"]:
+        msg = f"{path} is not an operator file (encoding-type {found['encoding-type']!r}); give what solve wrote"
+        raise ArtifactError(msg)
+    if str(found["encoding-version"]).split(".")[0] != _ENCODING["encoding-version"].split(".")[0]:
+        msg = (
+            f"{path} is written in version {found['encoding-version']} of its format, this ghoststream reads "
+            f"{_ENCODING['encoding-version']}; update ghoststream, or solve again"
+        )
+        raise ArtifactError(msg)
+
+
+def _read_arrays(path: Path, digests: Mapping[str, str]) -> dict[str, Weights]:
+    with open_safetensors(path) as file:
+        names = set(file.keys())
+        if names != set(digests):
+            msg = (
+                f"{path} holds the tensors {sorted(names)}, its metadata names {sorted(digests)}; solve again"
+            )
+            raise ArtifactError(msg)
+        arrays: dict[str, Weights] = {name: file.get_tensor(name) for name in sorted(names)}
+    for name, array in arrays.items():
+        if _digest(array) != digests[name]:
+            msg = f"{path}: tensor {name} fails its digest, the file is damaged; restore it or solve again"
+            raise ArtifactError(msg)
+    return arrays
+
+
+def _boundary(item: Mapping[str, Any], arrays: Mapping[str, Weights]) -> BoundaryOperator:
+    span = Span(*item["span"])
+    name = f"boundary.{span.start}-{span.stop}"
+    form: Form = item["form"]
+    return BoundaryOperator(
+        span,
+        form,
+        str(item["features"]),
+        None if form == "identity" else arrays[f"{name}.weight"],
+        arrays[f"{name}.bias"] if item["bias"] else None,
+        dict(item["diagnostics"]),
+    )
+
+
+def _digest(array: Weights) -> str:
+    return bytes_digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,118 @@
+"""Figures that go with every operator: residuals in and out of sample, energies, warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ghoststream.errors import NumericsError
+from ghoststream.statistics import BoundaryMoments, FoldedMoments
+
+Fit = TypeVar("Fit")
+
+MASSIVE_SHARE = 0.5
+"""Share of the energy at one position above which a warning is given."""
+
+_MIN_POSITIONS = 4
+_ROLES = ("input", "target", "gap")
+
+
+def describe(
+    moments: FoldedMoments,
+    total: BoundaryMoments,
+    fit: Callable[[BoundaryMoments], Fit],
+    residual: Callable[[BoundaryMoments, Fit], float],
+) -> tuple[Fit, dict[str, Any]]:
+    """Fit on all tokens, and once without each fold, and say how well each does.
+
+    Args:
+        moments: The moments by fold.
+        total: Their sum.
+        fit: Fits an operator; it may overwrite the arrays that it is given.
+        residual: Returns ``sum |prediction - d|^2`` of a fit on moments.
+
+    Returns:
+        The fit on all tokens, and its diagnostics. Keys: ``relative_residual`` = ``|prediction - d| / |d|``
+        (Frobenius) on the data that was fitted, ``relative_residual_out_of_sample`` the same over all folds, each
+        predicted by the fit without it (None with one fold); ``r2`` and ``r2_out_of_sample`` against the mean
+        gap; ``relative_gap_energy`` = ``|d|^2 / |y|^2``; ``position_energy``, ``n_tokens``, ``n_sequences``,
+        ``folds``, ``warnings``.
+
+    Raises:
+        NumericsError: If no token entered, or a fold is empty.
+
+    Memory: the total, one fold, the total without it, the fit on all tokens, and what ``fit`` needs.
+    """
+    if total.n_tokens == 0:
+        msg = f"no token entered the moments of {total.span}: the mask is empty; capture text again"
+        raise NumericsError(msg)
+    fitted = fit(BoundaryMoments(total.span, total.state.copy()))
+    gap = float(total.gap_energy.sum())
+    inside = residual(total, fitted)
+    outside = _held_out(moments, total, fit, residual) if moments.n_folds > 1 else None
+    variation = total.gap_variation
+    positions = _position_energy(total)
+    report = {
+        "relative_residual": _root_ratio(inside, gap),
+        "relative_residual_out_of_sample": None if outside is None else _root_ratio(outside, gap),
+        "r2": _explained(inside, variation),
+        "r2_out_of_sample": None if outside is None else _explained(outside, variation),
+        "relative_gap_energy": gap / total.target_energy if total.target_energy > 0 else 0.0,
+        "position_energy": positions,
+        "n_tokens": total.n_tokens,
+        "n_sequences": total.n_sequences,
+        "folds": moments.n_folds,
+        "warnings": _warnings(total, positions),
+    }
+    return fitted, report
+
+
+def _held_out(
+    moments: FoldedMoments,
+    total: BoundaryMoments,
+    fit: Callable[[BoundaryMoments], Fit],
+    residual: Callable[[BoundaryMoments, Fit], float],
+) -> float:
+    energy = 0.0
+    for index in range(moments.n_folds):
+        held = moments.fold(index)
+        if held.n_tokens == 0:
+            msg = f"fold {index} of {moments.n_folds} at {total.span} holds no tokens; use fewer folds"
+            raise NumericsError(msg)
+        energy += residual(held, fit(total.subtract(held)))
+    return energy
+
+
+def _position_energy(total: BoundaryMoments) -> dict[str, Any]:
+    report = {}
+    for role, energy in zip(_ROLES, total.position_energy, strict=True):
+        whole = float(energy.sum())
+        top = int(energy.argmax())
+        report[role] = {"top_position": top, "share": float(energy[top]) / whole if whole > 0 else 0.0}
+    return report
+
+
+def _warnings(total: BoundaryMoments, positions: dict[str, Any]) -> list[str]:
+    found = []
+    if total.position_energy.shape[1] >= _MIN_POSITIONS:
+        found += [
+            f"boundary {total.span}: position {entry['top_position']} carries {entry['share']:.0%} of the energy of "
+            f"the {role} (massive activation); it decides an unweighted fit"
+            for role, entry in positions.items()
+            if entry["share"] > MASSIVE_SHARE
+        ]
+    if total.has_gram and total.n_tokens < total.gram.shape[0]:
+        found.append(
+            f"boundary {total.span}: {total.n_tokens} tokens for {total.gram.shape[0]} features; the fit repeats "
+            "its data, use more calibration sequences"
+        )
+    return found
+
+
+def _root_ratio(residual: float, gap: float) -> float:
+    return math.sqrt(residual / gap) if gap > 0 else 0.0
+
+
+def _explained(residual: float, variation: float) -> float | None:
+    return 1.0 - residual / variation if variation > 0 else None

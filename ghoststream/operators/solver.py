@@ -1,0 +1,193 @@
+"""The one least-squares solver under every linear operator: float64 normal equations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+from scipy.linalg.blas import dtrsm
+from scipy.linalg.lapack import dpocon, dpotrf
+
+from ghoststream.errors import NumericsError, RequestError
+
+Array = npt.NDArray[np.float64]
+
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution ``M`` of ``(G + ridge I) M = K`` and how it was found.
+
+    Attributes:
+        matrix: ``M``, ``(p, C)`` float64.
+        method: ``"cholesky"`` or ``"eigh"``.
+        reason: Why Cholesky was not used; None if it was.
+        n_dropped: Directions left at zero by ``eigh`` because float64 cannot tell their eigenvalue from zero.
+    """
+
+    matrix: Array
+    method: str
+    reason: str | None = None
+    n_dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the eigenvalues of a Gram say about the problem.
+
+    Attributes:
+        condition_number: Largest over smallest eigenvalue; None if the smallest is zero to float64 precision.
+        numerical_rank: Eigenvalues above ``p * 2.2e-16`` of the largest.
+    """
+
+    condition_number: float | None
+    numerical_rank: int
+
+
+def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the operator") -> Solution:
+    """Solve ``(G + ridge I) M = K`` (arXiv 2605.15491: ridge 1e-6, absolute), in place.
+
+    Cholesky of the float64 Gram, its rows and columns scaled by powers of two to a diagonal near 1 (exact, and the
+    condition that then counts is not that of channels of different size, of which massive activations make one
+    of 1e8). Where that fails, or the scaled condition is beyond float64 (reciprocal estimate below 2.2e-16), a
+    symmetric eigendecomposition of the scaled matrix, in which directions of eigenvalue zero to float64 precision
+    are left at zero (the solution of minimum norm in scaled coordinates).
+
+    Args:
+        gram: ``G``, ``(p, p)`` float64, C-contiguous, symmetric; overwritten.
+        cross: ``K``, ``(p, C)`` float64, C-contiguous; overwritten, and the memory of the result.
+        ridge: ``eps >= 0``, absolute.
+        what: What is being solved, for messages.
+
+    Raises:
+        RequestError: If ``ridge`` is negative or not finite.
+        NumericsError: If the moments or the solution are not finite.
+
+    Memory: nothing of size ``p^2`` beyond the arguments with Cholesky; another ``2 p^2`` float64 with ``eigh``.
+    """
+    require_ridge(ridge)
+    if not (_is_finite(gram) and _is_finite(cross)):
+        msg = f"the moments of {what} are not finite; verify the store and reduce it again"
+        raise NumericsError(msg)
+    scale = _equilibrate(gram, cross, ridge)
+    diagonal = gram.diagonal().copy()
+    norm = float(scipy.linalg.norm(gram, 1, check_finite=False))
+    factor, info = dpotrf(gram.T, lower=1, clean=0, overwrite_a=1)
+    reason = f"Cholesky failed at pivot {info}" if info > 0 else _ill_conditioned(factor, norm)
+    if reason is None:
+        transposed = dtrsm(1.0, factor, cross.T, side=1, lower=1, trans_a=1, overwrite_b=1)
+        transposed = dtrsm(1.0, factor, transposed, side=1, lower=1, overwrite_b=1)
+        solution = Solution(transposed.T, "cholesky")
+    else:
+        _restore(gram, diagonal)
+        solution = _solve_eigh(gram, cross, reason)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+        solution.matrix[:] *= scale[:, None]
+    if not _is_finite(solution.matrix):
+        msg = (
+            f"the solution of {what} is not finite ({solution.method}, ridge {ridge}); "
+            "give a larger ridge or more calibration sequences"
+        )
+        raise NumericsError(msg)
+    return solution
+
+
+def spectrum(gram: Array) -> Spectrum:
+    """Return condition number and numerical rank of a symmetric ``(p, p)`` Gram; it is overwritten.
+
+    Raises:
+        NumericsError: If the eigenvalues cannot be found.
+    """
+    values = _guard(
+        lambda: scipy.linalg.eigvalsh(gram.T, overwrite_a=True, check_finite=False), "its eigenvalues"
+    )
+    largest, smallest = float(values[-1]), float(values[0])
+    floor = _floor(largest, len(values))
+    return Spectrum(
+        condition_number=largest / smallest if smallest > floor else None,
+        numerical_rank=int(np.count_nonzero(values > floor)),
+    )
+
+
+def antisymmetric_share(matrix: Array) -> float:
+    """Return ``|(M - M^T) / 2|_F / |M|_F`` of a square matrix; 0 for the zero matrix.
+
+    Memory: no temporary of the matrix's size: ``|M - M^T|^2 = 2 |M|^2 - 2 tr(M M)``.
+    """
+    energy = float(np.vdot(matrix, matrix))
+    if energy == 0:
+        return 0.0
+    crossed = float(np.einsum("ij,ji->", matrix, matrix))
+    return math.sqrt(max(0.0, (energy - crossed) / 2) / energy)
+
+
+def require_ridge(ridge: float) -> None:
+    """Check a ridge strength.
+
+    Raises:
+        RequestError: If it is negative or not finite.
+    """
+    if not math.isfinite(ridge) or ridge < 0:
+        msg = f"the ridge is {ridge}; give a finite number that is not negative (the paper's is 1e-6)"
+        raise RequestError(msg)
+
+
+def _equilibrate(gram: Array, cross: Array, ridge: float) -> Array:
+    diagonal = gram.diagonal() + ridge
+    positive = np.where(diagonal > 0, diagonal, 1.0)
+    scale: Array = np.exp2(-np.rint(np.log2(positive) / 2))
+    gram[np.diag_indices_from(gram)] = diagonal
+    gram *= scale
+    gram *= scale[:, None]
+    cross *= scale[:, None]
+    return scale
+
+
+def _ill_conditioned(factor: Array, norm: float) -> str | None:
+    reciprocal, _ = dpocon(factor, norm, uplo="L")
+    if reciprocal < _EPSILON:
+        return f"the scaled condition is beyond float64 (reciprocal estimate {reciprocal:.1e})"
+    return None
+
+
+def _restore(gram: Array, diagonal: Array) -> None:
+    # dpotrf on the transposed view wrote the upper triangle of `gram` and its diagonal; the lower is intact.
+    for row in range(gram.shape[0]):
+        gram[row, row + 1 :] = gram[row + 1 :, row]
+    gram[np.diag_indices_from(gram)] = diagonal
+
+
+def _solve_eigh(gram: Array, cross: Array, reason: str) -> Solution:
+    values, vectors = _guard(
+        lambda: scipy.linalg.eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd"),
+        "its eigenvectors",
+    )
+    kept = values > _floor(float(values[-1]), len(values))
+    inverse = np.zeros_like(values)
+    inverse[kept] = 1.0 / values[kept]
+    projected = vectors.T @ cross
+    projected *= inverse[:, None]
+    np.matmul(vectors, projected, out=cross)
+    return Solution(cross, "eigh", reason, int(np.count_nonzero(~kept)))
+
+
+def _floor(largest: float, size: int) -> float:
+    return max(0.0, largest) * size * _EPSILON
+
+
+def _guard(compute: Callable[[], Any], what: str) -> Any:
+    try:
+        return compute()
+    except np.linalg.LinAlgError as error:
+        msg = f"the Gram matrix is too ill-conditioned: {what} do not converge ({error}); give a larger ridge"
+        raise NumericsError(msg) from error
+
+
+def _is_finite(array: Array) -> bool:
+    return bool(np.isfinite(array.sum()) and np.isfinite(np.vdot(array, array)))

@@ -1,0 +1,163 @@
+"""Mean cosine between hidden states of different layers, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.errors import NumericsError, RequestError
+from ghoststream.progress import Progress
+from ghoststream.statistics.engines import Reducer, ReductionJob, run_job
+from ghoststream.statistics.ranges import RangePlan
+from ghoststream.statistics.source import HiddenStateSource, open_source, require_finite, require_layers
+from ghoststream.statistics.sums import SumState
+
+Pair = tuple[int, int]
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CosineReducer:
+    """Sums, over tokens, of the cosine between ``h[a]`` and ``h[b]`` for pairs ``(a, b)``.
+
+    A token whose hidden state is zero at either end counts as cosine 0, as in torch's ``cosine_similarity``.
+    Blocks are kept as float32, which holds every store dtype exactly; products and sums are float64.
+    """
+
+    pairs: tuple[Pair, ...]
+    block_tokens: int = 1024
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Hidden states that are read."""
+        return tuple(sorted({layer for pair in self.pairs for layer in pair}))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what can change a bit of the result, as JSON data."""
+        return {
+            "statistic": "cosine",
+            "pairs": [list(pair) for pair in self.pairs],
+            "block_tokens": self.block_tokens,
+        }
+
+    def task_bytes(self, hidden: int, length: int) -> int:
+        """Peak bytes of one task: the live blocks, and one more while it is read."""
+        rows = max(1, self.block_tokens // length) * length
+        return (self._live_layers() + 2) * rows * hidden * 4
+
+    def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
+        """Reduce sequences ``[start, stop)``: each layer is read once.
+
+        Memory: as many float32 blocks of ``block_tokens x C`` (at least one sequence) as layers wait for their
+        partner: ``n + 2`` for pairs ``(l, l + n)``, all layers for all pairs.
+
+        Raises:
+            NumericsError: If a hidden state is NaN or infinite.
+        """
+        total = SumState({"cosine_sum": np.zeros(len(self.pairs)), "tokens": np.zeros(1)})
+        step = max(1, self.block_tokens // source.length)
+        for first in range(start, stop, step):
+            self._add_block(total, source, first, min(first + step, stop))
+        return total
+
+    def means(self, state: SumState) -> dict[Pair, float]:
+        """Return the mean cosine of every pair.
+
+        Raises:
+            NumericsError: If no token counts.
+        """
+        tokens = float(state.arrays["tokens"][0])
+        if tokens == 0:
+            msg = "no token of the store counts: its mask is empty; capture again with text in every sequence"
+            raise NumericsError(msg)
+        sums = state.arrays["cosine_sum"]
+        return {pair: float(value / tokens) for pair, value in zip(self.pairs, sums, strict=True)}
+
+    def _live_layers(self) -> int:
+        partner = {a: max(max(pair) for pair in self.pairs if a in pair) for a in self.layers}
+        return max(sum(a <= b <= partner[a] for a in self.layers) for b in self.layers)
+
+    def _add_block(self, total: SumState, source: HiddenStateSource, first: int, last: int) -> None:
+        mask = source.mask(first, last).reshape(-1)
+        total.arrays["tokens"] += int(mask.sum())
+        live: dict[int, tuple[Rows, npt.NDArray[np.float64]]] = {}
+        for layer in self.layers:
+            states = source.read_numpy(layer, first, last, dtype=np.float32)
+            rows = states.reshape(mask.size, -1)
+            rows = rows if mask.all() else rows[mask]
+            energy = np.einsum("tc,tc->t", rows, rows, dtype=np.float64)
+            require_finite(rows, layer, first, last, energy)
+            live[layer] = (rows, np.sqrt(energy))
+            for number, (a, b) in enumerate(self.pairs):
+                if max(a, b) == layer:
+                    total.arrays["cosine_sum"][number] += _cosine_sum(live[a], live[b])
+            waiting = {end for pair in self.pairs if max(pair) > layer for end in pair}
+            live = {other: value for other, value in live.items() if other in waiting}
+
+
+def mean_cosine(
+    store_uri: str,
+    pairs: Iterable[Pair] | None = None,
+    *,
+    scheduler: Any = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[Pair, float]:
+    """Return the mean over tokens of ``cos(h[a], h[b])`` for pairs of layers (all stored ones by default).
+
+    Raises:
+        RequestError: If there are no pairs.
+        MismatchError: If a layer is beyond the model.
+        StoreError: If a layer is not in the store.
+        NumericsError: If a hidden state is not finite, or no token counts.
+
+    Memory: see :meth:`CosineReducer.reduce`, once for each worker thread.
+    """
+    if pairs is None:
+        pairs = combinations(open_source(store_uri).completed_layers(), 2)
+    reducer = CosineReducer(tuple(dict.fromkeys(pairs)))
+    if not reducer.pairs:
+        msg = f"there are no pairs of layers to compare in {store_uri}; it needs two hidden states at least"
+        raise RequestError(msg)
+    return reducer.means(
+        reduce_whole(store_uri, reducer, scheduler=scheduler, workers=workers, progress=progress)
+    )
+
+
+def reduce_whole(
+    store_uri: str,
+    reducer: Reducer,
+    *,
+    scheduler: Any = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> SumState:
+    """Reduce all sequences of a store by a statistic whose state is small, sequence by sequence, in memory.
+
+    Raises:
+        MismatchError: If a layer is beyond the model.
+        StoreError: If a layer is not in the store.
+        NumericsError: If a hidden state is not finite.
+    """
+    source = open_source(store_uri)
+    require_layers(source, reducer.layers, store_uri)
+    plan = RangePlan.make(source.n_sequences, folds=1, range_sequences=1)
+    job = ReductionJob(store_uri, reducer, plan)
+    (state,) = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task="similarity")
+    if not isinstance(state, SumState):
+        msg = "a job without a folder must keep its states in memory"
+        raise TypeError(msg)
+    return state
+
+
+def _cosine_sum(
+    left: tuple[Rows, npt.NDArray[np.float64]], right: tuple[Rows, npt.NDArray[np.float64]]
+) -> float:
+    dots = np.einsum("tc,tc->t", left[0], right[0], dtype=np.float64)
+    norms = left[1] * right[1]
+    return float(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).sum())

@@ -1,0 +1,113 @@
+"""What a reduction needs from an activation store, and how a task opens it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.activations import ActivationStore
+from ghoststream.errors import MismatchError, NumericsError, StoreError
+from ghoststream.files import json_digest
+
+
+class HiddenStateSource(Protocol):
+    """The reading side of an activation store: ``layers`` of ``n_sequences`` sequences of ``length`` positions."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L of the model; hidden states are numbered ``0..L``."""
+
+    @property
+    def n_sequences(self) -> int:
+        """Number of sequences."""
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence."""
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size C."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What was asked for."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What it was made from."""
+
+    def completed_layers(self) -> tuple[int, ...]:
+        """Return the hidden-state numbers that are completely in the store."""
+
+    def read_numpy(self, layer: int, start: int, stop: int, dtype: Any = np.float32) -> npt.NDArray[Any]:
+        """Return ``h[layer]`` of sequences ``[start, stop)``, shape ``(stop - start, length, hidden)``."""
+
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return the token mask of sequences ``[start, stop)``, shape ``(stop - start, length)``."""
+
+
+def open_source(store_uri: str) -> HiddenStateSource:
+    """Open a store for reading; the manifest is checked by the store itself.
+
+    Raises:
+        StoreError: If the store is incomplete or corrupt.
+        InputNotFoundError: If there is none.
+    """
+    source: HiddenStateSource = ActivationStore.open(store_uri)
+    return source
+
+
+def require_layers(source: HiddenStateSource, layers: tuple[int, ...], store_uri: str) -> None:
+    """Check that the hidden states ``layers`` are in the store before any is read.
+
+    Raises:
+        MismatchError: If the model has no such hidden state.
+        StoreError: If one was not captured, or not completely.
+    """
+    beyond = [layer for layer in layers if layer > source.n_layers]
+    if beyond:
+        msg = (
+            f"h[{beyond[0]}] is needed, but the store {store_uri} is of a model of {source.n_layers} layers; "
+            "use the plan and the store of one model"
+        )
+        raise MismatchError(msg)
+    missing = sorted(set(layers) - set(source.completed_layers()))
+    if missing:
+        msg = (
+            f"the store {store_uri} does not hold h[{missing[0]}] completely; "
+            f"run capture again with the layers {', '.join(map(str, missing))} among its layers"
+        )
+        raise StoreError(msg)
+
+
+def require_finite(
+    rows: npt.NDArray[np.floating[Any]], layer: int, start: int, stop: int, sums: npt.NDArray[np.float64]
+) -> None:
+    """Check hidden states through sums over them, which carry every NaN and infinity.
+
+    Args:
+        rows: ``(n, C)`` unmasked hidden states of sequences ``[start, stop)``.
+        layer: Their hidden-state number.
+        start: First sequence.
+        stop: One past the last sequence.
+        sums: Sums of ``rows``, or of their squares, over tokens or channels.
+
+    Raises:
+        NumericsError: If a value is not finite.
+    """
+    if np.isfinite(sums).all():
+        return
+    n_bad = int((~np.isfinite(rows)).any(axis=1).sum())
+    msg = (
+        f"h[{layer}] of sequences [{start},{stop}) holds NaN or infinity at {n_bad} of {len(rows)} tokens; "
+        "verify the store, or capture again at a dtype of larger range (bfloat16 or float32)"
+    )
+    raise NumericsError(msg)
+
+
+def store_digest(source: HiddenStateSource) -> str:
+    """Return the digest of what a store holds by its own account: what was asked for and what it was made from."""
+    return json_digest({"recipe": source.recipe, "fingerprint": source.fingerprint})

@@ -1,5 +1,7 @@
 """Checkpoints on disk: the safetensors index, reading single tensors, key matching, architectures, identity."""
 
+from __future__ import annotations
+
 from ghoststream.checkpoint.architecture import FAMILIES, Family, family_of
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry

@@ -79,7 +79,9 @@ def family_of(config: Any) -> Family:
         raise UnsupportedModelError(msg)
     if getattr(config, "quantization_config", None) is not None:
         method = _quantization_method(config.quantization_config)
-        msg = f"the checkpoint is quantised ({method}); give an unquantised safetensors checkpoint of the model"
+        msg = (
+            f"the checkpoint is quantised ({method}); give an unquantised safetensors checkpoint of the model"
+        )
         raise UnsupportedModelError(msg)
     return FAMILIES[base]
 

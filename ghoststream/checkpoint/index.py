@@ -180,5 +180,7 @@ def _read_weight_map(root: Path) -> dict[str, str]:
 def _check_weight_map(root: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
     for name, shard in weight_map.items():
         if name not in entries or entries[name].shard != shard:
-            msg = f"{root}: the index places tensor {name} in {shard}, which does not hold it; copy both again"
+            msg = (
+                f"{root}: the index places tensor {name} in {shard}, which does not hold it; copy both again"
+            )
             raise CheckpointError(msg)

@@ -88,7 +88,10 @@ def _is_ignored(model: Any, name: str) -> bool:
 
 
 def _require_complete(index: CheckpointIndex, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    for kind, names in (("lacks the tensor", list(missing)), ("holds the unexpected tensor", list(unexpected))):
+    for kind, names in (
+        ("lacks the tensor", list(missing)),
+        ("holds the unexpected tensor", list(unexpected)),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             msg = f"{index.root} {kind} {names[0]}{more}: config.json and the weights do not belong together"

@@ -82,9 +82,7 @@ class TensorReader:
             self.bytes_read += gathered.numel() * gathered.element_size()
         return gathered if dtype is None else gathered.to(dtype)
 
-    def read_many(
-        self, names: Iterable[tuple[str, str, torch.dtype]]
-    ) -> dict[str, torch.Tensor]:
+    def read_many(self, names: Iterable[tuple[str, str, torch.dtype]]) -> dict[str, torch.Tensor]:
         """Read ``(key, tensor name, dtype)`` triples in the order in which they lie on disk."""
         ordered = sorted(names, key=lambda item: self._place(item[1]))
         return {key: self.read(name, dtype) for key, name, dtype in ordered}

@@ -1,0 +1,277 @@
+"""Writing a sharded safetensors checkpoint as a stream: no tensor is ever held, only one copy buffer.
+
+Shapes and dtypes are known before the first byte, so each shard's header is written first and its tensors follow
+in place. A shard is whole or absent: it is written under a temporary name, forced to disk, renamed, and then noted
+with its digests in a journal, from which a run after a kill goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghoststream.checkpoint.index import DTYPES, INDEX_NAME, SINGLE_NAME, TensorEntry
+from ghoststream.errors import ArtifactError, CheckpointError, RequestError
+from ghoststream.files import (
+    atomic_write_json,
+    bytes_digest,
+    disk_errors,
+    file_digest,
+    format_digest,
+    fsync_folder,
+    fsync_path,
+    read_json,
+    require_free_space,
+)
+from ghoststream.progress import Progress, SilentProgress
+
+BUFFER_BYTES = 16 * 1024 * 1024
+DEFAULT_SHARD_BYTES = 5_000_000_000
+# The name lets StagingFolder.commit and checksums leave it out.
+_JOURNAL = ".shards.partial"
+
+Chunks = Callable[[memoryview], Iterator[memoryview]]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One tensor to write. ``chunks(buffer)`` yields its bytes in order; it may use ``buffer`` for them."""
+
+    name: str
+    dtype_name: str
+    shape: tuple[int, ...]
+    chunks: Chunks
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * DTYPES[self.dtype_name].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the checkpoint and its tensors in the order in which they are written."""
+
+    name: str
+    tensors: tuple[TensorSource, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the file, header included."""
+        return len(self.header()) + sum(tensor.n_bytes for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """Return the safetensors header, padded with blanks so that the data start at a multiple of 8."""
+        content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self.tensors:
+            content[tensor.name] = {
+                "dtype": tensor.dtype_name,
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.n_bytes],
+            }
+            offset += tensor.n_bytes
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """What is known of a finished shard: digests are ``"sha256:<hex>"``."""
+
+    header: str
+    digest: str
+    tensors: Mapping[str, str]
+
+
+def copied_tensor(root: Path, entry: TensorEntry, name: str) -> TensorSource:
+    """Take a tensor of a checkpoint over under another name, byte for byte.
+
+    Args:
+        root: Folder of the checkpoint.
+        entry: The tensor in it.
+        name: Its name in the checkpoint that is written.
+    """
+    path = root / entry.shard
+
+    def chunks(buffer: memoryview) -> Iterator[memoryview]:
+        left = entry.n_bytes
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                while left:
+                    count = file.readinto(buffer[: min(left, len(buffer))])
+                    if not count:
+                        msg = f"{path} ended inside tensor {entry.name}: it changed while it was read; copy it again"
+                        raise CheckpointError(msg)
+                    yield buffer[:count]
+                    left -= count
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            msg = f"tensor {entry.name} in {path} cannot be read ({error.strerror}); copy the shard again"
+            raise CheckpointError(msg) from error
+
+    return TensorSource(name, entry.dtype_name, entry.shape, chunks)
+
+
+def stored_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSource:
+    """Write a tensor that is in memory, cast to ``dtype`` (round to nearest even) one block of rows at a time."""
+    names = {known: name for name, known in DTYPES.items()}
+
+    def chunks(buffer: memoryview) -> Iterator[memoryview]:
+        flat = tensor.reshape(-1)
+        step = max(1, len(buffer) // max(dtype.itemsize, tensor.element_size()))
+        for start in range(0, flat.numel(), step):
+            block = flat[start : start + step].to(dtype).contiguous()
+            yield memoryview(block.view(torch.uint8).numpy())
+
+    return TensorSource(name, names[dtype], tuple(tensor.shape), chunks)
+
+
+def plan_shards(
+    tensors: Iterable[TensorSource], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> tuple[Shard, ...]:
+    """Divide tensors, in the given order, into shards of at most ``max_shard_bytes`` of data each.
+
+    A larger tensor gets a shard of its own. Within a shard wider dtypes come first, so that every tensor is
+    aligned to its element size, as in files written by safetensors.
+
+    Raises:
+        RequestError: If ``max_shard_bytes`` is not positive, or there is no tensor.
+    """
+    if max_shard_bytes < 1:
+        msg = f"max_shard_bytes is {max_shard_bytes}; give a positive number of bytes"
+        raise RequestError(msg)
+    groups: list[list[TensorSource]] = []
+    size = 0
+    for tensor in tensors:
+        if not groups or size + tensor.n_bytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.n_bytes
+    if not groups:
+        msg = "there is no tensor to write: a checkpoint needs at least one"
+        raise RequestError(msg)
+    total = len(groups)
+    names = (
+        [SINGLE_NAME]
+        if total == 1
+        else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    )
+    return tuple(
+        Shard(name, tuple(sorted(group, key=lambda tensor: -DTYPES[tensor.dtype_name].itemsize)))
+        for name, group in zip(names, groups, strict=True)
+    )
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Shard], *, progress: Progress | None = None
+) -> dict[str, WrittenShard]:
+    """Write a checkpoint's shards, and its index if there are several, into ``folder``.
+
+    Shards that an earlier, killed run finished are verified by digest and kept.
+
+    Returns:
+        For each shard file its digest and those of its tensors' bytes.
+
+    Raises:
+        BudgetError: If the disk has too little space for what is still to be written.
+        DiskFullError: If it is full all the same.
+        CheckpointError: If a source cannot be read.
+
+    Memory: ``BUFFER_BYTES`` (16 MiB) and the headers; one more buffer where a tensor in memory is cast.
+    """
+    progress = progress or SilentProgress()
+    journal = _Journal(folder)
+    done = {shard.name: found for shard in shards if (found := journal.verified(shard)) is not None}
+    left = [shard for shard in shards if shard.name not in done]
+    n_bytes = sum(shard.n_bytes for shard in left)
+    require_free_space(folder, n_bytes, "the checkpoint")
+    progress.start("writing the checkpoint", n_bytes, "B")
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    for shard in left:
+        journal.add(shard.name, _write_shard(folder / shard.name, shard, buffer, progress))
+    progress.finish()
+    if len(shards) > 1:
+        _write_index(folder / INDEX_NAME, shards)
+    return {shard.name: done.get(shard.name) or journal.entries[shard.name] for shard in shards}
+
+
+def _write_shard(path: Path, shard: Shard, buffer: memoryview, progress: Progress) -> WrittenShard:
+    partial = path.with_name(f".{path.name}.partial")
+    header = shard.header()
+    whole = hashlib.sha256(header)
+    digests: dict[str, str] = {}
+    with disk_errors(path, shard.n_bytes):
+        with partial.open("wb", buffering=0) as file:
+            _write_all(file, memoryview(header))
+            for tensor in shard.tensors:
+                digest = hashlib.sha256()
+                for chunk in tensor.chunks(buffer):
+                    _write_all(file, chunk)
+                    whole.update(chunk)
+                    digest.update(chunk)
+                    progress.advance(len(chunk))
+                digests[tensor.name] = format_digest(digest)
+        fsync_path(partial)
+        partial.replace(path)
+        fsync_folder(path.parent)
+    return WrittenShard(bytes_digest(header), format_digest(whole), digests)
+
+
+def _write_all(file: Any, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[file.write(chunk) :]
+
+
+def _write_index(path: Path, shards: Sequence[Shard]) -> None:
+    tensors = [(tensor, shard.name) for shard in shards for tensor in shard.tensors]
+    metadata = {
+        "total_parameters": sum(prod(tensor.shape) for tensor, _ in tensors),
+        "total_size": sum(tensor.n_bytes for tensor, _ in tensors),
+    }
+    weight_map = {tensor.name: name for tensor, name in tensors}
+    atomic_write_json(path, {"metadata": metadata, "weight_map": weight_map})
+
+
+class _Journal:
+    """The finished shards of a folder, written down after each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, WrittenShard] = {}
+        path = folder / _JOURNAL
+        if path.is_file():
+            try:
+                noted = read_json(path)
+                self.entries = {name: WrittenShard(**entry) for name, entry in noted.items()}
+            except (ArtifactError, TypeError, AttributeError):
+                # A journal that cannot be read costs writing the shards again, nothing else.
+                self.entries = {}
+
+    def verified(self, shard: Shard) -> WrittenShard | None:
+        """Return the entry of a shard that is there, planned the same way, and holds the noted bytes."""
+        entry = self.entries.get(shard.name)
+        path = self.folder / shard.name
+        if entry is None or entry.header != bytes_digest(shard.header()) or not path.is_file():
+            return None
+        return entry if file_digest(path) == entry.digest else None
+
+    def add(self, name: str, entry: WrittenShard) -> None:
+        self.entries[name] = entry
+        noted = {
+            name: {"header": item.header, "digest": item.digest, "tensors": dict(item.tensors)}
+            for name, item in self.entries.items()
+        }
+        atomic_write_json(self.folder / _JOURNAL, noted)

@@ -1,0 +1,45 @@
+"""From operators to a checkpoint: surgery on configurations, the recovered form, and reading it back.
+
+Importing this package imports neither torch nor transformers; its names do, when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ghoststream.recovery.registration import register_auto_classes as register
+
+if TYPE_CHECKING:
+    from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
+    from ghoststream.recovery.export import ExportReport, export_recovered
+    from ghoststream.recovery.ghosts import build_ghost
+    from ghoststream.recovery.provenance import RecoveredInfo, load_recovered
+
+__all__ = [
+    "ExportReport",
+    "RecoveredInfo",
+    "build_ghost",
+    "check_pruned_model",
+    "export_recovered",
+    "load_recovered",
+    "prune_config",
+    "register",
+]
+
+_PLACES = {
+    "ExportReport": "export",
+    "RecoveredInfo": "provenance",
+    "build_ghost": "ghosts",
+    "check_pruned_model": "config_surgery",
+    "export_recovered": "export",
+    "load_recovered": "provenance",
+    "prune_config": "config_surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

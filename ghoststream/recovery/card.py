@@ -1,0 +1,103 @@
+"""The README of a recovered checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ghoststream.files.json_data import pretty_json
+from ghoststream.operators import OperatorSet
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- ghoststream
+- layer-pruning
+---
+"""
+
+_RECOVERED = """
+Layers were removed from this model, and at each place where they were one operator, found in closed form, stands
+in for them (*Ghosted Layers*, arXiv 2605.15491). Nothing was trained.
+
+## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+`trust_remote_code=True` runs `modeling_ghosted.py` of this folder, which needs only torch and transformers. After
+`import ghoststream` it is not needed. The model has a type of its own, `{model_type}`, so that a program which does
+not know the operators refuses it instead of loading it without them.
+"""
+
+_PRUNED = """
+Layers were removed from this model; nothing stands in for them. It is an ordinary checkpoint of type
+`{model_type}` and loads like any other.
+"""
+
+_HIDDEN_STATES = """
+## `output_hidden_states`
+
+Entry `i` is what decoder layer `i - 1` returned, entry 0 the embeddings. At a boundary that is the state *before*
+the operator: the layer in the column "in front of layer" computes with the operator applied to that entry. The last
+entry is the output of the final norm.
+"""
+
+
+def model_card(
+    operators: OperatorSet, *, title: str, model_type: str, base: Mapping[str, Any], has_base_card: bool
+) -> str:
+    """Write the card: what was done to which model, with which residuals, and how to load it.
+
+    Args:
+        operators: The plan and its operators with their diagnostics.
+        title: What the base is called; not its folder, which says nothing elsewhere.
+        model_type: ``model_type`` of the written configuration.
+        base: Fingerprint of the base checkpoint.
+        has_base_card: Whether the base's own card lies beside as ``README.base.md``.
+    """
+    plan = operators.plan
+    is_recovered = bool(operators.operators)
+    text = _FRONT + f"\n# {title}, {plan.n_removed} of {plan.n_layers} layers removed\n"
+    text += (_RECOVERED if is_recovered else _PRUNED).format(model_type=model_type)
+    text += (
+        f"\n## What was removed\n\nLayers {plan} (0-based, half-open) of {plan.n_layers}; "
+        f"{len(plan.kept)} are left. Base checkpoint: `{base['digest']}`.\n"
+    )
+    text += "The base's own card is `README.base.md`.\n" if has_base_card else ""
+    if is_recovered:
+        text += f"\n## Operators: {operators.kind}\n\n{_operator_table(operators)}{_HIDDEN_STATES}"
+    if operators.warnings:
+        text += "\n## Warnings\n\n" + "".join(f"- {warning}\n" for warning in operators.warnings)
+    recipe = operators.metadata.get("recipe")
+    text += f"\n## Recipe\n\n```json\n{pretty_json(recipe)}```\n" if recipe else ""
+    text += "\nVersions, fingerprints and a digest of every tensor are in `ghoststream.json`.\n"
+    return text
+
+
+def _operator_table(operators: OperatorSet) -> str:
+    figures = sorted(
+        {
+            name
+            for operator in operators.operators
+            for name, value in operator.diagnostics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+    )
+    head = ["span", "in front of layer", "form", *(name.replace("_", " ") for name in figures)]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for operator in operators.operators:
+        layer = operators.plan.boundary_index(operator.span)
+        place = "final norm" if operator.span.stop == operators.plan.n_layers else str(layer)
+        values = [_figure(operator.diagnostics.get(name)) for name in figures]
+        lines.append("| " + " | ".join([str(operator.span), place, operator.form, *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}"

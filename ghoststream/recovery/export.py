@@ -1,0 +1,247 @@
+"""Writing the recovered checkpoint: surgery, a stream of tensors, and the files around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
+from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, Shard, plan_shards, write_shards
+from ghoststream.errors import UnsupportedModelError
+from ghoststream.files import (
+    StagingFolder,
+    atomic_write_bytes,
+    atomic_write_json,
+    bytes_digest,
+    json_digest,
+    write_sums,
+)
+from ghoststream.operators import OperatorSet
+from ghoststream.progress import Progress
+from ghoststream.recovery import modeling_ghosted
+from ghoststream.recovery.card import model_card
+from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
+from ghoststream.recovery.layout import (
+    LayerNames,
+    leaf_names,
+    operator_entries,
+    prevailing_dtype,
+    recovered_tensors,
+    require_operators_fit,
+)
+from ghoststream.recovery.provenance import PROVENANCE_NAME, describe_recovered
+from ghoststream.recovery.sidecars import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, copy_sidecars
+from ghoststream.streaming.skeleton import Skeleton
+
+_MODELING_FILE = Path(modeling_ghosted.__file__)
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export wrote. Bytes are those of the tensors."""
+
+    out: str
+    model_type: str
+    layers_before: int
+    layers_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    shards: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Everything that is decided before the first byte is written."""
+
+    skeleton: Skeleton
+    operators: OperatorSet
+    fingerprint: Mapping[str, Any]
+    names: LayerNames
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    origins: Mapping[str, str]
+
+
+def export_recovered(
+    model_root: Path,
+    operators: OperatorSet,
+    out: Path,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    operator_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a checkpoint without the removed layers and with the operators in their place.
+
+    With operators the checkpoint has a ``model_type`` of its own and carries its modelling file; without any it
+    is an ordinary checkpoint of the base's type. A killed export goes on when it is called again, and the files
+    are then the same. Nothing is at ``out`` until everything is there.
+
+    Args:
+        model_root: The base checkpoint's folder.
+        operators: The plan and its operators.
+        out: Folder to make.
+        max_shard_bytes: Largest number of tensor bytes in one shard.
+        operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if ``None``.
+        trust_remote_code: Passed to transformers; a base that really has code of its own is refused.
+        progress: Told the bytes written.
+
+    Raises:
+        UnsupportedModelError: If the architecture, or the plan for it, cannot be expressed.
+        PlanError: If the plan is for another number of layers.
+        MismatchError: If the operators are for another model, or ``out`` has unfinished work of another request.
+        OutputExistsError: If ``out`` is not empty.
+        CheckpointError: If the base is incomplete or damaged.
+        BudgetError: If the disk is too small.
+        DiskFullError: If it is full all the same.
+
+    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights.
+    """
+    skeleton = Skeleton(model_root, trust_remote_code=trust_remote_code)
+    _require_exportable(skeleton)
+    job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype)
+    request = {
+        "format": _FORMAT,
+        "base": job.fingerprint["digest"],
+        "operators": _operators_digest(operators),
+        "max_shard_bytes": max_shard_bytes,
+        "config": json_digest(job.config),
+    }
+    with StagingFolder(out, request=request) as staging:
+        written = write_shards(staging.path, job.shards, progress=progress)
+        digests = {name: digest for shard in written.values() for name, digest in shard.tensors.items()}
+        _write_files(job, staging.path, digests)
+        write_sums(staging.path)
+        staging.commit()
+    return _report(job, out)
+
+
+def _require_exportable(skeleton: Skeleton) -> None:
+    if str(skeleton.config.model_type).startswith(modeling_ghosted.TYPE_PREFIX):
+        msg = f"{skeleton.root} is a recovered checkpoint already; export from its base, with a plan for the base"
+        raise UnsupportedModelError(msg)
+    if not type(skeleton.model).__module__.startswith("transformers."):
+        msg = f"{skeleton.root} runs code of its own, which a recovered checkpoint cannot build on"
+        raise UnsupportedModelError(msg)
+
+
+def _prepare(
+    skeleton: Skeleton, operators: OperatorSet, max_shard_bytes: int, operator_dtype: torch.dtype | None
+) -> _Job:
+    fingerprint = checkpoint_fingerprint(skeleton.root, skeleton.index)
+    require_operators_fit(
+        operators,
+        n_layers=skeleton.n_layers,
+        hidden=skeleton.hidden_size,
+        digest=fingerprint["digest"],
+    )
+    names = LayerNames.find(
+        skeleton.keys.names,
+        layers_path=skeleton.family.layers_path,
+        final_norm_path=skeleton.family.final_norm_path,
+        base_prefix=skeleton.model.base_model_prefix,
+    )
+    tensors, origins = recovered_tensors(
+        skeleton.index,
+        skeleton.keys.names,
+        operators,
+        names,
+        operator_dtype or prevailing_dtype(skeleton.index),
+    )
+    config = _recovered_config(skeleton, operators, names)
+    return _Job(
+        skeleton, operators, fingerprint, names, config, plan_shards(tensors, max_shard_bytes), origins
+    )
+
+
+def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    base, model = skeleton.config, skeleton.model
+    data = prune_config(base, operators.plan)
+    with torch.device("meta"):
+        pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
+    check_pruned_model(model, pruned, skeleton.family.layers_path, operators.plan)
+    written = type(base)(**data).to_diff_dict()
+    data = {key: value for key, value in written.items() if key in data}
+    if not operators.operators:
+        return {**data, "architectures": [type(model).__name__]}
+    prefix = modeling_ghosted.PREFIX
+    classes = {"AutoConfig": base, "AutoModel": model.base_model, "AutoModelForCausalLM": model}
+    auto_map = {
+        auto: f"{_MODELING_FILE.stem}.{prefix}{type(item).__name__}" for auto, item in classes.items()
+    }
+    return {
+        **data,
+        "model_type": f"{modeling_ghosted.TYPE_PREFIX}{base.model_type}",
+        "architectures": [f"{prefix}{type(model).__name__}"],
+        "auto_map": auto_map,
+        "ghost_base_model_type": base.model_type,
+        "ghost_operators": operator_entries(operators, names),
+    }
+
+
+def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
+    root = job.skeleton.root
+    copy_sidecars(root, folder)
+    if job.operators.operators:
+        atomic_write_bytes(folder / _MODELING_FILE.name, _MODELING_FILE.read_bytes())
+    atomic_write_json(folder / CONFIG_NAME, job.config)
+    card = model_card(
+        job.operators,
+        title=str(job.skeleton.config.model_type),
+        model_type=str(job.config["model_type"]),
+        base=job.fingerprint,
+        has_base_card=(folder / BASE_CARD_NAME).is_file(),
+    )
+    atomic_write_bytes(folder / CARD_NAME, card.encode())
+    provenance = describe_recovered(
+        job.operators,
+        job.names,
+        base=job.fingerprint,
+        base_model_type=str(job.skeleton.config.model_type),
+        tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},
+        versions={name: metadata.version(name) for name in ("torch", "transformers")},
+    )
+    atomic_write_json(folder / PROVENANCE_NAME, provenance)
+
+
+def _operators_digest(operators: OperatorSet) -> str:
+    arrays = {
+        f"{operator.name}.{leaf}": bytes_digest(memoryview(np.ascontiguousarray(array)).cast("B"))
+        for operator in operators.operators
+        for leaf, array in leaf_names(operator).items()
+    }
+    boundaries = [operator.to_json() for operator in operators.boundaries]
+    return json_digest({"metadata": operators.metadata, "boundaries": boundaries, "arrays": arrays})
+
+
+def _report(job: _Job, out: Path) -> ExportReport:
+    index = job.skeleton.index
+    after = [tensor for shard in job.shards for tensor in shard.tensors]
+    return ExportReport(
+        out=str(out),
+        model_type=str(job.config["model_type"]),
+        layers_before=job.operators.plan.n_layers,
+        layers_after=len(job.operators.plan.kept),
+        parameters_before=sum(prod(entry.shape) for entry in index.tensors.values()),
+        parameters_after=sum(prod(tensor.shape) for tensor in after),
+        bytes_before=index.n_bytes,
+        bytes_after=sum(tensor.n_bytes for tensor in after),
+        shards=len(job.shards),
+    )

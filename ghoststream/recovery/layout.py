@@ -1,0 +1,169 @@
+"""Which tensors a recovered checkpoint holds, under which names, and where they come from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
+from ghoststream.errors import MismatchError, UnsupportedModelError
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.spans import PruningPlan, Span
+
+FEATURES = ("hidden",)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNames:
+    """How a checkpoint names its layers, which may or may not carry the prefix of the base model.
+
+    Attributes:
+        layers_path: Dotted path of the decoder layers in the ``...ForCausalLM`` class, ``transformer.h``.
+        final_norm_path: Dotted path of the norm after the last layer.
+        base_prefix: Attribute that holds the base model, ``transformer``.
+        dropped_prefix: What the checkpoint leaves out in front of these paths: ``""`` or ``"transformer."``.
+    """
+
+    layers_path: str
+    final_norm_path: str
+    base_prefix: str
+    dropped_prefix: str
+
+    @classmethod
+    def find(
+        cls, names: Mapping[str, str], *, layers_path: str, final_norm_path: str, base_prefix: str
+    ) -> LayerNames:
+        """Read the naming off the pairs of module tensor name and checkpoint tensor name."""
+        for name, source in names.items():
+            if name.startswith(f"{layers_path}.") and name.endswith(source):
+                return cls(layers_path, final_norm_path, base_prefix, name.removesuffix(source))
+        return cls(layers_path, final_norm_path, base_prefix, "")
+
+    def renumbered(self, source: str, plan: PruningPlan) -> str | None:
+        """Return the tensor's name after pruning; ``None`` if its layer is removed."""
+        path = re.escape(self.layers_path.removeprefix(self.dropped_prefix))
+        match = re.fullmatch(rf"({path}\.)(\d+)(\..+)", source)
+        if match is None:
+            return source
+        layer = int(match[2])
+        return f"{match[1]}{plan.kept.index(layer)}{match[3]}" if layer in plan.kept else None
+
+    def module(self, span: Span, plan: PruningPlan) -> str:
+        """Return the path, inside the base model, of the layer or norm in front of which ``span`` was."""
+        path = self.final_norm_path if span.stop == plan.n_layers else self._layer_path(span, plan)
+        return path.removeprefix(f"{self.base_prefix}.")
+
+    def tensor(self, span: Span, plan: PruningPlan, leaf: str) -> str:
+        """Return the checkpoint name of an operator's tensor, in the checkpoint's own way of naming."""
+        path = self.final_norm_path if span.stop == plan.n_layers else self._layer_path(span, plan)
+        return f"{path}.ghost.{leaf}".removeprefix(self.dropped_prefix)
+
+    def _layer_path(self, span: Span, plan: PruningPlan) -> str:
+        return f"{self.layers_path}.{plan.boundary_index(span)}"
+
+
+def leaf_names(operator: BoundaryOperator) -> dict[str, Any]:
+    """Return ``{parameter name inside GhostOperator: array}`` of an operator."""
+    if operator.form == "identity":
+        return {}
+    prefix = "linear." if operator.form == "linear" else ""
+    arrays = {f"{prefix}weight": operator.weight, f"{prefix}bias": operator.bias}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def operator_entries(operators: OperatorSet, names: LayerNames) -> list[dict[str, Any]]:
+    """Describe the operators that change something as ``config.ghost_operators`` does."""
+    return [operator_entry(operator, operators.plan, names) for operator in operators.operators]
+
+
+def operator_entry(operator: BoundaryOperator, plan: PruningPlan, names: LayerNames) -> dict[str, Any]:
+    """Describe one operator: its span in the base, and where it sits in the pruned model."""
+    return {
+        "span": [operator.span.start, operator.span.stop],
+        "layer": plan.boundary_index(operator.span),
+        "module": names.module(operator.span, plan),
+        "form": operator.form,
+        "features": operator.features,
+        "bias": operator.bias is not None,
+    }
+
+
+def require_operators_fit(operators: OperatorSet, *, n_layers: int, hidden: int, digest: str) -> None:
+    """Check that operators were made for this model and can be exported.
+
+    Raises:
+        PlanError: If the plan is for another number of layers.
+        MismatchError: If a width differs, or the operators name another checkpoint as their base.
+        UnsupportedModelError: If an operator reads features that a recovered checkpoint cannot compute.
+    """
+    operators.plan.require_fits(n_layers)
+    if operators.hidden != hidden:
+        msg = (
+            f"the operators are for hidden size {operators.hidden}, the model has {hidden}; "
+            "solve operators for this model"
+        )
+        raise MismatchError(msg)
+    for operator in operators.operators:
+        if operator.features not in FEATURES:
+            msg = (
+                f"the operator of span {operator.span} reads the features {operator.features!r}; "
+                f"a recovered checkpoint can hold operators on {', '.join(FEATURES)}"
+            )
+            raise UnsupportedModelError(msg)
+    base = (operators.metadata.get("base") or {}).get("digest")
+    if base is not None and base != digest:
+        msg = f"the operators were made for the checkpoint {base}, this one is {digest}; give the one they were made for"
+        raise MismatchError(msg)
+
+
+def prevailing_dtype(index: CheckpointIndex) -> torch.dtype:
+    """Return the floating dtype that most bytes of the checkpoint have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in index.tensors.values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] += entry.n_bytes
+    return sizes.most_common(1)[0][0]
+
+
+def recovered_tensors(
+    index: CheckpointIndex,
+    used: Mapping[str, str],
+    operators: OperatorSet,
+    names: LayerNames,
+    dtype: torch.dtype,
+) -> tuple[list[TensorSource], dict[str, str]]:
+    """List what to write: the surviving tensors in the order in which they lie on disk, then the operators.
+
+    Args:
+        index: The base checkpoint.
+        used: Module tensor name to checkpoint tensor name; tensors that no module uses are left out.
+        operators: The plan and its operators.
+        names: How the checkpoint names its layers.
+        dtype: Dtype in which operators are written.
+
+    Returns:
+        The tensors, and for each copied one the name it has in the base.
+    """
+    wanted = set(used.values())
+    tensors: list[TensorSource] = []
+    origins: dict[str, str] = {}
+    for entry in sorted(index.tensors.values(), key=_place):
+        name = names.renumbered(entry.name, operators.plan) if entry.name in wanted else None
+        if name is not None:
+            tensors.append(copied_tensor(index.root, entry, name))
+            origins[name] = entry.name
+    for operator in operators.operators:
+        for leaf, array in leaf_names(operator).items():
+            name = names.tensor(operator.span, operators.plan, leaf)
+            tensors.append(stored_tensor(name, torch.from_numpy(array), dtype))
+    return tensors, origins
+
+
+def _place(entry: TensorEntry) -> tuple[str, int]:
+    return entry.shard, entry.offset

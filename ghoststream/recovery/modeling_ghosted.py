@@ -1,0 +1,193 @@
+"""Recovered models: a pruned transformers model with one linear operator at each pruning boundary.
+
+This file needs torch and transformers only; it is copied into every recovered checkpoint. It serves every
+architecture: ``Ghosted<Name>`` is made on demand from the transformers class ``<Name>``, for example
+``GhostedLlamaConfig``, ``GhostedLlamaModel`` and ``GhostedLlamaForCausalLM``.
+
+``config.ghost_operators`` lists the operators, one for each removed span of the original model::
+
+    {"span": [13, 19], "layer": 13, "module": "layers.13", "form": "linear", "features": "hidden", "bias": false}
+
+``span`` is 0-based and half-open in the numbering of the original model. ``layer`` is the decoder layer of this
+model whose input the operator changes; it equals the number of layers where the operator changes the input of the
+final norm. ``module`` is the path of that layer or norm inside the base model; its operator is the submodule
+``ghost`` of it.
+
+``output_hidden_states``: entry ``i`` is what decoder layer ``i - 1`` returned (entry 0: the embeddings). At a
+boundary that is the state *before* the operator: ``hidden_states[layer]`` is the operator's input, and
+``base_model.get_submodule(module).ghost(hidden_states[layer])`` is what the layer computes with. The last entry is,
+as in the original architectures, the output of the final norm; an operator in front of the final norm has acted on
+it, and its own input is then not among the entries.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+PREFIX = "Ghosted"
+TYPE_PREFIX = "ghosted_"
+# Ends of class names, the longer ones first, and the auto class that loads them.
+_AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "Model": "AutoModel",
+}
+
+
+class GhostOperator(nn.Module):
+    """The map at a boundary: ``y = x + x W^T (+ b)`` (form ``linear``) or ``y = x + x * w`` (form ``diagonal``).
+
+    All parameters start at zero, which makes the map the identity. Input and output have shape ``(..., width)``.
+
+    Args:
+        width: Hidden size of the model.
+        form: ``"linear"`` (``linear.weight`` of shape ``(width, width)``) or ``"diagonal"`` (``weight``, ``(width,)``).
+        features: What the map reads; only ``"hidden"``, the hidden state itself.
+        bias: Whether a constant is added (``linear.bias`` or ``bias``, shape ``(width,)``).
+
+    Raises:
+        ValueError: If the form or the features are unknown to this file.
+    """
+
+    def __init__(
+        self, width: int, form: str = "linear", features: str = "hidden", bias: bool = False
+    ) -> None:
+        super().__init__()
+        if form not in ("linear", "diagonal") or features != "hidden":
+            msg = f"operator of form {form!r} with features {features!r} is unknown to this modelling file"
+            raise ValueError(msg)
+        self.form = form
+        if form == "linear":
+            # Exactly nn.Linear, as tools that adapt or quantise models look for it; marked for _reset_if_ghost.
+            linear: Any = nn.Linear(width, width, bias=bias)
+            linear.is_ghost = True
+            self.linear = linear
+        else:
+            self.weight = nn.Parameter(torch.empty(width))
+            self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the map."""
+        if self.form == "linear":
+            change: torch.Tensor = self.linear(hidden_states)
+        else:
+            change = hidden_states * self.weight
+            change = change if self.bias is None else change + self.bias
+        return hidden_states + change
+
+
+@functools.cache
+def _with_ghost(base: Any) -> Any:
+    """Subclass a layer's or norm's class so that its ``ghost`` acts on its first argument."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, self.ghost(hidden_states), *args, **kwargs)
+
+    return type(f"{PREFIX}{base.__name__}", (base,), {"forward": forward, "__module__": __name__})
+
+
+class GhostedMixin(nn.Module):
+    """What recovered models add to the transformers class of their architecture."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        operators = getattr(config, "ghost_operators", None) or ()
+        switched = {self._insert(config, operator).__name__ for operator in operators}
+        for module in self.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                self._adopt(module, switched)
+
+    def _insert(self, config: Any, operator: dict[str, Any]) -> Any:
+        base: Any = self.base_model
+        module: Any = base.get_submodule(operator["module"])
+        # Under from_pretrained the model is built in the checkpoint's dtype and on the meta device; both
+        # come from torch's defaults, as for every other parameter.
+        module.ghost = GhostOperator(
+            config.hidden_size, operator["form"], operator["features"], bias=operator["bias"]
+        )
+        # Not a wrapper around the module: its tensor names, its class for isinstance, and hooks stay as they are.
+        switched: Any = module.__class__
+        module.__class__ = _with_ghost(switched)
+        return module.__class__
+
+    def _adopt(self, model: Any, switched: set[str]) -> None:
+        # The submodel that owns the layers is of the original class: it must neither give an operator random
+        # values nor let a device map split a switched layer.
+        model._no_split_modules = {*(model._no_split_modules or ()), *switched}
+        if model is not self:
+            model._init_weights = types.MethodType(_init_inner_weights, model)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not _reset_if_ghost(module):
+            parent: Any = super()
+            parent._init_weights(module)
+
+
+def _init_inner_weights(model: Any, module: nn.Module) -> None:
+    if not _reset_if_ghost(module):
+        type(model)._init_weights(model, module)
+
+
+def _reset_if_ghost(module: nn.Module) -> bool:
+    """Zero an operator's own parameters; transformers guards ``nn.init`` so that loaded ones are left alone."""
+    is_ghost = isinstance(module, GhostOperator) or getattr(module, "is_ghost", False)
+    if is_ghost:
+        for parameter in module.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+    return is_ghost
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``Ghosted<Name>`` from the transformers class ``<Name>``."""
+    base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    kinds = base.__mro__ if isinstance(base, type) else ()
+    if transformers.PreTrainedConfig in kinds:
+        made = _config_class(name, base)
+    elif transformers.PreTrainedModel in kinds:
+        made = _model_class(name, base)
+    else:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return globals().setdefault(name, made)
+
+
+def _config_class(name: str, base: Any) -> Any:
+    members = {
+        "model_type": f"{TYPE_PREFIX}{base.model_type}",
+        "_auto_class": "AutoConfig",
+        "__module__": __name__,
+    }
+    return type(name, (base,), members)
+
+
+def _model_class(name: str, base: Any) -> Any:
+    config_name = f"{PREFIX}{base.config_class.__name__}"
+    config = globals().get(config_name) or __getattr__(config_name)
+    auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
+    members = {"config_class": config, "_auto_class": auto_class, "__module__": __name__}
+    _share_conversions(base.__name__, name)
+    _share_conversions(base.config_class.model_type, config.model_type)
+    # Named again among the bases because transformers looks for it there, and nowhere else, in custom code.
+    generation = (transformers.GenerationMixin,) if base.can_generate() else ()
+    return type(name, (GhostedMixin, base, *generation), members)
+
+
+def _share_conversions(source: str, target: str) -> None:
+    """Let a recovered checkpoint keep the tensor names of its base, which transformers renames on load."""
+    try:
+        from transformers import conversion_mapping as conversions
+
+        mapping = conversions.get_checkpoint_conversion_mapping(source)
+    except (ImportError, AttributeError):
+        return
+    if mapping is not None:
+        conversions.register_checkpoint_conversion_mapping(target, mapping, overwrite=True)

@@ -1,0 +1,131 @@
+"""``ghoststream.json``: where a recovered checkpoint comes from, and the way back to its operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.reader import TensorReader
+from ghoststream.errors import ArtifactError, PlanError
+from ghoststream.files import read_json
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
+from ghoststream.spans import PruningPlan, Span
+
+PROVENANCE_NAME = "ghoststream.json"
+_KIND = "recovered checkpoint"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredInfo:
+    """What a recovered folder knows of its making.
+
+    Attributes:
+        folder: The recovered checkpoint.
+        plan: Which layers of the base were removed.
+        base: Fingerprint of the base checkpoint, as ``checkpoint_fingerprint`` returns it.
+        base_model_type: The base's ``model_type``.
+        operators: The operators as they are in the checkpoint (rounded to its dtype, here in float32).
+        tensors: For every tensor its digest and, if it was copied, its name in the base.
+    """
+
+    folder: Path
+    plan: PruningPlan
+    base: Mapping[str, Any]
+    base_model_type: str
+    operators: OperatorSet
+    tensors: Mapping[str, Mapping[str, str | None]]
+
+
+def describe_recovered(
+    operators: OperatorSet,
+    names: LayerNames,
+    *,
+    base: Mapping[str, Any],
+    base_model_type: str,
+    tensors: Mapping[str, Mapping[str, str | None]],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the content of ``ghoststream.json``."""
+    boundaries = [
+        {
+            **operator_entry(operator, operators.plan, names),
+            "tensors": {
+                leaf: names.tensor(operator.span, operators.plan, leaf) for leaf in leaf_names(operator)
+            },
+            "diagnostics": dict(operator.diagnostics),
+        }
+        for operator in operators.boundaries
+    ]
+    return {
+        "artifact": _KIND,
+        "version": _VERSION,
+        "versions": dict(versions),
+        "plan": operators.plan.to_json(),
+        "base": dict(base),
+        "base_model_type": base_model_type,
+        "operators": {
+            "kind": operators.kind,
+            "hidden": operators.hidden,
+            "metadata": dict(operators.metadata),
+            "boundaries": boundaries,
+        },
+        "tensors": {name: dict(entry) for name, entry in tensors.items()},
+    }
+
+
+def load_recovered(folder: Path) -> RecoveredInfo | None:
+    """Read a recovered folder's provenance and operators; ``None`` if it is not a recovered folder.
+
+    Raises:
+        ArtifactError: If ``ghoststream.json`` is damaged or of a newer version.
+        CheckpointError: If an operator's tensor is missing or damaged.
+
+    Memory: The operators in float32.
+    """
+    path = folder / PROVENANCE_NAME
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    if not isinstance(data, Mapping) or data.get("artifact") != _KIND or data.get("version") != _VERSION:
+        msg = (
+            f"{path} is not the provenance of a recovered checkpoint in format {_VERSION}; "
+            "export the checkpoint again, or use the ghoststream that wrote it"
+        )
+        raise ArtifactError(msg)
+    try:
+        plan = PruningPlan.from_json(data["plan"])
+        with TensorReader(CheckpointIndex.open(folder)) as reader:
+            boundaries = tuple(_read_boundary(reader, entry) for entry in data["operators"]["boundaries"])
+        operators = OperatorSet(
+            plan=plan,
+            kind=data["operators"]["kind"],
+            boundaries=boundaries,
+            hidden=int(data["operators"]["hidden"]),
+            metadata=dict(data["operators"]["metadata"]),
+        )
+        return RecoveredInfo(folder, plan, data["base"], data["base_model_type"], operators, data["tensors"])
+    except (KeyError, TypeError, PlanError) as error:
+        msg = f"{path} is damaged ({type(error).__name__}: {error}); export the checkpoint again"
+        raise ArtifactError(msg) from error
+
+
+def _read_boundary(reader: TensorReader, entry: Mapping[str, Any]) -> BoundaryOperator:
+    # The identity has no arrays; leaving them out gives BoundaryOperator's own defaults.
+    arrays: dict[str, Any] = {
+        leaf.removeprefix("linear."): reader.read(name, torch.float32).numpy()
+        for leaf, name in entry["tensors"].items()
+    }
+    return BoundaryOperator(
+        span=Span(*entry["span"]),
+        form=entry["form"],
+        features=entry["features"],
+        diagnostics=dict(entry["diagnostics"]),
+        **arrays,
+    )

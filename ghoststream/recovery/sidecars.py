@@ -1,0 +1,71 @@
+"""The small files around the weights: tokenizer, templates, generation settings, licence, the base's card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ghoststream.files import SUMS_NAME, disk_errors
+from ghoststream.recovery.provenance import PROVENANCE_NAME
+
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+BASE_CARD_NAME = "README.base.md"
+# Weights in any format, and what this export writes itself.
+_NOT_COPIED_SUFFIXES = frozenset(
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".ot",
+        ".tflite",
+        ".npz",
+        ".py",
+    ]
+)
+_NOT_COPIED_NAMES = frozenset({CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, SUMS_NAME})
+_COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
+
+
+def copy_sidecars(root: Path, folder: Path) -> None:
+    """Copy what a checkpoint folder holds besides weights, configuration and hidden files.
+
+    Weights in any format, code and the weight index stay behind; the card becomes ``README.base.md``.
+
+    Raises:
+        DiskFullError: If no space is left.
+    """
+    for path in sorted(root.iterdir()):
+        if path.is_file() and _is_copied(path):
+            _copy(path, folder / path.name)
+    if (root / CARD_NAME).is_file():
+        _copy(root / CARD_NAME, folder / BASE_CARD_NAME)
+    for name in _COPIED_FOLDERS:
+        for path in sorted((root / name).rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                _copy(path, folder / path.relative_to(root))
+
+
+def _is_copied(path: Path) -> bool:
+    name = path.name
+    return not (
+        name.startswith(".")
+        or name in _NOT_COPIED_NAMES
+        or name.endswith(".index.json")
+        or path.suffix in _NOT_COPIED_SUFFIXES
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    with disk_errors(target, source.stat().st_size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial)
+        partial.replace(target)

@@ -4,6 +4,8 @@ Layer-major means: for each layer, load it once, run every batch of every lane t
 above hand in boundary maps and observers; the executor knows neither statistics nor operators.
 """
 
+from __future__ import annotations
+
 from ghoststream.streaming.batches import Batch, make_batches
 from ghoststream.streaming.executor import PassOptions, StreamedPass
 from ghoststream.streaming.lanes import BoundaryMap, Lane, LogitsObserver, Observer

@@ -7,7 +7,7 @@ model's own code, so that embeddings, masks, positions, scalings and soft-caps n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,8 @@ class ModelCalls:
 
         device = self.skeleton.device
         mask = None if batch.mask is None else batch.mask.to(device)
-        with _replaced(self.skeleton.layers, record):
-            try:
-                self.skeleton.decoder(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False)
-            except _RecordedError:
-                pass
+        with _replaced(self.skeleton.layers, record), suppress(_RecordedError):
+            self.skeleton.decoder(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False)
         self._recorded[_kind(batch)] = tuple(calls)
         return first[0]
 

@@ -116,7 +116,9 @@ class Skeleton:
         weights = {
             name: self.reader.read(source, self._dtypes[name])
             for name, source in self.keys.names.items()
-            if not name.startswith((f"{self.family.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}."))
+            if not name.startswith(
+                (f"{self.family.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}.")
+            )
         }
         assign_weights(self.model, weights, self.device)
         embedding = self.model.get_input_embeddings()
@@ -156,7 +158,9 @@ class Skeleton:
 
     def _read(self, prefix: str) -> Weights:
         names = self.keys.under(prefix)
-        return self.reader.read_many((key, source, self._dtypes[f"{prefix}.{key}"]) for key, source in names.items())
+        return self.reader.read_many(
+            (key, source, self._dtypes[f"{prefix}.{key}"]) for key, source in names.items()
+        )
 
     def _part_bytes(self, names: Mapping[str, str]) -> int:
         elements = (torch.Size(self.index.tensors[source].shape).numel() for source in names.values())
@@ -229,7 +233,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _module_path(model: nn.Module, module: nn.Module | None) -> str:
     for name, candidate in model.named_modules():
         if candidate is module:
-            return name
+            return str(name)
     msg = f"{type(model).__name__} has no token embedding or output head of its own"
     raise UnsupportedModelError(msg)
 

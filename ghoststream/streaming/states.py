@@ -56,13 +56,15 @@ class FileStates:
     Memory: one batch. Disk: ``S * T * C`` elements, given back on close and when the process ends in any way.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, sequence_shape: tuple[int, int], n_sequences: int) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, sequence_shape: tuple[int, int], n_sequences: int
+    ) -> None:
         self._dtype = dtype
         self._shape = sequence_shape
         self._sequence_bytes = sequence_shape[0] * sequence_shape[1] * dtype.itemsize
         require_free_space(folder, self._sequence_bytes * n_sequences, "hidden states between layers")
         self._path = folder
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until close()
 
     def get(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch, shape ``(n, T, C)``."""

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.streaming import Batch, Lane, PassOptions, Skeleton, StatesFactory, StreamedPass, make_batches
+from ghoststream.streaming import (
+    Batch,
+    Lane,
+    PassOptions,
+    Skeleton,
+    StatesFactory,
+    StreamedPass,
+    make_batches,
+)
 from ghoststream.testing.models import TINY_CONFIGS, save_tiny
 
 N_LAYERS = 6
@@ -52,11 +60,15 @@ def _layers(model: torch.nn.Module, skeleton: Skeleton) -> torch.nn.ModuleList:
     return layers
 
 
-def _resident_inputs(model: torch.nn.Module, skeleton: Skeleton, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _resident_inputs(
+    model: torch.nn.Module, skeleton: Skeleton, batch: Batch
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """What enters every layer and the final norm, and the logits, of an ordinary forward."""
     seen: list[torch.Tensor] = []
 
-    def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+    def hook(
+        _module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
+    ) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).clone())
 
     modules = [*_layers(model, skeleton), model.get_submodule(skeleton.family.final_norm_path)]
@@ -86,7 +98,9 @@ def _stream(skeleton: Skeleton, batches: tuple[Batch, ...], lanes: list[Lane], o
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
-def test_hidden_states_and_logits_equal_the_resident_models(family: str, padded: bool, tmp_path: Path) -> None:
+def test_hidden_states_and_logits_equal_the_resident_models(
+    family: str, padded: bool, tmp_path: Path
+) -> None:
     folder = save_tiny(family, tmp_path / "model")
     skeleton = Skeleton(folder)
     batches = make_batches(*_tokens(padded=padded), micro_batch=2)
@@ -167,7 +181,10 @@ def test_weights_are_read_once_whatever_the_number_of_lanes(tmp_path: Path) -> N
     counts = []
     for n_lanes in (1, 4):
         skeleton = Skeleton(folder)
-        lanes = [Lane(str(i), PruningPlan.parse(N_LAYERS, "2:4" if i else ""), logits=Recorder()) for i in range(n_lanes)]
+        lanes = [
+            Lane(str(i), PruningPlan.parse(N_LAYERS, "2:4" if i else ""), logits=Recorder())
+            for i in range(n_lanes)
+        ]
         _stream(skeleton, batches, lanes, PassOptions(logit_tokens=None))
         counts.append(skeleton.reader.bytes_read)
     embedding = skeleton.index.tensors["model.embed_tokens.weight"].n_bytes
@@ -198,7 +215,12 @@ def test_states_in_scratch_files_change_no_bit(tmp_path: Path) -> None:
             Lane("cut", PruningPlan.parse(N_LAYERS, "2:4"), logits=recorder),
         ]
         factory = StatesFactory(
-            batches, skeleton.hidden_size, skeleton.dtype, device=skeleton.device, budget_bytes=budget, scratch=tmp_path
+            batches,
+            skeleton.hidden_size,
+            skeleton.dtype,
+            device=skeleton.device,
+            budget_bytes=budget,
+            scratch=tmp_path,
         )
         StreamedPass(skeleton, batches, lanes, factory, PassOptions(logit_tokens=None)).run()
         results.append(recorder)
@@ -252,6 +274,16 @@ def test_logits_in_chunks_of_tokens_agree_with_whole_logits(tmp_path: Path) -> N
 
     chunked, whole = Chunks(), Recorder()
     chunked.parts = []
-    _stream(Skeleton(folder), batches, [Lane("a", PruningPlan(N_LAYERS), logits=chunked)], PassOptions(logit_tokens=7))
-    _stream(Skeleton(folder), batches, [Lane("a", PruningPlan(N_LAYERS), logits=whole)], PassOptions(logit_tokens=None))
+    _stream(
+        Skeleton(folder),
+        batches,
+        [Lane("a", PruningPlan(N_LAYERS), logits=chunked)],
+        PassOptions(logit_tokens=7),
+    )
+    _stream(
+        Skeleton(folder),
+        batches,
+        [Lane("a", PruningPlan(N_LAYERS), logits=whole)],
+        PassOptions(logit_tokens=None),
+    )
     torch.testing.assert_close(torch.cat(chunked.parts), whole.logits[0], rtol=1e-5, atol=1e-5)

@@ -35,11 +35,12 @@ def _feed(ids: np.ndarray, mask: np.ndarray, logits: torch.Tensor, *, micro: int
 @pytest.mark.parametrize("chunk", [1, 4, 9, 100])
 def test_loss_equals_the_loop_over_tokens(chunk: int) -> None:
     ids, mask, logits = _data(padded=True)
-    expected = []
-    for row in range(4):
-        for t in range(8):
-            if mask[row, t + 1]:
-                expected.append(float(-torch.log_softmax(logits[row, t], 0)[ids[row, t + 1]]))
+    expected = [
+        float(-torch.log_softmax(logits[row, t], 0)[ids[row, t + 1]])
+        for row in range(4)
+        for t in range(8)
+        if mask[row, t + 1]
+    ]
     summary = _feed(ids, mask, logits, micro=3, chunk=chunk)
     assert summary.tokens == len(expected)
     assert summary.loss == pytest.approx(np.mean(expected), rel=1e-6)

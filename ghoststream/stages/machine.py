@@ -1,0 +1,138 @@
+"""What this machine has and how fast it is: free memory and disk, disk reads, matrix products."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_BLOCK_BYTES = 8 * 1024 * 1024
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Measured speeds: ``disk`` in bytes a second, ``compute`` and ``float64`` in FLOP a second."""
+
+    disk: float
+    compute: float
+    float64: float
+
+
+def free_host_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
+    """Return the bytes that this process may still take: free memory of the machine, or less in a container.
+
+    ``None`` where the system does not tell.
+    """
+    limits = [_meminfo_available(meminfo), _cgroup_free(cgroup)]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _meminfo_available(meminfo: Path) -> int | None:
+    try:
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _cgroup_free(cgroup: Path) -> int | None:
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        # Pages of files count as used but are given back on demand.
+        stat = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = sum(
+            int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file "))
+        )
+        return None if limit == "max" else max(0, int(limit) - used + cached)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def free_device_memory(device: torch.device) -> int | None:
+    """Return the free bytes of an accelerator; ``None`` for the CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def free_disk(path: Path) -> int:
+    """Return the bytes free where ``path`` is or would be created."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def measure_rates(
+    files: Sequence[Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    max_bytes: int = 256 * 1024 * 1024,
+    seconds: float = 0.5,
+) -> Rates:
+    """Measure this machine for at most about ``4 * seconds``.
+
+    Args:
+        files: Files to read from, the checkpoint's shards; at most ``max_bytes`` are read.
+        dtype: Type of the matrix products that stand for the layers.
+        device: Where these run.
+        max_bytes: Bytes to read at most.
+        seconds: How long each product is repeated; reading stops after twice this.
+
+    Memory: 8 MiB and three matrices of 1024 x 1024.
+    """
+    return Rates(
+        disk=_read_rate(files, max_bytes, 2 * seconds),
+        compute=_product_rate(dtype, device, seconds),
+        float64=_product_rate(torch.float64, torch.device("cpu"), seconds),
+    )
+
+
+def _read_rate(files: Sequence[Path], max_bytes: int, seconds: float) -> float:
+    buffer = bytearray(_BLOCK_BYTES)
+    done, begun = 0, time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                # Ask for the disk's speed rather than the page cache's; the system may ignore it.
+                os.posix_fadvise(file.fileno(), 0, max_bytes, os.POSIX_FADV_DONTNEED)
+            while done < max_bytes and time.perf_counter() - begun < seconds:
+                read = file.readinto(buffer)
+                if not read:
+                    break
+                done += read
+    return done / max(time.perf_counter() - begun, 1e-9)
+
+
+def _product_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
+    size = 1024
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right, out = torch.ones_like(left), torch.empty_like(left)
+    torch.mm(left, right, out=out)
+    _wait(device)
+    done, begun = 0, time.perf_counter()
+    while True:
+        torch.mm(left, right, out=out)
+        _wait(device)
+        done += 1
+        elapsed = time.perf_counter() - begun
+        if elapsed >= seconds:
+            return done * 2.0 * size**3 / elapsed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,178 @@
+"""What a recovery run would need, from headers and a second of measurement: nothing is loaded.
+
+``U`` is the unit of memory: the largest of one decoder layer, the embedding and the head. ``L`` layers, hidden
+size ``C``, MLP width ``I``, ``S`` sequences of ``T`` tokens, micro-batch ``B``, ``b`` bytes an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststream.errors import PlanError
+from ghoststream.stages.costs import (
+    ModelSizes,
+    Need,
+    Request,
+    StageCost,
+    all_needs,
+    describe_problem,
+    stage_costs,
+)
+from ghoststream.stages.machine import Rates, measure_rates
+from ghoststream.stages.session import ModelOptions, ModelSession, default_micro_batch
+from ghoststream.streaming import Skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """The balance of a run: sizes, needs against what is free, work of each stage."""
+
+    model: ModelSizes
+    request: Request
+    needs: Mapping[str, Need]
+    stages: tuple[StageCost, ...]
+    rates: Rates | None
+
+    @property
+    def n_remove(self) -> int:
+        """How many layers are to be removed."""
+        return self.request.n_remove
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not fit, one sentence each, with what to do."""
+        return tuple(describe_problem(name, need) for name, need in self.needs.items() if not need.fits)
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of all stages; ``None`` if nothing was measured."""
+        times = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(times) if len(times) == len(self.stages) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data; bytes, seconds, FLOPs."""
+        return {
+            "model": {**asdict(self.model), "root": str(self.model.root)},
+            "request": asdict(self.request),
+            "needs": {name: {**asdict(need), "fits": need.fits} for name, need in self.needs.items()},
+            "stages": [asdict(stage) for stage in self.stages],
+            "rates": None if self.rates is None else asdict(self.rates),
+            "seconds": self.seconds,
+            "problems": list(self.problems),
+            "fits": not self.problems,
+        }
+
+
+def plan_run(
+    model: str | Path,
+    *,
+    n_remove: int,
+    sequences: int = 128,
+    length: int = 512,
+    operator: str = "ghost",
+    layers: tuple[int, ...] | None = None,
+    dtype: str | None = None,
+    store_dtype: str | None = None,
+    attention: str | None = None,
+    micro_batch: int | None = None,
+    host_memory: int | None = None,
+    store: str | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    measure: bool = True,
+) -> RunPlan:
+    """Work out what recovering a model takes, and whether it fits this machine.
+
+    Args:
+        model: Local checkpoint folder, or a hub id (which is downloaded).
+        n_remove: How many layers are to go.
+        sequences: Windows of calibration text, S.
+        length: Tokens of a window, T.
+        operator: What is fitted: ``ghost``, ``linear-patch-diagonal`` or ``none``.
+        layers: Positions whose hidden states are stored; ``None`` is all of ``0..L``.
+        dtype: Compute dtype; ``None`` is the checkpoint's.
+        store_dtype: Dtype of the store; ``None`` is the compute dtype.
+        attention: Attention implementation, as for the run.
+        micro_batch: Sequences computed at once, B.
+        host_memory: Bytes of hidden states kept in memory between layers; more goes to a scratch file.
+        store: Where the store would go; its disk is checked if it is a local path.
+        out: Where the export would go; the working directory's disk is checked if ``None``.
+        device: Where the layers would run.
+        revision: Revision of a hub model.
+        trust_remote_code: As for the run.
+        measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds.
+
+    Returns:
+        The plan. What does not fit is in its ``problems``, not an error.
+
+    Raises:
+        PlanError: If the model has not enough layers.
+        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture.
+
+    Memory: headers of the checkpoint and three matrices of 8 MiB.
+    """
+    session = ModelSession(model, ModelOptions(dtype, attention, revision, trust_remote_code, device))
+    skeleton = session.skeleton
+    sizes = _model_sizes(skeleton)
+    _require_layers(sizes, n_remove, layers)
+    request = Request(
+        n_remove=n_remove,
+        sequences=sequences,
+        length=length,
+        micro_batch=min(micro_batch or default_micro_batch(length), sequences),
+        operator=operator,
+        host_memory=host_memory,
+        store_dtype=store_dtype or sizes.dtype,
+        n_stored=sizes.n_layers + 1 if layers is None else len(layers),
+    )
+    store_path = None if store is not None and "://" in store else Path(store or ".")
+    needs = all_needs(sizes, request, session.device, store_path, out or Path())
+    shards = [skeleton.root / shard for shard in skeleton.index.shards]
+    rates = measure_rates(shards, skeleton.dtype, session.device) if measure else None
+    return RunPlan(sizes, request, needs, stage_costs(sizes, request, rates), rates)
+
+
+def _require_layers(sizes: ModelSizes, n_remove: int, layers: tuple[int, ...] | None) -> None:
+    if not 0 < n_remove < sizes.n_layers:
+        msg = f"cannot remove {n_remove} of the {sizes.n_layers} layers of {sizes.root}; at least one must survive"
+        raise PlanError(msg)
+    if layers is not None and max(layers) > sizes.n_layers:
+        msg = f"there is no hidden state h[{max(layers)}]: {sizes.root} has h[0] to h[{sizes.n_layers}]"
+        raise PlanError(msg)
+
+
+def _model_sizes(skeleton: Skeleton) -> ModelSizes:
+    itemsize = skeleton.dtype.itemsize
+    tensors, model = skeleton.index.tensors, skeleton.model
+    layers = [skeleton.keys.under(f"{skeleton.family.layers_path}.{i}") for i in range(skeleton.n_layers)]
+    largest = max(range(skeleton.n_layers), key=skeleton.layer_bytes)
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    sources = {
+        part: skeleton.keys.names[f"{name}.weight"]
+        for part, module in ends.items()
+        for name, candidate in model.named_modules()
+        if candidate is module
+    }
+    config = skeleton.config
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
+    return ModelSizes(
+        root=skeleton.root,
+        model_type=str(skeleton.config.model_type),
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        n_layers=skeleton.n_layers,
+        hidden=skeleton.hidden_size,
+        intermediate=int(next(filter(None, widths), 4 * skeleton.hidden_size)),
+        layer_bytes=skeleton.layer_bytes(largest),
+        layer_elements=skeleton.layer_bytes(largest) // itemsize,
+        stored_layer_bytes=sum(tensors[source].n_bytes for source in layers[largest].values()),
+        embedding_bytes=ends["embedding"].weight.numel() * itemsize,
+        head_bytes=ends["head"].weight.numel() * itemsize,
+        tied=sources["head"] == sources["embedding"],
+        unit_bytes=skeleton.unit_bytes,
+        checkpoint_bytes=skeleton.index.n_bytes,
+    )

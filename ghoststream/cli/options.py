@@ -1,0 +1,268 @@
+"""Options that several commands share, each defined once so that it has one name and one meaning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Decorator = Callable[[_Command], _Command]
+
+_DEBUG_KEY = "ghoststream.debug"
+
+SPEC_HELP = (
+    "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], "
+    "wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
+)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ExampleCommand(click.Command):
+    """A command whose help ends with an example, kept as it was written.
+
+    Args:
+        *args: What ``click.Command`` takes.
+        example: One command line; ``; `` separates several.
+        **kwargs: What ``click.Command`` takes.
+    """
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example; long ones are continued with backslashes, so that they can be copied."""
+        del ctx
+        with formatter.section("Example"):
+            for line in self.example.split("; "):
+                formatter.write(_continued(line, formatter.width))
+
+
+def _continued(line: str, width: int) -> str:
+    rows = [""]
+    for word in line.split(" "):
+        if rows[-1].strip() and len(rows[-1]) + len(word) > width - 6:
+            rows.append("   ")
+        rows[-1] = f"{rows[-1]} {word}" if rows[-1] else word
+    return " \\\n".join(f"  {row}" for row in rows) + "\n"
+
+
+class IndexList(click.ParamType[tuple[int, ...]]):
+    """Numbers such as ``0,10:20,30``; ``A:B`` is half-open like every span."""
+
+    name = "LIST"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the numbers, ascending and without repetition."""
+        if isinstance(value, tuple):
+            return value
+        numbers: set[int] = set()
+        try:
+            for part in str(value).split(","):
+                start, colon, stop = part.partition(":")
+                numbers.update(range(int(start), int(stop) if colon else int(start) + 1))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers; write for example 0,10:20,30", param, ctx)
+        if not numbers or min(numbers) < 0:
+            self.fail(f"{value!r} names no layer; write for example 0,10:20,30", param, ctx)
+        return tuple(sorted(numbers))
+
+
+class ByteSize(click.ParamType[int]):
+    """An amount of bytes such as ``8GiB``, ``500MB`` or ``1073741824``."""
+
+    name = "SIZE"
+    _units: ClassVar[dict[str, int]] = {"": 1, "B": 1} | {
+        f"{letter}{ending}": base**power
+        for power, letter in enumerate("KMGT", start=1)
+        for ending, base in (("iB", 1024), ("B", 1000), ("", 1024))
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        if match is None or match[2] not in self._units:
+            self.fail(f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB", param, ctx)
+        return int(float(match[1]) * self._units[match[2]])
+
+
+def combined(*decorators: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    """Return one decorator that applies several, so that they appear in this order in the help."""
+
+    def apply(command: _Command) -> _Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    del param
+    if value:
+        ctx.meta[_DEBUG_KEY] = True
+
+
+def is_debug(ctx: click.Context) -> bool:
+    """Tell whether ``--debug`` was given, before or after the command's name."""
+    return bool(ctx.meta.get(_DEBUG_KEY, False))
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_set_debug,
+    help="Show the traceback of an error.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
+)
+model_argument = click.argument("model")
+store_argument = click.argument("store")
+path_argument = click.argument("path")
+remove_option = click.option(
+    "--remove", type=click.IntRange(min=1), metavar="N", required=True, help="How many layers to remove."
+)
+remove_or_plan_options = combined(
+    click.option(
+        "--remove",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=None,
+        help="How many layers to remove, chosen by --criterion.",
+    ),
+    click.option(
+        "--plan",
+        metavar="PLAN",
+        default=None,
+        help="Which layers to remove, instead of --remove: a plan file, or spans such as 13:19.",
+    ),
+)
+criterion_option = click.option(
+    "--criterion",
+    type=click.Choice(["streamline", "shortgpt"]),
+    default="streamline",
+    show_default=True,
+    help="How layers are chosen: the most similar run of layers, or the least influential single layers.",
+)
+operator_option = click.option(
+    "--operator",
+    type=click.Choice(["ghost", "linear-patch-diagonal", "none"]),
+    default="ghost",
+    show_default=True,
+    help="What repairs a boundary: the paper's linear map, a scale per channel, or nothing.",
+)
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    default=None,
+    help="Address of a Dask scheduler, e.g. tcp://host:8786; without it the work runs in this process.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="W",
+    default=None,
+    help="Threads in this process; default as many as there are processors and memory for.",
+)
+sequences_option = click.option(
+    "--sequences",
+    type=click.IntRange(min=1),
+    metavar="S",
+    default=128,
+    show_default=True,
+    help="How many windows of text.",
+)
+length_option = click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    metavar="T",
+    default=512,
+    show_default=True,
+    help="Tokens of a window.",
+)
+calibration_option = click.option(
+    "--calibration", metavar="SPEC", required=True, help=f"Text to calibrate on: {SPEC_HELP}."
+)
+layers_option = click.option(
+    "--layers",
+    type=IndexList(),
+    default=None,
+    help="Which hidden states h[l] to keep, e.g. 10:20 or 0,13,19; default all of h[0..L].",
+)
+store_dtype_option = click.option(
+    "--store-dtype",
+    type=click.Choice(DTYPES),
+    default=None,
+    help="Type of the stored hidden states; default the compute type.",
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(DTYPES), default=None, help="Compute type; default the checkpoint's."
+)
+packing_options = combined(
+    click.option(
+        "--pack/--no-pack",
+        default=True,
+        show_default=True,
+        help="Join documents into full windows, or one document a window.",
+    ),
+    click.option(
+        "--bos",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="Whether a window begins with the begin-of-text token; auto does as the tokenizer.",
+    ),
+)
+revision_option = click.option(
+    "--revision", default=None, metavar="REV", help="Branch, tag or commit of a model on the hub."
+)
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Allow code that comes with the model to run; off by default.",
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:0."
+)
+host_memory_option = click.option(
+    "--host-memory",
+    type=ByteSize(),
+    default=None,
+    help="Hidden states kept in memory between layers, e.g. 8GiB; more goes to a scratch file. Default all.",
+)
+compute_options = combined(
+    dtype_option,
+    click.option(
+        "--attention",
+        metavar="NAME",
+        default=None,
+        help="Attention implementation, e.g. eager or sdpa; default transformers' choice.",
+    ),
+    click.option(
+        "--micro-batch",
+        type=click.IntRange(min=1),
+        metavar="B",
+        default=None,
+        help="Sequences computed at once; default as many as make 2,048 tokens.",
+    ),
+    device_option,
+    host_memory_option,
+    revision_option,
+    trust_option,
+)
+
+
+def out_option(metavar: str, help_text: str, *, required: bool = True) -> Callable[[Any], Any]:
+    """Return ``--out`` for a command that writes ``metavar``."""
+    return click.option(
+        "--out", type=click.Path(path_type=Path), metavar=metavar, required=required, help=help_text
+    )

@@ -1,0 +1,120 @@
+"""What commands print: tables on a terminal, plain lines elsewhere, JSON when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+_BINARY_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Write an amount of bytes in binary units, three digits."""
+    if abs(n_bytes) < 1024:
+        return f"{n_bytes:.0f} B"
+    value = float(n_bytes)
+    for unit in _BINARY_UNITS:
+        value /= 1024
+        if abs(value) < 1000 or unit == _BINARY_UNITS[-1]:
+            break
+    return f"{value:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a duration in the two largest fitting units."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 60:
+        return (
+            f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        )
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def print_json(data: Any) -> None:
+    """Print machine-readable results; non-finite numbers become null, as JSON has none."""
+    click.echo(json.dumps(_finite(data), indent=2, sort_keys=True, allow_nan=False, default=str))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return data
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
+    """Print a table; numbers are aligned to the right."""
+    cells = [[format_cell(value) for value in row] for row in rows]
+    right = [
+        all(isinstance(row[column], (int, float)) or row[column] is None for row in rows)
+        for column in range(len(headers))
+    ]
+    if sys.stdout.isatty():
+        _print_rich(headers, cells, right, title)
+    else:
+        _print_plain(headers, cells, right, title)
+
+
+def format_cell(value: Any) -> str:
+    """Write one value of a table: floats with five digits, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return str(value)
+
+
+def print_facts(facts: Mapping[str, Any], *, title: str = "") -> None:
+    """Print names and values, one a line."""
+    if title:
+        click.echo(title)
+    width = max((len(name) for name in facts), default=0)
+    for name, value in facts.items():
+        click.echo(f"  {name:<{width}}  {format_cell(value)}")
+
+
+def _print_plain(
+    headers: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], title: str
+) -> None:
+    if title:
+        click.echo(title)
+    widths = [max(len(row[column]) for row in [headers, *cells]) for column in range(len(headers))]
+    for row in [headers, *cells]:
+        parts = [
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        click.echo("  ".join(parts).rstrip())
+
+
+def _print_rich(
+    headers: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], title: str
+) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title) if title else None, title_justify="left")
+    for name, to_right in zip(headers, right, strict=True):
+        table.add_column(escape(name), justify="right" if to_right else "left")
+    for row in cells:
+        table.add_row(*[escape(text) for text in row])
+    Console().print(table)

@@ -1,0 +1,68 @@
+"""``ghoststream recover``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ghoststream.cli.options import (
+    ExampleCommand,
+    calibration_option,
+    compute_options,
+    criterion_option,
+    debug_option,
+    json_option,
+    length_option,
+    model_argument,
+    operator_option,
+    out_option,
+    packing_options,
+    remove_or_plan_options,
+    scheduler_option,
+    sequences_option,
+    store_dtype_option,
+)
+from ghoststream.cli.output import print_json
+from ghoststream.cli.progress import show_progress
+
+
+@click.command(
+    "recover",
+    cls=ExampleCommand,
+    short_help="Capture, select, solve and export in one go.",
+    example="ghoststream recover models/llama --remove 8 --calibration wikitext2:train --out recovered/",
+)
+@model_argument
+@remove_or_plan_options
+@calibration_option
+@out_option("DIR", "Folder of the recovered checkpoint; must be empty or absent.")
+@sequences_option
+@length_option
+@criterion_option
+@operator_option
+@click.option(
+    "--store", default=None, metavar="STORE", help="Where the hidden states go; default DIR.work/store, kept."
+)
+@scheduler_option
+@store_dtype_option
+@packing_options
+@compute_options
+@json_option
+@debug_option
+def command(model: str, *, as_json: bool, **options: Any) -> None:
+    """Remove N layers from MODEL, repair the gaps in closed form, and write a checkpoint that loads.
+
+    MODEL is a local checkpoint folder or a hub id. At no time more than a few decoder layers are in memory; see
+    `ghoststream plan MODEL --remove N` for what it takes. Run again after an interruption, the same command
+    continues.
+    """
+    from ghoststream.stages.recover import recover
+
+    with show_progress() as progress:
+        report = recover(model, progress=progress, **options)
+    if as_json:
+        print_json(report.to_json())
+        return
+    click.echo(report.to_text())
+    click.echo(f"next: ghoststream evaluate {model} {options['out']} --text SPEC")

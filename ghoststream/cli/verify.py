@@ -1,0 +1,37 @@
+"""``ghoststream verify``."""
+
+from __future__ import annotations
+
+import click
+
+from ghoststream.cli.options import ExampleCommand, debug_option, json_option, path_argument
+from ghoststream.cli.output import print_json
+from ghoststream.cli.progress import show_progress
+from ghoststream.errors import DataError
+
+
+@click.command(
+    "verify",
+    cls=ExampleCommand,
+    short_help="Check any file or folder that ghoststream reads or writes.",
+    example="ghoststream verify llama.store",
+)
+@path_argument
+@json_option
+@debug_option
+@click.pass_context
+def command(ctx: click.Context, path: str, *, as_json: bool) -> None:
+    """Check PATH completely: checksums, digests, headers, sizes. Exits with 3 when something is broken."""
+    from ghoststream.stages.verify import verify_path
+
+    with show_progress() as progress:
+        report = verify_path(path, progress=progress)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        click.echo(f"{path}: {report.kind}; checked {report.checked}")
+        for problem in report.problems:
+            click.echo(f"broken: {problem}")
+        click.echo("sound" if report.sound else f"{len(report.problems)} problems found")
+    if not report.sound:
+        ctx.exit(DataError.exit_code)

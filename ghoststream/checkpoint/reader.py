@@ -1,24 +1,25 @@
-"""Reading single tensors of a checkpoint: one open handle a shard, every byte counted."""
+"""Reading single tensors of a checkpoint: one open file a shard, every byte counted."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.errors import CheckpointError
 
 
 class TensorReader:
-    """Reads tensors by name into memory of their own (``pread``), or rows of a tensor through a mapping.
+    """Reads tensors by name into memory of their own, or rows of a tensor through a mapping.
 
-    ``read`` and ``rows`` may be called from several threads. ``bytes_read`` counts what was asked of the
-    files: whole tensors, and for ``rows`` the gathered rows.
+    All methods may be called from several threads. ``bytes_read`` counts what was asked of the files: whole
+    tensors, and for ``rows`` the gathered rows.
 
     Memory: one tensor a call. Mapped pages used by ``rows`` belong to the page cache.
     """
@@ -27,7 +28,8 @@ class TensorReader:
         self.index = index
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._handles: dict[tuple[str, str], safe_open] = {}
+        self._files: dict[str, int] = {}
+        self._mapped: dict[str, npt.NDArray[np.uint8]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -37,10 +39,16 @@ class TensorReader:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Close every shard."""
+        """Close every shard; a later read opens them again."""
         with self._lock:
-            self._handles.clear()
+            self._mapped.clear()
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor, converted to ``dtype`` if one is given.
@@ -48,15 +56,24 @@ class TensorReader:
         Raises:
             CheckpointError: If the checkpoint has no such tensor, or the file changed or broke since it was opened.
         """
-        entry = self._entry(name)
-        try:
-            tensor: torch.Tensor = self._handle(entry.shard, "pread").get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            msg = f"tensor {name} in {self.index.root / entry.shard} cannot be read ({error}); copy the shard again"
-            raise CheckpointError(msg) from error
-        with self._lock:
-            self.bytes_read += entry.n_bytes
+        entry = self.entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        self._fill(entry, tensor)
         return tensor if dtype is None else tensor.to(dtype)
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Read one tensor into a contiguous host tensor of its shape, converting to that tensor's dtype.
+
+        Raises:
+            CheckpointError: As for :meth:`read`.
+
+        Memory: none where the dtypes agree, otherwise one copy of the tensor.
+        """
+        entry = self.entry(name)
+        if target.dtype == entry.dtype:
+            self._fill(entry, target)
+        else:
+            target.copy_(self.read(name))
 
     def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Gather rows of a 2-D tensor.
@@ -72,36 +89,66 @@ class TensorReader:
         Raises:
             CheckpointError: If there is no such tensor or a row does not exist.
         """
-        entry = self._entry(name)
-        if rows.numel() and int(rows.max()) >= entry.shape[0]:
-            msg = f"row {int(rows.max())} asked of tensor {name} with {entry.shape[0]} rows: the token ids do not fit"
+        entry = self.entry(name)
+        n_rows = entry.shape[0]
+        if rows.numel() and int(rows.max()) >= n_rows:
+            msg = (
+                f"row {int(rows.max())} asked of tensor {name} with {n_rows} rows: the token ids do not fit"
+                " this model; use its own tokenizer"
+            )
             raise CheckpointError(msg)
-        mapped: torch.Tensor = self._handle(entry.shard, "mmap").get_tensor(name)
-        gathered = mapped[rows]
+        gathered = torch.from_numpy(self._mapping(entry)[rows.numpy()]).view(entry.dtype)
         with self._lock:
             self.bytes_read += gathered.numel() * gathered.element_size()
         return gathered if dtype is None else gathered.to(dtype)
 
-    def read_many(self, names: Iterable[tuple[str, str, torch.dtype]]) -> dict[str, torch.Tensor]:
-        """Read ``(key, tensor name, dtype)`` triples in the order in which they lie on disk."""
-        ordered = sorted(names, key=lambda item: self._place(item[1]))
-        return {key: self.read(name, dtype) for key, name, dtype in ordered}
+    def entry(self, name: str) -> TensorEntry:
+        """Return where a tensor lies.
 
-    def _place(self, name: str) -> tuple[str, int]:
-        entry = self._entry(name)
-        return entry.shard, entry.offset
-
-    def _entry(self, name: str) -> TensorEntry:
+        Raises:
+            CheckpointError: If there is none of that name.
+        """
         try:
             return self.index.tensors[name]
         except KeyError:
             msg = f"{self.index.root} has no tensor {name}"
             raise CheckpointError(msg) from None
 
-    def _handle(self, shard: str, backend: str) -> safe_open:
+    def _fill(self, entry: TensorEntry, target: torch.Tensor) -> None:
+        buffer = (
+            memoryview(target.reshape(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
+        )
+        done, path = 0, self.index.root / entry.shard
+        try:
+            descriptor = self._file(entry.shard)
+            while done < entry.n_bytes:
+                got = os.preadv(descriptor, [buffer[done:]], entry.offset + done)
+                if not got:
+                    break
+                done += got
+        except OSError as error:
+            msg = f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard again"
+            raise CheckpointError(msg) from error
+        if done != entry.n_bytes:
+            msg = (
+                f"{path} ended {entry.n_bytes - done} bytes before the end of tensor {entry.name}: it was changed"
+                " after it was opened; copy the shard again"
+            )
+            raise CheckpointError(msg)
         with self._lock:
-            handle = self._handles.get((shard, backend))
-            if handle is None:
-                handle = safe_open(self.index.root / shard, framework="pt", device="cpu", backend=backend)
-                self._handles[shard, backend] = handle
-            return handle
+            self.bytes_read += done
+
+    def _file(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.index.root / shard, os.O_RDONLY)
+            return self._files[shard]
+
+    def _mapping(self, entry: TensorEntry) -> npt.NDArray[np.uint8]:
+        with self._lock:
+            mapped = self._mapped.get(entry.name)
+            if mapped is None:
+                shape = (entry.shape[0], entry.n_bytes // max(1, entry.shape[0]))
+                mapped = np.memmap(self.index.root / entry.shard, np.uint8, "r", entry.offset, shape)
+                self._mapped[entry.name] = mapped
+            return mapped

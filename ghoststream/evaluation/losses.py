@@ -13,11 +13,11 @@ from ghoststream.errors import TextError
 from ghoststream.streaming import Batch
 
 _IGNORED = -100
-LOGIT_CHUNK_BYTES = 32 * 2**20
+LOGIT_CHUNK_BYTES = 16 * 2**20
 
 
 def default_logit_tokens(vocab_size: int) -> int:
-    """How many tokens' float32 logits fit in 32 MiB; with their softmax, three times that is alive."""
+    """How many tokens' float32 logits fit in 16 MiB; less than twice that is alive."""
     return max(1, LOGIT_CHUNK_BYTES // (4 * vocab_size))
 
 
@@ -47,9 +47,9 @@ class LossAccumulator:
     """A :class:`~ghoststream.streaming.LogitsObserver` that sums next-token losses a sequence, in float64.
 
     The logits of position ``t`` predict token ``t + 1`` of the same window; padding is neither predicted nor
-    used to predict. The softmax is taken in float32, as transformers' own loss does.
+    used to predict. The softmax is taken in float32, as in transformers' own loss.
 
-    Memory: three times a chunk of logits in float32.
+    Memory: a chunk of logits as it came, and one in float32.
     """
 
     def __init__(self, n_sequences: int) -> None:
@@ -60,9 +60,7 @@ class LossAccumulator:
         """Add the losses of flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
         k, length = int(logits.shape[0]), int(batch.ids.shape[1])
         targets = _targets(batch)[first : first + k]
-        losses = torch.nn.functional.cross_entropy(
-            logits.float(), targets.to(logits.device), reduction="none", ignore_index=_IGNORED
-        )
+        losses = _cross_entropy(logits, targets.clamp_min(0).to(logits.device))
         used = (targets != _IGNORED).numpy()
         rows = batch.start + np.arange(first, first + k) // length
         np.add.at(self._sums, rows[used], losses.double().cpu().numpy()[used])
@@ -87,6 +85,14 @@ class LossAccumulator:
             deviations = sums - loss * counts
             error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / float(counts.sum())
         return LossSummary(loss, int(counts.sum()), error, tuple((sums / counts).tolist()))
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return ``logsumexp(logits) - logits[target]`` in float32, in place in one float32 copy of the logits."""
+    scaled = logits.to(torch.float32, copy=True)
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    wanted = scaled.gather(-1, targets[:, None])[:, 0]
+    return scaled.exp_().sum(dim=-1).log() - wanted
 
 
 def _targets(batch: Batch) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import Span
+from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.lanes import BoundaryMap, Lane
@@ -110,6 +111,7 @@ class StreamedPass:
             raise
 
     def _run(self) -> None:
+        return_free_memory()
         first, progress = self._options.first_layer, self._options.progress
         layers = [n for n in range(first, self._last) if any(not lane.skips(n) for lane in self._lanes)]
         with_head = self._last == self._skeleton.n_layers and any(lane.logits for lane in self._lanes)
@@ -161,6 +163,7 @@ class StreamedPass:
                     self._show(layer + 1, batch, value, group)
                 for traveller in group:
                     traveller.states = target
+        return_free_memory()
 
     def _arrive(self, position: int, travellers: list[_Traveller]) -> None:
         for traveller in travellers:

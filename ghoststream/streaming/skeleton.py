@@ -16,6 +16,7 @@ from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError
+from ghoststream.streaming.slots import WeightSlots, WeightSpec
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -63,6 +64,7 @@ class Skeleton:
         self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
         self._embedding_name = _module_path(self.model, self.model.get_input_embeddings())
         self._head_name = _module_path(self.model, self.model.get_output_embeddings())
+        self._slots = self._make_slots()
         self._move_buffers()
 
     @property
@@ -91,12 +93,14 @@ class Skeleton:
         return max(*ends, *(self.layer_bytes(layer) for layer in range(self.n_layers)))
 
     def read_layer(self, layer: int) -> Weights:
-        """Read the weights of decoder layer ``layer`` into host memory at compute dtype."""
-        return self._read(f"{self.family.layers_path}.{layer}")
+        """Read the weights of decoder layer ``layer``; they are valid until the next but one layer is read."""
+        return self._slots.read(self._specs(f"{self.family.layers_path}.{layer}"))
 
     def read_head(self) -> Weights:
-        """Read the output head's weights (the embedding's where they are tied)."""
-        return self._read(self._head_name)
+        """Read the output head's weights (the embedding's where they are tied), after the last layer."""
+        self._slots.drop_idle()
+        specs = self._specs(self._head_name)
+        return {spec.key: self.reader.read(spec.source, spec.dtype) for spec in specs}
 
     @contextmanager
     def loaded_layer(self, layer: int, weights: Weights) -> Iterator[nn.Module]:
@@ -131,6 +135,7 @@ class Skeleton:
             del embedding.forward
             embedding.padding_idx = padding
             release_weights(self.model, weights)
+            self._slots = self._make_slots()
             self.reader.close()
 
     def _gathering_forward(self, embedding: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,13 +159,23 @@ class Skeleton:
         try:
             yield module
         finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the host buffer may be filled again after this
             release_weights(module, weights)
 
-    def _read(self, prefix: str) -> Weights:
+    def _specs(self, prefix: str) -> list[WeightSpec]:
         names = self.keys.under(prefix)
-        return self.reader.read_many(
-            (key, source, self._dtypes[f"{prefix}.{key}"]) for key, source in names.items()
+        return [
+            WeightSpec(key, source, self.index.tensors[source].shape, self._dtypes[f"{prefix}.{key}"])
+            for key, source in names.items()
+        ]
+
+    def _make_slots(self) -> WeightSlots:
+        rooms = (
+            sum(spec.room_bytes for spec in self._specs(f"{self.family.layers_path}.{layer}"))
+            for layer in range(self.n_layers)
         )
+        return WeightSlots(self.reader, max(rooms), pinned=self.device.type == "cuda")
 
     def _part_bytes(self, names: Mapping[str, str]) -> int:
         elements = (torch.Size(self.index.tensors[source].shape).numel() for source in names.values())

@@ -28,26 +28,27 @@ class HiddenStates(Protocol):
 
 
 class MemoryStates:
-    """States held on one device.
+    """States in one block of memory on one device, overwritten in place from layer to layer.
 
     Memory: ``S * T * C`` elements.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._tensors: dict[int, torch.Tensor] = {}
+    def __init__(
+        self, dtype: torch.dtype, sequence_shape: tuple[int, int], n_sequences: int, device: torch.device
+    ) -> None:
+        self._block = torch.empty((n_sequences, *sequence_shape), dtype=dtype, device=device)
 
     def get(self, batch: Batch) -> torch.Tensor:
-        """Return the states of a batch, shape ``(n, T, C)``."""
-        return self._tensors[batch.index]
+        """Return the states of a batch, shape ``(n, T, C)``: a view, valid until they are replaced."""
+        return self._block[batch.start : batch.stop]
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Keep the states of a batch, replacing what was there."""
-        self._tensors[batch.index] = states.to(self._device)
+        self._block[batch.start : batch.stop].copy_(states)
 
     def close(self) -> None:
         """Give the memory back."""
-        self._tensors.clear()
+        self._block = torch.empty(0)
 
 
 class FileStates:
@@ -129,7 +130,7 @@ class StatesFactory:
         """Return an empty place for the states of all batches."""
         if self._budget is not None and (len(self._live) + 1) * self.one_bytes > self._budget:
             return FileStates(self._scratch, self._dtype, self._sequence_shape, self._n_sequences)
-        states = MemoryStates(self._device)
+        states = MemoryStates(self._dtype, self._sequence_shape, self._n_sequences, self._device)
         self._live.add(id(states))
         return states
 

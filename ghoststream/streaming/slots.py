@@ -1,0 +1,82 @@
+"""Two host buffers that take the weights of decoder layers in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ghoststream.checkpoint.reader import TensorReader
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One weight to read: its name in the module, the tensor that fills it, and what it becomes."""
+
+    key: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that it takes in a slot, alignment included."""
+        n_bytes = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class WeightSlots:
+    """Reads the weights of one layer while those of another are in use, without allocating either time.
+
+    Weights returned by :meth:`read` are valid until the next but one call. Reusing the buffers keeps the memory of
+    a pass flat: allocators give such blocks back late or not at all.
+
+    Args:
+        reader: Where weights come from.
+        slot_bytes: Size of each buffer: the room of the largest layer.
+        pinned: Whether the buffers are page-locked, for asynchronous copies to an accelerator.
+
+    Memory: ``2 * slot_bytes``, allocated on first use.
+    """
+
+    def __init__(self, reader: TensorReader, slot_bytes: int, *, pinned: bool) -> None:
+        self._reader = reader
+        self._slot_bytes = slot_bytes
+        self._pinned = pinned
+        self._slots: list[torch.Tensor | None] = [None, None]
+        self._turn = 0
+
+    def read(self, specs: Sequence[WeightSpec]) -> dict[str, torch.Tensor]:
+        """Read weights into the buffer whose turn it is, in the order in which they lie on disk.
+
+        Returns:
+            ``{key: tensor}``, views of the buffer.
+
+        Raises:
+            CheckpointError: If a tensor cannot be read.
+        """
+        slot = self._slots[self._turn]
+        if slot is None:
+            slot = torch.empty(self._slot_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            self._slots[self._turn] = slot
+        self._turn = 1 - self._turn
+        weights: dict[str, torch.Tensor] = {}
+        begin = 0
+        for spec in sorted(specs, key=self._place):
+            n_bytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
+            weight = slot[begin : begin + n_bytes].view(spec.dtype).view(spec.shape)
+            self._reader.read_into(spec.source, weight)
+            weights[spec.key] = weight
+            begin += spec.room_bytes
+        return weights
+
+    def drop_idle(self) -> None:
+        """Give back the buffer that is not in use: no further layer will be read."""
+        self._slots[self._turn] = None
+
+    def _place(self, spec: WeightSpec) -> tuple[str, int]:
+        entry = self._reader.entry(spec.source)
+        return entry.shard, entry.offset

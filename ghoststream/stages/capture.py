@@ -60,7 +60,7 @@ def capture(
         dtype: Compute dtype; the checkpoint's if ``None``.
         store_dtype: Dtype in the store; the compute dtype if ``None``.
         attention: Attention implementation; transformers' default if ``None``.
-        micro_batch: Sequences in one forward; about 2,048 tokens' worth if ``None``.
+        micro_batch: Sequences in one forward; what works in half a U, at most 2,048 tokens, if ``None``.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
         revision: Revision of a hub model.
@@ -118,7 +118,7 @@ def _recipe(
             "dtype": compute,
             "store_dtype": stored,
             "attention": skeleton.attention,
-            "micro_batch": micro_batch or default_micro_batch(text.length),
+            "micro_batch": micro_batch or default_micro_batch(skeleton, text.length),
             "layers": wanted,
             "sequences_per_shard": max(1, min(tokens.n_sequences, _SHARD_BYTES // sequence_bytes)),
         }

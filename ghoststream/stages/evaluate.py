@@ -82,7 +82,7 @@ def evaluate(
         json_path: Where to write the rows as JSON.
         dtype: Compute dtype; each checkpoint's own if ``None``.
         attention: Attention implementation.
-        micro_batch: Sequences in one forward; about 2,048 tokens' worth if ``None``.
+        micro_batch: Sequences in one forward; what works in half a U, at most 2,048 tokens, if ``None``.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
         part: Which part of a text that has a standard split.
@@ -174,7 +174,7 @@ class _Measurement:
                 "tokens_digest": tokens.digest,
                 "dtype": dtype_name(self._skeleton.dtype),
                 "attention": self._skeleton.attention,
-                "micro_batch": micro_batch or default_micro_batch(text.length),
+                "micro_batch": micro_batch or default_micro_batch(self._skeleton, text.length),
                 "loss_chunk_tokens": default_logit_tokens(self._skeleton.vocab_size),
             }
         )

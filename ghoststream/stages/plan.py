@@ -124,7 +124,7 @@ def plan_run(
         n_remove=n_remove,
         sequences=sequences,
         length=length,
-        micro_batch=min(micro_batch or default_micro_batch(length), sequences),
+        micro_batch=min(micro_batch or default_micro_batch(skeleton, length), sequences),
         operator=operator,
         host_memory=host_memory,
         store_dtype=store_dtype or sizes.dtype,

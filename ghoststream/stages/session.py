@@ -16,7 +16,7 @@ from ghoststream.recipe import Bos, TextPart, TextRecipe
 from ghoststream.streaming import Skeleton, parse_dtype
 from ghoststream.text import TextSpec, TokenSet, prepare_tokens
 
-_TOKENS_PER_FORWARD = 2048
+_MOST_TOKENS_PER_FORWARD = 2048
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,20 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def default_micro_batch(length: int) -> int:
-    """Sequences in one forward where none are asked for: about 2,048 tokens."""
-    return max(1, _TOKENS_PER_FORWARD // length)
+def default_micro_batch(skeleton: Skeleton, length: int) -> int:
+    """Sequences in one forward where none are asked for: what works within half a U, at most 2,048 tokens.
+
+    A layer at work holds about four tensors as wide as its widest weight and eight of the hidden size.
+    """
+    shapes = [
+        entry.shape[-2:]
+        for name, entry in skeleton.index.tensors.items()
+        if ".0." in name and len(entry.shape) >= 2
+    ]
+    widest = max((max(shape) for shape in shapes), default=skeleton.hidden_size)
+    token_bytes = (4 * widest + 8 * skeleton.hidden_size) * skeleton.dtype.itemsize
+    tokens = min(_MOST_TOKENS_PER_FORWARD, skeleton.unit_bytes // 2 // token_bytes)
+    return max(1, tokens // length)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

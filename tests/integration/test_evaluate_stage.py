@@ -93,7 +93,12 @@ def test_models_without_their_base_need_their_own_pass(
     export(folder, _operators(folder, "2:4"), tmp_path / "recovered")
     runs: list[int] = []
     original = StreamedPass.run
-    monkeypatch.setattr(StreamedPass, "run", lambda self: (runs.append(len(self._lanes)), original(self))[1])
+
+    def counted(self: StreamedPass) -> None:
+        runs.append(len(self._lanes))
+        original(self)
+
+    monkeypatch.setattr(StreamedPass, "run", counted)
     report = _evaluate([other, tmp_path / "recovered"], ids_file)
     assert runs == [1, 1]
     assert [row.passes for row in report.rows] == [0, 1]

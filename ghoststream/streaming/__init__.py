@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ghoststream.streaming.batches import Batch, make_batches
 from ghoststream.streaming.executor import PassOptions, StreamedPass
-from ghoststream.streaming.lanes import BoundaryMap, Lane, LogitsObserver, Observer
+from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver, Observer
 from ghoststream.streaming.skeleton import Skeleton, load_config, parse_dtype
 from ghoststream.streaming.states import FileStates, HiddenStates, MemoryStates, StatesFactory
 
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "BoundaryMap",
     "FileStates",
+    "FittedMap",
     "HiddenStates",
     "Lane",
     "LogitsObserver",

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.spans import Span
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
-from ghoststream.streaming.lanes import BoundaryMap, Lane
+from ghoststream.streaming.convoy import Convoy, Traveller
+from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver
 from ghoststream.streaming.prefetch import WeightPrefetcher
-from ghoststream.streaming.skeleton import Skeleton, Weights
+from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
+from ghoststream.streaming.weights import Weights
 
-
-@dataclass
-class _Traveller:
-    """A lane on its way: the states it carries, and the span whose stop it waits for."""
-
-    lane: Lane
-    states: HiddenStates
-    waiting: Span | None = None
-
-    def sees(self, position: int) -> bool:
-        """Whether the lane stands at this position (it does not inside a span)."""
-        return self.waiting is None or self.waiting.stop == position
+Move = Callable[[Batch, torch.Tensor], torch.Tensor]
+"""Takes the states of a batch to the next position of a lane."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,8 @@ class StreamedPass:
 
     Raises:
         PlanError: If a lane's plan is for another number of layers.
-        RequestError: If lanes would need states before ``first_layer``.
+        RequestError: If lanes would need states before ``first_layer``, or fit a map to a lane that is not
+            there.
     """
 
     def __init__(
@@ -90,9 +82,7 @@ class StreamedPass:
         self._lanes = tuple(lanes)
         for lane in lanes:
             lane.plan.require_fits(skeleton.n_layers)
-            if any(span.start < self._options.first_layer for span in lane.plan.spans):
-                msg = f"lane {lane.name} removes layers before {self._options.first_layer}, where this pass starts"
-                raise RequestError(msg)
+        _require_consistent(self._lanes, self._options.first_layer)
 
     def run(self) -> None:
         """Run the pass; results are with the lanes' observers.
@@ -113,21 +103,20 @@ class StreamedPass:
     def _run(self) -> None:
         return_free_memory()
         first, progress = self._options.first_layer, self._options.progress
-        layers = [n for n in range(first, self._last) if any(not lane.skips(n) for lane in self._lanes)]
+        layers = [n for n in range(first, self._last) if any(lane.runs(n) for lane in self._lanes)]
         with_head = self._last == self._skeleton.n_layers and any(lane.logits for lane in self._lanes)
         progress.start("streaming layers", len(layers) + int(with_head), "layers")
         with WeightPrefetcher(self._reads(layers, with_head=with_head)) as weights:
-            travellers = self._depart(first)
+            convoy = self._depart(first)
             for layer in range(first, self._last):
                 if layer in layers:
-                    self._through_layer(layer, travellers, weights.take())
+                    self._through_layer(layer, convoy, weights.take())
                     progress.advance(1)
-                self._arrive(layer + 1, travellers)
+                self._arrive(layer + 1, convoy)
             if with_head:
-                self._through_head(travellers, weights.take())
+                self._through_head(convoy, weights.take())
                 progress.advance(1)
-        for states in {id(t.states): t.states for t in travellers}.values():
-            self._factory.release(states)
+        convoy.disband()
         progress.finish()
 
     def _reads(self, layers: Sequence[int], *, with_head: bool) -> list[Callable[[], Weights]]:
@@ -137,117 +126,118 @@ class StreamedPass:
         reads = [reading(layer) for layer in layers]
         return [*reads, self._skeleton.read_head] if with_head else reads
 
-    def _depart(self, first: int) -> list[_Traveller]:
-        states = self._factory.make()
-        travellers = [_Traveller(lane, states) for lane in self._lanes]
+    def _depart(self, first: int) -> Convoy:
+        convoy = Convoy(self._lanes, self._factory)
         source = self._options.initial or self._calls.embed
         for batch in self._batches:
             value = source(batch)
             _require_finite(value, first, batch)
-            states.put(batch, value)
-            self._show(first, batch, value, travellers)
-        self._finished(first, travellers)
-        self._enter_spans(first, travellers)
-        return travellers
+            convoy.first.put(batch, value)
+            self._show(first, batch, value, convoy.travellers)
+        self._leave(first, convoy)
+        return convoy
 
-    def _through_layer(self, layer: int, travellers: list[_Traveller], weights: Weights) -> None:
+    def _through_layer(self, layer: int, convoy: Convoy, weights: Weights) -> None:
         with self._skeleton.loaded_layer(layer, weights):
-            for group in _groups(t for t in travellers if t.waiting is None):
-                source = group[0].states
-                shared = any(t.states is source for t in travellers if t.waiting is not None)
-                target = self._factory.make() if shared else source
-                for batch in self._batches:
-                    value = self._calls.layer(layer, batch, source.get(batch).to(self._skeleton.device))
-                    _require_finite(value, layer + 1, batch)
-                    target.put(batch, value)
-                    self._show(layer + 1, batch, value, group)
-                for traveller in group:
-                    traveller.states = target
+            for group in convoy.going():
+                self._move(
+                    layer + 1, convoy, group, lambda batch, states: self._calls.layer(layer, batch, states)
+                )
         return_free_memory()
 
-    def _arrive(self, position: int, travellers: list[_Traveller]) -> None:
-        for traveller in travellers:
-            span = traveller.waiting
-            if span is not None and span.stop == position:
-                self._apply(span, traveller, travellers)
-                traveller.waiting = None
-        self._finished(position, travellers)
-        self._enter_spans(position, travellers)
+    def _arrive(self, position: int, convoy: Convoy) -> None:
+        for traveller, span in convoy.arriving(position):
+            boundary_map = traveller.lane.maps.get(span)
+            if isinstance(boundary_map, FittedMap):
+                boundary_map.fit(self._pairs(traveller, convoy.find(boundary_map.target)))
+            if boundary_map is None:
+                for batch in self._batches:
+                    self._show(position, batch, traveller.states.get(batch), [traveller])
+            else:
+                self._move(position, convoy, [traveller], _as_move(boundary_map))
+            traveller.waiting = None
+        self._leave(position, convoy)
 
-    def _apply(self, span: Span, traveller: _Traveller, travellers: list[_Traveller]) -> None:
-        boundary_map = traveller.lane.maps.get(span)
-        source = traveller.states
-        if boundary_map is None:
-            for batch in self._batches:
-                self._show(span.stop, batch, source.get(batch), [traveller])
-            return
-        shared = sum(t.states is source for t in travellers) > 1
-        target = self._factory.make() if shared else source
+    def _move(self, position: int, convoy: Convoy, group: Sequence[Traveller], move: Move) -> None:
+        """Bring the states that a group carries to ``position``."""
+        source, target = group[0].states, convoy.target_for(group)
         for batch in self._batches:
-            value = _mapped(boundary_map, source.get(batch).to(self._skeleton.device))
-            _require_finite(value, span.stop, batch)
+            value = move(batch, source.get(batch).to(self._skeleton.device))
+            _require_finite(value, position, batch)
             target.put(batch, value)
-            self._show(span.stop, batch, value, [traveller])
-        traveller.states = target
+            self._show(position, batch, value, group)
+        for traveller in group:
+            traveller.states = target
 
-    def _through_head(self, travellers: list[_Traveller], weights: Weights) -> None:
+    def _pairs(
+        self, traveller: Traveller, target: Traveller
+    ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        for batch in self._batches:
+            yield batch, traveller.states.get(batch), target.states.get(batch)
+
+    def _leave(self, position: int, convoy: Convoy) -> None:
+        for traveller in convoy.travellers:
+            if traveller.waiting is None:
+                for observer in traveller.lane.observers:
+                    if observer.wants(position):
+                        observer.finished(position)
+        convoy.retire(position)
+        convoy.enter_spans(position)
+
+    def _through_head(self, convoy: Convoy, weights: Weights) -> None:
         with self._skeleton.loaded_head(weights):
-            for traveller in travellers:
+            for traveller in convoy.travellers:
                 if traveller.lane.logits is not None:
                     for batch in self._batches:
-                        self._show_logits(traveller, batch)
+                        self._show_logits(traveller.lane.logits, traveller.states, batch)
 
-    def _show_logits(self, traveller: _Traveller, batch: Batch) -> None:
-        observer = traveller.lane.logits
-        states = traveller.states.get(batch).to(self._skeleton.device)
-        finished = self._calls.finish(batch, states)
-        n_tokens = batch.ids.numel()
+    def _show_logits(self, observer: LogitsObserver, carried: HiddenStates, batch: Batch) -> None:
+        finished = self._calls.finish(batch, carried.get(batch).to(self._skeleton.device))
         if self._options.logit_tokens is None:
-            logits = self._calls.logits(finished)
-            if observer is not None:
-                observer.observe_logits(batch, 0, logits.flatten(0, 1))
+            observer.observe_logits(batch, 0, self._calls.logits(finished).flatten(0, 1))
             return
+        n_tokens = batch.ids.numel()
         flat = finished.reshape(1, n_tokens, -1)
         for begin in range(0, n_tokens, self._options.logit_tokens):
             logits = self._calls.logits(flat[:, begin : begin + self._options.logit_tokens])
-            if observer is not None:
-                observer.observe_logits(batch, begin, logits[0])
+            observer.observe_logits(batch, begin, logits[0])
 
-    def _enter_spans(self, position: int, travellers: list[_Traveller]) -> None:
-        for traveller in travellers:
-            for span in traveller.lane.plan.spans:
-                if span.start == position:
-                    traveller.waiting = span
-
-    def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[_Traveller]) -> None:
+    def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[Traveller]) -> None:
         for traveller in group:
             for observer in traveller.lane.observers:
                 if observer.wants(position):
                     observer.observe(position, batch, states)
 
-    def _finished(self, position: int, travellers: Sequence[_Traveller]) -> None:
-        for traveller in travellers:
-            if traveller.sees(position):
-                for observer in traveller.lane.observers:
-                    if observer.wants(position):
-                        observer.finished(position)
+
+def _as_move(boundary_map: BoundaryMap) -> Move:
+    return lambda _batch, states: boundary_map(states).to(states.dtype)
 
 
-def _groups(travellers: Iterable[_Traveller]) -> list[list[_Traveller]]:
-    groups: dict[int, list[_Traveller]] = {}
-    for traveller in travellers:
-        groups.setdefault(id(traveller.states), []).append(traveller)
-    return list(groups.values())
-
-
-def _mapped(boundary_map: BoundaryMap, states: torch.Tensor) -> torch.Tensor:
-    return boundary_map(states).to(states.dtype)
+def _require_consistent(lanes: Sequence[Lane], first_layer: int) -> None:
+    for lane in lanes:
+        if any(span.start < first_layer for span in lane.plan.spans):
+            msg = f"lane {lane.name} removes layers before {first_layer}, where this pass starts"
+            raise RequestError(msg)
+        for span, boundary_map in lane.maps.items():
+            if not isinstance(boundary_map, FittedMap):
+                continue
+            targets = [other for other in lanes if other.name == boundary_map.target]
+            # At the stop of a span of its own, the target could not be told from its neighbour's order.
+            if len(targets) != 1 or any(
+                other.start < span.stop <= other.stop for other in targets[0].plan.spans
+            ):
+                msg = (
+                    f"lane {lane.name} fits its map at {span} to lane {boundary_map.target!r},"
+                    f" but not exactly one lane of that name has states of its own at position {span.stop}"
+                )
+                raise RequestError(msg)
 
 
 def _require_finite(states: torch.Tensor, position: int, batch: Batch) -> None:
     if not bool(torch.isfinite(states).all()):
         msg = (
-            f"hidden states at position {position} of sequences [{batch.start},{batch.stop}) are not finite; "
-            f"use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the layer before"
+            f"hidden states at position {position} of sequences [{batch.start},{batch.stop}) are not finite;"
+            " use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the"
+            " layer before"
         )
         raise NumericsError(msg)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,23 @@ class BoundaryMap(Protocol):
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Map ``h[start]`` to the estimate of ``h[stop]``, both ``(n, T, C)`` on the pass's device and dtype."""
+
+
+@runtime_checkable
+class FittedMap(BoundaryMap, Protocol):
+    """A boundary map that is made when the pass reaches its boundary.
+
+    This is how an operator is fitted on the stream of the model repaired so far: the inputs are the lane's own
+    states at ``start``, the targets those of another lane (mostly the dense one) at ``stop``.
+
+    Attributes:
+        target: Name of the lane whose states are the targets.
+    """
+
+    target: str
+
+    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
+        """Make the map from ``(batch, inputs, targets)``, states ``(n, T, C)`` each, given once and in order."""
 
 
 class Observer(Protocol):
@@ -57,6 +74,7 @@ class Lane:
         maps: What is applied at each boundary; a span without one is just cut out.
         observers: Who sees the hidden states.
         logits: Who sees the logits; without one the head is not run for this lane.
+        until: Position after which the lane ends; ``None`` is the end of the pass.
     """
 
     name: str
@@ -64,11 +82,9 @@ class Lane:
     maps: Mapping[Span, BoundaryMap] = field(default_factory=lambda: MappingProxyType({}))
     observers: tuple[Observer, ...] = ()
     logits: LogitsObserver | None = None
+    until: int | None = None
 
-    def skips(self, layer: int) -> bool:
-        """Whether ``layer`` is removed in this lane."""
-        return any(layer in span for span in self.plan.spans)
-
-    def span_ending_at(self, position: int) -> Span | None:
-        """Return the span with this ``stop``, if there is one."""
-        return next((span for span in self.plan.spans if span.stop == position), None)
+    def runs(self, layer: int) -> bool:
+        """Whether this lane goes through ``layer``."""
+        ended = self.until is not None and layer >= self.until
+        return not ended and not any(layer in span for span in self.plan.spans)

@@ -122,6 +122,11 @@ class StatesFactory:
         self._live: set[int] = set()
 
     @property
+    def live_bytes(self) -> int:
+        """Bytes of states that are in memory and were not released."""
+        return len(self._live) * self.one_bytes
+
+    @property
     def one_bytes(self) -> int:
         """Bytes of the hidden states of all sequences at one position."""
         return self._sequence_shape[0] * self._sequence_shape[1] * self._n_sequences * self._dtype.itemsize

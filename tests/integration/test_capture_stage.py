@@ -167,9 +167,9 @@ def test_bad_requests_are_refused_before_any_work(tmp_path: Path, ids_file: Path
 
 
 def test_unknown_architectures_are_refused_by_name(tmp_path: Path, ids_file: Path) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import MambaConfig, MambaForCausalLM
 
-    config = BloomConfig(vocab_size=128, hidden_size=16, n_layer=2, n_head=2)
-    BloomForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="'bloom' cannot be streamed"):
+    config = MambaConfig(vocab_size=128, hidden_size=16, num_hidden_layers=2)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="'mamba'"):
         _capture(tmp_path / "model", ids_file, tmp_path / "store")

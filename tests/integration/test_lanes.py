@@ -1,0 +1,140 @@
+"""Lanes that end early, and lanes whose operators are fitted while the pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ghoststream.errors import RequestError
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.streaming import (
+    Batch,
+    Lane,
+    PassOptions,
+    Skeleton,
+    StatesFactory,
+    StreamedPass,
+    make_batches,
+)
+from ghoststream.testing.models import save_tiny, tiny_model
+
+N_LAYERS = 6
+FIRST, SECOND = Span(1, 2), Span(3, 5)
+
+
+class LeastSquares:
+    """Fits ``x + x A`` to another lane when the pass reaches the boundary."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.matrix = torch.zeros(0)
+
+    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
+        seen = list(pairs)
+        inputs = torch.cat([x.flatten(0, 1) for _, x, _ in seen]).double()
+        targets = torch.cat([y.flatten(0, 1) for _, _, y in seen]).double()
+        self.matrix = torch.linalg.lstsq(inputs, targets - inputs).solution.float()
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return states + states @ self.matrix
+
+
+class Watcher:
+    """Keeps the states of one position."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+        self.seen: list[torch.Tensor] = []
+        self.done: list[int] = []
+
+    def wants(self, position: int) -> bool:
+        self.done.append(position)
+        return position == self.position
+
+    def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
+        self.seen.append(states.clone())
+
+    def finished(self, position: int) -> None:
+        pass
+
+    def failed(self) -> None:
+        pass
+
+
+def _batches() -> tuple[Batch, ...]:
+    return make_batches(np.random.default_rng(0).integers(3, 128, size=(6, 20)), None, 4)
+
+
+def _run(folder: Path, lanes: list[Lane], options: PassOptions | None = None) -> Skeleton:
+    skeleton, batches = Skeleton(folder), _batches()
+    factory = StatesFactory(batches, skeleton.hidden_size, skeleton.dtype, device=skeleton.device)
+    StreamedPass(skeleton, batches, lanes, factory, options).run()
+    assert not factory.live_bytes, "every place for states was given back"
+    return skeleton
+
+
+def _resident_inputs(edit: dict[int, LeastSquares], removed: tuple[int, ...]) -> list[torch.Tensor]:
+    """What enters layers 0..L-1 and the norm of a resident model with removed layers and operators hooked in."""
+    model = tiny_model("llama")
+    seen: list[list[torch.Tensor]] = [[] for _ in range(N_LAYERS + 1)]
+    for position, module in enumerate([*model.model.layers, model.model.norm]):
+        if position in removed:
+            module.forward = lambda states, *_a, **_k: states
+
+        def hook(_module: object, args: tuple[torch.Tensor, ...], position: int = position) -> object:
+            states = edit[position](args[0]) if position in edit else args[0]
+            seen[position].append(states.clone())
+            return (states, *args[1:])
+
+        module.register_forward_pre_hook(hook)
+    with torch.inference_mode():
+        for batch in _batches():
+            model(input_ids=batch.ids, use_cache=False)
+    return [torch.cat(parts) for parts in seen]
+
+
+def test_operators_are_fitted_on_the_stream_repaired_so_far(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    plan = PruningPlan(N_LAYERS, (FIRST, SECOND))
+    maps = {FIRST: LeastSquares("dense"), SECOND: LeastSquares("dense")}
+    watcher = Watcher(N_LAYERS)
+    _run(folder, [Lane("dense", PruningPlan(N_LAYERS)), Lane("repaired", plan, maps, observers=(watcher,))])
+
+    dense = _resident_inputs({}, ())
+    first, second = LeastSquares(""), LeastSquares("")
+    batch = _batches()[0]
+    first.fit([(batch, dense[1], dense[2])])
+    half = _resident_inputs({2: first}, (1,))
+    second.fit([(batch, half[3], dense[5])])
+    repaired = _resident_inputs({2: first, 5: second}, (1, 3, 4))
+    torch.testing.assert_close(torch.cat(watcher.seen), repaired[N_LAYERS], rtol=1e-4, atol=1e-4)
+
+
+def test_a_lane_ends_where_it_is_told(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    short, long = Watcher(3), Watcher(6)
+    dense = PruningPlan(N_LAYERS)
+    skeleton = _run(
+        folder, [Lane("short", dense, observers=(short,), until=3), Lane("x", dense, observers=(long,))]
+    )
+    assert max(short.done) == 3
+    assert torch.equal(torch.cat(short.seen), _resident_inputs({}, ())[3])
+    assert len(long.seen) == len(_batches())
+    whole = skeleton.reader.bytes_read
+    skeleton = _run(folder, [Lane("short", dense, observers=(Watcher(3),), until=3)])
+    assert whole - skeleton.reader.bytes_read == sum(skeleton.layer_bytes(layer) for layer in (3, 4, 5))
+
+
+@pytest.mark.parametrize("target", ["nobody", "cut"])
+def test_a_map_fitted_to_a_lane_without_states_there_is_refused(target: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    lanes = [
+        Lane("cut", PruningPlan(N_LAYERS, (Span(4, 6),))),
+        Lane("repaired", PruningPlan(N_LAYERS, (SECOND,)), {SECOND: LeastSquares(target)}),
+    ]
+    with pytest.raises(RequestError, match=f"to lane '{target}'"):
+        _run(folder, lanes)

@@ -114,10 +114,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     for name, item in header.items():
         if name == "__metadata__":
             continue
-        begin, end = item["data_offsets"]
-        entry = TensorEntry(
-            name, path.name, item["dtype"], tuple(item["shape"]), data_start + begin, end - begin
-        )
+        entry = _entry(path, name, item, data_start)
         expected = prod(entry.shape) * entry.dtype.itemsize
         if expected != entry.n_bytes:
             msg = f"{path}: tensor {name} of shape {entry.shape} should have {expected} bytes, not {entry.n_bytes}"
@@ -130,6 +127,16 @@ def read_header(path: Path) -> list[TensorEntry]:
             raise CheckpointError(msg)
         entries.append(entry)
     return entries
+
+
+def _entry(path: Path, name: str, item: Any, data_start: int) -> TensorEntry:
+    try:
+        begin, end = (int(place) for place in item["data_offsets"])
+        shape = tuple(int(size) for size in item["shape"])
+        return TensorEntry(name, path.name, str(item["dtype"]), shape, data_start + begin, end - begin)
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{path} is not a safetensors file: its header says {item!r} of {name!r}; download or copy it again"
+        raise CheckpointError(msg) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -145,11 +152,11 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
             raw = file.read(length) if length <= min(_MAX_HEADER_BYTES, size) else b""
-        header = json.loads(raw)
+        header = dict(json.loads(raw))
     except FileNotFoundError:
         msg = f"shard {path.name} is missing from {path.parent}; download or copy it again"
         raise CheckpointError(msg) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError) as error:
         msg = f"{path} is not a complete safetensors file (its header cannot be read); download or copy it again"
         raise CheckpointError(msg) from error
     return header, 8 + length, size
@@ -159,11 +166,10 @@ def _read_weight_map(root: Path) -> dict[str, str]:
     path = root / INDEX_NAME
     if path.is_file():
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             msg = f"{path} is not a safetensors index ({error}); download or copy it again"
             raise CheckpointError(msg) from error
-        return dict(weight_map)
     if (root / SINGLE_NAME).is_file():
         return {}
     other = sorted(p.name for p in root.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".h5"})
@@ -173,7 +179,7 @@ def _read_weight_map(root: Path) -> dict[str, str]:
             f"call save_pretrained to convert it"
         )
         raise UnsupportedModelError(msg)
-    msg = f"{root} has neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a checkpoint folder"
+    msg = f"{root} has neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a checkpoint folder; check the path"
     raise InputNotFoundError(msg)
 
 

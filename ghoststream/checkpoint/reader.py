@@ -62,15 +62,15 @@ class TensorReader:
         return tensor if dtype is None else tensor.to(dtype)
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        """Read one tensor into a contiguous host tensor of its shape, converting to that tensor's dtype.
+        """Read one tensor into a host tensor of its shape, converting to that tensor's dtype.
 
         Raises:
             CheckpointError: As for :meth:`read`.
 
-        Memory: none where the dtypes agree, otherwise one copy of the tensor.
+        Memory: none where the dtypes agree and ``target`` is contiguous, otherwise one copy of the tensor.
         """
         entry = self.entry(name)
-        if target.dtype == entry.dtype:
+        if target.dtype == entry.dtype and target.is_contiguous():
             self._fill(entry, target)
         else:
             target.copy_(self.read(name))

@@ -13,12 +13,15 @@ from ghoststream.errors import TextError
 from ghoststream.streaming import Batch
 
 _IGNORED = -100
-LOGIT_CHUNK_BYTES = 16 * 2**20
+_LEAST_CHUNK_BYTES = 32 * 2**20
 
 
-def default_logit_tokens(vocab_size: int) -> int:
-    """How many tokens' float32 logits fit in 16 MiB; less than twice that is alive."""
-    return max(1, LOGIT_CHUNK_BYTES // (4 * vocab_size))
+def default_logit_tokens(vocab_size: int, unit_bytes: int) -> int:
+    """How many tokens' float32 logits fit in a quarter of U, or in 32 MiB if that is more.
+
+    Fewer would be slower: CPU kernels bring the head's weights into their own layout once a chunk.
+    """
+    return max(1, max(_LEAST_CHUNK_BYTES, unit_bytes // 4) // (4 * vocab_size))
 
 
 @dataclass(frozen=True, slots=True)

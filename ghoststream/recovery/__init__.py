@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ghoststream.recovery.export import ExportReport, export_recovered
     from ghoststream.recovery.ghosts import build_ghost
     from ghoststream.recovery.provenance import RecoveredInfo, load_recovered
+    from ghoststream.recovery.text_part import write_text_part
 
 __all__ = [
     "ExportReport",
@@ -25,6 +26,7 @@ __all__ = [
     "load_recovered",
     "prune_config",
     "register",
+    "write_text_part",
 ]
 
 _PLACES = {
@@ -35,6 +37,7 @@ _PLACES = {
     "export_recovered": "export",
     "load_recovered": "provenance",
     "prune_config": "config_surgery",
+    "write_text_part": "text_part",
 }
 
 

@@ -49,9 +49,20 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 # Lists whose length says nothing about layers even if it happens to equal their number.
 _NOT_PER_LAYER = frozenset({"architectures", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
-# Attributes by which modules know their own number, and one that says nothing about the architecture.
+# Attributes by which modules know their own number, copies of settings of the whole model (what a layer takes from
+# them has a name of its own), and one that says nothing about the architecture.
 _NOT_COMPARED = frozenset(
-    {"training", "layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "index"}
+    {
+        "attention_layers",
+        "block_idx",
+        "index",
+        "layer_id",
+        "layer_idx",
+        "layer_index",
+        "layer_number",
+        "sliding_window_pattern",
+        "training",
+    }
 )
 
 
@@ -96,6 +107,10 @@ def _prune_value(key: str, value: Any, plan: PruningPlan) -> Any:
         return [number[layer] for layer in value if layer in number]
     if key in _THRESHOLDS and isinstance(value, int):
         return sum(layer < value for layer in plan.kept)
+    if key == "attention_types" and isinstance(value, list):
+        # GPT-Neo's run-length form of one kind for each layer.
+        kinds = [kind for pattern, times in value for _ in range(times) for kind in pattern]
+        return [[[kinds[layer] for layer in plan.kept], 1]]
     if key == "per_layer_config" and isinstance(value, Mapping):
         return {str(number[int(layer)]): entry for layer, entry in value.items() if int(layer) in number}
     if isinstance(value, list | tuple) and len(value) == plan.n_layers and _is_per_layer(key):

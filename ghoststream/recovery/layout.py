@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan, Span
 
-FEATURES = ("hidden",)
+FEATURES = ("hidden", "normed", "hidden+normed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def operator_entries(operators: OperatorSet, names: LayerNames) -> list[dict[str
 
 def operator_entry(operator: BoundaryOperator, plan: PruningPlan, names: LayerNames) -> dict[str, Any]:
     """Describe one operator: its span in the base, and where it sits in the pruned model."""
-    return {
+    entry = {
         "span": [operator.span.start, operator.span.stop],
         "layer": plan.boundary_index(operator.span),
         "module": names.module(operator.span, plan),
@@ -92,6 +92,7 @@ def operator_entry(operator: BoundaryOperator, plan: PruningPlan, names: LayerNa
         "features": operator.features,
         "bias": operator.bias is not None,
     }
+    return entry if operator.norm_epsilon is None else {**entry, "norm_epsilon": operator.norm_epsilon}
 
 
 def require_operators_fit(operators: OperatorSet, *, n_layers: int, hidden: int, digest: str) -> None:
@@ -118,7 +119,10 @@ def require_operators_fit(operators: OperatorSet, *, n_layers: int, hidden: int,
             raise UnsupportedModelError(msg)
     base = (operators.metadata.get("base") or {}).get("digest")
     if base is not None and base != digest:
-        msg = f"the operators were made for the checkpoint {base}, this one is {digest}; give the one they were made for"
+        msg = (
+            f"the operators were made for another checkpoint ({base[:19]}..., this one is {digest[:19]}...);"
+            " give the one they were made for"
+        )
         raise MismatchError(msg)
 
 
@@ -133,7 +137,7 @@ def prevailing_dtype(index: CheckpointIndex) -> torch.dtype:
 
 def recovered_tensors(
     index: CheckpointIndex,
-    used: Mapping[str, str],
+    used: Collection[str],
     operators: OperatorSet,
     names: LayerNames,
     dtype: torch.dtype,
@@ -142,7 +146,7 @@ def recovered_tensors(
 
     Args:
         index: The base checkpoint.
-        used: Module tensor name to checkpoint tensor name; tensors that no module uses are left out.
+        used: Checkpoint tensors that the model uses; others are left out.
         operators: The plan and its operators.
         names: How the checkpoint names its layers.
         dtype: Dtype in which operators are written.
@@ -150,7 +154,7 @@ def recovered_tensors(
     Returns:
         The tensors, and for each copied one the name it has in the base.
     """
-    wanted = set(used.values())
+    wanted = set(used)
     tensors: list[TensorSource] = []
     origins: dict[str, str] = {}
     for entry in sorted(index.tensors.values(), key=_place):

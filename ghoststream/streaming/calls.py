@@ -6,7 +6,7 @@ model's own code, so that embeddings, masks, positions, scalings and soft-caps n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,14 @@ class LayerCall:
     kwargs: Mapping[str, Any]
 
 
+class _Finished(BaseModelOutputWithPastAndCrossAttentions):
+    """What a decoder returned, for any head: fields that a head may ask for beyond the states are ``None``."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _RecordedError(Exception):
     """Ends a recording after the last layer; never leaves this module."""
 
@@ -34,67 +42,108 @@ class _RecordedError(Exception):
 class ModelCalls:
     """The calls of one model around and into its decoder layers.
 
-    Recorded arguments depend on shape and padding of a batch only, and are kept per such kind. With padding that is
-    one mask a batch, ``n * T * T`` bytes for most attention implementations.
+    Recorded arguments depend on shape and padding of a batch only. They are kept for the kinds of batches met first,
+    within a budget; those of other batches are recorded again for each layer.
+
+    Args:
+        skeleton: The model.
+        kept_bytes: Budget of the arguments kept (mostly masks).
+
+    Memory: ``kept_bytes`` and the arguments of one batch: a mask takes ``n * T * T`` bytes with SDPA, four to
+    eight times as much with eager attention, once for each kind of attention in the model. Unpadded batches of one
+    shape need one recording.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, skeleton: Skeleton, *, kept_bytes: int = 256 * 1024**2) -> None:
         self.skeleton = skeleton
-        self._recorded: dict[tuple[Any, ...], tuple[LayerCall, ...]] = {}
+        self._left = kept_bytes
+        self._kept: dict[tuple[Any, ...], tuple[LayerCall, ...]] = {}
+        self._latest: tuple[tuple[Any, ...], tuple[LayerCall, ...]] = ((), ())
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Return ``h[0]`` of a batch, shape ``(n, T, C)``, and remember what each layer is called with."""
+        return self._record(batch, input_ids=batch.ids.to(self.skeleton.device))
+
+    def layer(self, layer: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """Run one loaded decoder layer: ``h[layer]`` to ``h[layer + 1]``, shape ``(n, T, C)``."""
+        call = self._calls(batch)[layer]
+        result = self.skeleton.layers[layer](states, *call.args, **call.kwargs)
+        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+    def _calls(self, batch: Batch) -> tuple[LayerCall, ...]:
+        kind = _kind(batch)
+        if kind not in self._kept and kind != self._latest[0]:
+            # Arguments do not depend on what the embeddings are, so none are read from the checkpoint.
+            self._record(batch, inputs_embeds=self._dummy_embeddings(batch))
+        return self._kept.get(kind, self._latest[1])
+
+    def _record(self, batch: Batch, **inputs: torch.Tensor) -> torch.Tensor:
         calls: list[LayerCall] = []
         first: list[torch.Tensor] = []
 
-        def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if not calls:
                 first.append(hidden_states)
             calls.append(LayerCall(args, kwargs))
             if len(calls) == self.skeleton.n_layers:
                 raise _RecordedError
-            return hidden_states
+            return self._as_layer_result(hidden_states)
 
-        device = self.skeleton.device
-        mask = None if batch.mask is None else batch.mask.to(device)
+        mask = None if batch.mask is None else batch.mask.to(self.skeleton.device)
         with _replaced(self.skeleton.layers, record), suppress(_RecordedError):
-            self.skeleton.decoder(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False)
-        self._recorded[_kind(batch)] = tuple(calls)
+            self.skeleton.decoder(**inputs, attention_mask=mask, use_cache=False)
+        kind = _kind(batch)
+        self._latest = (kind, tuple(calls))
+        n_bytes = _bytes_of(calls)
+        if kind not in self._kept and n_bytes <= self._left:
+            self._left -= n_bytes
+            self._kept[kind] = self._latest[1]
         return first[0]
 
-    def layer(self, layer: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        """Run one loaded decoder layer: ``h[layer]`` to ``h[layer + 1]``, shape ``(n, T, C)``."""
-        kind = _kind(batch)
-        if kind not in self._recorded:
-            self.embed(batch)
-        call = self._recorded[kind][layer]
-        result = self.skeleton.layers[layer](states, *call.args, **call.kwargs)
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return output
+    def _dummy_embeddings(self, batch: Batch) -> torch.Tensor:
+        width = self.skeleton.model.get_input_embeddings().embedding_dim
+        return torch.zeros((*batch.ids.shape, width), dtype=self.skeleton.dtype, device=self.skeleton.device)
 
     def finish(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Turn ``h[L]`` into what the head receives (final norm and, for some models, a projection)."""
-        embedding = self.skeleton.model.get_input_embeddings()
-        dummy = torch.zeros(
-            (*batch.ids.shape, embedding.embedding_dim), dtype=states.dtype, device=states.device
-        )
-        with _replaced(self.skeleton.layers, lambda *_args, **_kwargs: states):
-            output = self.skeleton.decoder(inputs_embeds=dummy, use_cache=False)
+        result = self._as_layer_result(states)
+        with _replaced(self.skeleton.layers, lambda *_args, **_kwargs: result):
+            output = self.skeleton.decoder(inputs_embeds=self._dummy_embeddings(batch), use_cache=False)
         last: torch.Tensor = output.last_hidden_state
         return last
 
     def logits(self, finished: torch.Tensor) -> torch.Tensor:
         """Run the loaded head on finished states ``(n, T, C)``; returns logits ``(n, T, V)``."""
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=finished)
+        output = _Finished(last_hidden_state=finished)
         dummy = torch.zeros((1, 1), dtype=torch.int64, device=finished.device)
         with _replaced([self.skeleton.decoder], lambda *_args, **_kwargs: output):
             logits: torch.Tensor = self.skeleton.model(input_ids=dummy, use_cache=False).logits
         return logits
 
+    def _as_layer_result(self, states: torch.Tensor) -> Any:
+        return (states,) if self.skeleton.family.layers_return_tuples else states
+
 
 def _kind(batch: Batch) -> tuple[Any, ...]:
     padding = None if batch.mask is None else batch.mask.numpy().tobytes()
     return (*batch.ids.shape, padding)
+
+
+def _bytes_of(calls: Sequence[LayerCall]) -> int:
+    """Return the bytes of all tensors among the arguments, shared ones once."""
+    storages: dict[int, int] = {}
+    waiting: list[Any] = [value for call in calls for value in (*call.args, *call.kwargs.values())]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return sum(storages.values())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from ghoststream.streaming.skeleton import Weights
+from ghoststream.streaming.weights import Weights
 
 
 class WeightPrefetcher:

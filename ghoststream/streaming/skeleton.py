@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,8 @@ from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError
-from ghoststream.streaming.slots import WeightSlots, WeightSpec
-
-Weights = Mapping[str, torch.Tensor]
+from ghoststream.streaming.slots import WeightSlots
+from ghoststream.streaming.weights import Weights, WeightSpec, assign_weights, read_weight, release_weights
 
 
 class Skeleton:
@@ -61,7 +61,7 @@ class Skeleton:
         self.reader = TensorReader(self.index)
         self.decoder: nn.Module = self.model.get_submodule(self.family.decoder)
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers_path)
-        self._dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        self._tensors = _described(self.model, self.dtype)
         self._embedding_name = _module_path(self.model, self.model.get_input_embeddings())
         self._head_name = _module_path(self.model, self.model.get_output_embeddings())
         self._slots = self._make_slots()
@@ -84,23 +84,22 @@ class Skeleton:
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one decoder layer at compute dtype."""
-        return self._part_bytes(self.keys.under(f"{self.family.layers_path}.{layer}"))
+        return self._part_bytes(self._layer_name(layer))
 
     @property
     def unit_bytes(self) -> int:
         """U: the largest of one decoder layer, the embedding and the head, in bytes at compute dtype."""
-        ends = [self._part_bytes(self.keys.under(name)) for name in (self._embedding_name, self._head_name)]
+        ends = [self._part_bytes(name) for name in (self._embedding_name, self._head_name)]
         return max(*ends, *(self.layer_bytes(layer) for layer in range(self.n_layers)))
 
     def read_layer(self, layer: int) -> Weights:
         """Read the weights of decoder layer ``layer``; they are valid until the next but one layer is read."""
-        return self._slots.read(self._specs(f"{self.family.layers_path}.{layer}"))
+        return self._slots.read(self._specs(self._layer_name(layer)))
 
     def read_head(self) -> Weights:
         """Read the output head's weights (the embedding's where they are tied), after the last layer."""
         self._slots.drop_idle()
-        specs = self._specs(self._head_name)
-        return {spec.key: self.reader.read(spec.source, spec.dtype) for spec in specs}
+        return {spec.key: read_weight(self.reader, spec) for spec in self._specs(self._head_name)}
 
     @contextmanager
     def loaded_layer(self, layer: int, weights: Weights) -> Iterator[nn.Module]:
@@ -110,46 +109,50 @@ class Skeleton:
 
     @contextmanager
     def loaded_head(self, weights: Weights) -> Iterator[nn.Module]:
-        """Give the output head its weights for the length of the context."""
+        """Give the output head its weights for the length of the context, after the last layer."""
+        self._slots.drop_all()
         with self._loaded(self.model.get_submodule(self._head_name), weights) as module:
             yield module
 
     @contextmanager
     def loaded_frame(self) -> Iterator[None]:
         """Load everything but layers, token embedding and head; the embedding gathers rows from disk."""
+        elsewhere = (f"{self.family.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}.")
         weights = {
-            name: self.reader.read(source, self._dtypes[name])
-            for name, source in self.keys.names.items()
-            if not name.startswith(
-                (f"{self.family.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}.")
-            )
+            spec.key: read_weight(self.reader, spec)
+            for spec in self._specs()
+            if not spec.key.startswith(elsewhere)
         }
         assign_weights(self.model, weights, self.device)
         embedding = self.model.get_input_embeddings()
         forward, padding = embedding.forward, getattr(embedding, "padding_idx", None)
         embedding.padding_idx = None  # it only matters to gradients, and must lie inside the gathered rows
         embedding.forward = self._gathering_forward(embedding, forward)
+        whole = embedding._parameters["weight"]
+        # No rows yet, but on the device: some models send their token ids to where the embedding is.
+        assign_weights(embedding, {"weight": whole.new_empty((0, whole.shape[1]), device="cpu")}, self.device)
         try:
             yield
         finally:
             del embedding.forward
             embedding.padding_idx = padding
+            embedding._parameters["weight"] = whole
             release_weights(self.model, weights)
             self._slots = self._make_slots()
             self.reader.close()
 
     def _gathering_forward(self, embedding: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         source = self.keys.names[f"{self._embedding_name}.weight"]
-        dtype = self._dtypes[f"{self._embedding_name}.weight"]
+        _, dtype = self._tensors[f"{self._embedding_name}.weight"]
 
         def gather(input_ids: torch.Tensor) -> Any:
             rows, inverse = input_ids.unique(return_inverse=True)
-            weights = {"weight": self.reader.rows(source, rows.cpu(), dtype)}
-            assign_weights(embedding, weights, self.device)
+            empty = embedding._parameters["weight"]
+            assign_weights(embedding, {"weight": self.reader.rows(source, rows.cpu(), dtype)}, self.device)
             try:
                 return forward(inverse)
             finally:
-                release_weights(embedding, weights)
+                embedding._parameters["weight"] = empty
 
         return gather
 
@@ -163,23 +166,26 @@ class Skeleton:
                 torch.cuda.synchronize(self.device)  # the host buffer may be filled again after this
             release_weights(module, weights)
 
-    def _specs(self, prefix: str) -> list[WeightSpec]:
-        names = self.keys.under(prefix)
+    def _layer_name(self, layer: int) -> str:
+        return f"{self.family.layers_path}.{layer}"
+
+    def _specs(self, prefix: str = "") -> list[WeightSpec]:
+        start = f"{prefix}." if prefix else ""
         return [
-            WeightSpec(key, source, self.index.tensors[source].shape, self._dtypes[f"{prefix}.{key}"])
-            for key, source in names.items()
+            WeightSpec(name[len(start) :], *self._tensors[name], pieces)
+            for name, pieces in self.keys.pieces.items()
+            if name.startswith(start)
         ]
 
     def _make_slots(self) -> WeightSlots:
         rooms = (
-            sum(spec.room_bytes for spec in self._specs(f"{self.family.layers_path}.{layer}"))
+            sum(spec.room_bytes for spec in self._specs(self._layer_name(layer)))
             for layer in range(self.n_layers)
         )
         return WeightSlots(self.reader, max(rooms), pinned=self.device.type == "cuda")
 
-    def _part_bytes(self, names: Mapping[str, str]) -> int:
-        elements = (torch.Size(self.index.tensors[source].shape).numel() for source in names.values())
-        return sum(elements) * self.dtype.itemsize
+    def _part_bytes(self, prefix: str) -> int:
+        return sum(spec.n_bytes for spec in self._specs(prefix))
 
     def _move_buffers(self) -> None:
         for module in self.model.modules():
@@ -218,39 +224,22 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return known[name]
 
 
-def assign_weights(module: nn.Module, weights: Weights, device: torch.device) -> None:
-    """Replace the named parameters and buffers of ``module`` by the given tensors, without a copy on CPU."""
-    for name, tensor in weights.items():
-        owner, leaf = _owner(module, name)
-        moved = tensor.to(device, non_blocking=True)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
-        else:
-            owner._buffers[leaf] = moved
-
-
-def release_weights(module: nn.Module, names: Weights) -> None:
-    """Put the named parameters and buffers back on the meta device."""
-    for name, tensor in names.items():
-        owner, leaf = _owner(module, name)
-        empty = torch.empty_like(tensor, device="meta")
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-        else:
-            owner._buffers[leaf] = empty
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
-
-
 def _module_path(model: nn.Module, module: nn.Module | None) -> str:
     for name, candidate in model.named_modules():
         if candidate is module:
             return str(name)
     msg = f"{type(model).__name__} has no token embedding or output head of its own"
     raise UnsupportedModelError(msg)
+
+
+def _described(model: Any, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every tensor of the model, with what transformers keeps in float32."""
+    kept: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)
+    pattern = re.compile("|".join(name.replace("*", ".*") for name in kept) or "(?!)")
+    return {
+        name: (tuple(tensor.shape), torch.float32 if pattern.search(name) else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _checkpoint_dtype(config: Any, index: CheckpointIndex) -> torch.dtype:

@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ghoststream.checkpoint.reader import TensorReader
-
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSpec:
-    """One weight to read: its name in the module, the tensor that fills it, and what it becomes."""
-
-    key: str
-    source: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def room_bytes(self) -> int:
-        """Bytes that it takes in a slot, alignment included."""
-        n_bytes = torch.Size(self.shape).numel() * self.dtype.itemsize
-        return -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+from ghoststream.streaming.weights import WeightSpec
 
 
 class WeightSlots:
@@ -39,7 +21,7 @@ class WeightSlots:
         slot_bytes: Size of each buffer: the room of the largest layer.
         pinned: Whether the buffers are page-locked, for asynchronous copies to an accelerator.
 
-    Memory: ``2 * slot_bytes``, allocated on first use.
+    Memory: ``2 * slot_bytes``, allocated on first use; one checkpoint tensor more where its dtype is converted.
     """
 
     def __init__(self, reader: TensorReader, slot_bytes: int, *, pinned: bool) -> None:
@@ -50,7 +32,7 @@ class WeightSlots:
         self._turn = 0
 
     def read(self, specs: Sequence[WeightSpec]) -> dict[str, torch.Tensor]:
-        """Read weights into the buffer whose turn it is, in the order in which they lie on disk.
+        """Read weights into the buffer whose turn it is, in the order in which their tensors lie on disk.
 
         Returns:
             ``{key: tensor}``, views of the buffer.
@@ -64,19 +46,25 @@ class WeightSlots:
             self._slots[self._turn] = slot
         self._turn = 1 - self._turn
         weights: dict[str, torch.Tensor] = {}
+        targets: list[tuple[str, torch.Tensor]] = []
         begin = 0
-        for spec in sorted(specs, key=self._place):
-            n_bytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-            weight = slot[begin : begin + n_bytes].view(spec.dtype).view(spec.shape)
-            self._reader.read_into(spec.source, weight)
+        for spec in specs:
+            weight = slot[begin : begin + spec.n_bytes].view(spec.dtype).view(spec.shape)
             weights[spec.key] = weight
+            targets += [(piece.source, weight[piece.index]) for piece in spec.pieces]
             begin += spec.room_bytes
+        for source, target in sorted(targets, key=lambda item: self._place(item[0])):
+            self._reader.read_into(source, target)
         return weights
+
+    def drop_all(self) -> None:
+        """Give both buffers back: no layer is in use any more."""
+        self._slots = [None, None]
 
     def drop_idle(self) -> None:
         """Give back the buffer that is not in use: no further layer will be read."""
         self._slots[self._turn] = None
 
-    def _place(self, spec: WeightSpec) -> tuple[str, int]:
-        entry = self._reader.entry(spec.source)
+    def _place(self, source: str) -> tuple[str, int]:
+        entry = self._reader.entry(source)
         return entry.shard, entry.offset

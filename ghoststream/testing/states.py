@@ -43,15 +43,22 @@ def store_of(
     n_layers: int | None = None,
     store_dtype: str = "float32",
     sequences_per_shard: int = 4,
+    norm_epsilon: float | None = None,
 ) -> str:
-    """Write hidden states ``(S, T, C)``, in order or by layer number, as a store and return its path."""
+    """Write hidden states ``(S, T, C)``, in order or by layer number, as a store and return its path.
+
+    ``norm_epsilon`` is what the store says of the model's norms.
+    """
     layers = dict(states) if isinstance(states, Mapping) else dict(enumerate(states))
     n_sequences, length, hidden = next(iter(layers.values())).shape
     mask = np.ones((n_sequences, length), dtype=bool) if mask is None else mask
     store = ActivationStore.create(
         str(folder),
         recipe={"made_for": "a test"},
-        fingerprint={"checkpoint": {"digest": "sha256:" + "0" * 64}},
+        fingerprint={
+            "checkpoint": {"digest": "sha256:" + "0" * 64},
+            "model": {"norm_epsilon": norm_epsilon},
+        },
         tokens=TokenArrays(
             np.zeros((n_sequences, length), dtype=np.int32), mask.sum(axis=1).astype(np.int32), mask
         ),

@@ -33,10 +33,11 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery import build_ghost, load_recovered, register
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.export import export
+from ghoststream.testing.conformance import check_streamed_equals_resident, skip_layers
 from ghoststream.testing.models import TINY_CONFIGS, save_tiny
 from ghoststream.testing.operators import random_operators
 
-_N_LAYERS, _HIDDEN, _NEW_TOKENS = 6, 32, 32
+_N_LAYERS, _HIDDEN, _NEW_TOKENS = 6, 32, 12
 # A span at the start, two spans one surviving layer apart, a span at the end.
 _PLAN = PruningPlan.parse(_N_LAYERS, "0:1 2:3 4:6")
 # Longer than the sliding windows of the tiny models (8).
@@ -180,8 +181,7 @@ def _reference(root: Path, operators: OperatorSet) -> Any:
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
     family = family_of(model.config)
     layers = model.get_submodule(family.layers_path)
-    for layer in operators.plan.removed:
-        layers[layer].forward = lambda hidden_states, *_, **__: hidden_states
+    skip_layers(model, operators.plan.removed)
     for operator in operators.boundaries:
         place = (
             model.get_submodule(family.final_norm_path)
@@ -312,6 +312,13 @@ def test_after_registration_no_trust_is_needed(exported: dict[str, Path], examin
         with torch.no_grad():
             logits = model.eval()(_IDS).logits
         assert torch.equal(logits, load_file(f"{folder}.out.safetensors")["logits"])
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+def test_recovered_models_are_streamed_too(model_type: str, exported: dict[str, Path]) -> None:
+    register()
+    report = check_streamed_equals_resident(exported[model_type], paddings=("right",))
+    assert report.n_tensors == 3 * (len(_PLAN.kept) + 2)
 
 
 _REGISTERING = r"""
@@ -517,7 +524,7 @@ def _refusals() -> dict[str, tuple[OperatorSet, type[Exception], str]]:
         "x",
         (
             BoundaryOperator(
-                Span(1, 3), "linear", "normed", random_operators(_PLAN, _HIDDEN).boundaries[0].weight
+                Span(1, 3), "linear", "mlp", random_operators(_PLAN, _HIDDEN).boundaries[0].weight
             ),
         ),
         _HIDDEN,
@@ -529,8 +536,8 @@ def _refusals() -> dict[str, tuple[OperatorSet, type[Exception], str]]:
             "7 layers, this model has 6",
         ),
         "width": (random_operators(_PLAN, 16), MismatchError, "for hidden size 16, the model has 32"),
-        "base": (_operators(metadata=other), MismatchError, "were made for the checkpoint sha256:000"),
-        "features": (features, UnsupportedModelError, "reads the features 'normed'"),
+        "base": (_operators(metadata=other), MismatchError, r"were made for another checkpoint \(sha256:000"),
+        "features": (features, UnsupportedModelError, "reads the features 'mlp'"),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,66 +19,18 @@ from ghoststream.streaming import (
     StreamedPass,
     make_batches,
 )
+from ghoststream.testing.conformance import (
+    StateRecorder,
+    check_streamed_equals_resident,
+    load_resident,
+    resident_pass,
+    skip_layers,
+)
 from ghoststream.testing.models import TINY_CONFIGS, save_tiny
 
 N_LAYERS = 6
-
-
-class Recorder:
-    """Keeps everything a lane shows."""
-
-    def __init__(self) -> None:
-        self.states: dict[tuple[int, int], torch.Tensor] = {}
-        self.logits: dict[int, torch.Tensor] = {}
-        self.done: list[int] = []
-
-    def wants(self, position: int) -> bool:
-        return True
-
-    def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
-        self.states[position, batch.index] = states.clone()
-
-    def finished(self, position: int) -> None:
-        self.done.append(position)
-
-    def failed(self) -> None:
-        self.done.append(-1)
-
-    def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
-        assert first == 0
-        self.logits[batch.index] = logits.clone()
-
-
-def _resident(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-def _layers(model: torch.nn.Module, skeleton: Skeleton) -> torch.nn.ModuleList:
-    layers = model.get_submodule(skeleton.family.layers_path)
-    assert isinstance(layers, torch.nn.ModuleList)
-    return layers
-
-
-def _resident_inputs(
-    model: torch.nn.Module, skeleton: Skeleton, batch: Batch
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What enters every layer and the final norm, and the logits, of an ordinary forward."""
-    seen: list[torch.Tensor] = []
-
-    def hook(
-        _module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
-    ) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    modules = [*_layers(model, skeleton), model.get_submodule(skeleton.family.final_norm_path)]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    with torch.inference_mode():
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    for handle in handles:
-        handle.remove()
-    return seen, logits
+# transformers has no SDPA for these.
+EAGER_BY_DEFAULT = {"bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj"}
 
 
 def _tokens(seed: int = 0, *, padded: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -96,24 +49,23 @@ def _stream(skeleton: Skeleton, batches: tuple[Batch, ...], lanes: list[Lane], o
     StreamedPass(skeleton, batches, lanes, factory, options).run()
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
 def test_hidden_states_and_logits_equal_the_resident_models(
-    family: str, padded: bool, tmp_path: Path
+    family: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    folder = save_tiny(family, tmp_path / "model")
-    skeleton = Skeleton(folder)
-    batches = make_batches(*_tokens(padded=padded), micro_batch=2)
-    recorder = Recorder()
-    lane = Lane("dense", PruningPlan(N_LAYERS), observers=(recorder,), logits=recorder)
-    _stream(skeleton, batches, [lane], PassOptions(logit_tokens=None))
-    model = _resident(folder)
-    for batch in batches:
-        inputs, logits = _resident_inputs(model, skeleton, batch)
-        for position, states in enumerate(inputs):
-            assert torch.equal(recorder.states[position, batch.index], states), position
-        assert torch.equal(recorder.logits[batch.index], logits.flatten(0, 1))
-    assert recorder.done == list(range(N_LAYERS + 1))
+    """Default attention (SDPA where the family has it) and eager; no padding, right, left; three micro-batches."""
+    report = check_streamed_equals_resident(tiny_checkpoint(family), attention=(None, "eager"))
+    assert report.not_finite == ()
+    n_implementations = 1 if family in EAGER_BY_DEFAULT else 2
+    assert len(report.compared) == 3 * n_implementations
+    assert report.n_tensors == len(report.compared) * 3 * (N_LAYERS + 2)
+
+
+def test_a_pass_shows_each_position_once_and_in_order(tiny_llama: Path) -> None:
+    recorder = StateRecorder()
+    lane = Lane("dense", PruningPlan(N_LAYERS), observers=(recorder,))
+    _stream(Skeleton(tiny_llama), make_batches(*_tokens(padded=False), micro_batch=2), [lane], PassOptions())
+    assert recorder.finished_positions == list(range(N_LAYERS + 1))
 
 
 class Linear:
@@ -130,10 +82,8 @@ def _resident_repaired(
     folder: Path, skeleton: Skeleton, plan: PruningPlan, maps: dict[Span, Linear], batch: Batch
 ) -> torch.Tensor:
     """Logits of the resident model with removed layers made identities and operators applied by hooks."""
-    model = _resident(folder)
-    layers = _layers(model, skeleton)
-    for layer in plan.removed:
-        layers[layer].forward = lambda states, *_args, **_kwargs: states
+    model = load_resident(folder)
+    skip_layers(model, plan.removed)
 
     def repair(operator: Linear) -> object:
         def hook(_module: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> object:
@@ -145,8 +95,9 @@ def _resident_repaired(
 
     norm = model.get_submodule(skeleton.family.final_norm_path)
     for span, operator in maps.items():
-        target = norm if span.stop == N_LAYERS else layers[span.stop]
-        target.register_forward_pre_hook(repair(operator), with_kwargs=True)  # type: ignore[arg-type]
+        layer = f"{skeleton.family.layers_path}.{span.stop}"
+        target = norm if span.stop == N_LAYERS else model.get_submodule(layer)
+        target.register_forward_pre_hook(repair(operator), with_kwargs=True)
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     return logits.flatten(0, 1)
@@ -155,7 +106,7 @@ def _resident_repaired(
 PLANS = ["2:4", "0:2", "4:6", "1:2 3:5", "0:1 2:3 5:6"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "falcon", "mixtral"])
 def test_lanes_of_one_pass_equal_repaired_resident_models(family: str, tmp_path: Path) -> None:
     folder = save_tiny(family, tmp_path / "model")
     skeleton = Skeleton(folder)
@@ -164,7 +115,7 @@ def test_lanes_of_one_pass_equal_repaired_resident_models(family: str, tmp_path:
     for seed, text in enumerate(["", *PLANS, *PLANS]):
         plan = PruningPlan.parse(N_LAYERS, text)
         maps = {span: Linear(10 * seed + span.start) for span in plan.spans} if seed <= len(PLANS) else {}
-        recorder = Recorder()
+        recorder = StateRecorder()
         lanes.append(Lane(text, plan, maps, logits=recorder))
         recorders.append(recorder)
         plans.append((plan, maps))
@@ -182,7 +133,7 @@ def test_weights_are_read_once_whatever_the_number_of_lanes(tmp_path: Path) -> N
     for n_lanes in (1, 4):
         skeleton = Skeleton(folder)
         lanes = [
-            Lane(str(i), PruningPlan.parse(N_LAYERS, "2:4" if i else ""), logits=Recorder())
+            Lane(str(i), PruningPlan.parse(N_LAYERS, "2:4" if i else ""), logits=StateRecorder())
             for i in range(n_lanes)
         ]
         _stream(skeleton, batches, lanes, PassOptions(logit_tokens=None))
@@ -209,7 +160,7 @@ def test_states_in_scratch_files_change_no_bit(tmp_path: Path) -> None:
     results = []
     for budget in (None, 0):
         skeleton = Skeleton(folder)
-        recorder = Recorder()
+        recorder = StateRecorder()
         lanes = [
             Lane("dense", PruningPlan(N_LAYERS), observers=(recorder,)),
             Lane("cut", PruningPlan.parse(N_LAYERS, "2:4"), logits=recorder),
@@ -234,12 +185,12 @@ def test_states_in_scratch_files_change_no_bit(tmp_path: Path) -> None:
 def test_a_pass_started_from_stored_states_ends_with_the_same_bits(tmp_path: Path) -> None:
     folder = save_tiny("qwen2", tmp_path / "model")
     batches = make_batches(*_tokens(padded=False), micro_batch=2)
-    whole, rest = Recorder(), Recorder()
+    whole, rest = StateRecorder(), StateRecorder()
     plan = PruningPlan(N_LAYERS)
     _stream(Skeleton(folder), batches, [Lane("a", plan, observers=(whole,))], PassOptions())
     options = PassOptions(first_layer=3, initial=lambda batch: whole.states[3, batch.index])
     _stream(Skeleton(folder), batches, [Lane("b", plan, observers=(rest,))], options)
-    assert rest.done == [3, 4, 5, 6]
+    assert rest.finished_positions == [3, 4, 5, 6]
     for index in range(len(batches)):
         assert torch.equal(rest.states[6, index], whole.states[6, index])
 
@@ -251,10 +202,10 @@ def test_bfloat16_pass_is_close_to_the_resident_model(family: str, tmp_path: Pat
     skeleton = Skeleton(folder)
     assert skeleton.dtype == torch.bfloat16
     batches = make_batches(*_tokens(padded=False), micro_batch=2)
-    recorder = Recorder()
+    recorder = StateRecorder()
     lane = Lane("dense", PruningPlan(N_LAYERS), logits=recorder)
     _stream(skeleton, batches, [lane], PassOptions(logit_tokens=None))
-    _, logits = _resident_inputs(_resident(folder, torch.bfloat16), skeleton, batches[0])
+    _, logits = resident_pass(load_resident(folder, dtype=torch.bfloat16), batches[0])
     expected = logits.flatten(0, 1).double()
     error = (recorder.logits[0].double() - expected).norm() / expected.norm()
     assert float(error) <= 2**-7
@@ -264,7 +215,7 @@ def test_logits_in_chunks_of_tokens_agree_with_whole_logits(tmp_path: Path) -> N
     folder = save_tiny("gemma2", tmp_path / "model")
     batches = make_batches(*_tokens(padded=False), micro_batch=5)
 
-    class Chunks(Recorder):
+    class Chunks(StateRecorder):
         def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
             assert logits.shape[0] <= 7
             assert first == sum(part.shape[0] for part in self.parts)
@@ -272,7 +223,7 @@ def test_logits_in_chunks_of_tokens_agree_with_whole_logits(tmp_path: Path) -> N
 
         parts: list[torch.Tensor]
 
-    chunked, whole = Chunks(), Recorder()
+    chunked, whole = Chunks(), StateRecorder()
     chunked.parts = []
     _stream(
         Skeleton(folder),

@@ -68,5 +68,7 @@ def test_an_overflowing_perplexity_is_infinite() -> None:
 
 
 def test_logit_chunks_stay_below_their_bound() -> None:
-    assert default_logit_tokens(128_256) * 128_256 * 4 <= 16 * 2**20
-    assert default_logit_tokens(10**9) == 1
+    unit = 2 * 8192 * 128_256
+    assert default_logit_tokens(128_256, unit) * 128_256 * 4 <= unit // 4
+    assert default_logit_tokens(1000, 0) * 1000 * 4 <= 32 * 2**20
+    assert default_logit_tokens(10**9, 0) == 1

@@ -23,8 +23,7 @@ def main(model: str, text: str, heldout: str, work: Path) -> None:
     for name in OPERATORS:
         operators = ghoststream.solve(store, plan, operator=name, out=work / f"{name}.safetensors")
         folders.append(work / name)
-        if not folders[-1].exists():
-            ghoststream.export(model, operators, folders[-1])
+        ghoststream.export(model, operators, folders[-1])
     report = ghoststream.evaluate([model, *folders], text=heldout, length=64)
     print(f"removed {plan}")
     for row in report.rows:

@@ -121,9 +121,14 @@ class SolveRecipe(Recipe):
 
     Attributes:
         operator: Name of the operator family (``ghost``).
-        eps: Ridge added to the Gram's diagonal, absolute.
-        features: What the operator reads (``hidden``).
-        weights: Token weights (``uniform``).
+        eps: Ridge that was asked for, in the measure of the operator family (``ghost``: absolute, on the Gram's
+            diagonal; ``least-squares``: relative to its mean), or ``auto``; ``None`` is the family's default.
+        features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``).
+        weights: Token weights (``uniform``, ``drop_sinks``, ``relative``).
+        intercept: Whether a constant is fitted.
+        rank: Rank of the map; ``None`` is full rank.
+        solver: ``gram`` or ``tsqr``.
+        precision: Of the products that moments are sums of: ``float64`` or ``float32-blocked``.
         range_sequences: Sequences that one reduction task reads.
         folds: Folds of whole sequences that moments are kept by.
         seed: Seed of what is random, the assignment of folds among it.
@@ -131,9 +136,13 @@ class SolveRecipe(Recipe):
     """
 
     operator: str
-    eps: Annotated[float, Field(ge=0)] = 1e-6
+    eps: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
     features: str = "hidden"
     weights: str = "uniform"
+    intercept: bool = False
+    rank: _Count | None = None
+    solver: Literal["gram", "tsqr"] = "gram"
+    precision: Literal["float64", "float32-blocked"] = "float64"
     range_sequences: _Count
     folds: _Count = 1
     seed: Annotated[int, Field(ge=0)] = 0

@@ -140,7 +140,10 @@ class PruningPlan:
             PlanError: If it was not.
         """
         if n_layers != self.n_layers:
-            msg = f"the plan is for a model of {self.n_layers} layers, this model has {n_layers}"
+            msg = (
+                f"the plan is for a model of {self.n_layers} layers, this model has {n_layers};"
+                " give a plan that was made for this model"
+            )
             raise PlanError(msg)
 
     def __str__(self) -> str:

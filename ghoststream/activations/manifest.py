@@ -58,7 +58,9 @@ class Manifest:
 
     def differences(self, asked: Manifest) -> list[str]:
         """Say in what this store differs from one that is asked for, one line a field."""
-        return differences(self.identity(), asked.identity())
+        # The recipe decides the rest: what follows from it is only told where the recipe does not say it already.
+        recipes = differences({"recipe": self.recipe}, {"recipe": asked.recipe})
+        return recipes or differences(self.identity(), asked.identity())
 
     def objects(self) -> dict[str, ObjectRecord]:
         """Return the record of every object that must be there: metadata files and committed shards."""

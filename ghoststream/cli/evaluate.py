@@ -56,7 +56,8 @@ from ghoststream.cli.progress import show_progress
 def command(models: tuple[str, ...], json_path: Path | None, **options: Any) -> None:
     """Measure the perplexity of each MODEL on non-overlapping windows of a text.
 
-    A recovered folder that is given together with its base costs no pass of its own: it becomes a lane of the
+    MODEL is a local checkpoint folder, a hub id, a recovered folder, or, together with its base, a file from
+    `ghoststream solve`. What is given together with its base costs no pass of its own: it becomes a lane of the
     base's. Weights are read once per pass, a layer at a time.
     """
     from ghoststream.stages.evaluate import evaluate

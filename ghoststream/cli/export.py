@@ -32,7 +32,9 @@ from ghoststream.cli.progress import show_progress
     metavar="OPERATORS",
     help="File from `ghoststream solve`; it also says which layers go.",
 )
-@out_option("DIR", "Folder of the recovered checkpoint; must be empty or absent.")
+@out_option(
+    "DIR", "Folder of the recovered checkpoint; must be empty, absent, or the result of this command."
+)
 @revision_option
 @json_option
 @debug_option
@@ -42,12 +44,10 @@ def command(model: str, operators: Path, out: Path, revision: str | None, *, as_
     Weights are copied from shard to shard, one tensor in memory at a time. The folder loads in any transformers
     with from_pretrained(DIR, trust_remote_code=True), or without that after `import ghoststream`.
     """
-    from ghoststream.checkpoint.hub import resolve_model
     from ghoststream.stages.export import export
 
-    root = resolve_model(model, revision=revision).root
     with show_progress() as progress:
-        report = export(root, operators, out, progress=progress)
+        report = export(model, operators, out, revision=revision, progress=progress)
     if as_json:
         print_json(report.to_json())
         return

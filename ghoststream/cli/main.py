@@ -73,6 +73,10 @@ class GhoststreamGroup(click.Group):
         """Run the command; see :func:`_report` for what happens to errors."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            where = (error.ctx or ctx).command_path
+            click.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
+            ctx.exit(error.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -115,5 +119,7 @@ def main() -> None:
     """Prune layers from large language models and repair them, one decoder layer in memory at a time.
 
     Layers are numbered from 0; spans are half-open: [13,19) are the layers 13 to 18. Every command continues where
-    it stopped when it is run again.
+    it stopped when it is run again, and changes nothing once it has finished.
+
+    Exit codes: 0 done; 2 the request cannot be met; 3 data on disk is broken, or the disk is full; 130 interrupted.
     """

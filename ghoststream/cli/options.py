@@ -44,7 +44,8 @@ class ExampleCommand(click.Command):
 
 def _continued(line: str, width: int) -> str:
     rows = [""]
-    for word in line.split(" "):
+    # An option stays together with its value.
+    for word in re.findall(r"--\S+ [^-\s]\S*|\S+", line):
         if rows[-1].strip() and len(rows[-1]) + len(word) > width - 6:
             rows.append("   ")
         rows[-1] = f"{rows[-1]} {word}" if rows[-1] else word
@@ -72,6 +73,26 @@ class IndexList(click.ParamType[tuple[int, ...]]):
         if not numbers or min(numbers) < 0:
             self.fail(f"{value!r} names no layer; write for example 0,10:20,30", param, ctx)
         return tuple(sorted(numbers))
+
+
+class Ridge(click.ParamType["float | str"]):
+    """A ridge: a number that is not negative, or ``auto``."""
+
+    name = "RIDGE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Return the number, or ``auto``."""
+        if value == "auto":
+            return "auto"
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0.0 <= number < float("inf"):
+            self.fail(
+                f"{value!r} is no ridge; give a number of at least 0, for example 1e-6, or auto", param, ctx
+            )
+        return number
 
 
 class ByteSize(click.ParamType[int]):
@@ -155,10 +176,24 @@ criterion_option = click.option(
 )
 operator_option = click.option(
     "--operator",
-    type=click.Choice(["ghost", "linear-patch-diagonal", "none"]),
+    type=click.Choice(["ghost", "least-squares", "linear-patch-diagonal", "none"]),
     default="ghost",
     show_default=True,
-    help="What repairs a boundary: the paper's linear map, a scale per channel, or nothing.",
+    help="What repairs a boundary: the paper's linear map, the same with more options, a scale per channel, nothing.",
+)
+features_option = click.option(
+    "--features",
+    type=click.Choice(["hidden", "normed", "hidden+normed"]),
+    default="hidden",
+    show_default=True,
+    help="What least-squares reads: the hidden state, the hidden state over its root mean square, or both.",
+)
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["uniform", "drop_sinks", "relative"]),
+    default="uniform",
+    show_default=True,
+    help="How much a token counts in the fit: all the same; massive activations born in a span not at all; 1/|target|^2.",
 )
 scheduler_option = click.option(
     "--scheduler",
@@ -252,7 +287,7 @@ compute_options = combined(
         type=click.IntRange(min=1),
         metavar="B",
         default=None,
-        help="Sequences computed at once; default as many as make 2,048 tokens.",
+        help="Sequences computed at once; default what half of the unit U holds, at most 2,048 tokens.",
     ),
     device_option,
     host_memory_option,

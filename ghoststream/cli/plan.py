@@ -10,6 +10,7 @@ from ghoststream.cli.options import (
     ExampleCommand,
     compute_options,
     debug_option,
+    features_option,
     json_option,
     layers_option,
     length_option,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @sequences_option
 @length_option
 @operator_option
+@features_option
 @layers_option
 @store_dtype_option
 @click.option("--store", default=None, metavar="STORE", help="Where the store would go; its disk is checked.")

@@ -12,6 +12,7 @@ from ghoststream.cli.options import (
     compute_options,
     criterion_option,
     debug_option,
+    features_option,
     json_option,
     length_option,
     model_argument,
@@ -22,6 +23,7 @@ from ghoststream.cli.options import (
     scheduler_option,
     sequences_option,
     store_dtype_option,
+    weights_option,
 )
 from ghoststream.cli.output import print_json
 from ghoststream.cli.progress import show_progress
@@ -36,11 +38,15 @@ from ghoststream.cli.progress import show_progress
 @model_argument
 @remove_or_plan_options
 @calibration_option
-@out_option("DIR", "Folder of the recovered checkpoint; must be empty or absent.")
+@out_option(
+    "DIR", "Folder of the recovered checkpoint; must be empty, absent, or the result of this command."
+)
 @sequences_option
 @length_option
 @criterion_option
 @operator_option
+@features_option
+@weights_option
 @click.option(
     "--store", default=None, metavar="STORE", help="Where the hidden states go; default DIR.work/store, kept."
 )

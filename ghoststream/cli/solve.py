@@ -9,12 +9,15 @@ import click
 
 from ghoststream.cli.options import (
     ExampleCommand,
+    Ridge,
     debug_option,
+    features_option,
     json_option,
     operator_option,
     out_option,
     scheduler_option,
     store_argument,
+    weights_option,
     workers_option,
 )
 from ghoststream.cli.output import print_json, print_table
@@ -36,13 +39,30 @@ from ghoststream.cli.progress import show_progress
     help="Plan file from `ghoststream select`, or spans such as 13:19 or '5:7 13:19'.",
 )
 @operator_option
+@weights_option
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
+@features_option
 @click.option(
     "--ridge",
-    type=click.FloatRange(min=0),
-    default=1e-6,
+    type=Ridge(),
+    default=None,
+    help="Added to the diagonal of the Gram matrix: as it is by ghost (default 1e-6), times the diagonal's mean by "
+    "least-squares; there `auto`, the default, takes what predicts held-out folds best.",
+)
+@click.option("--intercept", is_flag=True, help="Let least-squares fit a constant too.")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="R",
+    help="Best map of this rank, by least-squares; default full rank.",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(["gram", "tsqr"]),
+    default="gram",
     show_default=True,
-    help="Added to the diagonal of the Gram matrix.",
+    help="How least-squares solves: by normal equations, or by QR for features that are nearly dependent.",
 )
 @click.option(
     "--folds",
@@ -50,6 +70,13 @@ from ghoststream.cli.progress import show_progress
     default=None,
     metavar="K",
     help="Parts of the text, each left out once for the figures out of sample; 0 for none.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float64", "float32-blocked"]),
+    default="float64",
+    show_default=True,
+    help="Of the products that are summed; float32-blocked adds up blocks of 256 tokens in float64.",
 )
 @scheduler_option
 @workers_option

@@ -6,9 +6,15 @@ from ghoststream.files.atomic import atomic_write_bytes, atomic_write_json, fsyn
 from ghoststream.files.digests import bytes_digest, file_digest, format_digest
 from ghoststream.files.json_data import canonical_json, differences, json_digest, read_json
 from ghoststream.files.locks import FileLock, FolderLock
-from ghoststream.files.space import disk_errors, format_bytes, free_bytes, require_free_space
+from ghoststream.files.space import (
+    disk_errors,
+    format_bytes,
+    free_bytes,
+    require_free_space,
+    require_writable,
+)
 from ghoststream.files.staging import StagingFolder
-from ghoststream.files.sums import SUMS_NAME, verify_sums, write_sums
+from ghoststream.files.sums import SUMS_NAME, missing_files, verify_sums, write_sums
 
 __all__ = [
     "SUMS_NAME",
@@ -28,8 +34,10 @@ __all__ = [
     "fsync_folder",
     "fsync_path",
     "json_digest",
+    "missing_files",
     "read_json",
     "require_free_space",
+    "require_writable",
     "verify_sums",
     "write_sums",
 ]

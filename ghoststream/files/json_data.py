@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ghoststream.errors import ArtifactError, InputNotFoundError, NumericsError
 from ghoststream.files.digests import bytes_digest
 
 _ABSENT = object()
+# Enough of a digest for people to tell two apart.
+_DIGEST = re.compile(r"(sha256:[0-9a-f]{12})[0-9a-f]{52}")
 
 
 def canonical_json(data: Any) -> str:
@@ -84,7 +87,7 @@ def _spell(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    text = _spell(value)
+    text = _DIGEST.sub(r"\1...", _spell(value))
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

@@ -73,7 +73,7 @@ class FileLock:
         Raises:
             BusyError: If another process, or another lock object of this one, holds it.
         """
-        with disk_errors(self.path):
+        with disk_errors(self.guarded):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = open_locked(self.path, wait=False)

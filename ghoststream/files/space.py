@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ghoststream.errors import BudgetError, DiskFullError, GhoststreamError, RequestError
+from ghoststream.errors import (
+    BudgetError,
+    DiskFullError,
+    GhoststreamError,
+    OutputExistsError,
+    RequestError,
+)
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_REFUSED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+)
 # Libraries written in Rust (safetensors, tokenizers) raise their own kind and put the number in the text.
 _RUST_FULL = re.compile(rf"\(os error ({'|'.join(str(number) for number in sorted(_FULL))})\)")
 
@@ -53,14 +62,14 @@ def require_free_space(path: Path, n_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
-    """Turn a full disk, or one that refuses writing, into an error that says where and what to do.
+    """Turn a full disk, or a place that refuses writing, into an error that says where and what to do.
 
     Args:
         path: What is being written.
         n_bytes: How many bytes it needs in all, if known.
 
     Raises:
-        DiskFullError: If no space, or no quota, was left.
+        DiskFullError: If no space, or no quota, was left, or the file may not grow so large.
         RequestError: If writing there is not permitted.
     """
     try:
@@ -75,10 +84,36 @@ def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
                 " free space and run the same command again, finished parts are kept"
             )
             raise DiskFullError(msg) from error
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            msg = (
+                f"cannot write {path}: it grew larger than this file system, or the limit of this process"
+                " (ulimit -f), allows; choose another place or raise the limit, and run the same command again"
+            )
+            raise DiskFullError(msg) from error
         if isinstance(error, OSError) and error.errno in _REFUSED:
-            msg = f"cannot write {path} ({error.strerror}); choose a place that you may write to"
-            raise RequestError(msg) from error
+            raise _refused(path, str(error.strerror)) from error
         raise
+
+
+def require_writable(path: Path) -> None:
+    """Check before work starts that a file can be written at ``path``, as far as can be known.
+
+    Raises:
+        OutputExistsError: If there is a folder of that name.
+        RequestError: If its folder, or the nearest one above it that exists, may not be written to.
+    """
+    if path.is_dir():
+        msg = f"cannot write the file {path}: there is a folder of that name; choose another name"
+        raise OutputExistsError(msg)
+    place = _existing(path.absolute().parent)
+    if not place.is_dir():
+        raise _refused(path, f"{place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _refused(path, f"{place} is not writable")
+
+
+def _refused(path: Path, reason: str) -> RequestError:
+    return RequestError(f"cannot write {path} ({reason}); choose a place that you may write to")
 
 
 def _is_full(error: BaseException) -> bool:

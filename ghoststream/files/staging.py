@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -72,19 +73,33 @@ class StagingFolder:
             DiskFullError: If the file system only now finds that it is full.
             OutputExistsError: If something was put at the target meanwhile.
         """
+        partial = []
         for entry in sorted(self.path.rglob("*")):
             if entry.is_dir() and not entry.is_symlink():
                 fsync_folder(entry)
             elif entry.name.startswith(".") and entry.name.endswith(".partial"):
-                entry.unlink()
+                partial.append(entry)
             elif entry.is_file():
                 fsync_path(entry)
-        fsync_folder(self.path)
         self._require_free_target()
+        # Last, for journals of finished parts are among them: a run that is killed before this repeats nothing.
+        for entry in partial:
+            entry.unlink()
+        fsync_folder(self.path)
         with disk_errors(self.target):
             self.path.rename(self.target)
             fsync_folder(self.target.parent)
         self._marker.unlink(missing_ok=True)
+
+    def clear_leftovers(self) -> None:
+        """Remove what a run left beside the target that was killed between its rename and its end.
+
+        Call it where the target is known to be whole. Nothing is written if there is nothing to remove, and
+        nothing happens if it cannot be removed or another process is about to do so.
+        """
+        if self._marker.exists() or self._lock.path.exists():
+            with suppress(RequestError), self._lock:
+                self._marker.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the partial folder with all it holds."""

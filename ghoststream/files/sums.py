@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from ghoststream.errors import InputNotFoundError
@@ -17,11 +18,16 @@ _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _UNESCAPES = {escaped: plain for plain, escaped in _ESCAPES.items()}
 
 
-def write_sums(folder: Path) -> None:
+def write_sums(folder: Path, *, known: Mapping[str, str] | None = None) -> None:
     """Write the checksums of every file under ``folder``.
 
     Left out are the checksum file itself, locks and partial files, and what differs between two runs of the
     same recipe by nature: ``run.json`` and ``*.log``.
+
+    Args:
+        folder: The folder.
+        known: Digests (``sha256:<hex>``) by name, of files whose bytes were seen when they were written; these
+            files are not read again.
 
     Raises:
         InputNotFoundError: If there is no such folder.
@@ -35,7 +41,8 @@ def write_sums(folder: Path) -> None:
         for entry in folder.rglob("*")
         if entry.is_file() and not _left_out(entry.name)
     )
-    lines = [_format_line(file_digest(folder / name), name) for name in names]
+    digests = dict(known or {})
+    lines = [_format_line(digests.get(name) or file_digest(folder / name), name) for name in names]
     atomic_write_bytes(folder / SUMS_NAME, "".join(lines).encode(errors="surrogateescape"))
 
 
@@ -51,15 +58,32 @@ def verify_sums(folder: Path) -> list[str]:
     except OSError as error:
         return [f"{sums} cannot be read ({error.strerror}): the folder cannot be checked"]
     problems = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            problems.append(f"{sums} line {number} is not a checksum line")
-            continue
-        problem = _check(folder, _unescape(match[3]) if match[1] else match[3], match[2])
+    for number, entry in _entries(text):
+        problem = f"{sums} line {number} is not a checksum line" if entry is None else _check(folder, *entry)
         if problem is not None:
             problems.append(problem)
     return problems
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the names of files that ``SHA256SUMS`` lists and that are not there; nothing but names is looked at.
+
+    A folder without a readable checksum file lacks at least that one.
+    """
+    try:
+        text = (folder / SUMS_NAME).read_bytes().decode(errors="surrogateescape")
+    except OSError:
+        return [SUMS_NAME]
+    names = [entry[0] for _, entry in _entries(text) if entry is not None]
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _entries(text: str) -> Iterator[tuple[int, tuple[str, str] | None]]:
+    """Yield the number of each line with its name and digest; ``None`` for a malformed line."""
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        match = _LINE.fullmatch(line)
+        name = match and (_unescape(match[3]) if match[1] else match[3])
+        yield number, None if match is None else (str(name), match[2])
 
 
 def _check(folder: Path, name: str, expected: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ghoststream.operators import ghost, linear_patch, none
+from ghoststream.operators import ghost, least_squares, linear_patch, none
 from ghoststream.operators.artifact import BoundaryOperator, OperatorSet
 from ghoststream.operators.registry import (
     OperatorFamily,
@@ -20,6 +20,7 @@ __all__ = [
     "OperatorSet",
     "Solution",
     "ghost",
+    "least_squares",
     "linear_patch",
     "make_operator",
     "none",

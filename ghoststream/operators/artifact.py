@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ghoststream.errors import ArtifactError, NumericsError, RequestError
 from ghoststream.files import bytes_digest
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.statistics.features import ModelFacts, get_feature
 from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
 
 Weights = npt.NDArray[np.float32]
@@ -34,6 +35,7 @@ class BoundaryOperator:
             for ``identity``.
         bias: float32 ``(C,)`` or None.
         diagnostics: JSON data: residuals in and out of sample, condition, tokens, warnings.
+        norm_epsilon: Epsilon of normed features; None where the features need none.
 
     Raises:
         NumericsError: If a weight is NaN or infinite, in float32.
@@ -45,6 +47,7 @@ class BoundaryOperator:
     weight: Weights | None = None
     bias: Weights | None = None
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    norm_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         for name, array in (("weight", self.weight), ("bias", self.bias)):
@@ -55,6 +58,9 @@ class BoundaryOperator:
         if rank != _RANKS[self.form]:
             msg = f"an operator of form {self.form!r} at {self.span} cannot have a weight of rank {rank}"
             raise RequestError(msg)
+        if self.form != "linear" and self.features != "hidden":
+            msg = f"an operator of form {self.form!r} scales the hidden state itself, not {self.features!r}"
+            raise RequestError(msg)
 
     @property
     def name(self) -> str:
@@ -62,19 +68,19 @@ class BoundaryOperator:
         return f"boundary.{self.span.start}-{self.span.stop}"
 
     def apply(self, states: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-        """Apply the operator to hidden states ``(..., C)`` in numpy (feature ``hidden`` only).
+        """Apply the operator to hidden states ``(..., C)`` in numpy, features in float64.
 
         Raises:
-            RequestError: If the operator reads another feature.
+            RequestError: If its feature is not registered here.
         """
-        if self.features != "hidden":
-            msg = (
-                f"the operator at {self.span} reads {self.features!r}, which hidden states alone do not give"
-            )
-            raise RequestError(msg)
         if self.weight is None:
             return states
-        change = states @ self.weight.T if self.form == "linear" else states * self.weight
+        read = states
+        if self.features != "hidden":
+            rows = states.reshape(-1, states.shape[-1]).astype(np.float64)
+            features = get_feature(self.features).rows(rows, ModelFacts(self.norm_epsilon))
+            read = features.reshape(*states.shape[:-1], -1)
+        change = read @ self.weight.T if self.form == "linear" else states * self.weight
         result: npt.NDArray[np.floating[Any]] = states + change
         return result if self.bias is None else result + self.bias
 
@@ -84,6 +90,7 @@ class BoundaryOperator:
             "span": [self.span.start, self.span.stop],
             "form": self.form,
             "features": self.features,
+            "norm_epsilon": self.norm_epsilon,
             "bias": self.bias is not None,
             "diagnostics": self.diagnostics,
         }
@@ -226,6 +233,7 @@ def _boundary(item: Mapping[str, Any], arrays: Mapping[str, Weights]) -> Boundar
         None if form == "identity" else arrays[f"{name}.weight"],
         arrays[f"{name}.bias"] if item["bias"] else None,
         dict(item["diagnostics"]),
+        norm_epsilon=item.get("norm_epsilon"),
     )
 
 

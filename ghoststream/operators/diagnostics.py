@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ghoststream.errors import NumericsError
-from ghoststream.statistics import BoundaryMoments, FoldedMoments
+from ghoststream.statistics import UNIFORM, BoundaryMoments, FoldedMoments
 
 Fit = TypeVar("Fit")
 
@@ -36,8 +36,9 @@ def describe(
         The fit on all tokens, and its diagnostics. Keys: ``relative_residual`` = ``|prediction - d| / |d|``
         (Frobenius) on the data that was fitted, ``relative_residual_out_of_sample`` the same over all folds, each
         predicted by the fit without it (None with one fold); ``r2`` and ``r2_out_of_sample`` against the mean
-        gap; ``relative_gap_energy`` = ``|d|^2 / |y|^2``; ``position_energy``, ``n_tokens``, ``n_sequences``,
-        ``folds``, ``warnings``.
+        gap; ``relative_gap_energy`` = ``|d|^2 / |y|^2``; ``position_energy``, ``n_tokens``, ``dropped_share``
+        (unmasked tokens that the weights leave out, over all unmasked ones), ``weights``, ``n_sequences``, ``folds``,
+        ``warnings``. All sums are weighted by the token weights.
 
     Raises:
         NumericsError: If no token entered, or a fold is empty.
@@ -45,7 +46,10 @@ def describe(
     Memory: the total, one fold, the total without it, the fit on all tokens, and what ``fit`` needs.
     """
     if total.n_tokens == 0:
-        msg = f"no token entered the moments of {total.span}: the mask is empty; capture text again"
+        msg = (
+            f"no token entered the moments of {total.span}: the mask is empty, or every weight zero; "
+            "capture text again, or use other weights"
+        )
         raise NumericsError(msg)
     fitted = fit(BoundaryMoments(total.span, total.state.copy()))
     gap = float(total.gap_energy.sum())
@@ -61,9 +65,11 @@ def describe(
         "relative_gap_energy": gap / total.target_energy if total.target_energy > 0 else 0.0,
         "position_energy": positions,
         "n_tokens": total.n_tokens,
+        "dropped_share": total.n_dropped / (total.n_tokens + total.n_dropped),
+        "weights": moments.weights,
         "n_sequences": total.n_sequences,
         "folds": moments.n_folds,
-        "warnings": _warnings(total, positions),
+        "warnings": _warnings(total, positions, moments.weights),
     }
     return fitted, report
 
@@ -80,7 +86,7 @@ def _held_out(
         if held.n_tokens == 0:
             msg = f"fold {index} of {moments.n_folds} at {total.span} holds no tokens; use fewer folds"
             raise NumericsError(msg)
-        energy += residual(held, fit(total.subtract(held)))
+        energy += residual(held, fit(moments.without(index, total, held)))
     return energy
 
 
@@ -93,18 +99,25 @@ def _position_energy(total: BoundaryMoments) -> dict[str, Any]:
     return report
 
 
-def _warnings(total: BoundaryMoments, positions: dict[str, Any]) -> list[str]:
+def _warnings(total: BoundaryMoments, positions: dict[str, Any], weights: str) -> list[str]:
     found = []
+    decides = (
+        "it decides an unweighted fit; --weights drop_sinks leaves such tokens out where they are born in the span, "
+        "--weights relative counts them like others"
+        if weights == UNIFORM
+        else f"it weighs in the fit with the weights {weights} too"
+    )
     if total.position_energy.shape[1] >= _MIN_POSITIONS:
         found += [
             f"boundary {total.span}: position {entry['top_position']} carries {entry['share']:.0%} of the energy of "
-            f"the {role} (massive activation); it decides an unweighted fit"
+            f"the {role} (massive activation); {decides}"
             for role, entry in positions.items()
             if entry["share"] > MASSIVE_SHARE
         ]
-    if total.has_gram and total.n_tokens < total.gram.shape[0]:
+    n_features = len(total.feature_sum) if total.has_gram or total.has_triangle else 0
+    if total.n_tokens < n_features:
         found.append(
-            f"boundary {total.span}: {total.n_tokens} tokens for {total.gram.shape[0]} features; the fit repeats "
+            f"boundary {total.span}: {total.n_tokens} tokens for {n_features} features; the fit repeats "
             "its data, use more calibration sequences"
         )
     return found

@@ -17,10 +17,13 @@ from ghoststream.operators.solver import (
 )
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 
+PAPER_RIDGE = 1e-6
+"""The paper's ridge, absolute."""
+
 
 @register_operator("ghost")
 class GhostOperator:
-    """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, uniform weights, no intercept.
+    """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, no intercept; the weights are uniform in the paper.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number`` and
     ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F``, ``ridge``, ``solver``,
@@ -33,8 +36,9 @@ class GhostOperator:
     needs_gram = True
 
     def __init__(self, options: OperatorOptions) -> None:
-        require_ridge(options.ridge)
-        self.ridge = options.ridge
+        options.require_plain("ghost")
+        self.ridge = PAPER_RIDGE if options.ridge is None else float(options.ridge)
+        require_ridge(self.ridge)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.

@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float64]
 class LinearPatchDiagonal:
     """``y = x * d``, ``d_k`` = mean over sequences of ``mean_t |y_tk| / mean_t |x_tk|``.
 
-    A channel that is zero throughout a sequence counts there as ratio 1 (``zero_ratios`` in the diagnostics).
+    Token weights do not enter the scales, only the residuals that are reported. A channel that is zero throughout a sequence counts there as ratio 1 (``zero_ratios`` in the diagnostics).
 
     Memory: ``O(C + T)``.
     """
@@ -25,7 +25,7 @@ class LinearPatchDiagonal:
     needs_gram = False
 
     def __init__(self, options: OperatorOptions) -> None:
-        del options
+        options.require_plain("linear-patch-diagonal")
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Return the scales of one boundary, as ``weight = d - 1``.

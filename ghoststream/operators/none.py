@@ -20,7 +20,7 @@ class NoOperator:
     needs_gram = False
 
     def __init__(self, options: OperatorOptions) -> None:
-        del options
+        options.require_plain("none")
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Return the identity with the diagnostics of the boundary.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
@@ -24,13 +24,39 @@ from ghoststream.statistics import FoldedMoments
 
 @dataclass(frozen=True)
 class OperatorOptions:
-    """Options that families read; each takes what concerns it.
+    """Options that families read; each takes what concerns it and refuses what it cannot honour.
 
     Attributes:
-        ridge: Absolute ridge on the Gram's diagonal (1e-6 in the paper).
+        ridge: Ridge on the Gram's diagonal, in the family's own measure; None for its default.
+        features: Name of the feature that the moments are of.
+        intercept: Whether a constant is fitted.
+        rank: Rank of the map; None for full rank.
+        solver: ``gram`` (normal equations) or ``tsqr`` (triangular factors, for ill-conditioned features).
     """
 
-    ridge: float = 1e-6
+    ridge: float | Literal["auto"] | None = None
+    features: str = "hidden"
+    intercept: bool = False
+    rank: int | None = None
+    solver: Literal["gram", "tsqr"] = "gram"
+
+    def require_plain(self, name: str) -> None:
+        """Check that no feature, intercept, rank or other solver is asked of a family that is defined without.
+
+        Raises:
+            RequestError: If one is, or a ridge chosen by folds.
+        """
+        asked = {
+            f"features {self.features}": self.features != "hidden",
+            "an intercept": self.intercept,
+            f"rank {self.rank}": self.rank is not None,
+            "a ridge chosen by folds": self.ridge == "auto",
+            f"solver {self.solver}": self.solver != "gram",
+        }
+        found = [what for what, is_asked in asked.items() if is_asked]
+        if found:
+            msg = f"the operator {name} is defined without {', '.join(found)}; use the operator least-squares"
+            raise RequestError(msg)
 
 
 class OperatorFamily(Protocol):

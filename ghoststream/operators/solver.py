@@ -44,10 +44,18 @@ class Spectrum:
     Attributes:
         condition_number: Largest over smallest eigenvalue; None if the smallest is zero to float64 precision.
         numerical_rank: Eigenvalues above ``p * 2.2e-16`` of the largest.
+        values: The eigenvalues, ascending, ``(p,)``.
     """
 
     condition_number: float | None
     numerical_rank: int
+    values: Array
+
+    def effective_dof(self, ridge: float) -> float:
+        """Return ``trace(G (G + ridge I)^-1)``, the degrees of freedom a channel that a ridge leaves."""
+        values = np.maximum(self.values, 0.0)
+        shares = np.divide(values, values + ridge, out=np.zeros_like(values), where=values + ridge > 0)
+        return float(shares.sum())
 
 
 def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the operator") -> Solution:
@@ -112,6 +120,7 @@ def spectrum(gram: Array) -> Spectrum:
     return Spectrum(
         condition_number=largest / smallest if smallest > floor else None,
         numerical_rank=int(np.count_nonzero(values > floor)),
+        values=values,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from ghoststream.files import (
     atomic_write_bytes,
     atomic_write_json,
     bytes_digest,
+    file_digest,
     json_digest,
     write_sums,
 )
@@ -36,8 +38,14 @@ from ghoststream.recovery.layout import (
     recovered_tensors,
     require_operators_fit,
 )
-from ghoststream.recovery.provenance import PROVENANCE_NAME, describe_recovered
-from ghoststream.recovery.sidecars import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, copy_sidecars
+from ghoststream.recovery.provenance import PROVENANCE_NAME, describe_recovered, is_finished
+from ghoststream.recovery.sidecars import (
+    BASE_CARD_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    copy_sidecars,
+    sidecars_digest,
+)
 from ghoststream.streaming.skeleton import Skeleton
 
 _MODELING_FILE = Path(modeling_ghosted.__file__)
@@ -63,7 +71,7 @@ class ExportReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Job:
     """Everything that is decided before the first byte is written."""
 
@@ -74,6 +82,19 @@ class _Job:
     config: Mapping[str, Any]
     shards: tuple[Shard, ...]
     origins: Mapping[str, str]
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """What decides every bit of the folder, but the bytes of the base's tensors."""
+        return {
+            "format": _FORMAT,
+            "base": self.fingerprint["digest"],
+            "sidecars": sidecars_digest(self.skeleton.root),
+            "operators": _operators_digest(self.operators),
+            "shards": json_digest({shard.name: bytes_digest(shard.header()) for shard in self.shards}),
+            "config": json_digest(self.config),
+            "modeling": file_digest(_MODELING_FILE),
+        }
 
 
 def export_recovered(
@@ -90,7 +111,8 @@ def export_recovered(
 
     With operators the checkpoint has a ``model_type`` of its own and carries its modelling file; without any it
     is an ordinary checkpoint of the base's type. A killed export goes on when it is called again, and the files
-    are then the same. Nothing is at ``out`` until everything is there.
+    are then the same. Nothing is at ``out`` until everything is there; the same call after that returns the same
+    report and writes nothing.
 
     Args:
         model_root: The base checkpoint's folder.
@@ -105,7 +127,8 @@ def export_recovered(
         UnsupportedModelError: If the architecture, or the plan for it, cannot be expressed.
         PlanError: If the plan is for another number of layers.
         MismatchError: If the operators are for another model, or ``out`` has unfinished work of another request.
-        OutputExistsError: If ``out`` is not empty.
+        OutputExistsError: If ``out`` holds anything but the result of this very call.
+        ArtifactError: If it does hold that, damaged.
         CheckpointError: If the base is incomplete or damaged.
         BudgetError: If the disk is too small.
         DiskFullError: If it is full all the same.
@@ -115,18 +138,15 @@ def export_recovered(
     skeleton = Skeleton(model_root, trust_remote_code=trust_remote_code)
     _require_exportable(skeleton)
     job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype)
-    request = {
-        "format": _FORMAT,
-        "base": job.fingerprint["digest"],
-        "operators": _operators_digest(operators),
-        "max_shard_bytes": max_shard_bytes,
-        "config": json_digest(job.config),
-    }
-    with StagingFolder(out, request=request) as staging:
+    staging = StagingFolder(out, request=job.request)
+    if is_finished(staging.target, job.request):
+        staging.clear_leftovers()
+        return _report(job, out)
+    with staging:
         written = write_shards(staging.path, job.shards, progress=progress)
         digests = {name: digest for shard in written.values() for name, digest in shard.tensors.items()}
         _write_files(job, staging.path, digests)
-        write_sums(staging.path)
+        write_sums(staging.path, known={name: shard.digest for name, shard in written.items()})
         staging.commit()
     return _report(job, out)
 
@@ -158,7 +178,7 @@ def _prepare(
     )
     tensors, origins = recovered_tensors(
         skeleton.index,
-        skeleton.keys.names,
+        skeleton.keys.sources(),
         operators,
         names,
         operator_dtype or prevailing_dtype(skeleton.index),
@@ -217,6 +237,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
         base_model_type=str(job.skeleton.config.model_type),
         tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},
         versions={name: metadata.version(name) for name in ("torch", "transformers")},
+        request=job.request,
     )
     atomic_write_json(folder / PROVENANCE_NAME, provenance)
 

@@ -26,7 +26,7 @@ def build_ghost(
     Raises:
         RequestError: If the operator is the identity.
 
-    Memory: ``C * C`` elements of ``dtype`` for a linear operator.
+    Memory: ``C * p`` elements of ``dtype`` for a linear operator.
     """
     arrays = {name: torch.from_numpy(array).to(device, dtype) for name, array in leaf_names(operator).items()}
     if not arrays:
@@ -34,6 +34,12 @@ def build_ghost(
         raise RequestError(msg)
     width = next(iter(arrays.values())).shape[0]
     with torch.device("meta"):
-        module = GhostOperator(width, operator.form, operator.features, bias=operator.bias is not None)
+        module = GhostOperator(
+            width,
+            operator.form,
+            operator.features,
+            bias=operator.bias is not None,
+            norm_epsilon=operator.norm_epsilon,
+        )
     module.load_state_dict(arrays, assign=True)
     return module.requires_grad_(requires_grad=False).eval()

@@ -8,6 +8,8 @@ architecture: ``Ghosted<Name>`` is made on demand from the transformers class ``
 
     {"span": [13, 19], "layer": 13, "module": "layers.13", "form": "linear", "features": "hidden", "bias": false}
 
+Operators on normed features have ``norm_epsilon`` beside these.
+
 ``span`` is 0-based and half-open in the numbering of the original model. ``layer`` is the decoder layer of this
 model whose input the operator changes; it equals the number of layers where the operator changes the input of the
 final norm. ``module`` is the path of that layer or norm inside the base model; its operator is the submodule
@@ -32,6 +34,7 @@ from torch import nn
 
 PREFIX = "Ghosted"
 TYPE_PREFIX = "ghosted_"
+KNOWN = (("linear", "hidden"), ("linear", "normed"), ("linear", "hidden+normed"), ("diagonal", "hidden"))
 # Ends of class names, the longer ones first, and the auto class that loads them.
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -41,31 +44,42 @@ _AUTO_CLASSES = {
 
 
 class GhostOperator(nn.Module):
-    """The map at a boundary: ``y = x + x W^T (+ b)`` (form ``linear``) or ``y = x + x * w`` (form ``diagonal``).
+    """The map at a boundary: ``y = x + phi(x) W^T (+ b)`` (form ``linear``) or ``y = x + x * w`` (form ``diagonal``).
 
     All parameters start at zero, which makes the map the identity. Input and output have shape ``(..., width)``.
 
     Args:
         width: Hidden size of the model.
-        form: ``"linear"`` (``linear.weight`` of shape ``(width, width)``) or ``"diagonal"`` (``weight``, ``(width,)``).
-        features: What the map reads; only ``"hidden"``, the hidden state itself.
+        form: ``"linear"`` (``linear.weight`` of shape ``(width, p)``) or ``"diagonal"`` (``weight``, ``(width,)``).
+        features: What a linear map reads: ``"hidden"``, the hidden state itself; ``"normed"``, the hidden state over
+            its root mean square (computed in float32); ``"hidden+normed"``, both, which makes ``p = 2 * width``.
         bias: Whether a constant is added (``linear.bias`` or ``bias``, shape ``(width,)``).
 
+        norm_epsilon: Added to the mean square by normed features.
+
     Raises:
-        ValueError: If the form or the features are unknown to this file.
+        ValueError: If the form or the features are unknown to this file, or normed features have no epsilon.
     """
 
     def __init__(
-        self, width: int, form: str = "linear", features: str = "hidden", bias: bool = False
+        self,
+        width: int,
+        form: str = "linear",
+        features: str = "hidden",
+        bias: bool = False,
+        norm_epsilon: float | None = None,
     ) -> None:
         super().__init__()
-        if form not in ("linear", "diagonal") or features != "hidden":
+        if (form, features) not in KNOWN:
             msg = f"operator of form {form!r} with features {features!r} is unknown to this modelling file"
             raise ValueError(msg)
-        self.form = form
+        if features != "hidden" and norm_epsilon is None:
+            msg = f"an operator with features {features!r} needs norm_epsilon"
+            raise ValueError(msg)
+        self.form, self.features, self.norm_epsilon = form, features, norm_epsilon
         if form == "linear":
             # Exactly nn.Linear, as tools that adapt or quantise models look for it; marked for _reset_if_ghost.
-            linear: Any = nn.Linear(width, width, bias=bias)
+            linear: Any = nn.Linear(2 * width if features == "hidden+normed" else width, width, bias=bias)
             linear.is_ghost = True
             self.linear = linear
         else:
@@ -77,11 +91,19 @@ class GhostOperator(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the map."""
         if self.form == "linear":
-            change: torch.Tensor = self.linear(hidden_states)
+            change: torch.Tensor = self.linear(self._read(hidden_states))
         else:
             change = hidden_states * self.weight
             change = change if self.bias is None else change + self.bias
         return hidden_states + change
+
+    def _read(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.features == "hidden" or self.norm_epsilon is None:
+            return hidden_states
+        wide = hidden_states.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.norm_epsilon)
+        normed = (wide * scale).to(hidden_states.dtype)
+        return normed if self.features == "normed" else torch.cat((hidden_states, normed), dim=-1)
 
 
 @functools.cache
@@ -112,7 +134,11 @@ class GhostedMixin(nn.Module):
         # Under from_pretrained the model is built in the checkpoint's dtype and on the meta device; both
         # come from torch's defaults, as for every other parameter.
         module.ghost = GhostOperator(
-            config.hidden_size, operator["form"], operator["features"], bias=operator["bias"]
+            config.hidden_size,
+            operator["form"],
+            operator["features"],
+            bias=operator["bias"],
+            norm_epsilon=operator.get("norm_epsilon"),
         )
         # Not a wrapper around the module: its tensor names, its class for isinstance, and hooks stay as they are.
         switched: Any = module.__class__

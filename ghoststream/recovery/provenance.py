@@ -11,8 +11,8 @@ import torch
 
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.reader import TensorReader
-from ghoststream.errors import ArtifactError, PlanError
-from ghoststream.files import read_json
+from ghoststream.errors import ArtifactError, CheckpointError, OutputExistsError, PlanError
+from ghoststream.files import missing_files, read_json
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
 from ghoststream.spans import PruningPlan, Span
@@ -51,8 +51,9 @@ def describe_recovered(
     base_model_type: str,
     tensors: Mapping[str, Mapping[str, str | None]],
     versions: Mapping[str, str],
+    request: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the content of ``ghoststream.json``."""
+    """Return the content of ``ghoststream.json``; ``request`` is what decides every bit of the folder."""
     boundaries = [
         {
             **operator_entry(operator, operators.plan, names),
@@ -67,6 +68,7 @@ def describe_recovered(
         "artifact": _KIND,
         "version": _VERSION,
         "versions": dict(versions),
+        "request": dict(request),
         "plan": operators.plan.to_json(),
         "base": dict(base),
         "base_model_type": base_model_type,
@@ -78,6 +80,49 @@ def describe_recovered(
         },
         "tensors": {name: dict(entry) for name, entry in tensors.items()},
     }
+
+
+def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
+    """Say whether a folder is the finished recovered checkpoint of just this request.
+
+    Headers, sizes and the presence of every file are looked at; weights are not read.
+
+    Args:
+        folder: The folder; need not exist.
+        request: What decides every bit of it, as :func:`describe_recovered` noted it.
+
+    Returns:
+        Whether it is; False also where no recovered checkpoint is there.
+
+    Raises:
+        OutputExistsError: If it is the recovered checkpoint of another request.
+        ArtifactError: If it is a recovered checkpoint that is damaged.
+    """
+    if not (folder / PROVENANCE_NAME).is_file():
+        return False
+    advice = "move it away, or delete it, and run the same command again"
+    try:
+        found = read_json(folder / PROVENANCE_NAME)
+        noted = found.get("request") if isinstance(found, Mapping) else None
+        parts = {**noted, **request} if isinstance(noted, Mapping) else request
+        changed = [
+            key for key in parts if not isinstance(noted, Mapping) or noted.get(key) != request.get(key)
+        ]
+        CheckpointIndex.open(folder)
+        missing = missing_files(folder)
+    except (ArtifactError, CheckpointError) as error:
+        msg = f"the recovered checkpoint in {folder} is damaged ({error.args[0]}); {advice}"
+        raise ArtifactError(msg) from error
+    if changed:
+        msg = (
+            f"{folder} holds the recovered checkpoint of another request (not the same {', '.join(sorted(changed))});"
+            " choose another place, or move it away"
+        )
+        raise OutputExistsError(msg)
+    if missing:
+        msg = f"the recovered checkpoint in {folder} lacks {', '.join(missing[:3])}; {advice}"
+        raise ArtifactError(msg)
+    return True
 
 
 def load_recovered(folder: Path) -> RecoveredInfo | None:
@@ -127,5 +172,6 @@ def _read_boundary(reader: TensorReader, entry: Mapping[str, Any]) -> BoundaryOp
         form=entry["form"],
         features=entry["features"],
         diagnostics=dict(entry["diagnostics"]),
+        norm_epsilon=entry.get("norm_epsilon"),
         **arrays,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ghoststream.files import SUMS_NAME, disk_errors
+from ghoststream.files import SUMS_NAME, disk_errors, file_digest, json_digest
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 
 CONFIG_NAME = "config.json"
@@ -42,15 +42,25 @@ def copy_sidecars(root: Path, folder: Path) -> None:
     Raises:
         DiskFullError: If no space is left.
     """
-    for path in sorted(root.iterdir()):
-        if path.is_file() and _is_copied(path):
-            _copy(path, folder / path.name)
+    for name, path in _sidecars(root).items():
+        _copy(path, folder / name)
+
+
+def sidecars_digest(root: Path) -> str:
+    """Return the digest of names and bytes of all that :func:`copy_sidecars` would copy."""
+    return json_digest({name: file_digest(path) for name, path in _sidecars(root).items()})
+
+
+def _sidecars(root: Path) -> dict[str, Path]:
+    """Return what is copied, by its name in the recovered folder."""
+    found = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_copied(path)}
     if (root / CARD_NAME).is_file():
-        _copy(root / CARD_NAME, folder / BASE_CARD_NAME)
-    for name in _COPIED_FOLDERS:
-        for path in sorted((root / name).rglob("*")):
+        found[BASE_CARD_NAME] = root / CARD_NAME
+    for folder in _COPIED_FOLDERS:
+        for path in sorted((root / folder).rglob("*")):
             if path.is_file() and not path.name.startswith("."):
-                _copy(path, folder / path.relative_to(root))
+                found[path.relative_to(root).as_posix()] = path
+    return found
 
 
 def _is_copied(path: Path) -> bool:

@@ -89,6 +89,9 @@ def capture(
     with _open_store(store, session, tokens, recipe) as target:
         if not target.complete:
             _Capture(session, target, recipe, host_memory, progress or SilentProgress()).run()
+        # Outside of the run: a kill may have come between the last layer and this.
+        for layer in target.scratch_layers():
+            target.drop_scratch(layer)
     return ActivationStore.open(str(store))
 
 
@@ -128,7 +131,11 @@ def _recipe(
 def _open_store(
     store: str | Path, session: ModelSession, tokens: TokenSet, recipe: CaptureRecipe
 ) -> ActivationStore:
-    fingerprint: dict[str, Any] = {"checkpoint": session.fingerprint, "text": tokens.recipe()}
+    fingerprint: dict[str, Any] = {
+        "checkpoint": session.fingerprint,
+        "model": {"norm_epsilon": session.norm_epsilon},
+        "text": tokens.recipe(),
+    }
     return ActivationStore.create_or_resume(
         str(store),
         recipe=recipe.to_json(),
@@ -191,8 +198,6 @@ class _Capture:
             progress=self._progress,
         )
         StreamedPass(skeleton, batches, [lane], factory, options).run()
-        for layer in store.scratch_layers():
-            store.drop_scratch(layer)
 
     def _resume_point(self) -> int:
         points = list(self._store.scratch_layers())

@@ -50,6 +50,16 @@ class Request:
     store_dtype: str
     n_stored: int
     host_memory: int | None = None
+    features: str = "hidden"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the operator is a matrix, which takes Gram and cross-moment."""
+        return self.operator in ("ghost", "least-squares")
+
+    def width(self, hidden: int) -> int:
+        """Number of features p that the operator reads."""
+        return 2 * hidden if self.features == "hidden+normed" else hidden
 
     @property
     def n_tokens(self) -> int:
@@ -141,21 +151,20 @@ def stage_costs(sizes: ModelSizes, request: Request, rates: Rates | None) -> tup
     """Return the work of each stage, with times where rates are given.
 
     FLOPs of the pass: 2 per weight and token, and ``4 T C`` per token and layer for attention (every expert of a
-    mixture is counted, so mixtures come out too slow). Solving: ``4 C^2`` per token and ``3 C^3`` in float64.
+    mixture is counted, so mixtures come out too slow). Solving: ``p^2 + 2 p C`` per token and ``2 p^3 + p^2 C`` in
+    float64 for p features, and ``40 p^3`` where folds choose the ridge (four eigendecompositions).
     """
     n_tokens, hidden = request.n_tokens, sizes.hidden
     store, position = _store_bytes(sizes, request), _store_bytes(sizes, request) // max(request.n_stored, 1)
     layer_flops = n_tokens * (2.0 * sizes.layer_elements + 4.0 * request.length * hidden)
-    solve_flops = {"ghost": n_tokens * 4.0 * hidden**2 + 3.0 * hidden**3, "none": 0.0}.get(
-        request.operator, n_tokens * 4.0 * hidden
-    )
+    solve_flops = _solve_flops(request, hidden)
     export = _export_bytes(sizes, request)
     compute, float64 = (rates.compute, rates.float64) if rates is not None else (None, None)
     disk = rates.disk if rates is not None else None
     return (
         _cost("capture", sizes.checkpoint_bytes, store, layer_flops * sizes.n_layers, disk, compute),
         _cost("select", store, 0, 6.0 * n_tokens * hidden * sizes.n_layers, disk, float64),
-        _cost("solve", 2 * position, sizes.hidden**2 * 4, solve_flops, disk, float64),
+        _cost("solve", 2 * position, _operator_bytes(request, hidden), solve_flops, disk, float64),
         _cost("export", export, export, 0.0, disk, compute),
     )
 
@@ -175,7 +184,13 @@ def _solve_memory(sizes: ModelSizes, request: Request) -> tuple[int, str]:
     c = sizes.hidden
     if request.operator == "ghost":
         reducing = 16 * c**2 + 4 * _BLOCK_TOKENS * 8 * c
-        return max(48 * c**2, reducing), "max(48 C^2, (16 C^2 + 65,536 C) for one worker)"
+        return max(56 * c**2, reducing), "max(56 C^2, (16 C^2 + 65,536 C) for one worker)"
+    if request.is_linear:
+        # Folds choose the ridge: 48 p^2 + 32 p C.
+        of_gram, of_solve, p = (16, 80, "C") if request.width(c) == c else (48, 256, "2 C")
+        reducing = of_gram * c**2 + 8 * _BLOCK_TOKENS * 8 * c
+        formula = f"max({of_solve} C^2, ({of_gram} C^2 + 131,072 C) for one worker), as p = {p}"
+        return max(of_solve * c**2, reducing), formula
     return 4 * _BLOCK_TOKENS * 8 * c, "65,536 C for one worker: blocks of 2,048 tokens in float64"
 
 
@@ -186,5 +201,19 @@ def _store_bytes(sizes: ModelSizes, request: Request) -> int:
 
 
 def _export_bytes(sizes: ModelSizes, request: Request) -> int:
-    operator = {"ghost": 4 * sizes.hidden**2, "none": 0}.get(request.operator, 4 * sizes.hidden)
+    operator = _operator_bytes(request, sizes.hidden)
     return sizes.checkpoint_bytes - request.n_remove * sizes.stored_layer_bytes + operator
+
+
+def _operator_bytes(request: Request, hidden: int) -> int:
+    if request.is_linear:
+        return 4 * hidden * request.width(hidden)
+    return 0 if request.operator == "none" else 4 * hidden
+
+
+def _solve_flops(request: Request, hidden: int) -> float:
+    if request.is_linear:
+        p = float(request.width(hidden))
+        choosing = 40.0 * p**3 if request.operator == "least-squares" else 0.0
+        return request.n_tokens * (p**2 + 2 * p * hidden) + 2 * p**3 + p**2 * hidden + choosing
+    return 0.0 if request.operator == "none" else request.n_tokens * 4.0 * hidden

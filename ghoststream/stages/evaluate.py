@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import ArtifactError, OutputExistsError, RequestError
 from ghoststream.evaluation import (
     EvaluationReport,
     EvaluationRow,
@@ -15,7 +16,7 @@ from ghoststream.evaluation import (
     LossSummary,
     default_logit_tokens,
 )
-from ghoststream.files import atomic_write_json, file_digest
+from ghoststream.files import atomic_write_json, differences, file_digest, read_json, require_writable
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, EvaluateRecipe, TextPart, library_versions
@@ -79,7 +80,7 @@ def evaluate(
         text: Text specification.
         length: Tokens of a window.
         sequences: How many windows; all that the text gives if ``None``.
-        json_path: Where to write the rows as JSON.
+        json_path: Where to write the rows as JSON; may hold the rows of just this request.
         dtype: Compute dtype; each checkpoint's own if ``None``.
         attention: Attention implementation.
         micro_batch: Sequences in one forward; what works in half a U, at most 2,048 tokens, if ``None``.
@@ -93,7 +94,8 @@ def evaluate(
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If no model is given, or an operator file without its base.
+        RequestError: If no model is given, an operator file without its base, or ``json_path`` cannot be written.
+        OutputExistsError: If ``json_path`` holds anything else.
         GhoststreamError: What opening models or the text raises.
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
@@ -104,10 +106,12 @@ def evaluate(
     options = ModelOptions(dtype, attention, revision, trust_remote_code, device)
     passes = _plan_passes([_open(model, options) for model in models])
     wanted = TextOptions(text, sequences, length, pack, bos, part)
+    measurements = [_Measurement(one, wanted, micro_batch, host_memory) for one in passes]
+    if json_path is not None:
+        _require_free_or_same(json_path, [asked for one in measurements for asked in one.requests()])
     rows: dict[int, EvaluationRow] = {}
-    for number, one in enumerate(passes):
-        measured = _Measurement(one, wanted, micro_batch, host_memory).run(progress or SilentProgress())
-        for member, losses, recipe in measured:
+    for number, measurement in enumerate(measurements):
+        for member, losses, recipe in measurement.run(progress or SilentProgress()):
             rows[member.position] = EvaluationRow(
                 member.name, losses, recipe, number, member.fingerprint, library_versions()
             )
@@ -175,11 +179,21 @@ class _Measurement:
                 "dtype": dtype_name(self._skeleton.dtype),
                 "attention": self._skeleton.attention,
                 "micro_batch": micro_batch or default_micro_batch(self._skeleton, text.length),
-                "loss_chunk_tokens": default_logit_tokens(self._skeleton.vocab_size),
+                "loss_chunk_tokens": default_logit_tokens(
+                    self._skeleton.vocab_size, self._skeleton.unit_bytes
+                ),
             }
         )
         self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
         self._losses = [LossAccumulator(tokens.n_sequences) for _ in one.members]
+
+    def requests(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return what decides the figures of each member, with its place in the request."""
+        recipe = self._recipe.to_json()
+        return [
+            (member.position, {"fingerprint": member.fingerprint, "recipe": recipe})
+            for member in self._members
+        ]
 
     def run(self, progress: Progress) -> list[tuple[_Member, LossSummary, dict[str, Any]]]:
         """Run the pass; one result a member, in their order."""
@@ -206,6 +220,21 @@ class _Measurement:
         if member.operators is None:
             return Lane(member.name, PruningPlan(self._skeleton.n_layers), logits=losses)
         return operator_lane(member.name, member.operators, self._skeleton, losses)
+
+
+def _require_free_or_same(path: Path, asked: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    """Check before any pass that the figures can be written and that nothing else would be lost by it."""
+    require_writable(path)
+    if not path.exists():
+        return
+    try:
+        rows = read_json(path)
+        found = [{key: row[key] for key in ("fingerprint", "recipe")} for row in rows]
+    except (ArtifactError, KeyError, TypeError):
+        found = None
+    if found is None or differences(found, [request for _, request in sorted(asked, key=itemgetter(0))]):
+        msg = f"{path} exists and does not hold the figures of this request; choose another name, or move it away"
+        raise OutputExistsError(msg)
 
 
 def _notes(passes: Sequence[_Pass]) -> tuple[str, ...]:

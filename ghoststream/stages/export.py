@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ghoststream.checkpoint.hub import resolve_model
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery.export import ExportReport, export_recovered
+from ghoststream.stages.session import resolve_checkpoint
 
 
 def export(
@@ -45,7 +45,7 @@ def export(
     if not isinstance(operators, OperatorSet):
         operators = OperatorSet.load(operators)
     return export_recovered(
-        resolve_model(model, revision=revision).root,
+        resolve_checkpoint(model, revision=revision).root,
         operators,
         out,
         max_shard_bytes=max_shard_bytes,

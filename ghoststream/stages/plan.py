@@ -73,6 +73,7 @@ def plan_run(
     sequences: int = 128,
     length: int = 512,
     operator: str = "ghost",
+    features: str = "hidden",
     layers: tuple[int, ...] | None = None,
     dtype: str | None = None,
     store_dtype: str | None = None,
@@ -93,7 +94,8 @@ def plan_run(
         n_remove: How many layers are to go.
         sequences: Windows of calibration text, S.
         length: Tokens of a window, T.
-        operator: What is fitted: ``ghost``, ``linear-patch-diagonal`` or ``none``.
+        operator: What is fitted: ``ghost``, ``least-squares``, ``linear-patch-diagonal`` or ``none``.
+        features: What ``least-squares`` reads: ``hidden``, ``normed`` or ``hidden+normed``.
         layers: Positions whose hidden states are stored; ``None`` is all of ``0..L``.
         dtype: Compute dtype; ``None`` is the checkpoint's.
         store_dtype: Dtype of the store; ``None`` is the compute dtype.
@@ -126,6 +128,7 @@ def plan_run(
         length=length,
         micro_batch=min(micro_batch or default_micro_batch(skeleton, length), sequences),
         operator=operator,
+        features=features,
         host_memory=host_memory,
         store_dtype=store_dtype or sizes.dtype,
         n_stored=sizes.n_layers + 1 if layers is None else len(layers),
@@ -149,8 +152,8 @@ def _require_layers(sizes: ModelSizes, n_remove: int, layers: tuple[int, ...] | 
 def _model_sizes(skeleton: Skeleton) -> ModelSizes:
     itemsize = skeleton.dtype.itemsize
     tensors, model = skeleton.index.tensors, skeleton.model
-    layers = [skeleton.keys.under(f"{skeleton.family.layers_path}.{i}") for i in range(skeleton.n_layers)]
     largest = max(range(skeleton.n_layers), key=skeleton.layer_bytes)
+    layer_sources = skeleton.keys.sources(f"{skeleton.family.layers_path}.{largest}")
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     sources = {
         part: skeleton.keys.names[f"{name}.weight"]
@@ -169,7 +172,7 @@ def _model_sizes(skeleton: Skeleton) -> ModelSizes:
         intermediate=int(next(filter(None, widths), 4 * skeleton.hidden_size)),
         layer_bytes=skeleton.layer_bytes(largest),
         layer_elements=skeleton.layer_bytes(largest) // itemsize,
-        stored_layer_bytes=sum(tensors[source].n_bytes for source in layers[largest].values()),
+        stored_layer_bytes=sum(tensors[source].n_bytes for source in layer_sources),
         embedding_bytes=ends["embedding"].weight.numel() * itemsize,
         head_bytes=ends["head"].weight.numel() * itemsize,
         tied=sources["head"] == sources["embedding"],

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.errors import OutputExistsError, RequestError
+from ghoststream.files import differences, disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
-from ghoststream.recovery import ExportReport
+from ghoststream.recovery import ExportReport, load_recovered
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capture import capture
@@ -19,6 +20,7 @@ from ghoststream.stages.export import export
 from ghoststream.stages.select import read_plan, select
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.stages.solve import solve
+from ghoststream.statistics import UNIFORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def recover(
     length: int = 512,
     criterion: str = "streamline",
     operator: str = "ghost",
+    features: str = "hidden",
+    weights: str = UNIFORM,
     store: str | Path | None = None,
     scheduler: Any = None,
     store_dtype: str | None = None,
@@ -125,6 +129,8 @@ def recover(
         length: Tokens of a window.
         criterion: Selection criterion.
         operator: Operator family.
+        features: What the operator reads, see :func:`ghoststream.solve`.
+        weights: Token weights of the fit, see :func:`ghoststream.solve`.
         store: Path or URL of the store.
         scheduler: Dask scheduler address or client for the reductions.
         store_dtype, pack, bos, dtype, attention, micro_batch, revision, trust_remote_code, device, host_memory:
@@ -138,13 +144,17 @@ def recover(
 
     Memory: the largest of what its stages state.
     """
+    out = out if out.name else out.resolve()
     work = out.with_name(f"{out.name}.work")
     place = str(store) if store is not None else str(work / "store")
     tell = progress or SilentProgress()
     options = ModelOptions(dtype, attention, revision, trust_remote_code, device)
     session = ModelSession(model, options)
-    given = _check_request(session.skeleton.n_layers, remove, plan, out)
-    work.mkdir(parents=True, exist_ok=True)
+    given = _check_request(session.skeleton.n_layers, remove, plan)
+    n_removed = int(remove or 0) if given is None else given.n_removed
+    _check_output(out, session.fingerprint["digest"], operator, n_removed, given)
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
     capture(
         model,
         calibration=calibration,
@@ -176,8 +186,17 @@ def recover(
         )
         chosen = result.plan
         tell.log(f"{criterion} removes {chosen}")
-    file = work / f"{operator}-{_file_part(chosen)}.safetensors"
-    operators = solve(place, chosen, operator=operator, out=file, scheduler=scheduler, progress=tell)
+    file = work / f"{_operator_name(operator, features, weights)}-{_file_part(chosen)}.safetensors"
+    operators = solve(
+        place,
+        chosen,
+        operator=operator,
+        features=features,
+        weights=weights,
+        out=file,
+        scheduler=scheduler,
+        progress=tell,
+    )
     exported = export(session.root, operators, out, progress=tell)
     return RecoveryReport(
         session.name, exported, operators, criterion if given is None else "given", place, file
@@ -185,7 +204,7 @@ def recover(
 
 
 def _check_request(
-    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None, out: Path
+    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None
 ) -> PruningPlan | None:
     if (remove is None) == (plan is None):
         msg = "say either how many layers to remove or which plan to follow, and not both"
@@ -193,14 +212,46 @@ def _check_request(
     if remove is not None and not 1 <= remove < n_layers:
         msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
         raise RequestError(msg)
-    if out.exists() and any(out.iterdir()) and not (out / PROVENANCE_NAME).is_file():
+    return None if plan is None else read_plan(plan, n_layers)
+
+
+def _check_output(out: Path, base: str, operator: str, n_removed: int, plan: PruningPlan | None) -> None:
+    """Find what can be found before the pass that would make the export fail after it; export checks the rest."""
+    if out.exists() and not out.is_dir():
+        msg = f"{out} is a file, a folder was to be made there; choose another place"
+        raise OutputExistsError(msg)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / PROVENANCE_NAME).is_file():
         msg = f"{out} is not empty; choose another folder, or move what is there away"
         raise OutputExistsError(msg)
-    return None if plan is None else read_plan(plan, n_layers)
+    found = load_recovered(out)
+    if found is None:
+        return
+    asked = {"base": base, "operator": operator, "layers removed": n_removed}
+    there = {
+        "base": found.base.get("digest"),
+        "operator": found.operators.kind,
+        "layers removed": found.plan.n_removed,
+    }
+    if plan is not None:
+        asked["plan"], there["plan"] = plan.to_json(), found.plan.to_json()
+    changed = differences(there, asked)
+    if changed:
+        msg = (
+            f"{out} holds the recovered checkpoint of another request ({'; '.join(changed)});"
+            " choose another folder, or move it away"
+        )
+        raise OutputExistsError(msg)
 
 
 def _boundary_layers(plan: PruningPlan) -> tuple[int, ...]:
     return tuple(sorted({position for span in plan.spans for position in (span.start, span.stop)}))
+
+
+def _operator_name(operator: str, features: str, weights: str) -> str:
+    chosen = [operator, features if features != "hidden" else "", weights if weights != UNIFORM else ""]
+    return "-".join(part for part in chosen if part)
 
 
 def _file_part(plan: PruningPlan) -> str:

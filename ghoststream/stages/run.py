@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ghoststream.errors import ArtifactError, InputNotFoundError, OutputExistsError, RequestError
+from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.evaluation import EvaluationReport
-from ghoststream.files import json_digest
+from ghoststream.files import disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, StoreDtype, TextPart
-from ghoststream.recovery import load_recovered
 from ghoststream.spans import PruningPlan
 
 
@@ -64,8 +62,14 @@ class SelectPart(_Part):
 class SolvePart(_Part):
     """What is fitted."""
 
-    operator: Literal["ghost", "linear-patch-diagonal", "none"] = "ghost"
-    ridge: float = Field(default=1e-6, ge=0)
+    operator: Literal["ghost", "least-squares", "linear-patch-diagonal", "none"] = "ghost"
+    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
+    features: Literal["hidden", "normed", "hidden+normed"] = "hidden"
+    intercept: bool = False
+    rank: int | None = Field(default=None, ge=1)
+    solver: Literal["gram", "tsqr"] = "gram"
+    precision: Literal["float64", "float32-blocked"] = "float64"
+    weights: Literal["uniform", "drop_sinks", "relative"] = "uniform"
 
 
 class EvaluatePart(_Part):
@@ -172,7 +176,8 @@ def run_pipeline(
     Memory: the largest of the stages'.
     """
     run = _Run(pipeline, workdir, model, options or RunOptions(), progress or SilentProgress())
-    workdir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     run.capture()
     plan = run.select()
     operators = run.solve(plan)
@@ -244,9 +249,7 @@ class _Run:
     def export(self, operators: OperatorSet) -> None:
         from ghoststream.stages.export import export
 
-        out = self._workdir / "recovered"
-        if not _is_finished(out, operators):
-            export(self._root, operators, out, progress=self._progress)
+        export(self._root, operators, self._workdir / "recovered", progress=self._progress)
 
     def evaluate(self) -> EvaluationReport | None:
         from ghoststream.stages.evaluate import evaluate
@@ -270,26 +273,3 @@ class _Run:
             "progress": self._progress,
             **runtime,
         }
-
-
-def _is_finished(out: Path, operators: OperatorSet) -> bool:
-    """Tell whether ``out`` holds the export of just these operators; refuse another one."""
-    try:
-        found = load_recovered(out)
-    except ArtifactError as error:
-        msg = f"{out} holds a damaged export ({error}); move it away and run the pipeline again"
-        raise OutputExistsError(msg) from error
-    if found is None:
-        return False
-    asked, there = (
-        _identity(operators.plan, operators.metadata),
-        _identity(found.plan, found.operators.metadata),
-    )
-    if asked != there:
-        msg = f"{out} holds the export of other operators; move it away, or use another folder for this pipeline"
-        raise OutputExistsError(msg)
-    return True
-
-
-def _identity(plan: PruningPlan, metadata: Mapping[str, Any]) -> str:
-    return json_digest({"plan": plan.to_json(), "recipe": metadata.get("recipe_digest")})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import ArtifactError, OutputExistsError, PlanError
-from ghoststream.files import read_json
+from ghoststream.errors import ArtifactError, InputNotFoundError, OutputExistsError, PlanError
+from ghoststream.files import read_json, require_writable
 from ghoststream.progress import Progress
 from ghoststream.selection import SelectionResult, make_criterion
 from ghoststream.spans import PruningPlan
@@ -37,7 +37,7 @@ def select(
         progress: Told how many sequences are done.
 
     Raises:
-        RequestError: If the criterion is unknown or cannot remove so many layers.
+        RequestError: If the criterion is unknown or cannot remove so many layers, or ``out`` cannot be written.
         OutputExistsError: If ``out`` holds something else.
         StoreError: If a hidden state that is needed is not in the store.
         NumericsError: If a hidden state is not finite.
@@ -51,6 +51,8 @@ def select(
     reducer = rule.reducer(n_layers, n_remove)
     if out is not None and out.exists():
         return _existing(out, criterion, n_remove, digest)
+    if out is not None:
+        require_writable(out)
     state = reduce_whole(str(store_uri), reducer, scheduler=scheduler, workers=workers, progress=progress)
     choice = rule.choose(state, n_layers, n_remove)
     plan = PruningPlan(n_layers, choice.chosen)
@@ -65,16 +67,16 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> PruningPlan:
 
     Raises:
         PlanError: If it is no plan, or one for another number of layers.
+        InputNotFoundError: If it looks like a file, and there is none.
         ArtifactError: If the file is not JSON.
     """
     if isinstance(source, PruningPlan):
         plan = source
     elif Path(source).is_file():
-        data = read_json(Path(source))
-        if not isinstance(data, dict):
-            msg = f'{source} is not a pruning plan; it needs "n_layers" and "spans": [[start, stop], ...]'
-            raise PlanError(msg)
-        plan = PruningPlan.from_json(data.get("plan", data))
+        plan = _plan_file(Path(source))
+    elif Path(source).suffix == ".json" or "/" in str(source):
+        msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
+        raise InputNotFoundError(msg)
     else:
         plan = PruningPlan.parse(n_layers, str(source))
     plan.require_fits(n_layers)
@@ -84,10 +86,22 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> PruningPlan:
     return plan
 
 
+def _plan_file(path: Path) -> PruningPlan:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        msg = f'{path} is not a pruning plan; it needs "n_layers" and "spans": [[start, stop], ...]'
+        raise PlanError(msg)
+    try:
+        return PruningPlan.from_json(data.get("plan", data))
+    except PlanError as error:
+        msg = f"{path}: {error}"
+        raise PlanError(msg) from error
+
+
 def _existing(out: Path, criterion: str, n_remove: int, digest: str) -> SelectionResult:
     try:
         found = SelectionResult.load(out)
-    except ArtifactError:
+    except (ArtifactError, InputNotFoundError):
         found = None
     if found is None or (found.criterion, found.n_remove, found.store_digest) != (
         criterion,

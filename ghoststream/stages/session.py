@@ -5,13 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 
 from ghoststream.checkpoint import checkpoint_fingerprint
 from ghoststream.checkpoint.hub import ResolvedModel, resolve_model
-from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.errors import (
+    ArtifactError,
+    CheckpointError,
+    GhoststreamError,
+    InputNotFoundError,
+    RequestError,
+    UnsupportedModelError,
+)
+from ghoststream.files import read_json
 from ghoststream.recipe import Bos, TextPart, TextRecipe
 from ghoststream.streaming import Skeleton, parse_dtype
 from ghoststream.text import TextSpec, TokenSet, prepare_tokens
@@ -73,15 +82,9 @@ class ModelSession:
 
     def __init__(self, model: str | Path, options: ModelOptions) -> None:
         self.options = options
-        self.resolved: ResolvedModel = resolve_model(model, revision=options.revision)
+        self.resolved: ResolvedModel = resolve_checkpoint(model, revision=options.revision)
         self.device = usable_device(options.device)
-        self.skeleton = Skeleton(
-            self.resolved.root,
-            dtype=parse_dtype(options.dtype),
-            attention=options.attention,
-            device=self.device,
-            trust_remote_code=options.trust_remote_code,
-        )
+        self.skeleton = _build_skeleton(self.resolved.root, self.device, options)
 
     @property
     def name(self) -> str:
@@ -97,6 +100,14 @@ class ModelSession:
     def fingerprint(self) -> dict[str, Any]:
         """The checkpoint's identity; see :func:`~ghoststream.checkpoint.checkpoint_fingerprint`."""
         return checkpoint_fingerprint(self.root, self.skeleton.index)
+
+    @cached_property
+    def norm_epsilon(self) -> float | None:
+        """Epsilon of the model's final norm; None if the norm names none."""
+        norm = self.skeleton.model.get_submodule(self.skeleton.family.final_norm_path)
+        names = ("variance_epsilon", "eps", "epsilon")
+        found = next((getattr(norm, name) for name in names if hasattr(norm, name)), None)
+        return None if found is None else float(found)
 
     def tokens(self, text: TextOptions) -> TokenSet:
         """Turn a text into token windows with this model's tokenizer.
@@ -117,6 +128,46 @@ class ModelSession:
         )
 
 
+def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
+    """Find a model's folder and look whether it has a configuration, as everything else begins with that.
+
+    Raises:
+        InputNotFoundError: If there is no such model.
+        CheckpointError: If its ``config.json`` is missing or not a JSON object.
+    """
+    resolved = resolve_model(model, revision=revision)
+    path = resolved.root / "config.json"
+    if not path.is_file():
+        msg = f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy it again"
+        raise CheckpointError(msg)
+    try:
+        is_config = isinstance(read_json(path), dict)
+    except ArtifactError:
+        is_config = False
+    if not is_config:
+        msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
+        raise CheckpointError(msg)
+    return resolved
+
+
+def _build_skeleton(root: Path, device: torch.device, options: ModelOptions) -> Skeleton:
+    try:
+        return Skeleton(
+            root,
+            dtype=parse_dtype(options.dtype),
+            attention=options.attention,
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except GhoststreamError:
+        raise
+    except (ValueError, ImportError) as error:
+        # What transformers has against the options or the configuration; a missing package for an attention too.
+        reason = shorten(str(error), 400, placeholder="...")
+        msg = f"transformers cannot build the model in {root} ({reason}); choose another --attention, or check config.json"
+        raise UnsupportedModelError(msg) from error
+
+
 def load_tokenizer(root: Path, options: ModelOptions) -> Any:
     """Load a checkpoint's tokenizer.
 
@@ -128,7 +179,7 @@ def load_tokenizer(root: Path, options: ModelOptions) -> Any:
     try:
         return AutoTokenizer.from_pretrained(root, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = shorten(str(error), 200, placeholder="...")
         msg = f"{root} has no tokenizer that can be loaded ({reason}); copy its tokenizer files there, or use ids:FILE.npy"
         raise InputNotFoundError(msg) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import scipy
 
@@ -26,9 +26,12 @@ from ghoststream.stages.select import read_plan
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
     DEFAULT_FOLDS,
+    UNIFORM,
     FoldedMoments,
     HiddenStateSource,
+    Precision,
     RangePlan,
+    get_weight,
     open_source,
     reduce_boundaries,
     store_digest,
@@ -41,7 +44,13 @@ def solve(
     *,
     operator: str = "ghost",
     out: Path,
-    ridge: float = 1e-6,
+    ridge: float | Literal["auto"] | None = None,
+    weights: str = UNIFORM,
+    features: str = "hidden",
+    intercept: bool = False,
+    rank: int | None = None,
+    solver: Literal["gram", "tsqr"] = "gram",
+    precision: Precision = "float64",
     folds: int = DEFAULT_FOLDS,
     range_sequences: int | None = None,
     scheduler: Any = None,
@@ -57,9 +66,20 @@ def solve(
     Args:
         store_uri: Path or URL of the store.
         plan: The plan, its file, or spans such as ``13:19``.
-        operator: Name of an operator family (``ghost``, ``linear-patch-diagonal``, ``none``).
+        operator: Name of an operator family: ``ghost`` (the paper's), ``least-squares`` (which takes all options
+            below), ``linear-patch-diagonal``, ``none``.
         out: Operator file (safetensors) to write.
-        ridge: Absolute ridge on the Gram's diagonal.
+        ridge: Ridge on the Gram's diagonal: absolute for ``ghost`` (1e-6 by default, as in the paper), relative to the
+            mean of the diagonal for ``least-squares`` (by default ``auto``: what predicts held-out folds best).
+        weights: How much each token counts: ``uniform`` (the paper's), ``drop_sinks`` (tokens whose massive
+            activation is born inside a span do not count) or ``relative`` (``1 / |target|^2``).
+        features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``.
+        intercept: Whether a constant is fitted.
+        rank: Rank of the map; None for full rank.
+        solver: ``gram`` (normal equations), or ``tsqr`` (triangular factors merged by QR) for ill-conditioned features,
+            at twice the arithmetic.
+        precision: ``float64``, or ``float32-blocked`` (products in float32 over blocks of 256 tokens, sums in float64),
+            which halves the arithmetic for an error of at most 1.6e-5 of the absolute sums.
         folds: Folds of whole sequences for the residual out of sample; 0 or 1 for none.
         range_sequences: Sequences of one range task; by default about four tasks a fold.
         scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
@@ -71,26 +91,30 @@ def solve(
 
     Raises:
         PlanError: If the plan does not fit the store's model.
-        RequestError: If an option is out of range.
+        RequestError: If an option is out of range, a name unknown, or the operator defined without an option.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
         StoreError: If a hidden state that is needed is not in the store.
         NumericsError: If a hidden state or a solution is not finite.
         BudgetError, DiskFullError: If the partial statistics do not fit the disk.
 
-    Memory: while reducing, for each worker thread one state of ``8 C^2`` bytes a start and ``8 C^2`` a span and 4
-    blocks of 2,048 tokens in float64; while solving, ``56 C^2`` bytes (``72 C^2`` where the Gram is
-    ill-conditioned); the operators, ``4 C^2`` bytes each. ``O(C)`` where the family needs no Gram. Disk: at most
-    ``log2(ranges) + 2`` states for each fold.
+    Memory: with p features (``p = C``, or ``2 C`` for ``hidden+normed``), while reducing, for each worker thread one
+    state of ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span and 4 blocks of
+    2,048 tokens in float64 (8 for such weights, ``2 p / C`` more for such features); while solving,
+    ``24 p^2 + 32 p C`` bytes (``16 p^2`` more where the Gram is ill-conditioned, ``24 p^2`` where folds choose the
+    ridge); the operators, ``4 p C`` bytes each. ``O(C)`` where the family needs no Gram. Disk: at most ``log2(ranges) + 2``
+    states for each fold.
     """
-    require_ridge(ridge)
-    family = make_operator(operator, OperatorOptions(ridge=ridge))
+    if isinstance(ridge, float | int):
+        require_ridge(ridge)
+    get_weight(weights)
+    options = OperatorOptions(ridge=ridge, features=features, intercept=intercept, rank=rank, solver=solver)
+    family = make_operator(operator, options)
     source = open_source(str(store_uri))
     request = _Request.make(
         source,
         read_plan(plan, source.n_layers),
-        operator,
-        ridge,
+        _Method(operator, weights, getattr(family, "ridge", None), options, precision),
         RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
     )
     out = out.absolute()
@@ -104,6 +128,10 @@ def solve(
             str(store_uri),
             request.plan.spans,
             grams=family.needs_gram,
+            triangles=getattr(family, "needs_triangle", False),
+            feature=features,
+            weights=weights,
+            precision=precision,
             folds=request.ranges.n_folds,
             range_sequences=request.ranges.range_sequences,
             scheduler=scheduler,
@@ -120,6 +148,17 @@ def solve(
 
 
 @dataclass(frozen=True)
+class _Method:
+    """How boundaries are fitted."""
+
+    operator: str
+    weights: str
+    ridge: float | Literal["auto"] | None
+    options: OperatorOptions
+    precision: Precision
+
+
+@dataclass(frozen=True)
 class _Request:
     """What decides every bit of the operators."""
 
@@ -132,18 +171,23 @@ class _Request:
 
     @classmethod
     def make(
-        cls, source: HiddenStateSource, plan: PruningPlan, operator: str, ridge: float, ranges: RangePlan
+        cls, source: HiddenStateSource, plan: PruningPlan, method: _Method, ranges: RangePlan
     ) -> _Request:
         recipe = SolveRecipe(
-            operator=operator,
-            eps=ridge,
+            operator=method.operator,
+            eps=method.ridge,
+            features=method.options.features,
+            weights=method.weights,
+            intercept=method.options.intercept,
+            rank=method.options.rank,
+            solver=method.options.solver,
+            precision=method.precision,
             range_sequences=ranges.range_sequences,
             folds=ranges.n_folds,
             store_digest=store_digest(source),
         )
-        return cls(
-            plan, operator, ranges, recipe, dict(source.fingerprint.get("checkpoint", {})), source.hidden
-        )
+        base = dict(source.fingerprint.get("checkpoint", {}))
+        return cls(plan, method.operator, ranges, recipe, base, source.hidden)
 
     @property
     def digest(self) -> str:

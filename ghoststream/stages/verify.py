@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.checkpoint.index import CheckpointIndex, read_header
-from ghoststream.errors import DataError, PlanError
+from ghoststream.errors import DataError, GhoststreamError, PlanError
 from ghoststream.files import SUMS_NAME, read_json, verify_sums
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery.provenance import PROVENANCE_NAME
@@ -91,11 +91,14 @@ def _recovered(path: str) -> list[str]:
     try:
         provenance = read_json(root / PROVENANCE_NAME)
         PruningPlan.from_json(provenance["plan"])
-    except (DataError, PlanError, KeyError, TypeError) as error:
-        problems.append(f"{root / PROVENANCE_NAME} is not readable: {error}")
+    except DataError as error:
+        problems.append(str(error.args[0]))
+    except (PlanError, KeyError, TypeError) as error:
+        problems.append(f"{root / PROVENANCE_NAME} lacks a part of what it should say ({error})")
     try:
         problems += _checkpoint(path)
-    except DataError as error:
+    except GhoststreamError as error:
+        # Weights that are not there would be a bad request elsewhere; an export without them is broken.
         problems.append(str(error.args[0]))
         problems += verify_sums(root) if (root / SUMS_NAME).is_file() else []
     return problems

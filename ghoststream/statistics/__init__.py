@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS
+from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, Precision
 from ghoststream.statistics.engines import Reducer
-from ghoststream.statistics.features import Feature, get_feature, register_feature
-from ghoststream.statistics.moments import BoundaryMoments, FoldedMoments
+from ghoststream.statistics.features import Feature, ModelFacts, feature_names, get_feature, register_feature
+from ghoststream.statistics.folds import FoldedMoments
+from ghoststream.statistics.moments import BoundaryMoments
 from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan
 from ghoststream.statistics.reduction import reduce_boundaries
 from ghoststream.statistics.similarity import CosineReducer, mean_cosine, reduce_whole
 from ghoststream.statistics.source import HiddenStateSource, open_source, store_digest
 from ghoststream.statistics.sums import SumState
+from ghoststream.statistics.sweeps import Sweep, candidate_spans, plan_sweeps
+from ghoststream.statistics.weights import (
+    UNIFORM,
+    BoundaryTokens,
+    TokenWeight,
+    get_weight,
+    register_weight,
+    weight_names,
+)
 
 __all__ = [
     "DEFAULT_BLOCK_TOKENS",
     "DEFAULT_FOLDS",
+    "UNIFORM",
     "BoundaryMoments",
+    "BoundaryTokens",
     "CosineReducer",
     "Feature",
     "FoldedMoments",
     "HiddenStateSource",
+    "ModelFacts",
+    "Precision",
     "RangePlan",
     "Reducer",
     "SumState",
+    "Sweep",
+    "TokenWeight",
+    "candidate_spans",
+    "feature_names",
     "get_feature",
+    "get_weight",
     "mean_cosine",
     "open_source",
+    "plan_sweeps",
     "reduce_boundaries",
     "reduce_whole",
     "register_feature",
+    "register_weight",
     "store_digest",
+    "weight_names",
 ]

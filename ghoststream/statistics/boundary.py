@@ -2,177 +2,233 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.errors import RequestError
 from ghoststream.spans import Span
-from ghoststream.statistics.blas import add_cross, add_gram_upper, mirror_upper
-from ghoststream.statistics.features import get_feature
+from ghoststream.statistics.blas import (
+    add_cross,
+    add_cross_float32,
+    add_gram_upper,
+    add_gram_upper_float32,
+    mirror_upper,
+)
+from ghoststream.statistics.block import TokenBlock
+from ghoststream.statistics.features import Feature, ModelFacts, get_feature
 from ghoststream.statistics.moments import gram_prefix, span_prefix
-from ghoststream.statistics.source import HiddenStateSource, require_finite
+from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
+from ghoststream.statistics.weights import UNIFORM, BoundaryTokens, TokenWeight, Weighting, get_weight
 
 Array = npt.NDArray[np.float64]
 
 DEFAULT_BLOCK_TOKENS = 2048
+
+Precision = Literal["float64", "float32-blocked"]
 
 
 @dataclass(frozen=True)
 class BoundaryReducer:
     """Builds the moments of ``spans`` over a range of sequences, every needed layer read once.
 
-    Grams are kept per start (spans that start together share one), cross-moments per span. Masked tokens do not
-    enter; weights are uniform.
+    With uniform weights Grams are kept per start (spans that start together share one), with other weights, which
+    may depend on the target, per span; cross-moments are kept per span. Masked tokens do not enter.
 
     Args:
         spans: The spans, in any number; they may overlap.
         grams: Whether Gram and cross-moment are built; without them only statistics per channel.
         feature: Name of the feature ``phi``.
+        weights: Name of the token weight.
         block_tokens: Tokens that are read at a time (at least one sequence). It changes the order of additions,
             so it belongs to the recipe.
+        precision: ``float64``, or ``float32-blocked``: products of Gram and cross-moment in float32 over blocks of
+            256 tokens, sums of blocks in float64 (see :func:`~ghoststream.statistics.blas.add_gram_upper_float32`).
+
+    Raises:
+        RequestError: If there is no feature or weight of this name, or no such precision.
     """
 
     spans: tuple[Span, ...]
     grams: bool = True
     feature: str = "hidden"
+    weights: str = UNIFORM
     block_tokens: int = DEFAULT_BLOCK_TOKENS
+    precision: Precision = "float64"
+    # The rules travel with the reducer: a worker elsewhere has not run the user's registrations.
+    _phi: Feature = field(init=False, repr=False, compare=False)
+    _weight: TokenWeight = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_phi", get_feature(self.feature))
+        object.__setattr__(self, "_weight", get_weight(self.weights))
+        if self.precision not in get_args(Precision):
+            msg = f"there is no precision {self.precision!r}; known are {', '.join(get_args(Precision))}"
+            raise RequestError(msg)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Hidden states that are read."""
         return tuple(sorted({layer for span in self.spans for layer in (span.start, span.stop)}))
 
+    @property
+    def kind(self) -> str:
+        """Name of the statistic."""
+        return "boundary"
+
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""
         return {
-            "statistic": "boundary",
+            "statistic": self.kind,
             "spans": [[span.start, span.stop] for span in self.spans],
             "grams": self.grams,
             "feature": self.feature,
+            "weights": self.weights,
             "block_tokens": self.block_tokens,
+            "precision": self.precision,
         }
 
     def state_bytes(self, hidden: int, length: int) -> int:
-        """Bytes of one state: ``8 (p^2 per start + p C per span)`` and ``O(C + T)`` a span."""
-        width = get_feature(self.feature).width(hidden)
-        starts = len({span.start for span in self.spans})
-        large = (starts * width * width + len(self.spans) * width * hidden) if self.grams else 0
-        return 8 * (large + starts * width + len(self.spans) * (6 * hidden + 3 * length + 4))
+        """Bytes of one state: ``8 (p^2 per Gram + p C per span)`` and ``O(C + T)`` a span."""
+        width = self._phi.width(hidden)
+        n_grams = len({self._gram(span) for span in self.spans})
+        large = (n_grams * (width * width + width) + len(self.spans) * width * hidden) if self.grams else 0
+        return 8 * (large + len(self.spans) * (6 * hidden + 3 * length + 5))
 
     def task_bytes(self, hidden: int, length: int) -> int:
         """Peak bytes of one task: the state and the blocks of :meth:`reduce`."""
         rows = max(1, self.block_tokens // length) * length
-        return self.state_bytes(hidden, length) + (self._live_layers() + 2) * rows * hidden * 8
+        width = self._phi.width(hidden)
+        single = 4 * width * max(width, hidden) if self.precision == "float32-blocked" else 0
+        return self.state_bytes(hidden, length) + single + round(self._blocks(hidden) * rows * hidden * 8)
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``.
 
         Memory: one state, and (most overlapping layers + 2) blocks of ``block_tokens x C`` float64; for the
-        disjoint spans of a plan that is 4 blocks.
+        disjoint spans of a plan that is 4 blocks. Weights other than uniform take up to 4 more, features other
+        than ``hidden`` ``2 p / C`` more.
 
         Raises:
-            NumericsError: If a hidden state is NaN or infinite.
+            NumericsError: If a hidden state is NaN or infinite, or a weight negative.
+            RequestError: If the store does not say what the feature needs to know of the model.
         """
         state = self._empty(source.hidden, source.length)
         step = max(1, self.block_tokens // source.length)
+        facts = ModelFacts.of(source.fingerprint)
         for first in range(start, stop, step):
-            self._add_block(state, source, first, min(first + step, stop))
+            block = TokenBlock(source, first, min(first + step, stop))
+            if block.n_tokens:
+                self._add_block(state, block, facts)
         if self.grams:
-            for layer in {span.start for span in self.spans}:
-                mirror_upper(state.arrays[gram_prefix(self.feature, layer) + "gram"])
+            self._finish(state)
         return state
 
-    def _live_layers(self) -> int:
+    def _gram(self, span: Span) -> str:
+        return gram_prefix(self.feature, self.weights, span)
+
+    def _blocks(self, hidden: int) -> float:
         last = {layer: max(s for s in self.spans if layer in (s.start, s.stop)) for layer in self.layers}
         first = {layer: min(s for s in self.spans if layer in (s.start, s.stop)) for layer in self.layers}
-        return max(sum(first[i] <= span <= last[i] for i in self.layers) for span in self.spans)
+        live = max(sum(first[i] <= span <= last[i] for i in self.layers) for span in self.spans)
+        of_weights = 0 if self.weights == UNIFORM else 4
+        of_feature = 0.0 if self.feature == "hidden" else 2 * self._phi.width(hidden) / hidden
+        return live + 2 + of_weights + of_feature
 
     def _empty(self, hidden: int, length: int) -> SumState:
-        width = get_feature(self.feature).width(hidden)
         arrays: dict[str, Array] = {}
         for span in self.spans:
-            shared, own = gram_prefix(self.feature, span.start), span_prefix(span)
-            if self.grams and shared + "gram" not in arrays:
-                arrays[shared + "gram"] = np.zeros((width, width))
-                arrays[shared + "feature_sum"] = np.zeros(width)
+            own = span_prefix(span)
             if self.grams:
-                arrays[own + "cross"] = np.zeros((width, hidden))
+                arrays.update(self._products(span, hidden))
             for name in ("input_energy", "input_gap", "gap_energy", "input_sum", "gap_sum", "ratio_sum"):
                 arrays[own + name] = np.zeros(hidden)
-            for name in ("tokens", "weight", "sequences", "zero_ratios"):
+            for name in ("tokens", "dropped", "weight", "sequences", "zero_ratios"):
                 arrays[own + name] = np.zeros(1)
             arrays[own + "position_energy"] = np.zeros((3, length))
         return SumState(arrays)
 
-    def _add_block(self, state: SumState, source: HiddenStateSource, first: int, last: int) -> None:
-        block = _Block(source, first, last)
-        if block.n_tokens == 0:
-            return
+    def _add_block(self, state: SumState, block: TokenBlock, facts: ModelFacts) -> None:
         ordered = sorted(self.spans)
+        added: set[str] = set()
         for number, span in enumerate(ordered):
-            inputs = block.rows(span.start)
-            if self.grams:
-                features = get_feature(self.feature).rows(inputs)
-                if number == 0 or ordered[number - 1].start != span.start:
-                    shared = gram_prefix(self.feature, span.start)
-                    add_gram_upper(state.arrays[shared + "gram"], features)
-                    state.arrays[shared + "feature_sum"] += features.sum(axis=0)
-            targets = block.rows(span.stop)
-            gap = targets - inputs
-            own = state.select(span_prefix(span)).arrays
-            _add_channels(own, block, (inputs, targets, gap))
-            if self.grams:
-                add_cross(own["cross"], features, gap)
-            later = {layer for other in ordered[number + 1 :] for layer in (other.start, other.stop)}
-            del inputs, targets
-            block.keep_only(later)
+            self._add_span(state, block, span, facts, added)
+            block.keep_only({layer for other in ordered[number + 1 :] for layer in (other.start, other.stop)})
+
+    def _add_span(
+        self, state: SumState, block: TokenBlock, span: Span, facts: ModelFacts, added: set[str]
+    ) -> None:
+        inputs, targets = block.rows(span.start), block.rows(span.stop)
+        own = state.select(span_prefix(span)).arrays
+        _add_ratios(own, block, inputs, targets)
+        weighting = Weighting(self._weight, BoundaryTokens(inputs, targets, block.sequences))
+        inputs, targets = weighting.select(inputs), weighting.select(targets)
+        scaled, targets = weighting.scale(inputs), weighting.scale(targets)
+        gap = targets - scaled
+        _add_channels(own, block, weighting, (scaled, targets, gap))
+        if not self.grams:
+            return
+        del targets
+        features = self._phi.rows(inputs, facts)
+        features = scaled if features is inputs else weighting.scale(features)
+        self._add_products(state, span, weighting, (features, gap), added)
+
+    def _products(self, span: Span, hidden: int) -> dict[str, Array]:
+        width, shared = self._phi.width(hidden), self._gram(span)
+        return {
+            shared + "gram": np.zeros((width, width)),
+            shared + "feature_sum": np.zeros(width),
+            span_prefix(span) + "cross": np.zeros((width, hidden)),
+        }
+
+    def _add_products(
+        self,
+        state: SumState,
+        span: Span,
+        weighting: Weighting,
+        products: tuple[Array, Array],
+        added: set[str],
+    ) -> None:
+        features, gap = products
+        shared = self._gram(span)
+        is_double = self.precision == "float64"
+        if shared not in added:
+            add_gram = add_gram_upper if is_double else add_gram_upper_float32
+            add_gram(state.arrays[shared + "gram"], features)
+            state.arrays[shared + "feature_sum"] += weighting.sum(features)
+            added.add(shared)
+        add = add_cross if is_double else add_cross_float32
+        add(state.arrays[span_prefix(span) + "cross"], features, gap)
+
+    def _finish(self, state: SumState) -> None:
+        for prefix in {self._gram(span) for span in self.spans}:
+            mirror_upper(state.arrays[prefix + "gram"])
 
 
-class _Block:
-    """Unmasked tokens of a few sequences, layer by layer as float64; a layer is read once."""
-
-    def __init__(self, source: HiddenStateSource, first: int, last: int) -> None:
-        self._source, self._first, self._last = source, first, last
-        self._mask = source.mask(first, last)
-        self._cache: dict[int, Array] = {}
-        self.positions = np.nonzero(self._mask)[1]
-        ends = np.cumsum(self._mask.sum(axis=1))
-        self.sequences = [slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.positions)
-
-    def rows(self, layer: int) -> Array:
-        if layer not in self._cache:
-            states: Array = self._source.read_numpy(layer, self._first, self._last, dtype=np.float64)
-            flat = states.reshape(-1, states.shape[-1])
-            rows = flat if self._mask.all() else flat[self._mask.reshape(-1)]
-            require_finite(rows, layer, self._first, self._last, rows.sum(axis=0))
-            self._cache[layer] = np.ascontiguousarray(rows)
-        return self._cache[layer]
-
-    def keep_only(self, layers: set[int]) -> None:
-        self._cache = {layer: rows for layer, rows in self._cache.items() if layer in layers}
-
-
-def _add_channels(own: dict[str, Array], block: _Block, triple: tuple[Array, Array, Array]) -> None:
-    inputs, targets, gap = triple
+def _add_channels(
+    own: dict[str, Array], block: TokenBlock, weighting: Weighting, triple: tuple[Array, Array, Array]
+) -> None:
+    inputs, _, gap = triple
     own["input_energy"] += np.einsum("tc,tc->c", inputs, inputs)
     own["input_gap"] += np.einsum("tc,tc->c", inputs, gap)
     own["gap_energy"] += np.einsum("tc,tc->c", gap, gap)
-    own["input_sum"] += inputs.sum(axis=0)
-    own["gap_sum"] += gap.sum(axis=0)
-    own["tokens"] += block.n_tokens
-    own["weight"] += block.n_tokens
-    own["sequences"] += len(block.sequences)
+    own["input_sum"] += weighting.sum(inputs)
+    own["gap_sum"] += weighting.sum(gap)
+    own["tokens"] += weighting.n_kept
+    own["dropped"] += weighting.n_dropped
+    own["weight"] += weighting.total
     length = own["position_energy"].shape[1]
+    positions = block.positions[weighting.kept]
     for row, values in enumerate(triple):
         energy = np.einsum("tc,tc->t", values, values)
-        own["position_energy"][row] += np.bincount(block.positions, weights=energy, minlength=length)
+        own["position_energy"][row] += np.bincount(positions, weights=energy, minlength=length)
+
+
+def _add_ratios(own: dict[str, Array], block: TokenBlock, inputs: Array, targets: Array) -> None:
+    own["sequences"] += len(block.sequences)
     for part in block.sequences:
         before = np.abs(inputs[part]).mean(axis=0)
         after = np.abs(targets[part]).mean(axis=0)

@@ -35,7 +35,11 @@ _CONNECT_SECONDS = 30
 
 
 class Reducer(Protocol):
-    """A statistic that is a sum over sequences. Instances are small and can be sent to another process."""
+    """A statistic that is a sum over sequences. Instances are small and can be sent to another process.
+
+    States are added. A reducer whose states combine otherwise has a method ``merge(left, right)``, which returns a state
+    of its own and leaves both as they are.
+    """
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -156,7 +160,7 @@ class _Graph:
             return self._leaf(node, leaves[node.index], place)
         higher = above if place.path is None else (place.path, *above)
         parts = [self.node(child, higher) for child in children]
-        return self._add(_merge, node, *parts, place)
+        return self._add(_merge, node, *parts, self.job.reducer, place)
 
     def _leaf(self, node: TreeNode, leaf: SequenceRange, place: _Place) -> Any:
         task = self._add(_reduce, node, self.job.store_uri, self.job.reducer, (leaf.start, leaf.stop), place)
@@ -178,17 +182,22 @@ def _reduce(store_uri: str, reducer: Reducer, sequences: tuple[int, int], place:
         return place.put(reducer.reduce(open_source(store_uri), *sequences))
 
 
-def _merge(left: StateRef, right: StateRef, place: _Place) -> StateRef:
+def _merge(left: StateRef, right: StateRef, reducer: Reducer, place: _Place) -> StateRef:
     found = place.done()
     if found is not None:
         return found
+    merge = getattr(reducer, "merge", None)
     if isinstance(left, SumState) and isinstance(right, SumState):
         # A task must not change what it was given: it may be run again.
-        return left.copy().add_in_place(right)
+        return left.copy().add_in_place(right) if merge is None else merge(left, right)
     if not (isinstance(left, Path) and isinstance(right, Path)):
         msg = "the two halves of a merge must both be states or both be files"
         raise TypeError(msg)
-    merged = place.put(SumState.load(left).add_file(right))
+    if merge is None:
+        merged = place.put(SumState.load(left).add_file(right))
+    else:
+        with single_blas_thread():
+            merged = place.put(merge(SumState.load(left), SumState.load(right)))
     left.unlink(missing_ok=True)
     right.unlink(missing_ok=True)
     return merged

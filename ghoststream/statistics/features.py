@@ -1,15 +1,51 @@
-"""Features: what an operator reads at a boundary (design: ``phi``)."""
+"""Features: what an operator reads at a boundary (design: ``phi``).
+
+A user's own is a class of a few lines::
+
+    class Magnitudes:
+        name = "magnitudes"
+
+        def width(self, hidden: int) -> int:
+            return hidden
+
+        def rows(self, states: Array, facts: ModelFacts) -> Array:
+            return np.abs(states)
+
+    register_feature(Magnitudes())
+
+A recovered checkpoint can hold operators on the features of this file only: on others an operator can be fitted,
+judged by its residuals and applied by the user's own code.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import NumericsError, RequestError
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a feature may know of the model beside its hidden states.
+
+    Attributes:
+        norm_epsilon: Epsilon of the model's norms; None where the store does not say it.
+    """
+
+    norm_epsilon: float | None = None
+
+    @classmethod
+    def of(cls, fingerprint: Mapping[str, Any]) -> ModelFacts:
+        """Read the facts off the fingerprint of a store."""
+        value = (fingerprint.get("model") or {}).get("norm_epsilon")
+        return cls(None if value is None else float(value))
 
 
 class Feature(Protocol):
@@ -20,7 +56,7 @@ class Feature(Protocol):
     def width(self, hidden: int) -> int:
         """Return the number of features p for a hidden size C."""
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array, facts: ModelFacts) -> Array:
         """Map hidden states ``(n, C)`` float64 to features ``(n, p)`` float64, C-contiguous."""
 
 
@@ -33,9 +69,63 @@ class HiddenFeature:
         """Return ``hidden``."""
         return hidden
 
-    def rows(self, states: Array) -> Array:
+    def rows(self, states: Array, facts: ModelFacts) -> Array:
         """Return the states themselves."""
+        del facts
         return states
+
+
+class NormedFeature:
+    """``phi(x) = x / sqrt(mean(x^2) + eps)``, ``eps`` that of the model's own norms; no learned scale."""
+
+    name = "normed"
+
+    def width(self, hidden: int) -> int:
+        """Return ``hidden``."""
+        return hidden
+
+    def rows(self, states: Array, facts: ModelFacts) -> Array:
+        """Return the states divided by their root mean square.
+
+        Raises:
+            RequestError: If the epsilon is not known.
+        """
+        normed: Array = states * _inverse_rms(states, facts)
+        return normed
+
+
+class HiddenAndNormedFeature:
+    """``phi(x) = (x, x / sqrt(mean(x^2) + eps))``, of width ``2 C``: what either of the two can do, and more."""
+
+    name = "hidden+normed"
+
+    def width(self, hidden: int) -> int:
+        """Return ``2 * hidden``."""
+        return 2 * hidden
+
+    def rows(self, states: Array, facts: ModelFacts) -> Array:
+        """Return the states and, beside them, the normed states.
+
+        Raises:
+            RequestError: If the epsilon is not known.
+        """
+        size = states.shape[1]
+        both = np.empty((len(states), 2 * size))
+        both[:, :size] = states
+        np.multiply(states, _inverse_rms(states, facts), out=both[:, size:])
+        return both
+
+
+def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
+    if facts.norm_epsilon is None:
+        msg = (
+            "the store does not say which epsilon the model's norms have, which normed features need; "
+            "capture it again with this version, or use the features hidden"
+        )
+        raise RequestError(msg)
+    mean_square = np.einsum("tc,tc->t", states, states) / states.shape[1]
+    inverse: Array = (1.0 / np.sqrt(mean_square + facts.norm_epsilon))[:, None]
+    return inverse
 
 
 _FEATURES: dict[str, Feature] = {}
@@ -67,4 +157,27 @@ def get_feature(name: str) -> Feature:
         raise RequestError(msg) from None
 
 
-register_feature(HiddenFeature())
+def feature_names() -> tuple[str, ...]:
+    """Return the known names, sorted."""
+    return tuple(sorted(_FEATURES))
+
+
+def require_feature(feature: Feature, hidden: int, facts: ModelFacts) -> None:
+    """Check, before the work starts, that a feature gives what it promises for hidden size ``hidden``.
+
+    Raises:
+        RequestError: If the model's facts do not suffice.
+        NumericsError: If a feature is of another shape or dtype than it says, or not finite.
+    """
+    rows = feature.rows(np.ones((2, hidden)), facts)
+    wanted = (2, feature.width(hidden))
+    if rows.shape != wanted or rows.dtype != np.float64 or not np.isfinite(rows).all():
+        msg = (
+            f"the feature {feature.name!r} gives {rows.dtype} of shape {rows.shape} for two hidden states of ones; "
+            f"it must give finite float64 of shape {wanted}"
+        )
+        raise NumericsError(msg)
+
+
+for _feature in (HiddenFeature(), NormedFeature(), HiddenAndNormedFeature()):
+    register_feature(_feature)

@@ -1,13 +1,13 @@
 """The sufficient statistics of one boundary, and their algebra.
 
-With tokens ``i``, features ``phi_i`` (p), hidden state ``x_i``, target ``y_i`` and gap ``d_i = y_i - x_i`` (C):
-Gram ``G = sum phi phi^T``, cross-moment ``K = sum phi d^T``, energies and sums per channel, per-position energies.
+With tokens ``i``, weights ``w_i >= 0``, features ``phi_i`` (p), hidden state ``x_i``, target ``y_i`` and gap
+``d_i = y_i - x_i`` (C): Gram ``G = sum w phi phi^T``, cross-moment ``K = sum w phi d^T``, energies and sums per channel,
+per-position energies, all with the weights. Only LinearPatch's ratios have none, by that method's definition.
 Everything is a sum over tokens, so merging adds and leaving a fold out subtracts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
 from ghoststream.statistics.sums import SumState, read_metadata
+from ghoststream.statistics.triangles import merge_triangles
+from ghoststream.statistics.weights import UNIFORM
 
 Array = npt.NDArray[np.float64]
 
@@ -28,9 +30,10 @@ class BoundaryMoments:
 
     Attributes:
         span: The removed span; its boundary maps ``h[start]`` to ``h[stop]``.
-        state: The named sums. ``gram`` and ``cross`` are absent where only channel statistics were gathered.
+        state: The named sums. ``gram`` and ``cross`` are absent where only channel statistics were gathered, or
+            triangular factors in their place.
 
-    Memory: ``8 (p^2 + p C)`` bytes with Gram and cross-moment, ``O(C + T)`` without.
+    Memory: ``8 (p^2 + p C)`` bytes with Gram and cross-moment or factors, ``O(C + T)`` without.
     """
 
     __slots__ = ("span", "state")
@@ -45,43 +48,63 @@ class BoundaryMoments:
         return "gram" in self.state.arrays
 
     @property
+    def has_triangle(self) -> bool:
+        """Whether triangular factors are there instead (see :mod:`ghoststream.statistics.triangles`)."""
+        return "triangle" in self.state.arrays
+
+    @property
+    def triangle(self) -> Array:
+        """``R`` of ``sqrt(w) Phi = Q R``, ``(p, p)``, upper triangular, column-major."""
+        return self._get("triangle").T
+
+    @property
+    def rotated(self) -> Array:
+        """``Q^T sqrt(w) D``, ``(p, C)``, column-major."""
+        return self._get("rotated").T
+
+    @property
+    def unexplained(self) -> Array:
+        """Energy of the gap, by channel, that no map of the features explains, ``(C,)``."""
+        return self._get("unexplained")
+
+    @property
     def gram(self) -> Array:
-        """``G = sum phi phi^T``, ``(p, p)``, symmetric."""
+        """``G = sum w phi phi^T``, ``(p, p)``, symmetric."""
         return self._get("gram")
 
     @property
     def cross(self) -> Array:
-        """``K = sum phi d^T``, ``(p, C)``."""
+        """``K = sum w phi d^T``, ``(p, C)``."""
         return self._get("cross")
 
     @property
     def feature_sum(self) -> Array:
-        """``sum phi``, ``(p,)``."""
+        """``sum w phi``, ``(p,)``."""
         return self._get("feature_sum")
 
     @property
     def gap_energy(self) -> Array:
-        """``e = sum d * d``, ``(C,)``."""
+        """``e = sum w d * d``, ``(C,)``."""
         return self._get("gap_energy")
 
     @property
     def gap_sum(self) -> Array:
-        """``sum d``, ``(C,)``."""
+        """``sum w d``, ``(C,)``."""
         return self._get("gap_sum")
 
     @property
     def input_energy(self) -> Array:
-        """``sum x * x``, ``(C,)``."""
+        """``sum w x * x``, ``(C,)``."""
         return self._get("input_energy")
 
     @property
     def input_gap(self) -> Array:
-        """``sum x * d``, ``(C,)``."""
+        """``sum w x * d``, ``(C,)``."""
         return self._get("input_gap")
 
     @property
     def ratio_sum(self) -> Array:
-        """Sum over sequences of ``mean_t |y| / mean_t |x|`` per channel, ``(C,)`` (LinearPatch, 2505.24680)."""
+        """Sum over sequences of ``mean_t |y| / mean_t |x|`` per channel, ``(C,)`` (LinearPatch, 2505.24680); no weights."""
         return self._get("ratio_sum")
 
     @property
@@ -91,17 +114,22 @@ class BoundaryMoments:
 
     @property
     def position_energy(self) -> Array:
-        """Energy by position: rows are ``|x|^2``, ``|y|^2``, ``|d|^2``; shape ``(3, T)``."""
+        """Energy by position: rows are ``w |x|^2``, ``w |y|^2``, ``w |d|^2``; shape ``(3, T)``."""
         return self._get("position_energy")
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that entered."""
+        """Tokens that entered: unmasked, and of a weight above zero."""
         return int(self._get("tokens")[0])
 
     @property
+    def n_dropped(self) -> int:
+        """Unmasked tokens of weight zero."""
+        return int(self._get("dropped")[0])
+
+    @property
     def n_sequences(self) -> int:
-        """Sequences with at least one token that entered."""
+        """Sequences with at least one unmasked token."""
         return int(self._get("sequences")[0])
 
     @property
@@ -111,14 +139,15 @@ class BoundaryMoments:
 
     @property
     def target_energy(self) -> float:
-        """``sum |y|^2``."""
+        """``sum w |y|^2``."""
         return float(self.position_energy[1].sum())
 
     @property
     def gap_variation(self) -> float:
-        """``sum |d - mean d|^2``, the total that R^2 is measured against."""
+        """``sum w |d - mean d|^2``, the total that R^2 is measured against."""
         total = float(self.gap_energy.sum())
-        return max(0.0, total - float(np.square(self.gap_sum).sum()) / max(self.weight, 1.0))
+        mean_part = float(np.square(self.gap_sum).sum()) / self.weight if self.weight > 0 else 0.0
+        return max(0.0, total - mean_part)
 
     def merge(self, other: BoundaryMoments) -> BoundaryMoments:
         """Return the moments over the tokens of both.
@@ -128,32 +157,52 @@ class BoundaryMoments:
             ArtifactError: If the statistics differ in kind or size.
         """
         self._require_same(other)
+        if self.has_triangle:
+            return BoundaryMoments(self.span, merge_triangles(self.state, other.state))
         return BoundaryMoments(self.span, self.state.copy().add_in_place(other.state))
 
     def subtract(self, other: BoundaryMoments) -> BoundaryMoments:
         """Return the moments without the tokens of ``other`` (leave one fold out).
 
         Raises:
-            RequestError: If the spans differ.
+            RequestError: If the spans differ, or the moments are triangular factors, which cannot be subtracted.
             ArtifactError: If the statistics differ in kind or size.
         """
         self._require_same(other)
+        if self.has_triangle:
+            msg = (
+                f"the triangular factors of {self.span} cannot be subtracted; merge those of the other folds"
+            )
+            raise RequestError(msg)
         return BoundaryMoments(self.span, self.state.copy().subtract_in_place(other.state))
 
-    def linear_residual(self, matrix: Array) -> float:
-        """Return ``sum |phi M - d|^2 = sum e - 2 <M, K> + <M, G M>`` for ``M`` of shape ``(p, C)``.
+    def linear_residual(self, matrix: Array, bias: Array | None = None) -> float:
+        """Return ``sum w |phi M + b - d|^2`` for ``M`` of shape ``(p, C)`` and ``b`` of shape ``(C,)``.
+
+        ``= sum e - 2 <M, K> + <M, G M>``, and with ``b``, ``s = sum w phi`` and ``t = sum w d`` also
+        ``+ 2 b . (M^T s - t) + |b|^2 sum w``. From triangular factors, ``|R M - Q^T D|^2`` and what is unexplained.
 
         Memory: two panels of ``(p, 512)`` float64.
         """
-        total = float(self.gap_energy.sum()) - 2.0 * float(np.vdot(matrix, self.cross))
+        if self.has_triangle:
+            total = float(self.unexplained.sum())
+        else:
+            total = float(self.gap_energy.sum()) - 2.0 * float(np.vdot(matrix, self.cross))
         for start in range(0, matrix.shape[1], _PANEL):
             panel = np.ascontiguousarray(matrix[:, start : start + _PANEL])
-            total += float(np.vdot(panel, self.gram @ panel))
+            if self.has_triangle:
+                missed = self.triangle @ panel - self.rotated[:, start : start + _PANEL]
+                total += float(np.vdot(missed, missed))
+            else:
+                total += float(np.vdot(panel, self.gram @ panel))
+        if bias is not None:
+            total += 2.0 * float(bias @ (self.feature_sum @ matrix - self.gap_sum))
+            total += float(bias @ bias) * self.weight
         return max(0.0, total)
 
-    def diagonal_residual(self, weight: Array) -> float:
-        """Return ``sum |x * w - d|^2`` for ``w`` of shape ``(C,)``."""
-        parts = self.gap_energy - 2.0 * weight * self.input_gap + np.square(weight) * self.input_energy
+    def diagonal_residual(self, scales: Array) -> float:
+        """Return ``sum w |x * s - d|^2`` for scales ``s`` of shape ``(C,)``."""
+        parts = self.gap_energy - 2.0 * scales * self.input_gap + np.square(scales) * self.input_energy
         return max(0.0, float(parts.sum()))
 
     def save(self, path: Path) -> None:
@@ -188,44 +237,13 @@ class BoundaryMoments:
             raise RequestError(msg)
 
 
-def gram_prefix(feature: str, start: int) -> str:
-    """Name prefix of the sums that all spans from ``start`` share in a reduction's state."""
-    return f"gram/{feature}/{start}/"
+def gram_prefix(feature: str, weights: str, span: Span) -> str:
+    """Name prefix of a span's Gram in a reduction's state; with uniform weights all spans of one start share it."""
+    if weights == UNIFORM:
+        return f"gram/{feature}/{span.start}/"
+    return f"gram/{feature}/{weights}/{span.start}-{span.stop}/"
 
 
 def span_prefix(span: Span) -> str:
     """Name prefix of the sums of one span in a reduction's state."""
     return f"span/{span.start}-{span.stop}/"
-
-
-class FoldedMoments:
-    """Moments of one boundary, apart for each fold of whole sequences; read when asked for.
-
-    Memory: nothing until :meth:`fold` or :meth:`total` is called, then one or two :class:`BoundaryMoments`.
-    """
-
-    def __init__(self, span: Span, folds: Sequence[SumState | Path], *, feature: str = "hidden") -> None:
-        self.span = span
-        self._folds = tuple(folds)
-        self._prefixes = (gram_prefix(feature, span.start), span_prefix(span))
-
-    @property
-    def n_folds(self) -> int:
-        """Number of folds; 1 means that nothing can be held out."""
-        return len(self._folds)
-
-    def fold(self, index: int) -> BoundaryMoments:
-        """Return the moments of one fold (arrays may be shared: do not change them)."""
-        source = self._folds[index]
-        state = SumState.load(source, prefixes=self._prefixes) if isinstance(source, Path) else source
-        arrays: dict[str, Array] = {}
-        for prefix in self._prefixes:
-            arrays.update(state.select(prefix).arrays)
-        return BoundaryMoments(self.span, SumState(arrays))
-
-    def total(self) -> BoundaryMoments:
-        """Return the moments over all folds, added in fold order."""
-        total = BoundaryMoments(self.span, self.fold(0).state.copy())
-        for index in range(1, self.n_folds):
-            total.state.add_in_place(self.fold(index).state)
-        return total

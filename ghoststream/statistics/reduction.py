@@ -1,8 +1,9 @@
-"""From a store to the moments of many boundaries, in one read of every needed layer."""
+"""From a store to the moments of many boundaries, in one read of every needed layer a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from ghoststream.errors import RequestError
 from ghoststream.files import require_free_space
 from ghoststream.progress import Progress
 from ghoststream.spans import Span
-from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReducer
-from ghoststream.statistics.engines import ReductionJob, run_job
-from ghoststream.statistics.moments import FoldedMoments
+from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReducer, Precision
+from ghoststream.statistics.engines import ReductionJob, default_workers, run_job
+from ghoststream.statistics.features import ModelFacts, get_feature, require_feature
+from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan, tree_root
-from ghoststream.statistics.source import open_source, require_layers, store_digest
+from ghoststream.statistics.source import HiddenStateSource, open_source, require_layers, store_digest
+from ghoststream.statistics.sweeps import Sweep, plan_sweeps
+from ghoststream.statistics.triangle_boundary import TriangleReducer
+from ghoststream.statistics.weights import UNIFORM
 
 
 def reduce_boundaries(
@@ -22,65 +27,118 @@ def reduce_boundaries(
     spans: Iterable[Span],
     *,
     grams: bool = True,
+    triangles: bool = False,
     feature: str = "hidden",
+    weights: str = UNIFORM,
     folds: int = DEFAULT_FOLDS,
     range_sequences: int | None = None,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    precision: Precision = "float64",
     scheduler: Any = None,
     workers: int | None = None,
     workdir: Path | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[Span, FoldedMoments]:
     """Reduce the hidden states of a store to the moments of every span, apart for each fold.
 
     The bits depend on the store, the spans and their order of additions (``folds``, ``range_sequences``,
-    ``block_tokens``), not on the engine or the number of workers.
+    ``block_tokens``), not on the engine, the number of workers or of sweeps.
 
     Args:
         store_uri: Path or URL of the store; workers open it themselves.
         spans: Spans in any number; they may overlap. Equal ones count once.
         grams: Whether Gram and cross-moment are built, or statistics per channel only.
+        triangles: Whether triangular factors are built in the place of Grams and cross-moments, for ill-conditioned
+            features (see :mod:`ghoststream.statistics.triangles`).
         feature: Name of the feature.
+        weights: Name of the token weight.
         folds: Folds of whole sequences, ranges dealt out in turn; 0 or 1 for none.
         range_sequences: Sequences of one task; by default about four tasks a fold.
         block_tokens: Tokens read at a time.
+        precision: ``float64``, or ``float32-blocked`` for machines that are slow in float64: entries of Gram and
+            cross-moment are then off by 1.6e-5 of the sums of absolute products at most.
         scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
         workers: Threads in this process.
         workdir: Folder for partial states, which a killed run takes up again; without it they stay in memory.
+        memory: Bytes that all tasks at work in this process may take (on a cluster: one task); the spans are then
+            reduced in as many sweeps over the store as that takes, see :func:`plan_sweeps`. None is one sweep.
         progress: Told how many sequences are done.
 
     Raises:
-        RequestError: If there are no spans, or the folds and ranges do not fit the store.
+        RequestError: If there are no spans, no feature or weight of this name, or the folds and ranges do not fit
+            the store, or the store does not say what the feature needs to know of the model.
         MismatchError: If a span reaches beyond the model.
         StoreError: If a hidden state is not in the store.
         NumericsError: If a hidden state is not finite.
-        BudgetError: If the partial states do not fit the disk.
+        BudgetError: If the partial states do not fit the disk, or the moments of one span not the memory.
 
-    Memory: with ``workdir``, in each worker thread one state of ``8 (p^2 per start + p C per span)`` bytes and
-    4 blocks of ``block_tokens x C`` float64; on disk at most ``log2(ranges) + 2`` states a fold. Without it, the
-    same number of states in memory.
+    Memory: with ``workdir``, in each worker thread one state of ``8 (p^2 per start + p C per span)`` bytes (``p^2`` per
+    span for weights other than uniform) and the blocks that :meth:`BoundaryReducer.reduce` states; on disk at most ``log2(ranges) + 2`` states a fold. Without it, the
+    same number of states in memory. Nothing of a finished sweep stays in memory with ``workdir``.
     """
     ordered = tuple(sorted(set(spans)))
     if not ordered:
         msg = "there are no spans to reduce; give at least one"
         raise RequestError(msg)
     source = open_source(store_uri)
-    reducer = BoundaryReducer(ordered, grams=grams, feature=feature, block_tokens=block_tokens)
+    kind = TriangleReducer if triangles and grams else BoundaryReducer
+    reducer = kind(
+        ordered, grams=grams, feature=feature, weights=weights, block_tokens=block_tokens, precision=precision
+    )
     require_layers(source, reducer.layers, store_uri)
+    facts = ModelFacts.of(source.fingerprint)
+    require_feature(get_feature(feature), source.hidden, facts)
     plan = RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences)
-    folder = None
+    sweeps, workers = _sweeps(reducer, source, memory, workers, is_cluster=scheduler is not None)
+    if len(sweeps) > 1 and workdir is None:
+        msg = f"{len(sweeps)} sweeps do not fit the memory at once; give a work folder, where finished ones wait"
+        raise RequestError(msg)
+    jobs = [ReductionJob(store_uri, sweep.reducer, plan) for sweep in sweeps]
     if workdir is not None:
-        digest = ReductionJob(store_uri, reducer, plan).digest(store_digest(source))
-        folder = workdir / f"moments-{digest.removeprefix('sha256:')[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        _require_disk(folder, plan, reducer.state_bytes(source.hidden, source.length))
-    job = ReductionJob(store_uri, reducer, plan, folder)
-    states = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task="moments")
-    return {span: FoldedMoments(span, states, feature=feature) for span in ordered}
+        jobs = [_with_folder(job, workdir, store_digest(source)) for job in jobs]
+        _require_disk(jobs, [sweep.state_bytes for sweep in sweeps], workdir)
+    found: dict[Span, FoldedMoments] = {}
+    for number, job in enumerate(jobs, start=1):
+        task = "moments" if len(jobs) == 1 else f"moments, sweep {number} of {len(jobs)}"
+        states = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task=task)
+        for span in sweeps[number - 1].reducer.spans:
+            found[span] = FoldedMoments(span, states, feature=feature, weights=weights, facts=facts)
+    return found
 
 
-def _require_disk(folder: Path, plan: RangePlan, state_bytes: int) -> None:
+def _sweeps(
+    reducer: BoundaryReducer,
+    source: HiddenStateSource,
+    memory: int | None,
+    workers: int | None,
+    *,
+    is_cluster: bool,
+) -> tuple[tuple[Sweep, ...], int | None]:
+    hidden, length = source.hidden, source.length
+    if memory is None:
+        return plan_sweeps(reducer, hidden=hidden, length=length), workers
+    if workers is None and not is_cluster:
+        # As many tasks at a time as there are processors, if each can then hold one span at least.
+        largest = max(replace(reducer, spans=(span,)).task_bytes(hidden, length) for span in reducer.spans)
+        workers = default_workers(0)
+        while workers > 1 and memory // workers < largest:
+            workers -= 1
+    budget = memory if is_cluster or workers is None else memory // workers
+    return plan_sweeps(reducer, hidden=hidden, length=length, task_budget=budget), workers
+
+
+def _with_folder(job: ReductionJob, workdir: Path, digest: str) -> ReductionJob:
+    folder = workdir / f"moments-{job.digest(digest).removeprefix('sha256:')[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace(job, folder=folder)
+
+
+def _require_disk(jobs: Sequence[ReductionJob], state_bytes: Sequence[int], workdir: Path) -> None:
+    plan = jobs[0].plan
     depth = tree_root(0, len(plan.fold_leaves(0))).level
-    present = sum(path.stat().st_size for path in folder.iterdir())
-    needed = plan.n_folds * (depth + 2) * state_bytes - present
-    require_free_space(folder, max(0, needed), "the partial statistics of the boundaries")
+    # Finished sweeps keep one state a fold; the one at work also some of every level of its tree.
+    states = sum(state_bytes) + (depth + 1) * max(state_bytes)
+    present = sum(path.stat().st_size for job in jobs if job.folder for path in job.folder.iterdir())
+    needed = plan.n_folds * states - present
+    require_free_space(workdir, max(0, needed), "the partial statistics of the boundaries")

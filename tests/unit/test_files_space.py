@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ghoststream.errors import BudgetError, DiskFullError, RequestError, StoreError
-from ghoststream.files import disk_errors, format_bytes, free_bytes, require_free_space
+from ghoststream.errors import BudgetError, DiskFullError, OutputExistsError, RequestError, StoreError
+from ghoststream.files import disk_errors, format_bytes, free_bytes, require_free_space, require_writable
 
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024  (the shape of shutil's own)
 
@@ -74,3 +74,27 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         raise KeyError("x")
     with pytest.raises(StoreError, match="own"), disk_errors(tmp_path):
         raise StoreError("our own")
+
+
+def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="ulimit -f"), disk_errors(tmp_path / "x"):
+        raise OSError(errno.EFBIG, "File too large")
+
+
+def test_a_place_below_a_file_is_a_bad_request(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RequestError, match="choose a place"), disk_errors(tmp_path / "file" / "a" / "b"):
+        (tmp_path / "file" / "a" / "b").mkdir(parents=True)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_writable(tmp_path / "a" / "b" / "figures.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RequestError, match=r"cannot write .*file/x \(.*file is a file\)"):
+        require_writable(tmp_path / "file" / "x")
+    with pytest.raises(OutputExistsError, match="there is a folder of that name"):
+        require_writable(tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(RequestError, match="is not writable"):
+        require_writable(tmp_path / "x")

@@ -114,5 +114,7 @@ def test_operators_must_be_finite_fit_their_form_and_their_plan() -> None:
         BoundaryOperator(Span(1, 2), "linear", "hidden", np.ones(3, dtype=np.float32))
     with pytest.raises(RequestError, match="do not fit the plan"):
         OperatorSet(PLAN, "none", (BoundaryOperator(Span(1, 3), "identity"),), 4)
-    with pytest.raises(RequestError, match="reads 'normed'"):
-        BoundaryOperator(Span(1, 2), "diagonal", "normed", np.ones(3, dtype=np.float32)).apply(np.ones(3))
+    with pytest.raises(RequestError, match="no feature 'unknown'"):
+        BoundaryOperator(Span(1, 2), "linear", "unknown", np.ones((3, 3), dtype=np.float32)).apply(np.ones(3))
+    with pytest.raises(RequestError, match="scales the hidden state itself, not 'normed'"):
+        BoundaryOperator(Span(1, 2), "diagonal", "normed", np.ones(3, dtype=np.float32))

@@ -72,7 +72,7 @@ def test_minimal_pipeline() -> None:
         {"name": "x", "capture": {"calibration": "ptb"}, "select": {"remove": 2}}
     )
     assert pipeline.solve.operator == "ghost"
-    assert pipeline.solve.ridge == 1e-6
+    assert (pipeline.solve.ridge, pipeline.solve.weights) == (None, "uniform")
     assert pipeline.evaluate is None
 
 

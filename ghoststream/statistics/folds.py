@@ -1,0 +1,81 @@
+"""The moments of one boundary by fold of whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.spans import Span
+from ghoststream.statistics.features import ModelFacts
+from ghoststream.statistics.moments import BoundaryMoments, gram_prefix, span_prefix
+from ghoststream.statistics.sums import SumState
+from ghoststream.statistics.weights import UNIFORM
+
+Array = npt.NDArray[np.float64]
+
+
+class FoldedMoments:
+    """Moments of one boundary, apart for each fold of whole sequences; read when asked for.
+
+    Attributes:
+        span: The removed span.
+        feature: Name of the feature ``phi``.
+        weights: Name of the token weight.
+        facts: What the feature knew of the model.
+
+    Memory: nothing until :meth:`fold` or :meth:`total` is called, then one or two :class:`BoundaryMoments`.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        folds: Sequence[SumState | Path],
+        *,
+        feature: str = "hidden",
+        weights: str = UNIFORM,
+        facts: ModelFacts | None = None,
+    ) -> None:
+        self.span, self.feature, self.weights = span, feature, weights
+        self.facts = facts or ModelFacts()
+        self._folds = tuple(folds)
+        self._prefixes = (gram_prefix(feature, weights, span), span_prefix(span))
+
+    @property
+    def n_folds(self) -> int:
+        """Number of folds; 1 means that nothing can be held out."""
+        return len(self._folds)
+
+    def fold(self, index: int) -> BoundaryMoments:
+        """Return the moments of one fold (arrays may be shared: do not change them)."""
+        source = self._folds[index]
+        state = SumState.load(source, prefixes=self._prefixes) if isinstance(source, Path) else source
+        arrays: dict[str, Array] = {}
+        for prefix in self._prefixes:
+            arrays.update(state.select(prefix).arrays)
+        return BoundaryMoments(self.span, SumState(arrays))
+
+    def total(self) -> BoundaryMoments:
+        """Return the moments over all folds, merged in fold order."""
+        return self._merged(range(self.n_folds))
+
+    def without(self, index: int, total: BoundaryMoments, fold: BoundaryMoments) -> BoundaryMoments:
+        """Return the moments over all folds but one, of two at least; ``total`` is over all of them, ``fold`` that one.
+
+        Sums are taken out of the total; triangular factors of the others are merged.
+        """
+        if not total.has_triangle:
+            return total.subtract(fold)
+        return self._merged([other for other in range(self.n_folds) if other != index])
+
+    def _merged(self, folds: Sequence[int]) -> BoundaryMoments:
+        total = BoundaryMoments(self.span, self.fold(folds[0]).state.copy())
+        for index in folds[1:]:
+            fold = self.fold(index)
+            if total.has_triangle:
+                total = total.merge(fold)
+            else:
+                total.state.add_in_place(fold.state)
+        return total

@@ -1,0 +1,89 @@
+"""The range task of boundaries by the QR route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.errors import RequestError
+from ghoststream.spans import Span
+from ghoststream.statistics.boundary import BoundaryReducer
+from ghoststream.statistics.moments import span_prefix
+from ghoststream.statistics.sums import SumState
+from ghoststream.statistics.triangles import absorb, merge_triangles
+from ghoststream.statistics.weights import Weighting
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TriangleReducer(BoundaryReducer):
+    """Builds R factors of ``spans`` over a range of sequences, and the same statistics per channel as Grams have.
+
+    Per span: ``triangle`` = ``R^T`` ``(p, p)``, lower triangular; ``rotated`` = ``(Q^T sqrt(w) D)^T`` ``(C, p)``;
+    ``unexplained`` ``(C,)``. Both are kept transposed, as LAPACK reads columns. Twice the arithmetic of Grams.
+
+    Raises:
+        RequestError: If there is no feature or weight of this name, or the precision is not float64.
+
+    Memory: that of :class:`BoundaryReducer` and copies of one block of features and gap. Factors of spans that start
+    together are not shared.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision != "float64":
+            msg = f"triangular factors are built in float64, not {self.precision}; leave one of the two options out"
+            raise RequestError(msg)
+
+    @property
+    def kind(self) -> str:
+        """Name of the statistic."""
+        return "boundary-triangles"
+
+    @staticmethod
+    def merge(left: SumState, right: SumState) -> SumState:
+        """Return the state over the tokens of both; neither is changed.
+
+        Memory: the result, and copies of the factors of one span.
+
+        Raises:
+            ArtifactError: If the two do not hold the same names and shapes.
+        """
+        return merge_triangles(left, right)
+
+    def state_bytes(self, hidden: int, length: int) -> int:
+        """Bytes of one state: ``8 (p^2 + p C)`` and ``O(C + T)`` a span."""
+        width = self._phi.width(hidden)
+        return 8 * len(self.spans) * (width * width + width * hidden + width + 7 * hidden + 3 * length + 5)
+
+    def _blocks(self, hidden: int) -> float:
+        return super()._blocks(hidden) + 2 * (1 + self._phi.width(hidden) / hidden)
+
+    def _products(self, span: Span, hidden: int) -> dict[str, Array]:
+        width, own = self._phi.width(hidden), span_prefix(span)
+        return {
+            own + "triangle": np.zeros((width, width)),
+            own + "rotated": np.zeros((hidden, width)),
+            own + "unexplained": np.zeros(hidden),
+            own + "feature_sum": np.zeros(width),
+        }
+
+    def _add_products(
+        self,
+        state: SumState,
+        span: Span,
+        weighting: Weighting,
+        products: tuple[Array, Array],
+        added: set[str],
+    ) -> None:
+        features, gap = products
+        own = state.select(span_prefix(span)).arrays
+        own["feature_sum"] += weighting.sum(features)
+        if len(features):
+            absorb(own, np.asfortranarray(features), np.asfortranarray(gap), triangular=0)
+
+    def _finish(self, state: SumState) -> None:
+        """Leave the state as it is."""

@@ -1,0 +1,154 @@
+"""Measure the peak anonymous memory of stages, each in a process of its own; run by test_memory.
+
+``python memory_driver.py WORK`` makes the models under WORK, forks a process for each measurement (so that libraries are
+imported once), and prints one JSON object: the sizes that the bounds are made of, and bytes above what was there before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import distributed  # noqa: F401 - here, so that it is imported once
+import numpy as np
+import scipy.linalg
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - the same
+
+from ghoststream.stages import capture as capture_stage
+from ghoststream.stages.capture import capture
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.export import export
+from ghoststream.stages.select import select
+from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.solve import solve
+from ghoststream.testing.memory import PeakAnonymous
+from ghoststream.testing.synthetic import save_ids, save_synthetic
+
+LENGTH, VOCABULARY, SHARD_BYTES = 64, 4096, 2**20
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "vocab_size": 256,
+}
+FEW, MANY = 16, 128
+
+Stage = Callable[[Path, Path, str, int], object]
+"""Takes the model, a work folder, the text and the number of sequences."""
+
+
+def _capture(model: Path, work: Path, text: str, sequences: int) -> object:
+    return capture(model, calibration=text, sequences=sequences, length=LENGTH, store=work / "store")
+
+
+def _capture_on_disk(model: Path, work: Path, text: str, sequences: int) -> object:
+    return capture(
+        model,
+        calibration=text,
+        sequences=sequences,
+        length=LENGTH,
+        store=work / f"disk-{sequences}",
+        layers=(0, 1, 2),
+        host_memory=0,
+    )
+
+
+def _select(_: Path, work: Path, __: str, ___: int) -> object:
+    return select(work / "store", 2, workers=1)
+
+
+def _solve(_: Path, work: Path, __: str, ___: int) -> object:
+    return solve(work / "store", "1:3", out=work / "operators.safetensors", workers=1)
+
+
+def _export(model: Path, work: Path, _: str, __: int) -> object:
+    return export(model, work / "operators.safetensors", work / "recovered")
+
+
+def _evaluate(model: Path, work: Path, text: str, sequences: int) -> object:
+    return evaluate([model, work / "recovered"], text=text, length=LENGTH, sequences=sequences)
+
+
+def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
+    """Run a stage in a forked process, first on a tiny model, and return the bytes above what was there then."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=work.parent) as tiny:
+                for one in (_capture, _capture_on_disk, _select, _solve, _export, _evaluate):
+                    one(work.parent / "tiny", Path(tiny), f"ids:{work.parent / 'tiny.npy'}", 4)
+            _warm_up_products()
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            with PeakAnonymous() as peak:
+                stage(model, work, f"ids:{work.parent / 'ids.npy'}", sequences)
+            os.write(write_end, str(peak.above_baseline_bytes).encode())
+        except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(write_end)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{stage.__name__} failed")
+    with os.fdopen(read_end) as pipe:
+        return int(pipe.read())
+
+
+def _warm_up_products() -> None:
+    """Multiply matrices of the shapes to come: BLAS keeps workspaces for them, whatever is multiplied."""
+    for out, into in ((512, 512), (128, 512), (1408, 512), (512, 1408), (VOCABULARY, 512)):
+        for tokens in (LENGTH, 2 * LENGTH, 4 * LENGTH):
+            torch.nn.functional.linear(torch.ones(1, tokens, into), torch.ones(out, into))
+    square = np.eye(512)
+    scipy.linalg.cho_solve(scipy.linalg.cho_factor(square + square.T @ square), square)
+    np.ones((512, 1024)) @ np.ones((1024, 512))
+
+
+def main(root: Path) -> None:
+    """Make the models, measure every stage, and print the figures."""
+    torch.set_num_threads(1)
+    capture_stage._SHARD_BYTES = SHARD_BYTES
+    deep = save_synthetic(root / "deep", num_hidden_layers=12, vocab_size=VOCABULARY, dtype=torch.float32)
+    shallow = save_synthetic(
+        root / "shallow", num_hidden_layers=4, vocab_size=VOCABULARY, dtype=torch.float32
+    )
+    save_synthetic(root / "tiny", **TINY, dtype=torch.float32)
+    save_ids(root / "tiny.npy", sequences=4, length=LENGTH, vocab_size=TINY["vocab_size"])
+    save_ids(root / "ids.npy", sequences=MANY, length=LENGTH, vocab_size=VOCABULARY)
+    work = root / "work"
+    peaks = {
+        "capture": measure(_capture, deep, work, FEW),
+        "capture, shallow": measure(_capture, shallow, root / "shallow-work", FEW),
+        "capture, few": measure(_capture_on_disk, deep, work, FEW),
+        "capture, many": measure(_capture_on_disk, deep, work, MANY),
+        "select": measure(_select, deep, work, FEW),
+        "solve": measure(_solve, deep, work, FEW),
+        "export": measure(_export, deep, work, FEW),
+        "evaluate": measure(_evaluate, deep, work, FEW),
+    }
+    skeleton = ModelSession(deep, ModelOptions()).skeleton
+    sizes = {
+        "unit": skeleton.unit_bytes,
+        "checkpoint": skeleton.index.n_bytes,
+        "hidden": skeleton.hidden_size,
+        "vocabulary": VOCABULARY,
+        "tokens": FEW * LENGTH,
+        "tokens of many": MANY * LENGTH,
+        "shard": SHARD_BYTES,
+    }
+    print(json.dumps({"sizes": sizes, "peaks": peaks}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

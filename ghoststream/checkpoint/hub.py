@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import InputNotFoundError, UnsupportedModelError
+from ghoststream.errors import GhoststreamError, InputNotFoundError, UnsupportedModelError
 from ghoststream.files import require_free_space
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -62,9 +62,9 @@ def _download(model_id: str, revision: str | None) -> ResolvedModel:
         if not constants.HF_HUB_OFFLINE:
             commit = _check_before_download(model_id, revision)
         root = snapshot_download(model_id, revision=commit, allow_patterns=list(_WANTED))
+    except GhoststreamError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
         reason = str(error).strip().splitlines()[0]
         msg = (
             f"no local folder {model_id!r}, and the hub model of that name cannot be had ({reason}); "

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import itertools
+import threading
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,8 @@ from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.select import select
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import open_source
+from ghoststream.statistics import SumState, open_source
+from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 
 L = 6
@@ -109,6 +113,61 @@ def test_workers_change_no_bit(uri: str, tmp_path: Path) -> None:
     assert len({out.read_bytes() for out in outs}) == 1
 
 
+def test_when_a_range_fails_the_others_have_stopped_before_the_error_leaves(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduce, save = BoundaryReducer.reduce, SumState.save
+    arrivals, raised, written = itertools.count(), threading.Event(), threading.Event()
+    events: list[str] = []
+
+    def slow_or_broken(*arguments: Any) -> SumState:
+        if next(arrivals) == 0:
+            # Only an error that leaves too early sets it; this task is then still at work.
+            raised.wait(0.5)
+            return reduce(*arguments)
+        raise NumericsError("broken on purpose")
+
+    def noted(state: SumState, path: Path, metadata: dict[str, Any]) -> None:
+        save(state, path, metadata)
+        events.append("written")
+        written.set()
+
+    monkeypatch.setattr(BoundaryReducer, "reduce", slow_or_broken)
+    monkeypatch.setattr(SumState, "save", noted)
+    out = tmp_path / "operators.safetensors"
+    with pytest.raises(NumericsError, match="broken on purpose"):
+        solve(uri, PLAN, out=out, workers=2, range_sequences=1)
+    events.append("raised")
+    raised.set()
+    assert written.wait(10)
+    assert events == ["written", "raised"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{out.name}.partial"]
+    monkeypatch.undo()
+    solve(uri, PLAN, out=out, range_sequences=1)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_solved_boundary_that_the_disk_damaged_is_solved_again(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "operators.safetensors", tmp_path / "whole.safetensors"
+    solve(uri, PLAN, out=whole)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="stopped on purpose"):
+        patch.setattr("ghoststream.stages.solve._write", _stop_after_fitting)
+        solve(uri, PLAN, out=out)
+    first, *_ = sorted((tmp_path / f"{out.name}.partial").glob("boundary-*"))
+    first.write_bytes(first.read_bytes()[:-8])
+    solve(uri, PLAN, out=out)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def _stop_after_fitting(family: Any, moments: Any, request: Any, out: Path, progress: Any) -> None:
+    from ghoststream.stages.solve import _fit_all, _work_folder
+
+    _fit_all(family, moments, request, _work_folder(out), progress)
+    raise OSError("stopped on purpose")
+
+
 def test_a_dask_cluster_gives_the_same_bits(uri: str, tmp_path: Path) -> None:
     from distributed import Client, LocalCluster
 
@@ -184,6 +243,21 @@ def test_what_exists_is_never_overwritten(uri: str, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError):
         solve(uri, PLAN, out=tmp_path)
     assert out.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RequestError, match="cannot write .*choose a place that you may write to"):
+        solve(uri, PLAN, out=tmp_path / "file" / "operators.safetensors")
+
+
+def test_what_another_process_holds_is_left_when_the_result_is_there(uri: str, tmp_path: Path) -> None:
+    out = tmp_path / "operators.safetensors"
+    made = solve(uri, PLAN, out=out)
+    lock = FileLock(out.with_name(f".{out.name}.lock"), guarded=out)
+    with lock:
+        assert solve(uri, PLAN, out=out).diagnostics == made.diagnostics
+        assert lock.path.exists()
 
 
 def test_two_processes_do_not_write_one_file(uri: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Literal, Protocol, TypeVar
 
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
+from ghoststream.registry import Registry
 from ghoststream.statistics import FoldedMoments
 
 
@@ -71,7 +72,7 @@ class OperatorFamily(Protocol):
 
 FamilyFactory = Callable[[OperatorOptions], OperatorFamily]
 _Factory = TypeVar("_Factory", bound=FamilyFactory)
-_FAMILIES: dict[str, FamilyFactory] = {}
+_FAMILIES: Registry[FamilyFactory] = Registry("operator")
 
 
 def register_operator(name: str) -> Callable[[_Factory], _Factory]:
@@ -82,9 +83,7 @@ def register_operator(name: str) -> Callable[[_Factory], _Factory]:
     """
 
     def register(factory: _Factory) -> _Factory:
-        if _FAMILIES.setdefault(name, factory) is not factory:
-            msg = f"an operator named {name!r} is registered already; choose another name"
-            raise RequestError(msg)
+        _FAMILIES.register(name, factory)
         return factory
 
     return register
@@ -92,7 +91,7 @@ def register_operator(name: str) -> Callable[[_Factory], _Factory]:
 
 def operator_names() -> tuple[str, ...]:
     """Return the known names, sorted."""
-    return tuple(sorted(_FAMILIES))
+    return _FAMILIES.names()
 
 
 def make_operator(name: str, options: OperatorOptions | None = None) -> OperatorFamily:
@@ -101,9 +100,4 @@ def make_operator(name: str, options: OperatorOptions | None = None) -> Operator
     Raises:
         RequestError: If there is none of this name, or it refuses the options.
     """
-    try:
-        factory = _FAMILIES[name]
-    except KeyError:
-        msg = f"there is no operator {name!r}; known are {', '.join(operator_names())}"
-        raise RequestError(msg) from None
-    return factory(options or OperatorOptions())
+    return _FAMILIES.get(name)(options or OperatorOptions())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ghoststream.errors import RequestError
+from ghoststream.registry import Registry
 from ghoststream.spans import Span
 from ghoststream.statistics import Reducer, SumState
 
@@ -53,7 +54,7 @@ class Criterion(Protocol):
 
 
 _Factory = TypeVar("_Factory", bound=Callable[[], Criterion])
-_CRITERIA: dict[str, Callable[[], Criterion]] = {}
+_CRITERIA: Registry[Callable[[], Criterion]] = Registry("criterion")
 
 
 def register_criterion(name: str) -> Callable[[_Factory], _Factory]:
@@ -64,9 +65,7 @@ def register_criterion(name: str) -> Callable[[_Factory], _Factory]:
     """
 
     def register(factory: _Factory) -> _Factory:
-        if _CRITERIA.setdefault(name, factory) is not factory:
-            msg = f"a criterion named {name!r} is registered already; choose another name"
-            raise RequestError(msg)
+        _CRITERIA.register(name, factory)
         return factory
 
     return register
@@ -74,7 +73,7 @@ def register_criterion(name: str) -> Callable[[_Factory], _Factory]:
 
 def criterion_names() -> tuple[str, ...]:
     """Return the known names, sorted."""
-    return tuple(sorted(_CRITERIA))
+    return _CRITERIA.names()
 
 
 def make_criterion(name: str) -> Criterion:
@@ -83,11 +82,7 @@ def make_criterion(name: str) -> Criterion:
     Raises:
         RequestError: If there is none of this name.
     """
-    try:
-        return _CRITERIA[name]()
-    except KeyError:
-        msg = f"there is no criterion {name!r}; known are {', '.join(criterion_names())}"
-        raise RequestError(msg) from None
+    return _CRITERIA.get(name)()
 
 
 def require_count(n_remove: int, most: int, n_layers: int, why: str) -> None:

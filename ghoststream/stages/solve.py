@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import scipy
 
-from ghoststream.errors import ArtifactError, OutputExistsError
+from ghoststream.errors import ArtifactError, GhoststreamError, OutputExistsError
 from ghoststream.files import FileLock, fsync_folder, json_digest
 from ghoststream.operators import (
     BoundaryOperator,
@@ -121,9 +122,7 @@ def solve(
     found = _existing(out, request.digest)
     if found is not None:
         return found
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = _work_folder(out)
-    with _lock(out):
+    with _lock(out):  # which makes the folder
         moments = reduce_boundaries(
             str(store_uri),
             request.plan.spans,
@@ -136,15 +135,10 @@ def solve(
             range_sequences=request.ranges.range_sequences,
             scheduler=scheduler,
             workers=workers,
-            workdir=work,
+            workdir=_work_folder(out),
             progress=progress,
         )
-        boundaries = _fit_all(family, moments, request, work, progress or SilentProgress())
-        operators = OperatorSet(request.plan, operator, boundaries, request.hidden, request.metadata)
-        operators.save(out, temporary=work / "operators.safetensors")
-        shutil.rmtree(work)
-        fsync_folder(out.parent)
-    return operators
+        return _write(family, moments, request, out, progress or SilentProgress())
 
 
 @dataclass(frozen=True)
@@ -212,6 +206,22 @@ class _Request:
         }
 
 
+def _write(
+    family: OperatorFamily,
+    moments: dict[Span, FoldedMoments],
+    request: _Request,
+    out: Path,
+    progress: Progress,
+) -> OperatorSet:
+    work = _work_folder(out)
+    boundaries = _fit_all(family, moments, request, work, progress)
+    operators = OperatorSet(request.plan, request.operator, boundaries, request.hidden, request.metadata)
+    operators.save(out, temporary=work / "operators.safetensors")
+    shutil.rmtree(work)
+    fsync_folder(out.parent)
+    return operators
+
+
 def _fit_all(
     family: OperatorFamily,
     moments: dict[Span, FoldedMoments],
@@ -235,7 +245,8 @@ def _fit(family: OperatorFamily, moments: FoldedMoments, request: _Request, work
     name = request.digest.removeprefix("sha256:")[:16]
     path = work / f"boundary-{name}-{moments.span.start}-{moments.span.stop}.safetensors"
     if path.is_file():
-        return OperatorSet.load(path).boundaries[0]
+        with suppress(ArtifactError):  # the disk has damaged it: fitted again, it is the same
+            return OperatorSet.load(path).boundaries[0]
     operator = family.fit(moments)
     plan = PruningPlan(request.plan.n_layers, (moments.span,))
     OperatorSet(plan, request.operator, (operator,), request.hidden, request.metadata).save(path)
@@ -260,7 +271,14 @@ def _existing(out: Path, digest: str) -> OperatorSet | None:
     if found is None or found.metadata.get("recipe_digest") != digest:
         msg = f"{out} exists and is not the result of this request; choose another name, or move it away"
         raise OutputExistsError(msg)
-    if _work_folder(out).is_dir():  # killed between the last two steps
-        with _lock(out):
-            shutil.rmtree(_work_folder(out))
+    _clear_leftovers(out)
     return found
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove what a run left that was killed after its rename; nothing happens if that cannot be done now."""
+    work, lock = _work_folder(out), _lock(out)
+    if work.is_dir() or lock.path.exists():
+        with suppress(GhoststreamError), lock:
+            if work.is_dir():
+                shutil.rmtree(work)

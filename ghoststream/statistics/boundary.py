@@ -94,7 +94,7 @@ class BoundaryReducer:
     def state_bytes(self, hidden: int, length: int) -> int:
         """Bytes of one state: ``8 (p^2 per Gram + p C per span)`` and ``O(C + T)`` a span."""
         width = self._phi.width(hidden)
-        n_grams = len({self._gram(span) for span in self.spans})
+        n_grams = len({self._shared(span) for span in self.spans})
         large = (n_grams * (width * width + width) + len(self.spans) * width * hidden) if self.grams else 0
         return 8 * (large + len(self.spans) * (6 * hidden + 3 * length + 5))
 
@@ -127,7 +127,8 @@ class BoundaryReducer:
             self._finish(state)
         return state
 
-    def _gram(self, span: Span) -> str:
+    def _shared(self, span: Span) -> str:
+        # Prefix of what is summed once for all spans that read the same features of the same weights.
         return gram_prefix(self.feature, self.weights, span)
 
     def _blocks(self, hidden: int) -> float:
@@ -174,37 +175,31 @@ class BoundaryReducer:
         del targets
         features = self._phi.rows(inputs, facts)
         features = scaled if features is inputs else weighting.scale(features)
-        self._add_products(state, span, weighting, (features, gap), added)
+        shared = self._shared(span)
+        if shared not in added:
+            added.add(shared)
+            state.arrays[shared + "feature_sum"] += weighting.sum(features)
+            self._add_features(state, shared, features)
+        self._add_pair(state, span, features, gap)
 
     def _products(self, span: Span, hidden: int) -> dict[str, Array]:
-        width, shared = self._phi.width(hidden), self._gram(span)
+        width, shared = self._phi.width(hidden), self._shared(span)
         return {
             shared + "gram": np.zeros((width, width)),
             shared + "feature_sum": np.zeros(width),
             span_prefix(span) + "cross": np.zeros((width, hidden)),
         }
 
-    def _add_products(
-        self,
-        state: SumState,
-        span: Span,
-        weighting: Weighting,
-        products: tuple[Array, Array],
-        added: set[str],
-    ) -> None:
-        features, gap = products
-        shared = self._gram(span)
-        is_double = self.precision == "float64"
-        if shared not in added:
-            add_gram = add_gram_upper if is_double else add_gram_upper_float32
-            add_gram(state.arrays[shared + "gram"], features)
-            state.arrays[shared + "feature_sum"] += weighting.sum(features)
-            added.add(shared)
-        add = add_cross if is_double else add_cross_float32
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
+        add = add_gram_upper if self.precision == "float64" else add_gram_upper_float32
+        add(state.arrays[shared + "gram"], features)
+
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
+        add = add_cross if self.precision == "float64" else add_cross_float32
         add(state.arrays[span_prefix(span) + "cross"], features, gap)
 
     def _finish(self, state: SumState) -> None:
-        for prefix in {self._gram(span) for span in self.spans}:
+        for prefix in {self._shared(span) for span in self.spans}:
             mirror_upper(state.arrays[prefix + "gram"])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,10 +212,9 @@ def _run_here(
 
     source = open_source(job.store_uri)
     n_threads = workers or default_workers(job.reducer.task_bytes(source.hidden, source.length))
-    with single_blas_thread(), Callback(posttask=report):
-        done = dask.compute(
-            *roots, scheduler="threads", num_workers=n_threads, optimize_graph=False, traverse=False
-        )
+    # A pool of its own, which ends here: when a range fails, the others have stopped writing before the error leaves.
+    with single_blas_thread(), Callback(posttask=report), ThreadPoolExecutor(n_threads) as pool:
+        done = dask.compute(*roots, scheduler="threads", pool=pool, optimize_graph=False, traverse=False)
     return tuple(done)
 
 

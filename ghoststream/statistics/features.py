@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.registry import Registry
 
 Array = npt.NDArray[np.float64]
 
@@ -128,7 +129,7 @@ def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
     return inverse
 
 
-_FEATURES: dict[str, Feature] = {}
+_FEATURES: Registry[Feature] = Registry("feature")
 
 
 def register_feature(feature: Feature) -> Feature:
@@ -137,10 +138,7 @@ def register_feature(feature: Feature) -> Feature:
     Raises:
         RequestError: If the name is taken by another feature.
     """
-    known = _FEATURES.setdefault(feature.name, feature)
-    if known is not feature:
-        msg = f"a feature named {feature.name!r} is registered already; choose another name"
-        raise RequestError(msg)
+    _FEATURES.register(feature.name, feature)
     return feature
 
 
@@ -150,16 +148,12 @@ def get_feature(name: str) -> Feature:
     Raises:
         RequestError: If there is none of this name.
     """
-    try:
-        return _FEATURES[name]
-    except KeyError:
-        msg = f"there is no feature {name!r}; known are {', '.join(sorted(_FEATURES))}"
-        raise RequestError(msg) from None
+    return _FEATURES.get(name)
 
 
 def feature_names() -> tuple[str, ...]:
     """Return the known names, sorted."""
-    return tuple(sorted(_FEATURES))
+    return _FEATURES.names()
 
 
 def require_feature(feature: Feature, hidden: int, facts: ModelFacts) -> None:

@@ -221,7 +221,8 @@ class BoundaryMoments:
             InputNotFoundError: If there is no such file.
             ArtifactError: If it is broken.
         """
-        start, stop = read_metadata(path)["span"]
+        advice = "give a file that BoundaryMoments.save wrote, or reduce the store again"
+        start, stop = read_metadata(path, advice=advice)["span"]
         return cls(Span(start, stop), SumState.load(path))
 
     def _get(self, name: str) -> Array:

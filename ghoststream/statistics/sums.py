@@ -26,6 +26,9 @@ Array = npt.NDArray[np.float64]
 METADATA_KEY = "ghoststream"
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32"}
 
+_GIVE_OPERATORS = "give the file that `ghoststream solve` wrote, or solve again"
+_REDUCE_AGAIN = "delete it and run the command again"
+
 
 class SumState:
     """A set of named sums. Two states of the same names and shapes can be added and subtracted.
@@ -92,7 +95,7 @@ class SumState:
             InputNotFoundError: If there is no such file.
             ArtifactError: If it is broken.
         """
-        with open_safetensors(path) as file:
+        with open_safetensors(path, advice=_REDUCE_AGAIN) as file:
             names = [name for name in sorted(file.keys()) if name.startswith(prefixes)]
             return cls({name: np.ascontiguousarray(file.get_tensor(name)) for name in names})
 
@@ -103,7 +106,7 @@ class SumState:
             InputNotFoundError: If there is no such file.
             ArtifactError: If it is broken or does not hold the same names and shapes.
         """
-        with open_safetensors(path) as file:
+        with open_safetensors(path, advice=_REDUCE_AGAIN) as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
             self._update(file.get_tensor, shapes, np.add)
         return self
@@ -141,8 +144,8 @@ def merge_states(states: Iterable[SumState]) -> SumState:
     return total
 
 
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file for numpy.
+def open_safetensors(path: Path, *, advice: str = _GIVE_OPERATORS) -> Any:
+    """Open a safetensors file for numpy; ``advice`` says what to do if it is broken.
 
     Raises:
         InputNotFoundError: If there is no such file.
@@ -154,28 +157,26 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        msg = f"{path} is not a complete safetensors file ({error}); delete it and run the command again"
+        msg = f"{path} is not a complete safetensors file ({error}); {advice}"
         raise ArtifactError(msg) from error
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the JSON object under the one metadata key ``ghoststream``.
+def read_metadata(path: Path, *, advice: str = _GIVE_OPERATORS) -> dict[str, Any]:
+    """Return the JSON object under the one metadata key ``ghoststream``; ``advice`` says what to do if it is broken.
 
     Raises:
         InputNotFoundError: If there is no such file.
         ArtifactError: If the file or its metadata is broken.
     """
-    with open_safetensors(path) as file:
+    with open_safetensors(path, advice=advice) as file:
         text = (file.metadata() or {}).get(METADATA_KEY, "")
     try:
         data = json.loads(text)
     except (TypeError, ValueError) as error:
-        msg = (
-            f"{path} carries no readable ghoststream metadata; it was written by something else or is damaged"
-        )
+        msg = f"{path} carries no readable ghoststream metadata: it was written by something else or is damaged; {advice}"
         raise ArtifactError(msg) from error
     if not isinstance(data, dict):
-        msg = f"{path} carries ghoststream metadata that is not an object; it is damaged"
+        msg = f"{path} carries ghoststream metadata that is not an object: it is damaged; {advice}"
         raise ArtifactError(msg)
     return data
 

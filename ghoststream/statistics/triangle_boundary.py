@@ -13,7 +13,6 @@ from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.triangles import absorb, merge_triangles
-from ghoststream.statistics.weights import Weighting
 
 Array = npt.NDArray[np.float64]
 
@@ -59,6 +58,9 @@ class TriangleReducer(BoundaryReducer):
         width = self._phi.width(hidden)
         return 8 * len(self.spans) * (width * width + width * hidden + width + 7 * hidden + 3 * length + 5)
 
+    def _shared(self, span: Span) -> str:
+        return span_prefix(span)
+
     def _blocks(self, hidden: int) -> float:
         return super()._blocks(hidden) + 2 * (1 + self._phi.width(hidden) / hidden)
 
@@ -71,18 +73,12 @@ class TriangleReducer(BoundaryReducer):
             own + "feature_sum": np.zeros(width),
         }
 
-    def _add_products(
-        self,
-        state: SumState,
-        span: Span,
-        weighting: Weighting,
-        products: tuple[Array, Array],
-        added: set[str],
-    ) -> None:
-        features, gap = products
-        own = state.select(span_prefix(span)).arrays
-        own["feature_sum"] += weighting.sum(features)
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
+        """Leave the state as it is: features and gap enter together."""
+
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
         if len(features):
+            own = state.select(span_prefix(span)).arrays
             absorb(own, np.asfortranarray(features), np.asfortranarray(gap), triangular=0)
 
     def _finish(self, state: SumState) -> None:

@@ -22,7 +22,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.errors import NumericsError, RequestError
+from ghoststream.errors import NumericsError
+from ghoststream.registry import Registry
 
 Array = npt.NDArray[np.float64]
 
@@ -153,7 +154,7 @@ class Weighting:
         return total
 
 
-_WEIGHTS: dict[str, TokenWeight] = {}
+_WEIGHTS: Registry[TokenWeight] = Registry("token weight")
 
 
 def register_weight(weight: TokenWeight) -> TokenWeight:
@@ -162,10 +163,7 @@ def register_weight(weight: TokenWeight) -> TokenWeight:
     Raises:
         RequestError: If the name is taken by another one.
     """
-    known = _WEIGHTS.setdefault(weight.name, weight)
-    if known is not weight:
-        msg = f"a token weight named {weight.name!r} is registered already; choose another name"
-        raise RequestError(msg)
+    _WEIGHTS.register(weight.name, weight)
     return weight
 
 
@@ -175,16 +173,12 @@ def get_weight(name: str) -> TokenWeight:
     Raises:
         RequestError: If there is none of this name.
     """
-    try:
-        return _WEIGHTS[name]
-    except KeyError:
-        msg = f"there is no token weight {name!r}; known are {', '.join(sorted(_WEIGHTS))}"
-        raise RequestError(msg) from None
+    return _WEIGHTS.get(name)
 
 
 def weight_names() -> tuple[str, ...]:
     """Return the known names, sorted."""
-    return tuple(sorted(_WEIGHTS))
+    return _WEIGHTS.names()
 
 
 for _weight in (UniformWeight(), DropSinks(), RelativeWeight()):

@@ -17,10 +17,12 @@ from ghoststream.testing.states import random_states, store_of
 SPANS = "1:3 4:5"
 RANGES = 16  # of one sequence; four folds, so twelve merges and two boundaries follow
 
-# Kills itself before or after its n-th rename: a file is complete under its temporary name, or in place.
+# Kills itself before or after its n-th rename: a file is complete under its temporary name, or in place; or
+# when it would give its lock back.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
+from ghoststream.files import FileLock
 from ghoststream.stages.solve import solve
 from ghoststream.statistics.boundary import BoundaryReducer
 
@@ -45,6 +47,8 @@ def counted(self, target):
     return result
 
 Path.replace = counted
+if when == "release":
+    FileLock.release = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 solve(store, "1:3 4:5", out=out, workers=1, range_sequences=1)
 """
 
@@ -72,6 +76,7 @@ def expected(uri: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
         (30, "before"),
         (31, "before"),
         (31, "after"),
+        (31, "release"),
     ],
 )
 def test_a_killed_solve_ends_with_identical_files(
@@ -80,7 +85,9 @@ def test_a_killed_solve_ends_with_identical_files(
     out, log = tmp_path / "operators.safetensors", tmp_path / "log"
     command = [sys.executable, "-c", SCRIPT, uri, str(out), str(number), when, str(log)]
     assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
-    assert out.exists() == ((number, when) == (31, "after"))
+    is_finished = (number, when) in {(31, "after"), (31, "release")}
+    assert out.exists() == is_finished
+    assert (tmp_path / f".{out.name}.lock").exists()
     kept = _ranges_kept(tmp_path)
 
     reduce, reduced = BoundaryReducer.reduce, []
@@ -92,7 +99,7 @@ def test_a_killed_solve_ends_with_identical_files(
     monkeypatch.setattr(BoundaryReducer, "reduce", counted)
     solve(uri, SPANS, out=out, workers=1, range_sequences=1)
     assert out.read_bytes() == expected
-    if (number, when) != (31, "after"):
+    if not is_finished:
         assert len(reduced) == RANGES - kept
         assert len(log.read_text().splitlines()) - kept <= 1, "at most one range is repeated"
     assert sorted(path.name for path in tmp_path.iterdir()) == [log.name, out.name]

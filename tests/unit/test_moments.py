@@ -252,8 +252,12 @@ def test_files_that_are_no_moments_are_refused(tmp_path: Path) -> None:
         SumState.load(path)
     SumState({"a": np.ones(100)}).save(path, {})
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ArtifactError, match="not a complete safetensors file"):
+    with pytest.raises(
+        ArtifactError, match=r"not a complete safetensors file .*delete it and run the command"
+    ):
         SumState.load(path)
+    with pytest.raises(ArtifactError, match=r"not a complete .*give a file that BoundaryMoments\.save wrote"):
+        BoundaryMoments.load(path)
     from safetensors.numpy import save_file
 
     for text in ("{", "[]"):

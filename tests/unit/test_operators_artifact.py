@@ -90,7 +90,14 @@ def test_files_that_are_no_operators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="no file"):
         OperatorSet.load(path)
     save_file({"a": np.ones(2)}, path)
-    with pytest.raises(ArtifactError, match="no readable ghoststream metadata"):
+    advice = "; give the file that `ghoststream solve` wrote, or solve again$"
+    with pytest.raises(ArtifactError, match="no readable ghoststream metadata: .*" + advice):
+        OperatorSet.load(path)
+    save_file({"a": np.ones(2)}, path, {"ghoststream": "[]"})
+    with pytest.raises(ArtifactError, match="metadata that is not an object: it is damaged" + advice):
+        OperatorSet.load(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ArtifactError, match="not a complete safetensors file .*" + advice):
         OperatorSet.load(path)
     save_file({"a": np.ones(2)}, path, {"ghoststream": "{}"})
     with pytest.raises(ArtifactError, match="not an operator file"):

@@ -18,6 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.skeleton import Skeleton
 
+_HEAD_BLOCK_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
@@ -113,16 +115,38 @@ class ModelCalls:
         last: torch.Tensor = output.last_hidden_state
         return last
 
-    def logits(self, finished: torch.Tensor) -> torch.Tensor:
-        """Run the loaded head on finished states ``(n, T, C)``; returns logits ``(n, T, V)``."""
+    def logits(self, finished: torch.Tensor, *, in_blocks: bool = False) -> torch.Tensor:
+        """Run the loaded head on finished states ``(n, T, C)``; returns logits ``(n, T, V)``.
+
+        Args:
+            finished: What :meth:`finish` returned, or a part of it.
+            in_blocks: Multiply with the head's rows block by block on CPU, where kernels bring a weight into a
+                layout of their own: whole, that would be the head twice more.
+        """
         output = _Finished(last_hidden_state=finished)
         dummy = torch.zeros((1, 1), dtype=torch.int64, device=finished.device)
-        with _replaced([self.skeleton.decoder], lambda *_args, **_kwargs: output):
+        head: Any = self.skeleton.model.get_output_embeddings()
+        blocked = in_blocks and finished.device.type == "cpu" and type(head) is nn.Linear
+        with (
+            _replaced([self.skeleton.decoder], lambda *_args, **_kwargs: output),
+            _replaced([head] if blocked else [], lambda states: _linear_in_blocks(head, states)),
+        ):
             logits: torch.Tensor = self.skeleton.model(input_ids=dummy, use_cache=False).logits
         return logits
 
     def _as_layer_result(self, states: torch.Tensor) -> Any:
         return (states,) if self.skeleton.family.layers_return_tuples else states
+
+
+def _linear_in_blocks(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    whole_bias: torch.Tensor | None = head.bias
+    logits = states.new_empty((*states.shape[:-1], head.out_features))
+    rows = max(1, _HEAD_BLOCK_BYTES // (head.in_features * head.weight.element_size()))
+    for start in range(0, head.out_features, rows):
+        bias = None if whole_bias is None else whole_bias[start : start + rows]
+        block = nn.functional.linear(states, head.weight[start : start + rows], bias)
+        logits[..., start : start + rows] = block
+    return logits
 
 
 def _kind(batch: Batch) -> tuple[Any, ...]:

@@ -200,7 +200,7 @@ class StreamedPass:
         n_tokens = batch.ids.numel()
         flat = finished.reshape(1, n_tokens, -1)
         for begin in range(0, n_tokens, self._options.logit_tokens):
-            logits = self._calls.logits(flat[:, begin : begin + self._options.logit_tokens])
+            logits = self._calls.logits(flat[:, begin : begin + self._options.logit_tokens], in_blocks=True)
             observer.observe_logits(batch, begin, logits[0])
 
     def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[Traveller]) -> None:

@@ -17,6 +17,7 @@ from ghoststream.streaming import (
     Skeleton,
     StatesFactory,
     StreamedPass,
+    calls,
     make_batches,
 )
 from ghoststream.testing.conformance import (
@@ -211,8 +212,12 @@ def test_bfloat16_pass_is_close_to_the_resident_model(family: str, tmp_path: Pat
     assert float(error) <= 2**-7
 
 
-def test_logits_in_chunks_of_tokens_agree_with_whole_logits(tmp_path: Path) -> None:
-    folder = save_tiny("gemma2", tmp_path / "model")
+@pytest.mark.parametrize("family", ["gemma2", "llama", "phi"], ids=["tied", "untied", "bias"])
+def test_logits_in_chunks_of_tokens_and_blocks_of_the_head_agree_with_whole_logits(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "_HEAD_BLOCK_BYTES", 50 * 32 * 4)  # 50 of 128 rows: the last block is smaller
+    folder = save_tiny(family, tmp_path / "model")
     batches = make_batches(*_tokens(padded=False), micro_batch=5)
 
     class Chunks(StateRecorder):

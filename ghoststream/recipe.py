@@ -6,7 +6,7 @@ What cannot change a bit (device, paths, number of workers, prefetch depth) is r
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, Self
 
@@ -182,13 +182,16 @@ def differences(found: Recipe | Mapping[str, Any], asked: Recipe | Mapping[str, 
     return json_differences(_json(found), _json(asked))
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that take part in a result.
+def library_versions(names: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the versions of Python and of libraries that take part in a result.
 
     A library that is not installed as a package is ``"not installed"``.
+
+    Args:
+        names: Which libraries; all that take part anywhere if ``None``.
     """
     versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
+    for name in _LIBRARIES if names is None else names:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -6,9 +6,7 @@ paths, so two runs of one recipe leave the same bytes.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,7 +18,8 @@ from ghoststream.errors import StoreError
 from ghoststream.files import canonical_json, differences, json_digest
 
 MANIFEST_KEY = "manifest.json"
-_LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
+LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
+"""The libraries that decide what a store looks like."""
 
 
 @dataclass(slots=True)
@@ -134,17 +133,6 @@ class Manifest:
             arrays={path: _records(entry["shards"]) for path, entry in data["arrays"].items()},
             annotations=dict(data["annotations"]),
         )
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that decide what a store looks like."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def _plain_records(records: Mapping[str, ObjectRecord]) -> dict[str, Any]:

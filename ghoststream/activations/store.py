@@ -21,12 +21,13 @@ from ghoststream.activations.layout import (
     scratch_path,
 )
 from ghoststream.activations.location import Location, StoreLike, locate
-from ghoststream.activations.manifest import MANIFEST_KEY, Manifest, library_versions
+from ghoststream.activations.manifest import LIBRARIES, MANIFEST_KEY, Manifest
 from ghoststream.activations.tokens import TokenArrays, TokenSource, require_tokens
 from ghoststream.activations.view import StoreView
 from ghoststream.activations.writer import LayerWriter
 from ghoststream.errors import MismatchError, OutputExistsError, RequestError
 from ghoststream.files import canonical_json
+from ghoststream.recipe import library_versions
 
 
 class StoreRequest(TypedDict):
@@ -292,6 +293,6 @@ def _asked(request: StoreRequest) -> tuple[Manifest, TokenArrays]:
         recipe=json.loads(canonical_json(request["recipe"])),
         fingerprint=json.loads(canonical_json(request.get("fingerprint", {}))),
         tokens_digest=tokens.digest(),
-        versions=library_versions(),
+        versions=library_versions(LIBRARIES),
     )
     return manifest, tokens

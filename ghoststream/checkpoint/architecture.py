@@ -15,17 +15,42 @@ from ghoststream.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
+class LayerParts:
+    """Module paths inside one decoder layer; the defaults are Llama's.
+
+    Attributes:
+        attention: The attention module.
+        attention_projection: Its last linear map (``o_proj``).
+        mlp: The MLP, or the block of experts; where a layer has no module for it, its first linear map.
+        mlp_projection: The MLP's last linear map (``down_proj``); layers with experts have none.
+        attention_post_norm: Norm between attention and the residual stream, where there is one.
+        mlp_post_norm: Norm between the MLP and the residual stream, where there is one.
+        multiplier: Attribute of the layer that both are multiplied with on their way to the residual stream.
+    """
+
+    attention: str = "self_attn"
+    attention_projection: str = "self_attn.o_proj"
+    mlp: str = "mlp"
+    mlp_projection: str = "mlp.down_proj"
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    multiplier: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Module paths of one architecture family inside its ``...ForCausalLM`` class.
 
     ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its children.
-    ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns.
+    ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns; ``parts`` says what is
+    where inside a layer.
     """
 
     decoder: str
     layers: str = "layers"
     final_norm: str = "norm"
     layers_return_tuples: bool = False
+    parts: LayerParts = LayerParts()
 
     @property
     def layers_path(self) -> str:
@@ -39,34 +64,74 @@ class Family:
 
 
 _STANDARD = Family("model")
-_GPT = Family("transformer", layers="h", final_norm="ln_f")
-_GPT_TUPLES = Family("transformer", layers="h", final_norm="ln_f", layers_return_tuples=True)
+_POST_NORMED = Family(
+    "model",
+    parts=LayerParts(
+        attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
+    ),
+)
+_BLOOM = Family(
+    "transformer",
+    layers="h",
+    final_norm="ln_f",
+    layers_return_tuples=True,
+    parts=LayerParts("self_attention", "self_attention.dense", mlp_projection="mlp.dense_4h_to_h"),
+)
+_GPT2 = Family(
+    "transformer",
+    layers="h",
+    final_norm="ln_f",
+    parts=LayerParts("attn", "attn.c_proj", mlp_projection="mlp.c_proj"),
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "apertus": _STANDARD,
-        "bloom": _GPT_TUPLES,
+        "bloom": _BLOOM,
         "cohere": _STANDARD,
         "cohere2": _STANDARD,
         "deepseek_v2": _STANDARD,
         "deepseek_v3": _STANDARD,
         "ernie4_5": _STANDARD,
-        "exaone4": _STANDARD,
-        "falcon": _GPT_TUPLES,
+        "exaone4": _POST_NORMED,
+        "falcon": _BLOOM,
         "gemma": _STANDARD,
-        "gemma2": _STANDARD,
-        "gemma3_text": _STANDARD,
+        "gemma2": _POST_NORMED,
+        "gemma3_text": _POST_NORMED,
         "glm": _STANDARD,
-        "glm4": _STANDARD,
+        "glm4": Family(
+            "model",
+            parts=LayerParts(
+                attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"
+            ),
+        ),
         "glm4_moe": _STANDARD,
-        "gpt2": _GPT,
-        "gpt_bigcode": _GPT,
-        "gpt_neo": _GPT_TUPLES,
-        "gpt_neox": Family("gpt_neox", final_norm="final_layer_norm"),
+        "gpt2": _GPT2,
+        "gpt_bigcode": _GPT2,
+        "gpt_neo": Family(
+            "transformer",
+            layers="h",
+            final_norm="ln_f",
+            layers_return_tuples=True,
+            parts=LayerParts("attn", "attn.attention.out_proj", mlp_projection="mlp.c_proj"),
+        ),
+        "gpt_neox": Family(
+            "gpt_neox",
+            final_norm="final_layer_norm",
+            parts=LayerParts("attention", "attention.dense", mlp_projection="mlp.dense_4h_to_h"),
+        ),
         "gpt_oss": _STANDARD,
-        "gptj": _GPT_TUPLES,
-        "granite": _STANDARD,
-        "granitemoe": _STANDARD,
+        "gptj": Family(
+            "transformer",
+            layers="h",
+            final_norm="ln_f",
+            layers_return_tuples=True,
+            parts=LayerParts("attn", "attn.out_proj", mlp_projection="mlp.fc_out"),
+        ),
+        "granite": Family("model", parts=LayerParts(multiplier="residual_multiplier")),
+        "granitemoe": Family(
+            "model", parts=LayerParts(mlp="block_sparse_moe", multiplier="residual_multiplier")
+        ),
         "hunyuan_v1_dense": _STANDARD,
         "llama": _STANDARD,
         "ministral3": _STANDARD,
@@ -74,11 +139,19 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mixtral": _STANDARD,
         "nemotron": _STANDARD,
         "olmo": _STANDARD,
-        "olmo2": _STANDARD,
-        "olmo3": _STANDARD,
+        "olmo2": _POST_NORMED,
+        "olmo3": _POST_NORMED,
         "olmoe": _STANDARD,
-        "opt": Family("model.decoder", final_norm="final_layer_norm"),
-        "phi": Family("model", final_norm="final_layernorm"),
+        "opt": Family(
+            "model.decoder",
+            final_norm="final_layer_norm",
+            parts=LayerParts(attention_projection="self_attn.out_proj", mlp="fc1", mlp_projection="fc2"),
+        ),
+        "phi": Family(
+            "model",
+            final_norm="final_layernorm",
+            parts=LayerParts(attention_projection="self_attn.dense", mlp_projection="mlp.fc2"),
+        ),
         "phi3": _STANDARD,
         "phimoe": _STANDARD,
         "qwen2": _STANDARD,
@@ -88,7 +161,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "seed_oss": _STANDARD,
         "smollm3": _STANDARD,
         "stablelm": _STANDARD,
-        "starcoder2": _STANDARD,
+        "starcoder2": Family("model", parts=LayerParts(mlp_projection="mlp.c_proj")),
     }
 )
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 from ghoststream.activations.bits import STORE_DTYPES, StoreDtype
 from ghoststream.activations.layout import StoreLayout
 from ghoststream.activations.location import StoreLike
-from ghoststream.activations.store import ActivationStore, StoreRequest
+from ghoststream.activations.part_store import PartStore
+from ghoststream.activations.request import StoreRequest
+from ghoststream.activations.store import ActivationStore
 from ghoststream.activations.tokens import TokenArrays, TokenSource
 from ghoststream.activations.verify import verify_store
+from ghoststream.activations.view import StoreView
+from ghoststream.activations.writable import WritableStore
 from ghoststream.activations.writer import LayerWriter
 
 __all__ = [
     "STORE_DTYPES",
     "ActivationStore",
     "LayerWriter",
+    "PartStore",
     "StoreDtype",
     "StoreLayout",
     "StoreLike",
     "StoreRequest",
+    "StoreView",
     "TokenArrays",
     "TokenSource",
+    "WritableStore",
     "verify_store",
 ]

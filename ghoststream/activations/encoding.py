@@ -59,6 +59,9 @@ STORE = Encoding("ghoststream-activations", "1.0")
 MANIFEST = Encoding("ghoststream-manifest", "1.0")
 """``manifest.json``."""
 
+PART = Encoding("ghoststream-part", "1.0")
+"""``parts/<start>-<stop>/part.json``: what one worker of a capture that is split has finished."""
+
 FOLDER = Encoding("ghoststream-folder", "1.0")
 """A group that only holds arrays."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ LAYER_ATTRIBUTE = "ghoststream:layer"
 SCRATCH_PREFIX = "scratch-"
 SEQUENCE, POSITION, CHANNEL = "sequence", "position", "channel"
 
+_SHARD_NAME = re.compile(r"c\.(\d+)\..*")
 _CRC_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 
@@ -104,18 +106,29 @@ class StoreLayout:
         start = shard * self.sequences_per_shard
         return start, min(start + self.sequences_per_shard, self.n_sequences)
 
+    def shards_of(self, start: int, stop: int) -> range:
+        """Return the shards that hold the sequences ``[start, stop)``."""
+        return range(start // self.sequences_per_shard, math.ceil(stop / self.sequences_per_shard))
+
     def shard_bytes(self, dtype: StoreDtype | None = None) -> int:
         """Return the bytes of one whole shard's values, uncoded."""
         itemsize = numpy_dtype(dtype or self.store_dtype).itemsize
         return self.sequences_per_shard * self.length * self.hidden * itemsize
 
-    def layer_bytes(self, dtype: StoreDtype | None = None) -> int:
-        """Return the exact bytes of one layer's shards on disk, at a dtype other than the store's if given."""
-        n_chunks = math.ceil(self.n_sequences / self.sequences_per_chunk)
+    def layer_bytes(self, dtype: StoreDtype | None = None, n_sequences: int | None = None) -> int:
+        """Return the exact bytes of one layer's shards on disk.
+
+        Args:
+            dtype: A dtype other than the store's.
+            n_sequences: Only the shards of so many sequences, from the beginning of a shard.
+        """
+        wanted = self.n_sequences if n_sequences is None else n_sequences
+        n_chunks = math.ceil(wanted / self.sequences_per_chunk)
+        n_shards = math.ceil(wanted / self.sequences_per_shard)
         itemsize = numpy_dtype(dtype or self.store_dtype).itemsize
         chunk = self.sequences_per_chunk * self.length * self.hidden * itemsize + _CRC_BYTES
         index = self.sequences_per_shard // self.sequences_per_chunk * _INDEX_ENTRY_BYTES + _CRC_BYTES
-        return n_chunks * chunk + self.n_shards * index
+        return n_chunks * chunk + n_shards * index
 
     def total_bytes(self) -> int:
         """Return the bytes of all layers and of the token arrays on disk, metadata left out."""
@@ -133,19 +146,29 @@ def hidden_path(layer: int) -> str:
     return f"hidden/{layer}"
 
 
-def scratch_path(layer: int) -> str:
-    """Return the path of the scratch array of ``h[layer]``."""
-    return f"{SCRATCH_PREFIX}{layer}"
+def scratch_path(layer: int, folder: str = "") -> str:
+    """Return the path of the scratch array of ``h[layer]`` in a folder (``""`` or with a slash at its end)."""
+    return f"{folder}{SCRATCH_PREFIX}{layer}"
 
 
-def scratch_layer(path: str) -> int | None:
-    """Return the layer of a scratch array's path, None for other paths."""
-    return int(path.removeprefix(SCRATCH_PREFIX)) if path.startswith(SCRATCH_PREFIX) else None
+def scratch_layer(path: str, folder: str = "") -> int | None:
+    """Return the layer of a scratch array's path in a folder, None for other paths."""
+    prefix = f"{folder}{SCRATCH_PREFIX}"
+    return int(path.removeprefix(prefix)) if path.startswith(prefix) else None
 
 
 def shard_key(path: str, shard: int) -> str:
     """Return the key of a shard of a hidden-state array."""
     return f"{path}/c.{shard}.0.0"
+
+
+def shard_number(key: str) -> int | None:
+    """Return the number of the shard that a key of a hidden-state array is for, None for other keys.
+
+    That includes the partial files that a kill leaves of a shard (``hidden/<l>/c.<shard>.0.<hex>.partial``).
+    """
+    match = _SHARD_NAME.fullmatch(key.rpartition("/")[2])
+    return None if match is None else int(match[1])
 
 
 def create_groups(store: GuardedStore, paths: tuple[str, ...]) -> None:

@@ -45,7 +45,8 @@ class Location:
         """Say whether nothing is there."""
         if self.root is not None:
             return not self.root.exists() or not any(self.root.iterdir())
-        return sync(self.store.is_empty(""))
+        # Zarr's own `is_empty` lists everything that is there.
+        return not self.list_names()
 
     def read(self, key: str) -> bytes | None:
         """Return an object's bytes, or None if there is none."""
@@ -74,6 +75,24 @@ class Location:
         else:
             sync(self.store.set(key, cpu.Buffer.from_bytes(data)))
 
+    def write_many(self, objects: Mapping[str, bytes]) -> None:
+        """Write several objects, a few at a time; all have been tried when an error is raised.
+
+        Raises:
+            OSError: The first one that a write met.
+        """
+
+        async def write(key: str, data: bytes) -> Exception | None:
+            try:
+                await self.store.set(key, cpu.Buffer.from_bytes(data))
+            except Exception as error:  # noqa: BLE001 - raised below, when no write is under way any more
+                return error
+            return None
+
+        for error in sync(_gather(write(key, data) for key, data in objects.items())):
+            if error is not None:
+                raise error
+
     def sizes(self, keys: Iterable[str]) -> list[int | None]:
         """Return the size of each object in bytes, None for a missing one."""
 
@@ -85,11 +104,11 @@ class Location:
 
         return sync(_gather(size(key) for key in keys))
 
-    def list_names(self) -> list[str]:
-        """Return the names at the top."""
+    def list_names(self, folder: str = "") -> list[str]:
+        """Return the names at the top, or in a folder; none if there is no such folder."""
 
         async def collect() -> list[str]:
-            return sorted([name async for name in self.store.list_dir("")])
+            return sorted([name async for name in self.store.list_dir(folder)])
 
         return sync(collect())
 
@@ -97,7 +116,10 @@ class Location:
         """Return the keys of all objects under a prefix, sorted."""
 
         async def collect() -> list[str]:
-            return sorted([key async for key in self.store.list_prefix(prefix)])
+            try:
+                return sorted([key async for key in self.store.list_prefix(prefix)])
+            except FileNotFoundError:  # what s3fs says of a bucket that does not exist
+                return []
 
         return sync(collect())
 
@@ -111,13 +133,18 @@ class Location:
 
     @contextmanager
     def writing(self, key: str, n_bytes: int) -> Iterator[None]:
-        """Turn a full local disk into an error that says so.
+        """Turn a full local disk, or a bucket that does not exist, into an error that says so.
 
         Raises:
             DiskFullError: If no space was left.
+            InputNotFoundError: If there is no such bucket.
         """
         if self.root is None:
-            yield
+            try:
+                yield
+            except FileNotFoundError as error:
+                msg = f"cannot write to {self.uri} ({error}); make the bucket first, or check the address"
+                raise InputNotFoundError(msg) from error
             return
         with disk_errors(self.root / key, n_bytes):
             yield
@@ -156,7 +183,8 @@ def locate(
 
     Raises:
         InputNotFoundError: If a local folder must exist and does not.
-        RequestError: If the URL's kind is unknown or its package is not installed, or the path is a file.
+        RequestError: If the URL's kind is unknown or its package is not installed, the place that it names does not
+            answer, or the path is a file.
     """
     _limit_concurrency()
     if isinstance(uri, Store):
@@ -177,14 +205,32 @@ def locate(
 
 
 def _remote_store(url: str, storage_options: Mapping[str, Any] | None, *, read_only: bool) -> Store:
+    # Other processes may write here: listings of a moment ago must not be taken for those of now.
+    options = {"use_listings_cache": False, **(storage_options or {})}
     try:
-        return FsspecStore.from_url(url, storage_options=dict(storage_options or {}), read_only=read_only)
+        store = FsspecStore.from_url(url, storage_options=options, read_only=read_only)
     except (ImportError, ValueError) as error:
         msg = (
             f"cannot open {url}: {error}; install the fsspec package for this kind of URL"
             " (s3fs for s3://, gcsfs for gs://), or pass a Zarr store object"
         )
         raise RequestError(msg) from error
+    _require_answer(store, url)
+    return store
+
+
+def _require_answer(store: FsspecStore, url: str) -> None:
+    try:
+        sync(_first_name(store))
+    except Exception as error:
+        msg = f"{url} does not answer ({error}); check the address, the credentials and the connection"
+        raise RequestError(msg) from error
+
+
+async def _first_name(store: FsspecStore) -> str | None:
+    async for name in store.list_dir(""):
+        return name
+    return None
 
 
 def _limit_concurrency() -> None:

@@ -1,6 +1,6 @@
 """The manifest: what is committed, what made it, and the digests that let anyone check both.
 
-``manifest.json`` is the only file of a store that ever changes after it was written. It holds no times, hosts or
+``manifest.json`` is the only file of a finished store that ever changed after it was written. It holds no times, hosts or
 paths, so two runs of one recipe leave the same bytes.
 """
 
@@ -11,15 +11,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ghoststream.activations.encoding import MANIFEST
+from ghoststream.activations.encoding import MANIFEST, Encoding
 from ghoststream.activations.guard import ObjectRecord
-from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout
+from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path
 from ghoststream.errors import StoreError
 from ghoststream.files import canonical_json, differences, json_digest
 
 MANIFEST_KEY = "manifest.json"
 LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
 """The libraries that decide what a store looks like."""
+
+ADVICE = "restore the store from a copy, or delete it and capture again"
+"""What to do about a store that is damaged."""
 
 
 @dataclass(slots=True)
@@ -78,17 +81,21 @@ class Manifest:
             },
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether every layer is committed."""
+        return all(hidden_path(layer) in self.arrays for layer in self.layout.layers)
+
     def to_bytes(self) -> bytes:
         """Return the file: one line of canonical JSON, its own digest included."""
         data = {
-            **MANIFEST.attributes(),
             **self.identity(),
             "versions": self.versions,
-            "metadata": _plain_records(self.metadata),
-            "arrays": {path: {"shards": _plain_records(shards)} for path, shards in self.arrays.items()},
+            "metadata": plain_records(self.metadata),
+            "arrays": plain_arrays(self.arrays),
             "annotations": self.annotations,
         }
-        return f"{canonical_json({**data, 'digest': json_digest(data)})}\n".encode()
+        return sign(data, MANIFEST)
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Manifest:
@@ -101,25 +108,11 @@ class Manifest:
         Raises:
             StoreError: If it is not JSON, of a newer version, was changed, or lacks a part.
         """
-        advice = "restore the store from a copy, or delete it and capture again"
-        try:
-            data = json.loads(content)
-        except ValueError as error:
-            msg = f"{where} is not readable JSON ({error}); {advice}"
-            raise StoreError(msg) from error
-        if not isinstance(data, dict):
-            msg = f"{where} does not hold a JSON object; {advice}"
-            raise StoreError(msg)
-        MANIFEST.require(data, where)
-        digest = data.pop("digest", None)
-        if digest != json_digest(data):
-            msg = f"{where} was changed after it was written: it does not match its own digest; {advice}"
-            raise StoreError(msg)
+        data = read_signed(content, MANIFEST, where)
         try:
             return cls._from_json(data)
         except (KeyError, TypeError, ValueError) as error:
-            msg = f"{where} lacks a part or has one of the wrong kind ({error!r}); {advice}"
-            raise StoreError(msg) from error
+            raise incomplete(where, error) from error
 
     @classmethod
     def _from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -129,15 +122,60 @@ class Manifest:
             fingerprint=dict(data["fingerprint"]),
             tokens_digest=str(data["tokens_digest"]),
             versions=dict(data["versions"]),
-            metadata=_records(data["metadata"]),
-            arrays={path: _records(entry["shards"]) for path, entry in data["arrays"].items()},
+            metadata=read_records(data["metadata"]),
+            arrays=read_arrays(data["arrays"]),
             annotations=dict(data["annotations"]),
         )
 
 
-def _plain_records(records: Mapping[str, ObjectRecord]) -> dict[str, Any]:
+def sign(data: Mapping[str, Any], encoding: Encoding) -> bytes:
+    """Return a file that checks itself: one line of canonical JSON with its encoding and its own digest."""
+    whole = {**encoding.attributes(), **data}
+    return f"{canonical_json({**whole, 'digest': json_digest(whole)})}\n".encode()
+
+
+def read_signed(content: bytes, encoding: Encoding, where: str) -> dict[str, Any]:
+    """Read what :func:`sign` made: check its encoding version, then its digest.
+
+    Raises:
+        StoreError: If it is not JSON, of a newer version, or was changed.
+    """
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        msg = f"{where} is not readable JSON ({error}); {ADVICE}"
+        raise StoreError(msg) from error
+    if not isinstance(data, dict):
+        msg = f"{where} does not hold a JSON object; {ADVICE}"
+        raise StoreError(msg)
+    encoding.require(data, where)
+    digest = data.pop("digest", None)
+    if digest != json_digest(data):
+        msg = f"{where} was changed after it was written: it does not match its own digest; {ADVICE}"
+        raise StoreError(msg)
+    return data
+
+
+def incomplete(where: str, error: Exception) -> StoreError:
+    """Return the error for a signed file whose content is not what it should be."""
+    return StoreError(f"{where} lacks a part or has one of the wrong kind ({error!r}); {ADVICE}")
+
+
+def plain_records(records: Mapping[str, ObjectRecord]) -> dict[str, Any]:
+    """Return the records of objects as plain JSON data."""
     return {key: asdict(record) for key, record in records.items()}
 
 
-def _records(data: Mapping[str, Any]) -> dict[str, ObjectRecord]:
+def plain_arrays(arrays: Mapping[str, Mapping[str, ObjectRecord]]) -> dict[str, Any]:
+    """Return the records of arrays' shards as plain JSON data."""
+    return {path: {"shards": plain_records(shards)} for path, shards in arrays.items()}
+
+
+def read_records(data: Mapping[str, Any]) -> dict[str, ObjectRecord]:
+    """Read what :func:`plain_records` made."""
     return {key: ObjectRecord(str(entry["digest"]), int(entry["size"])) for key, entry in data.items()}
+
+
+def read_arrays(data: Mapping[str, Any]) -> dict[str, dict[str, ObjectRecord]]:
+    """Read what :func:`plain_arrays` made."""
+    return {path: read_records(entry["shards"]) for path, entry in data.items()}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 import weakref
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+from zarr.storage import MemoryStore
 
 from ghoststream.activations import encoding
 from ghoststream.activations.encoding import Encoding
@@ -17,16 +21,19 @@ from ghoststream.activations.layout import (
     hidden_path,
 )
 from ghoststream.activations.location import Location
-from ghoststream.activations.manifest import MANIFEST_KEY, Manifest
+from ghoststream.activations.manifest import ADVICE, MANIFEST_KEY, Manifest
 from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TokenArrays
-from ghoststream.errors import InputNotFoundError, OutputExistsError, StoreError
+from ghoststream.errors import BusyError, InputNotFoundError, OutputExistsError, StoreError
 from ghoststream.files import FolderLock, bytes_digest, require_free_space
 
 RUN_KEY = "run.json"
 """Times and host facts of the runs that filled the store; not part of its identity."""
 
-_ADVICE = "restore the store from a copy, or delete it and capture again"
-_OWN_FOLDERS = ("hidden/", "tokens/", SCRATCH_PREFIX)
+PARTS_FOLDER = "parts"
+"""Where the workers of a capture that is split keep what is theirs, until the store is complete."""
+
+_OWN_FOLDERS = ("hidden/", "tokens/", SCRATCH_PREFIX, f"{PARTS_FOLDER}/")
+_POLL_S = 0.05
 _BYSTANDERS = frozenset({".lock", RUN_KEY})
 _FOLDERS = ("tokens", "hidden")
 _METADATA = "zarr.json"
@@ -42,14 +49,19 @@ class WriterLock:
 
     Local stores only: object stores have no locks, and there two writers are the user's to keep apart.
 
+    Args:
+        location: Where the store is.
+        folder: A folder in it, for the right to write there only.
+        patience_s: How many seconds to wait for another holder.
+
     Raises:
         BusyError: If another process, or another open store of this one, is writing there.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, folder: str = "", *, patience_s: float = 0.0) -> None:
         if location.root is not None:
-            lock = FolderLock(location.root)
-            lock.acquire()
+            lock = FolderLock(location.root / folder)
+            _acquire(lock, patience_s)
             self._finalizer = weakref.finalize(self, lock.release)
 
     def release(self) -> None:
@@ -57,34 +69,64 @@ class WriterLock:
         if hasattr(self, "_finalizer"):
             self._finalizer()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
 
 def make_store(location: Location, manifest: Manifest, tokens: TokenArrays) -> None:
     """Write groups, array metadata and tokens, and the manifest last; its records are filled in here.
 
+    Two processes may do this for the same request at the same place, as the workers of a split capture may where
+    there are no locks: both write the same bytes, and neither removes what the other makes. Nothing happens if another
+    one has finished before.
+
     Raises:
         DiskFullError: If no space was left.
+
+    Memory: The tokens, three times.
     """
-    layout = manifest.layout
-    clear_unfinished(location)
-    guard = GuardedStore(location.store)
-    with location.writing(MANIFEST_KEY, layout.total_bytes()):
-        create_groups(guard, ("", *_FOLDERS))
-        for path, values in zip(_TOKEN_ENCODINGS, tokens, strict=True):
-            create_token_array(guard, path, values, layout.sequences_per_shard, _TOKEN_ENCODINGS[path])
-        for layer in layout.layers:
-            create_hidden_array(guard, hidden_path(layer), layout, layer, layout.store_dtype)
+    objects = _creation(manifest, tokens)
+    leftovers = [key for key in location.list_keys() if key not in _BYSTANDERS and key not in objects]
+    # Looked at after the listing: what was listed is then older than anything that belongs to a finished store.
+    if location.read(MANIFEST_KEY) is not None:
+        return
+    location.delete(leftovers)
+    with location.writing(MANIFEST_KEY, manifest.layout.total_bytes()):
+        # The root group first: by it the next run knows what a killed one has left.
+        location.write_many({_METADATA: objects.pop(_METADATA)})
+        location.write_many(objects)
+    location.settle([_METADATA, *objects])
+    if location.read(MANIFEST_KEY) is None:
+        location.write_marker(MANIFEST_KEY, manifest.to_bytes())
+
+
+def _creation(manifest: Manifest, tokens: TokenArrays) -> dict[str, bytes]:
+    """Return the objects of a store without hidden states, the manifest left out, and note their records in it."""
+    layout, draft = manifest.layout, Location("draft", MemoryStore(), None)
+    guard = GuardedStore(draft.store)
+    create_groups(guard, ("", *_FOLDERS))
+    for path, values in zip(_TOKEN_ENCODINGS, tokens, strict=True):
+        create_token_array(guard, path, values, layout.sequences_per_shard, _TOKEN_ENCODINGS[path])
+    for layer in layout.layers:
+        create_hidden_array(guard, hidden_path(layer), layout, layer, layout.store_dtype)
     written = guard.ledger.written
     manifest.metadata = {key: record for key, record in written.items() if key.endswith(_METADATA)}
     manifest.arrays = {
         path: {key: record for key, record in written.items() if key.startswith(f"{path}/c.")}
         for path in _TOKEN_ENCODINGS
     }
-    location.settle(written)
-    location.write_marker(MANIFEST_KEY, manifest.to_bytes())
+    return {
+        key: data for key, data in zip(written, draft.read_many(written), strict=True) if data is not None
+    }
 
 
-def require_space(location: Location, manifest: Manifest) -> None:
-    """Check that a local disk can take the layers that are not committed.
+def require_space(location: Location, manifest: Manifest, n_sequences: int | None = None) -> None:
+    """Check that a local disk can take the layers that are not committed, or so many sequences of them.
 
     Raises:
         BudgetError: If it cannot.
@@ -92,7 +134,8 @@ def require_space(location: Location, manifest: Manifest) -> None:
     layout = manifest.layout
     missing = [layer for layer in layout.layers if hidden_path(layer) not in manifest.arrays]
     if location.root is not None:
-        n_bytes = len(missing) * layout.layer_bytes() + (0 if manifest.arrays else layout.token_bytes())
+        layers = len(missing) * layout.layer_bytes(n_sequences=n_sequences)
+        n_bytes = layers + (0 if manifest.arrays else layout.token_bytes())
         require_free_space(location.root, n_bytes, "the activation store")
 
 
@@ -119,11 +162,6 @@ def is_unfinished(location: Location) -> bool:
         return names - partial <= {_METADATA, *_FOLDERS}
     # Killed while the root group was written, which is the first thing that a creation does.
     return names == partial and all(name.startswith("zarr.") for name in partial)
-
-
-def clear_unfinished(location: Location) -> None:
-    """Remove what a killed creation left; call only where :func:`require_free_place` passed."""
-    location.delete(key for key in location.list_keys() if key not in _BYSTANDERS)
 
 
 def load_manifest(location: Location) -> Manifest:
@@ -184,12 +222,15 @@ def require_sound(location: Location, manifest: Manifest) -> None:
     problems = list(check_objects(location, manifest).values())
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        msg = f"{location.uri} is damaged: {'; '.join(problems[:3])}{more}; {_ADVICE}"
+        msg = f"{location.uri} is damaged: {'; '.join(problems[:3])}{more}; {ADVICE}"
         raise StoreError(msg)
 
 
 def clear_leftovers(location: Location, manifest: Manifest) -> None:
-    """Remove what a killed run left: partial files, shards of layers that were not committed, dropped scratch."""
+    """Remove what a killed run left: partial files, shards of layers that were not committed, dropped scratch.
+
+    Call only where no part is being written: what workers have and the manifest does not list is removed as well.
+    """
     expected = manifest.objects()
     strays = [
         key
@@ -200,6 +241,7 @@ def clear_leftovers(location: Location, manifest: Manifest) -> None:
     for path in sorted({key.partition("/")[0] for key in strays if key.startswith(SCRATCH_PREFIX)}):
         if path not in manifest.arrays:
             location.delete_folder(path)
+    location.delete_folder(PARTS_FOLDER)
 
 
 def unexpected_keys(location: Location, manifest: Manifest) -> list[str]:
@@ -210,6 +252,17 @@ def unexpected_keys(location: Location, manifest: Manifest) -> list[str]:
         for key in location.list_keys()
         if key.rpartition("/")[0] in manifest.arrays and key not in expected
     ]
+
+
+def _acquire(lock: FolderLock, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return lock.acquire()
+        except BusyError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_S)
 
 
 def _check_metadata(key: str, content: bytes | None, record: ObjectRecord) -> str | None:

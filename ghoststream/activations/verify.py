@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ghoststream.activations import opening
 from ghoststream.activations.layout import hidden_path, shard_key
-from ghoststream.activations.location import StoreLike, locate
+from ghoststream.activations.location import Location, StoreLike, locate
+from ghoststream.activations.manifest import Manifest
+from ghoststream.activations.part_store import PartStore
+from ghoststream.activations.parts import load_parts
 from ghoststream.activations.store import ActivationStore
-from ghoststream.errors import NumericsError, StoreError
+from ghoststream.activations.view import StoreView
+from ghoststream.errors import MismatchError, NumericsError, StoreError
 
 
 def verify_store(uri: StoreLike, *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
@@ -20,7 +24,8 @@ def verify_store(uri: StoreLike, *, storage_options: Mapping[str, Any] | None = 
         storage_options: What fsspec gets besides the URL.
 
     Returns:
-        One line for each problem; empty if all is well. A store that is not complete has no problem by that.
+        One line for each problem; empty if all is well. A store that is not complete has no problem by that; where
+        workers are capturing it in parts, what they have committed is checked as well.
 
     Raises:
         InputNotFoundError: If nothing is there.
@@ -40,8 +45,27 @@ def verify_store(uri: StoreLike, *, storage_options: Mapping[str, Any] | None = 
         return problems
     store = ActivationStore(location, manifest, None)
     problems += _check_tokens(store)
+    everything = range(store.layout.n_shards)
     for layer in store.completed_layers():
-        problems += _check_layer(store, layer, broken)
+        problems += _check_layer(store, layer, everything, broken)
+    return problems if store.complete else problems + _check_parts(location, manifest)
+
+
+def _check_parts(location: Location, manifest: Manifest) -> list[str]:
+    try:
+        parts = load_parts(location, manifest)
+    except (StoreError, MismatchError) as error:
+        return [str(error)]
+    problems: list[str] = []
+    for part in parts:
+        store = PartStore(location, manifest, part, None)
+        # Scratch is no part of the result, and its worker may drop it at any moment.
+        found = opening.check_objects(location, store.listed())
+        broken = {key: line for key, line in found.items() if not key.startswith(part.folder)}
+        problems += broken.values()
+        shards = store.layout.shards_of(part.start, part.stop)
+        for layer in part.completed_layers(store.layers):
+            problems += _check_layer(store, layer, shards, broken)
     return problems
 
 
@@ -55,9 +79,9 @@ def _check_tokens(store: ActivationStore) -> list[str]:
     return []
 
 
-def _check_layer(store: ActivationStore, layer: int, broken: Mapping[str, str]) -> list[str]:
+def _check_layer(store: StoreView, layer: int, shards: Iterable[int], broken: Mapping[str, str]) -> list[str]:
     problems = []
-    for shard in range(store.layout.n_shards):
+    for shard in shards:
         if shard_key(hidden_path(layer), shard) in broken:
             continue
         start, stop = store.layout.shard_rows(shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,18 @@ from ghoststream.errors import RequestError, StoreError
 
 
 class StoreView:
-    """The reading half of :class:`ActivationStore`; safe to use from several threads."""
+    """The reading half of :class:`ActivationStore`; safe to use from several threads.
 
-    def __init__(self, location: Location, manifest: Manifest) -> None:
+    Args:
+        location: Where the store is.
+        manifest: What is committed.
+        prefix: Where scratch arrays lie: ``""`` or a path with a slash at its end.
+    """
+
+    def __init__(self, location: Location, manifest: Manifest, prefix: str = "") -> None:
         self._location = location
         self._manifest = manifest
+        self._prefix = prefix
         self._guard = GuardedStore(location.store, Ledger(committed=manifest.objects()))
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
@@ -45,6 +53,11 @@ class StoreView:
     def uri(self) -> str:
         """Path or URL, as another process opens it."""
         return self._location.uri
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the store is, or None where it is not a local one."""
+        return self._location.root
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -104,7 +117,7 @@ class StoreView:
     @property
     def complete(self) -> bool:
         """Whether every layer is committed."""
-        return self.completed_layers() == self.layers
+        return self._manifest.complete
 
     def completed_layers(self) -> tuple[int, ...]:
         """Return the layers that are committed, ascending."""
@@ -112,7 +125,7 @@ class StoreView:
 
     def scratch_layers(self) -> tuple[int, ...]:
         """Return the layers that have a committed scratch copy, ascending."""
-        found = (scratch_layer(path) for path in self._manifest.arrays)
+        found = (scratch_layer(path, self._prefix) for path in self._manifest.arrays)
         return tuple(sorted(layer for layer in found if layer is not None))
 
     def read(self, layer: int, start: int, stop: int, *, require_finite: bool = False) -> torch.Tensor:
@@ -167,7 +180,7 @@ class StoreView:
             RequestError: If the range is empty or reaches outside.
             StoreError: If there is no committed scratch copy of the layer, or it is damaged.
         """
-        path = scratch_path(layer)
+        path = self._scratch_path(layer)
         if path not in self._manifest.arrays:
             msg = f"{self.uri} has no committed scratch copy of h[{layer}] (there are {list(self.scratch_layers())})"
             raise StoreError(msg)
@@ -222,6 +235,9 @@ class StoreView:
             "annotations": self.annotations,
             "versions": self._manifest.versions,
         }
+
+    def _scratch_path(self, layer: int) -> str:
+        return scratch_path(layer, self._prefix)
 
     def _committed_path(self, layer: int) -> str:
         if layer not in self.layers:

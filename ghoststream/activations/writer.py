@@ -1,4 +1,4 @@
-"""Writing one array of hidden states: whole shards, in order, by one writer."""
+"""Writing one array of hidden states, or a run of its shards: whole shards, in order, by one writer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ghoststream.activations.reader import require_finite_rows
 from ghoststream.errors import RequestError
 
 Commit = Callable[[dict[str, ObjectRecord]], None]
-"""Takes the records of all shards of the array and marks it done."""
+"""Takes the records of all shards that were written and marks them done."""
 
 
 class LayerWriter:
-    """Writes the hidden states of one layer into an open store.
+    """Writes the hidden states of one layer, of the sequences ``rows``, into an open store.
 
     Rows arrive in ascending order and are gathered into whole shards, so that no shard is ever written twice.
     Nothing counts until :meth:`commit`; a writer that is left without it, by an error or otherwise, removes
@@ -43,6 +43,7 @@ class LayerWriter:
         array: zarr.Array[Any],
         *,
         layout: StoreLayout,
+        rows: tuple[int, int],
         dtype: StoreDtype,
         mask: npt.NDArray[np.bool_],
         location: Location,
@@ -57,7 +58,8 @@ class LayerWriter:
         self._ledger = ledger
         self._commit = commit
         self._shards: dict[str, ObjectRecord] = {}
-        self._next = 0
+        self._start, self._stop = rows
+        self._next = self._start
         self._buffer: npt.NDArray[Any] | None = None
         self._open = True
 
@@ -95,7 +97,7 @@ class LayerWriter:
             buffer[filled : filled + len(stored)] = stored
             self._next += len(stored)
             done += len(stored)
-            if self._next % per_shard == 0 or self._next == self._layout.n_sequences:
+            if self._next % per_shard == 0 or self._next == self._stop:
                 self._flush()
 
     def commit(self) -> None:
@@ -106,9 +108,9 @@ class LayerWriter:
             DiskFullError: If no space was left for the manifest; the array then does not count.
         """
         self._require_open()
-        if self._next != self._layout.n_sequences:
+        if self._next != self._stop:
             msg = (
-                f"{self._array.path} has {self._next} of {self._layout.n_sequences} sequences;"
+                f"{self._array.path} has {self._next - self._start} of {self._stop - self._start} sequences;"
                 " write the rest before it is committed"
             )
             raise RequestError(msg)
@@ -137,7 +139,7 @@ class LayerWriter:
     def _shard_buffer(self) -> npt.NDArray[Any]:
         if self._buffer is None:
             layout = self._layout
-            rows = min(layout.sequences_per_shard, layout.n_sequences)
+            rows = min(layout.sequences_per_shard, self._stop - self._start)
             self._buffer = np.empty((rows, layout.length, layout.hidden), dtype=numpy_dtype(self._dtype))
         return self._buffer
 
@@ -164,10 +166,10 @@ class LayerWriter:
         if not states.is_floating_point():
             msg = f"{path} takes floating hidden states, got {states.dtype}"
             raise RequestError(msg)
-        if self._next + states.shape[0] > layout.n_sequences:
+        if self._next + states.shape[0] > self._stop:
             msg = (
                 f"{path} was given sequences up to {self._next + states.shape[0]},"
-                f" and the store holds {layout.n_sequences}"
+                f" and only [{self._start},{self._stop}) are written here"
             )
             raise RequestError(msg)
 

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_killed_at_any_moment_the_next_run_leaves_identical_files(tmp_path: Path) -> None:
     finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("store_killer.py")), str(tmp_path), "5"],
+        [sys.executable, str(Path(__file__).with_name("store_killer.py")), str(tmp_path), "5", "whole"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

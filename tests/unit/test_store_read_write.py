@@ -145,7 +145,7 @@ def test_a_writer_refuses_what_does_not_follow() -> None:
             writer.write(3, states.mT)
         with pytest.raises(RequestError, match=r"floating hidden states, got torch.int32"):
             writer.write(3, states.int())
-        with pytest.raises(RequestError, match=r"sequences up to 13, and the store holds 10"):
+        with pytest.raises(RequestError, match=r"sequences up to 13, and only \[0,10\) are written here"):
             writer.write(3, states)
         with pytest.raises(RequestError, match=r"3 of 10 sequences; write the rest"):
             writer.commit()

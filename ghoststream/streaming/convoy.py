@@ -6,17 +6,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ghoststream.spans import Span
+from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.lanes import Lane
 from ghoststream.streaming.states import HiddenStates, StatesFactory
 
 
 @dataclass(eq=False)
 class Traveller:
-    """A lane on its way: the states it carries, and the span whose stop it waits for."""
+    """A lane on its way: the states it carries, of which batches, and the span whose stop it waits for.
+
+    ``prepared`` are the states that it will wait with, where its map was applied before the span.
+    """
 
     lane: Lane
     states: HiddenStates
+    batches: Sequence[Batch]
     waiting: Span | None = None
+    prepared: HiddenStates | None = None
+
+    def narrow(self) -> None:
+        """Carry on with those batches only that go on behind the lane's last boundary."""
+        if self.lane.goes_on is not None:
+            start, stop = self.lane.goes_on
+            self.batches = [batch for batch in self.batches if start <= batch.start and batch.stop <= stop]
 
 
 class Convoy:
@@ -26,11 +38,12 @@ class Convoy:
     them go on, and kept where one waits with them at the start of a span.
     """
 
-    def __init__(self, lanes: Sequence[Lane], factory: StatesFactory) -> None:
+    def __init__(self, lanes: Sequence[Lane], batches: Sequence[Batch], factory: StatesFactory) -> None:
         self._factory = factory
-        self._first = factory.make()
+        self._first = factory.make(batches)
+        self._sizes = {id(self._first): len(batches)}
         self._places: list[HiddenStates] = [self._first]
-        self.travellers = [Traveller(lane, self._first) for lane in lanes]
+        self.travellers = [Traveller(lane, self._first, batches) for lane in lanes]
 
     @property
     def first(self) -> HiddenStates:
@@ -47,12 +60,21 @@ class Convoy:
 
     def target_for(self, group: Sequence[Traveller]) -> HiddenStates:
         """Return where the next states of a group go: its own place, or a fresh one if others need that."""
-        source = group[0].states
+        source, batches = group[0].states, group[0].batches
         others = any(one.states is source and one not in group for one in self.travellers)
-        if not others:
+        if not others and self._sizes[id(source)] == len(batches):
             return source
-        place = self._factory.make()
+        return self._make(batches)
+
+    def prepare(self, traveller: Traveller) -> HiddenStates:
+        """Return a fresh place for what a traveller will wait with at the span that begins next."""
+        traveller.prepared = self._make(traveller.batches)
+        return traveller.prepared
+
+    def _make(self, batches: Sequence[Batch]) -> HiddenStates:
+        place = self._factory.make(batches)
         self._places.append(place)
+        self._sizes[id(place)] = len(batches)
         return place
 
     def arriving(self, position: int) -> list[tuple[Traveller, Span]]:
@@ -69,6 +91,7 @@ class Convoy:
             for span in traveller.lane.plan.spans:
                 if span.start == position:
                     traveller.waiting = span
+                    traveller.states, traveller.prepared = traveller.prepared or traveller.states, None
 
     def find(self, name: str) -> Traveller:
         """Return the traveller of the lane with this name."""
@@ -77,14 +100,14 @@ class Convoy:
     def retire(self, position: int) -> None:
         """Let go of the lanes that end here, and of states that nobody carries any more."""
         self.travellers = [one for one in self.travellers if one.lane.until != position]
-        self._sweep(one.states for one in self.travellers)
+        self._sweep(place for one in self.travellers for place in (one.states, one.prepared))
 
     def disband(self) -> None:
         """Give back all states."""
         self.travellers = []
         self._sweep(())
 
-    def _sweep(self, carried: Iterable[HiddenStates]) -> None:
+    def _sweep(self, carried: Iterable[HiddenStates | None]) -> None:
         kept = {id(states) for states in carried}
         for place in self._places:
             if id(place) not in kept:

@@ -9,14 +9,17 @@ import torch
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress, SilentProgress
+from ghoststream.spans import Span
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.convoy import Convoy, Traveller
-from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver
+from ghoststream.streaming.flow import StatesFlow
+from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver, TappedMap
 from ghoststream.streaming.prefetch import WeightPrefetcher
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
+from ghoststream.streaming.taps import LayerTaps
 from ghoststream.streaming.weights import Weights
 
 Move = Callable[[Batch, torch.Tensor], torch.Tensor]
@@ -82,7 +85,7 @@ class StreamedPass:
         self._lanes = tuple(lanes)
         for lane in lanes:
             lane.plan.require_fits(skeleton.n_layers)
-        _require_consistent(self._lanes, self._options.first_layer)
+        _require_consistent(self._lanes, self._options.first_layer, batches)
 
     def run(self) -> None:
         """Run the pass; results are with the lanes' observers.
@@ -127,10 +130,10 @@ class StreamedPass:
         return [*reads, self._skeleton.read_head] if with_head else reads
 
     def _depart(self, first: int) -> Convoy:
-        convoy = Convoy(self._lanes, self._factory)
+        convoy = Convoy(self._lanes, self._batches, self._factory)
         source = self._options.initial or self._calls.embed
         for batch in self._batches:
-            value = source(batch)
+            value = source(batch).to(self._skeleton.device)
             _require_finite(value, first, batch)
             convoy.first.put(batch, value)
             self._show(first, batch, value, convoy.travellers)
@@ -140,39 +143,63 @@ class StreamedPass:
     def _through_layer(self, layer: int, convoy: Convoy, weights: Weights) -> None:
         with self._skeleton.loaded_layer(layer, weights):
             for group in convoy.going():
-                self._move(
-                    layer + 1, convoy, group, lambda batch, states: self._calls.layer(layer, batch, states)
-                )
+                self._group_through_layer(layer, convoy, group)
         return_free_memory()
+
+    def _group_through_layer(self, layer: int, convoy: Convoy, group: Sequence[Traveller]) -> None:
+        maps = [(one, tapped) for one in group if (tapped := one.lane.tapped(layer + 1)) is not None]
+        repaired = [(tapped, convoy.prepare(one)) for one, tapped in maps]
+        names = {name for _, tapped in maps for name in tapped.taps}
+        with LayerTaps(self._skeleton, layer, sorted(names)) as taps:
+
+            def move(batch: Batch, states: torch.Tensor) -> torch.Tensor:
+                value = self._calls.layer(layer, batch, states)
+                taken = taps.take(batch)
+                for tapped, place in repaired:
+                    estimate = tapped.with_taps(value, taken).to(value.dtype)
+                    _require_finite(estimate, layer + 1, batch)
+                    place.put(batch, estimate)
+                return value
+
+            self._move(layer + 1, convoy, group, move)
 
     def _arrive(self, position: int, convoy: Convoy) -> None:
         for traveller, span in convoy.arriving(position):
             boundary_map = traveller.lane.maps.get(span)
             if isinstance(boundary_map, FittedMap):
                 boundary_map.fit(self._pairs(traveller, convoy.find(boundary_map.target)))
-            if boundary_map is None:
-                for batch in self._batches:
-                    self._show(position, batch, traveller.states.get(batch), [traveller])
+            if span == traveller.lane.plan.spans[-1]:
+                traveller.narrow()
+            if boundary_map is None or isinstance(boundary_map, TappedMap):
+                with self._flow(traveller) as flow:
+                    for batch, states in flow:
+                        self._show(position, batch, states, [traveller])
             else:
                 self._move(position, convoy, [traveller], _as_move(boundary_map))
+            if isinstance(boundary_map, FittedMap):
+                boundary_map.release()
             traveller.waiting = None
         self._leave(position, convoy)
 
     def _move(self, position: int, convoy: Convoy, group: Sequence[Traveller], move: Move) -> None:
         """Bring the states that a group carries to ``position``."""
-        source, target = group[0].states, convoy.target_for(group)
-        for batch in self._batches:
-            value = move(batch, source.get(batch).to(self._skeleton.device))
-            _require_finite(value, position, batch)
-            target.put(batch, value)
-            self._show(position, batch, value, group)
+        target = convoy.target_for(group)
+        with self._flow(group[0], target) as flow:
+            for batch, states in flow:
+                value = move(batch, states)
+                _require_finite(value, position, batch)
+                flow.put(batch, value)
+                self._show(position, batch, value, group)
         for traveller in group:
             traveller.states = target
+
+    def _flow(self, traveller: Traveller, target: HiddenStates | None = None) -> StatesFlow:
+        return StatesFlow(traveller.states, target, traveller.batches, self._skeleton.device)
 
     def _pairs(
         self, traveller: Traveller, target: Traveller
     ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        for batch in self._batches:
+        for batch in traveller.batches:
             yield batch, traveller.states.get(batch), target.states.get(batch)
 
     def _leave(self, position: int, convoy: Convoy) -> None:
@@ -188,12 +215,13 @@ class StreamedPass:
         with self._skeleton.loaded_head(weights):
             for traveller in convoy.travellers:
                 if traveller.lane.logits is not None:
-                    for batch in self._batches:
-                        self._show_logits(traveller.lane.logits, traveller.states, batch)
-                        return_free_memory()
+                    with self._flow(traveller) as flow:
+                        for batch, states in flow:
+                            self._show_logits(traveller.lane.logits, batch, states)
+                            return_free_memory()
 
-    def _show_logits(self, observer: LogitsObserver, carried: HiddenStates, batch: Batch) -> None:
-        finished = self._calls.finish(batch, carried.get(batch).to(self._skeleton.device))
+    def _show_logits(self, observer: LogitsObserver, batch: Batch, states: torch.Tensor) -> None:
+        finished = self._calls.finish(batch, states)
         if self._options.logit_tokens is None:
             observer.observe_logits(batch, 0, self._calls.logits(finished).flatten(0, 1))
             return
@@ -214,24 +242,37 @@ def _as_move(boundary_map: BoundaryMap) -> Move:
     return lambda _batch, states: boundary_map(states).to(states.dtype)
 
 
-def _require_consistent(lanes: Sequence[Lane], first_layer: int) -> None:
+def _require_consistent(lanes: Sequence[Lane], first_layer: int, batches: Sequence[Batch]) -> None:
+    edges = {batch.start for batch in batches} | {batch.stop for batch in batches}
     for lane in lanes:
         if any(span.start < first_layer for span in lane.plan.spans):
             msg = f"lane {lane.name} removes layers before {first_layer}, where this pass starts"
             raise RequestError(msg)
+        if lane.goes_on is not None and not (
+            lane.goes_on[0] < lane.goes_on[1] and edges.issuperset(lane.goes_on)
+        ):
+            msg = f"lane {lane.name} goes on with the sequences {list(lane.goes_on)}, which are not whole micro-batches"
+            raise RequestError(msg)
         for span, boundary_map in lane.maps.items():
-            if not isinstance(boundary_map, FittedMap):
-                continue
-            targets = [other for other in lanes if other.name == boundary_map.target]
-            # At the stop of a span of its own, the target could not be told from its neighbour's order.
-            if len(targets) != 1 or any(
-                other.start < span.stop <= other.stop for other in targets[0].plan.spans
-            ):
-                msg = (
-                    f"lane {lane.name} fits its map at {span} to lane {boundary_map.target!r},"
-                    f" but not exactly one lane of that name has states of its own at position {span.stop}"
-                )
+            if isinstance(boundary_map, FittedMap):
+                _require_target(lane, span, boundary_map.target, lanes)
+            if isinstance(boundary_map, TappedMap) and span.start <= first_layer:
+                msg = f"the map of lane {lane.name} at {span} reads the layer before it, which this pass does not run"
                 raise RequestError(msg)
+
+
+def _require_target(lane: Lane, span: Span, name: str, lanes: Sequence[Lane]) -> None:
+    targets = [other for other in lanes if other.name == name]
+    # At the stop of a span of its own, the target could not be told from its neighbour's order.
+    if len(targets) != 1 or any(other.start < span.stop <= other.stop for other in targets[0].plan.spans):
+        msg = (
+            f"lane {lane.name} fits its map at {span} to lane {name!r},"
+            f" but not exactly one lane of that name has states of its own at position {span.stop}"
+        )
+        raise RequestError(msg)
+    if targets[0].goes_on not in (None, lane.goes_on):
+        msg = f"lane {lane.name} fits its map at {span} to lane {name!r}, which goes on with other sequences"
+        raise RequestError(msg)
 
 
 def _require_finite(states: torch.Tensor, position: int, batch: Batch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -35,6 +35,24 @@ class FittedMap(BoundaryMap, Protocol):
 
     def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
         """Make the map from ``(batch, inputs, targets)``, states ``(n, T, C)`` each, given once and in order."""
+
+    def release(self) -> None:
+        """Know that the map was applied to every batch: what it takes to apply it may be freed."""
+
+
+@runtime_checkable
+class TappedMap(Protocol):
+    """A map that reads taps of the layer before its boundary, beside the states.
+
+    It is applied when that layer has run, so that taps are never kept for more than a micro-batch.
+    """
+
+    @property
+    def taps(self) -> Sequence[str]:
+        """Which of :data:`~ghoststream.streaming.taps.TAPS`, of layer ``start - 1``."""
+
+    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Map ``h[start]`` and the taps to the estimate of ``h[stop]``, ``(n, T, C)`` and ``(n, T, width)``."""
 
 
 class Observer(Protocol):
@@ -75,14 +93,22 @@ class Lane:
         observers: Who sees the hidden states.
         logits: Who sees the logits; without one the head is not run for this lane.
         until: Position after which the lane ends; ``None`` is the end of the pass.
+        goes_on: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary; ``None``
+            is all. The others serve to fit its maps, and cost nothing afterwards.
     """
 
     name: str
     plan: PruningPlan
-    maps: Mapping[Span, BoundaryMap] = field(default_factory=lambda: MappingProxyType({}))
+    maps: Mapping[Span, BoundaryMap | TappedMap] = field(default_factory=lambda: MappingProxyType({}))
     observers: tuple[Observer, ...] = ()
     logits: LogitsObserver | None = None
     until: int | None = None
+    goes_on: tuple[int, int] | None = None
+
+    def tapped(self, start: int) -> TappedMap | None:
+        """Return the map that reads taps at a boundary that begins at ``start``, if there is one."""
+        found = next((self.maps.get(span) for span in self.plan.spans if span.start == start), None)
+        return found if isinstance(found, TappedMap) else None
 
     def runs(self, layer: int) -> bool:
         """Whether this lane goes through ``layer``."""

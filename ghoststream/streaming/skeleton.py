@@ -17,7 +17,8 @@ from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError
-from ghoststream.streaming.slots import WeightSlots
+from ghoststream.streaming.copies import copies_for
+from ghoststream.streaming.slots import DeviceSlots, HostSlots, WeightSlots
 from ghoststream.streaming.weights import Weights, WeightSpec, assign_weights, read_weight, release_weights
 
 
@@ -85,6 +86,10 @@ class Skeleton:
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one decoder layer at compute dtype."""
         return self._part_bytes(self._layer_name(layer))
+
+    def layer_shapes(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the weights of one decoder layer."""
+        return tuple(spec.shape for spec in self._specs(self._layer_name(layer)))
 
     @property
     def unit_bytes(self) -> int:
@@ -162,8 +167,7 @@ class Skeleton:
         try:
             yield module
         finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # the host buffer may be filled again after this
+            self._slots.used(weights)
             release_weights(module, weights)
 
     def _layer_name(self, layer: int) -> str:
@@ -182,7 +186,9 @@ class Skeleton:
             sum(spec.room_bytes for spec in self._specs(self._layer_name(layer)))
             for layer in range(self.n_layers)
         )
-        return WeightSlots(self.reader, max(rooms), pinned=self.device.type == "cuda")
+        if self.device.type == "cpu":
+            return HostSlots(self.reader, max(rooms))
+        return DeviceSlots(self.reader, max(rooms), self.device, copies_for(self.device))
 
     def _part_bytes(self, prefix: str) -> int:
         return sum(spec.n_bytes for spec in self._specs(prefix))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ class LeastSquares:
     def __init__(self, target: str) -> None:
         self.target = target
         self.matrix = torch.zeros(0)
+        self.released = False
 
     def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
         seen = list(pairs)
@@ -41,6 +42,9 @@ class LeastSquares:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         return states + states @ self.matrix
+
+    def release(self) -> None:
+        self.released = True
 
 
 class Watcher:
@@ -104,6 +108,7 @@ def test_operators_are_fitted_on_the_stream_repaired_so_far(tmp_path: Path) -> N
     watcher = Watcher(N_LAYERS)
     _run(folder, [Lane("dense", PruningPlan(N_LAYERS)), Lane("repaired", plan, maps, observers=(watcher,))])
 
+    assert all(fitted.released for fitted in maps.values())
     dense = _resident_inputs({}, ())
     first, second = LeastSquares(""), LeastSquares("")
     batch = _batches()[0]
@@ -138,3 +143,81 @@ def test_a_map_fitted_to_a_lane_without_states_there_is_refused(target: str, tmp
     ]
     with pytest.raises(RequestError, match=f"to lane '{target}'"):
         _run(folder, lanes)
+
+
+def test_a_lane_goes_on_with_a_part_of_the_sequences(tmp_path: Path) -> None:
+    """Fitted on all sequences, carried on with the last two: their states are those of a lane that carries all."""
+    folder = save_tiny("llama", tmp_path / "model")
+    plan = PruningPlan(N_LAYERS, (SECOND,))
+    whole, part = Watcher(N_LAYERS), Watcher(N_LAYERS)
+    fits = {"whole": LeastSquares("dense"), "part": LeastSquares("dense")}
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS)),
+        Lane("whole", plan, {SECOND: fits["whole"]}, observers=(whole,)),
+        Lane("part", plan, {SECOND: fits["part"]}, observers=(part,), goes_on=(4, 6)),
+    ]
+    _run(folder, lanes)
+    assert torch.equal(fits["part"].matrix, fits["whole"].matrix)
+    assert [tuple(states.shape) for states in part.seen] == [(2, 20, 32)]
+    assert torch.equal(part.seen[0], whole.seen[1])
+
+
+@pytest.mark.parametrize("goes_on", [(3, 6), (4, 4), (4, 7)])
+def test_a_part_that_is_not_whole_batches_is_refused(goes_on: tuple[int, int], tmp_path: Path) -> None:
+    lane = Lane("part", PruningPlan(N_LAYERS, (SECOND,)), goes_on=goes_on)
+    with pytest.raises(RequestError, match="not whole micro-batches"):
+        _run(save_tiny("llama", tmp_path / "model"), [lane])
+
+
+def test_a_target_that_goes_on_with_other_sequences_is_refused(tmp_path: Path) -> None:
+    plan = PruningPlan(N_LAYERS, (SECOND,))
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS), goes_on=(0, 4)),
+        Lane("part", plan, {SECOND: LeastSquares("dense")}, goes_on=(4, 6)),
+    ]
+    with pytest.raises(RequestError, match="goes on with other sequences"):
+        _run(save_tiny("llama", tmp_path / "model"), lanes)
+
+
+class FromMlp:
+    """Adds a linear map of the activations that enter ``down_proj`` of the layer before the boundary."""
+
+    taps = ("mlp_intermediate",)
+
+    def __init__(self) -> None:
+        self.matrix = torch.from_numpy(np.random.default_rng(3).normal(size=(64, 32), scale=0.1)).float()
+
+    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return states + taps["mlp_intermediate"] @ self.matrix
+
+
+def test_a_map_of_the_mlp_before_the_boundary_is_a_change_of_its_down_proj(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    tapped, at_start, at_end = FromMlp(), Watcher(SECOND.start), Watcher(N_LAYERS)
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS), observers=(plain := Watcher(N_LAYERS),)),
+        Lane("folded", PruningPlan(N_LAYERS, (SECOND,)), {SECOND: tapped}, observers=(at_start, at_end)),
+    ]
+    _run(folder, lanes)
+    # Before the span the lane is the dense model.
+    assert torch.equal(torch.cat(at_start.seen), _resident_inputs({}, ())[SECOND.start])
+    assert torch.equal(torch.cat(plain.seen), _resident_inputs({}, ())[N_LAYERS])
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[SECOND.start - 1].mlp.down_proj.weight += tapped.matrix.T
+    model.model.layers = torch.nn.ModuleList(
+        layer for index, layer in enumerate(model.model.layers) if index not in SECOND
+    )
+    expected: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, args: expected.append(args[0].clone()))
+    with torch.inference_mode():
+        for batch in _batches():
+            model(input_ids=batch.ids, use_cache=False)
+    torch.testing.assert_close(torch.cat(at_end.seen), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_of_a_layer_that_the_pass_does_not_run_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    lane = Lane("folded", PruningPlan(N_LAYERS, (Span(0, 1),)), {Span(0, 1): FromMlp()})
+    with pytest.raises(RequestError, match="which this pass does not run"):
+        _run(folder, [lane])

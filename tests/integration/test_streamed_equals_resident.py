@@ -171,7 +171,7 @@ def test_states_in_scratch_files_change_no_bit(tmp_path: Path) -> None:
             skeleton.hidden_size,
             skeleton.dtype,
             device=skeleton.device,
-            budget_bytes=budget,
+            host_bytes=budget,
             scratch=tmp_path,
         )
         StreamedPass(skeleton, batches, lanes, factory, PassOptions(logit_tokens=None)).run()

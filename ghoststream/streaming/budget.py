@@ -1,0 +1,120 @@
+"""How a pass divides the memory that it may take, and what it refuses to begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghoststream.errors import BudgetError
+from ghoststream.files import format_bytes
+from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.skeleton import Skeleton
+from ghoststream.streaming.states import StatesFactory
+
+_MOST_TOKENS_PER_FORWARD = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """What a pass may take, above what the libraries take.
+
+    Attributes:
+        device_bytes: Memory of the accelerator; ``None`` is no limit. Means nothing where the CPU computes.
+        host_bytes: Memory of the host; ``None`` is no limit.
+        scratch: Folder for hidden states that fit neither; the system's temporary folder if ``None``.
+    """
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    scratch: Path | None = None
+
+
+class PassMemory:
+    """The memory of one pass: two layers, the work on a micro-batch, buffers of those who watch; the rest holds states.
+
+    Where the layers compute, a pass takes ``2 U + max(U / 2, B T (4 I + 8 C) b)``: the layer in use and the one being
+    read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is the widest matrix of a layer; eager
+    attention takes ``B H T^2 (2 b + 4)`` more). The host of an accelerator takes ``2 U``: a layer on its way, and a head.
+
+    Args:
+        skeleton: The model.
+        budget: What may be taken.
+        length: Tokens of a sequence, T.
+        buffers: Bytes that observers and operators take on the host besides.
+    """
+
+    def __init__(self, skeleton: Skeleton, budget: MemoryBudget, length: int, *, buffers: int = 0) -> None:
+        self._skeleton = skeleton
+        self._budget = budget
+        self._length = length
+        self._buffers = buffers
+        self._on_host = skeleton.device.type == "cpu"
+        self._unit = skeleton.unit_bytes
+
+    def choose_micro_batch(self) -> int:
+        """Return how many sequences go through a layer together: what works within half a U and the budget.
+
+        At most 2,048 tokens, at least one sequence.
+        """
+        room = self._unit // 2
+        limit = self._budget.host_bytes if self._on_host else self._budget.device_bytes
+        if limit is not None:
+            room = min(room, limit - 2 * self._unit - (self._buffers if self._on_host else 0))
+        return max(1, min(_MOST_TOKENS_PER_FORWARD // self._length, room // self._work_bytes(1)))
+
+    def states_factory(self, batches: Sequence[Batch]) -> StatesFactory:
+        """Return the maker of places for the states of these batches, within what is left of the budget.
+
+        Raises:
+            BudgetError: If weights, work and buffers alone do not fit.
+        """
+        micro_batch = max(int(batch.ids.shape[0]) for batch in batches)
+        work = max(self._unit // 2, self._work_bytes(micro_batch))
+        computing = {"two layers": 2 * self._unit, f"{micro_batch} x {self._length} tokens at work": work}
+        buffers = {"buffers": self._buffers}
+        budget = self._budget
+        if self._on_host:
+            device_left, host = None, {**computing, **buffers}
+        else:
+            device_left = self._left("device memory", budget.device_bytes, computing)
+            host = {"a layer and a head on their way": 2 * self._unit, **buffers}
+        return StatesFactory(
+            batches,
+            self._skeleton.hidden_size,
+            self._skeleton.dtype,
+            device=self._skeleton.device,
+            device_bytes=device_left,
+            host_bytes=self._left("host memory", budget.host_bytes, host),
+            scratch=budget.scratch,
+        )
+
+    def _work_bytes(self, micro_batch: int) -> int:
+        return micro_batch * self._length * work_bytes_per_token(self._skeleton, self._length)
+
+    def _left(self, place: str, limit: int | None, parts: dict[str, int]) -> int | None:
+        if limit is None:
+            return None
+        needed = sum(parts.values())
+        if needed > limit:
+            listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+            msg = (
+                f"a pass over {self._skeleton.root} needs {format_bytes(needed)} of {place} ({listed}), and"
+                f" {format_bytes(limit)} are there for it; use a smaller micro-batch or shorter sequences, or a machine"
+                " with more memory"
+            )
+            raise BudgetError(msg)
+        return limit - needed
+
+
+def work_bytes_per_token(skeleton: Skeleton, length: int) -> int:
+    """Return the bytes that a decoder layer at work holds a token: ``(4 I + 8 C) b``, and its scores where eager.
+
+    ``I`` is the widest side of a matrix of a layer.
+    """
+    widest = max(max(shape[-2:]) for shape in skeleton.layer_shapes(0) if len(shape) >= 2)
+    itemsize = skeleton.dtype.itemsize
+    scores = 0
+    if skeleton.attention == "eager":
+        scores = int(skeleton.config.num_attention_heads) * length * (2 * itemsize + 4)
+    return (4 * widest + 8 * skeleton.hidden_size) * itemsize + scores

@@ -1,0 +1,72 @@
+"""Copies between host and device beside the computation: a stream of their own on CUDA, nothing on CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+
+class Copies(Protocol):
+    """Orders copies that one background thread makes against the computation of the main thread."""
+
+    def mark(self) -> Any:
+        """Return a mark behind everything that was computed so far; called by the computing thread."""
+
+    def beside(self, mark: Any = None) -> Any:
+        """Return a context whose copies run beside the computation, but behind ``mark``; complete when it ends."""
+
+    def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Let the computation use a tensor that was made beside it."""
+
+
+class HostCopies:
+    """Where device and host are one: whatever a thread has done is done."""
+
+    def mark(self) -> None:
+        """Return nothing: the CPU computes in order."""
+
+    def beside(self, mark: None = None) -> nullcontext[None]:
+        """Return a context that does nothing."""
+        del mark
+        return nullcontext()
+
+    def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor."""
+        return tensor
+
+
+class CudaCopies:
+    """Copies on a CUDA stream of their own; the computing stream is never waited for by the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._computing = torch.cuda.current_stream(device)
+
+    def mark(self) -> torch.cuda.Event:
+        """Return an event behind everything that was launched so far."""
+        event = torch.cuda.Event()
+        event.record(self._computing)
+        return event
+
+    @contextmanager
+    def beside(self, mark: torch.cuda.Event | None = None) -> Iterator[None]:
+        """Run what is inside on the copying stream, behind ``mark``; its copies are complete at the end."""
+        if mark is not None:
+            self._stream.wait_event(mark)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keep the tensor's memory from being used again before the computation is through with it."""
+        tensor.record_stream(self._computing)
+        return tensor
+
+
+def copies_for(device: torch.device) -> Copies:
+    """Return the kind of copies that a device needs; call it in the thread that computes."""
+    return CudaCopies(device) if device.type == "cuda" else HostCopies()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,8 +11,8 @@ from ghoststream.cli.options import (
     ExampleCommand,
     debug_option,
     device_option,
-    host_memory_option,
     json_option,
+    memory_options,
     scheduler_option,
     trust_option,
 )
@@ -36,7 +37,7 @@ from ghoststream.cli.progress import show_progress
 )
 @scheduler_option
 @device_option
-@host_memory_option
+@memory_options
 @trust_option
 @json_option
 @debug_option
@@ -44,12 +45,9 @@ def command(
     pipeline: Path,
     model: str | None,
     out: Path | None,
-    scheduler: str | None,
-    device: str,
-    host_memory: int | None,
     *,
-    trust_remote_code: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Run capture, select, solve, export and evaluate as PIPELINE, a YAML file, describes them.
 
@@ -58,10 +56,13 @@ def command(
     from ghoststream.stages.run import Pipeline, RunOptions, run_pipeline
 
     wanted = Pipeline.load(pipeline)
-    options = RunOptions(device, host_memory, scheduler, trust_remote_code)
     with show_progress() as progress:
         report = run_pipeline(
-            wanted, out or Path("runs") / wanted.name, model=model, options=options, progress=progress
+            wanted,
+            out or Path("runs") / wanted.name,
+            model=model,
+            options=RunOptions(**options),
+            progress=progress,
         )
     if as_json:
         print_json(report.to_json())

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
-
-from ghoststream.activations import ActivationStore, LayerWriter
-from ghoststream.errors import RequestError
+from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
+from ghoststream.errors import GhoststreamError, RequestError
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, CaptureRecipe
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.session import (
-    ModelOptions,
-    ModelSession,
-    TextOptions,
-    default_micro_batch,
-    dtype_name,
-)
-from ghoststream.streaming import Batch, Lane, PassOptions, StatesFactory, StreamedPass, make_batches
+from ghoststream.stages.capture_run import CaptureRun
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
 from ghoststream.text import TokenSet
 
 _SHARD_BYTES = 16 * 2**20
@@ -33,22 +25,21 @@ def capture(
     length: int,
     store: str | Path,
     layers: tuple[int, ...] | None = None,
-    dtype: str | None = None,
     store_dtype: str | None = None,
-    attention: str | None = None,
-    micro_batch: int | None = None,
     pack: bool = True,
     bos: Bos = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    host_memory: int | None = None,
+    worker: tuple[int, int] | None = None,
     progress: Progress | None = None,
+    **compute: Unpack[ComputeRequest],
 ) -> ActivationStore:
     """Run a model once over calibration text and keep ``h[0..L]`` (or ``layers``) in a store.
 
     Killed at any moment, the same call continues from the last layer that was finished: from the store where it
     holds that layer at compute dtype, otherwise from a scratch copy inside it.
+
+    Several workers can share the sequences, each with the same call but for ``worker``, at the same time or one after
+    another, in any order. Each reads the weights and writes shards of its own; the one that finishes last completes
+    the store, and every file is then byte for byte what one worker alone would have left.
 
     Args:
         model: Local folder or hub id.
@@ -57,42 +48,52 @@ def capture(
         length: Tokens of a window T.
         store: Path or URL of the store.
         layers: Which hidden states to keep, each in ``[0, L]``; all if ``None``.
-        dtype: Compute dtype; the checkpoint's if ``None``.
         store_dtype: Dtype in the store; the compute dtype if ``None``.
-        attention: Attention implementation; transformers' default if ``None``.
-        micro_batch: Sequences in one forward; what works in half a U, at most 2,048 tokens, if ``None``.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
-        revision: Revision of a hub model.
-        trust_remote_code: Whether the base's own code may run.
-        device: Where layers are computed.
-        host_memory: Bytes of hidden states kept in memory between layers, the rest is in a scratch file;
-            ``None`` is no limit.
+        worker: ``(i, n)``: do the share of worker ``i`` of ``n``, counted from 1. Shares are whole shards and whole
+            micro-batches; where there are fewer of these than workers, the last workers have nothing to do.
         progress: Who is told how far it is.
+        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Returns:
-        The store, open for reading.
+        The store, open for reading; with ``worker`` it is complete once every worker has finished.
 
     Raises:
         MismatchError: If the store was made from another model, text or recipe.
+        RequestError: If the store is being captured in other shares, or in shares and ``worker`` is not given.
+        BusyError: If another process is writing the store, or this worker's share of it.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
         NumericsError: If hidden states stop being finite.
         GhoststreamError: What opening the model, the text or the store raises.
 
-    Memory: two decoder layers at compute dtype, ``S * T * C`` elements of states within ``host_memory``, one
-    micro-batch in flight, and three times one shard of the store (a shard is 16 MiB or one sequence).
+    Memory: what :class:`~ghoststream.streaming.PassMemory` states, ``S * T * C`` elements of states where they fit, three
+    micro-batches on their way to the store, and three times one shard of it (a shard is 16 MiB or one sequence).
+    With ``worker``, S is the number of sequences in its share.
     """
-    options = ModelOptions(dtype, attention, revision, trust_remote_code, device)
-    session = ModelSession(model, options)
+    session = ModelSession(model, ModelOptions(**compute))
     text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
     tokens = session.tokens(text)
+    micro_batch = (
+        session.options.micro_batch or _begun_with(store) or session.memory(length).choose_micro_batch()
+    )
     recipe = _recipe(session, text, tokens, layers, store_dtype, micro_batch)
-    with _open_store(store, session, tokens, recipe) as target:
+    progress = progress or SilentProgress()
+    rows = None if worker is None else _share(recipe, tokens.n_sequences, worker, progress)
+    with _open_store(store, rows, _request(session, tokens, recipe)) as target:
         if not target.complete:
-            _Capture(session, target, recipe, host_memory, progress or SilentProgress()).run()
+            CaptureRun(session, target, recipe, progress).run()
         # Outside of the run: a kill may have come between the last layer and this.
-        for layer in target.scratch_layers():
-            target.drop_scratch(layer)
+        target.finish()
     return ActivationStore.open(str(store))
+
+
+def _begun_with(store: str | Path) -> int | None:
+    """Return the micro-batch of a store that was begun: another machine's memory may have decided it."""
+    try:
+        return CaptureRecipe.from_json(ActivationStore.open(str(store)).recipe, str(store)).micro_batch
+    except GhoststreamError:
+        return None  # nothing there, or something that opening it for writing will name
 
 
 def _recipe(
@@ -101,7 +102,7 @@ def _recipe(
     tokens: TokenSet,
     layers: tuple[int, ...] | None,
     store_dtype: str | None,
-    micro_batch: int | None,
+    micro_batch: int,
 ) -> CaptureRecipe:
     skeleton = session.skeleton
     wanted = tuple(range(skeleton.n_layers + 1)) if layers is None else tuple(sorted(set(layers)))
@@ -121,23 +122,64 @@ def _recipe(
             "dtype": compute,
             "store_dtype": stored,
             "attention": skeleton.attention,
-            "micro_batch": micro_batch or default_micro_batch(skeleton, text.length),
+            "micro_batch": micro_batch,
             "layers": wanted,
-            "sequences_per_shard": max(1, min(tokens.n_sequences, _SHARD_BYTES // sequence_bytes)),
+            "sequences_per_shard": _sequences_per_shard(
+                tokens.n_sequences, max(1, _SHARD_BYTES // sequence_bytes), micro_batch
+            ),
         }
     )
 
 
-def _open_store(
-    store: str | Path, session: ModelSession, tokens: TokenSet, recipe: CaptureRecipe
-) -> ActivationStore:
+def _sequences_per_shard(n_sequences: int, most: int, micro_batch: int) -> int:
+    """Return how many sequences make a shard: whole micro-batches, or an even part of one that is too large.
+
+    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even parts of a
+    micro-batch of a prime number of sequences are single sequences.
+    """
+    if n_sequences <= most:
+        return n_sequences
+    if micro_batch <= most:
+        return most - most % micro_batch
+    return max(size for size in range(1, most + 1) if micro_batch % size == 0)
+
+
+def _share(
+    recipe: CaptureRecipe, n_sequences: int, worker: tuple[int, int], progress: Progress
+) -> tuple[int, int]:
+    """Return the sequences ``[start, stop)`` of a worker, and say which they are."""
+    number, count = worker
+    step = math.lcm(recipe.sequences_per_shard, recipe.micro_batch)
+    start, stop = _rows_of(number, count, n_sequences, step)
+    if start == stop:
+        progress.log(
+            f"worker {number} of {count} has nothing to do: {n_sequences} sequences make"
+            f" {math.ceil(n_sequences / step)} shares at most (whole shards of {recipe.sequences_per_shard} and"
+            f" whole micro-batches of {recipe.micro_batch})"
+        )
+    else:
+        progress.log(f"worker {number} of {count}: sequences [{start},{stop}) of {n_sequences}")
+    return start, stop
+
+
+def _rows_of(number: int, count: int, n_sequences: int, step: int) -> tuple[int, int]:
+    """Divide sequences among workers ``1..count`` at multiples of ``step``, as evenly as these allow."""
+    if not 1 <= number <= count:
+        msg = f"there is no worker {number} of {count}; workers are counted from 1 to their number"
+        raise RequestError(msg)
+    each, more = divmod(math.ceil(n_sequences / step), count)
+    first = (number - 1) * each + min(number - 1, more)
+    last = first + each + (number <= more)
+    return min(first * step, n_sequences), min(last * step, n_sequences)
+
+
+def _request(session: ModelSession, tokens: TokenSet, recipe: CaptureRecipe) -> StoreRequest:
     fingerprint: dict[str, Any] = {
         "checkpoint": session.fingerprint,
         "model": {"norm_epsilon": session.norm_epsilon},
         "text": tokens.recipe(),
     }
-    return ActivationStore.create_or_resume(
-        str(store),
+    return StoreRequest(
         recipe=recipe.to_json(),
         tokens=tokens,
         fingerprint=fingerprint,
@@ -152,111 +194,7 @@ def _open_store(
     )
 
 
-class _Capture:
-    """One run of a capture: where it starts, the pass, and what it leaves behind."""
-
-    def __init__(
-        self,
-        session: ModelSession,
-        store: ActivationStore,
-        recipe: CaptureRecipe,
-        host_memory: int | None,
-        progress: Progress,
-    ) -> None:
-        self._session = session
-        self._store = store
-        self._recipe = recipe
-        self._host_memory = host_memory
-        self._progress = progress
-        # Every layer of the store can be continued from only where the store keeps all bits of all layers.
-        all_layers = recipe.layers == tuple(range(recipe.layers[-1] + 1))
-        self._needs_scratch = recipe.store_dtype != recipe.dtype or not all_layers
-
-    def run(self) -> None:
-        """Run the pass from the last finished layer to the last wanted one."""
-        skeleton, store = self._session.skeleton, self._store
-        tokens = store.tokens()
-        batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
-        first = self._resume_point()
-        if first:
-            self._progress.log(f"continuing from h[{first}], which is in the store")
-        factory = StatesFactory(
-            batches,
-            skeleton.hidden_size,
-            skeleton.dtype,
-            device=skeleton.device,
-            budget_bytes=self._host_memory,
-        )
-        observer = _StoreObserver(
-            store, skeleton.dtype if self._needs_scratch else None, self._recipe.layers[-1]
-        )
-        lane = Lane("dense", PruningPlan(skeleton.n_layers), observers=(observer,))
-        options = PassOptions(
-            first_layer=first,
-            initial=self._stored_states(first) if first else None,
-            last_layer=self._recipe.layers[-1],
-            progress=self._progress,
-        )
-        StreamedPass(skeleton, batches, [lane], factory, options).run()
-
-    def _resume_point(self) -> int:
-        points = list(self._store.scratch_layers())
-        if self._recipe.store_dtype == self._recipe.dtype:
-            points += self._store.completed_layers()
-        return max(points, default=0)
-
-    def _stored_states(self, layer: int) -> Any:
-        from_scratch = layer in self._store.scratch_layers()
-
-        def read(batch: Batch) -> torch.Tensor:
-            source = self._store.read_scratch if from_scratch else self._store.read
-            return source(layer, batch.start, batch.stop).to(self._session.skeleton.device)
-
-        return read
-
-
-class _StoreObserver:
-    """Writes what a lane shows into the store, and a scratch copy of the newest layer where one is needed."""
-
-    def __init__(self, store: ActivationStore, scratch_dtype: torch.dtype | None, last: int) -> None:
-        self._store = store
-        self._pending = set(store.layers) - set(store.completed_layers())
-        self._scratch_dtype = scratch_dtype
-        self._scratch_done = set(store.scratch_layers())
-        self._last = last
-        self._writers: list[LayerWriter] = []
-        self._position: int | None = None
-
-    def wants(self, position: int) -> bool:
-        return position in self._pending or self._wants_scratch(position)
-
-    def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
-        if self._position != position:
-            self._open(position)
-        for writer in self._writers:
-            writer.write(batch.start, states)
-
-    def finished(self, position: int) -> None:
-        for writer in self._writers:
-            writer.commit()
-        self._writers = []
-        for layer in self._store.scratch_layers():
-            if layer < position:
-                self._store.drop_scratch(layer)
-
-    def failed(self) -> None:
-        for writer in self._writers:
-            writer.abort()
-        self._writers = []
-
-    def _open(self, position: int) -> None:
-        self._position = position
-        if position in self._pending:
-            self._writers.append(self._store.writer(position))
-        if self._wants_scratch(position) and self._scratch_dtype is not None:
-            self._writers.append(self._store.scratch_writer(position, dtype_name(self._scratch_dtype)))
-
-    def _wants_scratch(self, position: int) -> bool:
-        return (
-            self._scratch_dtype is not None and position < self._last and position not in self._scratch_done
-        )
+def _open_store(store: str | Path, rows: tuple[int, int] | None, request: StoreRequest) -> WritableStore:
+    if rows is None:
+        return ActivationStore.create_or_resume(str(store), **request)
+    return PartStore.create_or_resume(str(store), rows, **request)

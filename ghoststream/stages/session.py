@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -22,29 +22,53 @@ from ghoststream.errors import (
 )
 from ghoststream.files import read_json
 from ghoststream.recipe import Bos, TextPart, TextRecipe
-from ghoststream.streaming import Skeleton, parse_dtype
+from ghoststream.stages.machine import free_device_memory, free_host_memory
+from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TextSpec, TokenSet, prepare_tokens
 
-_MOST_TOKENS_PER_FORWARD = 2048
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How a model is opened.
+class ComputeRequest(TypedDict, total=False):
+    """How a model is opened and run: keyword arguments that several stages share, all optional.
 
     Attributes:
         dtype: Compute dtype (``float32``, ``bfloat16``, ``float16``); the checkpoint's if ``None``.
         attention: transformers' attention implementation; its default if ``None``.
+        micro_batch: Sequences in one forward; if ``None`` what works within half a U and the memory given, at most
+            2,048 tokens.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Whether the model's own code may run.
-        device: Where layers are computed.
+        device: Where layers are computed: ``cpu``, ``cuda`` or ``cuda:N``.
+        device_memory: Bytes of the accelerator that a pass may take; nine tenths of what is free if ``None``.
+        host_memory: Bytes of this machine's memory that a pass may take above what the libraries take; nine tenths
+            of what is free if ``None``.
+        scratch: Folder for hidden states between layers that fit neither; if ``None`` the folder of the store that is
+            written, or the system's temporary folder.
     """
+
+    dtype: str | None
+    attention: str | None
+    micro_batch: int | None
+    revision: str | None
+    trust_remote_code: bool
+    device: str
+    device_memory: int | None
+    host_memory: int | None
+    scratch: Path | None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The values of a :class:`ComputeRequest`."""
 
     dtype: str | None = None
     attention: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     device: str = "cpu"
+    micro_batch: int | None = None
+    device_memory: int | None = None
+    host_memory: int | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,22 @@ class ModelSession:
         names = ("variance_epsilon", "eps", "epsilon")
         found = next((getattr(norm, name) for name in names if hasattr(norm, name)), None)
         return None if found is None else float(found)
+
+    def memory(self, length: int, *, buffers: int = 0, scratch: Path | None = None) -> PassMemory:
+        """Return how a pass over sequences of ``length`` tokens divides the memory that it may take.
+
+        Args:
+            length: Tokens of a sequence.
+            buffers: Bytes that those who watch the pass take on the host.
+            scratch: Folder for states that do not fit, where the options name none.
+        """
+        options, on_device = self.options, free_device_memory(self.device)
+        budget = MemoryBudget(
+            _given_or_most(options.device_memory, on_device),
+            _given_or_most(options.host_memory, free_host_memory()),
+            options.scratch or scratch,
+        )
+        return PassMemory(self.skeleton, budget, length, buffers=buffers)
 
     def tokens(self, text: TextOptions) -> TokenSet:
         """Turn a text into token windows with this model's tokenizer.
@@ -201,20 +241,10 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def default_micro_batch(skeleton: Skeleton, length: int) -> int:
-    """Sequences in one forward where none are asked for: what works within half a U, at most 2,048 tokens.
-
-    A layer at work holds about four tensors as wide as its widest weight and eight of the hidden size.
-    """
-    shapes = [
-        entry.shape[-2:]
-        for name, entry in skeleton.index.tensors.items()
-        if ".0." in name and len(entry.shape) >= 2
-    ]
-    widest = max((max(shape) for shape in shapes), default=skeleton.hidden_size)
-    token_bytes = (4 * widest + 8 * skeleton.hidden_size) * skeleton.dtype.itemsize
-    tokens = min(_MOST_TOKENS_PER_FORWARD, skeleton.unit_bytes // 2 // token_bytes)
-    return max(1, tokens // length)
+def _given_or_most(given: int | None, free: int | None) -> int | None:
+    if given is None and free is not None:
+        return free * 9 // 10
+    return given
 
 
 def dtype_name(dtype: torch.dtype) -> str:

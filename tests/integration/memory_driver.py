@@ -27,9 +27,11 @@ from ghoststream.stages import capture as capture_stage
 from ghoststream.stages.capture import capture
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
+from ghoststream.stages.replay import replay
 from ghoststream.stages.select import select
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.stages.solve import solve
+from ghoststream.streaming import Skeleton
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.synthetic import save_ids, save_synthetic
 
@@ -41,6 +43,8 @@ TINY: dict[str, Any] = {
     "vocab_size": 256,
 }
 FEW, MANY = 16, 128
+# The micro-batch that half a U has room for.
+FEW_AT_A_TIME = 2
 
 Stage = Callable[[Path, Path, str, int], object]
 """Takes the model, a work folder, the text and the number of sequences."""
@@ -58,8 +62,20 @@ def _capture_on_disk(model: Path, work: Path, text: str, sequences: int) -> obje
         length=LENGTH,
         store=work / f"disk-{sequences}",
         layers=(0, 1, 2),
-        host_memory=0,
+        host_memory=budget_bytes(ModelSession(model, ModelOptions()).skeleton),
     )
+
+
+def budget_bytes(skeleton: Skeleton) -> int:
+    """What a capture in which no states are held needs: 2.5 U, three copies of a shard, three batches on their way."""
+    batch = FEW_AT_A_TIME * LENGTH * skeleton.hidden_size * 4
+    return skeleton.unit_bytes * 5 // 2 + 3 * SHARD_BYTES + 3 * batch
+
+
+def _replay(model: Path, work: Path, _: str, sequences: int) -> object:
+    for _first, taps in replay(model, work / f"disk-{sequences}", 1, ["mlp_intermediate"]):
+        del taps
+    return None
 
 
 def _select(_: Path, work: Path, __: str, ___: int) -> object:
@@ -86,7 +102,7 @@ def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
         try:
             work.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=work.parent) as tiny:
-                for one in (_capture, _capture_on_disk, _select, _solve, _export, _evaluate):
+                for one in (_capture, _capture_on_disk, _replay, _select, _solve, _export, _evaluate):
                     one(work.parent / "tiny", Path(tiny), f"ids:{work.parent / 'tiny.npy'}", 4)
             _warm_up_products()
             gc.collect()
@@ -132,6 +148,8 @@ def main(root: Path) -> None:
         "capture, shallow": measure(_capture, shallow, root / "shallow-work", FEW),
         "capture, few": measure(_capture_on_disk, deep, work, FEW),
         "capture, many": measure(_capture_on_disk, deep, work, MANY),
+        "replay, few": measure(_replay, deep, work, FEW),
+        "replay, many": measure(_replay, deep, work, MANY),
         "select": measure(_select, deep, work, FEW),
         "solve": measure(_solve, deep, work, FEW),
         "export": measure(_export, deep, work, FEW),
@@ -146,6 +164,7 @@ def main(root: Path) -> None:
         "tokens": FEW * LENGTH,
         "tokens of many": MANY * LENGTH,
         "shard": SHARD_BYTES,
+        "budget": budget_bytes(skeleton),
     }
     print(json.dumps({"sizes": sizes, "peaks": peaks}))
 

@@ -11,6 +11,7 @@ import torch
 
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import (
+    BudgetError,
     InputNotFoundError,
     MismatchError,
     NumericsError,
@@ -19,7 +20,7 @@ from ghoststream.errors import (
     UnsupportedModelError,
 )
 from ghoststream.stages.capture import capture
-from ghoststream.streaming import StreamedPass
+from ghoststream.streaming import FileStates, HiddenStates, Skeleton, StatesFactory, StreamedPass
 from ghoststream.testing.models import save_tiny, tiny_model
 
 S, T, L = 7, 16, 6
@@ -73,10 +74,31 @@ def test_store_holds_the_resident_models_states(dtype: torch.dtype, tmp_path: Pa
     assert verify_store(str(tmp_path / "store")) == []
 
 
-def test_states_in_scratch_files_give_the_same_store(tmp_path: Path, ids_file: Path) -> None:
+def test_states_in_scratch_files_give_the_same_store(
+    tmp_path: Path, ids_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     _capture(folder, ids_file, tmp_path / "a")
-    _capture(folder, ids_file, tmp_path / "b", host_memory=0)
+    # Two layers, the work on a micro-batch of 2, three copies of a shard, three batches that wait: no room for states.
+    unit, width = Skeleton(folder).unit_bytes, 32 * 4
+    work = max(unit // 2, 2 * T * (4 * 64 + 8 * 32) * 4)
+    least = 2 * unit + work + 3 * S * T * width + 3 * 2 * T * width
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(BudgetError, match=r"two layers .*; use a smaller micro-batch"):
+        _capture(folder, ids_file, tmp_path / "b", host_memory=least - 1, scratch=scratch)
+    places: list[object] = []
+    made = StatesFactory.make
+
+    def make(factory: StatesFactory) -> HiddenStates:
+        places.append(made(factory))
+        return places[-1]  # type: ignore[return-value]
+
+    monkeypatch.setattr(StatesFactory, "make", make)
+    _capture(folder, ids_file, tmp_path / "b", host_memory=least, scratch=scratch)
+    assert places
+    assert all(isinstance(place, FileStates) for place in places)
+    assert not list(scratch.iterdir())
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
 
 

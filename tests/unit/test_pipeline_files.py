@@ -53,7 +53,8 @@ def test_pipelines_load_and_can_be_planned(path: Path) -> None:
 @pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.name)
 def test_job_files_are_valid_and_their_commands_exist(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
-    commands = _commands(path.read_text(encoding="utf-8"))
+    # What a scheduler fills in, and is checked when commands are parsed.
+    commands = _commands(path.read_text(encoding="utf-8").replace("$WORKER", "1/4"))
     assert commands
     for words in commands:
         _parse(words)

@@ -1,0 +1,151 @@
+"""Replay: inner activations of one layer for the whole calibration set, from a store and that layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import torch
+
+from ghoststream.activations import ActivationStore
+from ghoststream.errors import MismatchError, RequestError
+from ghoststream.files import differences
+from ghoststream.progress import Progress, SilentProgress
+from ghoststream.recipe import CaptureRecipe
+from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.streaming import Batch, Replay, Skeleton, make_batches, tap_point
+
+
+def replay(
+    model: str | Path,
+    store: str | Path,
+    layer: int,
+    taps: Sequence[str],
+    *,
+    sequences: tuple[int, int] | None = None,
+    allow_rounded: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Generator[tuple[int, dict[str, torch.Tensor]], None, None]:
+    """Run one decoder layer on the hidden states ``h[layer]`` of a store and give its inner activations.
+
+    Compute dtype, attention implementation and micro-batches are those of the capture, so that in fp32 on the CPU the
+    taps are bit for bit those of the pass that made the store. Everything is checked before this returns; the
+    layer is read when the first batch is asked for.
+
+    Args:
+        model: The model that the store was captured from: local folder or hub id.
+        store: Path or URL of the store.
+        layer: Number of the decoder layer, ``0 <= layer < L``. Features of the layer before a boundary
+            ``[start, stop)`` are taps of layer ``start - 1``.
+        taps: Which of ``ghoststream.streaming.TAPS``; see ``docs/taps.md``.
+        sequences: Only sequences ``[start, stop)``. Micro-batches that reach beyond them are run whole and cut, so
+            that the bits do not depend on it.
+        allow_rounded: Accept a store whose states were rounded to less than compute dtype. The layer then
+            computes from the rounded states, and nothing is bit for bit what it was in the pass.
+        revision: Revision of a hub model.
+        trust_remote_code: Whether the base's own code may run.
+        device: Where the layer is computed.
+        progress: Who is told how many sequences are done.
+
+    Returns:
+        An iterator of ``(first sequence, {tap: tensor})``, one for each micro-batch in order. Tensors are
+        ``(n, T, width)`` at compute dtype, on ``device``, in memory of their own. Padding has values too: the store's
+        mask says which tokens count. The weights are freed when the iterator ends or is closed.
+
+    Raises:
+        MismatchError: If the store is of another model, or its states are rounded and ``allow_rounded`` is not set.
+        RequestError: If the layer, a tap or the sequences do not exist, or ``h[layer]`` was not captured.
+        UnsupportedModelError: If the layer does not have one of the taps.
+        StoreError: If ``h[layer]`` is not complete, or (while iterating) damaged.
+        NumericsError: While iterating, if a stored state is not finite.
+        GhoststreamError: What opening the model or the store raises.
+
+    Memory: the layer and the frame (final norm, learned positions) at compute dtype, and of one micro-batch the states,
+    the layer's work and the taps, more of these only if the caller keeps them; the token ids of all sequences.
+    """
+    source = ActivationStore.open(str(store))
+    recipe = CaptureRecipe.from_json(source.recipe, source.uri)
+    notes = _require_exact(source, recipe, allow_rounded=allow_rounded)
+    options = ModelOptions(
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=device,
+    )
+    session = ModelSession(model, options)
+    _require_same_model(session, source)
+    work = Replay(session.skeleton, layer)
+    for name in taps:
+        tap_point(session.skeleton.family, session.skeleton.layers[layer], name)
+    start, stop = _range(source, sequences)
+    source.read(layer, start, start + 1)  # absent or unfinished states are found before any work
+    tokens = source.tokens()
+    batches = [
+        batch
+        for batch in make_batches(tokens.ids, tokens.mask, recipe.micro_batch)
+        if batch.start < stop and batch.stop > start
+    ]
+    told = progress or SilentProgress()
+    for note in notes:
+        told.log(f"warning: {note}")
+    return _run(work, session.skeleton, source, layer, tuple(taps), batches, (start, stop), told)
+
+
+def _run(
+    work: Replay,
+    skeleton: Skeleton,
+    source: ActivationStore,
+    layer: int,
+    taps: tuple[str, ...],
+    batches: Sequence[Batch],
+    wanted: tuple[int, int],
+    progress: Progress,
+) -> Generator[tuple[int, dict[str, torch.Tensor]], None, None]:
+    start, stop = wanted
+    progress.start(f"replaying layer {layer}", stop - start, "sequences")
+    with work:
+        for batch in batches:
+            first, last = max(start, batch.start), min(stop, batch.stop)
+            states = source.read(layer, batch.start, batch.stop, require_finite=True).to(skeleton.dtype)
+            # Without a name here: taps would live on while the next ones are made.
+            yield first, _cut(work.taps(batch, states, taps), slice(first - batch.start, last - batch.start))
+            progress.advance(last - first)
+    progress.finish()
+
+
+def _cut(taken: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    return {name: tap[rows] for name, tap in taken.items()}
+
+
+def _require_exact(source: ActivationStore, recipe: CaptureRecipe, *, allow_rounded: bool) -> list[str]:
+    """Refuse rounded states, or return what is to be said about them."""
+    if recipe.store_dtype == recipe.dtype:
+        return []
+    found = (
+        f"the states in {source.uri} were computed in {recipe.dtype} and rounded to {recipe.store_dtype}:"
+        " a layer that runs on them again does not give the bits of the pass"
+    )
+    if not allow_rounded:
+        msg = f"{found}; capture with store_dtype {recipe.dtype}, or set allow_rounded"
+        raise MismatchError(msg)
+    return [found]
+
+
+def _require_same_model(session: ModelSession, source: ActivationStore) -> None:
+    found = source.fingerprint.get("checkpoint", {})
+    if found.get("digest") != session.fingerprint["digest"]:
+        changed = "; ".join(differences(found, session.fingerprint)[:3])
+        msg = f"{source.uri} was not captured from {session.name} ({changed}); use the model that it was captured from"
+        raise MismatchError(msg)
+
+
+def _range(source: ActivationStore, sequences: tuple[int, int] | None) -> tuple[int, int]:
+    start, stop = sequences or (0, source.n_sequences)
+    if not 0 <= start < stop <= source.n_sequences:
+        msg = f"sequences [{start},{stop}) are empty or outside of [0,{source.n_sequences}) of {source.uri}"
+        raise RequestError(msg)
+    return start, stop

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, Precision
 from ghoststream.statistics.engines import Reducer
-from ghoststream.statistics.features import Feature, ModelFacts, feature_names, get_feature, register_feature
+from ghoststream.statistics.features import (
+    Feature,
+    ModelFacts,
+    feature_names,
+    get_feature,
+    register_feature,
+    tap_of,
+)
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.moments import BoundaryMoments
+from ghoststream.statistics.norms import NormProfile, NormReducer, norm_profile
+from ghoststream.statistics.pairs import AllPairsReducer, PairTables, pairwise_similarity
 from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan
 from ghoststream.statistics.reduction import reduce_boundaries
+from ghoststream.statistics.rotation import hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.similarity import CosineReducer, mean_cosine, reduce_whole
-from ghoststream.statistics.source import HiddenStateSource, open_source, store_digest
+from ghoststream.statistics.source import HiddenStateSource, TapSource, open_source, store_digest
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.sweeps import Sweep, candidate_spans, plan_sweeps
 from ghoststream.statistics.weights import (
@@ -26,6 +36,7 @@ __all__ = [
     "DEFAULT_BLOCK_TOKENS",
     "DEFAULT_FOLDS",
     "UNIFORM",
+    "AllPairsReducer",
     "BoundaryMoments",
     "BoundaryTokens",
     "CosineReducer",
@@ -33,23 +44,33 @@ __all__ = [
     "FoldedMoments",
     "HiddenStateSource",
     "ModelFacts",
+    "NormProfile",
+    "NormReducer",
+    "PairTables",
     "Precision",
     "RangePlan",
     "Reducer",
     "SumState",
     "Sweep",
+    "TapSource",
     "TokenWeight",
     "candidate_spans",
     "feature_names",
     "get_feature",
     "get_weight",
+    "hadamard_factors",
+    "hadamard_matrix",
     "mean_cosine",
+    "norm_profile",
     "open_source",
+    "pairwise_similarity",
     "plan_sweeps",
     "reduce_boundaries",
     "reduce_whole",
     "register_feature",
     "register_weight",
+    "rotate",
     "store_digest",
+    "tap_of",
     "weight_names",
 ]

@@ -13,15 +13,29 @@ Array = npt.NDArray[np.float64]
 class TokenBlock:
     """Unmasked tokens of sequences ``[first, last)``, layer by layer as float64; a layer is read once.
 
+    Args:
+        source: The hidden states.
+        first: First sequence.
+        last: Sequence after the last one.
+        taps: The same tokens of the store of taps, where features read them.
+
+    Attributes:
+        positions: Of each token, within its sequence.
+        numbers: Of each token, within the store: sequence times length plus position.
+
     Memory: one array of ``(n_tokens, C)`` float64 a layer that was asked for and not given up again, and one more
     while a layer is read.
     """
 
-    def __init__(self, source: HiddenStateSource, first: int, last: int) -> None:
+    def __init__(
+        self, source: HiddenStateSource, first: int, last: int, taps: TokenBlock | None = None
+    ) -> None:
         self._source, self._first, self._last = source, first, last
+        self.taps = taps
         self._mask = source.mask(first, last)
         self._cache: dict[int, Array] = {}
-        self.positions = np.nonzero(self._mask)[1]
+        rows, self.positions = np.nonzero(self._mask)
+        self.numbers = (first + rows) * source.length + self.positions
         ends = np.cumsum(self._mask.sum(axis=1))
         self.sequences = tuple(
             slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a

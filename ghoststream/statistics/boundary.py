@@ -18,13 +18,14 @@ from ghoststream.statistics.blas import (
     mirror_upper,
 )
 from ghoststream.statistics.block import TokenBlock
-from ghoststream.statistics.features import Feature, ModelFacts, get_feature
+from ghoststream.statistics.features import Feature, ModelFacts, SizedFeature, get_feature, tap_of
 from ghoststream.statistics.moments import gram_prefix, span_prefix
-from ghoststream.statistics.source import HiddenStateSource
+from ghoststream.statistics.source import HiddenStateSource, TapSource, open_source, require_layers
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.weights import UNIFORM, BoundaryTokens, TokenWeight, Weighting, get_weight
 
 Array = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
 
 DEFAULT_BLOCK_TOKENS = 2048
 
@@ -47,9 +48,11 @@ class BoundaryReducer:
             so it belongs to the recipe.
         precision: ``float64``, or ``float32-blocked``: products of Gram and cross-moment in float32 over blocks of
             256 tokens, sums of blocks in float64 (see :func:`~ghoststream.statistics.blas.add_gram_upper_float32`).
+        taps: Where the taps are, for features that read those of the layer before a boundary.
 
     Raises:
-        RequestError: If there is no feature or weight of this name, or no such precision.
+        RequestError: If there is no feature or weight of this name, or no such precision, or the feature reads taps and they
+            are not given, or a span begins with the first layer, before which there is none.
     """
 
     spans: tuple[Span, ...]
@@ -58,12 +61,13 @@ class BoundaryReducer:
     weights: str = UNIFORM
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     precision: Precision = "float64"
+    taps: TapSource | None = None
     # The rules travel with the reducer: a worker elsewhere has not run the user's registrations.
     _phi: Feature = field(init=False, repr=False, compare=False)
     _weight: TokenWeight = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_phi", get_feature(self.feature))
+        object.__setattr__(self, "_phi", self._sized_feature())
         object.__setattr__(self, "_weight", get_weight(self.weights))
         if self.precision not in get_args(Precision):
             msg = f"there is no precision {self.precision!r}; known are {', '.join(get_args(Precision))}"
@@ -73,6 +77,11 @@ class BoundaryReducer:
     def layers(self) -> tuple[int, ...]:
         """Hidden states that are read."""
         return tuple(sorted({layer for span in self.spans for layer in (span.start, span.stop)}))
+
+    @property
+    def phi(self) -> Feature:
+        """The feature."""
+        return self._phi
 
     @property
     def kind(self) -> str:
@@ -110,7 +119,7 @@ class BoundaryReducer:
 
         Memory: one state, and (most overlapping layers + 2) blocks of ``block_tokens x C`` float64; for the
         disjoint spans of a plan that is 4 blocks. Weights other than uniform take up to 4 more, features other
-        than ``hidden`` ``2 p / C`` more.
+        than ``hidden`` ``2 p / C`` more, taps of width ``I`` another ``2 I / C``.
 
         Raises:
             NumericsError: If a hidden state is NaN or infinite, or a weight negative.
@@ -119,13 +128,41 @@ class BoundaryReducer:
         state = self._empty(source.hidden, source.length)
         step = max(1, self.block_tokens // source.length)
         facts = ModelFacts.of(source.fingerprint)
+        taps = self._open_taps()
         for first in range(start, stop, step):
-            block = TokenBlock(source, first, min(first + step, stop))
+            last = min(first + step, stop)
+            block = TokenBlock(source, first, last, None if taps is None else TokenBlock(taps, first, last))
             if block.n_tokens:
                 self._add_block(state, block, facts)
         if self.grams:
             self._finish(state)
         return state
+
+    def _sized_feature(self) -> Feature:
+        feature, tap = get_feature(self.feature), tap_of(self.feature)
+        if tap is None or not self.grams:
+            return feature
+        if self.taps is None:
+            msg = (
+                f"the features {self.feature} are of the layer before the boundary, which is run again for them; "
+                "use them where the model is given, as in solve with a model, or features of the hidden state"
+            )
+            raise RequestError(msg)
+        first = next((span for span in self.spans if span.start == 0), None)
+        if first is not None:
+            msg = (
+                f"the features {self.feature} are of the layer before the boundary, and {first} begins with the first "
+                "layer; use features of the hidden state there, or another span"
+            )
+            raise RequestError(msg)
+        return SizedFeature(feature, self.taps.width)
+
+    def _open_taps(self) -> HiddenStateSource | None:
+        if self.taps is None or not isinstance(self._phi, SizedFeature):
+            return None
+        source = open_source(self.taps.uri)
+        require_layers(source, tuple(sorted({span.start - 1 for span in self.spans})), self.taps.uri)
+        return source
 
     def _shared(self, span: Span) -> str:
         # Prefix of what is summed once for all spans that read the same features of the same weights.
@@ -137,6 +174,8 @@ class BoundaryReducer:
         live = max(sum(first[i] <= span <= last[i] for i in self.layers) for span in self.spans)
         of_weights = 0 if self.weights == UNIFORM else 4
         of_feature = 0.0 if self.feature == "hidden" else 2 * self._phi.width(hidden) / hidden
+        if isinstance(self._phi, SizedFeature):
+            of_feature += 2 * self._phi.size / hidden
         return live + 2 + of_weights + of_feature
 
     def _empty(self, hidden: int, length: int) -> SumState:
@@ -157,15 +196,19 @@ class BoundaryReducer:
         added: set[str] = set()
         for number, span in enumerate(ordered):
             self._add_span(state, block, span, facts, added)
-            block.keep_only({layer for other in ordered[number + 1 :] for layer in (other.start, other.stop)})
+            later = ordered[number + 1 :]
+            block.keep_only({layer for other in later for layer in (other.start, other.stop)})
+            if block.taps is not None:
+                block.taps.keep_only({other.start - 1 for other in later})
 
     def _add_span(
         self, state: SumState, block: TokenBlock, span: Span, facts: ModelFacts, added: set[str]
     ) -> None:
         inputs, targets = block.rows(span.start), block.rows(span.stop)
         own = state.select(span_prefix(span)).arrays
-        _add_ratios(own, block, inputs, targets)
         weighting = Weighting(self._weight, BoundaryTokens(inputs, targets, block.sequences))
+        inputs, targets = self._in_basis(inputs), self._in_basis(targets)
+        _add_ratios(own, block, inputs, targets)
         inputs, targets = weighting.select(inputs), weighting.select(targets)
         scaled, targets = weighting.scale(inputs), weighting.scale(targets)
         gap = targets - scaled
@@ -173,14 +216,25 @@ class BoundaryReducer:
         if not self.grams:
             return
         del targets
-        features = self._phi.rows(inputs, facts)
+        read = inputs if block.taps is None else weighting.select(block.taps.rows(span.start - 1))
+        features = self._phi.rows(read, facts)
         features = scaled if features is inputs else weighting.scale(features)
+        tokens = block.numbers[weighting.kept]
         shared = self._shared(span)
         if shared not in added:
             added.add(shared)
             state.arrays[shared + "feature_sum"] += weighting.sum(features)
-            self._add_features(state, shared, features)
-        self._add_pair(state, span, features, gap)
+            self._add_features(state, shared, features, tokens)
+        self._add_pair(state, span, self._completed(features, weighting), gap, tokens)
+
+    def _in_basis(self, rows: Array) -> Array:
+        # The basis that statistics are taken in; token weights are those of the hidden states as they are.
+        return rows
+
+    def _completed(self, features: Array, weighting: Weighting) -> Array:
+        # What the fit reads: the features, and what belongs to every token alike.
+        del weighting
+        return features
 
     def _products(self, span: Span, hidden: int) -> dict[str, Array]:
         width, shared = self._phi.width(hidden), self._shared(span)
@@ -190,11 +244,13 @@ class BoundaryReducer:
             span_prefix(span) + "cross": np.zeros((width, hidden)),
         }
 
-    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
+    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
+        del tokens
         add = add_gram_upper if self.precision == "float64" else add_gram_upper_float32
         add(state.arrays[shared + "gram"], features)
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
+        del tokens
         add = add_cross if self.precision == "float64" else add_cross_float32
         add(state.arrays[span_prefix(span) + "cross"], features, gap)
 

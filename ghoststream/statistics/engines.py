@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +22,7 @@ from ghoststream.errors import RequestError
 from ghoststream.files import json_digest
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.statistics.blas import single_blas_thread
+from ghoststream.statistics.cluster import Needs, connect, explained, require_able
 from ghoststream.statistics.ranges import RangePlan, SequenceRange, TreeNode, tree_root
 from ghoststream.statistics.source import HiddenStateSource, open_source
 from ghoststream.statistics.sums import SumState
@@ -32,7 +31,6 @@ StateRef = SumState | Path
 """A state, or the file that holds it."""
 
 _RETRIES = 2
-_CONNECT_SECONDS = 30
 
 
 class Reducer(Protocol):
@@ -78,22 +76,55 @@ class ReductionJob:
 
 
 @dataclass(frozen=True)
+class _Step:
+    """One merge above a node: with the state in which file, on which side, into which file."""
+
+    sibling: Path
+    is_left: bool
+    parent: Path
+
+    def join(self, state: SumState, reducer: Reducer) -> SumState:
+        merge = getattr(reducer, "merge", None)
+        if merge is None:
+            return state.add_file(self.sibling)
+        other = SumState.load(self.sibling)
+        joined: SumState = merge(other, state) if self.is_left else merge(state, other)
+        return joined
+
+
+@dataclass(frozen=True)
 class _Place:
-    """Where a node's state belongs, and the files of the nodes above that would make it superfluous."""
+    """Where a node's state belongs, and the merges above, whose files would make it superfluous."""
 
     path: Path | None
-    above: tuple[Path, ...] = ()
+    steps: tuple[_Step, ...] = ()
 
     def done(self) -> Path | None:
-        if self.path is not None and any(path.is_file() for path in (self.path, *self.above)):
-            return self.path
-        return None
+        return next((path for path in self._files() if path.is_file()), None)
 
-    def put(self, state: SumState) -> StateRef:
+    def covers(self, ref: StateRef) -> bool:
+        """Whether a child's state went into this node, or one above, when it was made."""
+        return any(path == ref for path in self._files())
+
+    def put(self, state: SumState, reducer: Reducer) -> StateRef:
+        """Save a state, merged with those it meets: what waits beside it is not read again by a task of its own."""
         if self.path is None:
             return state
-        state.save(self.path, {"encoding-type": "ghoststream-partial-moments", "encoding-version": "1.0"})
-        return self.path
+        target, merged = self.path, []
+        for step in self.steps:
+            # Of two siblings at work at once only one meets the other: each looks before it saves.
+            if not step.sibling.is_file():
+                break
+            state = step.join(state, reducer)
+            target = step.parent
+            merged.append(step.sibling)
+        state.save(target, {"encoding-type": "ghoststream-partial-moments", "encoding-version": "1.0"})
+        for path in merged:
+            path.unlink(missing_ok=True)
+        return target
+
+    def _files(self) -> tuple[Path, ...]:
+        return () if self.path is None else (self.path, *(step.parent for step in self.steps))
 
 
 def run_job(
@@ -114,7 +145,8 @@ def run_job(
         task: Name of the work for ``progress``.
 
     Raises:
-        RequestError: If the scheduler does not answer, or its workers do not share the folder.
+        RequestError: If the scheduler does not answer or is lost, or its workers do not see the store or the folder.
+        BudgetError: If workers of the cluster have too little memory.
         StoreError: If the store breaks while it is read.
         NumericsError: If a hidden state is not finite.
         DiskFullError: If partial states do not fit the disk.
@@ -128,7 +160,7 @@ def run_job(
         if scheduler is None:
             done = _run_here(graph, roots, job, workers, reporter)
         else:
-            with _client(scheduler) as client:
+            with connect(scheduler) as client:
                 done = _run_distributed(client, graph, roots, reporter)
     finally:
         reporter.finish()
@@ -147,21 +179,32 @@ class _Graph:
         # Keys of one run must not be mistaken for those of an earlier run on the same cluster.
         self._run = uuid.uuid4().hex
 
-    def node(self, node: TreeNode, above: tuple[Path, ...] = ()) -> Any:
+    def node(self, node: TreeNode, steps: tuple[_Step, ...] = ()) -> Any:
+        node = self._branching(node)
         leaves = self._leaves[node.fold]
-        children = node.children(len(leaves))
-        if len(children) == 1:
-            return self.node(children[0], above)
-        folder = self.job.folder
-        place = _Place(None if folder is None else folder / f"{node.name}.safetensors", above)
+        place = _Place(self._path(node), steps)
         found = place.done()
         if found is not None:
             return found
+        children = tuple(self._branching(child) for child in node.children(len(leaves)))
         if not children:
             return self._leaf(node, leaves[node.index], place)
-        higher = above if place.path is None else (place.path, *above)
-        parts = [self.node(child, higher) for child in children]
+        parts = []
+        for child, other in zip(children, reversed(children), strict=True):
+            sibling, above = self._path(other), steps
+            if place.path is not None and sibling is not None:
+                above = (_Step(sibling, other is children[0], place.path), *steps)
+            parts.append(self.node(child, above))
         return self._add(_merge, node, *parts, self.job.reducer, place)
+
+    def _branching(self, node: TreeNode) -> TreeNode:
+        # A node over one child is that child.
+        while len(children := node.children(len(self._leaves[node.fold]))) == 1:
+            node = children[0]
+        return node
+
+    def _path(self, node: TreeNode) -> Path | None:
+        return None if self.job.folder is None else self.job.folder / f"{node.name}.safetensors"
 
     def _leaf(self, node: TreeNode, leaf: SequenceRange, place: _Place) -> Any:
         task = self._add(_reduce, node, self.job.store_uri, self.job.reducer, (leaf.start, leaf.stop), place)
@@ -180,25 +223,26 @@ def _reduce(store_uri: str, reducer: Reducer, sequences: tuple[int, int], place:
     if found is not None:
         return found
     with single_blas_thread():
-        return place.put(reducer.reduce(open_source(store_uri), *sequences))
+        return place.put(reducer.reduce(open_source(store_uri), *sequences), reducer)
 
 
 def _merge(left: StateRef, right: StateRef, reducer: Reducer, place: _Place) -> StateRef:
+    for part in (left, right):
+        if place.covers(part):
+            return part
     found = place.done()
     if found is not None:
         return found
-    merge = getattr(reducer, "merge", None)
     if isinstance(left, SumState) and isinstance(right, SumState):
         # A task must not change what it was given: it may be run again.
+        merge = getattr(reducer, "merge", None)
         return left.copy().add_in_place(right) if merge is None else merge(left, right)
-    if not (isinstance(left, Path) and isinstance(right, Path)):
+    if not (isinstance(left, Path) and isinstance(right, Path) and place.path is not None):
         msg = "the two halves of a merge must both be states or both be files"
         raise TypeError(msg)
-    if merge is None:
-        merged = place.put(SumState.load(left).add_file(right))
-    else:
-        with single_blas_thread():
-            merged = place.put(merge(SumState.load(left), SumState.load(right)))
+    with single_blas_thread():
+        state = _Step(right, is_left=False, parent=place.path).join(SumState.load(left), reducer)
+        merged = place.put(state, reducer)
     left.unlink(missing_ok=True)
     right.unlink(missing_ok=True)
     return merged
@@ -223,33 +267,22 @@ def _run_distributed(
 ) -> tuple[StateRef, ...]:
     from distributed import as_completed
 
+    source = open_source(graph.job.store_uri)
+    task_bytes = graph.job.reducer.task_bytes(source.hidden, source.length)
+    needs = Needs(graph.job.store_uri, graph.job.folder, task_bytes)
+    if graph.tasks:
+        require_able(client, needs, progress)
     futures = client.compute(graph.tasks, optimize_graph=False, retries=_RETRIES)
     by_key = {future.key: future for future in futures}
     try:
-        for future in as_completed(futures):
-            if future.status == "error":
-                future.result()
-            progress.advance(graph.leaf_sequences.get(future.key, 0))
-        return tuple(root if isinstance(root, Path) else by_key[root.key].result() for root in roots)
+        with explained(needs):
+            for future in as_completed(futures):
+                if future.status != "finished":
+                    future.result()
+                progress.advance(graph.leaf_sequences.get(future.key, 0))
+            return tuple(root if isinstance(root, Path) else by_key[root.key].result() for root in roots)
     finally:
         client.cancel(futures)
-
-
-@contextmanager
-def _client(scheduler: Any) -> Iterator[Any]:
-    from distributed import Client
-
-    if isinstance(scheduler, Client):
-        with nullcontext(scheduler) as client:
-            yield client
-        return
-    try:
-        client = Client(str(scheduler), timeout=_CONNECT_SECONDS)
-    except (OSError, ValueError) as error:
-        msg = f"no Dask scheduler answers at {scheduler} ({error}); start one, or leave the scheduler out"
-        raise RequestError(msg) from error
-    with client:
-        yield client
 
 
 def _require_shared(done: tuple[StateRef, ...], job: ReductionJob) -> None:

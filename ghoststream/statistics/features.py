@@ -13,6 +13,9 @@ A user's own is a class of a few lines::
 
     register_feature(Magnitudes())
 
+A feature with an attribute ``tap`` reads inner activations of the layer before the boundary (``docs/taps.md``) in the place
+of the hidden states: its ``width`` is given the width of the tap, its ``rows`` the tap, ``(n, width)``.
+
 A recovered checkpoint can hold operators on the features of this file only: on others an operator can be fitted,
 judged by its residuals and applied by the user's own code.
 """
@@ -52,7 +55,9 @@ class ModelFacts:
 class Feature(Protocol):
     """A map of hidden states to features, row by row."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Name by which it is registered."""
 
     def width(self, hidden: int) -> int:
         """Return the number of features p for a hidden size C."""
@@ -117,6 +122,67 @@ class HiddenAndNormedFeature:
         return both
 
 
+@dataclass(frozen=True)
+class TapFeature:
+    """``phi = a``: a tap of the layer before the boundary, as it is.
+
+    Attributes:
+        name: Name of the feature.
+        tap: Name of the tap.
+    """
+
+    name: str
+    tap: str
+
+    def width(self, hidden: int) -> int:
+        """Return the width of the tap."""
+        return hidden
+
+    def rows(self, states: Array, facts: ModelFacts) -> Array:
+        """Return the tap."""
+        del facts
+        return states
+
+
+MLP = TapFeature("mlp", "mlp_intermediate")
+"""What enters the last linear map (``down_proj``) of the MLP of the layer before the boundary; of its width I."""
+
+MLP_OUTPUT = TapFeature("mlp_output", "mlp_contribution")
+"""What that MLP adds to the residual stream: the feature of ReplaceMe (arXiv 2505.02819)."""
+
+
+@dataclass(frozen=True)
+class SizedFeature:
+    """A feature of a tap whose width is known: what reducers work with."""
+
+    feature: Feature
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Name of the feature."""
+        return self.feature.name
+
+    def width(self, hidden: int) -> int:
+        """Return the number of features; the hidden size does not matter."""
+        del hidden
+        return self.feature.width(self.size)
+
+    def rows(self, states: Array, facts: ModelFacts) -> Array:
+        """Map taps ``(n, size)`` to features."""
+        return self.feature.rows(states, facts)
+
+
+def tap_of(name: str) -> str | None:
+    """Return the tap that a registered feature reads; None if it reads the hidden states.
+
+    Raises:
+        RequestError: If there is no feature of this name.
+    """
+    tap = getattr(get_feature(name), "tap", None)
+    return None if tap is None else str(tap)
+
+
 def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
     if facts.norm_epsilon is None:
         msg = (
@@ -163,15 +229,16 @@ def require_feature(feature: Feature, hidden: int, facts: ModelFacts) -> None:
         RequestError: If the model's facts do not suffice.
         NumericsError: If a feature is of another shape or dtype than it says, or not finite.
     """
-    rows = feature.rows(np.ones((2, hidden)), facts)
+    read = feature.size if isinstance(feature, SizedFeature) else hidden
+    rows = feature.rows(np.ones((2, read)), facts)
     wanted = (2, feature.width(hidden))
     if rows.shape != wanted or rows.dtype != np.float64 or not np.isfinite(rows).all():
         msg = (
-            f"the feature {feature.name!r} gives {rows.dtype} of shape {rows.shape} for two hidden states of ones; "
+            f"the feature {feature.name!r} gives {rows.dtype} of shape {rows.shape} for two rows of ones; "
             f"it must give finite float64 of shape {wanted}"
         )
         raise NumericsError(msg)
 
 
-for _feature in (HiddenFeature(), NormedFeature(), HiddenAndNormedFeature()):
+for _feature in (HiddenFeature(), NormedFeature(), HiddenAndNormedFeature(), MLP, MLP_OUTPUT):
     register_feature(_feature)

@@ -44,6 +44,11 @@ class FoldedMoments:
         self._prefixes = (gram_prefix(feature, weights, span), span_prefix(span))
 
     @property
+    def states(self) -> tuple[SumState | Path, ...]:
+        """The states of the folds, or their files."""
+        return self._folds
+
+    @property
     def n_folds(self) -> int:
         """Number of folds; 1 means that nothing can be held out."""
         return len(self._folds)

@@ -54,8 +54,13 @@ class BoundaryMoments:
 
     @property
     def triangle(self) -> Array:
-        """``R`` of ``sqrt(w) Phi = Q R``, ``(p, p)``, upper triangular, column-major."""
+        """``R`` of ``sqrt(w) Phi = Q R``, ``(p, p)``, upper triangular, column-major; see :attr:`has_constant`."""
         return self._get("triangle").T
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether a constant comes before the features in the triangular factors, which makes them one larger."""
+        return self.has_triangle and len(self.triangle) > len(self.feature_sum)
 
     @property
     def rotated(self) -> Array:
@@ -96,6 +101,11 @@ class BoundaryMoments:
     def input_energy(self) -> Array:
         """``sum w x * x``, ``(C,)``."""
         return self._get("input_energy")
+
+    @property
+    def input_sum(self) -> Array:
+        """``sum w x``, ``(C,)``."""
+        return self._get("input_sum")
 
     @property
     def input_gap(self) -> Array:
@@ -185,24 +195,23 @@ class BoundaryMoments:
         Memory: two panels of ``(p, 512)`` float64.
         """
         if self.has_triangle:
-            total = float(self.unexplained.sum())
+            total = self._missed(matrix, bias)
+            bias = None if self.has_constant else bias
         else:
             total = float(self.gap_energy.sum()) - 2.0 * float(np.vdot(matrix, self.cross))
-        for start in range(0, matrix.shape[1], _PANEL):
-            panel = np.ascontiguousarray(matrix[:, start : start + _PANEL])
-            if self.has_triangle:
-                missed = self.triangle @ panel - self.rotated[:, start : start + _PANEL]
-                total += float(np.vdot(missed, missed))
-            else:
+            for start in range(0, matrix.shape[1], _PANEL):
+                panel = np.ascontiguousarray(matrix[:, start : start + _PANEL])
                 total += float(np.vdot(panel, self.gram @ panel))
         if bias is not None:
             total += 2.0 * float(bias @ (self.feature_sum @ matrix - self.gap_sum))
             total += float(bias @ bias) * self.weight
         return max(0.0, total)
 
-    def diagonal_residual(self, scales: Array) -> float:
-        """Return ``sum w |x * s - d|^2`` for scales ``s`` of shape ``(C,)``."""
+    def diagonal_residual(self, scales: Array, bias: Array | None = None) -> float:
+        """Return ``sum w |x * s + b - d|^2`` for scales ``s`` and ``b`` of shape ``(C,)``."""
         parts = self.gap_energy - 2.0 * scales * self.input_gap + np.square(scales) * self.input_energy
+        if bias is not None:
+            parts += bias * (2.0 * (scales * self.input_sum - self.gap_sum) + bias * self.weight)
         return max(0.0, float(parts.sum()))
 
     def save(self, path: Path) -> None:
@@ -224,6 +233,19 @@ class BoundaryMoments:
         advice = "give a file that BoundaryMoments.save wrote, or reduce the store again"
         start, stop = read_metadata(path, advice=advice)["span"]
         return cls(Span(start, stop), SumState.load(path))
+
+    def _missed(self, matrix: Array, bias: Array | None) -> float:
+        total = float(self.unexplained.sum())
+        for start in range(0, matrix.shape[1], _PANEL):
+            panel = matrix[:, start : start + _PANEL]
+            if self.has_constant:
+                constant = (
+                    np.zeros((1, panel.shape[1])) if bias is None else bias[None, start : start + _PANEL]
+                )
+                panel = np.vstack([constant, panel])
+            missed = self.triangle @ panel - self.rotated[:, start : start + _PANEL]
+            total += float(np.vdot(missed, missed))
+        return total
 
     def _get(self, name: str) -> Array:
         try:

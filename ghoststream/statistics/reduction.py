@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from ghoststream.files import require_free_space
 from ghoststream.progress import Progress
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReducer, Precision
-from ghoststream.statistics.engines import ReductionJob, default_workers, run_job
-from ghoststream.statistics.features import ModelFacts, get_feature, require_feature
+from ghoststream.statistics.engines import ReductionJob, StateRef, default_workers, run_job
+from ghoststream.statistics.features import ModelFacts, require_feature
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan, tree_root
-from ghoststream.statistics.source import HiddenStateSource, open_source, require_layers, store_digest
+from ghoststream.statistics.rotation import RotatedReducer, hadamard_factors
+from ghoststream.statistics.source import (
+    HiddenStateSource,
+    TapSource,
+    open_source,
+    require_layers,
+    store_digest,
+)
 from ghoststream.statistics.sweeps import Sweep, plan_sweeps
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.statistics.weights import UNIFORM
@@ -28,8 +36,11 @@ def reduce_boundaries(
     *,
     grams: bool = True,
     triangles: bool = False,
+    constant: bool = False,
+    rotated: bool = False,
     feature: str = "hidden",
     weights: str = UNIFORM,
+    taps: TapSource | None = None,
     folds: int = DEFAULT_FOLDS,
     range_sequences: int | None = None,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
@@ -51,8 +62,13 @@ def reduce_boundaries(
         grams: Whether Gram and cross-moment are built, or statistics per channel only.
         triangles: Whether triangular factors are built in the place of Grams and cross-moments, for ill-conditioned
             features (see :mod:`ghoststream.statistics.triangles`).
+        constant: Whether a constant comes before the features in triangular factors, for a fit with intercept; the sums
+            that go with Grams serve either fit.
+        rotated: Whether statistics per channel are taken in the Hadamard-rotated basis (see
+            :mod:`ghoststream.statistics.rotation`); without Grams.
         feature: Name of the feature.
         weights: Name of the token weight.
+        taps: Where the taps are that the feature reads, if it does; workers open them themselves.
         folds: Folds of whole sequences, ranges dealt out in turn; 0 or 1 for none.
         range_sequences: Sequences of one task; by default about four tasks a fold.
         block_tokens: Tokens read at a time.
@@ -67,7 +83,8 @@ def reduce_boundaries(
 
     Raises:
         RequestError: If there are no spans, no feature or weight of this name, or the folds and ranges do not fit
-            the store, or the store does not say what the feature needs to know of the model.
+            the store, or the store does not say what the feature needs to know of the model, or no Hadamard matrix of
+            its hidden size is known.
         MismatchError: If a span reaches beyond the model.
         StoreError: If a hidden state is not in the store.
         NumericsError: If a hidden state is not finite.
@@ -82,13 +99,93 @@ def reduce_boundaries(
         msg = "there are no spans to reduce; give at least one"
         raise RequestError(msg)
     source = open_source(store_uri)
-    kind = TriangleReducer if triangles and grams else BoundaryReducer
-    reducer = kind(
-        ordered, grams=grams, feature=feature, weights=weights, block_tokens=block_tokens, precision=precision
+    reducer = boundary_reducer(
+        ordered,
+        hidden=source.hidden,
+        grams=grams,
+        triangles=triangles,
+        constant=constant,
+        rotated=rotated,
+        feature=feature,
+        weights=weights,
+        block_tokens=block_tokens,
+        precision=precision,
+        taps=taps,
     )
-    require_layers(source, reducer.layers, store_uri)
+    found = reduce_spans(
+        store_uri,
+        reducer,
+        folds=folds,
+        range_sequences=range_sequences,
+        scheduler=scheduler,
+        workers=workers,
+        workdir=workdir,
+        memory=memory,
+        progress=progress,
+    )
     facts = ModelFacts.of(source.fingerprint)
-    require_feature(get_feature(feature), source.hidden, facts)
+    return {
+        span: FoldedMoments(span, states, feature=feature, weights=weights, facts=facts)
+        for span, states in found.items()
+    }
+
+
+def boundary_reducer(
+    spans: tuple[Span, ...],
+    *,
+    hidden: int,
+    grams: bool = True,
+    triangles: bool = False,
+    constant: bool = False,
+    rotated: bool = False,
+    feature: str = "hidden",
+    weights: str = UNIFORM,
+    block_tokens: int = DEFAULT_BLOCK_TOKENS,
+    precision: Precision = "float64",
+    taps: TapSource | None = None,
+) -> BoundaryReducer:
+    """Return the range task that :func:`reduce_boundaries` runs; arguments are as there, ``hidden`` is C.
+
+    Raises:
+        RequestError: If there is no feature or weight of this name, or no Hadamard matrix of the hidden size is known.
+    """
+    kind: Callable[..., BoundaryReducer] = BoundaryReducer
+    if rotated:
+        hadamard_factors(hidden)
+        kind = RotatedReducer
+    elif triangles and grams:
+        kind = partial(TriangleReducer, constant=constant)
+    return kind(
+        spans,
+        grams=grams,
+        feature=feature,
+        weights=weights,
+        block_tokens=block_tokens,
+        precision=precision,
+        taps=taps,
+    )
+
+
+def reduce_spans(
+    store_uri: str,
+    reducer: BoundaryReducer,
+    *,
+    folds: int = DEFAULT_FOLDS,
+    range_sequences: int | None = None,
+    scheduler: Any = None,
+    workers: int | None = None,
+    workdir: Path | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    label: str = "moments",
+) -> dict[Span, tuple[StateRef, ...]]:
+    """Run a reducer of boundaries over a store and return, for each span, where its states are, one a fold.
+
+    Arguments, errors and memory are those of :func:`reduce_boundaries`; ``label`` names the work for ``progress``.
+    """
+    source = open_source(store_uri)
+    require_layers(source, reducer.layers, store_uri)
+    require_feature(reducer.phi, source.hidden, ModelFacts.of(source.fingerprint))
     plan = RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences)
     sweeps, workers = _sweeps(reducer, source, memory, workers, is_cluster=scheduler is not None)
     if len(sweeps) > 1 and workdir is None:
@@ -98,12 +195,11 @@ def reduce_boundaries(
     if workdir is not None:
         jobs = [_with_folder(job, workdir, store_digest(source)) for job in jobs]
         _require_disk(jobs, [sweep.state_bytes for sweep in sweeps], workdir)
-    found: dict[Span, FoldedMoments] = {}
+    found: dict[Span, tuple[StateRef, ...]] = {}
     for number, job in enumerate(jobs, start=1):
-        task = "moments" if len(jobs) == 1 else f"moments, sweep {number} of {len(jobs)}"
+        task = label if len(jobs) == 1 else f"{label}, sweep {number} of {len(jobs)}"
         states = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task=task)
-        for span in sweeps[number - 1].reducer.spans:
-            found[span] = FoldedMoments(span, states, feature=feature, weights=weights, facts=facts)
+        found.update(dict.fromkeys(sweeps[number - 1].reducer.spans, states))
     return found
 
 

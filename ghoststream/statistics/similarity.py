@@ -1,4 +1,4 @@
-"""Mean cosine between hidden states of different layers, streamed."""
+"""Mean cosine or angular distance between hidden states of chosen pairs of layers, streamed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,18 @@ class CosineReducer:
 
     A token whose hidden state is zero at either end counts as cosine 0, as in torch's ``cosine_similarity``.
     Blocks are kept as float32, which holds every store dtype exactly; products and sums are float64.
+
+    Args:
+        pairs: The pairs.
+        block_tokens: Tokens that are read at a time (at least one sequence).
+        angles: Whether the angular distance ``arccos(cosine) / pi`` is summed in the cosine's place.
+        last_only: Whether only the last unmasked token of each sequence counts.
     """
 
     pairs: tuple[Pair, ...]
     block_tokens: int = 1024
+    angles: bool = False
+    last_only: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -40,9 +48,10 @@ class CosineReducer:
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""
         return {
-            "statistic": "cosine",
+            "statistic": "angle" if self.angles else "cosine",
             "pairs": [list(pair) for pair in self.pairs],
             "block_tokens": self.block_tokens,
+            "last_only": self.last_only,
         }
 
     def task_bytes(self, hidden: int, length: int) -> int:
@@ -59,14 +68,14 @@ class CosineReducer:
         Raises:
             NumericsError: If a hidden state is NaN or infinite.
         """
-        total = SumState({"cosine_sum": np.zeros(len(self.pairs)), "tokens": np.zeros(1)})
+        total = SumState({"sum": np.zeros(len(self.pairs)), "tokens": np.zeros(1)})
         step = max(1, self.block_tokens // source.length)
         for first in range(start, stop, step):
             self._add_block(total, source, first, min(first + step, stop))
         return total
 
     def means(self, state: SumState) -> dict[Pair, float]:
-        """Return the mean cosine of every pair.
+        """Return the mean cosine (or angular distance) of every pair.
 
         Raises:
             NumericsError: If no token counts.
@@ -75,7 +84,7 @@ class CosineReducer:
         if tokens == 0:
             msg = "no token of the store counts: its mask is empty; capture again with text in every sequence"
             raise NumericsError(msg)
-        sums = state.arrays["cosine_sum"]
+        sums = state.arrays["sum"]
         return {pair: float(value / tokens) for pair, value in zip(self.pairs, sums, strict=True)}
 
     def _live_layers(self) -> int:
@@ -83,7 +92,8 @@ class CosineReducer:
         return max(sum(a <= b <= partner[a] for a in self.layers) for b in self.layers)
 
     def _add_block(self, total: SumState, source: HiddenStateSource, first: int, last: int) -> None:
-        mask = source.mask(first, last).reshape(-1)
+        mask = source.mask(first, last)
+        mask = (last_tokens(mask) if self.last_only else mask).reshape(-1)
         total.arrays["tokens"] += int(mask.sum())
         live: dict[int, tuple[Rows, npt.NDArray[np.float64]]] = {}
         for layer in self.layers:
@@ -95,7 +105,10 @@ class CosineReducer:
             live[layer] = (rows, np.sqrt(energy))
             for number, (a, b) in enumerate(self.pairs):
                 if max(a, b) == layer:
-                    total.arrays["cosine_sum"][number] += _cosine_sum(live[a], live[b])
+                    cosines = _cosines(live[a], live[b])
+                    total.arrays["sum"][number] += (
+                        angular_distance(cosines) if self.angles else cosines
+                    ).sum()
             waiting = {end for pair in self.pairs if max(pair) > layer for end in pair}
             live = {other: value for other, value in live.items() if other in waiting}
 
@@ -136,8 +149,11 @@ def reduce_whole(
     scheduler: Any = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    task: str = "similarity",
 ) -> SumState:
     """Reduce all sequences of a store by a statistic whose state is small, sequence by sequence, in memory.
+
+    ``task`` is the name of the work for ``progress``.
 
     Raises:
         MismatchError: If a layer is beyond the model.
@@ -148,16 +164,30 @@ def reduce_whole(
     require_layers(source, reducer.layers, store_uri)
     plan = RangePlan.make(source.n_sequences, folds=1, range_sequences=1)
     job = ReductionJob(store_uri, reducer, plan)
-    (state,) = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task="similarity")
+    (state,) = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task=task)
     if not isinstance(state, SumState):
         msg = "a job without a folder must keep its states in memory"
         raise TypeError(msg)
     return state
 
 
-def _cosine_sum(
+def angular_distance(cosines: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return ``arccos(c) / pi``, 0 to 1; cosines that rounding has put beyond one count as one."""
+    distances: npt.NDArray[np.float64] = np.arccos(np.clip(cosines, -1.0, 1.0)) / np.pi
+    return distances
+
+
+def last_tokens(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the mask ``(S, T)`` of the last token of each sequence that ``mask`` ``(S, T)`` lets through."""
+    later = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
+    last: npt.NDArray[np.bool_] = mask & (later == 1)
+    return last
+
+
+def _cosines(
     left: tuple[Rows, npt.NDArray[np.float64]], right: tuple[Rows, npt.NDArray[np.float64]]
-) -> float:
+) -> npt.NDArray[np.float64]:
     dots = np.einsum("tc,tc->t", left[0], right[0], dtype=np.float64)
     norms = left[1] * right[1]
-    return float(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).sum())
+    cosines: npt.NDArray[np.float64] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return cosines

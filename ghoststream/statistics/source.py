@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,19 @@ class HiddenStateSource(Protocol):
 
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Return the token mask of sequences ``[start, stop)``, shape ``(stop - start, length)``."""
+
+
+@dataclass(frozen=True)
+class TapSource:
+    """Where the taps of layers are, for features that read them: a store like that of the hidden states.
+
+    Attributes:
+        uri: The store, in which number ``l`` is the tap of layer ``l``.
+        width: Width of the tap.
+    """
+
+    uri: str
+    width: int
 
 
 def open_source(store_uri: str) -> HiddenStateSource:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
-from ghoststream.statistics.boundary import BoundaryReducer
+from ghoststream.statistics.boundary import BoundaryReducer, Numbers
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.triangles import absorb, merge_triangles
+from ghoststream.statistics.weights import Weighting
 
 Array = npt.NDArray[np.float64]
 
@@ -24,12 +26,18 @@ class TriangleReducer(BoundaryReducer):
     Per span: ``triangle`` = ``R^T`` ``(p, p)``, lower triangular; ``rotated`` = ``(Q^T sqrt(w) D)^T`` ``(C, p)``;
     ``unexplained`` ``(C,)``. Both are kept transposed, as LAPACK reads columns. Twice the arithmetic of Grams.
 
+    Args:
+        constant: Whether a feature that is 1 for every token comes before the others. The rest of its factor is then that
+            of features and gap less their means, what a fit with intercept takes; p counts one more in the shapes above.
+
     Raises:
         RequestError: If there is no feature or weight of this name, or the precision is not float64.
 
     Memory: that of :class:`BoundaryReducer` and copies of one block of features and gap. Factors of spans that start
     together are not shared.
     """
+
+    constant: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +49,10 @@ class TriangleReducer(BoundaryReducer):
     def kind(self) -> str:
         """Name of the statistic."""
         return "boundary-triangles"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what can change a bit of the result, as JSON data."""
+        return {**super().describe(), "constant": self.constant}
 
     @staticmethod
     def merge(left: SumState, right: SumState) -> SumState:
@@ -55,7 +67,7 @@ class TriangleReducer(BoundaryReducer):
 
     def state_bytes(self, hidden: int, length: int) -> int:
         """Bytes of one state: ``8 (p^2 + p C)`` and ``O(C + T)`` a span."""
-        width = self._phi.width(hidden)
+        width = self._phi.width(hidden) + self.constant
         return 8 * len(self.spans) * (width * width + width * hidden + width + 7 * hidden + 3 * length + 5)
 
     def _shared(self, span: Span) -> str:
@@ -66,17 +78,27 @@ class TriangleReducer(BoundaryReducer):
 
     def _products(self, span: Span, hidden: int) -> dict[str, Array]:
         width, own = self._phi.width(hidden), span_prefix(span)
+        size = width + self.constant
         return {
-            own + "triangle": np.zeros((width, width)),
-            own + "rotated": np.zeros((hidden, width)),
+            own + "triangle": np.zeros((size, size)),
+            own + "rotated": np.zeros((hidden, size)),
             own + "unexplained": np.zeros(hidden),
             own + "feature_sum": np.zeros(width),
         }
 
-    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
+    def _completed(self, features: Array, weighting: Weighting) -> Array:
+        if not self.constant:
+            return features
+        completed = np.empty((len(features), features.shape[1] + 1), order="F")
+        completed[:, :1] = weighting.scale(np.ones((len(features), 1)))
+        completed[:, 1:] = features
+        return completed
+
+    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
         """Leave the state as it is: features and gap enter together."""
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
+        del tokens
         if len(features):
             own = state.select(span_prefix(span)).arrays
             absorb(own, np.asfortranarray(features), np.asfortranarray(gap), triangular=0)

@@ -1,0 +1,159 @@
+"""Moments of a boundary whose hidden states come by once, batch after batch, and are not stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.spans import Span
+from ghoststream.statistics.blas import single_blas_thread
+from ghoststream.statistics.features import ModelFacts
+from ghoststream.statistics.folds import FoldedMoments
+from ghoststream.statistics.ranges import RangePlan
+from ghoststream.statistics.source import HiddenStateSource
+from ghoststream.statistics.sums import SumState
+
+Rows = npt.NDArray[np.floating[Any]]
+
+
+class SpanReducer(Protocol):
+    """The range task of one span, such as :class:`~ghoststream.statistics.BoundaryReducer`."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans; here just one."""
+
+    @property
+    def feature(self) -> str:
+        """Name of the feature."""
+
+    @property
+    def weights(self) -> str:
+        """Name of the token weight."""
+
+    def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
+        """Reduce sequences ``[start, stop)``."""
+
+
+def streamed_moments(
+    reducer: SpanReducer,
+    plan: RangePlan,
+    pairs: Iterable[tuple[Rows, Rows]],
+    *,
+    mask: npt.NDArray[np.bool_],
+    facts: ModelFacts,
+    n_layers: int,
+) -> FoldedMoments:
+    """Reduce one boundary's states as they come, to the bits that a store of them would give.
+
+    Args:
+        reducer: The range task, of one span.
+        plan: How sequences are divided into ranges and folds.
+        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on.
+        mask: True at tokens that count, bool ``(S, T)``.
+        facts: What features may know of the model.
+        n_layers: Decoder layers of the model.
+
+    Raises:
+        ValueError: If fewer sequences come than the plan divides.
+        NumericsError: If a hidden state is not finite.
+
+    Memory: the states of one range and one batch, and for each fold ``log2(ranges) + 1`` states of the reducer.
+    """
+    folds: list[list[tuple[int, SumState]]] = [[] for _ in range(plan.n_folds)]
+    ranges = iter(plan.ranges())
+    wanted = next(ranges, None)
+    span = reducer.spans[0]
+    waiting: list[tuple[Rows, Rows]] = []
+    n_waiting = 0
+    merge = getattr(reducer, "merge", None)
+    for pair in pairs:
+        waiting.append(pair)
+        n_waiting += len(pair[0])
+        while wanted is not None and n_waiting >= len(wanted):
+            inputs, targets = (np.concatenate([one[side] for one in waiting]) for side in (0, 1))
+            size = len(wanted)
+            source = _RangeSource(
+                {span.start: inputs[:size], span.stop: targets[:size]},
+                mask[wanted.start : wanted.stop],
+                wanted.start,
+                n_layers,
+                facts,
+            )
+            with single_blas_thread():
+                _push(folds[wanted.fold], reducer.reduce(source, wanted.start, wanted.stop), merge)
+            waiting, n_waiting = [(inputs[size:], targets[size:])], n_waiting - size
+            wanted = next(ranges, None)
+    if wanted is not None:
+        msg = f"states of sequences from {wanted.start} on did not come"
+        raise ValueError(msg)
+    states = [_merged(stack, merge) for stack in folds]
+    return FoldedMoments(span, states, feature=reducer.feature, weights=reducer.weights, facts=facts)
+
+
+@dataclass(frozen=True)
+class _RangeSource:
+    """The states of one range, read like a store's."""
+
+    states: dict[int, Rows]
+    rows_mask: npt.NDArray[np.bool_]
+    first: int
+    n_layers: int
+    facts: ModelFacts
+
+    @property
+    def n_sequences(self) -> int:
+        return self.first + len(self.rows_mask)
+
+    @property
+    def length(self) -> int:
+        return int(self.rows_mask.shape[1])
+
+    @property
+    def hidden(self) -> int:
+        return int(next(iter(self.states.values())).shape[2])
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {"model": {"norm_epsilon": self.facts.norm_epsilon}}
+
+    def completed_layers(self) -> tuple[int, ...]:
+        return tuple(self.states)
+
+    def read_numpy(self, layer: int, start: int, stop: int, dtype: Any = np.float32) -> npt.NDArray[Any]:
+        return self.states[layer][start - self.first : stop - self.first].astype(dtype)
+
+    def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        return self.rows_mask[start - self.first : stop - self.first]
+
+
+def _push(stack: list[tuple[int, SumState]], state: SumState, merge: Any) -> None:
+    """Add the next leaf of a fold, merging as the tree of :mod:`ghoststream.statistics.ranges` does."""
+    level = 0
+    while stack and stack[-1][0] == level:
+        state = _merge(stack.pop()[1], state, merge)
+        level += 1
+    stack.append((level, state))
+
+
+def _merged(stack: list[tuple[int, SumState]], merge: Any) -> SumState:
+    state = stack.pop()[1]
+    while stack:
+        state = _merge(stack.pop()[1], state, merge)
+    return state
+
+
+def _merge(left: SumState, right: SumState, merge: Any) -> SumState:
+    if merge is None:
+        return left.add_in_place(right)
+    with single_blas_thread():
+        merged: SumState = merge(left, right)
+    return merged

@@ -122,12 +122,16 @@ class SolveRecipe(Recipe):
     Attributes:
         operator: Name of the operator family (``ghost``).
         eps: Ridge that was asked for, in the measure of the operator family (``ghost``: absolute, on the Gram's
-            diagonal; ``least-squares``: relative to its mean), or ``auto``; ``None`` is the family's default.
-        features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``).
+            diagonal; ``least-squares``: relative to its mean), or ``auto`` or ``gcv``; ``None`` is the family's default.
+        shrink: What the ridge draws the map towards: ``identity`` or ``zero``.
+        features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``, ``mlp``, ``mlp_output``).
         weights: Token weights (``uniform``, ``drop_sinks``, ``relative``).
         intercept: Whether a constant is fitted.
         rank: Rank of the map; ``None`` is full rank.
-        solver: ``gram`` or ``tsqr``.
+        solver: ``gram``, ``tsqr``, ``svd`` or a sketch: ``sketch-features``, ``sketch-range``, ``sketch-rows``.
+        per_layer: Whether each removed layer was fitted for itself.
+        sketch_size: Columns or rows of a sketch; ``None`` is the solver's default.
+        power_iterations: Steps of subspace iteration of ``sketch-features``.
         precision: Of the products that moments are sums of: ``float64`` or ``float32-blocked``.
         range_sequences: Sequences that one reduction task reads.
         folds: Folds of whole sequences that moments are kept by.
@@ -136,12 +140,16 @@ class SolveRecipe(Recipe):
     """
 
     operator: str
-    eps: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
+    eps: Annotated[float, Field(ge=0)] | Literal["auto", "gcv"] | None = None
+    shrink: Literal["identity", "zero"] = "identity"
     features: str = "hidden"
     weights: str = "uniform"
     intercept: bool = False
     rank: _Count | None = None
-    solver: Literal["gram", "tsqr"] = "gram"
+    solver: Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range", "sketch-rows"] = "gram"
+    per_layer: bool = False
+    sketch_size: _Count | None = None
+    power_iterations: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float64", "float32-blocked"] = "float64"
     range_sequences: _Count
     folds: _Count = 1

@@ -11,12 +11,15 @@ from ghoststream.cli.options import (
     ExampleCommand,
     Ridge,
     debug_option,
+    device_option,
     features_option,
     json_option,
     operator_option,
     out_option,
+    revision_option,
     scheduler_option,
     store_argument,
+    trust_option,
     weights_option,
     workers_option,
 )
@@ -43,11 +46,33 @@ from ghoststream.cli.progress import show_progress
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
 @features_option
 @click.option(
+    "--model",
+    default=None,
+    metavar="MODEL",
+    help="The model that STORE was captured from, for --features mlp and mlp_output and for replace-me operators.",
+)
+@revision_option
+@trust_option
+@device_option
+@click.option(
     "--ridge",
     type=Ridge(),
     default=None,
     help="Added to the diagonal of the Gram matrix: as it is by ghost (default 1e-6), times the diagonal's mean by "
-    "least-squares; there `auto`, the default, takes what predicts held-out folds best.",
+    "least-squares; there `auto`, the default, takes what predicts held-out folds best, `gcv` needs no folds.",
+)
+@click.option(
+    "--shrink",
+    type=click.Choice(["identity", "zero"]),
+    default="identity",
+    show_default=True,
+    help="What the ridge of least-squares draws the map towards: one that changes nothing, or zero.",
+)
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="Fit each removed layer for itself and multiply the maps, as the paper's code does where removed layers are "
+    "apart; by default a span is fitted as one.",
 )
 @click.option("--intercept", is_flag=True, help="Let least-squares fit a constant too.")
 @click.option(
@@ -59,10 +84,29 @@ from ghoststream.cli.progress import show_progress
 )
 @click.option(
     "--solver",
-    type=click.Choice(["gram", "tsqr"]),
+    type=click.Choice(["gram", "tsqr", "svd", "sketch-features", "sketch-range", "sketch-rows"]),
     default="gram",
     show_default=True,
-    help="How least-squares solves: by normal equations, or by QR for features that are nearly dependent.",
+    help="By normal equations; by QR, for least-squares with features that are nearly dependent; by singular values, for "
+    "ghost as the paper's equation is written; from random sketches, for least-squares, see docs/operators.md.",
+)
+@click.option(
+    "--sketch-size",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="K",
+    help="Columns of sketch-features and sketch-range, default 2 R + 10; rows of sketch-rows, default 4 a feature.",
+)
+@click.option(
+    "--power-iterations",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="Q",
+    help="Steps of subspace iteration of sketch-features, one more read of the store each.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of a sketch."
 )
 @click.option(
     "--folds",
@@ -92,7 +136,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Fit one operator per removed span from the hidden states in STORE; the model is not needed.
+    """Fit one operator per removed span from the hidden states in STORE.
+
+    The model is not needed, but for features of the layer before a span (--model).
 
     Prints how much of each gap the operator explains, on the tokens it was fitted on and on others.
     """

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ghoststream.errors import ArtifactError, NumericsError, RequestError
 from ghoststream.files import bytes_digest
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.statistics.features import ModelFacts, get_feature
+from ghoststream.statistics.features import ModelFacts, get_feature, tap_of
 from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
 
 Weights = npt.NDArray[np.float32]
@@ -67,17 +67,35 @@ class BoundaryOperator:
         """Prefix of its tensors in the file."""
         return f"boundary.{self.span.start}-{self.span.stop}"
 
-    def apply(self, states: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-        """Apply the operator to hidden states ``(..., C)`` in numpy, features in float64.
+    @property
+    def tap(self) -> str | None:
+        """The tap of the layer before the boundary that it reads; None if it reads the hidden state.
 
         Raises:
             RequestError: If its feature is not registered here.
         """
+        return tap_of(self.features)
+
+    def apply(
+        self, states: npt.NDArray[np.floating[Any]], tap: npt.NDArray[np.floating[Any]] | None = None
+    ) -> npt.NDArray[np.floating[Any]]:
+        """Apply the operator to hidden states ``(..., C)`` in numpy, features in float64.
+
+        Args:
+            states: ``h[start]``.
+            tap: The tap of layer ``start - 1`` that the features read, ``(..., width)``, where they read one.
+
+        Raises:
+            RequestError: If its feature is not registered here, or reads a tap and none is given.
+        """
         if self.weight is None:
             return states
-        read = states
+        read = states if self.tap is None else tap
+        if read is None:
+            msg = f"the features {self.features} at {self.span} are of the tap {self.tap} of the layer before; give it too"
+            raise RequestError(msg)
         if self.features != "hidden":
-            rows = states.reshape(-1, states.shape[-1]).astype(np.float64)
+            rows = read.reshape(-1, read.shape[-1]).astype(np.float64)
             features = get_feature(self.features).rows(rows, ModelFacts(self.norm_epsilon))
             read = features.reshape(*states.shape[:-1], -1)
         change = read @ self.weight.T if self.form == "linear" else states * self.weight

@@ -45,19 +45,48 @@ def describe(
 
     Memory: the total, one fold, the total without it, the fit on all tokens, and what ``fit`` needs.
     """
+    require_tokens(total)
+    fitted = fit(BoundaryMoments(total.span, total.state.copy()))
+    inside = residual(total, fitted)
+    outside = _held_out(moments, total, fit, residual) if moments.n_folds > 1 else None
+    return fitted, report(moments, total, inside, outside)
+
+
+def require_tokens(total: BoundaryMoments) -> None:
+    """Check that there is something to fit.
+
+    Raises:
+        NumericsError: If no token entered.
+    """
     if total.n_tokens == 0:
         msg = (
             f"no token entered the moments of {total.span}: the mask is empty, or every weight zero; "
             "capture text again, or use other weights"
         )
         raise NumericsError(msg)
-    fitted = fit(BoundaryMoments(total.span, total.state.copy()))
+
+
+def held_fold(moments: FoldedMoments, index: int) -> BoundaryMoments:
+    """Return one fold, which the others are to predict.
+
+    Raises:
+        NumericsError: If it holds no tokens.
+    """
+    held = moments.fold(index)
+    if held.n_tokens == 0:
+        msg = f"fold {index} of {moments.n_folds} at {moments.span} holds no tokens; use fewer folds"
+        raise NumericsError(msg)
+    return held
+
+
+def report(
+    moments: FoldedMoments, total: BoundaryMoments, inside: float, outside: float | None
+) -> dict[str, Any]:
+    """Return the diagnostics that :func:`describe` lists, from the residuals in and out of sample."""
     gap = float(total.gap_energy.sum())
-    inside = residual(total, fitted)
-    outside = _held_out(moments, total, fit, residual) if moments.n_folds > 1 else None
     variation = total.gap_variation
     positions = _position_energy(total)
-    report = {
+    return {
         "relative_residual": _root_ratio(inside, gap),
         "relative_residual_out_of_sample": None if outside is None else _root_ratio(outside, gap),
         "r2": _explained(inside, variation),
@@ -71,7 +100,6 @@ def describe(
         "folds": moments.n_folds,
         "warnings": _warnings(total, positions, moments.weights),
     }
-    return fitted, report
 
 
 def _held_out(
@@ -82,21 +110,18 @@ def _held_out(
 ) -> float:
     energy = 0.0
     for index in range(moments.n_folds):
-        held = moments.fold(index)
-        if held.n_tokens == 0:
-            msg = f"fold {index} of {moments.n_folds} at {total.span} holds no tokens; use fewer folds"
-            raise NumericsError(msg)
+        held = held_fold(moments, index)
         energy += residual(held, fit(moments.without(index, total, held)))
     return energy
 
 
 def _position_energy(total: BoundaryMoments) -> dict[str, Any]:
-    report = {}
+    shares = {}
     for role, energy in zip(_ROLES, total.position_energy, strict=True):
         whole = float(energy.sum())
         top = int(energy.argmax())
-        report[role] = {"top_position": top, "share": float(energy[top]) / whole if whole > 0 else 0.0}
-    return report
+        shares[role] = {"top_position": top, "share": float(energy[top]) / whole if whole > 0 else 0.0}
+    return shares
 
 
 def _warnings(total: BoundaryMoments, positions: dict[str, Any], weights: str) -> list[str]:

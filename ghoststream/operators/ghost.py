@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.registry import OperatorOptions, register_operator
 from ghoststream.operators.solver import (
     Solution,
+    Spectrum,
     antisymmetric_share,
     require_ridge,
     solve_ridge,
     spectrum,
 )
+from ghoststream.operators.triangular import solve_pseudo_inverse, triangle_spectrum
+from ghoststream.spans import Span
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
+
+Array = npt.NDArray[np.float64]
 
 PAPER_RIDGE = 1e-6
 """The paper's ridge, absolute."""
+
+PAPER_TRUNCATION = 1e-6
+"""Singular values below this share of the largest count as zero in the pseudo-inverse."""
 
 
 @register_operator("ghost")
 class GhostOperator:
     """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, no intercept; the weights are uniform in the paper.
 
+    With ``solver`` ``svd``, ``M* = X^+ delta`` in its place, the paper's equation as it is written: singular values of ``X``
+    below 1e-6 of the largest are left out. It takes triangular factors, because a Gram holds their squares only.
+
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number`` and
-    ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F``, ``ridge``, ``solver``,
-    ``solver_fallback`` (why not Cholesky, or None), ``dropped_directions``.
+    ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F`` (the symmetric share is
+    ``sqrt(1 - antisymmetric_share^2)``), ``effective_dof`` = ``trace(G (G + eps I)^-1)``, ``ridge`` (None with ``svd``), ``solver``, ``solver_fallback`` (why not Cholesky,
+    or None), ``dropped_directions``.
 
     Memory: three pairs of Gram and cross-moment and one solution, ``24 p^2 + 32 p C`` bytes, with folds held out
-    (two pairs without); the eigendecomposition of an ill-conditioned Gram adds ``16 p^2``.
+    (two pairs without); the eigendecomposition of an ill-conditioned Gram adds ``16 p^2``, singular values ``48 p^2``.
     """
 
     needs_gram = True
 
     def __init__(self, options: OperatorOptions) -> None:
-        options.require_plain("ghost")
-        self.ridge = PAPER_RIDGE if options.ridge is None else float(options.ridge)
-        require_ridge(self.ridge)
+        options.require_plain("ghost", but=("per_layer", *(["solver"] if options.solver == "svd" else [])))
+        self.needs_triangle = options.solver == "svd"
+        if self.needs_triangle and options.ridge is not None:
+            msg = "the solver svd leaves small singular values out and takes no ridge; leave one of the two away"
+            raise RequestError(msg)
+        self.ridge: float | None = None
+        if not self.needs_triangle:
+            self.ridge = PAPER_RIDGE if options.ridge is None else float(options.ridge)
+            require_ridge(self.ridge)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.
@@ -47,11 +68,12 @@ class GhostOperator:
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
-        eigenvalues = spectrum(total.gram.copy())
+        eigenvalues = triangle_spectrum(total) if self.needs_triangle else spectrum(total.gram.copy())
         solution, diagnostics = describe(moments, total, self._solve, _residual)
         diagnostics |= {
             "condition_number": eigenvalues.condition_number,
             "numerical_rank": eigenvalues.numerical_rank,
+            "effective_dof": self._dof(eigenvalues, solution),
             "antisymmetric_share": antisymmetric_share(solution.matrix),
             "ridge": self.ridge,
             "solver": solution.method,
@@ -63,11 +85,26 @@ class GhostOperator:
                 f"boundary {moments.span}: {solution.reason}; solved by eigendecomposition, "
                 f"{solution.n_dropped} directions left at zero"
             )
-        weight: npt.NDArray[np.float32] = np.ascontiguousarray(solution.matrix.T, dtype=np.float32)
-        return BoundaryOperator(moments.span, "linear", "hidden", weight, None, diagnostics)
+        return self.operator(moments.span, solution.matrix, diagnostics)
+
+    def change(self, moments: BoundaryMoments) -> Array:
+        """Return ``M``, ``(C, C)``; the moments are overwritten."""
+        return self._solve(moments).matrix
+
+    def operator(self, span: Span, change: Array, diagnostics: dict[str, Any]) -> BoundaryOperator:
+        """Return the operator of a span that applies ``M``."""
+        weight: npt.NDArray[np.float32] = np.ascontiguousarray(change.T, dtype=np.float32)
+        return BoundaryOperator(span, "linear", "hidden", weight, None, diagnostics)
+
+    def _dof(self, eigenvalues: Spectrum, solution: Solution) -> float:
+        if self.ridge is None:
+            return float(len(eigenvalues.values) - solution.n_dropped)
+        return eigenvalues.effective_dof(self.ridge)
 
     def _solve(self, moments: BoundaryMoments) -> Solution:
         what = f"boundary {moments.span}"
+        if self.ridge is None:
+            return solve_pseudo_inverse(moments, PAPER_TRUNCATION)
         return solve_ridge(moments.gram, moments.cross, self.ridge, what=what)
 
 

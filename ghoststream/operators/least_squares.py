@@ -12,16 +12,29 @@ import scipy.linalg
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
-from ghoststream.operators.registry import OperatorOptions, register_operator
-from ghoststream.operators.ridge import Centre, RidgeChoice, centre_in_place, choose_ridge, mean_diagonal
+from ghoststream.operators.registry import OperatorOptions
+from ghoststream.operators.ridge import (
+    Centre,
+    RidgeChoice,
+    centre_in_place,
+    choose_by_gcv,
+    choose_ridge,
+    mean_diagonal,
+    require_folds,
+    retarget_in_place,
+)
 from ghoststream.operators.solver import Solution, antisymmetric_share, require_ridge, solve_ridge, spectrum
-from ghoststream.operators.triangular import solve_triangle, triangle_spectrum
+from ghoststream.operators.triangular import own_factors, solve_triangle, triangle_spectrum
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 
 Array = npt.NDArray[np.float64]
 
 RIDGE_WITHOUT_FOLDS = 1e-4
 """Relative ridge where none is given and no folds are there to choose one by."""
+
+
+_BEGIN_WITH_HIDDEN = ("hidden", "hidden+normed")
+_WITHOUT_NORM = ("hidden", "mlp", "mlp_output")
 
 
 @dataclass(frozen=True)
@@ -32,32 +45,32 @@ class _Fit:
     ridge: float
 
 
-@register_operator("least-squares")
 class LeastSquares:
     """``min sum w |phi M + b - d|^2 + r |M|^2`` with ``r`` relative to ``trace(G) / p``, of full or of reduced rank.
 
-    ``solver`` ``tsqr`` finds the same from triangular factors, at the condition of the data instead of its square; without
-    intercept, and without ridge unless one is given. ``ridge`` is else ``auto`` by default: the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts
-    held-out folds best, at full rank. Of rank ``k`` the solution is ``M V V^T``, ``V`` the ``k`` leading eigenvectors
-    of ``K^T M``: the best of that rank for this very objective (reduced-rank regression: Izenman 1975, eq. 2.9, with
+    ``ridge`` is ``auto`` by default: the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out
+    folds best, at full rank; ``gcv`` takes that of the smallest generalised cross-validation. It draws the map
+    ``y = x W = x (I + M)`` to the identity (``M`` to zero); with ``shrink`` ``zero``, ``r |W|^2`` takes the place of
+    ``r |M|^2`` and draws ``W`` to zero. ``solver`` ``tsqr`` finds the same from triangular factors, at the condition of the
+    data instead of its square. Of rank ``k`` the solution is ``M V V^T``, ``V`` the ``k`` leading eigenvectors
+    of ``K^T M`` (``(K - r I)^T M`` with ``shrink`` ``zero``): the best of that rank for this very objective (reduced-rank regression: Izenman 1975, eq. 2.9, with
     the identity as the weighting of the outputs), not a truncated SVD of ``M``. The weight is kept whole.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: those of ``ghost``, and
-    ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of sample),
+    ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of sample; of
+    ``gcv``: and what is estimated for it), ``ridge_chosen_by``, ``shrink``,
     ``effective_dof`` = ``trace(G (G + r I)^-1)``, ``intercept``, ``rank`` (None: full). Residuals out of sample
     were also what ``auto`` chose by, among 17 values.
 
     Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; while ``auto`` chooses, ``48 p^2 + 32 p C`` bytes:
-    the total, one fold, the total without it, and what :func:`choose_ridge` states.
+    the total, one fold, the total without it, and what :func:`choose_ridge` states; with ``tsqr`` ``60 p^2 + 60 p C``.
     """
 
     needs_gram = True
 
     def __init__(self, options: OperatorOptions) -> None:
         self.needs_triangle = options.solver == "tsqr"
-        if self.needs_triangle and (options.intercept or options.ridge == "auto"):
-            msg = "the solver tsqr fits no intercept and chooses no ridge; give a number as ridge, or use the solver gram"
-            raise RequestError(msg)
+        _require_options(options)
         if isinstance(options.ridge, float | int):
             require_ridge(options.ridge)
         if options.rank is not None and options.rank < 1:
@@ -66,6 +79,7 @@ class LeastSquares:
         self.ridge = options.ridge
         self.intercept = options.intercept
         self.rank = options.rank
+        self.towards_zero = options.shrink == "zero"
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.
@@ -93,29 +107,31 @@ class LeastSquares:
             np.ascontiguousarray(fitted.matrix.T, dtype=np.float32),
             None if fitted.bias is None else fitted.bias.astype(np.float32),
             diagnostics,
-            norm_epsilon=None if moments.feature == "hidden" else moments.facts.norm_epsilon,
+            norm_epsilon=None if moments.feature in _WITHOUT_NORM else moments.facts.norm_epsilon,
         )
 
     def _choose(self, moments: FoldedMoments, total: BoundaryMoments) -> RidgeChoice:
         if isinstance(self.ridge, float | int):
             return RidgeChoice(float(self.ridge), ())
-        if self.needs_triangle:
-            return RidgeChoice(0.0, ())
+        if self.ridge == "gcv" and total.n_tokens > 0:
+            return choose_by_gcv(total, intercept=self.intercept, towards_zero=self.towards_zero)
         has_folds = moments.n_folds > 1 and total.n_tokens > 0
         if has_folds and all(moments.fold(index).n_tokens for index in range(moments.n_folds)):
-            return choose_ridge(moments, total, intercept=self.intercept)
-        if self.ridge == "auto" and moments.n_folds < 2:
-            msg = "the ridge is to be chosen by folds, and there is one only; give two folds at least, or a number"
-            raise RequestError(msg)
+            return choose_ridge(moments, total, intercept=self.intercept, towards_zero=self.towards_zero)
+        if self.ridge == "auto":
+            require_folds(moments)
         return RidgeChoice(RIDGE_WITHOUT_FOLDS, ())
 
     def _solve(self, moments: BoundaryMoments, ratio: float) -> _Fit:
         centre = Centre.of(moments)
         if self.needs_triangle:
-            return self._solve_triangle(moments, ratio)
+            return self._solve_triangle(moments, ratio, centre)
         if self.intercept:
             centre_in_place(moments, centre)
         ridge = ratio * mean_diagonal(moments)
+        if self.towards_zero:
+            # (G + r I)(I + M) = G + K, where the hidden state comes first among the features.
+            np.fill_diagonal(moments.cross, moments.cross.diagonal() - ridge)
         cross = None if self.rank is None else moments.cross.copy()
         solution = solve_ridge(moments.gram, moments.cross, ridge, what=f"boundary {moments.span}")
         matrix = solution.matrix
@@ -124,14 +140,24 @@ class LeastSquares:
         bias = centre.gap - centre.features @ matrix if self.intercept else None
         return _Fit(matrix, bias, solution, ridge)
 
-    def _solve_triangle(self, moments: BoundaryMoments, ratio: float) -> _Fit:
+    def _solve_triangle(self, moments: BoundaryMoments, ratio: float, centre: Centre) -> _Fit:
         ridge = ratio * mean_diagonal(moments)
+        if self.towards_zero:
+            retarget_in_place(moments)
         solution = solve_triangle(moments, ridge)
         matrix = solution.matrix
+        if self.towards_zero:
+            np.fill_diagonal(matrix, matrix.diagonal() - 1.0)
         if self.rank is not None:
-            # K^T M with K = R^T Q^T D.
-            matrix = reduce_rank(matrix, moments.rotated.T @ (moments.triangle @ matrix), self.rank)
-        return _Fit(matrix, None, solution, ridge)
+            # K^T M with K = R^T Q^T D, where D is the gap again.
+            factor, rotated = own_factors(moments)
+            explained = rotated.T @ (factor @ matrix)
+            if self.towards_zero:
+                hidden = matrix.shape[1]
+                explained -= factor[:, :hidden].T @ (factor @ matrix) + ridge * matrix[:hidden]
+            matrix = reduce_rank(matrix, explained, self.rank)
+        bias = centre.gap - centre.features @ matrix if self.intercept else None
+        return _Fit(matrix, bias, solution, ridge)
 
     def _more_diagnostics(self, total: BoundaryMoments, fitted: _Fit, choice: RidgeChoice) -> dict[str, Any]:
         if self.needs_triangle:
@@ -150,6 +176,8 @@ class LeastSquares:
             "ridge": fitted.ridge,
             "ridge_relative": choice.ratio,
             "ridge_curve": [list(point) for point in choice.curve],
+            "ridge_chosen_by": ("gcv" if self.ridge == "gcv" else "folds") if choice.curve else None,
+            "shrink": "zero" if self.towards_zero else "identity",
             "intercept": self.intercept,
             "rank": self.rank,
             "solver": fitted.solution.method,
@@ -165,6 +193,19 @@ class LeastSquares:
                 f"{min(n_features, n_channels)} at most"
             )
             raise RequestError(msg)
+
+
+def _require_options(options: OperatorOptions) -> None:
+    if options.per_layer or options.solver == "svd":
+        asked = "one map a removed layer" if options.per_layer else "the solver svd"
+        msg = f"least-squares is defined without {asked}; use the operator ghost"
+        raise RequestError(msg)
+    if options.shrink == "zero" and options.features not in _BEGIN_WITH_HIDDEN:
+        msg = (
+            f"a ridge towards zero is on the map of the hidden state, which the features {options.features} do not hold; "
+            f"use the features {' or '.join(_BEGIN_WITH_HIDDEN)}"
+        )
+        raise RequestError(msg)
 
 
 def reduce_rank(matrix: Array, explained: Array, rank: int) -> Array:

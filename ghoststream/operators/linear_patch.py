@@ -1,6 +1,8 @@
-"""LinearPatch without rotation (Chen et al., arXiv 2505.24680): one scale a channel."""
+"""LinearPatch (Chen et al., arXiv 2505.24680): one scale a channel, in the basis of the model or in a rotated one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +10,8 @@ import numpy.typing as npt
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.registry import OperatorOptions, register_operator
-from ghoststream.statistics import BoundaryMoments, FoldedMoments
+from ghoststream.spans import Span
+from ghoststream.statistics import BoundaryMoments, FoldedMoments, hadamard_matrix
 
 Array = npt.NDArray[np.float64]
 
@@ -22,25 +25,49 @@ class LinearPatchDiagonal:
     Memory: ``O(C + T)``.
     """
 
+    name = "linear-patch-diagonal"
     needs_gram = False
 
     def __init__(self, options: OperatorOptions) -> None:
-        options.require_plain("linear-patch-diagonal")
+        options.require_plain(self.name, but=("per_layer",))
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
-        """Return the scales of one boundary, as ``weight = d - 1``.
+        """Return the operator of one boundary.
 
         Raises:
             NumericsError: If no token entered.
         """
         total = moments.total()
-        change, diagnostics = describe(moments, total, _change, BoundaryMoments.diagonal_residual)
+        change, diagnostics = describe(moments, total, self.change, BoundaryMoments.diagonal_residual)
         diagnostics["zero_ratios"] = total.zero_ratios
-        return BoundaryOperator(
-            moments.span, "diagonal", "hidden", change.astype(np.float32), None, diagnostics
-        )
+        return self.operator(moments.span, change, diagnostics)
+
+    def change(self, moments: BoundaryMoments) -> Array:
+        """Return ``d - 1``, ``(C,)``."""
+        return moments.ratio_sum / moments.n_sequences - 1.0
+
+    def operator(self, span: Span, change: Array, diagnostics: dict[str, Any]) -> BoundaryOperator:
+        """Return the operator of a span that applies scales ``1 + change``."""
+        return BoundaryOperator(span, "diagonal", "hidden", change.astype(np.float32), None, diagnostics)
 
 
-def _change(moments: BoundaryMoments) -> Array:
-    scales: Array = moments.ratio_sum / moments.n_sequences - 1.0
-    return scales
+@register_operator("linear-patch-rotated")
+class LinearPatchRotated(LinearPatchDiagonal):
+    """``y = x H diag(d) H^T`` with the scales ``d`` of ``x H`` and ``y H``, ``H`` a Hadamard matrix over ``sqrt(C)``.
+
+    The scales are always taken in the basis that they are applied in (the official code of *Ghosted Layers* takes those
+    of single removed layers in the basis of the model). Hadamard matrices of one order are many; the result depends a
+    little on which one it is (see :mod:`ghoststream.statistics.rotation`). The map is written as a whole matrix, which
+    costs ``2 C^2`` FLOP a token, as ``ghost`` does.
+
+    Memory: ``O(C + T)`` for the scales, ``24 C^2`` bytes while the matrix is made.
+    """
+
+    name = "linear-patch-rotated"
+    needs_rotation = True
+
+    def operator(self, span: Span, change: Array, diagnostics: dict[str, Any]) -> BoundaryOperator:
+        """Return the operator of a span that applies scales ``1 + change`` in the rotated basis."""
+        rotation = hadamard_matrix(len(change))
+        weight = ((rotation * change) @ rotation.T).astype(np.float32)
+        return BoundaryOperator(span, "linear", "hidden", weight, None, diagnostics)

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -22,46 +22,81 @@ from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.registry import Registry
 from ghoststream.statistics import FoldedMoments
 
+Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range", "sketch-rows"]
+SKETCH_SOLVERS: tuple[Solver, ...] = ("sketch-features", "sketch-range", "sketch-rows")
+
 
 @dataclass(frozen=True)
 class OperatorOptions:
     """Options that families read; each takes what concerns it and refuses what it cannot honour.
 
     Attributes:
-        ridge: Ridge on the Gram's diagonal, in the family's own measure; None for its default.
+        ridge: Ridge on the Gram's diagonal, in the family's own measure; None for its default; ``auto`` and ``gcv``
+            choose it by held-out folds and by generalised cross-validation.
+        shrink: What the ridge draws the map ``y = x W`` towards, ``W = I + M``: ``identity`` (``M`` to zero), or
+            ``zero`` (``W`` to zero).
         features: Name of the feature that the moments are of.
         intercept: Whether a constant is fitted.
         rank: Rank of the map; None for full rank.
-        solver: ``gram`` (normal equations) or ``tsqr`` (triangular factors, for ill-conditioned features).
+        solver: ``gram`` (normal equations), ``tsqr`` (triangular factors, for ill-conditioned features) or ``svd``
+            (pseudo-inverse by truncated singular values); or a sketch (see
+            :mod:`ghoststream.operators.sketched`).
+        per_layer: Whether each removed layer is fitted for itself on the dense model, and the maps are chained.
+        sketch_size: Columns of ``sketch-range`` and ``sketch-features``, rows of ``sketch-rows``; None for a default.
+        power_iterations: Steps of subspace iteration of ``sketch-features``.
+        seed: Seed of a sketch.
     """
 
-    ridge: float | Literal["auto"] | None = None
+    ridge: float | Literal["auto", "gcv"] | None = None
+    shrink: Literal["identity", "zero"] = "identity"
     features: str = "hidden"
     intercept: bool = False
     rank: int | None = None
-    solver: Literal["gram", "tsqr"] = "gram"
+    solver: Solver = "gram"
+    per_layer: bool = False
+    sketch_size: int | None = None
+    power_iterations: int = 0
+    seed: int = 0
 
-    def require_plain(self, name: str) -> None:
-        """Check that no feature, intercept, rank or other solver is asked of a family that is defined without.
+    @property
+    def asks_sketch(self) -> bool:
+        """Whether an option is given that only sketches have."""
+        return self.sketch_size is not None or self.power_iterations != 0 or self.seed != 0
+
+    def require_plain(self, name: str, *, but: Collection[str] = ()) -> None:
+        """Check that no option is asked of a family that is defined without it.
+
+        Args:
+            name: The family's name, for the message.
+            but: Names of the options that it takes; a number as ridge is let pass in any case.
 
         Raises:
-            RequestError: If one is, or a ridge chosen by folds.
+            RequestError: If another one is asked.
         """
+        chosen_by = "folds" if self.ridge == "auto" else self.ridge
         asked = {
-            f"features {self.features}": self.features != "hidden",
-            "an intercept": self.intercept,
-            f"rank {self.rank}": self.rank is not None,
-            "a ridge chosen by folds": self.ridge == "auto",
-            f"solver {self.solver}": self.solver != "gram",
+            "features": (f"features {self.features}", self.features != "hidden"),
+            "intercept": ("an intercept", self.intercept),
+            "rank": (f"rank {self.rank}", self.rank is not None),
+            "ridge": (f"a ridge chosen by {chosen_by}", isinstance(self.ridge, str)),
+            "shrink": (f"a ridge towards {self.shrink}", self.shrink != "identity"),
+            "solver": (f"solver {self.solver}", self.solver != "gram"),
+            "per_layer": ("one map a removed layer", self.per_layer),
+            "sketch": ("a sketch", self.asks_sketch),
         }
-        found = [what for what, is_asked in asked.items() if is_asked]
+        found = [what for option, (what, is_asked) in asked.items() if is_asked and option not in but]
         if found:
-            msg = f"the operator {name} is defined without {', '.join(found)}; use the operator least-squares"
+            other = "ghost" if self.per_layer and "per_layer" not in but else "least-squares"
+            msg = f"the operator {name} is defined without {', '.join(found)}; use the operator {other}"
             raise RequestError(msg)
 
 
 class OperatorFamily(Protocol):
-    """A way to repair boundaries."""
+    """A way to repair boundaries.
+
+    A family that is defined on features of its own says so by an attribute ``features``. One that needs more than moments
+    has a method ``reduce`` with the arguments of :func:`~ghoststream.statistics.reduce_boundaries`.
+    """
 
     needs_gram: bool
     """Whether :meth:`fit` reads Gram and cross-moment, or statistics per channel only."""
@@ -92,6 +127,11 @@ def register_operator(name: str) -> Callable[[_Factory], _Factory]:
 def operator_names() -> tuple[str, ...]:
     """Return the known names, sorted."""
     return _FAMILIES.names()
+
+
+def features_of(family: OperatorFamily, options: OperatorOptions) -> str:
+    """Return the name of the features that a family reads: its own, or those that were asked for."""
+    return str(getattr(family, "features", options.features))
 
 
 def make_operator(name: str, options: OperatorOptions | None = None) -> OperatorFamily:

@@ -1,7 +1,8 @@
-"""Centred moments, and the ridge that predicts held-out folds best."""
+"""Centred and retargeted moments, and the ridge that predicts best: by held-out folds or by generalised cross-validation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,17 @@ import numpy.typing as npt
 import scipy.linalg
 from scipy.linalg.blas import dger
 
-from ghoststream.errors import NumericsError
+from ghoststream.errors import NumericsError, RequestError
+from ghoststream.operators.triangular import own_factors, triangle_svd
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 
 Array = npt.NDArray[np.float64]
 
 RIDGE_GRID: tuple[float, ...] = tuple(float(value) for value in np.logspace(-8, 0, 17))
 """Ridges that are tried, relative to the mean of the Gram's diagonal: half decades from 1e-8 to 1."""
+
+
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class RidgeChoice:
 
     Attributes:
         ratio: Relative to the mean of the Gram's diagonal.
-        curve: For each ridge of the grid the relative residual over all folds, each predicted by the fit without it.
+        curve: For each ridge of the grid the relative residual that was found or estimated out of sample.
     """
 
     ratio: float
@@ -47,6 +52,13 @@ class RidgeChoice:
     def is_largest(self) -> bool:
         """Whether nothing in the grid was large enough: then hardly anything can be predicted."""
         return self.ratio == RIDGE_GRID[-1]
+
+    @classmethod
+    def best(cls, residuals: Array, energy: float) -> RidgeChoice:
+        """Return the ridge of the smallest residual; ``residuals`` are over the grid, ``energy`` is that of the gap."""
+        relative = np.sqrt(np.maximum(residuals, 0.0) / energy) if energy > 0 else residuals
+        ratio = RIDGE_GRID[int(np.argmin(relative))]
+        return cls(ratio, tuple(zip(RIDGE_GRID, relative.tolist(), strict=True)))
 
 
 def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
@@ -70,56 +82,140 @@ def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
     sums[:] = shifted
 
 
+def retarget_in_place(moments: BoundaryMoments) -> None:
+    """Put the target ``y`` in the place of the gap ``y - x``; the features must begin with the hidden state ``x``.
+
+    Ridge regression of ``y`` then gives the map ``W`` itself, which the ridge draws to zero, not ``M = W - I``. Cross-moment
+    or factors, gap energy and gap sum are changed.
+
+    Memory: nothing of size ``p C`` but one temporary of a factor.
+    """
+    hidden = len(moments.gap_sum)
+    if moments.has_triangle:
+        first = 1 if moments.has_constant else 0
+        moments.rotated[:] += moments.triangle[:, first : first + hidden]
+    else:
+        moments.cross[:] += moments.gram[:, :hidden]
+    moments.gap_energy[:] += 2.0 * moments.input_gap + moments.input_energy
+    moments.gap_sum[:] += moments.input_sum
+
+
 def mean_diagonal(moments: BoundaryMoments) -> float:
     """Return ``trace(G) / p``, what relative ridges are relative to."""
     if moments.has_triangle:
-        return float(np.vdot(moments.triangle, moments.triangle)) / len(moments.triangle)
+        factor, _ = own_factors(moments)
+        return float(np.einsum("ij,ij->", factor, factor)) / len(factor)
     return float(np.trace(moments.gram)) / len(moments.gram)
 
 
-def choose_ridge(moments: FoldedMoments, total: BoundaryMoments, *, intercept: bool) -> RidgeChoice:
+def require_folds(moments: FoldedMoments) -> None:
+    """Check that a fold can be left out.
+
+    Raises:
+        RequestError: If there is one only.
+    """
+    if moments.n_folds < 2:
+        msg = (
+            "the ridge is to be chosen by folds, and there is one only; give two folds at least, or a number"
+        )
+        raise RequestError(msg)
+
+
+def choose_ridge(
+    moments: FoldedMoments, total: BoundaryMoments, *, intercept: bool, towards_zero: bool = False
+) -> RidgeChoice:
     """Return the ridge of the grid with the smallest residual over the folds, each predicted by all others.
 
     One eigendecomposition a fold serves the whole grid: with ``G = V diag(l) V^T``, ``Q = V^T K`` and held-out
     moments ``G', K', e'``, the residual at ridge ``r`` is ``sum e' - 2 c.u + c^T (Q Q^T * V^T G' V) c``, where
-    ``c = 1 / (l + r)`` and ``u_i = <Q_i, (V^T K')_i>``.
+    ``c = 1 / (l + r)`` and ``u_i = <Q_i, (V^T K')_i>``; of triangular factors, singular values do the same.
 
     Args:
         moments: The moments by fold, two folds at least.
         total: Their sum; not changed.
-        intercept: Whether an intercept is fitted.
+        intercept: Whether an intercept is fitted (with triangular factors, they hold a constant then).
+        towards_zero: Whether the ridge draws ``y = x W`` to zero instead of ``W`` to the identity.
 
     Raises:
         NumericsError: If the eigenvectors of a Gram do not converge.
 
-    Memory: one fold, the total without it, and ``24 p^2 + 8 p C`` bytes more.
+    Memory: one fold, the total without it, and ``24 p^2 + 8 p C`` bytes more (``40 p^2 + 24 p C`` of triangular factors).
     """
     energy = sum(float(moments.fold(index).gap_energy.sum()) for index in range(moments.n_folds))
     residuals = np.zeros(len(RIDGE_GRID))
     for index in range(moments.n_folds):
         held = BoundaryMoments(total.span, moments.fold(index).state.copy())
-        training = total.subtract(held)
+        training = moments.without(index, total, held)
+        if towards_zero:
+            retarget_in_place(held)
+            retarget_in_place(training)
+        if total.has_triangle:
+            residuals += _grid_residuals_of_triangles(training, held)
+            continue
         if intercept:
             centre = Centre.of(training)
             centre_in_place(held, centre)
             centre_in_place(training, centre)
         residuals += _grid_residuals(training, held)
-    relative = np.sqrt(np.maximum(residuals, 0.0) / energy) if energy > 0 else residuals
-    best = int(np.argmin(relative))
-    return RidgeChoice(RIDGE_GRID[best], tuple(zip(RIDGE_GRID, relative.tolist(), strict=True)))
+    return RidgeChoice.best(residuals, energy)
+
+
+def choose_by_gcv(total: BoundaryMoments, *, intercept: bool, towards_zero: bool = False) -> RidgeChoice:
+    """Return the ridge of the grid with the smallest generalised cross-validation (Golub, Heath, Wahba 1979, eq. 1.4).
+
+    ``V(r) = n |(I - A) D|^2 / (n - trace A)^2`` with ``A`` the hat matrix at ridge ``r`` (the constant of an intercept
+    counts in its trace) and ``n`` the tokens that count. It needs no folds, and takes tokens for independent, which those
+    of one sequence are not. The curve has the relative residual that it estimates, ``sqrt(n V) / |D|``.
+
+    Args:
+        total: Moments over all tokens; not changed.
+        intercept: As for :func:`choose_ridge`.
+        towards_zero: As for :func:`choose_ridge`.
+
+    Raises:
+        NumericsError: If eigenvectors or singular values do not converge.
+
+    Memory: a copy of the moments, and ``16 p^2 + 8 p C`` bytes.
+    """
+    energy = float(total.gap_energy.sum())
+    own = BoundaryMoments(total.span, total.state.copy())
+    if towards_zero:
+        retarget_in_place(own)
+    if intercept and not own.has_triangle:
+        centre_in_place(own, Centre.of(own))
+    unit, n_tokens = mean_diagonal(own), own.n_tokens
+    values, residual = _spectral_residual(own)
+    scores = []
+    for ratio in RIDGE_GRID:
+        ridge = ratio * unit
+        shares = np.divide(values, values + ridge, out=np.zeros_like(values), where=values + ridge > 0)
+        left = n_tokens - float(shares.sum()) - (1.0 if intercept else 0.0)
+        scores.append(residual(shares) * (n_tokens / max(left, _EPSILON * n_tokens)) ** 2)
+    return RidgeChoice.best(np.array(scores), energy)
+
+
+def _spectral_residual(moments: BoundaryMoments) -> tuple[Array, Callable[[Array], float]]:
+    """Return the eigenvalues ``l`` of the Gram, and the residual in sample as a function of ``l / (l + r)``."""
+    if moments.has_triangle:
+        singular, _, coefficients = triangle_svd(moments)
+        explained = np.einsum("pc,pc->p", coefficients, coefficients)
+        rest = float(moments.unexplained.sum())
+        values = np.square(singular)
+    else:
+        values, vectors = eigen_of_gram(moments)
+        values = np.maximum(values, 0.0)
+        rotated = vectors.T @ moments.cross
+        energy = np.einsum("pc,pc->p", rotated, rotated)
+        explained = np.divide(energy, values, out=np.zeros_like(energy), where=values > 0)
+        rest = float(moments.gap_energy.sum()) - float(explained.sum())
+    return values, lambda shares: rest + float(explained @ np.square(1.0 - shares))
 
 
 def _grid_residuals(training: BoundaryMoments, held: BoundaryMoments) -> Array:
     unit = mean_diagonal(training)
     if unit == 0.0:
         return np.full(len(RIDGE_GRID), float(held.gap_energy.sum()))
-    try:
-        values, vectors = scipy.linalg.eigh(
-            training.gram.T, overwrite_a=True, check_finite=False, driver="evd"
-        )
-    except np.linalg.LinAlgError as error:
-        msg = f"the eigenvectors of the Gram at {training.span} do not converge ({error}); give a ridge yourself"
-        raise NumericsError(msg) from error
+    values, vectors = eigen_of_gram(training)
     rotated = vectors.T @ training.cross
     linear = np.einsum("pc,pc->p", rotated, vectors.T @ held.cross)
     quadratic = rotated @ rotated.T
@@ -130,3 +226,42 @@ def _grid_residuals(training: BoundaryMoments, held: BoundaryMoments) -> Array:
         inverse = 1.0 / (np.maximum(values, 0.0) + ratio * unit)
         found.append(energy - 2.0 * float(inverse @ linear) + float(inverse @ quadratic @ inverse))
     return np.array(found)
+
+
+def _grid_residuals_of_triangles(training: BoundaryMoments, held: BoundaryMoments) -> Array:
+    unit = mean_diagonal(training)
+    factor, target = held.triangle, held.rotated
+    if held.has_constant:
+        # The constant of the fit is mean d - (mean phi) M with the means of the training tokens.
+        centre, constant = Centre.of(training), held.triangle[:, :1]
+        factor, target = factor[:, 1:] - constant * centre.features, target - constant * centre.gap
+    energy = float(held.unexplained.sum()) + float(np.einsum("pc,pc->", target, target))
+    if unit == 0.0:
+        return np.full(len(RIDGE_GRID), energy)
+    values, right, coefficients = triangle_svd(training)
+    predicted = factor @ right.T
+    linear = np.einsum("pc,pc->p", coefficients, predicted.T @ target)
+    quadratic = (coefficients @ coefficients.T) * (predicted.T @ predicted)
+    found = []
+    for ratio in RIDGE_GRID:
+        inverse = values / (np.square(values) + ratio * unit)
+        found.append(energy - 2.0 * float(inverse @ linear) + float(inverse @ quadratic @ inverse))
+    return np.array(found)
+
+
+def eigen_of_gram(moments: BoundaryMoments) -> tuple[Array, Array]:
+    """Return eigenvalues, ascending, and eigenvectors of the Gram, which is overwritten.
+
+    Raises:
+        NumericsError: If they do not converge.
+    """
+    try:
+        values, vectors = scipy.linalg.eigh(
+            moments.gram.T, overwrite_a=True, check_finite=False, driver="evd"
+        )
+    except np.linalg.LinAlgError as error:
+        msg = (
+            f"the eigenvectors of the Gram at {moments.span} do not converge ({error}); give a ridge yourself"
+        )
+        raise NumericsError(msg) from error
+    return values, vectors

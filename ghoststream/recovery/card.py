@@ -7,6 +7,8 @@ from typing import Any
 
 from ghoststream.files.json_data import pretty_json
 from ghoststream.operators import OperatorSet
+from ghoststream.recovery.folding import is_folded
+from ghoststream.recovery.layout import standing_operators
 
 _FRONT = """---
 library_name: transformers
@@ -40,6 +42,12 @@ Layers were removed from this model; nothing stands in for them. It is an ordina
 `{model_type}` and loads like any other.
 """
 
+_FOLDED = """
+Layers were removed from this model, and at each place where they were one operator, found in closed form, stands in for
+them; it is folded into the last weight of the MLP before. Nothing was trained and no parameter was added. It is an
+ordinary checkpoint of type `{model_type}` and loads like any other.
+"""
+
 _HIDDEN_STATES = """
 ## `output_hidden_states`
 
@@ -62,16 +70,18 @@ def model_card(
         has_base_card: Whether the base's own card lies beside as ``README.base.md``.
     """
     plan = operators.plan
-    is_recovered = bool(operators.operators)
+    is_recovered, stands = bool(operators.operators), bool(standing_operators(operators))
     text = _FRONT + f"\n# {title}, {plan.n_removed} of {plan.n_layers} layers removed\n"
-    text += (_RECOVERED if is_recovered else _PRUNED).format(model_type=model_type)
+    kind = _RECOVERED if stands else _FOLDED if is_recovered else _PRUNED
+    text += kind.format(model_type=model_type)
     text += (
         f"\n## What was removed\n\nLayers {plan} (0-based, half-open) of {plan.n_layers}; "
         f"{len(plan.kept)} are left. Base checkpoint: `{base['digest']}`.\n"
     )
     text += "The base's own card is `README.base.md`.\n" if has_base_card else ""
     if is_recovered:
-        text += f"\n## Operators: {operators.kind}\n\n{_operator_table(operators)}{_HIDDEN_STATES}"
+        text += f"\n## Operators: {operators.kind}\n\n{_operator_table(operators)}"
+    text += _HIDDEN_STATES if stands else ""
     if operators.warnings:
         text += "\n## Warnings\n\n" + "".join(f"- {warning}\n" for warning in operators.warnings)
     recipe = operators.metadata.get("recipe")
@@ -95,7 +105,8 @@ def _operator_table(operators: OperatorSet) -> str:
         layer = operators.plan.boundary_index(operator.span)
         place = "final norm" if operator.span.stop == operators.plan.n_layers else str(layer)
         values = [_figure(operator.diagnostics.get(name)) for name in figures]
-        lines.append("| " + " | ".join([str(operator.span), place, operator.form, *values]) + " |")
+        form = f"{operator.form} on {operator.features} (folded)" if is_folded(operator) else operator.form
+        lines.append("| " + " | ".join([str(operator.span), place, form, *values]) + " |")
     return "\n".join(lines) + "\n"
 
 

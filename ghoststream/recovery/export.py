@@ -30,6 +30,7 @@ from ghoststream.progress import Progress
 from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.card import model_card
 from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
+from ghoststream.recovery.folding import Fold, find_folds
 from ghoststream.recovery.layout import (
     LayerNames,
     leaf_names,
@@ -37,6 +38,7 @@ from ghoststream.recovery.layout import (
     prevailing_dtype,
     recovered_tensors,
     require_operators_fit,
+    standing_operators,
 )
 from ghoststream.recovery.provenance import PROVENANCE_NAME, describe_recovered, is_finished
 from ghoststream.recovery.sidecars import (
@@ -46,6 +48,7 @@ from ghoststream.recovery.sidecars import (
     copy_sidecars,
     sidecars_digest,
 )
+from ghoststream.spans import Span
 from ghoststream.streaming.skeleton import Skeleton
 
 _MODELING_FILE = Path(modeling_ghosted.__file__)
@@ -82,6 +85,7 @@ class _Job:
     config: Mapping[str, Any]
     shards: tuple[Shard, ...]
     origins: Mapping[str, str]
+    folds: Mapping[Span, Fold]
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -109,8 +113,9 @@ def export_recovered(
 ) -> ExportReport:
     """Write a checkpoint without the removed layers and with the operators in their place.
 
-    With operators the checkpoint has a ``model_type`` of its own and carries its modelling file; without any it
-    is an ordinary checkpoint of the base's type. A killed export goes on when it is called again, and the files
+    With operators the checkpoint has a ``model_type`` of its own and carries its modelling file. Operators on the features
+    ``mlp`` and ``mlp_output`` are folded into a weight of the layer before (see :mod:`ghoststream.recovery.folding`): with
+    such only, or without any, it is an ordinary checkpoint of the base's type. A killed export goes on when it is called again, and the files
     are then the same. Nothing is at ``out`` until everything is there; the same call after that returns the same
     report and writes nothing.
 
@@ -133,7 +138,8 @@ def export_recovered(
         BudgetError: If the disk is too small.
         DiskFullError: If it is full all the same.
 
-    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights.
+    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights; where an operator on
+    ``mlp_output`` is folded, also the weight as it is stored.
     """
     skeleton = Skeleton(model_root, trust_remote_code=trust_remote_code)
     _require_exportable(skeleton)
@@ -176,17 +182,18 @@ def _prepare(
         final_norm_path=skeleton.family.final_norm_path,
         base_prefix=skeleton.model.base_model_prefix,
     )
+    folds = find_folds(skeleton, operators)
     tensors, origins = recovered_tensors(
         skeleton.index,
         skeleton.keys.sources(),
         operators,
         names,
         operator_dtype or prevailing_dtype(skeleton.index),
+        folds.values(),
     )
     config = _recovered_config(skeleton, operators, names)
-    return _Job(
-        skeleton, operators, fingerprint, names, config, plan_shards(tensors, max_shard_bytes), origins
-    )
+    shards = plan_shards(tensors, max_shard_bytes)
+    return _Job(skeleton, operators, fingerprint, names, config, shards, origins, folds)
 
 
 def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNa
     check_pruned_model(model, pruned, skeleton.family.layers_path, operators.plan)
     written = type(base)(**data).to_diff_dict()
     data = {key: value for key, value in written.items() if key in data}
-    if not operators.operators:
+    if not standing_operators(operators):
         return {**data, "architectures": [type(model).__name__]}
     prefix = modeling_ghosted.PREFIX
     classes = {"AutoConfig": base, "AutoModel": model.base_model, "AutoModelForCausalLM": model}
@@ -219,7 +226,7 @@ def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNa
 def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
     root = job.skeleton.root
     copy_sidecars(root, folder)
-    if job.operators.operators:
+    if standing_operators(job.operators):
         atomic_write_bytes(folder / _MODELING_FILE.name, _MODELING_FILE.read_bytes())
     atomic_write_json(folder / CONFIG_NAME, job.config)
     card = model_card(
@@ -233,6 +240,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
     provenance = describe_recovered(
         job.operators,
         job.names,
+        folds=job.folds,
         base=job.fingerprint,
         base_model_type=str(job.skeleton.config.model_type),
         tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},

@@ -6,6 +6,7 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator
+from ghoststream.recovery.folding import is_folded
 from ghoststream.recovery.layout import leaf_names
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 
@@ -24,13 +25,16 @@ def build_ghost(
         A module in evaluation mode that maps ``(..., C)`` to ``(..., C)``.
 
     Raises:
-        RequestError: If the operator is the identity.
+        RequestError: If the operator is the identity, or one that is folded into a weight.
 
     Memory: ``C * p`` elements of ``dtype`` for a linear operator.
     """
     arrays = {name: torch.from_numpy(array).to(device, dtype) for name, array in leaf_names(operator).items()}
     if not arrays:
         msg = f"the operator of span {operator.span} is the identity: a lane needs no map there"
+        raise RequestError(msg)
+    if is_folded(operator):
+        msg = f"the operator of span {operator.span} on {operator.features} is folded into a weight: it has no module"
         raise RequestError(msg)
     width = next(iter(arrays.values())).shape[0]
     with torch.device("meta"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.recovery.folding import FOLDED, Fold, is_folded
 from ghoststream.spans import PruningPlan, Span
 
-FEATURES = ("hidden", "normed", "hidden+normed")
+FEATURES = ("hidden", "normed", "hidden+normed", *FOLDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,13 @@ def leaf_names(operator: BoundaryOperator) -> dict[str, Any]:
 
 
 def operator_entries(operators: OperatorSet, names: LayerNames) -> list[dict[str, Any]]:
-    """Describe the operators that change something as ``config.ghost_operators`` does."""
-    return [operator_entry(operator, operators.plan, names) for operator in operators.operators]
+    """Describe the operators that stand in the model, the folded ones left out, as ``config.ghost_operators`` does."""
+    return [operator_entry(operator, operators.plan, names) for operator in standing_operators(operators)]
+
+
+def standing_operators(operators: OperatorSet) -> tuple[BoundaryOperator, ...]:
+    """Return the operators that stand in the model as modules: all but identities and folded ones."""
+    return tuple(operator for operator in operators.operators if not is_folded(operator))
 
 
 def operator_entry(operator: BoundaryOperator, plan: PruningPlan, names: LayerNames) -> dict[str, Any]:
@@ -141,8 +147,11 @@ def recovered_tensors(
     operators: OperatorSet,
     names: LayerNames,
     dtype: torch.dtype,
+    folds: Iterable[Fold] = (),
 ) -> tuple[list[TensorSource], dict[str, str]]:
     """List what to write: the surviving tensors in the order in which they lie on disk, then the operators.
+
+    Tensors that an operator is folded into are in the place of the base's.
 
     Args:
         index: The base checkpoint.
@@ -150,6 +159,7 @@ def recovered_tensors(
         operators: The plan and its operators.
         names: How the checkpoint names its layers.
         dtype: Dtype in which operators are written.
+        folds: Where operators are folded.
 
     Returns:
         The tensors, and for each copied one the name it has in the base.
@@ -157,12 +167,16 @@ def recovered_tensors(
     wanted = set(used)
     tensors: list[TensorSource] = []
     origins: dict[str, str] = {}
+    renamed = {name: names.renumbered(name, operators.plan) for name in wanted}
+    kept = {name: new for name, new in renamed.items() if new is not None}
+    changed = {name: source for fold in folds for name, source in fold.tensors(index, kept).items()}
     for entry in sorted(index.tensors.values(), key=_place):
-        name = names.renumbered(entry.name, operators.plan) if entry.name in wanted else None
-        if name is not None:
-            tensors.append(copied_tensor(index.root, entry, name))
-            origins[name] = entry.name
-    for operator in operators.operators:
+        if entry.name in changed:
+            tensors.append(changed[entry.name])
+        elif entry.name in kept:
+            tensors.append(copied_tensor(index.root, entry, kept[entry.name]))
+            origins[kept[entry.name]] = entry.name
+    for operator in standing_operators(operators):
         for leaf, array in leaf_names(operator).items():
             name = names.tensor(operator.span, operators.plan, leaf)
             tensors.append(stored_tensor(name, torch.from_numpy(array), dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.reader import TensorReader
-from ghoststream.errors import ArtifactError, CheckpointError, OutputExistsError, PlanError
+from ghoststream.errors import ArtifactError, CheckpointError, OutputExistsError, PlanError, RequestError
 from ghoststream.files import missing_files, read_json
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.recovery.folding import Fold, unfolded
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
 from ghoststream.spans import PruningPlan, Span
 
@@ -22,7 +24,7 @@ _KIND = "recovered checkpoint"
 _VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RecoveredInfo:
     """What a recovered folder knows of its making.
 
@@ -31,22 +33,76 @@ class RecoveredInfo:
         plan: Which layers of the base were removed.
         base: Fingerprint of the base checkpoint, as ``checkpoint_fingerprint`` returns it.
         base_model_type: The base's ``model_type``.
-        operators: The operators as they are in the checkpoint (rounded to its dtype, here in float32).
+        kind: Name of the operator family.
         tensors: For every tensor its digest and, if it was copied, its name in the base.
+        recorded: What is written of the operators.
     """
 
     folder: Path
     plan: PruningPlan
     base: Mapping[str, Any]
     base_model_type: str
-    operators: OperatorSet
+    kind: str
     tensors: Mapping[str, Mapping[str, str | None]]
+    recorded: Mapping[str, Any]
+
+    @cached_property
+    def operators(self) -> OperatorSet:
+        """The operators as they are in the checkpoint (rounded to its dtype, here in float32).
+
+        Raises:
+            RequestError: If some are folded into weights: they can be told from these with the base only.
+            ArtifactError: If ``ghoststream.json`` is damaged.
+            CheckpointError: If an operator's tensor is missing or damaged.
+
+        Memory: The operators in float32.
+        """
+        return self._read(None)
+
+    def operators_over(self, base: Path) -> OperatorSet:
+        """Return the operators, the folded ones as what was added to the weights of the base.
+
+        Args:
+            base: Folder of the base checkpoint.
+
+        Raises:
+            ArtifactError: If ``ghoststream.json`` is damaged.
+            CheckpointError: If a tensor is missing or damaged.
+
+        Memory: The operators in float32, and two weights that one is folded into.
+        """
+        return self._read(base)
+
+    def _read(self, base: Path | None) -> OperatorSet:
+        try:
+            boundaries = tuple(self._boundary(entry, base) for entry in self.recorded["boundaries"])
+            return OperatorSet(
+                plan=self.plan,
+                kind=self.kind,
+                boundaries=boundaries,
+                hidden=int(self.recorded["hidden"]),
+                metadata=dict(self.recorded["metadata"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise _damaged(self.folder / PROVENANCE_NAME, error) from error
+
+    def _boundary(self, entry: Mapping[str, Any], base: Path | None) -> BoundaryOperator:
+        if "folded" not in entry:
+            return _read_boundary(self.folder, entry)
+        if base is None:
+            msg = (
+                f"the operator of {Span(*entry['span'])} is folded into the weights of {self.folder}; "
+                "give the base checkpoint too, from which it can be told"
+            )
+            raise RequestError(msg)
+        return unfolded(self.folder, base, entry)
 
 
 def describe_recovered(
     operators: OperatorSet,
     names: LayerNames,
     *,
+    folds: Mapping[Span, Fold],
     base: Mapping[str, Any],
     base_model_type: str,
     tensors: Mapping[str, Mapping[str, str | None]],
@@ -57,9 +113,7 @@ def describe_recovered(
     boundaries = [
         {
             **operator_entry(operator, operators.plan, names),
-            "tensors": {
-                leaf: names.tensor(operator.span, operators.plan, leaf) for leaf in leaf_names(operator)
-            },
+            **_place(operator, operators.plan, names, folds.get(operator.span)),
             "diagnostics": dict(operator.diagnostics),
         }
         for operator in operators.boundaries
@@ -79,6 +133,19 @@ def describe_recovered(
             "boundaries": boundaries,
         },
         "tensors": {name: dict(entry) for name, entry in tensors.items()},
+    }
+
+
+def _place(
+    operator: BoundaryOperator, plan: PruningPlan, names: LayerNames, fold: Fold | None
+) -> dict[str, Any]:
+    """Say which tensors an operator is in, and for a folded one also which of the base they come from."""
+    if fold is None:
+        return {"tensors": {leaf: names.tensor(operator.span, plan, leaf) for leaf in leaf_names(operator)}}
+    sources = {"weight": fold.weight, **({} if fold.changed_bias is None else {"bias": fold.changed_bias})}
+    return {
+        "tensors": {leaf: names.renumbered(source, plan) for leaf, source in sources.items()},
+        "folded": fold.to_json(),
     }
 
 
@@ -126,13 +193,10 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
 
 
 def load_recovered(folder: Path) -> RecoveredInfo | None:
-    """Read a recovered folder's provenance and operators; ``None`` if it is not a recovered folder.
+    """Read a recovered folder's provenance; ``None`` if it is not a recovered folder.
 
     Raises:
         ArtifactError: If ``ghoststream.json`` is damaged or of a newer version.
-        CheckpointError: If an operator's tensor is missing or damaged.
-
-    Memory: The operators in float32.
     """
     path = folder / PROVENANCE_NAME
     if not path.is_file():
@@ -145,28 +209,31 @@ def load_recovered(folder: Path) -> RecoveredInfo | None:
         )
         raise ArtifactError(msg)
     try:
-        plan = PruningPlan.from_json(data["plan"])
-        with TensorReader(CheckpointIndex.open(folder)) as reader:
-            boundaries = tuple(_read_boundary(reader, entry) for entry in data["operators"]["boundaries"])
-        operators = OperatorSet(
-            plan=plan,
-            kind=data["operators"]["kind"],
-            boundaries=boundaries,
-            hidden=int(data["operators"]["hidden"]),
-            metadata=dict(data["operators"]["metadata"]),
+        recorded = data["operators"]
+        return RecoveredInfo(
+            folder,
+            PruningPlan.from_json(data["plan"]),
+            data["base"],
+            data["base_model_type"],
+            str(recorded["kind"]),
+            data["tensors"],
+            recorded,
         )
-        return RecoveredInfo(folder, plan, data["base"], data["base_model_type"], operators, data["tensors"])
     except (KeyError, TypeError, PlanError) as error:
-        msg = f"{path} is damaged ({type(error).__name__}: {error}); export the checkpoint again"
-        raise ArtifactError(msg) from error
+        raise _damaged(path, error) from error
 
 
-def _read_boundary(reader: TensorReader, entry: Mapping[str, Any]) -> BoundaryOperator:
-    # The identity has no arrays; leaving them out gives BoundaryOperator's own defaults.
-    arrays: dict[str, Any] = {
-        leaf.removeprefix("linear."): reader.read(name, torch.float32).numpy()
-        for leaf, name in entry["tensors"].items()
-    }
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); export the checkpoint again")
+
+
+def _read_boundary(folder: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
+    with TensorReader(CheckpointIndex.open(folder)) as reader:
+        # The identity has no arrays; leaving them out gives BoundaryOperator's own defaults.
+        arrays: dict[str, Any] = {
+            leaf.removeprefix("linear."): reader.read(name, torch.float32).numpy()
+            for leaf, name in entry["tensors"].items()
+        }
     return BoundaryOperator(
         span=Span(*entry["span"]),
         form=entry["form"],

@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import scipy
-
 from ghoststream.errors import ArtifactError, GhoststreamError, OutputExistsError
-from ghoststream.files import FileLock, fsync_folder, json_digest
+from ghoststream.files import FileLock, fsync_folder
 from ghoststream.operators import (
     BoundaryOperator,
     OperatorFamily,
     OperatorOptions,
     OperatorSet,
+    Solver,
+    features_of,
+    fit_per_layer,
     make_operator,
+    require_chainable,
     require_ridge,
 )
+from ghoststream.operators.registry import SKETCH_SOLVERS
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import SolveRecipe, library_versions
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.select import read_plan
+from ghoststream.stages.solve_request import SolveMethod, SolveRequest, single_layers
+from ghoststream.stages.tap_store import BaseModel, require_fit_memory, store_taps, wanted_taps
 from ghoststream.statistics import (
-    DEFAULT_BLOCK_TOKENS,
     DEFAULT_FOLDS,
     UNIFORM,
     FoldedMoments,
-    HiddenStateSource,
     Precision,
     RangePlan,
     get_weight,
     open_source,
     reduce_boundaries,
-    store_digest,
 )
 
 
@@ -45,12 +47,21 @@ def solve(
     *,
     operator: str = "ghost",
     out: Path,
-    ridge: float | Literal["auto"] | None = None,
+    ridge: float | Literal["auto", "gcv"] | None = None,
+    shrink: Literal["identity", "zero"] = "identity",
+    per_layer: bool = False,
     weights: str = UNIFORM,
     features: str = "hidden",
     intercept: bool = False,
     rank: int | None = None,
-    solver: Literal["gram", "tsqr"] = "gram",
+    solver: Solver = "gram",
+    sketch_size: int | None = None,
+    power_iterations: int = 0,
+    seed: int = 0,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
     precision: Precision = "float64",
     folds: int = DEFAULT_FOLDS,
     range_sequences: int | None = None,
@@ -68,17 +79,36 @@ def solve(
         store_uri: Path or URL of the store.
         plan: The plan, its file, or spans such as ``13:19``.
         operator: Name of an operator family: ``ghost`` (the paper's), ``least-squares`` (which takes all options
-            below), ``linear-patch-diagonal``, ``none``.
+            below but ``per_layer`` and ``svd``), ``diagonal``, ``scalar``, ``symmetric`` and ``orthogonal`` (least squares
+            over such maps), ``linear-patch-diagonal``, ``linear-patch-rotated``, ``prune-and-comp``, ``none``.
         out: Operator file (safetensors) to write.
         ridge: Ridge on the Gram's diagonal: absolute for ``ghost`` (1e-6 by default, as in the paper), relative to the
-            mean of the diagonal for ``least-squares`` (by default ``auto``: what predicts held-out folds best).
+            mean of the diagonal for ``least-squares`` (by default ``auto``: what predicts held-out folds best; ``gcv``:
+            by generalised cross-validation, without folds).
+        shrink: What the ridge of ``least-squares`` draws ``y = x (I + M)`` towards: ``identity`` (``M`` to zero) or
+            ``zero`` (``I + M`` to zero).
+        per_layer: Whether each removed layer is fitted for itself on the dense model and the maps of a span are multiplied,
+            as the paper's code does where removals are not contiguous; by default a span is fitted as one. Not for
+            ``least-squares`` and its special forms.
         weights: How much each token counts: ``uniform`` (the paper's), ``drop_sinks`` (tokens whose massive
             activation is born inside a span do not count) or ``relative`` (``1 / |target|^2``).
-        features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``.
+        features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``; or, of the layer before the
+            boundary, ``mlp`` (what enters ``down_proj``) or ``mlp_output`` (what the MLP adds): such operators are folded into
+            that ``down_proj`` by the export. Taps of that layer are computed again from the store and kept in
+            ``<out>.partial`` while the operators are fitted.
         intercept: Whether a constant is fitted.
         rank: Rank of the map; None for full rank.
         solver: ``gram`` (normal equations), or ``tsqr`` (triangular factors merged by QR) for ill-conditioned features,
-            at twice the arithmetic.
+            at twice the arithmetic; ``svd`` is for ``ghost``: the pseudo-inverse, singular values below 1e-6 of the largest
+            left out.
+            Sketches of ``least-squares`` (see :mod:`ghoststream.operators.sketched`): ``sketch-features``, ``sketch-range``,
+            ``sketch-rows``.
+        sketch_size: Columns of the first two sketches, by default ``2 rank + 10``; rows of the third, by default 4 a feature.
+        power_iterations: Steps of subspace iteration of ``sketch-features``, one more sweep over the store each.
+        seed: Seed of a sketch.
+        model: The model of the store, local folder or hub id; needed for features of the layer before a boundary only.
+        revision, trust_remote_code: How that model is opened.
+        device: Where that layer is computed.
         precision: ``float64``, or ``float32-blocked`` (products in float32 over blocks of 256 tokens, sums in float64),
             which halves the arithmetic for an error of at most 1.6e-5 of the absolute sums.
         folds: Folds of whole sequences for the residual out of sample; 0 or 1 for none.
@@ -95,121 +125,94 @@ def solve(
         RequestError: If an option is out of range, a name unknown, or the operator defined without an option.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
-        StoreError: If a hidden state that is needed is not in the store.
+        StoreError: If a hidden state that is needed is not in the store (``per_layer`` needs those inside the spans).
         NumericsError: If a hidden state or a solution is not finite.
-        BudgetError, DiskFullError: If the partial statistics do not fit the disk.
+        UnsupportedModelError: If an operator on ``mlp`` or ``mlp_output`` could not be folded into the model.
+        MismatchError: If the store is of another model than the one given.
+        BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the fit of a wide feature not the
+            memory.
 
     Memory: with p features (``p = C``, or ``2 C`` for ``hidden+normed``), while reducing, for each worker thread one
     state of ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span and 4 blocks of
     2,048 tokens in float64 (8 for such weights, ``2 p / C`` more for such features); while solving,
     ``24 p^2 + 32 p C`` bytes (``16 p^2`` more where the Gram is ill-conditioned, ``24 p^2`` where folds choose the
     ridge); the operators, ``4 p C`` bytes each. ``O(C)`` where the family needs no Gram. Disk: at most ``log2(ranges) + 2``
-    states for each fold.
+    states for each fold. ``per_layer`` multiplies the state by the layers of a span, and adds two ``8 p C`` while solving.
+    With features of the layer before, ``p = I`` for ``mlp``, spans are reduced one after the other, so that there is one
+    state; disk: ``S T p`` elements of compute dtype a span.
+    Sketches: states and fits as :mod:`ghoststream.operators.sketched` says, in the place of ``8 (p^2 + p C)``.
     """
     if isinstance(ridge, float | int):
         require_ridge(ridge)
     get_weight(weights)
-    options = OperatorOptions(ridge=ridge, features=features, intercept=intercept, rank=rank, solver=solver)
+    options = OperatorOptions(
+        ridge=ridge,
+        shrink=shrink,
+        features=features,
+        intercept=intercept,
+        rank=rank,
+        solver=solver,
+        per_layer=per_layer,
+        sketch_size=sketch_size,
+        power_iterations=power_iterations,
+        seed=seed,
+    )
     family = make_operator(operator, options)
+    if per_layer:
+        require_chainable(family)
+    options = replace(options, features=features_of(family, options))
     source = open_source(str(store_uri))
-    request = _Request.make(
+    request = SolveRequest.make(
         source,
         read_plan(plan, source.n_layers),
-        _Method(operator, weights, getattr(family, "ridge", None), options, precision),
+        SolveMethod(operator, weights, getattr(family, "ridge", None), options, precision),
         RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
     )
     out = out.absolute()
     found = _existing(out, request.digest)
     if found is not None:
         return found
+    base = None if model is None else BaseModel(model, revision, trust_remote_code, device)
+    wanted = wanted_taps(options.features, request.spans, base, intercept=intercept)
+    if wanted is not None and solver not in SKETCH_SOLVERS:
+        require_fit_memory(wanted, options.features, source.hidden)
     with _lock(out):  # which makes the folder
-        moments = reduce_boundaries(
-            str(store_uri),
-            request.plan.spans,
+        reduce = getattr(family, "reduce", None) or partial(
+            reduce_boundaries,
             grams=family.needs_gram,
             triangles=getattr(family, "needs_triangle", False),
-            feature=features,
-            weights=weights,
-            precision=precision,
-            folds=request.ranges.n_folds,
-            range_sequences=request.ranges.range_sequences,
-            scheduler=scheduler,
-            workers=workers,
-            workdir=_work_folder(out),
-            progress=progress,
+            constant=intercept,
+            rotated=getattr(family, "needs_rotation", False),
         )
-        return _write(family, moments, request, out, progress or SilentProgress())
-
-
-@dataclass(frozen=True)
-class _Method:
-    """How boundaries are fitted."""
-
-    operator: str
-    weights: str
-    ridge: float | Literal["auto"] | None
-    options: OperatorOptions
-    precision: Precision
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What decides every bit of the operators."""
-
-    plan: PruningPlan
-    operator: str
-    ranges: RangePlan
-    recipe: SolveRecipe
-    base: dict[str, Any]
-    hidden: int
-
-    @classmethod
-    def make(
-        cls, source: HiddenStateSource, plan: PruningPlan, method: _Method, ranges: RangePlan
-    ) -> _Request:
-        recipe = SolveRecipe(
-            operator=method.operator,
-            eps=method.ridge,
-            features=method.options.features,
-            weights=method.weights,
-            intercept=method.options.intercept,
-            rank=method.options.rank,
-            solver=method.options.solver,
-            precision=method.precision,
-            range_sequences=ranges.range_sequences,
-            folds=ranges.n_folds,
-            store_digest=store_digest(source),
+        told, work = progress or SilentProgress(), _work_folder(out)
+        # Wide states of spans that share no layer: one at a time costs no reading.
+        groups = [request.spans] if wanted is None else [(span,) for span in request.spans]
+        given: dict[str, Any] = (
+            {} if wanted is None else {"taps": store_taps(wanted, store_uri, work, progress=told)}
         )
-        base = dict(source.fingerprint.get("checkpoint", {}))
-        return cls(plan, method.operator, ranges, recipe, base, source.hidden)
-
-    @property
-    def digest(self) -> str:
-        """Digest of recipe, plan and block size."""
-        return json_digest(
-            {
-                "recipe": self.recipe.to_json(),
-                "plan": self.plan.to_json(),
-                "block_tokens": DEFAULT_BLOCK_TOKENS,
-            }
-        )
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What the operator file says about its making."""
-        return {
-            "base": self.base,
-            "recipe": self.recipe.to_json(),
-            "recipe_digest": self.digest,
-            "block_tokens": DEFAULT_BLOCK_TOKENS,
-            "versions": {**library_versions(), "scipy": scipy.__version__},
-        }
+        moments: dict[Span, FoldedMoments] = {}
+        for spans in groups:
+            moments |= reduce(
+                str(store_uri),
+                spans,
+                feature=options.features,
+                weights=weights,
+                precision=precision,
+                folds=request.ranges.n_folds,
+                range_sequences=request.ranges.range_sequences,
+                scheduler=scheduler,
+                workers=workers,
+                workdir=work,
+                progress=progress,
+                **given,
+            )
+        return _write(family, moments, request, out, told)
 
 
 def _write(
     family: OperatorFamily,
     moments: dict[Span, FoldedMoments],
-    request: _Request,
+    request: SolveRequest,
     out: Path,
     progress: Progress,
 ) -> OperatorSet:
@@ -225,14 +228,14 @@ def _write(
 def _fit_all(
     family: OperatorFamily,
     moments: dict[Span, FoldedMoments],
-    request: _Request,
+    request: SolveRequest,
     work: Path,
     progress: Progress,
 ) -> tuple[BoundaryOperator, ...]:
-    progress.start("solve", len(moments), "boundaries")
+    progress.start("solve", len(request.plan.spans), "boundaries")
     solved = []
     for span in request.plan.spans:
-        solved.append(_fit(family, moments[span], request, work))
+        solved.append(_fit(family, moments, span, request, work))
         progress.advance(1)
     progress.finish()
     for operator in solved:
@@ -241,14 +244,23 @@ def _fit_all(
     return tuple(solved)
 
 
-def _fit(family: OperatorFamily, moments: FoldedMoments, request: _Request, work: Path) -> BoundaryOperator:
+def _fit(
+    family: OperatorFamily,
+    moments: dict[Span, FoldedMoments],
+    span: Span,
+    request: SolveRequest,
+    work: Path,
+) -> BoundaryOperator:
     name = request.digest.removeprefix("sha256:")[:16]
-    path = work / f"boundary-{name}-{moments.span.start}-{moments.span.stop}.safetensors"
+    path = work / f"boundary-{name}-{span.start}-{span.stop}.safetensors"
     if path.is_file():
         with suppress(ArtifactError):  # the disk has damaged it: fitted again, it is the same
             return OperatorSet.load(path).boundaries[0]
-    operator = family.fit(moments)
-    plan = PruningPlan(request.plan.n_layers, (moments.span,))
+    if request.recipe.per_layer:
+        operator = fit_per_layer(family, moments[span], [moments[layer] for layer in single_layers(span)])
+    else:
+        operator = family.fit(moments[span])
+    plan = PruningPlan(request.plan.n_layers, (span,))
     OperatorSet(plan, request.operator, (operator,), request.hidden, request.metadata).save(path)
     return operator
 

@@ -227,6 +227,6 @@ def test_the_command_line_passes_every_option_on(tiny_llama: Path, tmp_path: Pat
     for wrong in ("-1", "much", "inf", "nan"):
         refused = run("solve", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", wrong)
         assert refused.exit_code == 2
-        assert "is no ridge; give a number of at least 0, for example 1e-6, or auto" in refused.stderr
+        assert "is no ridge; give a number of at least 0, for example 1e-6, auto or gcv" in refused.stderr
     refused = run("solve", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", "auto")
     assert "ghost is defined without a ridge chosen by folds" in refused.stderr

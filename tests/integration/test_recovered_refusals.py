@@ -30,7 +30,11 @@ def _refusals() -> dict[str, tuple[OperatorSet, type[Exception], str]]:
     features = OperatorSet(
         PruningPlan(N_LAYERS, (Span(1, 3),)),
         "x",
-        (BoundaryOperator(Span(1, 3), "linear", "mlp", random_operators(PLAN, HIDDEN).boundaries[0].weight),),
+        (
+            BoundaryOperator(
+                Span(1, 3), "linear", "magnitudes", random_operators(PLAN, HIDDEN).boundaries[0].weight
+            ),
+        ),
         HIDDEN,
     )
     return {
@@ -45,7 +49,7 @@ def _refusals() -> dict[str, tuple[OperatorSet, type[Exception], str]]:
             MismatchError,
             r"were made for another checkpoint \(sha256:000",
         ),
-        "features": (features, UnsupportedModelError, "reads the features 'mlp'"),
+        "features": (features, UnsupportedModelError, "reads the features 'magnitudes'"),
     }
 
 

@@ -176,7 +176,9 @@ def test_a_dask_cluster_gives_the_same_bits(uri: str, tmp_path: Path) -> None:
     expected = solve(uri, PLAN, out=here, range_sequences=1)
     progress = Recorder()
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         solve(
@@ -204,7 +206,7 @@ def _break_reading(path: str, client: object, folder: Path) -> None:
 def test_a_scheduler_that_does_not_answer_is_named(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghoststream.statistics.engines._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("ghoststream.statistics.cluster._CONNECT_SECONDS", 1)
     with pytest.raises(RequestError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         solve(uri, PLAN, out=tmp_path / "operators.safetensors", scheduler="tcp://127.0.0.1:9")
 

@@ -1,0 +1,53 @@
+"""Least squares over rotations."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+
+from ghoststream.errors import NumericsError, RequestError
+from ghoststream.operators.registry import OperatorOptions, register_operator
+from ghoststream.operators.ridge import Centre, centre_in_place
+from ghoststream.operators.structured import Array, Problem, StructuredLeastSquares
+from ghoststream.statistics import BoundaryMoments
+
+
+@register_operator("orthogonal")
+class Orthogonal(StructuredLeastSquares):
+    """``y = x W`` with ``W^T W = I``, reflections among them: ``W = U V^T`` of ``X^T Y = G + K = U S V^T``.
+
+    The orthogonal Procrustes problem (Schoenemann, Psychometrika 31, 1966); what is written is ``M = W - I``. It keeps every norm, so it takes no ridge. Degrees of freedom: ``C (C - 1) / 2`` in all.
+
+    Memory: that of ``ghost`` and ``48 C^2`` bytes.
+    """
+
+    name = "orthogonal"
+    takes = ("intercept",)
+    needs_gram = True
+
+    def __init__(self, options: OperatorOptions) -> None:
+        super().__init__(options)
+        if options.ridge is not None:
+            msg = f"the operator {self.name} keeps every norm and takes no ridge; leave it away"
+            raise RequestError(msg)
+
+    def problem(self, moments: BoundaryMoments) -> Problem:
+        """Return the problem of some moments; Gram and cross-moment are overwritten."""
+        if self.intercept:
+            centre_in_place(moments, Centre.of(moments))
+        product = moments.cross
+        product += moments.gram
+        size = len(product)
+
+        def solve(ridge: float) -> Array:
+            del ridge
+            try:
+                left, _, right = scipy.linalg.svd(product, check_finite=False)
+            except np.linalg.LinAlgError as error:
+                msg = f"the singular vectors at {moments.span} do not converge ({error}); verify the store"
+                raise NumericsError(msg) from error
+            turned: Array = left @ right
+            np.fill_diagonal(turned, turned.diagonal() - 1.0)
+            return turned
+
+        return Problem(0.0, solve, lambda _: (size - 1) / 2.0)

@@ -1,0 +1,195 @@
+"""ReplaceMe's cosine distance (arXiv 2505.02819): the map of its least squares, found by Adam for another objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ghoststream.errors import NumericsError, RequestError
+from ghoststream.operators.artifact import BoundaryOperator
+from ghoststream.operators.diagnostics import held_fold, report, require_tokens
+from ghoststream.operators.registry import OperatorOptions, register_operator
+from ghoststream.operators.replace_me import require_replace_me
+from ghoststream.spans import Span
+from ghoststream.statistics import FoldedMoments, RangePlan, open_source, reduce_boundaries
+from ghoststream.statistics.boundary import BoundaryReducer
+from ghoststream.statistics.engines import StateRef
+from ghoststream.statistics.features import MLP_OUTPUT
+from ghoststream.statistics.token_rows import BoundaryRows, Rows
+
+EPOCHS = 10
+LEARNING_RATE = 1e-4
+BATCH_TOKENS = 1024
+"""Of the published code, as the start ``T = I``."""
+
+
+class RowMoments(FoldedMoments):
+    """Moments of one boundary, and where its tokens are.
+
+    Attributes:
+        rows: Reads the tokens.
+    """
+
+    def __init__(self, span: Span, folds: Sequence[StateRef], *, rows: BoundaryRows, **options: Any) -> None:
+        super().__init__(span, folds, **options)
+        self.rows = rows
+
+    @classmethod
+    def of(cls, moments: FoldedMoments, rows: BoundaryRows) -> RowMoments:
+        """Add to moments where the tokens are."""
+        return cls(
+            moments.span,
+            moments.states,
+            rows=rows,
+            feature=moments.feature,
+            weights=moments.weights,
+            facts=moments.facts,
+        )
+
+
+@register_operator("replace-me-cosine")
+class ReplaceMeCosine:
+    """``min mean(1 - cos(M T, h[stop] - Y))`` over ``T``, ``M`` and ``Y`` as in :class:`~ghoststream.operators.replace_me.ReplaceMe`.
+
+    Adam from ``T = I`` at rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that is drawn anew each
+    epoch, read from the stores, in float32. Tokens count by their weights (uniform in the paper). The published code compares
+    single tokens drawn from all sequences; whole sequences are what a store can be read by.
+
+    Diagnostics beside those of least squares: ``cosine_distance``, the weighted mean of ``1 - cos`` over all tokens, and out of
+    sample ``cosine_distance_out_of_sample`` and ``relative_residual_out_of_sample``, those of a second fit without fold 0 on fold 0.
+
+    Memory: moments of the features, ``16 C^2`` bytes of the map, its gradient and Adam's two means, and ``40 C`` bytes for each token
+    of a batch.
+    """
+
+    name = "replace-me-cosine"
+    needs_gram = True
+    features = MLP_OUTPUT.name
+    whole = False
+    """Whether ``h[stop]`` itself is compared."""
+
+    def __init__(self, options: OperatorOptions) -> None:
+        require_replace_me(self.name, options)
+        if options.ridge is not None:
+            msg = f"the operator {self.name} has no ridge; leave it out"
+            raise RequestError(msg)
+        self.seed = options.seed
+
+    def reduce(self, store_uri: str, spans: Iterable[Span], **run: Any) -> dict[Span, FoldedMoments]:
+        """Reduce the boundaries; arguments are those of :func:`~ghoststream.statistics.reduce_boundaries`."""
+        moments = reduce_boundaries(store_uri, spans, **run)
+        plan = RangePlan.make(
+            open_source(store_uri).n_sequences,
+            folds=next(iter(moments.values())).n_folds,
+            range_sequences=run.get("range_sequences"),
+        )
+        options = {name: run[name] for name in ("feature", "weights", "taps") if name in run}
+        return {
+            span: RowMoments.of(found, BoundaryRows(store_uri, BoundaryReducer((span,), **options), plan))
+            for span, found in moments.items()
+        }
+
+    def fit(self, moments: FoldedMoments) -> BoundaryOperator:
+        """Search one boundary.
+
+        Raises:
+            RequestError: If the moments do not say where the tokens are.
+            NumericsError: If the search diverges, or fold 0 is empty.
+        """
+        if not isinstance(moments, RowMoments):
+            msg = f"the operator {self.name} reads the tokens of {moments.span} themselves; reduce with it"
+            raise RequestError(msg)
+        total, rows = moments.total(), moments.rows
+        require_tokens(total)
+        matrix = self._search(rows, rows.sequences())
+        diagnostics = report(moments, total, total.linear_residual(matrix), None)
+        diagnostics |= {
+            "cosine_distance": self.distance(rows, rows.sequences(), matrix),
+            "epochs": EPOCHS,
+            "learning_rate": LEARNING_RATE,
+            "batch_tokens": BATCH_TOKENS,
+            "seed": self.seed,
+        }
+        if moments.n_folds > 1:
+            diagnostics |= self._held_out(moments)
+        weight: npt.NDArray[np.float32] = np.ascontiguousarray(matrix.T, dtype=np.float32)
+        return BoundaryOperator(moments.span, "linear", moments.feature, weight, None, diagnostics)
+
+    def distance(
+        self, rows: BoundaryRows, sequences: npt.NDArray[np.int64], matrix: npt.NDArray[np.float64]
+    ) -> float:
+        """Return the weighted mean of ``1 - cos`` over some sequences for ``A = T - I``."""
+        change = torch.from_numpy(matrix)
+        lost, weight = 0.0, 0.0
+        for number in sequences:
+            part = rows.read(int(number))
+            lost += float(self._lost(part, change))
+            weight += float(part.weights.sum())
+        return lost / weight
+
+    def _held_out(self, moments: RowMoments) -> dict[str, float]:
+        rows, held = moments.rows, held_fold(moments, 0)
+        matrix = self._search(rows, rows.sequences(without=0))
+        gap = float(held.gap_energy.sum())
+        residual = held.linear_residual(matrix)
+        return {
+            "cosine_distance_out_of_sample": self.distance(rows, rows.in_fold(0), matrix),
+            "relative_residual_out_of_sample": float(np.sqrt(residual / gap)) if gap > 0 else 0.0,
+            "r2_out_of_sample": 1.0 - residual / held.gap_variation if held.gap_variation > 0 else 0.0,
+        }
+
+    def _search(self, rows: BoundaryRows, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return ``A = T - I``, ``(C, C)`` float64."""
+        size = rows.read(int(sequences[0])).inputs.shape[1]
+        change = torch.zeros(size, size, requires_grad=True)
+        adam = torch.optim.Adam([change], lr=LEARNING_RATE)
+        order = np.random.default_rng(self.seed)
+        for _ in range(EPOCHS):
+            for part in _batches(rows, order.permutation(sequences)):
+                adam.zero_grad()
+                (self._lost(part, change) / float(part.weights.sum())).backward()
+                adam.step()
+        found: npt.NDArray[np.float64] = change.detach().double().numpy()
+        if not np.isfinite(found).all():
+            msg = f"the search of {self.name} at {rows.span} diverged; use replace-me-ls"
+            raise NumericsError(msg)
+        return found
+
+    def _lost(self, part: Rows, change: torch.Tensor) -> torch.Tensor:
+        """Return ``sum w (1 - cos)`` over some tokens."""
+        features, inputs, targets, weights = (
+            torch.from_numpy(array).to(change.dtype)
+            for array in (part.features, part.inputs, part.targets, part.weights)
+        )
+        if self.whole:
+            predicted = inputs + features @ change
+        else:
+            predicted = features + features @ change
+            targets = targets - inputs + features
+        cosine = torch.nn.functional.cosine_similarity(predicted, targets, dim=1)
+        return (weights * (1.0 - cosine)).sum()
+
+
+@register_operator("replace-me-cosine-whole")
+class ReplaceMeCosineWhole(ReplaceMeCosine):
+    """``min mean(1 - cos(Y + M T, h[stop]))``: the objective of the paper's equation 4 (``accurate`` in the published code)."""
+
+    name = "replace-me-cosine-whole"
+    whole = True
+
+
+def _batches(rows: BoundaryRows, sequences: npt.NDArray[np.int64]) -> Iterator[Rows]:
+    """Yield batches of :data:`BATCH_TOKENS` tokens, the last one smaller, in the order of the sequences."""
+    waiting: Rows | None = None
+    for number in sequences:
+        part = rows.read(int(number))
+        waiting = part if waiting is None else waiting.join(part)
+        while len(waiting.weights) >= BATCH_TOKENS:
+            yield waiting.cut(0, BATCH_TOKENS)
+            waiting = waiting.cut(BATCH_TOKENS, len(waiting.weights))
+    if waiting is not None and len(waiting.weights):
+        yield waiting

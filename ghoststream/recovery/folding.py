@@ -1,0 +1,247 @@
+"""Operators that disappear in the last linear map of the MLP of the layer before their boundary.
+
+With ``a`` for what enters that map, ``W`` ``(I, C)`` for its weight, ``b`` for its bias and ``s`` for the multiplier in front of the
+residual stream, the layer adds ``m = s (a W + b)``. An operator ``y = x + a A + c`` on the features ``mlp`` is in the model if
+``W + A / s`` and ``b + c / s`` take their places; ``y = x + m A + c`` on ``mlp_output`` if ``W (I + A)`` and ``b (I + A) + c / s`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.reader import TensorReader
+from ghoststream.checkpoint.writer import TensorSource
+from ghoststream.errors import MismatchError, UnsupportedModelError
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.spans import Span
+from ghoststream.statistics.features import MLP, MLP_OUTPUT
+from ghoststream.streaming import mlp_projection
+from ghoststream.streaming.skeleton import Skeleton
+
+FOLDED = (MLP.name, MLP_OUTPUT.name)
+"""Features whose operators are folded."""
+
+_PANEL = 1024
+_BLOCK_ELEMENTS = 2**22
+"""Of the new weight, that are made at a time: 32 MiB in float64."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where an operator disappears.
+
+    Attributes:
+        operator: The operator.
+        weight: Name of the weight in the base checkpoint.
+        bias: Name of the bias there; None if the map has none.
+        transposed: Whether the weight lies as ``(C, I)`` and not as ``(I, C)``.
+        scale: The multiplier between the map and the residual stream.
+    """
+
+    operator: BoundaryOperator
+    weight: str
+    bias: str | None
+    transposed: bool
+    scale: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the place as JSON data."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "transposed": self.transposed,
+            "scale": self.scale,
+        }
+
+    def tensors(self, index: CheckpointIndex, names: Mapping[str, str]) -> dict[str, TensorSource]:
+        """Return what to write in the place of the base's tensors, by their names in the base.
+
+        Sums and products are taken in float64 and rounded once, to the tensor's own dtype.
+
+        Args:
+            index: The base checkpoint.
+            names: Name in the new checkpoint by name in the base.
+
+        Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored.
+        """
+        found = {self.weight: self._source(index, self.weight, names[self.weight], self._weight_blocks)}
+        bias = self.changed_bias
+        if bias is not None:
+            found[bias] = self._source(index, bias, names[bias], self._bias_blocks)
+        return found
+
+    @property
+    def changed_bias(self) -> str | None:
+        """Name of the bias in the base checkpoint, if there is one and the operator changes it."""
+        return self.bias if self.operator.features == MLP_OUTPUT.name or self._has_constant else None
+
+    @property
+    def _has_constant(self) -> bool:
+        return self.operator.bias is not None
+
+    def _source(self, index: CheckpointIndex, name: str, new_name: str, blocks: Any) -> TensorSource:
+        entry = index.tensors[name]
+
+        def chunks(buffer: memoryview) -> Iterator[memoryview]:
+            del buffer
+            with TensorReader(index) as reader:
+                for block in blocks(reader, entry.shape):
+                    stored = block.to(entry.dtype).contiguous().reshape(-1)
+                    yield memoryview(stored.view(torch.uint8).numpy())
+
+        return TensorSource(new_name, entry.dtype_name, entry.shape, chunks)
+
+    def _weight_blocks(self, reader: TensorReader, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """Yield rows of the new weight in float64."""
+        change = torch.from_numpy(_array(self.operator.weight))
+        whole = reader.read(self.weight) if self.operator.features == MLP_OUTPUT.name else None
+        step = max(1, _BLOCK_ELEMENTS // shape[1])
+        for first in range(0, shape[0], step):
+            rows = slice(first, min(first + step, shape[0]))
+            if whole is None:
+                numbers = torch.arange(rows.start, rows.stop)
+                own = reader.rows(self.weight, numbers, torch.float64)
+                part = change[rows] if self.transposed else change[:, rows].T
+                yield own + part.double() / self.scale
+            elif self.transposed:
+                yield whole[rows].double() + _product(change[rows].double(), whole)
+            else:
+                yield whole[rows].double() + whole[rows].double() @ change.double().T
+
+    def _bias_blocks(self, reader: TensorReader, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        del shape
+        bias = reader.read(str(self.bias), torch.float64)
+        if self.operator.features == MLP_OUTPUT.name:
+            bias = bias + torch.from_numpy(_array(self.operator.weight)).double() @ bias
+        if self._has_constant:
+            bias = bias + torch.from_numpy(_array(self.operator.bias)).double() / self.scale
+        yield bias
+
+
+def find_fold(skeleton: Skeleton, operator: BoundaryOperator) -> Fold:
+    """Find where an operator on :data:`FOLDED` features goes.
+
+    Raises:
+        UnsupportedModelError: If the architecture has a norm or a mixture there, or no bias for the operator's constant.
+        MismatchError: If the operator is of another width.
+    """
+    fold = require_foldable(
+        skeleton, operator.span, operator.features, constant=operator.bias is not None, operator=operator
+    )
+    shape = skeleton.index.tensors[fold.weight].shape
+    wide, hidden = shape[::-1] if fold.transposed else shape
+    asked, found = wide if operator.features == MLP.name else hidden, _array(operator.weight).shape[1]
+    if found != asked:
+        msg = (
+            f"the operator on {operator.features} at {operator.span} has {found} features, and {asked} enter or leave "
+            f"{fold.weight}; solve operators for this model"
+        )
+        raise MismatchError(msg)
+    return fold
+
+
+def require_foldable(
+    skeleton: Skeleton,
+    span: Span,
+    features: str,
+    *,
+    constant: bool = False,
+    operator: BoundaryOperator | None = None,
+) -> Fold:
+    """Check that an operator on :data:`FOLDED` features can be folded at a boundary, before it is fitted.
+
+    Args:
+        skeleton: The base.
+        span: The removed span.
+        features: Name of the features.
+        constant: Whether the operator has a constant.
+        operator: The operator, once there is one; the identity until then.
+
+    Raises:
+        UnsupportedModelError: If there is no layer before, or the architecture has a norm or a mixture there, or no bias
+            for the constant.
+    """
+    place = f"operators on the features {features} cannot be folded at {span}"
+    if span.start == 0:
+        msg = f"{place}: there is no layer before it; use features of the hidden state, or another span"
+        raise UnsupportedModelError(msg)
+    found = mlp_projection(skeleton.family, skeleton.layers[span.start - 1])
+    if not found.folds:
+        msg = f"{place}: {found.reason}; use features of the hidden state"
+        raise UnsupportedModelError(msg)
+    path = f"{skeleton.family.layers_path}.{span.start - 1}.{found.path}"
+    names = skeleton.keys.names
+    if f"{path}.weight" not in names:
+        msg = f"{place}: the checkpoint does not hold {path}.weight as one tensor; use features of the hidden state"
+        raise UnsupportedModelError(msg)
+    bias = names.get(f"{path}.bias")
+    if constant and bias is None:
+        msg = f"{place}: {path} has no bias that could take up the constant; fit without an intercept"
+        raise UnsupportedModelError(msg)
+    fitted = operator or BoundaryOperator(span, "identity")
+    return Fold(fitted, names[f"{path}.weight"], bias, found.transposed, found.scale)
+
+
+def find_folds(skeleton: Skeleton, operators: OperatorSet) -> dict[Span, Fold]:
+    """Return the folds of a plan's operators, by span; those on other features are left out."""
+    return {
+        operator.span: find_fold(skeleton, operator)
+        for operator in operators.operators
+        if operator.features in FOLDED
+    }
+
+
+def is_folded(operator: BoundaryOperator) -> bool:
+    """Say whether an operator is one that is folded."""
+    return operator.form != "identity" and operator.features in FOLDED
+
+
+def unfolded(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
+    """Return a folded operator as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
+
+    It is what the checkpoint computes, roundings included, also where it was fitted on ``mlp_output``.
+
+    Args:
+        folder: The recovered checkpoint.
+        base: Its base.
+        entry: What ``ghoststream.json`` says of the boundary.
+
+    Memory: ``4 I C`` bytes for the operator, and twice as much while it is read.
+    """
+    place, tensors = entry["folded"], entry["tensors"]
+    with TensorReader(CheckpointIndex.open(folder)) as new, TensorReader(CheckpointIndex.open(base)) as old:
+
+        def difference(leaf: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+            change = new.read(tensors[leaf], torch.float32) - old.read(place[leaf], torch.float32)
+            added: np.ndarray[Any, np.dtype[np.float32]] = (change * place["scale"]).numpy()
+            return added
+
+        weight = difference("weight")
+        return BoundaryOperator(
+            Span(*entry["span"]),
+            "linear",
+            MLP.name,
+            weight if place["transposed"] else np.ascontiguousarray(weight.T),
+            difference("bias") if "bias" in tensors else None,
+            dict(entry["diagnostics"]),
+        )
+
+
+def _product(rows: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return ``rows @ whole`` in float64, a panel of columns at a time."""
+    result = torch.empty(len(rows), whole.shape[1], dtype=torch.float64)
+    for first in range(0, whole.shape[1], _PANEL):
+        columns = slice(first, first + _PANEL)
+        result[:, columns] = rows @ whole[:, columns].double()
+    return result
+
+
+def _array(values: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.ascontiguousarray(values, dtype=np.float32)

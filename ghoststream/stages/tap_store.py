@@ -1,0 +1,226 @@
+"""Taps of the layers before boundaries, kept in a store beside that of the hidden states while operators are fitted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.pytorch_utils import Conv1D
+
+from ghoststream.activations import ActivationStore, StoreRequest
+from ghoststream.errors import BudgetError, DataError, InputNotFoundError, RequestError
+from ghoststream.files import disk_errors, format_bytes, json_digest
+from ghoststream.progress import Progress
+from ghoststream.recipe import CaptureRecipe
+from ghoststream.recovery.folding import FOLDED, require_foldable
+from ghoststream.spans import Span
+from ghoststream.stages.machine import free_host_memory
+from ghoststream.stages.replay import replay
+from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.statistics import TapSource, get_feature, store_digest, tap_of
+from ghoststream.streaming import Skeleton, tap_point
+
+_SHARD_BYTES = 64 * 1024 * 1024
+_BEFORE_A_MAP = ("attention_heads", "mlp_intermediate")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a store was captured from, for what must be computed again.
+
+    Attributes:
+        model: Local folder or hub id.
+        revision: Revision of a hub model.
+        trust_remote_code: Whether the model's own code may run.
+        device: Where layers are computed.
+    """
+
+    model: str | Path
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class WantedTaps:
+    """The taps that a fit needs, all of one width."""
+
+    base: BaseModel
+    tap: str
+    layers: tuple[int, ...]
+    width: int
+
+
+def wanted_taps(
+    features: str, spans: Sequence[Span], base: BaseModel | None, *, intercept: bool
+) -> WantedTaps | None:
+    """Return what must be computed again for features of the layer before each boundary; None for other features.
+
+    Args:
+        features: Name of the features.
+        spans: The removed spans.
+        base: The model of the store, if it is known.
+        intercept: Whether operators will have a constant.
+
+    Raises:
+        RequestError: If the model is needed and not given, or a span begins with the first layer, or taps differ in width.
+        UnsupportedModelError: If a layer does not have the tap, or an operator on it could not be folded.
+        GhoststreamError: What opening the model raises.
+
+    Memory: the model without weights.
+    """
+    tap = tap_of(features)
+    if tap is None:
+        return None
+    if base is None:
+        msg = (
+            f"the features {features} are of the layer before each boundary, which is run again on the stored states: "
+            "give the model that the store was captured from (--model)"
+        )
+        raise RequestError(msg)
+    first = next((span for span in spans if span.start == 0), None)
+    if first is not None:
+        msg = (
+            f"the features {features} are of the layer before the boundary, and {first} begins with the first layer; "
+            "use features of the hidden state, or another span"
+        )
+        raise RequestError(msg)
+    options = ModelOptions(
+        revision=base.revision, trust_remote_code=base.trust_remote_code, device=base.device
+    )
+    skeleton = ModelSession(base.model, options).skeleton
+    layers = tuple(span.start - 1 for span in spans)
+    if layers[-1] >= skeleton.n_layers:
+        msg = f"there is no layer {layers[-1]}: {base.model} has {skeleton.n_layers}; give the model of the store"
+        raise RequestError(msg)
+    for span in spans if features in FOLDED else ():
+        require_foldable(skeleton, span, features, constant=intercept)
+    widths = {tap_width(skeleton, layer, tap) for layer in layers}
+    if len(widths) > 1:
+        msg = f"the tap {tap} has widths {sorted(widths)} at the layers {list(layers)}; fit the spans one at a time"
+        raise RequestError(msg)
+    return WantedTaps(base, tap, layers, widths.pop())
+
+
+def require_fit_memory(wanted: WantedTaps, features: str, hidden: int) -> None:
+    """Check that this machine can hold a fit by Grams before anything is computed for it.
+
+    With ``p`` features ``48 p^2 + 32 p C`` bytes: what ``least-squares`` states while folds choose its ridge (47 GB for
+    28,672 features of a hidden size of 8,192).
+
+    Raises:
+        BudgetError: If it cannot.
+    """
+    width = get_feature(features).width(wanted.width)
+    needed, free = 48 * width * width + 32 * width * hidden, free_host_memory()
+    if free is not None and needed > free:
+        msg = (
+            f"fitting {width:,} features ({features}) takes {format_bytes(needed)} of memory, {format_bytes(free)} are "
+            "free; use --solver sketch-features with --rank, or --features mlp_output"
+        )
+        raise BudgetError(msg)
+
+
+def tap_width(skeleton: Skeleton, layer: int, tap: str) -> int:
+    """Return the width of a tap of a layer.
+
+    Raises:
+        RequestError: If there is no such tap.
+        UnsupportedModelError: If the layer does not have it.
+    """
+    module = skeleton.layers[layer]
+    point = tap_point(skeleton.family, module, tap)
+    if tap not in _BEFORE_A_MAP:
+        return skeleton.hidden_size
+    linear = module.get_submodule(point.path)
+    shape = linear.get_parameter("weight").shape
+    return int(shape[0 if isinstance(linear, Conv1D) else 1])
+
+
+def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress: Progress) -> TapSource:
+    """Run layers again on the hidden states of a store, one after the other, and keep one tap of each.
+
+    A killed run goes on: layers that are complete are not run again. Hidden states that were rounded in the store are
+    accepted with a warning.
+
+    Args:
+        wanted: Which taps.
+        store: Path or URL of the store.
+        folder: Folder in which the store of the taps is made.
+        progress: Who is told how many sequences are done.
+
+    Returns:
+        Where the taps are.
+
+    Raises:
+        BudgetError: If they do not fit the disk.
+        GhoststreamError: What :func:`ghoststream.replay` raises.
+
+    Memory: what :func:`ghoststream.replay` states, and three shards of 64 MiB. Disk: ``S T I`` elements of compute dtype a layer.
+    """
+    source = ActivationStore.open(str(store))
+    width, layers = wanted.width, wanted.layers
+    recipe = {
+        "taps": wanted.tap,
+        "layers": list(layers),
+        "store_digest": store_digest(source),
+        "tokens_digest": source.tokens_digest,
+    }
+    dtype = CaptureRecipe.from_json(source.recipe, source.uri).dtype
+    itemsize = 4 if dtype == "float32" else 2
+    request = StoreRequest(
+        recipe=recipe,
+        tokens=source.tokens(),
+        fingerprint=source.fingerprint,
+        n_layers=source.n_layers,
+        n_sequences=source.n_sequences,
+        length=source.length,
+        hidden=width,
+        store_dtype=dtype,
+        layers=layers,
+        sequences_per_shard=min(
+            source.n_sequences, max(1, _SHARD_BYTES // (source.length * width * itemsize))
+        ),
+        sequences_per_chunk=1,
+    )
+    place = folder / f"taps-{json_digest(recipe).removeprefix('sha256:')[:16]}"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _open(place, request) as taps:
+        for layer in layers:
+            if layer not in taps.completed_layers():
+                _fill(taps, wanted, store, layer, progress)
+    return TapSource(str(place), width)
+
+
+def _open(place: Path, request: StoreRequest) -> ActivationStore:
+    with suppress(InputNotFoundError):
+        try:
+            ActivationStore.open(str(place))
+        except DataError:  # the disk has damaged it: made again, it is the same
+            shutil.rmtree(place)
+    return ActivationStore.create_or_resume(str(place), **request)
+
+
+def _fill(
+    taps: ActivationStore, wanted: WantedTaps, store: str | Path, layer: int, progress: Progress
+) -> None:
+    base = wanted.base
+    batches = replay(
+        base.model,
+        store,
+        layer,
+        [wanted.tap],
+        allow_rounded=True,
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+        device=base.device,
+        progress=progress,
+    )
+    with closing(batches), taps.writer(layer) as writer:
+        for first, taken in batches:
+            writer.write(first, taken[wanted.tap])
+        writer.commit()

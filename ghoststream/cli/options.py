@@ -19,6 +19,35 @@ SPEC_HELP = (
     "wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
 )
 DTYPES = ("float32", "bfloat16", "float16")
+CRITERIA = (
+    "streamline",
+    "shortgpt",
+    "uidl",
+    "uidl-all",
+    "lorp",
+    "residual",
+    "residual-in-sample",
+    "magnitude",
+    "magnitude-plus",
+    "magnitude-l2",
+    "reverse",
+    "reverse-last",
+)
+OPERATORS = (
+    "ghost",
+    "least-squares",
+    "diagonal",
+    "scalar",
+    "symmetric",
+    "orthogonal",
+    "linear-patch-diagonal",
+    "linear-patch-rotated",
+    "prune-and-comp",
+    "replace-me-ls",
+    "replace-me-cosine",
+    "replace-me-cosine-whole",
+    "none",
+)
 
 
 class ExampleCommand(click.Command):
@@ -76,21 +105,23 @@ class IndexList(click.ParamType[tuple[int, ...]]):
 
 
 class Ridge(click.ParamType["float | str"]):
-    """A ridge: a number that is not negative, or ``auto``."""
+    """A ridge: a number that is not negative, ``auto`` or ``gcv``."""
 
     name = "RIDGE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        """Return the number, or ``auto``."""
-        if value == "auto":
-            return "auto"
+        """Return the number, ``auto`` or ``gcv``."""
+        if value in ("auto", "gcv"):
+            return str(value)
         try:
             number = float(value)
         except ValueError:
             number = -1.0
         if not 0.0 <= number < float("inf"):
             self.fail(
-                f"{value!r} is no ridge; give a number of at least 0, for example 1e-6, or auto", param, ctx
+                f"{value!r} is no ridge; give a number of at least 0, for example 1e-6, auto or gcv",
+                param,
+                ctx,
             )
         return number
 
@@ -169,24 +200,26 @@ remove_or_plan_options = combined(
 )
 criterion_option = click.option(
     "--criterion",
-    type=click.Choice(["streamline", "shortgpt"]),
+    type=click.Choice(CRITERIA),
     default="streamline",
     show_default=True,
-    help="How layers are chosen: the most similar run of layers, or the least influential single layers.",
+    help="How layers are chosen: the most similar run of layers, the least influential layers, ...; see docs/selection.md.",
 )
 operator_option = click.option(
     "--operator",
-    type=click.Choice(["ghost", "least-squares", "linear-patch-diagonal", "none"]),
+    type=click.Choice(OPERATORS),
     default="ghost",
     show_default=True,
-    help="What repairs a boundary: the paper's linear map, the same with more options, a scale per channel, nothing.",
+    help="What repairs a boundary: the paper's linear map, the same with more options, such maps of one structure, "
+    "published baselines, nothing; see docs/operators.md.",
 )
 features_option = click.option(
     "--features",
-    type=click.Choice(["hidden", "normed", "hidden+normed"]),
+    type=click.Choice(["hidden", "normed", "hidden+normed", "mlp", "mlp_output"]),
     default="hidden",
     show_default=True,
-    help="What least-squares reads: the hidden state, the hidden state over its root mean square, or both.",
+    help="What least-squares reads: the hidden state, the hidden state over its root mean square, both; or of the layer "
+    "before what enters its down_proj, or what its MLP adds, which is then folded into that weight.",
 )
 weights_option = click.option(
     "--weights",
@@ -268,11 +301,27 @@ trust_option = click.option(
 device_option = click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:0."
 )
-host_memory_option = click.option(
-    "--host-memory",
-    type=ByteSize(),
-    default=None,
-    help="Hidden states kept in memory between layers, e.g. 8GiB; more goes to a scratch file. Default all.",
+memory_options = combined(
+    click.option(
+        "--device-memory",
+        type=ByteSize(),
+        default=None,
+        help="What a pass may take of an accelerator's memory, e.g. 20GiB. Default nine tenths of what is free.",
+    ),
+    click.option(
+        "--host-memory",
+        type=ByteSize(),
+        default=None,
+        help="What a pass may take of this machine's memory; hidden states that do not fit go to scratch. "
+        "Default nine tenths of what is free.",
+    ),
+    click.option(
+        "--scratch",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        default=None,
+        help="Folder for hidden states that do not fit; default beside the store, or the temporary folder.",
+    ),
 )
 compute_options = combined(
     dtype_option,
@@ -290,7 +339,7 @@ compute_options = combined(
         help="Sequences computed at once; default what half of the unit U holds, at most 2,048 tokens.",
     ),
     device_option,
-    host_memory_option,
+    memory_options,
     revision_option,
     trust_option,
 )

@@ -9,6 +9,7 @@ import click
 from ghoststream.cli.options import (
     ExampleCommand,
     compute_options,
+    criterion_option,
     debug_option,
     features_option,
     json_option,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @remove_option
 @sequences_option
 @length_option
+@criterion_option
 @operator_option
 @features_option
 @layers_option

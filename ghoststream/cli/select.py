@@ -8,14 +8,17 @@ from typing import Any
 import click
 
 from ghoststream.cli.options import (
+    ByteSize,
     ExampleCommand,
     criterion_option,
     debug_option,
     json_option,
     out_option,
     remove_option,
+    revision_option,
     scheduler_option,
     store_argument,
+    trust_option,
     workers_option,
 )
 from ghoststream.cli.output import print_json, print_table
@@ -32,6 +35,21 @@ from ghoststream.cli.progress import show_progress
 @remove_option
 @criterion_option
 @out_option("PLAN", "Pruning plan (JSON) to write.", required=False)
+@click.option(
+    "--model",
+    default=None,
+    metavar="MODEL",
+    help="What STORE was made of; only --criterion magnitude reads it.",
+)
+@revision_option
+@trust_option
+@click.option(
+    "--memory",
+    type=ByteSize(),
+    default=None,
+    help="What --criterion residual may take at a time, e.g. 8GiB; more sweeps over the store take less. Default half "
+    "of what is free.",
+)
 @scheduler_option
 @workers_option
 @json_option
@@ -41,7 +59,7 @@ def command(
 ) -> None:
     """Choose N layers to remove from the hidden states in STORE; prints all scores.
 
-    The model is not needed. The plan is a small JSON file that you can also write by hand:
+    The model is not needed, but for its magnitudes. The plan is a small JSON file that you can also write by hand:
     {"n_layers": 30, "spans": [[13, 19]]}.
     """
     from ghoststream.stages.select import select

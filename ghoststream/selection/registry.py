@@ -1,26 +1,29 @@
-"""Criteria by name: which layers to remove, from statistics of the store; a user's own is a class.
+"""Criteria by name: which layers to remove. A user's own is a class.
 
 ::
 
     @register_criterion("last")
     class Last:
-        meaning = "the last layers"
+        meaning = "the number of the layer; the highest are removed"
 
-        def reducer(self, n_layers: int, n_remove: int) -> Reducer: ...
+        def check(self, n_layers: int, n_remove: int) -> None:
+            require_count(n_remove, n_layers - 1, n_layers, "at least one must survive")
 
-        def choose(self, state: SumState, n_layers: int, n_remove: int) -> Choice: ...
+        def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+            layers = [Span(layer, layer + 1) for layer in range(evidence.n_layers)]
+            return Choice(tuple((span, float(span.start)) for span in layers), tuple(layers[-n_remove:]))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from ghoststream.errors import RequestError
 from ghoststream.registry import Registry
+from ghoststream.selection.evidence import Evidence
 from ghoststream.spans import Span
-from ghoststream.statistics import Reducer, SumState
 
 
 @dataclass(frozen=True)
@@ -30,27 +33,51 @@ class Choice:
     Attributes:
         scores: Every candidate (one layer is a span of length 1) and its score, in order of layers.
         chosen: The candidates to remove, in order of layers.
+        details: What else it saw, as JSON data.
     """
 
     scores: tuple[tuple[Span, float], ...]
     chosen: tuple[Span, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def lowest(
+        cls, scores: Iterable[tuple[Span, float]], count: int, details: Mapping[str, Any] | None = None
+    ) -> Choice:
+        """Choose the ``count`` candidates of lowest score; ties go to the lowest layer."""
+        rows = tuple(sorted(scores))
+        best = sorted(rows, key=lambda row: (row[1], row[0]))[:count]
+        return cls(rows, tuple(sorted(span for span, _ in best)), details or {})
+
+    @classmethod
+    def highest(
+        cls, scores: Iterable[tuple[Span, float]], count: int, details: Mapping[str, Any] | None = None
+    ) -> Choice:
+        """Choose the ``count`` candidates of highest score; ties go to the lowest layer."""
+        rows = tuple(sorted(scores))
+        best = sorted(rows, key=lambda row: (-row[1], row[0]))[:count]
+        return cls(rows, tuple(sorted(span for span, _ in best)), details or {})
 
 
 class Criterion(Protocol):
-    """A rule that chooses layers from one statistic of the store."""
+    """A rule that chooses layers."""
 
     meaning: str
     """What the score says, in one line."""
 
-    def reducer(self, n_layers: int, n_remove: int) -> Reducer:
-        """Return the statistic that is needed.
+    def check(self, n_layers: int, n_remove: int) -> None:
+        """Check the request before anything is read.
 
         Raises:
             RequestError: If so many layers cannot be removed.
         """
 
-    def choose(self, state: SumState, n_layers: int, n_remove: int) -> Choice:
-        """Score the candidates and choose; ties go to the lowest layer."""
+    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+        """Score the candidates and choose, always the same for the same evidence.
+
+        Raises:
+            GhoststreamError: What the evidence raises.
+        """
 
 
 _Factory = TypeVar("_Factory", bound=Callable[[], Criterion])
@@ -91,6 +118,9 @@ def require_count(n_remove: int, most: int, n_layers: int, why: str) -> None:
     Raises:
         RequestError: If it is less than 1 or more than ``most``.
     """
+    if most < 1:
+        msg = f"cannot remove {n_remove} of {n_layers} layers: {why}; use another criterion"
+        raise RequestError(msg)
     if not 1 <= n_remove <= most:
         msg = f"cannot remove {n_remove} of {n_layers} layers: {why}; give a number from 1 to {most}"
         raise RequestError(msg)

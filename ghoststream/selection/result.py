@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class SelectionResult:
         scores: Every candidate and its score, in order of layers.
         chosen: The candidates that the plan consists of.
         store_digest: Digest of the store that was read.
+        details: What else the criterion saw, as JSON data.
     """
 
     plan: PruningPlan
@@ -35,6 +36,7 @@ class SelectionResult:
     scores: tuple[tuple[Span, float], ...]
     chosen: tuple[Span, ...]
     store_digest: str
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""
@@ -49,6 +51,7 @@ class SelectionResult:
                 {"span": [span.start, span.stop], "score": score, "chosen": span in chosen}
                 for span, score in self.scores
             ],
+            "details": dict(self.details),
             "store_digest": self.store_digest,
         }
 
@@ -71,6 +74,8 @@ class SelectionResult:
                 scores=tuple((span, score) for span, score, _ in rows),
                 chosen=tuple(span for span, _, chosen in rows if chosen),
                 store_digest=str(data["store_digest"]),
+                # Files of earlier versions have none.
+                details=dict(data.get("details", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             msg = f"the selection lacks a part ({error!r}); it was edited, run select again"

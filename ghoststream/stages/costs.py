@@ -1,7 +1,7 @@
 """The formulas behind ``ghoststream plan``: memory, disk and arithmetic of each stage.
 
 ``U`` is the largest of one decoder layer, the embedding and the head at compute dtype; ``L`` layers, hidden size
-``C``, MLP width ``I``, ``S`` sequences of ``T`` tokens, micro-batch ``B``, ``b`` bytes an element.
+``C``, widest matrix of a layer ``I``, ``S`` sequences of ``T`` tokens, micro-batch ``B``, ``b`` bytes an element.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ from pathlib import Path
 import torch
 
 from ghoststream.stages.machine import Rates, free_device_memory, free_disk, free_host_memory
+from ghoststream.stages.selection_costs import SelectionShape, SelectionWork, selection_work
 
 _BLOCK_TOKENS = 2048
+_PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"
+_STRUCTURED = ("symmetric", "orthogonal")
+_ROTATED = "linear-patch-rotated"
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Sizes of a checkpoint; bytes of parts are at compute dtype ``dtype``, ``checkpoint_bytes`` as stored."""
+    """Sizes of a checkpoint; bytes of parts are at compute dtype ``dtype``, ``checkpoint_bytes`` as stored.
+
+    ``work_bytes`` is what a layer at work holds a token.
+    """
 
     root: Path
     model_type: str
     dtype: str
     n_layers: int
     hidden: int
-    intermediate: int
+    work_bytes: int
     layer_bytes: int
     layer_elements: int
     stored_layer_bytes: int
@@ -49,17 +56,33 @@ class Request:
     operator: str
     store_dtype: str
     n_stored: int
-    host_memory: int | None = None
     features: str = "hidden"
+    criterion: str = "streamline"
+    device_memory: int | None = None
+    host_memory: int | None = None
+    scratch: Path | None = None
+    intermediate: int = 0
+    """Width I of the features ``mlp``."""
 
     @property
     def is_linear(self) -> bool:
         """Whether the operator is a matrix, which takes Gram and cross-moment."""
-        return self.operator in ("ghost", "least-squares")
+        return self.operator in ("ghost", "least-squares", *_STRUCTURED) or self.is_replace_me
+
+    @property
+    def is_replace_me(self) -> bool:
+        """Whether the operator is one of ReplaceMe's."""
+        return self.operator.startswith("replace-me")
+
+    @property
+    def reads_taps(self) -> bool:
+        """Whether the layer before a boundary is run again for its taps, and the operator folded into it."""
+        return self.is_replace_me or self.features in ("mlp", "mlp_output")
 
     def width(self, hidden: int) -> int:
         """Number of features p that the operator reads."""
-        return 2 * hidden if self.features == "hidden+normed" else hidden
+        widths = {"hidden+normed": 2 * hidden, "mlp": self.intermediate}
+        return widths.get(self.features, hidden)
 
     @property
     def n_tokens(self) -> int:
@@ -105,22 +128,17 @@ def all_needs(
         store: Local place of the store; ``None`` if it is remote.
         out: Where the export goes.
     """
-    itemsize = _ITEMSIZE.get(sizes.dtype, 4)
-    host, needs = free_host_memory(), dict[str, Need]()
-    states = request.n_tokens * sizes.hidden * itemsize
-    if request.host_memory is not None and states > request.host_memory:
-        needs["disk, scratch"] = Need(states, "S T C b", free_disk(Path(tempfile.gettempdir())))
-        states = 0
-    working = request.micro_batch * request.length * (6 * sizes.hidden + 3 * sizes.intermediate) * itemsize
-    pass_bytes = round(2.5 * sizes.unit_bytes) + working
-    if device.type == "cuda":
-        needs["device memory"] = Need(
-            pass_bytes + states, "2.5 U + S T C b + B T (6C + 3I) b", free_device_memory(device)
-        )
-        needs["memory, capture"] = Need(2 * sizes.unit_bytes, "2 U: layers on their way to the device", host)
-    else:
-        needs["memory, capture"] = Need(pass_bytes + states, "2.5 U + S T C b + B T (6C + 3I) b", host)
+    host = free_host_memory()
+    needs = _pass_needs(sizes, request, device, host, store)
+    selection = _selection_work(sizes, request)
+    needs["memory, select"] = Need(*selection.memory, host)
+    if selection.disk[0]:
+        needs["disk, select"] = Need(*selection.disk, free_disk(out))
     needs["memory, solve"] = Need(*_solve_memory(sizes, request), host)
+    if request.reads_taps:
+        needs["disk, taps"] = Need(
+            _tap_bytes(sizes, request), "S T p b a boundary, while solving", free_disk(out)
+        )
     needs["memory, export"] = Need(sizes.unit_bytes, "one tensor: at most U", host)
     needs["disk, store"] = Need(
         _store_bytes(sizes, request),
@@ -133,14 +151,43 @@ def all_needs(
     return needs
 
 
+def _pass_needs(
+    sizes: ModelSizes, request: Request, device: torch.device, host: int | None, store: Path | None
+) -> dict[str, Need]:
+    """Return what the capturing pass takes, and where its hidden states lie: device, host or scratch, as fits."""
+    work = max(sizes.unit_bytes // 2, request.micro_batch * request.length * sizes.work_bytes)
+    states = request.n_tokens * sizes.hidden * _ITEMSIZE.get(sizes.dtype, 4)
+    limits = {"memory, capture": _least(request.host_memory, host)}
+    parts = {"memory, capture": (2 * sizes.unit_bytes + work, _PASS_FORMULA)}
+    if device.type != "cpu":
+        free = _least(request.device_memory, free_device_memory(device))
+        limits = {"device memory": free, **limits}
+        parts = {"device memory": parts["memory, capture"], "memory, capture": (2 * sizes.unit_bytes, "2 U")}
+    needs = {name: Need(*part, limits[name]) for name, part in parts.items()}
+    for name, need in needs.items():
+        if need.available is None or need.n_bytes + states <= need.available:
+            needs[name] = Need(need.n_bytes + states, f"{need.formula} + S T C b", need.available)
+            return needs
+    place = request.scratch or store or Path(tempfile.gettempdir())
+    needs["disk, scratch"] = Need(states, "S T C b", free_disk(place))
+    return needs
+
+
+def _least(*values: int | None) -> int | None:
+    return min((value for value in values if value is not None), default=None)
+
+
 def describe_problem(name: str, need: Need) -> str:
     """Say what does not fit, by how much, and what to do."""
     free = need.available or 0
     advice = {
-        "device memory": "use a smaller --micro-batch or fewer --sequences, or a larger device",
-        "memory, capture": "use --host-memory, fewer --sequences, a smaller --micro-batch or a smaller --dtype",
-        "disk, scratch": "set TMPDIR to a larger disk, or use fewer --sequences",
+        "device memory": "use a smaller --micro-batch, a shorter --length or a smaller --dtype, or a larger device",
+        "memory, capture": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
+        "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
+        "memory, select": "use --criterion streamline, or run it on a machine with more memory",
+        "disk, select": "use --criterion residual-in-sample or streamline, or write --out to another disk",
         "memory, solve": "use --operator linear-patch-diagonal, or run it on a machine with more memory",
+        "disk, taps": "use fewer --sequences, or write the operators to another disk",
         "disk, store": "use fewer --sequences, a smaller --store-dtype, only the needed --layers, or another --store",
         "disk, export": "free some space or write --out to another disk",
     }.get(name, "use a machine with more memory")
@@ -152,18 +199,19 @@ def stage_costs(sizes: ModelSizes, request: Request, rates: Rates | None) -> tup
 
     FLOPs of the pass: 2 per weight and token, and ``4 T C`` per token and layer for attention (every expert of a
     mixture is counted, so mixtures come out too slow). Solving: ``p^2 + 2 p C`` per token and ``2 p^3 + p^2 C`` in
-    float64 for p features, and ``40 p^3`` where folds choose the ridge (four eigendecompositions).
+    float64 for p features, and ``40 p^3`` for all but ``ghost`` and ReplaceMe's (four eigendecompositions); ``80 p C`` per token
+    for ReplaceMe's cosine, which goes over all tokens ten times, twice.
     """
     n_tokens, hidden = request.n_tokens, sizes.hidden
     store, position = _store_bytes(sizes, request), _store_bytes(sizes, request) // max(request.n_stored, 1)
     layer_flops = n_tokens * (2.0 * sizes.layer_elements + 4.0 * request.length * hidden)
     solve_flops = _solve_flops(request, hidden)
-    export = _export_bytes(sizes, request)
+    export, selection = _export_bytes(sizes, request), _selection_work(sizes, request)
     compute, float64 = (rates.compute, rates.float64) if rates is not None else (None, None)
     disk = rates.disk if rates is not None else None
     return (
         _cost("capture", sizes.checkpoint_bytes, store, layer_flops * sizes.n_layers, disk, compute),
-        _cost("select", store, 0, 6.0 * n_tokens * hidden * sizes.n_layers, disk, float64),
+        _cost("select", selection.read_bytes, selection.disk[0], selection.flops, disk, float64),
         _cost("solve", 2 * position, _operator_bytes(request, hidden), solve_flops, disk, float64),
         _cost("export", export, export, 0.0, disk, compute),
     )
@@ -180,11 +228,37 @@ def _cost(
     return StageCost(name, read, write, flops, seconds, "disk" if on_disk >= computing else "compute")
 
 
+def _selection_work(sizes: ModelSizes, request: Request) -> SelectionWork:
+    shape = SelectionShape(
+        n_layers=sizes.n_layers,
+        hidden=sizes.hidden,
+        n_remove=request.n_remove,
+        n_tokens=request.n_tokens,
+        length=request.length,
+        store_bytes=_store_bytes(sizes, request),
+        layer_bytes=sizes.stored_layer_bytes,
+        layer_elements=sizes.layer_elements,
+    )
+    return selection_work(request.criterion, shape)
+
+
 def _solve_memory(sizes: ModelSizes, request: Request) -> tuple[int, str]:
     c = sizes.hidden
     if request.operator == "ghost":
         reducing = 16 * c**2 + 4 * _BLOCK_TOKENS * 8 * c
         return max(56 * c**2, reducing), "max(56 C^2, (16 C^2 + 65,536 C) for one worker)"
+    if request.operator in _STRUCTURED:
+        reducing = 16 * c**2 + 4 * _BLOCK_TOKENS * 8 * c
+        return max(104 * c**2, reducing), "max(104 C^2, (16 C^2 + 65,536 C) for one worker)"
+    if request.operator == _ROTATED:
+        return max(24 * c**2, 8 * _BLOCK_TOKENS * 8 * c), "max(24 C^2, 131,072 C for one worker)"
+    if request.reads_taps:
+        n, squares = request.width(c), 24 if request.is_replace_me else 48
+        reducing = 8 * n * (n + c) + 8 * _BLOCK_TOKENS * (8 * c + 4 * n)
+        formula = (
+            f"max({squares} p^2 + 32 p C, 8 p^2 + 8 p C + 131,072 C + 65,536 p for one worker), as p = {n:,}"
+        )
+        return max(squares * n**2 + 32 * n * c, reducing), formula
     if request.is_linear:
         # Folds choose the ridge: 48 p^2 + 32 p C.
         of_gram, of_solve, p = (16, 80, "C") if request.width(c) == c else (48, 256, "2 C")
@@ -200,13 +274,17 @@ def _store_bytes(sizes: ModelSizes, request: Request) -> int:
     return request.n_stored * request.n_tokens * sizes.hidden * _ITEMSIZE.get(request.store_dtype, 4) + tokens
 
 
+def _tap_bytes(sizes: ModelSizes, request: Request) -> int:
+    return request.n_tokens * request.width(sizes.hidden) * _ITEMSIZE.get(sizes.dtype, 4)
+
+
 def _export_bytes(sizes: ModelSizes, request: Request) -> int:
-    operator = _operator_bytes(request, sizes.hidden)
+    operator = 0 if request.reads_taps else _operator_bytes(request, sizes.hidden)
     return sizes.checkpoint_bytes - request.n_remove * sizes.stored_layer_bytes + operator
 
 
 def _operator_bytes(request: Request, hidden: int) -> int:
-    if request.is_linear:
+    if request.is_linear or request.operator == _ROTATED:
         return 4 * hidden * request.width(hidden)
     return 0 if request.operator == "none" else 4 * hidden
 
@@ -214,6 +292,8 @@ def _operator_bytes(request: Request, hidden: int) -> int:
 def _solve_flops(request: Request, hidden: int) -> float:
     if request.is_linear:
         p = float(request.width(hidden))
-        choosing = 40.0 * p**3 if request.operator == "least-squares" else 0.0
+        choosing = 0.0 if request.operator == "ghost" or request.is_replace_me else 40.0 * p**3
+        if request.operator.startswith("replace-me-cosine"):
+            choosing = 80.0 * request.n_tokens * p * hidden
         return request.n_tokens * (p**2 + 2 * p * hidden) + 2 * p**3 + p**2 * hidden + choosing
     return 0.0 if request.operator == "none" else request.n_tokens * 4.0 * hidden

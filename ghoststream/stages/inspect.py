@@ -100,6 +100,12 @@ def _store(uri: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     missing = [layer for layer in store.layers if layer not in done]
     if missing:
         facts["still to capture"] = ", ".join(f"h[{layer}]" for layer in missing[:20])
+    parts = [
+        f"sequences {part.name}: {len(part.completed_layers(missing))} of {len(missing)}"
+        for part in store.parts()
+    ]
+    if parts:
+        facts["captured in parts"] = "; ".join(parts)
     return facts, (_facts_table("recipe", store.recipe), _facts_table("made from", store.fingerprint))
 
 

@@ -1,17 +1,19 @@
 """What a recovery run would need, from headers and a second of measurement: nothing is loaded.
 
 ``U`` is the unit of memory: the largest of one decoder layer, the embedding and the head. ``L`` layers, hidden
-size ``C``, MLP width ``I``, ``S`` sequences of ``T`` tokens, micro-batch ``B``, ``b`` bytes an element.
+size ``C``, widest matrix of a layer ``I``, ``S`` sequences of ``T`` tokens, micro-batch ``B``, ``b`` bytes an element.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ghoststream.errors import PlanError
+from ghoststream.recovery.folding import require_foldable
+from ghoststream.spans import Span
 from ghoststream.stages.costs import (
     ModelSizes,
     Need,
@@ -22,8 +24,10 @@ from ghoststream.stages.costs import (
     stage_costs,
 )
 from ghoststream.stages.machine import Rates, measure_rates
-from ghoststream.stages.session import ModelOptions, ModelSession, default_micro_batch
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
+from ghoststream.stages.tap_store import tap_width
 from ghoststream.streaming import Skeleton
+from ghoststream.streaming.budget import work_bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +76,15 @@ def plan_run(
     n_remove: int,
     sequences: int = 128,
     length: int = 512,
+    criterion: str = "streamline",
     operator: str = "ghost",
     features: str = "hidden",
     layers: tuple[int, ...] | None = None,
-    dtype: str | None = None,
     store_dtype: str | None = None,
-    attention: str | None = None,
-    micro_batch: int | None = None,
-    host_memory: int | None = None,
     store: str | None = None,
     out: Path | None = None,
-    device: str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     measure: bool = True,
+    **compute: Unpack[ComputeRequest],
 ) -> RunPlan:
     """Work out what recovering a model takes, and whether it fits this machine.
 
@@ -94,50 +93,59 @@ def plan_run(
         n_remove: How many layers are to go.
         sequences: Windows of calibration text, S.
         length: Tokens of a window, T.
-        operator: What is fitted: ``ghost``, ``least-squares``, ``linear-patch-diagonal`` or ``none``.
-        features: What ``least-squares`` reads: ``hidden``, ``normed`` or ``hidden+normed``.
+        criterion: How layers are chosen (``docs/selection.md``).
+        operator: What is fitted, see :func:`ghoststream.solve`.
+        features: What ``least-squares`` reads, see there.
         layers: Positions whose hidden states are stored; ``None`` is all of ``0..L``.
-        dtype: Compute dtype; ``None`` is the checkpoint's.
         store_dtype: Dtype of the store; ``None`` is the compute dtype.
-        attention: Attention implementation, as for the run.
-        micro_batch: Sequences computed at once, B.
-        host_memory: Bytes of hidden states kept in memory between layers; more goes to a scratch file.
         store: Where the store would go; its disk is checked if it is a local path.
         out: Where the export would go; the working directory's disk is checked if ``None``.
-        device: Where the layers would run.
-        revision: Revision of a hub model.
-        trust_remote_code: As for the run.
         measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds.
+        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Returns:
         The plan. What does not fit is in its ``problems``, not an error.
 
     Raises:
         PlanError: If the model has not enough layers.
-        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture.
+        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators on features of the
+            layer before cannot be folded into.
 
     Memory: headers of the checkpoint and three matrices of 8 MiB.
     """
-    session = ModelSession(model, ModelOptions(dtype, attention, revision, trust_remote_code, device))
+    session = ModelSession(model, ModelOptions(**compute))
     skeleton = session.skeleton
-    sizes = _model_sizes(skeleton)
+    sizes = _model_sizes(skeleton, length)
     _require_layers(sizes, n_remove, layers)
     request = Request(
         n_remove=n_remove,
         sequences=sequences,
         length=length,
-        micro_batch=min(micro_batch or default_micro_batch(skeleton, length), sequences),
+        micro_batch=min(
+            session.options.micro_batch or session.memory(length).choose_micro_batch(), sequences
+        ),
         operator=operator,
         features=features,
-        host_memory=host_memory,
+        criterion=criterion,
+        device_memory=session.options.device_memory,
+        host_memory=session.options.host_memory,
+        scratch=session.options.scratch,
         store_dtype=store_dtype or sizes.dtype,
         n_stored=sizes.n_layers + 1 if layers is None else len(layers),
     )
+    if request.reads_taps:
+        request = replace(request, intermediate=_intermediate(skeleton, features))
     store_path = None if store is not None and "://" in store else Path(store or ".")
     needs = all_needs(sizes, request, session.device, store_path, out or Path())
     shards = [skeleton.root / shard for shard in skeleton.index.shards]
     rates = measure_rates(shards, skeleton.dtype, session.device) if measure else None
     return RunPlan(sizes, request, needs, stage_costs(sizes, request, rates), rates)
+
+
+def _intermediate(skeleton: Skeleton, features: str) -> int:
+    """Return the width of the features ``mlp``; check first that operators can be folded, as far as the first layer says."""
+    require_foldable(skeleton, Span(1, 2), features)
+    return tap_width(skeleton, 0, "mlp_intermediate")
 
 
 def _require_layers(sizes: ModelSizes, n_remove: int, layers: tuple[int, ...] | None) -> None:
@@ -149,7 +157,7 @@ def _require_layers(sizes: ModelSizes, n_remove: int, layers: tuple[int, ...] | 
         raise PlanError(msg)
 
 
-def _model_sizes(skeleton: Skeleton) -> ModelSizes:
+def _model_sizes(skeleton: Skeleton, length: int) -> ModelSizes:
     itemsize = skeleton.dtype.itemsize
     tensors, model = skeleton.index.tensors, skeleton.model
     largest = max(range(skeleton.n_layers), key=skeleton.layer_bytes)
@@ -161,15 +169,13 @@ def _model_sizes(skeleton: Skeleton) -> ModelSizes:
         for name, candidate in model.named_modules()
         if candidate is module
     }
-    config = skeleton.config
-    widths = (getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner"))
     return ModelSizes(
         root=skeleton.root,
         model_type=str(skeleton.config.model_type),
         dtype=str(skeleton.dtype).removeprefix("torch."),
         n_layers=skeleton.n_layers,
         hidden=skeleton.hidden_size,
-        intermediate=int(next(filter(None, widths), 4 * skeleton.hidden_size)),
+        work_bytes=work_bytes_per_token(skeleton, length),
         layer_bytes=skeleton.layer_bytes(largest),
         layer_elements=skeleton.layer_bytes(largest) // itemsize,
         stored_layer_bytes=sum(tensors[source].n_bytes for source in layer_sources),

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ghoststream.errors import OutputExistsError, RequestError
 from ghoststream.files import differences, disk_errors
-from ghoststream.operators import OperatorSet
+from ghoststream.operators import OperatorOptions, OperatorSet, features_of, make_operator
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.recovery import ExportReport, load_recovered
 from ghoststream.recovery.provenance import PROVENANCE_NAME
-from ghoststream.spans import PruningPlan
+from ghoststream.selection import make_criterion
+from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capture import capture
 from ghoststream.stages.export import export
 from ghoststream.stages.select import read_plan, select
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import UNIFORM
+from ghoststream.stages.tap_store import BaseModel, wanted_taps
+from ghoststream.statistics import UNIFORM, tap_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +106,8 @@ def recover(
     store_dtype: str | None = None,
     pack: bool = True,
     bos: Bos = "auto",
-    dtype: str | None = None,
-    attention: str | None = None,
-    micro_batch: int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    host_memory: int | None = None,
     progress: Progress | None = None,
+    **compute: Unpack[ComputeRequest],
 ) -> RecoveryReport:
     """Remove layers from a model, repair the gaps in closed form, and write a checkpoint that loads.
 
@@ -133,9 +129,9 @@ def recover(
         weights: Token weights of the fit, see :func:`ghoststream.solve`.
         store: Path or URL of the store.
         scheduler: Dask scheduler address or client for the reductions.
-        store_dtype, pack, bos, dtype, attention, micro_batch, revision, trust_remote_code, device, host_memory:
-            See :func:`ghoststream.capture`.
+        store_dtype, pack, bos: See :func:`ghoststream.capture`.
         progress: Who is told how far it is.
+        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Raises:
         RequestError: If neither or both of ``remove`` and ``plan`` are given, or too many layers are to go.
@@ -148,11 +144,11 @@ def recover(
     work = out.with_name(f"{out.name}.work")
     place = str(store) if store is not None else str(work / "store")
     tell = progress or SilentProgress()
-    options = ModelOptions(dtype, attention, revision, trust_remote_code, device)
-    session = ModelSession(model, options)
-    given = _check_request(session.skeleton.n_layers, remove, plan)
+    session = ModelSession(model, ModelOptions(**compute))
+    given = _check_request(session.skeleton.n_layers, remove, plan, criterion)
     n_removed = int(remove or 0) if given is None else given.n_removed
     _check_output(out, session.fingerprint["digest"], operator, n_removed, given)
+    _check_taps(session, given, operator, features)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
     capture(
@@ -161,20 +157,14 @@ def recover(
         sequences=sequences,
         length=length,
         store=place,
-        layers=None if given is None else _boundary_layers(given),
-        dtype=dtype,
+        layers=None if given is None else _needed_layers(given, operator, features),
         store_dtype=store_dtype,
-        attention=attention,
-        micro_batch=micro_batch,
         pack=pack,
         bos=bos,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        device=device,
-        host_memory=host_memory,
         progress=tell,
+        **compute,
     )
-    chosen = given or _choose(place, criterion, n_removed, work, scheduler, tell)
+    chosen = given or _choose(place, criterion, n_removed, work, session, scheduler, tell)
     file = work / f"{_operator_name(operator, features, weights)}-{_file_part(chosen)}.safetensors"
     operators = solve(
         place,
@@ -183,6 +173,9 @@ def recover(
         features=features,
         weights=weights,
         out=file,
+        model=session.root,
+        trust_remote_code=session.options.trust_remote_code,
+        device=session.options.device,
         scheduler=scheduler,
         progress=tell,
     )
@@ -193,16 +186,30 @@ def recover(
 
 
 def _choose(
-    store: str, criterion: str, n_removed: int, work: Path, scheduler: Any, progress: Progress
+    store: str,
+    criterion: str,
+    n_removed: int,
+    work: Path,
+    session: ModelSession,
+    scheduler: Any,
+    progress: Progress,
 ) -> PruningPlan:
-    out = work / f"plan-{criterion}-{n_removed}.json"
-    plan = select(store, n_removed, criterion=criterion, out=out, scheduler=scheduler, progress=progress).plan
+    plan = select(
+        store,
+        n_removed,
+        criterion=criterion,
+        out=work / f"plan-{criterion}-{n_removed}.json",
+        model=session.root,
+        trust_remote_code=session.options.trust_remote_code,
+        scheduler=scheduler,
+        progress=progress,
+    ).plan
     progress.log(f"{criterion} removes {plan}")
     return plan
 
 
 def _check_request(
-    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None
+    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None, criterion: str
 ) -> PruningPlan | None:
     if (remove is None) == (plan is None):
         msg = "say either how many layers to remove or which plan to follow, and not both"
@@ -210,6 +217,8 @@ def _check_request(
     if remove is not None and not 1 <= remove < n_layers:
         msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
         raise RequestError(msg)
+    if remove is not None:
+        make_criterion(criterion).check(n_layers, remove)
     return None if plan is None else read_plan(plan, n_layers)
 
 
@@ -229,7 +238,7 @@ def _check_output(out: Path, base: str, operator: str, n_removed: int, plan: Pru
     asked = {"base": base, "operator": operator, "layers removed": n_removed}
     there = {
         "base": found.base.get("digest"),
-        "operator": found.operators.kind,
+        "operator": found.kind,
         "layers removed": found.plan.n_removed,
     }
     if plan is not None:
@@ -243,8 +252,24 @@ def _check_output(out: Path, base: str, operator: str, n_removed: int, plan: Pru
         raise OutputExistsError(msg)
 
 
-def _boundary_layers(plan: PruningPlan) -> tuple[int, ...]:
-    return tuple(sorted({position for span in plan.spans for position in (span.start, span.stop)}))
+def _features(operator: str, features: str) -> str:
+    options = OperatorOptions(features=features)
+    return features_of(make_operator(operator, options), options)
+
+
+def _check_taps(session: ModelSession, plan: PruningPlan | None, operator: str, features: str) -> None:
+    """Find before the pass that features of the layer before cannot be had; the spans are not always known yet."""
+    spans = (Span(1, 2),) if plan is None else plan.spans
+    base = BaseModel(session.root, trust_remote_code=session.options.trust_remote_code)
+    wanted_taps(_features(operator, features), spans, base, intercept=False)
+
+
+def _needed_layers(plan: PruningPlan, operator: str, features: str) -> tuple[int, ...]:
+    """Return the hidden states that a fit reads, also those before the layer before a boundary if it is run again."""
+    reads_taps = tap_of(_features(operator, features)) is not None
+    needed = {position for span in plan.spans for position in (span.start, span.stop)}
+    before = {span.start - 1 for span in plan.spans if span.start > 0} if reads_taps else set()
+    return tuple(sorted(needed | before))
 
 
 def _operator_name(operator: str, features: str, weights: str) -> str:

@@ -48,7 +48,20 @@ class SelectPart(_Part):
     """Which layers go: so many by a criterion, or spans given by hand (``"13:19"``)."""
 
     remove: int | None = Field(default=None, ge=1)
-    criterion: Literal["streamline", "shortgpt"] = "streamline"
+    criterion: Literal[
+        "streamline",
+        "shortgpt",
+        "uidl",
+        "uidl-all",
+        "lorp",
+        "residual",
+        "residual-in-sample",
+        "magnitude",
+        "magnitude-plus",
+        "magnitude-l2",
+        "reverse",
+        "reverse-last",
+    ] = "streamline"
     spans: str | None = None
 
     @model_validator(mode="after")
@@ -62,9 +75,17 @@ class SelectPart(_Part):
 class SolvePart(_Part):
     """What is fitted."""
 
-    operator: Literal["ghost", "least-squares", "linear-patch-diagonal", "none"] = "ghost"
+    operator: Literal[
+        "ghost",
+        "least-squares",
+        "linear-patch-diagonal",
+        "replace-me-ls",
+        "replace-me-cosine",
+        "replace-me-cosine-whole",
+        "none",
+    ] = "ghost"
     ridge: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
-    features: Literal["hidden", "normed", "hidden+normed"] = "hidden"
+    features: Literal["hidden", "normed", "hidden+normed", "mlp", "mlp_output"] = "hidden"
     intercept: bool = False
     rank: int | None = Field(default=None, ge=1)
     solver: Literal["gram", "tsqr"] = "gram"
@@ -147,9 +168,11 @@ class RunOptions:
     """What changes no bit of the result; the fields are the options of the same names."""
 
     device: str = "cpu"
-    host_memory: int | None = None
     scheduler: str | None = None
     trust_remote_code: bool = False
+    device_memory: int | None = None
+    host_memory: int | None = None
+    scratch: Path | None = None
 
 
 def run_pipeline(
@@ -229,6 +252,8 @@ class _Run:
             store,
             wanted.remove,
             criterion=wanted.criterion,
+            model=self._root,
+            trust_remote_code=self._options.trust_remote_code,
             out=self._workdir / "plan.json",
             scheduler=self._options.scheduler,
             progress=self._progress,
@@ -241,6 +266,7 @@ class _Run:
             self._workdir / "store",
             plan,
             out=self._workdir / "operators.safetensors",
+            model=self._root,
             scheduler=self._options.scheduler,
             progress=self._progress,
             **self._pipeline.solve.model_dump(),

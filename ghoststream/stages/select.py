@@ -7,10 +7,12 @@ from typing import Any
 
 from ghoststream.errors import ArtifactError, InputNotFoundError, OutputExistsError, PlanError
 from ghoststream.files import read_json, require_writable
-from ghoststream.progress import Progress
+from ghoststream.progress import Progress, SilentProgress
 from ghoststream.selection import SelectionResult, make_criterion
 from ghoststream.spans import PruningPlan
-from ghoststream.statistics import open_source, reduce_whole, store_digest
+from ghoststream.stages.evidence import Engine, StoreEvidence, discard_work
+from ghoststream.stages.session import ModelOptions
+from ghoststream.statistics import open_source, store_digest
 
 
 def select(
@@ -19,46 +21,65 @@ def select(
     *,
     criterion: str = "streamline",
     out: Path | None = None,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    memory: int | None = None,
     scheduler: Any = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> SelectionResult:
     """Choose ``n_remove`` layers by a criterion, and write the plan if ``out`` is given.
 
-    The same request again returns what is in ``out``.
+    The same request again returns what is in ``out``. What ``residual`` gathers is kept in ``<out>.partial`` until then,
+    so that a killed run repeats at most one range of sequences, or one candidate.
 
     Args:
         store_uri: Path or URL of the store.
         n_remove: How many layers to remove.
-        criterion: Name of a criterion (``streamline``, ``shortgpt``).
+        criterion: Name of a criterion (``docs/selection.md``).
         out: Plan file (JSON) to write.
+        model: The checkpoint that the store was made of: local folder or hub id; for ``magnitude``.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Whether the model's own code may run.
+        memory: Bytes that ``residual`` may take at a time in this process (on a cluster: one task); by default half
+            of what is free. It decides the number of sweeps over the store, and changes no bit.
         scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
         workers: Threads in this process.
         progress: Told how many sequences are done.
 
     Raises:
-        RequestError: If the criterion is unknown or cannot remove so many layers, or ``out`` cannot be written.
+        RequestError: If the criterion is unknown, cannot remove so many layers or needs a model, or ``out`` cannot be
+            written.
         OutputExistsError: If ``out`` holds something else.
         StoreError: If a hidden state that is needed is not in the store.
-        NumericsError: If a hidden state is not finite.
+        MismatchError: If the store is not of ``model``.
+        NumericsError: If a hidden state or a solution is not finite.
+        BudgetError, DiskFullError: If what ``residual`` gathers does not fit memory or disk.
 
-    Memory: a worker thread holds as many blocks of 1,024 tokens (at least one sequence) in float32 as hidden
-    states wait for their partner: ``n_remove + 2`` for ``streamline``, 3 for ``shortgpt``.
+    Memory: what the criterion's docstring states, once for each worker thread: for ``streamline``, ``shortgpt`` and
+    ``uidl`` as many blocks of 1,024 tokens (at least one sequence) in float32 as hidden states wait for their partner.
     """
     rule = make_criterion(criterion)
     source = open_source(str(store_uri))
     n_layers, digest = source.n_layers, store_digest(source)
-    reducer = rule.reducer(n_layers, n_remove)
+    rule.check(n_layers, n_remove)
     if out is not None and out.exists():
         return _existing(out, criterion, n_remove, digest)
     if out is not None:
         require_writable(out)
-    state = reduce_whole(str(store_uri), reducer, scheduler=scheduler, workers=workers, progress=progress)
-    choice = rule.choose(state, n_layers, n_remove)
+    options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
+    engine = Engine(scheduler, workers, memory, progress or SilentProgress())
+    made_of = None if model is None else (model, options)
+    evidence = StoreEvidence(str(store_uri), source, made_of, engine, out)
+    choice = rule.choose(evidence, n_remove)
     plan = PruningPlan(n_layers, choice.chosen)
-    result = SelectionResult(plan, criterion, n_remove, rule.meaning, choice.scores, choice.chosen, digest)
+    result = SelectionResult(
+        plan, criterion, n_remove, rule.meaning, choice.scores, choice.chosen, digest, choice.details
+    )
     if out is not None:
         result.save(out)
+        discard_work(out)
     return result
 
 
@@ -110,4 +131,5 @@ def _existing(out: Path, criterion: str, n_remove: int, digest: str) -> Selectio
     ):
         msg = f"{out} exists and is not the plan of this request; choose another name, or move it away"
         raise OutputExistsError(msg)
+    discard_work(out)
     return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ghoststream.errors import InputNotFoundError, PlanError, RequestError
-from ghoststream.stages.costs import Need, describe_problem
+from ghoststream.stages.costs import Need, StageCost, describe_problem
 from ghoststream.stages.machine import free_disk, free_host_memory, measure_rates
 from ghoststream.stages.plan import plan_run
 from ghoststream.testing.models import tiny_model
@@ -83,11 +84,28 @@ def test_what_does_not_fit_is_said(tiny_llama: Path) -> None:
 
 def test_states_beyond_the_budget_go_to_disk(tiny_llama: Path) -> None:
     states = 4 * 16 * 32 * 4
-    inside = plan_run(tiny_llama, n_remove=1, sequences=4, length=16, host_memory=states, measure=False)
-    outside = plan_run(tiny_llama, n_remove=1, sequences=4, length=16, host_memory=states - 1, measure=False)
+    request: dict[str, Any] = {
+        "n_remove": 1,
+        "sequences": 4,
+        "length": 16,
+        "micro_batch": 4,
+        "measure": False,
+    }
+    whole = plan_run(tiny_llama, **request).needs["memory, capture"]
+    limits = (whole.n_bytes, whole.n_bytes - 1, whole.n_bytes - states, whole.n_bytes - states - 1)
+    plans = [plan_run(tiny_llama, **request, host_memory=limit) for limit in limits]
+    inside, outside, least, too_little = plans
     assert "disk, scratch" not in inside.needs
     assert outside.needs["disk, scratch"].n_bytes == states
     assert outside.needs["memory, capture"].n_bytes == inside.needs["memory, capture"].n_bytes - states
+    assert least.problems == ()
+    assert [problem.split(" needs ")[0] for problem in too_little.problems] == ["memory, capture"]
+
+
+def test_the_pass_needs_what_its_formula_says(tiny_llama: Path) -> None:
+    plan = plan_run(tiny_llama, n_remove=1, sequences=8, length=64, micro_batch=8, measure=False)
+    work = max(plan.model.unit_bytes // 2, 8 * 64 * (4 * 64 + 8 * 32) * 4)
+    assert plan.needs["memory, capture"].n_bytes == 2 * plan.model.unit_bytes + work + 8 * 64 * 32 * 4
 
 
 def test_a_remote_store_has_no_disk_to_check(tiny_llama: Path) -> None:
@@ -173,3 +191,30 @@ def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path: Path) -> 
 
 def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert free_disk(tmp_path / "a" / "b") > 0
+
+
+def test_the_criterion_decides_what_selecting_takes(tiny_llama: Path) -> None:
+    def plan(criterion: str) -> tuple[StageCost, dict[str, Need]]:
+        run = plan_run(tiny_llama, n_remove=2, sequences=4, length=8, criterion=criterion, measure=False)
+        return next(stage for stage in run.stages if stage.name == "select"), dict(run.needs)
+
+    store = (
+        plan_run(tiny_llama, n_remove=2, sequences=4, length=8, measure=False).needs["disk, store"].n_bytes
+    )
+    tokens, c, candidates = 4 * 8, 32, 3
+    for criterion in ("streamline", "uidl", "uidl-all"):
+        cost, needs = plan(criterion)
+        assert (cost.read_bytes, cost.write_bytes, cost.flops) == (store, 0, 6 * candidates * c * tokens)
+        assert needs["memory, select"].n_bytes == 4 * 4 * 1024 * c
+        assert "disk, select" not in needs
+    assert plan("shortgpt")[0].flops == 6 * 6 * c * tokens
+    assert plan("lorp")[0].flops == 2 * 36 * c * tokens
+    assert plan("lorp")[1]["memory, select"].n_bytes == 4 * 6 * 8 * c
+    assert plan("reverse")[0].read_bytes == 0
+    layer = plan_run(tiny_llama, n_remove=2, measure=False).model.stored_layer_bytes
+    assert plan("magnitude")[0].read_bytes == 6 * layer
+    cost, needs = plan("residual")
+    assert cost.flops == candidates * (3 * c**2 * tokens + 5 * 7 / 3 * c**3)
+    assert needs["disk, select"].n_bytes == cost.write_bytes == 16 * candidates * 16 * c**2
+    assert plan("residual-in-sample")[1]["disk, select"].n_bytes == 4 * candidates * 16 * c**2
+    assert needs["memory, select"].n_bytes == 16 * c**2 + 131072 * c

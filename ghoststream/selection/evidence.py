@@ -1,0 +1,79 @@
+"""What a criterion may look at: the select stage hands it in, and reads only what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ghoststream.spans import Span
+from ghoststream.statistics import DEFAULT_FOLDS, Reducer, SumState
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The least-squares repair ``d ~ phi(x) M`` that is tried at every candidate span.
+
+    Attributes:
+        features: What it reads.
+        weights: Token weights.
+        ridge: Relative to ``trace(G) / p``.
+        folds: Folds of whole sequences; 1 for nothing held out.
+    """
+
+    features: str = "hidden"
+    weights: str = "drop_sinks"
+    ridge: float = 1e-4
+    folds: int = DEFAULT_FOLDS
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a repair leaves at one boundary; sums are over tokens and weighted.
+
+    Attributes:
+        in_sample: ``sqrt(sum w |d - phi M|^2 / sum w |y|^2)`` on the tokens of the fit.
+        held_out: The same over all folds, each predicted by the fit without it; None with one fold.
+        explained: Share of ``sum w |d|^2`` that is explained, held out if there are folds.
+    """
+
+    in_sample: float
+    held_out: float | None
+    explained: float
+
+
+class Evidence(Protocol):
+    """A store, and what belongs to it. Every call may read; nothing is kept between calls."""
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers L."""
+
+    def reduce(self, reducer: Reducer) -> SumState:
+        """Return a statistic over all sequences of the store, in one read of the layers that it names.
+
+        Raises:
+            StoreError: If a hidden state is not in the store.
+            NumericsError: If one is not finite.
+        """
+
+    def residuals(self, spans: tuple[Span, ...], repair: Repair) -> Mapping[Span, Residual]:
+        """Return what a repair would leave at each of the spans, from as few sweeps over the store as memory allows.
+
+        Raises:
+            StoreError: If a hidden state is not in the store.
+            NumericsError: If a hidden state or a solution is not finite, or no token counts.
+            BudgetError: If the moments of one span do not fit the memory, or all of them the disk.
+        """
+
+    def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
+        """Yield the checkpoint's tensors of one decoder layer, as they are stored, one after the other.
+
+        Raises:
+            RequestError: If no model was given.
+            MismatchError: If the store was made of another checkpoint.
+            CheckpointError: If a tensor cannot be read.
+        """

@@ -1,0 +1,93 @@
+"""The layers of smallest weights (Shortened LLaMA, Kim et al., arXiv 2402.02834; Lu et al., arXiv 2411.15558)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ghoststream.selection.evidence import Evidence
+from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.spans import Span
+
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK_ELEMENTS = 2**20
+
+
+class Magnitude:
+    """The ``n`` layers of lowest ``sum_k sum_ij |W_k,ij|^p`` over the weight matrices ``k`` of a layer.
+
+    Matrices are the tensors of at least two dimensions: norms and biases do not count (the paper's formula; its code
+    also adds the norms' weights). Cost: no read of the store, one read of the layers' weights; one tensor, and
+    2^20 elements of it in float64, at a time. Ties go to the lowest layer.
+
+    Args:
+        power: ``p``, 1 or 2.
+        keep_first: So many first layers are no candidates.
+        keep_last: So many last layers are no candidates.
+    """
+
+    def __init__(self, *, power: int = 1, keep_first: int = 0, keep_last: int = 0) -> None:
+        self.power, self.keep_first, self.keep_last = power, keep_first, keep_last
+        norm = "absolute" if power == 1 else "squared"
+        self.meaning = f"sum of the {norm} weights of a layer's matrices; the lowest are removed"
+
+    def check(self, n_layers: int, n_remove: int) -> None:
+        """Check the request.
+
+        Raises:
+            RequestError: If so many layers are no candidates.
+        """
+        kept = self.keep_first + self.keep_last
+        if kept:
+            why = f"the first {self.keep_first} and the last {self.keep_last} are kept"
+            require_count(n_remove, n_layers - kept, n_layers, why)
+        else:
+            require_count(n_remove, n_layers - 1, n_layers, "at least one must survive")
+
+    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+        """Choose the layers of smallest weights.
+
+        Raises:
+            RequestError: If there is no model to read them from.
+        """
+        layers = range(self.keep_first, evidence.n_layers - self.keep_last)
+        scores = [(Span(layer, layer + 1), self._size(evidence.layer_weights(layer))) for layer in layers]
+        return Choice.lowest(scores, n_remove)
+
+    def _size(self, weights: Iterator[torch.Tensor]) -> float:
+        measure = np.abs if self.power == 1 else np.square
+        return sum(
+            float(measure(block).sum())
+            for weight in weights
+            if weight.ndim >= 2
+            for block in _float64_blocks(weight)
+        )
+
+
+@register_criterion("magnitude")
+def magnitude() -> Magnitude:
+    """Return the sum of absolute weights; any layer may go."""
+    return Magnitude()
+
+
+@register_criterion("magnitude-plus")
+def magnitude_plus() -> Magnitude:
+    """Return Mag+: the same, the first four and the last two layers kept."""
+    return Magnitude(keep_first=4, keep_last=2)
+
+
+@register_criterion("magnitude-l2")
+def magnitude_l2() -> Magnitude:
+    """Return the sum of squared weights; any layer may go."""
+    return Magnitude(power=2)
+
+
+def _float64_blocks(weight: torch.Tensor) -> Iterator[npt.NDArray[np.float64]]:
+    # Summed by numpy, in one thread: the same bits whatever torch's number of threads.
+    for block in weight.reshape(-1).split(_BLOCK_ELEMENTS):
+        yield block.double().numpy()

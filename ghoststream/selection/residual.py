@@ -1,0 +1,81 @@
+"""The run of layers that a least-squares repair explains best, from one sweep of moments over all candidates."""
+
+from __future__ import annotations
+
+from ghoststream.errors import NumericsError
+from ghoststream.selection.evidence import Evidence, Repair, Residual
+from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.statistics import candidate_spans
+
+
+class RepairResidual:
+    """``argmin_l sqrt(sum w |d - phi(x) M|^2 / sum w |y|^2)``, ``x = h[l]``, ``y = h[l + n]``, ``d = y - x``.
+
+    ``M`` is fitted at every candidate ``1 <= l <= L - n - 1`` (first and last layer are kept): ``phi`` is ``hidden``, the ridge
+    ``1e-4 trace(G) / C``, the weights ``drop_sinks``. The score is what is left when the repaired state enters the next
+    layer, relative to that state. Every other criterion asks what hurts unrepaired; this one what a linear map cannot
+    repair. It is not the share of the gap that is left unexplained, which is small where the gap is large, and chose
+    badly where both were measured (``docs/selection.md``); that share is in the details. Scores at different depths are
+    not of the same harm, so it ranks spans only roughly: measure the best few.
+
+    Cost: one read of the store; per candidate ``3 C^2`` FLOPs a token and (folds + 1) solves of ``7 C^3 / 3``, all
+    float64. ``16 C^2`` bytes a candidate while reducing (what does not fit the memory takes another sweep over the
+    store), four times as much for each of the 4 folds on disk, and ``56 C^2`` while one is solved. Ties go to the
+    lowest ``l``.
+
+    Args:
+        held_out: Whether each fold of whole sequences is predicted by the fit without it, or by the fit on all.
+        repair: What is fitted; by default as above, with 4 folds if something is held out, else 1.
+    """
+
+    def __init__(self, *, held_out: bool, repair: Repair | None = None) -> None:
+        self.held_out, self.repair = held_out, repair or (Repair() if held_out else Repair(folds=1))
+        where = "on held-out folds" if held_out else "on the fitted tokens"
+        self.meaning = (
+            f"error of the least-squares repair relative to the target, {where}; the lowest is removed"
+        )
+
+    def check(self, n_layers: int, n_remove: int) -> None:
+        """Check the request.
+
+        Raises:
+            RequestError: If no candidate keeps the first and the last layer.
+        """
+        require_count(n_remove, n_layers - 2, n_layers, "residual keeps the first and the last layer")
+
+    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+        """Choose the candidate of the least residual.
+
+        Raises:
+            NumericsError: If nothing can be held out, or a hidden state or a solution is not finite.
+        """
+        spans = candidate_spans(evidence.n_layers, n_remove)
+        found = evidence.residuals(spans, self.repair)
+        details = {
+            "features": self.repair.features,
+            "weights": self.repair.weights,
+            "ridge": self.repair.ridge,
+            "folds": self.repair.folds,
+            "explained_gap": [found[span].explained for span in spans],
+        }
+        return Choice.lowest(((span, self._score(found[span])) for span in spans), 1, details)
+
+    def _score(self, residual: Residual) -> float:
+        if not self.held_out:
+            return residual.in_sample
+        if residual.held_out is None:
+            msg = "the store holds one sequence only, none can be held out; capture more, or use residual-in-sample"
+            raise NumericsError(msg)
+        return residual.held_out
+
+
+@register_criterion("residual")
+def residual() -> RepairResidual:
+    """Return the residual on held-out folds."""
+    return RepairResidual(held_out=True)
+
+
+@register_criterion("residual-in-sample")
+def residual_in_sample() -> RepairResidual:
+    """Return the residual on the tokens of the fit."""
+    return RepairResidual(held_out=False)

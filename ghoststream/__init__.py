@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from ghoststream.stages.capture import capture
     from ghoststream.stages.evaluate import evaluate
     from ghoststream.stages.export import export
+    from ghoststream.stages.fit import fit
     from ghoststream.stages.inspect import inspect_path
     from ghoststream.stages.plan import plan_run
     from ghoststream.stages.recover import recover
+    from ghoststream.stages.replay import replay
+    from ghoststream.stages.search import search
     from ghoststream.stages.select import select
     from ghoststream.stages.solve import solve
     from ghoststream.stages.verify import verify_path
@@ -37,9 +40,12 @@ _HOMES = {
     "capture": "ghoststream.stages.capture",
     "evaluate": "ghoststream.stages.evaluate",
     "export": "ghoststream.stages.export",
+    "fit": "ghoststream.stages.fit",
     "inspect_path": "ghoststream.stages.inspect",
     "plan_run": "ghoststream.stages.plan",
     "recover": "ghoststream.stages.recover",
+    "replay": "ghoststream.stages.replay",
+    "search": "ghoststream.stages.search",
     "select": "ghoststream.stages.select",
     "solve": "ghoststream.stages.solve",
     "verify_path": "ghoststream.stages.verify",
@@ -54,9 +60,12 @@ __all__ = [
     "capture",
     "evaluate",
     "export",
+    "fit",
     "inspect_path",
     "plan_run",
     "recover",
+    "replay",
+    "search",
     "select",
     "solve",
     "verify_path",

@@ -26,7 +26,13 @@ from ghoststream.cli.progress import show_progress
     example="ghoststream evaluate models/llama recovered/ --text wikitext2:test --length 512 --json figures.json",
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--text", required=True, metavar="SPEC", help=f"Text to measure on: {SPEC_HELP}.")
+@click.option("--text", default=None, metavar="SPEC", help=f"Text to measure on: {SPEC_HELP}.")
+@click.option(
+    "--store",
+    default=None,
+    metavar="STORE",
+    help="Measure on the text of this store instead, starting from its hidden states where the models part.",
+)
 @click.option(
     "--sequences",
     type=click.IntRange(min=1),
@@ -58,7 +64,7 @@ def command(models: tuple[str, ...], json_path: Path | None, **options: Any) -> 
 
     MODEL is a local checkpoint folder, a hub id, a recovered folder, or, together with its base, a file from
     `ghoststream solve`. What is given together with its base costs no pass of its own: it becomes a lane of the
-    base's. Weights are read once per pass, a layer at a time.
+    base's. Weights are read once per pass, a layer at a time. Give --text, or --store with the store of the base.
     """
     from ghoststream.stages.evaluate import evaluate
 

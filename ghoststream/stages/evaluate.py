@@ -3,72 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from ghoststream.activations import ActivationStore
 from ghoststream.errors import ArtifactError, OutputExistsError, RequestError
-from ghoststream.evaluation import (
-    EvaluationReport,
-    EvaluationRow,
-    LossAccumulator,
-    LossSummary,
-    default_logit_tokens,
-)
+from ghoststream.evaluation import EvaluationReport, EvaluationRow
 from ghoststream.files import atomic_write_json, differences, file_digest, read_json, require_writable
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import Bos, EvaluateRecipe, TextPart, library_versions
-from ghoststream.recovery import load_recovered
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.lanes import operator_lane
-from ghoststream.stages.session import (
-    ModelOptions,
-    ModelSession,
-    TextOptions,
-    default_micro_batch,
-    dtype_name,
-)
-from ghoststream.streaming import Lane, PassOptions, StatesFactory, StreamedPass, make_batches
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One model to measure: its place in the request, its identity, and its operators if it is a lane."""
-
-    position: int
-    name: str
-    fingerprint: str
-    operators: OperatorSet | None
-
-
-@dataclass
-class _Pass:
-    """Models that share one read of the weights: a base and what was recovered from it."""
-
-    session: ModelSession
-    members: list[_Member] = field(default_factory=list)
+from ghoststream.recipe import Bos, TextPart, library_versions
+from ghoststream.recovery import RecoveredInfo, load_recovered
+from ghoststream.stages.measurement import Measurement, Member, SharedPass
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
 
 
 def evaluate(
     models: Sequence[str | Path],
     *,
-    text: str,
-    length: int,
+    text: str | None = None,
+    length: int = 512,
     sequences: int | None = None,
+    store: str | Path | None = None,
     json_path: Path | None = None,
-    dtype: str | None = None,
-    attention: str | None = None,
-    micro_batch: int | None = None,
     pack: bool = True,
     bos: Bos = "auto",
     part: TextPart = "heldout",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    host_memory: int | None = None,
     progress: Progress | None = None,
+    **compute: Unpack[ComputeRequest],
 ) -> EvaluationReport:
     """Measure perplexities on non-overlapping windows of a text, streamed.
 
@@ -77,36 +41,36 @@ def evaluate(
 
     Args:
         models: Local folders, hub ids or operator files, in the order in which rows are wanted.
-        text: Text specification.
+        text: Text specification; or give ``store``.
         length: Tokens of a window.
         sequences: How many windows; all that the text gives if ``None``.
+        store: Activation store of the models' base, whose text is measured on: the pass starts from the last stored
+            states that all models share, and the layers before are not computed again. ``length``, ``sequences`` and
+            the text's options are the store's.
         json_path: Where to write the rows as JSON; may hold the rows of just this request.
-        dtype: Compute dtype; each checkpoint's own if ``None``.
-        attention: Attention implementation.
-        micro_batch: Sequences in one forward; what works in half a U, at most 2,048 tokens, if ``None``.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
         part: Which part of a text that has a standard split.
-        revision: Revision of hub models.
-        trust_remote_code: Whether models' own code may run.
-        device: Where layers are computed.
-        host_memory: Bytes of hidden states kept in memory between layers; ``None`` is no limit.
         progress: Who is told how far it is.
+        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Raises:
-        RequestError: If no model is given, an operator file without its base, or ``json_path`` cannot be written.
+        RequestError: If no model is given, an operator file without its base, both or neither of ``text`` and ``store``,
+            or ``json_path`` cannot be written.
+        MismatchError: If the store is not of the models' base, or was computed in another way.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``json_path`` holds anything else.
-        GhoststreamError: What opening models or the text raises.
+        GhoststreamError: What opening models, the text or the store raises.
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
     """
     if not models:
         msg = "no model to evaluate; give at least one folder or hub id"
         raise RequestError(msg)
-    options = ModelOptions(dtype, attention, revision, trust_remote_code, device)
+    wanted = _wanted_text(text, store, TextOptions(text or "", sequences, length, pack, bos, part))
+    options = ModelOptions(**compute)
     passes = _plan_passes([_open(model, options) for model in models])
-    wanted = TextOptions(text, sequences, length, pack, bos, part)
-    measurements = [_Measurement(one, wanted, micro_batch, host_memory) for one in passes]
+    measurements = [Measurement(one, wanted) for one in passes]
     if json_path is not None:
         _require_free_or_same(json_path, [asked for one in measurements for asked in one.requests()])
     rows: dict[int, EvaluationRow] = {}
@@ -121,6 +85,15 @@ def evaluate(
     return report
 
 
+def _wanted_text(
+    text: str | None, store: str | Path | None, options: TextOptions
+) -> TextOptions | ActivationStore:
+    if (text is None) == (store is None):
+        msg = "give either a text to measure on, or a store whose text and states are taken"
+        raise RequestError(msg)
+    return options if store is None else ActivationStore.open(str(store))
+
+
 @dataclass(frozen=True)
 class _Opened:
     """One thing to measure: a model, and the operators and base that make it a lane, where it has them."""
@@ -128,8 +101,14 @@ class _Opened:
     name: str
     digest: str
     session: ModelSession | None
-    operators: OperatorSet | None
+    operators: OperatorSet | RecoveredInfo | None
     base: str | None
+
+    def over(self, base: ModelSession) -> OperatorSet | None:
+        """Return the operators, those that are folded into weights told from the base's."""
+        if isinstance(self.operators, RecoveredInfo):
+            return self.operators.operators_over(base.root)
+        return self.operators
 
 
 def _open(model: str | Path, options: ModelOptions) -> _Opened:
@@ -143,83 +122,25 @@ def _open(model: str | Path, options: ModelOptions) -> _Opened:
     info = load_recovered(session.root)
     if info is None:
         return _Opened(session.name, digest, session, None, None)
-    return _Opened(session.name, digest, session, info.operators, str(info.base["digest"]))
+    return _Opened(session.name, digest, session, info, str(info.base["digest"]))
 
 
-def _plan_passes(models: Sequence[_Opened]) -> list[_Pass]:
-    bases = {one.digest: _Pass(one.session) for one in reversed(models) if one.base is None and one.session}
+def _plan_passes(models: Sequence[_Opened]) -> list[SharedPass]:
+    bases = {
+        one.digest: SharedPass(one.session) for one in reversed(models) if one.base is None and one.session
+    }
     passes = list(reversed(bases.values()))
     for position, one in enumerate(models):
         home = bases.get(one.base or one.digest)
-        operators = one.operators if home is not None else None
+        operators = one.over(home.session) if home is not None else None
         if home is None:
             if one.session is None:
                 msg = f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before or after it"
                 raise RequestError(msg)
-            home = _Pass(one.session)
+            home = SharedPass(one.session)
             passes.append(home)
-        home.members.append(_Member(position, one.name, one.digest, operators))
+        home.members.append(Member(position, one.name, one.digest, operators))
     return passes
-
-
-class _Measurement:
-    """One pass: its tokens, its lanes, and the losses that come of it."""
-
-    def __init__(
-        self, one: _Pass, text: TextOptions, micro_batch: int | None, host_memory: int | None
-    ) -> None:
-        self._skeleton = one.session.skeleton
-        self._members = one.members
-        self._host_memory = host_memory
-        tokens = one.session.tokens(text)
-        self._recipe = EvaluateRecipe.model_validate(
-            {
-                "text": text.recipe(),
-                "tokens_digest": tokens.digest,
-                "dtype": dtype_name(self._skeleton.dtype),
-                "attention": self._skeleton.attention,
-                "micro_batch": micro_batch or default_micro_batch(self._skeleton, text.length),
-                "loss_chunk_tokens": default_logit_tokens(
-                    self._skeleton.vocab_size, self._skeleton.unit_bytes
-                ),
-            }
-        )
-        self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
-        self._losses = [LossAccumulator(tokens.n_sequences) for _ in one.members]
-
-    def requests(self) -> list[tuple[int, dict[str, Any]]]:
-        """Return what decides the figures of each member, with its place in the request."""
-        recipe = self._recipe.to_json()
-        return [
-            (member.position, {"fingerprint": member.fingerprint, "recipe": recipe})
-            for member in self._members
-        ]
-
-    def run(self, progress: Progress) -> list[tuple[_Member, LossSummary, dict[str, Any]]]:
-        """Run the pass; one result a member, in their order."""
-        skeleton = self._skeleton
-        lanes = [
-            self._lane(member, losses) for member, losses in zip(self._members, self._losses, strict=True)
-        ]
-        factory = StatesFactory(
-            self._batches,
-            skeleton.hidden_size,
-            skeleton.dtype,
-            device=skeleton.device,
-            budget_bytes=self._host_memory,
-        )
-        options = PassOptions(logit_tokens=self._recipe.loss_chunk_tokens, progress=progress)
-        StreamedPass(skeleton, self._batches, lanes, factory, options).run()
-        recipe = self._recipe.to_json()
-        return [
-            (member, losses.summary(), recipe)
-            for member, losses in zip(self._members, self._losses, strict=True)
-        ]
-
-    def _lane(self, member: _Member, losses: LossAccumulator) -> Lane:
-        if member.operators is None:
-            return Lane(member.name, PruningPlan(self._skeleton.n_layers), logits=losses)
-        return operator_lane(member.name, member.operators, self._skeleton, losses)
 
 
 def _require_free_or_same(path: Path, asked: Sequence[tuple[int, dict[str, Any]]]) -> None:
@@ -237,7 +158,7 @@ def _require_free_or_same(path: Path, asked: Sequence[tuple[int, dict[str, Any]]
         raise OutputExistsError(msg)
 
 
-def _notes(passes: Sequence[_Pass]) -> tuple[str, ...]:
+def _notes(passes: Sequence[SharedPass]) -> tuple[str, ...]:
     notes = []
     for one in passes:
         names = ", ".join(member.name for member in one.members)

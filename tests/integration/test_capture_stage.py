@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ghoststream.errors import (
     UnsupportedModelError,
 )
 from ghoststream.stages.capture import capture
-from ghoststream.streaming import FileStates, HiddenStates, Skeleton, StatesFactory, StreamedPass
+from ghoststream.streaming import Batch, FileStates, HiddenStates, Skeleton, StatesFactory, StreamedPass
 from ghoststream.testing.models import save_tiny, tiny_model
 
 S, T, L = 7, 16, 6
@@ -87,12 +88,13 @@ def test_states_in_scratch_files_give_the_same_store(
     scratch.mkdir()
     with pytest.raises(BudgetError, match=r"two layers .*; use a smaller micro-batch"):
         _capture(folder, ids_file, tmp_path / "b", host_memory=least - 1, scratch=scratch)
-    places: list[object] = []
+    places: list[HiddenStates] = []
     made = StatesFactory.make
 
-    def make(factory: StatesFactory) -> HiddenStates:
-        places.append(made(factory))
-        return places[-1]  # type: ignore[return-value]
+    def make(factory: StatesFactory, batches: Sequence[Batch] | None = None) -> HiddenStates:
+        place = made(factory, batches)
+        places.append(place)
+        return place
 
     monkeypatch.setattr(StatesFactory, "make", make)
     _capture(folder, ids_file, tmp_path / "b", host_memory=least, scratch=scratch)

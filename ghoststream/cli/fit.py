@@ -1,0 +1,79 @@
+"""``ghoststream fit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ghoststream.cli.options import (
+    ExampleCommand,
+    calibration_option,
+    compute_options,
+    debug_option,
+    features_option,
+    json_option,
+    length_option,
+    model_argument,
+    operator_option,
+    out_option,
+    packing_options,
+    sequences_option,
+    weights_option,
+)
+from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.progress import show_progress
+
+
+@click.command(
+    "fit",
+    cls=ExampleCommand,
+    short_help="Fit the operators of a plan in one pass, each on the model repaired so far.",
+    example="ghoststream fit models/llama --plan plan.json --calibration wikitext2:train --out operators.safetensors",
+)
+@model_argument
+@click.option(
+    "--plan",
+    required=True,
+    metavar="PLAN",
+    help="Plan file from `ghoststream select` or `ghoststream search`, or spans such as '5:7 13:19'.",
+)
+@calibration_option
+@out_option("OPERATORS", "Operators file (safetensors) to write.")
+@sequences_option
+@length_option
+@operator_option
+@features_option
+@weights_option
+@packing_options
+@compute_options
+@json_option
+@debug_option
+def command(model: str, plan: str, *, features: str, as_json: bool, out: Path, **options: Any) -> None:
+    """Fit one operator per removed span of MODEL to the dense model, without a store.
+
+    Unlike `ghoststream solve`, every operator sees the hidden states that the repairs before it give. With one span
+    the two are the same.
+    """
+    from ghoststream.operators import OperatorOptions
+    from ghoststream.stages.fit import fit
+
+    with show_progress() as progress:
+        operators = fit(
+            model, plan, options=OperatorOptions(features=features), out=out, progress=progress, **options
+        )
+    if as_json:
+        diagnostics = {str(item.span): dict(item.diagnostics) for item in operators.boundaries}
+        print_json({"out": str(out), "plan": operators.plan.to_json(), "boundaries": diagnostics})
+        return
+    rows = [
+        [
+            str(item.span),
+            item.diagnostics.get("relative_residual"),
+            item.diagnostics.get("relative_residual_out_of_sample"),
+        ]
+        for item in operators.boundaries
+    ]
+    print_table(["removed", "relative residual", "out of sample"], rows, title=f"{operators.kind} operators")
+    click.echo(f"written to {out}; next: ghoststream export {model} --operators {out} --out DIR")

@@ -1,0 +1,117 @@
+"""``ghoststream search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ghoststream.cli.options import (
+    ExampleCommand,
+    calibration_option,
+    compute_options,
+    debug_option,
+    features_option,
+    json_option,
+    length_option,
+    model_argument,
+    operator_option,
+    out_option,
+    packing_options,
+    remove_option,
+    sequences_option,
+    weights_option,
+)
+from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.progress import show_progress
+
+_MOST_ROWS = 20
+
+
+@click.command(
+    "search",
+    cls=ExampleCommand,
+    short_help="Choose the layers to remove by repairing and measuring candidates.",
+    example="ghoststream search models/llama --remove 8 --calibration wikitext2:train --weights drop_sinks --out plan.json",
+)
+@model_argument
+@remove_option
+@calibration_option
+@sequences_option
+@length_option
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="S",
+    help="How many of the windows, the last ones, are measured on; default a quarter.",
+)
+@click.option(
+    "--spans",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="In how many runs of layers; they are added one at a time, a pass each.",
+)
+@click.option(
+    "--beam",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="B",
+    help="How many of the best plans are gone on with, where there are several spans.",
+)
+@click.option(
+    "--lanes",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="N",
+    help="Most candidates in one pass; default all.",
+)
+@operator_option
+@features_option
+@weights_option
+@out_option("PLAN", "Pruning plan (JSON) to write.", required=False)
+@packing_options
+@compute_options
+@json_option
+@debug_option
+def command(
+    model: str, remove: int, *, features: str, as_json: bool, out: Path | None, **options: Any
+) -> None:
+    """Choose N layers to remove from MODEL: candidates are repaired and measured on held-out windows of the text.
+
+    All candidates of one span are fitted and measured in one read of the weights. The loss is that of the repaired model,
+    which similarities of hidden states say little about.
+    """
+    from ghoststream.operators import OperatorOptions
+    from ghoststream.stages.search import search
+
+    with show_progress() as progress:
+        result = search(
+            model, remove, options=OperatorOptions(features=features), out=out, progress=progress, **options
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    rows = [
+        [
+            " ".join(f"[{start},{stop})" for start, stop in row["plan"]["spans"]),
+            row["loss"],
+            row["gap"],
+            row["gap_standard_error"],
+        ]
+        for row in result.candidates[:_MOST_ROWS]
+    ]
+    title = f"loss of the repaired model on held-out windows; dense {result.dense_loss:.4f}"
+    print_table(["removed", "loss", "above dense", "standard error"], rows, title=title)
+    left = len(result.candidates) - len(rows)
+    if left:
+        click.echo(f"and {left} more that are worse")
+    click.echo(f"plan: remove {result.plan} ({result.plan.n_removed} of {result.plan.n_layers} layers)")
+    if out is not None:
+        click.echo(
+            f"written to {out}; next: ghoststream recover {model} --plan {out} --calibration SPEC --out DIR"
+        )

@@ -1,0 +1,149 @@
+"""One pass that measures several models: its tokens, its lanes, and the losses that come of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ghoststream.activations import ActivationStore
+from ghoststream.errors import MismatchError
+from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.operators import OperatorSet
+from ghoststream.progress import Progress
+from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.lanes import first_needed, operator_lane
+from ghoststream.stages.session import ModelSession, TextOptions, dtype_name
+from ghoststream.stages.stored import stored_states
+from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.text import TokenSet
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model to measure: its place in the request, its identity, and its operators if it is a lane."""
+
+    position: int
+    name: str
+    fingerprint: str
+    operators: OperatorSet | None
+
+    def lane(self, session: ModelSession, losses: LossAccumulator) -> Lane:
+        """Return its lane in a pass over its base."""
+        if self.operators is None:
+            return Lane(self.name, PruningPlan(session.skeleton.n_layers), logits=losses)
+        return operator_lane(self.name, self.operators, session.skeleton, losses)
+
+
+@dataclass
+class SharedPass:
+    """Models that share one read of the weights: a base and what was recovered from it."""
+
+    session: ModelSession
+    members: list[Member] = field(default_factory=list)
+
+
+class Measurement:
+    """One pass over a text, or over the states of a store from where its models part.
+
+    Args:
+        shared: The models.
+        text: Which tokens, or the store whose tokens and states are taken.
+
+    Raises:
+        TextError: If the text gives too little.
+        MismatchError: If the store is of another model, was computed in another way, or holds rounded states.
+    """
+
+    def __init__(self, shared: SharedPass, text: TextOptions | ActivationStore) -> None:
+        self._session, self._members = shared.session, shared.members
+        if isinstance(text, ActivationStore):
+            self._store: ActivationStore | None = text
+            captured = _usable_capture(text, shared.session)
+            tokens, asked, micro_batch = TokenSet(*text.tokens()), captured.text, captured.micro_batch
+            self._memory = shared.session.memory(tokens.length)
+        else:
+            self._store, tokens, asked = None, shared.session.tokens(text), text.recipe()
+            self._memory = shared.session.memory(tokens.length)
+            micro_batch = shared.session.options.micro_batch or self._memory.choose_micro_batch()
+        self._recipe = self._make_recipe(asked, tokens.digest, micro_batch)
+        self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
+        self._losses = [LossAccumulator(tokens.n_sequences) for _ in self._members]
+
+    def requests(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return what decides the figures of each member, with its place in the request."""
+        recipe = self._recipe.to_json()
+        return [
+            (member.position, {"fingerprint": member.fingerprint, "recipe": recipe})
+            for member in self._members
+        ]
+
+    def run(self, progress: Progress) -> list[tuple[Member, LossSummary, dict[str, Any]]]:
+        """Run the pass; one result a member, in their order."""
+        skeleton = self._session.skeleton
+        pairs = list(zip(self._members, self._losses, strict=True))
+        lanes = [member.lane(self._session, losses) for member, losses in pairs]
+        first = self._first_layer(lanes)
+        if first:
+            progress.log(f"starting from h[{first}], which is in the store")
+        options = PassOptions(
+            first_layer=first,
+            initial=stored_states(self._store, first, skeleton.device) if self._store and first else None,
+            logit_tokens=self._recipe.loss_chunk_tokens,
+            progress=progress,
+        )
+        factory = self._memory.states_factory(self._batches)
+        StreamedPass(skeleton, self._batches, lanes, factory, options).run()
+        recipe = self._recipe.to_json()
+        return [(member, losses.summary(), recipe) for member, losses in pairs]
+
+    def _first_layer(self, lanes: list[Lane]) -> int:
+        """Return the last stored position that every lane still comes through."""
+        if self._store is None:
+            return 0
+        latest = min(map(first_needed, lanes), default=self._session.skeleton.n_layers)
+        return max((layer for layer in self._store.completed_layers() if layer <= latest), default=0)
+
+    def _make_recipe(self, text: TextRecipe, tokens_digest: str, micro_batch: int) -> EvaluateRecipe:
+        skeleton = self._session.skeleton
+        return EvaluateRecipe.model_validate(
+            {
+                "text": text,
+                "tokens_digest": tokens_digest,
+                "dtype": dtype_name(skeleton.dtype),
+                "attention": skeleton.attention,
+                "micro_batch": micro_batch,
+                "loss_chunk_tokens": default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes),
+            }
+        )
+
+
+def _usable_capture(store: ActivationStore, session: ModelSession) -> CaptureRecipe:
+    """Check that going on from a store's states gives what the whole pass would."""
+    captured = CaptureRecipe.model_validate(store.recipe)
+    if captured.model_digest != session.fingerprint["digest"]:
+        msg = (
+            f"{store.uri} was captured from another model than {session.name}; give the model of the store, and what"
+            " was recovered from it"
+        )
+        raise MismatchError(msg)
+    asked = {
+        "dtype": dtype_name(session.skeleton.dtype),
+        "attention": session.skeleton.attention,
+        "micro_batch": session.options.micro_batch or captured.micro_batch,
+    }
+    changed = [
+        f"{key} {getattr(captured, key)}, not {value}"
+        for key, value in asked.items()
+        if value != getattr(captured, key)
+    ]
+    if changed:
+        msg = f"{store.uri} was computed with {', '.join(changed)}; leave these options out, or measure on a text"
+        raise MismatchError(msg)
+    if captured.store_dtype != captured.dtype:
+        msg = (
+            f"{store.uri} holds states rounded from {captured.dtype} to {captured.store_dtype}: going on from them would"
+            " change the figures; measure on the text itself"
+        )
+        raise MismatchError(msg)
+    return captured

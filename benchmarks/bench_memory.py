@@ -1,9 +1,11 @@
 """Peak anonymous memory of each stage, in units of U, on a checkpoint that is much larger than that.
 
-    python benchmarks/bench_memory.py [--model FOLDER --ids FILE.npy] [--preset 3gb] [--json FILE]
+    python benchmarks/bench_memory.py [--model FOLDER --text SPEC] [--preset 3gb] [--json FILE]
 
 U is the largest of one decoder layer, the embedding and the head, at compute dtype. Each stage runs in a process of
-its own; what the libraries take before the stage starts is reported apart.
+its own; what the libraries take before the stage starts is reported apart. Then the stages that carry hidden states
+(capture, and evaluate with its logits) are measured for few and for many sequences (``--many``) with a budget that
+leaves no room for states: they are in scratch files, and the peaks should be the same.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import PRESETS, make
+from synthetic import PRESETS, make, place_of
 
-STAGES = ("capture", "capture-scratch", "select", "solve", "export", "evaluate")
+from ghoststream.testing.synthetic import save_ids
+
+STAGES = ("capture", "select", "solve", "export", "evaluate")
+SCRATCH_STAGES = ("capture-scratch", "evaluate-scratch")
+_SHARD_BYTES = 16 * 2**20
+_TOKENS_AT_A_TIME = 2048
 
 
 def run_stage(stage: str, model: Path, text: str, work: Path, sequences: int, length: int) -> dict[str, Any]:
@@ -37,14 +44,20 @@ def run_stage(stage: str, model: Path, text: str, work: Path, sequences: int, le
     plan = f"{n_layers // 2}:{n_layers // 2 + max(1, n_layers // 5)}"
     torch.ones(64, 64) @ torch.ones(64, 64)
     options = {"calibration": text, "sequences": sequences, "length": length}
+    scratch = {"host_memory": least_memory(session.skeleton), "scratch": work}
     calls = {
         "capture": lambda: gs.capture(model, store=work / "store", **options),
-        "capture-scratch": lambda: gs.capture(model, store=work / "store2", host_memory=0, **options),
+        "capture-scratch": lambda: gs.capture(
+            model, store=work / f"scratch-{sequences}", **scratch, **options
+        ),
         "select": lambda: gs.select(work / "store", max(1, n_layers // 5)),
         "solve": lambda: gs.solve(work / "store", plan, out=work / "ops.safetensors"),
         "export": lambda: gs.export(model, work / "ops.safetensors", work / "recovered"),
         "evaluate": lambda: gs.evaluate(
             [model, work / "recovered"], text=text, length=length, sequences=max(1, sequences // 4)
+        ),
+        "evaluate-scratch": lambda: gs.evaluate(
+            [model], text=text, length=length, sequences=sequences, **scratch
         ),
     }
     for module in ("capture", "select", "solve", "export", "evaluate"):
@@ -53,6 +66,8 @@ def run_stage(stage: str, model: Path, text: str, work: Path, sequences: int, le
         calls[stage]()
     return {
         "stage": stage,
+        "sequences": sequences,
+        "length": length,
         "unit_bytes": unit,
         "checkpoint_bytes": session.skeleton.index.n_bytes,
         "baseline_bytes": peak.baseline_bytes,
@@ -63,6 +78,28 @@ def run_stage(stage: str, model: Path, text: str, work: Path, sequences: int, le
     }
 
 
+def least_memory(skeleton: Any) -> int:
+    """Return a budget for the weights, the work and the buffers of a stage, which leaves no room for states."""
+    batches = 3 * _TOKENS_AT_A_TIME * skeleton.hidden_size * skeleton.dtype.itemsize
+    return int(skeleton.unit_bytes * 5 // 2 + 3 * _SHARD_BYTES + batches)
+
+
+def measure(stage: str, model: Path, text: str, work: Path, sequences: int, length: int) -> dict[str, Any]:
+    """Run one stage in a process of its own, print its figures and return them."""
+    command = [sys.executable, __file__, "--stage", stage, "--model", model, "--text", text, "--work", work]
+    command += ["--sequences", sequences, "--length", length]
+    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True, text=True)
+    row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    print(
+        f"{stage:<16} {sequences:>4} x {length} tokens {row['above_baseline_units']:6.2f} U"
+        f"  ({row['above_baseline_bytes'] / 2**20:8.1f} MiB above {row['baseline_bytes'] / 2**20:.0f} MiB;"
+        f" U = {row['unit_bytes'] / 2**20:.1f} MiB, states {row['states_bytes'] / 2**20:.1f} MiB,"
+        f" checkpoint {row['checkpoint_bytes'] / 2**30:.2f} GiB)",
+        flush=True,
+    )
+    return row
+
+
 def main() -> None:
     """Run every stage in its own process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,45 +108,45 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="3gb")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument(
+        "--many", type=int, nargs="*", default=[32, 512], help="numbers of sequences in scratch"
+    )
+    parser.add_argument("--many-length", type=int, default=64, help="tokens of each of these")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--json", type=Path, default=Path("bench_memory.json"))
-    parser.add_argument("--stage", choices=STAGES, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES + SCRATCH_STAGES, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp(prefix="ghoststream-bench-"))
-    model = options.model or make(
-        work / "model", options.preset, n_sequences=options.sequences, length=options.length
-    )
-    text = options.text or f"ids:{model / 'ids.npy'}"
     if options.stage:
-        print(json.dumps(run_stage(options.stage, model, text, work, options.sequences, options.length)))
+        figures = run_stage(
+            options.stage, options.model, options.text, options.work, options.sequences, options.length
+        )
+        print(json.dumps(figures))
         return
-    rows = []
-    for stage in STAGES:
-        command = [
-            sys.executable,
-            __file__,
-            "--stage",
-            stage,
-            "--model",
-            model,
-            "--text",
-            text,
-            "--work",
-            work,
+    with tempfile.TemporaryDirectory(prefix="ghoststream-bench-") as temporary:
+        work = options.work or Path(temporary)
+        model = options.model or make(
+            place_of(options.preset), options.preset, n_sequences=options.sequences, length=options.length
+        )
+        text = options.text or f"ids:{model / 'ids.npy'}"
+        cases = [(stage, text, options.sequences, options.length) for stage in STAGES]
+        if options.text is None and options.model is None:
+            many = work / "many.npy"
+            save_ids(
+                many,
+                sequences=max(options.many, default=1),
+                length=options.many_length,
+                vocab_size=PRESETS[options.preset]["vocab_size"],
+            )
+            text = f"ids:{many}"
+        cases += [
+            (stage, text, sequences, options.many_length)
+            for stage in SCRATCH_STAGES
+            for sequences in options.many
         ]
-        command += ["--sequences", options.sequences, "--length", options.length]
-        result = subprocess.run(
-            [str(part) for part in command], stdout=subprocess.PIPE, check=True, text=True
-        )
-        rows.append(json.loads(result.stdout.splitlines()[-1]))
-        row = rows[-1]
-        print(
-            f"{stage:<16} {row['above_baseline_units']:6.2f} U  ({row['above_baseline_bytes'] / 2**20:8.1f} MiB above "
-            f"{row['baseline_bytes'] / 2**20:.0f} MiB; U = {row['unit_bytes'] / 2**20:.1f} MiB, "
-            f"states {row['states_bytes'] / 2**20:.1f} MiB, checkpoint {row['checkpoint_bytes'] / 2**30:.2f} GiB)",
-            flush=True,
-        )
-        options.json.write_text(json.dumps(rows, indent=2))
+        rows = []
+        for stage, spec, sequences, length in cases:
+            rows.append(measure(stage, model, spec, work, sequences, length))
+            options.json.write_text(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

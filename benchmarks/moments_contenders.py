@@ -1,0 +1,181 @@
+"""One contender of ``bench_moments.py``, in a process of its own: prints one JSON object.
+
+- ``ghoststream``: :func:`reduce_boundaries` with partial states on disk, then the paper's operator.
+- ``blas``: dsyrk and dgemm on one block in memory again and again, one BLAS thread for each worker thread: the same
+  kernels, with accumulators of the same shape, and nothing else.
+- ``dask-array``: ``X.T @ X`` and ``X.T @ (Y - X)`` of Dask arrays over the same Zarr, chunks of whole shards.
+- ``in-memory``: the paper's steps as one writes them: all activations at once, cast to float64, one product each, solve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SPAN = (0, 1)
+RIDGE = 1e-6
+
+Array = npt.NDArray[Any]
+Work = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def ghoststream(options: argparse.Namespace) -> dict[str, Any]:
+    from ghoststream.operators import make_operator
+    from ghoststream.spans import Span
+    from ghoststream.statistics import open_source, reduce_boundaries
+    from ghoststream.statistics.boundary import BoundaryReducer
+
+    span = Span(*SPAN)
+    options.work.mkdir(parents=True)
+    begun = time.perf_counter()
+    moments = reduce_boundaries(str(options.store), [span], workers=options.workers, workdir=options.work)
+    seconds = time.perf_counter() - begun
+    peak = options.memory.above_baseline_bytes
+    operator = make_operator("ghost").fit(moments[span])
+    whole = time.perf_counter() - begun
+    source = open_source(str(options.store))
+    task = BoundaryReducer((span,)).task_bytes(source.hidden, source.length)
+    return {
+        "seconds": seconds,
+        "solve_seconds": whole - seconds,
+        "moments_peak_bytes": peak,
+        "formula_bytes": options.workers * task,
+        "map": np.asarray(operator.weight, dtype=np.float64).T,
+    }
+
+
+def blas(options: argparse.Namespace) -> dict[str, Any]:
+    from ghoststream.statistics import DEFAULT_BLOCK_TOKENS, open_source
+    from ghoststream.statistics.blas import add_cross, add_gram_upper, single_blas_thread
+
+    width, n_tokens = open_source(str(options.store)).hidden, _n_tokens(options)
+    # A tenth of the work tells the rate.
+    blocks = max(1, round(n_tokens / DEFAULT_BLOCK_TOKENS / options.workers / 10))
+    rng = np.random.default_rng(0)
+    rows, gap = (rng.standard_normal((DEFAULT_BLOCK_TOKENS, width)) for _ in range(2))
+
+    def work(n_blocks: int) -> None:
+        gram, cross = np.zeros((width, width)), np.zeros((width, width))
+        for _ in range(n_blocks):
+            add_gram_upper(gram, rows)
+            add_cross(cross, rows, gap)
+
+    with single_blas_thread(), ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(work, [1] * options.workers))
+        begun = time.perf_counter()
+        list(pool.map(work, [blocks] * options.workers))
+        seconds = time.perf_counter() - begun
+    return {"seconds": seconds * n_tokens / (blocks * options.workers * DEFAULT_BLOCK_TOKENS)}
+
+
+def dask_array(options: argparse.Namespace) -> dict[str, Any]:
+    import dask
+    import dask.array as da
+    import zarr
+
+    from ghoststream.statistics.blas import single_blas_thread
+
+    group = zarr.open_group(str(options.store), mode="r")
+    begun = time.perf_counter()
+    rows = []
+    for layer in SPAN:
+        bits: Any = group[f"hidden/{layer}"]
+        stored = da.from_zarr(bits, chunks=bits.shards or bits.chunks)
+        rows.append(stored.map_blocks(_float64, dtype=np.float64).reshape(-1, stored.shape[-1]))
+    inputs, targets = rows
+    with single_blas_thread(), ThreadPoolExecutor(options.workers) as pool:
+        gram, cross = dask.compute(
+            inputs.T @ inputs, inputs.T @ (targets - inputs), scheduler="threads", pool=pool
+        )
+    return {"seconds": time.perf_counter() - begun, "trace": float(np.trace(gram) + np.trace(cross))}
+
+
+def in_memory(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ghoststream.activations import ActivationStore
+
+    torch.set_num_threads(options.workers)
+    store = ActivationStore.open(str(options.store))
+    begun = time.perf_counter()
+    held = [store.read(layer, 0, store.n_sequences) for layer in SPAN]
+    inputs, targets = (states.flatten(0, 1).double() for states in held)
+    gap = targets - inputs
+    gram, cross = inputs.T @ inputs, inputs.T @ gap
+    seconds = time.perf_counter() - begun
+    fitted = torch.linalg.solve(gram + RIDGE * torch.eye(len(gram), dtype=gram.dtype), cross)
+    whole = time.perf_counter() - begun
+    return {"seconds": seconds, "solve_seconds": whole - seconds, "map": fitted.numpy()}
+
+
+CONTENDERS: dict[str, Work] = {
+    "blas": blas,
+    "ghoststream": ghoststream,
+    "dask-array": dask_array,
+    "in-memory": in_memory,
+}
+
+
+def _float64(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _n_tokens(options: argparse.Namespace) -> int:
+    from ghoststream.statistics import open_source
+
+    source = open_source(str(options.store))
+    return source.n_sequences * source.length
+
+
+def prediction_error(store: Path, fitted: Array) -> float:
+    """Return ``|X M - (Y - X)| / |Y - X|`` over the store, a few sequences at a time."""
+    from ghoststream.statistics import open_source
+
+    source = open_source(str(store))
+    left = whole = 0.0
+    for start in range(source.n_sequences):
+        inputs, targets = (source.read_numpy(layer, start, start + 1, dtype=np.float64)[0] for layer in SPAN)
+        gap = targets - inputs
+        left += float(np.square(gap - inputs @ fitted).sum())
+        whole += float(np.square(gap).sum())
+    return (left / whole) ** 0.5
+
+
+def main() -> None:
+    """Run the contender, and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(CONTENDERS))
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--workers", type=int, required=True)
+    options = parser.parse_args()
+    # What everyone needs is imported before memory is looked at.
+    import torch  # noqa: F401
+
+    import ghoststream.statistics  # noqa: F401
+    from ghoststream.testing.memory import PeakAnonymous
+
+    shutil.rmtree(options.work, ignore_errors=True)
+    try:
+        with PeakAnonymous() as memory:
+            options.memory = memory
+            figures = CONTENDERS[options.name](options)
+    finally:
+        shutil.rmtree(options.work, ignore_errors=True)
+    fitted = figures.pop("map", None)
+    if fitted is not None:
+        figures["prediction_error"] = prediction_error(options.store, fitted)
+    print(json.dumps(figures | {"peak_bytes": memory.above_baseline_bytes}))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.fitting import DENSE, FitMethod, fitted_lane
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan
-from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
 
 
@@ -81,11 +81,11 @@ def measure_plans(
     each candidate that is behind its last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense
     pass: ``1 + sum over candidates of held-out share x (L - last stop) / L``, and the fits.
     """
-    skeleton, n_fit = session.skeleton, ranges.n_sequences
+    skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    held = (n_fit, tokens.n_sequences)
+    held = (ranges.n_sequences, tokens.n_sequences)
     accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(plans) + 1)]
-    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=_HeldOut(accumulators[0], n_fit))
+    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], goes_on=held)
     lanes = [
         fitted_lane(
             str(plan),
@@ -94,7 +94,7 @@ def measure_plans(
             ranges,
             tokens.mask,
             session,
-            logits=_HeldOut(losses, n_fit),
+            logits=losses,
             goes_on=held,
         )
         for plan, losses in zip(plans, accumulators[1:], strict=True)
@@ -108,18 +108,6 @@ def measure_plans(
     return reference, tuple(
         _candidate(plan, losses, reference) for plan, losses in zip(plans, found, strict=True)
     )
-
-
-class _HeldOut:
-    """Sums losses of the sequences from ``first`` on."""
-
-    def __init__(self, losses: LossAccumulator, first: int) -> None:
-        self._losses = losses
-        self._first = first
-
-    def observe_logits(self, batch: Batch, first: int, logits: Any) -> None:
-        if batch.start >= self._first:
-            self._losses.observe_logits(batch, first, logits)
 
 
 def _candidate(plan: PruningPlan, losses: LossSummary, dense: LossSummary) -> Candidate:

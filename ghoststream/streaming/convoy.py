@@ -25,7 +25,7 @@ class Traveller:
     prepared: HiddenStates | None = None
 
     def narrow(self) -> None:
-        """Carry on with those batches only that go on behind the lane's last boundary."""
+        """Carry on with those batches only that go on behind the lane's last boundary, or into the head."""
         if self.lane.goes_on is not None:
             start, stop = self.lane.goes_on
             self.batches = [batch for batch in self.batches if start <= batch.start and batch.stop <= stop]

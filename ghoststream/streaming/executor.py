@@ -215,6 +215,7 @@ class StreamedPass:
         with self._skeleton.loaded_head(weights):
             for traveller in convoy.travellers:
                 if traveller.lane.logits is not None:
+                    traveller.narrow()
                     with self._flow(traveller) as flow:
                         for batch, states in flow:
                             self._show_logits(traveller.lane.logits, batch, states)

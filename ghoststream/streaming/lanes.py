@@ -93,8 +93,8 @@ class Lane:
         observers: Who sees the hidden states.
         logits: Who sees the logits; without one the head is not run for this lane.
         until: Position after which the lane ends; ``None`` is the end of the pass.
-        goes_on: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary; ``None``
-            is all. The others serve to fit its maps, and cost nothing afterwards.
+        goes_on: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary, and of
+            which logits are shown; ``None`` is all. The others serve to fit maps, and cost nothing afterwards.
     """
 
     name: str

@@ -23,6 +23,7 @@ from ghoststream.operators.registry import (
     Solver,
     features_of,
     make_operator,
+    needed_statistics,
     operator_names,
     register_operator,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "least_squares",
     "linear_patch",
     "make_operator",
+    "needed_statistics",
     "none",
     "operator_names",
     "orthogonal",

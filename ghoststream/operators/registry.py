@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
@@ -103,6 +103,16 @@ class OperatorFamily(Protocol):
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Return the operator of one boundary with its diagnostics."""
+
+
+def needed_statistics(family: OperatorFamily, options: OperatorOptions) -> dict[str, Any]:
+    """Return which statistics of a boundary a family reads, as arguments of ``reduce_boundaries``."""
+    return {
+        "grams": family.needs_gram,
+        "triangles": getattr(family, "needs_triangle", False),
+        "constant": options.intercept,
+        "rotated": getattr(family, "needs_rotation", False),
+    }
 
 
 FamilyFactory = Callable[[OperatorOptions], OperatorFamily]

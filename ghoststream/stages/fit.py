@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-from ghoststream.errors import ArtifactError, OutputExistsError
 from ghoststream.files import json_digest, require_writable
 from ghoststream.operators import OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
@@ -15,6 +13,7 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.fitting import DENSE, FitMethod, StreamedFit, fitted_lane
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
+from ghoststream.stages.solve import existing_operators
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
@@ -98,7 +97,7 @@ def fit(
         ),
         "versions": library_versions(),
     }
-    found = _existing(out, metadata)
+    found = existing_operators(out, str(metadata["recipe_digest"]))
     if found is not None:
         return found
     require_writable(out)
@@ -126,16 +125,3 @@ def _run(
     options = PassOptions(last_layer=last, progress=progress)
     StreamedPass(session.skeleton, batches, lanes, factory, options).run()
     return [one for one in lane.maps.values() if isinstance(one, StreamedFit)]
-
-
-def _existing(out: Path, metadata: Mapping[str, Any]) -> OperatorSet | None:
-    if not out.exists():
-        return None
-    try:
-        found = OperatorSet.load(out)
-    except (ArtifactError, IsADirectoryError):
-        found = None
-    if found is None or found.metadata.get("recipe_digest") != metadata["recipe_digest"]:
-        msg = f"{out} exists and is not the result of this request; choose another name, or move it away"
-        raise OutputExistsError(msg)
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ghoststream.operators import (
     OperatorOptions,
     features_of,
     make_operator,
+    needed_statistics,
 )
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
@@ -62,14 +63,11 @@ class FitMethod:
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides the bits of a fit, as JSON data."""
-        ridge = getattr(self.family(), "ridge", None)
         return {
             "operator": self.operator,
-            "ridge": ridge,
-            "features": self.options.features,
+            **asdict(self.options),
+            "ridge": getattr(self.family(), "ridge", None),
             "weights": self.weights,
-            "intercept": self.options.intercept,
-            "rank": self.options.rank,
             "precision": self.precision,
         }
 
@@ -138,10 +136,7 @@ class StreamedFit:
         reducer = boundary_reducer(
             (self.span,),
             hidden=skeleton.hidden_size,
-            grams=family.needs_gram,
-            triangles=getattr(family, "needs_triangle", False),
-            constant=method.options.intercept,
-            rotated=getattr(family, "needs_rotation", False),
+            **needed_statistics(family, method.options),
             feature=method.options.features,
             weights=method.weights,
             precision=method.precision,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from ghoststream.operators import (
     features_of,
     fit_per_layer,
     make_operator,
+    needed_statistics,
     require_chainable,
     require_ridge,
 )
@@ -169,27 +169,22 @@ def solve(
         RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
     )
     out = out.absolute()
-    found = _existing(out, request.digest)
+    found = existing_operators(out, request.digest)
     if found is not None:
+        _clear_leftovers(out)
         return found
     base = None if model is None else BaseModel(model, revision, trust_remote_code, device)
     wanted = wanted_taps(options.features, request.spans, base, intercept=intercept)
     if wanted is not None and solver not in SKETCH_SOLVERS:
         require_fit_memory(wanted, options.features, source.hidden)
     with _lock(out):  # which makes the folder
-        reduce = getattr(family, "reduce", None) or partial(
-            reduce_boundaries,
-            grams=family.needs_gram,
-            triangles=getattr(family, "needs_triangle", False),
-            constant=intercept,
-            rotated=getattr(family, "needs_rotation", False),
-        )
+        reduce = getattr(family, "reduce", reduce_boundaries)
+        given = needed_statistics(family, options) if reduce is reduce_boundaries else {}
         told, work = progress or SilentProgress(), _work_folder(out)
         # Wide states of spans that share no layer: one at a time costs no reading.
         groups = [request.spans] if wanted is None else [(span,) for span in request.spans]
-        given: dict[str, Any] = (
-            {} if wanted is None else {"taps": store_taps(wanted, store_uri, work, progress=told)}
-        )
+        if wanted is not None:
+            given["taps"] = store_taps(wanted, store_uri, work, progress=told)
         moments: dict[Span, FoldedMoments] = {}
         for spans in groups:
             moments |= reduce(
@@ -273,7 +268,16 @@ def _lock(out: Path) -> FileLock:
     return FileLock(out.with_name(f".{out.name}.lock"), guarded=out)
 
 
-def _existing(out: Path, digest: str) -> OperatorSet | None:
+def existing_operators(out: Path, digest: str) -> OperatorSet | None:
+    """Return the operators that a request has left at ``out``; ``None`` if nothing is there.
+
+    Args:
+        out: The operator file.
+        digest: The request's ``recipe_digest``.
+
+    Raises:
+        OutputExistsError: If something else is there.
+    """
     if not out.exists():
         return None
     try:
@@ -283,7 +287,6 @@ def _existing(out: Path, digest: str) -> OperatorSet | None:
     if found is None or found.metadata.get("recipe_digest") != digest:
         msg = f"{out} exists and is not the result of this request; choose another name, or move it away"
         raise OutputExistsError(msg)
-    _clear_leftovers(out)
     return found
 
 

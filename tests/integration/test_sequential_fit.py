@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ghoststream.errors import OutputExistsError, PlanError
+from ghoststream.operators import OperatorOptions, OperatorSet
 from ghoststream.recovery import build_ghost
 from ghoststream.stages.capture import capture
 from ghoststream.stages.evaluate import evaluate
@@ -95,6 +97,31 @@ def test_the_second_operator_is_the_least_squares_fit_on_the_repaired_stream(
     # Fitted on the dense stream it would be another one.
     merged = np.linalg.lstsq(dense[3], dense[5] - dense[3], rcond=None)[0]
     assert np.linalg.norm(gap - inputs @ merged) > 1.001 * found
+
+
+@pytest.mark.parametrize(
+    "changed", [{"shrink": "zero"}, {"solver": "tsqr"}, {"intercept": True}, {"rank": 3}]
+)
+def test_every_option_of_the_operator_makes_another_request(
+    changed: dict[str, Any], model: Path, text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "ops.safetensors"
+
+    def fitted(options: OperatorOptions) -> OperatorSet:
+        return fit(
+            model,
+            "1:2",
+            calibration=text,
+            sequences=S,
+            length=T,
+            operator="least-squares",
+            options=options,
+            out=out,
+        )
+
+    fitted(OperatorOptions(ridge=1e-3))
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
+        fitted(OperatorOptions(ridge=1e-3, **changed))
 
 
 def test_the_file_is_used_like_any_other(model: Path, text: str, tmp_path: Path) -> None:

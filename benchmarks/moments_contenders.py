@@ -1,8 +1,8 @@
 """One contender of ``bench_moments.py``, in a process of its own: prints one JSON object.
 
 - ``ghoststream``: :func:`reduce_boundaries` with partial states on disk, then the paper's operator.
-- ``blas``: dsyrk and dgemm on one block in memory again and again, one BLAS thread for each worker thread: the same
-  kernels, with accumulators of the same shape, and nothing else.
+- ``blas``: both products of one block in memory again and again, one BLAS thread for each worker thread: numpy's dsyrk and
+  dgemm on whole matrices, and nothing else.
 - ``dask-array``: ``X.T @ X`` and ``X.T @ (Y - X)`` of Dask arrays over the same Zarr, chunks of whole shards.
 - ``in-memory``: the paper's steps as one writes them: all activations at once, cast to float64, one product each, solve.
 """
@@ -55,7 +55,7 @@ def ghoststream(options: argparse.Namespace) -> dict[str, Any]:
 
 def blas(options: argparse.Namespace) -> dict[str, Any]:
     from ghoststream.statistics import DEFAULT_BLOCK_TOKENS, open_source
-    from ghoststream.statistics.blas import add_cross, add_gram_upper, single_blas_thread
+    from ghoststream.statistics.blas import single_blas_thread
 
     width, n_tokens = open_source(str(options.store)).hidden, _n_tokens(options)
     # A tenth of the work tells the rate.
@@ -64,10 +64,10 @@ def blas(options: argparse.Namespace) -> dict[str, Any]:
     rows, gap = (rng.standard_normal((DEFAULT_BLOCK_TOKENS, width)) for _ in range(2))
 
     def work(n_blocks: int) -> None:
-        gram, cross = np.zeros((width, width)), np.zeros((width, width))
+        product = np.empty((width, width))
         for _ in range(n_blocks):
-            add_gram_upper(gram, rows)
-            add_cross(cross, rows, gap)
+            np.matmul(rows.T, rows, out=product)
+            np.matmul(rows.T, gap, out=product)
 
     with single_blas_thread(), ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(work, [1] * options.workers))

@@ -1,4 +1,8 @@
-"""Rank-k updates in place, and one BLAS thread while several tasks run."""
+"""Rank-k updates in place, and one BLAS thread while several tasks run.
+
+Products go through numpy, panel by panel: scipy's BLAS functions hold the interpreter's lock, so that tasks in threads
+would wait for one another.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg.blas import dgemm, dsyrk, sgemm, ssyrk
 from threadpoolctl import threadpool_limits
 
 Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 
 _MIRROR_ROWS = 512
+_PANEL = 256
 
 FLOAT32_BLOCK_TOKENS = 256
 """Tokens whose products are summed in float32 before they are added in float64."""
@@ -59,25 +64,46 @@ def single_blas_thread() -> Iterator[None]:
         _SINGLE.leave()
 
 
-def add_gram_upper(gram: Array, rows: Array) -> None:
-    """Add ``rows^T rows`` to the upper triangle of ``gram``, in place (half the work of a product).
+def panel_bytes(width: int, hidden: int, itemsize: int = 8) -> int:
+    """Bytes of the product that an update holds: a panel of rows of the larger of its sums.
 
     Args:
-        gram: ``(p, p)`` float64, C-contiguous; only its upper triangle is read and written.
-        rows: ``(n, p)`` float64, C-contiguous.
+        width: Features p.
+        hidden: Channels C.
+        itemsize: Bytes of a number of the product.
     """
-    dsyrk(1.0, rows.T, beta=1.0, c=gram.T, lower=1, overwrite_c=1)
+    return itemsize * min(_PANEL, width) * max(width, hidden)
 
 
-def add_cross(cross: Array, rows: Array, targets: Array) -> None:
+def add_gram_upper(gram: Array, rows: Rows) -> None:
+    """Add ``rows^T rows`` to the upper triangle of ``gram``, in place (half the work of a product, and a panel's).
+
+    Args:
+        gram: ``(p, p)`` float64; its lower triangle is not read, and holds nothing of use afterwards.
+        rows: ``(n, p)`` float64 or float32, C-contiguous.
+
+    Memory: :func:`panel_bytes`.
+    """
+    width = rows.shape[1]
+    for start in range(0, width, _PANEL):
+        stop = min(start + _PANEL, width)
+        gram[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
+
+
+def add_cross(cross: Array, rows: Rows, targets: Rows) -> None:
     """Add ``rows^T targets`` to ``cross``, in place.
 
     Args:
-        cross: ``(p, C)`` float64, C-contiguous.
-        rows: ``(n, p)`` float64, C-contiguous.
-        targets: ``(n, C)`` float64, C-contiguous.
+        cross: ``(p, C)`` float64.
+        rows: ``(n, p)`` float64 or float32, C-contiguous.
+        targets: ``(n, C)``, of the same type.
+
+    Memory: :func:`panel_bytes`.
     """
-    dgemm(1.0, targets.T, rows.T, beta=1.0, c=cross.T, trans_b=1, overwrite_c=1)
+    width = rows.shape[1]
+    for start in range(0, width, _PANEL):
+        stop = min(start + _PANEL, width)
+        cross[start:stop] += rows[:, start:stop].T @ targets
 
 
 def add_gram_upper_float32(gram: Array, rows: Array) -> None:
@@ -87,19 +113,19 @@ def add_gram_upper_float32(gram: Array, rows: Array) -> None:
     ``gamma sum |x_i| |x_j|``, ``gamma = (b + 2) u / (1 - (b + 2) u)`` = 1.54e-5 (Higham, Accuracy and Stability of Numerical
     Algorithms, 2nd ed., eq. 3.5; two roundings more for the rows themselves), however many rows there are.
 
-    Memory: ``4 p^2`` bytes and a block of rows.
+    Memory: half of :func:`panel_bytes` and a block of rows.
     """
     for part in _float32_blocks(rows):
-        gram += ssyrk(1.0, part.T, lower=1).T
+        add_gram_upper(gram, part)
 
 
 def add_cross_float32(cross: Array, rows: Array, targets: Array) -> None:
     """Add ``rows^T targets`` to ``cross`` as :func:`add_gram_upper_float32` does, with the same bound.
 
-    Memory: ``4 p C`` bytes and two blocks of rows.
+    Memory: half of :func:`panel_bytes` and two blocks of rows.
     """
     for part, other in zip(_float32_blocks(rows), _float32_blocks(targets), strict=True):
-        cross += sgemm(1.0, other.T, part.T, trans_b=1).T
+        add_cross(cross, part, other)
 
 
 def _float32_blocks(rows: Array) -> Iterator[npt.NDArray[np.float32]]:

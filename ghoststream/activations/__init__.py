@@ -7,6 +7,7 @@ from ghoststream.activations.layout import StoreLayout
 from ghoststream.activations.location import StoreLike
 from ghoststream.activations.part_store import PartStore
 from ghoststream.activations.request import StoreRequest
+from ghoststream.activations.shared import StoreRef, open_checked
 from ghoststream.activations.store import ActivationStore
 from ghoststream.activations.tokens import TokenArrays, TokenSource
 from ghoststream.activations.verify import verify_store
@@ -22,10 +23,12 @@ __all__ = [
     "StoreDtype",
     "StoreLayout",
     "StoreLike",
+    "StoreRef",
     "StoreRequest",
     "StoreView",
     "TokenArrays",
     "TokenSource",
     "WritableStore",
+    "open_checked",
     "verify_store",
 ]

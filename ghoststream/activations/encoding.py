@@ -56,10 +56,10 @@ def _parse(version: Any, where: str) -> tuple[int, int]:
 STORE = Encoding("ghoststream-activations", "1.0")
 """The root group."""
 
-MANIFEST = Encoding("ghoststream-manifest", "1.0")
+MANIFEST = Encoding("ghoststream-manifest", "1.1")
 """``manifest.json``."""
 
-PART = Encoding("ghoststream-part", "1.0")
+PART = Encoding("ghoststream-part", "1.1")
 """``parts/<start>-<stop>/part.json``: what one worker of a capture that is split has finished."""
 
 FOLDER = Encoding("ghoststream-folder", "1.0")

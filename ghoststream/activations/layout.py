@@ -14,6 +14,7 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststream.activations import encoding
 from ghoststream.activations.bits import StoreDtype, numpy_dtype, require_store_dtype
+from ghoststream.activations.checksums import index_bytes
 from ghoststream.activations.guard import GuardedStore
 from ghoststream.errors import RequestError
 
@@ -27,7 +28,6 @@ SEQUENCE, POSITION, CHANNEL = "sequence", "position", "channel"
 
 _SHARD_NAME = re.compile(r"c\.(\d+)\..*")
 _CRC_BYTES = 4
-_INDEX_ENTRY_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,11 @@ class StoreLayout:
         """Shards of one layer."""
         return math.ceil(self.n_sequences / self.sequences_per_shard)
 
+    @property
+    def chunks_per_shard(self) -> int:
+        """Chunks of a full shard."""
+        return self.sequences_per_shard // self.sequences_per_chunk
+
     def shard_rows(self, shard: int) -> tuple[int, int]:
         """Return the sequences ``[start, stop)`` of a shard; the last one may be short."""
         start = shard * self.sequences_per_shard
@@ -127,8 +132,7 @@ class StoreLayout:
         n_shards = math.ceil(wanted / self.sequences_per_shard)
         itemsize = numpy_dtype(dtype or self.store_dtype).itemsize
         chunk = self.sequences_per_chunk * self.length * self.hidden * itemsize + _CRC_BYTES
-        index = self.sequences_per_shard // self.sequences_per_chunk * _INDEX_ENTRY_BYTES + _CRC_BYTES
-        return n_chunks * chunk + n_shards * index
+        return n_chunks * chunk + n_shards * index_bytes(self.chunks_per_shard)
 
     def total_bytes(self) -> int:
         """Return the bytes of all layers and of the token arrays on disk, metadata left out."""

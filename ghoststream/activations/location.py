@@ -16,7 +16,8 @@ from zarr.buffer import cpu, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
-from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.activations.guard import UnreadableObjectError, reading, unreachable
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError, StoreError
 from ghoststream.files import atomic_write_bytes, disk_errors, fsync_folder, fsync_path
 
 StoreLike = str | Path | Store
@@ -49,30 +50,41 @@ class Location:
         return not self.list_names()
 
     def read(self, key: str) -> bytes | None:
-        """Return an object's bytes, or None if there is none."""
+        """Return an object's bytes, or None if there is none.
+
+        Raises:
+            StoreError: If the disk, the network or the server fails.
+        """
         if self.root is not None and not self.root.is_dir():
             return None
-        value = sync(self.store.get(key, default_buffer_prototype()))
-        return None if value is None else value.to_bytes()
+        return self.read_many([key])[0]
 
     def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
-        """Return several objects' bytes, a few at a time."""
+        """Return several objects' bytes, a few at a time.
+
+        Raises:
+            StoreError: If the disk, the network or the server fails.
+        """
 
         async def read(key: str) -> bytes | None:
-            value = await self.store.get(key, default_buffer_prototype())
+            with reading(key):
+                value = await self.store.get(key, default_buffer_prototype())
             return None if value is None else value.to_bytes()
 
-        return sync(_gather(read(key) for key in keys))
+        with self._reached():
+            return sync(_gather(read(key) for key in keys))
 
     def write_marker(self, key: str, data: bytes) -> None:
         """Replace an object in one step; on a local disk it is forced there before and after the rename.
 
         Raises:
             DiskFullError: If no space was left; what was there before is untouched.
+            StoreError: If the network or the server fails.
         """
         if self.root is not None:
             atomic_write_bytes(self.root / key, data)
-        else:
+            return
+        with self.writing(key, len(data)):
             sync(self.store.set(key, cpu.Buffer.from_bytes(data)))
 
     def write_many(self, objects: Mapping[str, bytes]) -> None:
@@ -94,60 +106,91 @@ class Location:
                 raise error
 
     def sizes(self, keys: Iterable[str]) -> list[int | None]:
-        """Return the size of each object in bytes, None for a missing one."""
+        """Return the size of each object in bytes, None for a missing one.
+
+        Raises:
+            StoreError: If the disk, the network or the server fails.
+        """
 
         async def size(key: str) -> int | None:
             try:
-                return await self.store.getsize(key)
+                with reading(f"the size of {key}"):
+                    return await self.store.getsize(key)
             except FileNotFoundError:
                 return None
 
-        return sync(_gather(size(key) for key in keys))
+        with self._reached():
+            return sync(_gather(size(key) for key in keys))
 
     def list_names(self, folder: str = "") -> list[str]:
-        """Return the names at the top, or in a folder; none if there is no such folder."""
+        """Return the names at the top, or in a folder; none if there is no such folder.
+
+        Raises:
+            StoreError: If the disk, the network or the server fails.
+        """
 
         async def collect() -> list[str]:
-            return sorted([name async for name in self.store.list_dir(folder)])
+            with reading(f"the names in {folder or 'the store'}"):
+                return sorted([name async for name in self.store.list_dir(folder)])
 
-        return sync(collect())
+        with self._reached():
+            return sync(collect())
 
     def list_keys(self, prefix: str = "") -> list[str]:
-        """Return the keys of all objects under a prefix, sorted."""
+        """Return the keys of all objects under a prefix, sorted.
+
+        Raises:
+            StoreError: If the disk, the network or the server fails.
+        """
 
         async def collect() -> list[str]:
             try:
-                return sorted([key async for key in self.store.list_prefix(prefix)])
+                with reading(f"the names in {prefix or 'the store'}"):
+                    return sorted([key async for key in self.store.list_prefix(prefix)])
             except FileNotFoundError:  # what s3fs says of a bucket that does not exist
                 return []
 
-        return sync(collect())
+        with self._reached():
+            return sync(collect())
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; missing ones are passed over."""
-        sync(_gather(self.store.delete(key) for key in keys))
+        """Remove objects; missing ones are passed over.
+
+        Raises:
+            StoreError: If the network or the server fails.
+        """
+        with _reaching(self, "removing objects"):
+            sync(_gather(self.store.delete(key) for key in keys))
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove everything under a prefix."""
-        sync(self.store.delete_dir(prefix))
+        """Remove everything under a prefix.
+
+        Raises:
+            StoreError: If the network or the server fails.
+        """
+        with _reaching(self, f"removing {prefix}"):
+            sync(self.store.delete_dir(prefix))
 
     @contextmanager
     def writing(self, key: str, n_bytes: int) -> Iterator[None]:
-        """Turn a full local disk, or a bucket that does not exist, into an error that says so.
+        """Turn a full local disk, or a bucket that does not exist or cannot be reached, into an error that says so.
 
         Raises:
             DiskFullError: If no space was left.
             InputNotFoundError: If there is no such bucket.
+            StoreError: If the network or the server fails.
         """
-        if self.root is None:
-            try:
+        if self.root is not None:
+            with self._reached(), disk_errors(self.root / key, n_bytes):
                 yield
-            except FileNotFoundError as error:
-                msg = f"cannot write to {self.uri} ({error}); make the bucket first, or check the address"
-                raise InputNotFoundError(msg) from error
             return
-        with disk_errors(self.root / key, n_bytes):
-            yield
+        try:
+            # Zarr looks whether there is a shard before it writes one.
+            with self._reached(), _reaching(self, f"writing {key}"):
+                yield
+        except FileNotFoundError as error:
+            msg = f"cannot write to {self.uri} ({error}); make the bucket first, or check the address"
+            raise InputNotFoundError(msg) from error
 
     def settle(self, keys: Iterable[str]) -> None:
         """Force objects and the folders that name them to disk; nothing to do where the store is not local.
@@ -164,6 +207,13 @@ class Location:
         for folder in sorted(folders, reverse=True):
             fsync_folder(folder)
         fsync_folder(self.root.parent)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except UnreadableObjectError as error:
+            raise unreachable(self.uri, error) from error
 
 
 def locate(
@@ -202,6 +252,23 @@ def locate(
         msg = f"there is no activation store at {root}; check the path, or run `ghoststream capture` first"
         raise InputNotFoundError(msg)
     return Location(str(root), LocalStore(root, read_only=not writable), root)
+
+
+@contextmanager
+def _reaching(location: Location, what: str) -> Iterator[None]:
+    """Turn what a storage class raises when a place that is not local is not reached into an error that says so."""
+    try:
+        yield
+    except (GhoststreamError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        if location.root is not None:
+            raise
+        msg = (
+            f"{location.uri}: {what} failed ({str(error) or repr(error)}); check the connection and the credentials, and"
+            " run the same command again"
+        )
+        raise StoreError(msg) from error
 
 
 def _remote_store(url: str, storage_options: Mapping[str, Any] | None, *, read_only: bool) -> Store:

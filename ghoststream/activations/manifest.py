@@ -15,7 +15,7 @@ from ghoststream.activations.encoding import MANIFEST, Encoding
 from ghoststream.activations.guard import ObjectRecord
 from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path
 from ghoststream.errors import StoreError
-from ghoststream.files import canonical_json, differences, json_digest
+from ghoststream.files import bytes_digest, canonical_json, differences, json_digest
 
 MANIFEST_KEY = "manifest.json"
 LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
@@ -57,6 +57,10 @@ class Manifest:
             "fingerprint": self.fingerprint,
             "tokens_digest": self.tokens_digest,
         }
+
+    def digest(self) -> str:
+        """Return the digest of all that the file says."""
+        return bytes_digest(self.to_bytes())
 
     def differences(self, asked: Manifest) -> list[str]:
         """Say in what this store differs from one that is asked for, one line a field."""
@@ -163,7 +167,10 @@ def incomplete(where: str, error: Exception) -> StoreError:
 
 def plain_records(records: Mapping[str, ObjectRecord]) -> dict[str, Any]:
     """Return the records of objects as plain JSON data."""
-    return {key: asdict(record) for key, record in records.items()}
+    return {
+        key: {name: value for name, value in asdict(record).items() if value != ""}
+        for key, record in records.items()
+    }
 
 
 def plain_arrays(arrays: Mapping[str, Mapping[str, ObjectRecord]]) -> dict[str, Any]:
@@ -173,7 +180,10 @@ def plain_arrays(arrays: Mapping[str, Mapping[str, ObjectRecord]]) -> dict[str, 
 
 def read_records(data: Mapping[str, Any]) -> dict[str, ObjectRecord]:
     """Read what :func:`plain_records` made."""
-    return {key: ObjectRecord(str(entry["digest"]), int(entry["size"])) for key, entry in data.items()}
+    return {
+        key: ObjectRecord(str(entry["digest"]), int(entry["size"]), str(entry.get("checksums", "")))
+        for key, entry in data.items()
+    }
 
 
 def read_arrays(data: Mapping[str, Any]) -> dict[str, dict[str, ObjectRecord]]:

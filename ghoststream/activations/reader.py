@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 import zarr
 
-from ghoststream.activations.guard import ChangedObjectError, GuardedStore
+from ghoststream.activations.guard import ChangedObjectError, GuardedStore, UnreadableObjectError, unreachable
 from ghoststream.activations.layout import open_array, shard_key
 from ghoststream.errors import NumericsError, StoreError
 
@@ -31,8 +31,8 @@ def open_rows(store: GuardedStore, path: str, uri: str) -> zarr.Array[Any]:
     except ChangedObjectError as error:
         msg = f"{uri}: {error}; {_ADVICE}"
         raise StoreError(msg) from error
-    except OSError as error:
-        raise _unreachable(uri, path, error) from error
+    except UnreadableObjectError as error:
+        raise unreachable(uri, error) from error
 
 
 def read_rows(array: zarr.Array[Any], start: int, stop: int, uri: str) -> npt.NDArray[Any]:
@@ -46,12 +46,13 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int, uri: str) -> npt.ND
     twice, encoded and decoded.
     """
     try:
-        return np.asarray(array[start:stop])
-    except _BROKEN as error:
-        msg = f"{uri}: {_first_broken(array, start, stop)} ({error}); {_ADVICE}"
-        raise StoreError(msg) from error
-    except OSError as error:
-        raise _unreachable(uri, array.path, error) from error
+        try:
+            return np.asarray(array[start:stop])
+        except _BROKEN as error:
+            msg = f"{uri}: {_first_broken(array, start, stop)} ({error}); {_ADVICE}"
+            raise StoreError(msg) from error
+    except UnreadableObjectError as error:
+        raise unreachable(uri, error) from error
 
 
 def require_finite_rows(rows: torch.Tensor, mask: npt.NDArray[np.bool_], start: int, what: str) -> None:
@@ -80,12 +81,6 @@ def require_finite_rows(rows: torch.Tensor, mask: npt.NDArray[np.bool_], start: 
                 " run the model in a wider dtype (bfloat16 or float32) and check its weights and the text"
             )
             raise NumericsError(msg)
-
-
-def _unreachable(uri: str, path: str, error: OSError) -> StoreError:
-    return StoreError(
-        f"{uri}: reading {path} failed ({error}); check the disk or the connection and run again"
-    )
 
 
 def _first_broken(array: zarr.Array[Any], start: int, stop: int) -> str:

@@ -14,7 +14,7 @@ from ghoststream.activations.request import StoreRequest, manifest_of, place_of,
 from ghoststream.activations.tokens import TokenArrays
 from ghoststream.activations.writable import WritableStore
 from ghoststream.errors import RequestError
-from ghoststream.files import canonical_json
+from ghoststream.files import canonical_json, json_digest
 
 
 class ActivationStore(WritableStore):
@@ -92,6 +92,19 @@ class ActivationStore(WritableStore):
         return cls._open(location, writable=writable)
 
     @classmethod
+    def reopen(cls, uri: StoreLike, *, storage_options: Mapping[str, Any] | None = None) -> Self:
+        """Open a store for reading that was opened and checked before: only its manifest is read and checked now.
+
+        Metadata, shards and chunks are checked when they are read, as always.
+
+        Raises:
+            InputNotFoundError: If nothing is there.
+            StoreError: If it is not a store, or its manifest is damaged or of a newer version.
+        """
+        location = locate(uri, writable=False, storage_options=storage_options)
+        return cls(location, opening.load_manifest(location).without_scratch(), None)
+
+    @classmethod
     def _create(cls, location: Location, manifest: Manifest, tokens: TokenArrays) -> Self:
         opening.require_free_place(location)
         opening.require_space(location, manifest)
@@ -119,6 +132,14 @@ class ActivationStore(WritableStore):
                 lock.release()
             raise
         return cls(location, manifest, lock)
+
+    def manifest_digest(self) -> str:
+        """Return the digest of all that the manifest says: what is committed, what made it, and what was noted."""
+        return self._manifest.digest()
+
+    def identity(self) -> str:
+        """Return the digest of what makes it the store that it is: layout, recipe, fingerprint and tokens."""
+        return json_digest(self._manifest.identity())
 
     def annotate(self, key: str, value: Any) -> None:
         """Note JSON data in the manifest under a key, replacing what was there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ class StoreView:
         self._location = location
         self._manifest = manifest
         self._prefix = prefix
-        self._guard = GuardedStore(location.store, Ledger(committed=manifest.objects()))
+        ledger = Ledger(manifest.objects(), manifest.layout.chunks_per_shard)
+        self._guard = GuardedStore(location.store, ledger)
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._mask: npt.NDArray[np.bool_] | None = None
+        self._opening = threading.RLock()
 
     @property
     def uri(self) -> str:
@@ -146,7 +150,7 @@ class StoreView:
             NumericsError: If ``require_finite`` and a value is not.
 
         Memory: The result, and two copies of each of at most 4 shards in flight. Whole shards are read fastest and are
-            checked by digest the first time; parts of one are checked by chunk.
+            checked by digest the first time; parts of one by the checksum of each chunk, which must be the one that was written.
         """
         return self._read(self._committed_path(layer), start, stop, require_finite=require_finite)
 
@@ -199,15 +203,23 @@ class StoreView:
         return TokenArrays(ids, lengths, mask)
 
     def mask(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
-        """Read the token mask of sequences ``[start, stop)``, by default all: bool (n, T), True where a token counts.
+        """Return the token mask of sequences ``[start, stop)``, by default all: bool (n, T), True where a token counts.
+
+        It is read once, and must not be changed.
 
         Raises:
             RequestError: If the range is empty or reaches outside.
             StoreError: If it is damaged.
+
+        Memory: ``S T`` bytes for as long as the store is open.
         """
         last = self.n_sequences if stop is None else stop
         self._require_range(start, last)
-        return read_rows(self._array(MASK_PATH), start, last, self.uri)
+        with self._opening:
+            if self._mask is None:
+                self._mask = read_rows(self._array(MASK_PATH), 0, self.n_sequences, self.uri)
+                self._mask.flags.writeable = False
+        return self._mask[start:last]
 
     def describe(self) -> dict[str, Any]:
         """Return what ``ghoststream inspect`` shows, as JSON data."""
@@ -274,9 +286,10 @@ class StoreView:
             raise RequestError(msg)
 
     def _array(self, path: str) -> zarr.Array[Any]:
-        if path not in self._arrays:
-            self._arrays[path] = open_rows(self._guard, path, self.uri)
-        return self._arrays[path]
+        with self._opening:
+            if path not in self._arrays:
+                self._arrays[path] = open_rows(self._guard, path, self.uri)
+            return self._arrays[path]
 
     def _dtype_of(self, path: str) -> StoreDtype:
         return require_store_dtype(str(self._array(path).attrs[DTYPE_ATTRIBUTE]))

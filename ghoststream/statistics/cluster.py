@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import BudgetError, GhoststreamError, RequestError
+from ghoststream.activations import StoreRef
+from ghoststream.errors import BudgetError, GhoststreamError, MismatchError, RequestError
 from ghoststream.progress import Progress
-from ghoststream.statistics.source import open_source, store_digest
+from ghoststream.statistics.devices import require_device
 
 _CONNECT_SECONDS = 30
 _SHOWN = 3
+_OWN = "ghoststream"
+_LIBRARIES = (_OWN, "numpy", "scipy", "torch", "zarr")
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,16 @@ class Needs:
     """What range tasks need of every worker.
 
     Attributes:
-        store_uri: Path or URL of the store.
+        store: The store as this process sees it.
         folder: Where partial states are kept, or None.
         task_bytes: Peak memory of one task.
+        device: The device that they compute on, or None.
     """
 
-    store_uri: str
+    store: StoreRef
     folder: Path | None
     task_bytes: int
+    device: str | None = None
 
 
 @contextmanager
@@ -58,25 +63,62 @@ def connect(scheduler: Any) -> Iterator[Any]:
 def require_able(client: Any, needs: Needs, progress: Progress) -> None:
     """Check the workers that are there now, before anything is computed.
 
-    Each opens the store itself, and must find what this process finds; sees a file that is made in the folder for this
-    moment; and has memory for one task a thread.
+    Each runs this version of ghoststream; opens the store itself, and must find what this process finds; sees a file that is
+    made in the folder for this moment; has memory for one task a thread, and the device if one is asked for.
 
     Raises:
         BudgetError: If a worker has too little memory.
-        RequestError: If a worker does not see the store or the folder.
+        RequestError: If a worker runs another ghoststream, does not see the store or the folder, or lacks the device.
     """
-    digest = store_digest(open_source(needs.store_uri))
+    require_versions(client, progress)
     with _mark(needs.folder) as mark:
-        found = client.run(_look, needs, digest, mark, on_error="return")
+        found = client.run(_look, needs, mark, on_error="return")
     if not found:
         progress.log(f"the cluster at {client.scheduler.address} has no workers yet; waiting for the first")
     problems = {address: _said(answer) for address, answer in found.items() if answer is not None}
     if not problems:
         return
-    listed = "; ".join(f"{address}: {text}" for address, text in sorted(problems.items())[:_SHOWN])
-    more = "" if len(problems) <= _SHOWN else f"; and {len(problems) - _SHOWN} more"
-    msg = f"{len(problems)} of {len(found)} workers cannot reduce this store: {listed}{more}"
+    msg = f"{len(problems)} of {len(found)} workers cannot reduce this store: {_listed(problems)}"
     raise (BudgetError if any(isinstance(found[name], _Memory) for name in problems) else RequestError)(msg)
+
+
+def require_versions(client: Any, progress: Progress) -> None:
+    """Compare the libraries of the workers that are there now with those of this process.
+
+    Other numpy, scipy, torch or zarr are told as a warning: bits of the result may differ.
+
+    Raises:
+        RequestError: If a worker runs another version of ghoststream, whose sums may be other sums.
+    """
+    found = client.get_versions(packages=_LIBRARIES)
+    here = found["client"]["packages"]
+    others: dict[str, str] = {}
+    libraries: dict[str, str] = {}
+    for address, answer in found["workers"].items():
+        there = answer["packages"]
+        if there[_OWN] != here[_OWN]:
+            others[address] = str(there[_OWN])
+        differing = [name for name in _LIBRARIES if name != _OWN and there.get(name) != here.get(name)]
+        if differing:
+            libraries[address] = ", ".join(
+                f"{name} {there.get(name)} (here {here[name]})" for name in differing
+            )
+    if others:
+        msg = (
+            f"{len(others)} of {len(found['workers'])} workers run another ghoststream than this process ({here[_OWN]}): "
+            f"{_listed(others)}; install one version everywhere, as sums of two versions must not be mixed"
+        )
+        raise RequestError(msg)
+    if libraries:
+        progress.log(
+            f"warning: {len(libraries)} of {len(found['workers'])} workers have other libraries than this process, "
+            f"the result may differ from that of this machine in its last bits: {_listed(libraries)}"
+        )
+
+
+def _listed(lines: Mapping[str, str]) -> str:
+    shown = "; ".join(f"{address}: {text}" for address, text in sorted(lines.items())[:_SHOWN])
+    return shown if len(lines) <= _SHOWN else f"{shown}; and {len(lines) - _SHOWN} more"
 
 
 @contextmanager
@@ -111,9 +153,9 @@ class _Memory(str):
     __slots__ = ()
 
 
-async def _look(needs: Needs, digest: str, mark: Path | None, dask_worker: Any) -> str | None:
+async def _look(needs: Needs, mark: Path | None, dask_worker: Any) -> str | None:
     # Opening a store takes a while: on a thread, for the worker's event loop has to go on.
-    seen = await asyncio.to_thread(_problem_of, needs.store_uri, digest, mark)
+    seen = await asyncio.to_thread(_problem_of, needs, mark)
     if seen is not None:
         return seen
     limit, threads = dask_worker.memory_manager.memory_limit, dask_worker.state.nthreads
@@ -125,15 +167,20 @@ async def _look(needs: Needs, digest: str, mark: Path | None, dask_worker: Any) 
     )
 
 
-def _problem_of(store_uri: str, digest: str, mark: Path | None) -> str | None:
+def _problem_of(needs: Needs, mark: Path | None) -> str | None:
     try:
-        found = store_digest(open_source(store_uri))
+        needs.store.open()
+    except MismatchError:
+        return f"has another store at {needs.store.uri}; give a path or URL that is the same for all workers"
     except (GhoststreamError, OSError) as error:
         return f"cannot open the store ({error}); give a path or URL that all workers see"
-    if found != digest:
-        return f"has another store at {store_uri}; give a path or URL that is the same for all workers"
     if mark is not None and not mark.is_file():
         return f"does not see {mark.parent}; choose an output folder that all workers share"
+    if needs.device is not None:
+        try:
+            require_device(needs.device)
+        except RequestError as error:
+            return str(error)
     return None
 
 

@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import dask
 from dask.callbacks import Callback
 
+from ghoststream.activations import StoreRef
 from ghoststream.errors import RequestError
 from ghoststream.files import json_digest
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.cluster import Needs, connect, explained, require_able
 from ghoststream.statistics.ranges import RangePlan, SequenceRange, TreeNode, tree_root
-from ghoststream.statistics.source import HiddenStateSource, open_source
+from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
 
 StateRef = SumState | Path
@@ -37,7 +38,8 @@ class Reducer(Protocol):
     """A statistic that is a sum over sequences. Instances are small and can be sent to another process.
 
     States are added. A reducer whose states combine otherwise has a method ``merge(left, right)``, which returns a state
-    of its own and leaves both as they are.
+    of its own and leaves both as they are. One that computes on an accelerator names it in an attribute ``device`` and says by a
+    method ``most_tasks(hidden, length)`` how many tasks that has memory for (None for any number).
     """
 
     @property
@@ -173,6 +175,7 @@ class _Graph:
 
     def __init__(self, job: ReductionJob) -> None:
         self.job = job
+        self.store = StoreRef.of(job.store_uri)
         self.tasks: list[Any] = []
         self.leaf_sequences: dict[str, int] = {}
         self._leaves = [job.plan.fold_leaves(fold) for fold in range(job.plan.n_folds)]
@@ -207,7 +210,7 @@ class _Graph:
         return None if self.job.folder is None else self.job.folder / f"{node.name}.safetensors"
 
     def _leaf(self, node: TreeNode, leaf: SequenceRange, place: _Place) -> Any:
-        task = self._add(_reduce, node, self.job.store_uri, self.job.reducer, (leaf.start, leaf.stop), place)
+        task = self._add(_reduce, node, self.store, self.job.reducer, (leaf.start, leaf.stop), place)
         self.leaf_sequences[task.key] = len(leaf)
         return task
 
@@ -218,12 +221,12 @@ class _Graph:
         return task
 
 
-def _reduce(store_uri: str, reducer: Reducer, sequences: tuple[int, int], place: _Place) -> StateRef:
+def _reduce(store: StoreRef, reducer: Reducer, sequences: tuple[int, int], place: _Place) -> StateRef:
     found = place.done()
     if found is not None:
         return found
     with single_blas_thread():
-        return place.put(reducer.reduce(open_source(store_uri), *sequences), reducer)
+        return place.put(reducer.reduce(store.open(), *sequences), reducer)
 
 
 def _merge(left: StateRef, right: StateRef, reducer: Reducer, place: _Place) -> StateRef:
@@ -254,8 +257,12 @@ def _run_here(
     def report(key: Any, *_: Any) -> None:
         progress.advance(graph.leaf_sequences.get(key, 0))
 
-    source = open_source(job.store_uri)
+    source = graph.store.open()
     n_threads = workers or default_workers(job.reducer.task_bytes(source.hidden, source.length))
+    most_tasks = getattr(job.reducer, "most_tasks", None)
+    n_threads = (
+        min(n_threads, most_tasks(source.hidden, source.length) or n_threads) if most_tasks else n_threads
+    )
     # A pool of its own, which ends here: when a range fails, the others have stopped writing before the error leaves.
     with single_blas_thread(), Callback(posttask=report), ThreadPoolExecutor(n_threads) as pool:
         done = dask.compute(*roots, scheduler="threads", pool=pool, optimize_graph=False, traverse=False)
@@ -267,9 +274,10 @@ def _run_distributed(
 ) -> tuple[StateRef, ...]:
     from distributed import as_completed
 
-    source = open_source(graph.job.store_uri)
+    source = graph.store.open()
     task_bytes = graph.job.reducer.task_bytes(source.hidden, source.length)
-    needs = Needs(graph.job.store_uri, graph.job.folder, task_bytes)
+    device = getattr(graph.job.reducer, "device", None)
+    needs = Needs(graph.store, graph.job.folder, task_bytes, device)
     if graph.tasks:
         require_able(client, needs, progress)
     futures = client.compute(graph.tasks, optimize_graph=False, retries=_RETRIES)

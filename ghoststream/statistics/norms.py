@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress
 from ghoststream.statistics.similarity import reduce_whole
-from ghoststream.statistics.source import HiddenStateSource, open_source, require_finite
+from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.weights import SINK_FACTOR
 
@@ -207,7 +207,7 @@ def norm_profile(
 
     Memory: ``8 n (C + T)`` bytes a state and :meth:`NormReducer.reduce`, once for each worker thread.
     """
-    chosen = open_source(store_uri).completed_layers() if layers is None else layers
+    chosen = reopen_source(store_uri).completed_layers() if layers is None else layers
     reducer = NormReducer(tuple(sorted(set(chosen))))
     if not reducer.layers:
         msg = f"{store_uri} holds no hidden state completely; finish the capture first"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ghoststream.errors import BudgetError, NumericsError, RequestError
 from ghoststream.progress import Progress
 from ghoststream.statistics.similarity import angular_distance, reduce_whole
-from ghoststream.statistics.source import HiddenStateSource, open_source, require_finite
+from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite
 from ghoststream.statistics.sums import SumState
 
 Array = npt.NDArray[np.float64]
@@ -185,7 +185,7 @@ def pairwise_similarity(
 
     Memory: see :meth:`AllPairsReducer.reduce`, once for each worker thread.
     """
-    source = open_source(store_uri)
+    source = reopen_source(store_uri)
     chosen = tuple(sorted(set(source.completed_layers() if layers is None else layers)))
     if len(chosen) < 2:
         msg = f"there are no pairs of layers to compare in {store_uri}; it needs two hidden states at least"

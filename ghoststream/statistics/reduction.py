@@ -13,19 +13,19 @@ from ghoststream.files import require_free_space
 from ghoststream.progress import Progress
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReducer, Precision
-from ghoststream.statistics.engines import ReductionJob, StateRef, default_workers, run_job
+from ghoststream.statistics.engines import ReductionJob, StateRef, run_job
 from ghoststream.statistics.features import ModelFacts, require_feature
 from ghoststream.statistics.folds import FoldedMoments
-from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan, tree_root
+from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan
 from ghoststream.statistics.rotation import RotatedReducer, hadamard_factors
 from ghoststream.statistics.source import (
-    HiddenStateSource,
-    TapSource,
-    open_source,
+    Taps,
+    reopen_source,
     require_layers,
     store_digest,
 )
-from ghoststream.statistics.sweeps import Sweep, plan_sweeps
+from ghoststream.statistics.sweeps import fit_sweeps, spilled_bytes
+from ghoststream.statistics.torch_blas import DeviceBoundaryReducer
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.statistics.weights import UNIFORM
 
@@ -40,11 +40,12 @@ def reduce_boundaries(
     rotated: bool = False,
     feature: str = "hidden",
     weights: str = UNIFORM,
-    taps: TapSource | None = None,
+    taps: Taps | None = None,
     folds: int = DEFAULT_FOLDS,
     range_sequences: int | None = None,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     precision: Precision = "float64",
+    device: str | None = None,
     scheduler: Any = None,
     workers: int | None = None,
     workdir: Path | None = None,
@@ -74,11 +75,13 @@ def reduce_boundaries(
         block_tokens: Tokens read at a time.
         precision: ``float64``, or ``float32-blocked`` for machines that are slow in float64: entries of Gram and
             cross-moment are then off by 1.6e-5 of the sums of absolute products at most.
+        device: Torch device on which Gram and cross-moment are computed and summed, ``cuda`` or ``cuda:1`` (or ``cpu``), in this
+            process or in each worker; None for numpy on the host. Its kind changes bits.
         scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
         workers: Threads in this process.
         workdir: Folder for partial states, which a killed run takes up again; without it they stay in memory.
         memory: Bytes that all tasks at work in this process may take (on a cluster: one task); the spans are then
-            reduced in as many sweeps over the store as that takes, see :func:`plan_sweeps`. None is one sweep.
+            reduced in as many sweeps over the store as that takes, see :func:`~ghoststream.statistics.sweeps.fit_sweeps`. None is one sweep.
         progress: Told how many sequences are done.
 
     Raises:
@@ -98,7 +101,7 @@ def reduce_boundaries(
     if not ordered:
         msg = "there are no spans to reduce; give at least one"
         raise RequestError(msg)
-    source = open_source(store_uri)
+    source = reopen_source(store_uri)
     reducer = boundary_reducer(
         ordered,
         hidden=source.hidden,
@@ -110,6 +113,7 @@ def reduce_boundaries(
         weights=weights,
         block_tokens=block_tokens,
         precision=precision,
+        device=device,
         taps=taps,
     )
     found = reduce_spans(
@@ -142,15 +146,22 @@ def boundary_reducer(
     weights: str = UNIFORM,
     block_tokens: int = DEFAULT_BLOCK_TOKENS,
     precision: Precision = "float64",
-    taps: TapSource | None = None,
+    device: str | None = None,
+    taps: Taps | None = None,
 ) -> BoundaryReducer:
     """Return the range task that :func:`reduce_boundaries` runs; arguments are as there, ``hidden`` is C.
 
     Raises:
-        RequestError: If there is no feature or weight of this name, or no Hadamard matrix of the hidden size is known.
+        RequestError: If there is no feature or weight of this name, or no Hadamard matrix of the hidden size is known, or
+            a device is given for other statistics than Grams.
     """
     kind: Callable[..., BoundaryReducer] = BoundaryReducer
-    if rotated:
+    if device is not None:
+        if triangles or not grams:
+            msg = f"only Grams and cross-moments are computed on a device; leave {device} out for this operator or solver"
+            raise RequestError(msg)
+        kind = partial(DeviceBoundaryReducer, device=device)
+    elif rotated:
         hadamard_factors(hidden)
         kind = RotatedReducer
     elif triangles and grams:
@@ -183,18 +194,25 @@ def reduce_spans(
 
     Arguments, errors and memory are those of :func:`reduce_boundaries`; ``label`` names the work for ``progress``.
     """
-    source = open_source(store_uri)
+    source = reopen_source(store_uri)
     require_layers(source, reducer.layers, store_uri)
     require_feature(reducer.phi, source.hidden, ModelFacts.of(source.fingerprint))
     plan = RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences)
-    sweeps, workers = _sweeps(reducer, source, memory, workers, is_cluster=scheduler is not None)
+    sweeps, workers = fit_sweeps(
+        reducer,
+        hidden=source.hidden,
+        length=source.length,
+        memory=memory,
+        workers=workers,
+        is_cluster=scheduler is not None,
+    )
     if len(sweeps) > 1 and workdir is None:
         msg = f"{len(sweeps)} sweeps do not fit the memory at once; give a work folder, where finished ones wait"
         raise RequestError(msg)
     jobs = [ReductionJob(store_uri, sweep.reducer, plan) for sweep in sweeps]
     if workdir is not None:
         jobs = [_with_folder(job, workdir, store_digest(source)) for job in jobs]
-        _require_disk(jobs, [sweep.state_bytes for sweep in sweeps], workdir)
+        _require_disk(jobs, spilled_bytes(plan, sweeps), workdir)
     found: dict[Span, tuple[StateRef, ...]] = {}
     for number, job in enumerate(jobs, start=1):
         task = label if len(jobs) == 1 else f"{label}, sweep {number} of {len(jobs)}"
@@ -203,38 +221,12 @@ def reduce_spans(
     return found
 
 
-def _sweeps(
-    reducer: BoundaryReducer,
-    source: HiddenStateSource,
-    memory: int | None,
-    workers: int | None,
-    *,
-    is_cluster: bool,
-) -> tuple[tuple[Sweep, ...], int | None]:
-    hidden, length = source.hidden, source.length
-    if memory is None:
-        return plan_sweeps(reducer, hidden=hidden, length=length), workers
-    if workers is None and not is_cluster:
-        # As many tasks at a time as there are processors, if each can then hold one span at least.
-        largest = max(replace(reducer, spans=(span,)).task_bytes(hidden, length) for span in reducer.spans)
-        workers = default_workers(0)
-        while workers > 1 and memory // workers < largest:
-            workers -= 1
-    budget = memory if is_cluster or workers is None else memory // workers
-    return plan_sweeps(reducer, hidden=hidden, length=length, task_budget=budget), workers
-
-
 def _with_folder(job: ReductionJob, workdir: Path, digest: str) -> ReductionJob:
     folder = workdir / f"moments-{job.digest(digest).removeprefix('sha256:')[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     return replace(job, folder=folder)
 
 
-def _require_disk(jobs: Sequence[ReductionJob], state_bytes: Sequence[int], workdir: Path) -> None:
-    plan = jobs[0].plan
-    depth = tree_root(0, len(plan.fold_leaves(0))).level
-    # Finished sweeps keep one state a fold; the one at work also some of every level of its tree.
-    states = sum(state_bytes) + (depth + 1) * max(state_bytes)
+def _require_disk(jobs: Sequence[ReductionJob], n_bytes: int, workdir: Path) -> None:
     present = sum(path.stat().st_size for job in jobs if job.folder for path in job.folder.iterdir())
-    needed = plan.n_folds * states - present
-    require_free_space(workdir, max(0, needed), "the partial statistics of the boundaries")
+    require_free_space(workdir, max(0, n_bytes - present), "the partial statistics of the boundaries")

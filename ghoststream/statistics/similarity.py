@@ -14,7 +14,7 @@ from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress
 from ghoststream.statistics.engines import Reducer, ReductionJob, run_job
 from ghoststream.statistics.ranges import RangePlan
-from ghoststream.statistics.source import HiddenStateSource, open_source, require_finite, require_layers
+from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite, require_layers
 from ghoststream.statistics.sums import SumState
 
 Pair = tuple[int, int]
@@ -132,7 +132,7 @@ def mean_cosine(
     Memory: see :meth:`CosineReducer.reduce`, once for each worker thread.
     """
     if pairs is None:
-        pairs = combinations(open_source(store_uri).completed_layers(), 2)
+        pairs = combinations(reopen_source(store_uri).completed_layers(), 2)
     reducer = CosineReducer(tuple(dict.fromkeys(pairs)))
     if not reducer.pairs:
         msg = f"there are no pairs of layers to compare in {store_uri}; it needs two hidden states at least"
@@ -160,7 +160,7 @@ def reduce_whole(
         StoreError: If a layer is not in the store.
         NumericsError: If a hidden state is not finite.
     """
-    source = open_source(store_uri)
+    source = reopen_source(store_uri)
     require_layers(source, reducer.layers, store_uri)
     plan = RangePlan.make(source.n_sequences, folds=1, range_sequences=1)
     job = ReductionJob(store_uri, reducer, plan)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ghoststream.errors import BudgetError
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import BoundaryReducer
+from ghoststream.statistics.engines import default_workers
+from ghoststream.statistics.ranges import RangePlan, tree_root
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,53 @@ def plan_sweeps(
         group = (span,)
         _require_fits(_sweep(reducer, group, hidden, length), span, task_budget)
     return (*sweeps, _sweep(reducer, group, hidden, length))
+
+
+def fit_sweeps(
+    reducer: BoundaryReducer,
+    *,
+    hidden: int,
+    length: int,
+    memory: int | None = None,
+    workers: int | None = None,
+    is_cluster: bool = False,
+) -> tuple[tuple[Sweep, ...], int | None]:
+    """Decide how a reducer runs within a memory budget: its sweeps, and how many tasks at a time.
+
+    Args:
+        reducer: What is to be reduced.
+        hidden: Hidden size C.
+        length: Positions of a sequence.
+        memory: Bytes that all tasks at work in this process may take (on a cluster: one task); None for one sweep.
+        workers: Tasks at a time in this process; by default as many as there are processors, fewer if one span would
+            otherwise not fit.
+        is_cluster: Whether the tasks run elsewhere.
+
+    Returns:
+        The sweeps and the workers; None as workers leaves them to the engine.
+
+    Raises:
+        BudgetError: If a single span takes more than one task may.
+    """
+    if memory is None:
+        return plan_sweeps(reducer, hidden=hidden, length=length), workers
+    if workers is None and not is_cluster:
+        largest = max(replace(reducer, spans=(span,)).task_bytes(hidden, length) for span in reducer.spans)
+        workers = default_workers(0)
+        while workers > 1 and memory // workers < largest:
+            workers -= 1
+    budget = memory if is_cluster or workers is None else memory // workers
+    return plan_sweeps(reducer, hidden=hidden, length=length, task_budget=budget), workers
+
+
+def spilled_bytes(plan: RangePlan, sweeps: Sequence[Sweep]) -> int:
+    """Return the bytes of disk that the states of some sweeps take at most.
+
+    Finished sweeps keep one state a fold; the one at work also some of every level of its merge tree.
+    """
+    depth = tree_root(0, len(plan.fold_leaves(0))).level
+    states = [sweep.state_bytes for sweep in sweeps]
+    return plan.n_folds * (sum(states) + (depth + 1) * max(states))
 
 
 def candidate_spans(n_layers: int, n_remove: int, *, keep_ends: bool = True) -> tuple[Span, ...]:

@@ -14,6 +14,7 @@ from ghoststream.errors import RequestError
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS, mirror_upper
 from ghoststream.statistics.boundary import BoundaryReducer, Numbers
+from ghoststream.statistics.devices import device_kind, device_tasks, require_device
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sums import SumState
 
@@ -78,11 +79,7 @@ class DeviceBoundaryReducer(BoundaryReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            msg = f"torch knows no device {self.device!r}; give cuda, cuda:1 or cpu"
-            raise RequestError(msg) from error
+        device_kind(self.device)
 
     @property
     def kind(self) -> str:
@@ -91,19 +88,22 @@ class DeviceBoundaryReducer(BoundaryReducer):
 
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""
-        return {**super().describe(), "device": torch.device(self.device).type}
+        return {**super().describe(), "device": device_kind(self.device)}
+
+    def most_tasks(self, hidden: int, length: int) -> int | None:
+        """Return how many tasks the device has memory for at a time; None where it is the host."""
+        rows = max(1, self.block_tokens // length) * length
+        moved = 8 * rows * (self._phi.width(hidden) + hidden)
+        return device_tasks(self.device, self.state_bytes(hidden, length) + moved)
 
     def _empty(self, hidden: int, length: int) -> SumState:
-        device = torch.device(self.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            msg = f"the device {self.device} was asked for, and torch sees none in this process; leave it out here"
-            raise RequestError(msg)
+        require_device(self.device)
         if self.precision != "float64" and torch.get_float32_matmul_precision() != "highest":
             msg = "torch is set to compute float32 products in less (TF32); set its float32 matmul precision to highest"
             raise RequestError(msg)
         state = super()._empty(hidden, length)
         names = (name for name in state.arrays if name.endswith(("/gram", "/cross")))
-        return _DeviceState(state.arrays, names, device)
+        return _DeviceState(state.arrays, names, torch.device(self.device))
 
     def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
         del tokens

@@ -18,7 +18,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 def main() -> None:
     """Write the archives that are missing."""
-    target = ARCHIVES / "store-1.zip"
+    target = ARCHIVES / "store-1.1.zip"
     if target.exists():
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ghoststream.activations import StoreRef
 from ghoststream.errors import NumericsError, StoreError
 from ghoststream.stages.solve import solve
 from ghoststream.statistics.boundary import BoundaryReducer
-from ghoststream.statistics.cluster import _problem_of
-from ghoststream.statistics.source import open_source, store_digest
+from ghoststream.statistics.cluster import Needs, _problem_of
 from ghoststream.statistics.sums import SumState
 from ghoststream.testing.states import random_states, store_of
 
@@ -62,8 +63,11 @@ def test_a_missing_shard_is_found_before_anything_is_read(uri: str, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
 
 
+@pytest.mark.parametrize("range_sequences", [1, 3, 4])
 @pytest.mark.parametrize("part", [SHARD, "hidden/3"])
-def test_a_store_with_a_part_of_another_models_is_refused(uri: str, tmp_path: Path, part: str) -> None:
+def test_a_store_with_a_part_of_another_models_is_refused(
+    uri: str, tmp_path: Path, part: str, range_sequences: int
+) -> None:
     other = store_of(tmp_path / "other", random_states(5, SHAPE, seed=1))
     source, target = Path(other, part), Path(uri, part)
     if source.is_dir():
@@ -71,9 +75,9 @@ def test_a_store_with_a_part_of_another_models_is_refused(uri: str, tmp_path: Pa
     else:
         shutil.copy(source, target)
     out = tmp_path / "operators.safetensors"
-    # Whole shards are told by their digest, with every chunk sound in itself.
-    with pytest.raises(StoreError, match=r"hidden/3 .*not the one that was committed"):
-        solve(uri, "1:3", out=out, range_sequences=4)
+    # Every chunk is sound in itself; ranges that are no whole shards read parts of them only.
+    with pytest.raises(StoreError, match=r"shard hidden/3/c\.\d.* is not what was committed"):
+        solve(uri, "1:3", out=out, range_sequences=range_sequences)
     assert not out.exists()
 
 
@@ -103,8 +107,13 @@ def test_a_rank_beyond_the_tokens_is_warned_of_and_finite(tmp_path: Path, solver
 
 
 def test_a_worker_that_finds_another_store_or_none_says_so(uri: str, tmp_path: Path) -> None:
-    digest = store_digest(open_source(uri))
-    assert _problem_of(uri, digest, None) is None
-    assert "has another store" in str(_problem_of(uri, "sha256:other", None))
-    assert "cannot open the store" in str(_problem_of(str(tmp_path / "nothing"), digest, None))
-    assert "does not see" in str(_problem_of(uri, digest, tmp_path / "mark"))
+    seen = StoreRef.of(uri)
+    needs = Needs(seen, None, 0)
+    assert _problem_of(needs, None) is None
+    assert "does not see" in str(_problem_of(needs, tmp_path / "mark"))
+    assert "torch knows no device" in str(_problem_of(replace(needs, device="gpu"), None))
+    elsewhere = replace(seen, uri=str(tmp_path / "nothing"))
+    assert "cannot open the store" in str(_problem_of(replace(needs, store=elsewhere), None))
+    other = store_of(tmp_path / "other", random_states(4, SHAPE))
+    changed = replace(needs, store=replace(seen, uri=other))
+    assert "has another store" in str(_problem_of(changed, None))

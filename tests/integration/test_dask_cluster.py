@@ -269,6 +269,19 @@ def test_workers_that_see_neither_store_nor_folder_are_named(
     assert not out.exists()
 
 
+def test_a_worker_of_another_version_is_refused(cluster: Cluster, uri: str, tmp_path: Path) -> None:
+    metadata = cluster.folder / "ghoststream-9.9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: ghoststream\nVersion: 9.9.9\n")
+    out = tmp_path / "operators.safetensors"
+    with pytest.raises(
+        RequestError,
+        match=r"1 of 1 workers run another ghoststream than this process \(.*\): tcp://\S+: 9.9.9;",
+    ):
+        solve(uri, PLAN, out=out, scheduler=cluster.start(1))
+    assert not out.exists()
+
+
 def _with_empty(folder: Path) -> tuple[str, ...]:
     """Words that run a command where this folder is empty."""
     words = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs "{folder}" && exec "$@"', "sh")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ import torch
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError, StoreError
+from ghoststream.progress import SilentProgress
 from ghoststream.stages.capture import capture
 from ghoststream.stages.select import select
 from ghoststream.stages.solve import solve
 from ghoststream.testing.models import save_tiny
+from ghoststream.testing.states import random_states, store_of
 from ghoststream.testing.stores import small_layout, small_request, small_states, small_store
 
 pytestmark = pytest.mark.skipif(
@@ -75,24 +79,49 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
+class Server:
+    """An S3 server in a process of its own, with an empty bucket ``bucket``; it forgets everything when it ends."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.port = log, _free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, at the same address each time."""
+        command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(self.port)]
+        with self.log.open("ab") as out:
+            self._process = subprocess.Popen(command, stdout=out, stderr=out)
+        _wait_for(self.port, self._process)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def requests(self) -> Counter[tuple[str, str]]:
+        """Return how many requests of each method there were for each path, by the server's own account."""
+        return Counter(re.findall(r'"(GET|HEAD|PUT) (/bucket/\S*) HTTP', self.log.read_text()))
+
+
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of an S3 server with an empty bucket ``bucket``, made known by AWS's environment variables."""
-    port = _free_port()
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
-    log = tmp_path_factory.mktemp("s3") / "server.log"
-    with log.open("wb") as out, pytest.MonkeyPatch.context() as patch:
-        server = subprocess.Popen(command, stdout=out, stderr=out)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with an empty bucket, made known by AWS's environment variables."""
+    made = Server(tmp_path_factory.mktemp("s3") / "server.log")
+    with pytest.MonkeyPatch.context() as patch:
+        made.start()
         try:
-            _wait_for(port, server)
-            for name, value in _variables(address).items():
+            for name, value in _variables(made.address).items():
                 patch.setenv(name, value)
             _file_system().mkdir("bucket")
-            yield address
+            yield made
         finally:
-            server.kill()
-            server.wait()
+            made.kill()
+
+
+@pytest.fixture(scope="module")
+def endpoint(server: Server) -> str:
+    """Address of the server."""
+    return server.address
 
 
 def _variables(address: str) -> dict[str, str]:
@@ -173,11 +202,41 @@ def test_operators_and_plans_are_those_of_a_folder(captured: Path, tmp_path: Pat
     assert select("s3://bucket/store", 2) == select(str(captured), 2)
 
 
-def test_workers_of_a_cluster_open_the_bucket_themselves(captured: Path, tmp_path: Path) -> None:
+def _asked(server: Server, before: Counter[tuple[str, str]], method: str) -> Counter[str]:
+    """Return how often each object of the store was asked for since then."""
+    found = server.requests() - before
+    names = {
+        path: n for (how, path), n in found.items() if how == method and path.startswith("/bucket/store/")
+    }
+    return Counter({path.removeprefix("/bucket/store/"): n for path, n in names.items()})
+
+
+def test_ranges_ask_for_no_shard_but_those_they_read(server: Server, captured: Path, tmp_path: Path) -> None:
+    del captured
+    read = {"hidden/1/c.0.0.0", "hidden/3/c.0.0.0"}
+    asked = []
+    for size in (1, S):
+        before = server.requests()
+        out = tmp_path / f"{size}.safetensors"
+        solve("s3://bucket/store", "1:3", out=out, range_sequences=size, folds=0)
+        heads, gets = (_asked(server, before, method) for method in ("HEAD", "GET"))
+        shards = {name: n for name, n in heads.items() if name.startswith("hidden/") and "/c." in name}
+        assert len(shards) == 7
+        assert {n for name, n in shards.items() if name not in read} == {1}, "whether it is there, once"
+        assert {name for name in gets if name.startswith("hidden/") and "/c." in name} == read
+        asked.append({name: n for name, n in (heads + gets).items() if name not in read})
+    # Seven ranges in the place of one: only more reads of what they read.
+    assert asked[0] == asked[1]
+
+
+def test_workers_of_a_cluster_open_the_bucket_themselves(
+    server: Server, captured: Path, tmp_path: Path
+) -> None:
     from distributed import Client, LocalCluster
 
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
     solve(captured, SPANS, out=here, range_sequences=2)
+    before = server.requests()
     # Processes of their own over TCP: they have nothing but the URL and the environment.
     with (
         LocalCluster(
@@ -191,6 +250,15 @@ def test_workers_of_a_cluster_open_the_bucket_themselves(captured: Path, tmp_pat
     ):
         solve("s3://bucket/store", SPANS, out=there, range_sequences=2, scheduler=client)
     assert here.read_bytes() == there.read_bytes()
+    read = {f"hidden/{layer}/c.0.0.0" for layer in (1, 3, 4, 5)}
+    heads = _asked(server, before, "HEAD")
+    others = {
+        name: n
+        for name, n in heads.items()
+        if name.startswith("hidden/") and "/c." in name and name not in read
+    }
+    assert len(others) == 3
+    assert set(others.values()) == {1}, "by the client; the worker checks what it reads"
 
 
 def test_the_command_line_takes_a_url(
@@ -225,6 +293,10 @@ def test_a_changed_or_missing_object_is_found(endpoint: str, tmp_path: Path) -> 
     with pytest.raises(StoreError, match=rf"shard {SHARD}, chunk 0"):
         solve("s3://bucket/broken", "1:2", out=tmp_path / "operators.safetensors")
     assert not (tmp_path / "operators.safetensors").exists()
+    files.copy("bucket/broken/hidden/2/c.0.0.0", key)
+    for size in (1, 4):
+        with pytest.raises(StoreError, match=rf"shard {SHARD}, chunk \d .* is not what was committed"):
+            solve("s3://bucket/broken", "1:2", out=tmp_path / "o.safetensors", range_sequences=size, folds=0)
     files.rm(key)
     with pytest.raises(StoreError, match=f"{SHARD} is missing, though it was committed"):
         ActivationStore.open("s3://bucket/broken")
@@ -257,6 +329,62 @@ def test_places_that_cannot_be_reached_are_named(endpoint: str) -> None:
     }
     with pytest.raises(RequestError, match=r"s3://bucket/store does not answer .* check the address"):
         ActivationStore.open("s3://bucket/store", storage_options=nobody)
+
+
+class _KillAfterOneRange(SilentProgress):
+    def __init__(self, server: Server) -> None:
+        self.server, self.done = server, 0
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        if self.done:
+            self.server.kill()
+
+
+def test_a_server_that_is_lost_while_it_is_read_is_named_and_the_work_goes_on_with_the_next(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    del endpoint
+    uri = "s3://bucket/lost"
+    folder = store_of(tmp_path / "store", random_states(3, (6, 8, 10)))
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    solve(folder, "1:3", out=here, range_sequences=1)
+    second = Server(tmp_path / "second.log")
+    second.start()
+    for name, value in {**_variables(second.address), "AWS_MAX_ATTEMPTS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # those that are kept know the other server
+    try:
+        _file_system().mkdir("bucket")
+        _file_system().put(folder, "bucket/lost", recursive=True)
+        store = ActivationStore.open(uri)
+        with pytest.raises(
+            StoreError,
+            match=rf"{uri}: reading hidden/\d/c\S+ failed \(.+\); check the disk, or the connection",
+        ):
+            solve(uri, "1:3", out=there, range_sequences=1, workers=1, progress=_KillAfterOneRange(second))
+        assert not there.exists()
+        with pytest.raises(StoreError, match=rf"{uri}: reading hidden/2/zarr.json failed \(.+\); check the"):
+            store.read(2, 0, 3)
+        with pytest.raises(RequestError, match=f"{uri} does not answer"):
+            solve(uri, "1:3", out=there, range_sequences=1)
+        second.start()
+        _file_system().mkdir("bucket")
+        _file_system().put(folder, "bucket/lost", recursive=True)
+        before = second.requests()
+        solve(uri, "1:3", out=there, range_sequences=1, workers=1)
+    finally:
+        second.kill()
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert here.read_bytes() == there.read_bytes()
+    assert 0 < _reads(second, before) < 2 * 6 * 2, "the range that was finished is not read again"
+
+
+def _reads(server: Server, before: Counter[tuple[str, str]]) -> int:
+    found = server.requests() - before
+    return sum(n for (how, path), n in found.items() if how == "GET" and "/hidden/" in path and "/c." in path)
 
 
 def test_the_object_store_of_obstore_serves_as_well(endpoint: str) -> None:

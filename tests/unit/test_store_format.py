@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.testing.stores import small_layout, small_states, small_store, small_tokens
 
 REPOSITORY = Path(__file__).parents[2]
-ARCHIVE = REPOSITORY / "tests/data/archives/store-1.zip"
+ARCHIVES = REPOSITORY / "tests/data/archives"
 ARCHIVED = {0: "fcdeb1ee2864f114", 1: "62da477f5d186470", 3: "85aa6590de83cf4e"}
 
 
@@ -69,9 +70,29 @@ def test_nothing_in_a_store_tells_when_or_where_it_was_made(tmp_path: Path) -> N
             assert str(tmp_path).encode() not in content
 
 
-def test_a_store_written_by_version_1_opens(tmp_path: Path) -> None:
-    with zipfile.ZipFile(ARCHIVE) as archive:
+def test_the_manifest_holds_the_checksums_of_every_chunk(tmp_path: Path) -> None:
+    layout = small_layout()
+    small_store(tmp_path, layout)
+    arrays = json.loads((tmp_path / "manifest.json").read_text())["arrays"]
+    for layer in layout.layers:
+        for key, record in arrays[f"hidden/{layer}"]["shards"].items():
+            content = (tmp_path / key).read_bytes()
+            index = len(content) - 2 * 16 - 4
+            n_chunks = 1 if "/c.2." in key else 2
+            size = index // n_chunks
+            parts = [content[start : start + size] for start in range(0, index, size)] + [content[index:]]
+            assert len(parts) == n_chunks + 1
+            expected = [google_crc32c.value(part[:-4]).to_bytes(4, "little").hex() for part in parts]
+            assert record["checksums"] == "".join(expected)
+    assert all("checksums" not in record for record in arrays["tokens/ids"]["shards"].values())
+
+
+@pytest.mark.parametrize(("version", "name"), [("1.0", "store-1.zip"), ("1.1", "store-1.1.zip")])
+def test_a_store_written_by_version_1_opens(tmp_path: Path, version: str, name: str) -> None:
+    with zipfile.ZipFile(ARCHIVES / name) as archive:
         archive.extractall(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["encoding-version"] == version
     assert verify_store(tmp_path) == []
     store = ActivationStore.open(tmp_path)
     assert store.complete
@@ -85,3 +106,4 @@ def test_a_store_written_by_version_1_opens(tmp_path: Path) -> None:
         for layer in store.layers
     }
     assert found == ARCHIVED
+    assert torch.equal(store.read(1, 5, 7), store.read(1, 0, 10)[5:7])

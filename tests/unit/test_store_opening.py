@@ -99,10 +99,10 @@ def test_a_manifest_without_a_part_is_found(root: Path) -> None:
         ActivationStore.open(root)
 
 
-@pytest.mark.parametrize("version", ["1.1", "2.0"])
+@pytest.mark.parametrize("version", ["1.2", "2.0"])
 def test_a_newer_manifest_asks_for_an_update(root: Path, version: str) -> None:
     edit_json(root / "manifest.json", lambda data: data.update({"encoding-version": version}))
-    with pytest.raises(StoreError, match=rf"encoding-version {version}, newer than 1.0.*update it"):
+    with pytest.raises(StoreError, match=rf"encoding-version {version}, newer than 1.1.*update it"):
         ActivationStore.open(root)
 
 

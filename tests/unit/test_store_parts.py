@@ -314,7 +314,7 @@ def test_a_marker_that_is_broken_newer_or_of_another_store_is_refused(tmp_path: 
     path = tmp_path / "parts/0-4/part.json"
     content = path.read_text()
     cases: tuple[tuple[Callable[[dict[str, Any]], None], type[Exception], str], ...] = (
-        (lambda data: data.update({"encoding-version": "1.1"}), StoreError, "newer than 1.0"),
+        (lambda data: data.update({"encoding-version": "1.2"}), StoreError, "newer than 1.1"),
         (lambda data: data.pop("start"), StoreError, "lacks a part"),
         (lambda data: data.update(store="sha256:other"), MismatchError, "belongs to another store"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
+from ghoststream.stages.solve import solve
 from ghoststream.statistics import FoldedMoments, Precision
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer
@@ -75,6 +77,68 @@ def test_partial_states_of_a_device_are_its_own(uri: str, tmp_path: Path) -> Non
     for span in SPANS:
         one, other = (FoldedMoments(span, states[span]).total() for states in (whole, kept))
         assert np.array_equal(one.gram, other.gram)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32-blocked"])
+def test_operators_solved_from_a_device_are_those_of_the_host(
+    uri: str, tmp_path: Path, precision: Precision
+) -> None:
+    there, again, here = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "here"))
+    options: dict[str, Any] = {"operator": "least-squares", "ridge": 1e-3, "precision": precision}
+    found = solve(uri, "0:2", out=there, reduce_device="cpu", range_sequences=2, **options)
+    exact = solve(uri, "0:2", out=here, range_sequences=2, operator="least-squares", ridge=1e-3)
+    assert found.metadata["recipe"]["reduce_device"] == "cpu"
+    assert exact.metadata["recipe"]["reduce_device"] is None
+    one, other = (operators.boundaries[0].weight for operators in (found, exact))
+    assert one is not None
+    assert other is not None
+    # A relative ridge of 1e-3 bounds the condition by 24e3, by which the error of Gram and cross-moment grows at most.
+    tolerance = 24e3 * (1e-13 if precision == "float64" else GAMMA) + 1e-6
+    assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+    solve(uri, "0:2", out=again, reduce_device="cpu", range_sequences=2, workers=2, **options)
+    assert there.read_bytes() == again.read_bytes()
+
+
+def test_what_is_no_gram_is_not_reduced_on_a_device(uri: str, tmp_path: Path) -> None:
+    for refused in (
+        {"operator": "diagonal"},
+        {"operator": "linear-patch-rotated"},
+        {"operator": "least-squares", "solver": "tsqr"},
+        {"operator": "least-squares", "solver": "sketch-rows"},
+    ):
+        with pytest.raises(RequestError, match=r"leave (--reduce-device )?cpu out"):
+            solve(uri, "0:2", out=tmp_path / "o.safetensors", reduce_device="cpu", **refused)  # type: ignore[arg-type]
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_workers_without_the_device_are_named(uri: str, tmp_path: Path) -> None:
+    from distributed import Client, LocalCluster
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(RequestError, match="the device cuda was asked for, and torch sees none of that name"):
+        solve(uri, "0:2", out=tmp_path / "here.safetensors", reduce_device="cuda")
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+        pytest.raises(
+            RequestError, match=r"1 of 1 workers .*: the device cuda:1 was asked for, and torch sees none"
+        ),
+    ):
+        solve(uri, "0:2", out=tmp_path / "there.safetensors", reduce_device="cuda:1", scheduler=client)
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_no_more_tasks_than_the_device_has_memory_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reducer = DeviceBoundaryReducer(SPANS, block_tokens=80)
+    states = reducer.state_bytes(24, 40) + 8 * 80 * (24 + 24)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(2.5 * states / 0.9), 10**12))
+    assert reducer.most_tasks(24, 40) == 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 10**12))
+    assert reducer.most_tasks(24, 40) == 1
+    assert DeviceBoundaryReducer(SPANS, device="cpu").most_tasks(24, 40) is None
 
 
 def test_devices_that_are_not_there_are_refused(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""The accelerator that products of moments may be computed on: whether there is one, and what fits it."""
+
+from __future__ import annotations
+
+import torch
+
+from ghoststream.errors import RequestError
+
+_SHARE = 0.9
+
+
+def device_kind(name: str) -> str:
+    """Return the kind of a torch device, ``cuda`` of ``cuda:1``: what decides the bits of its products.
+
+    Raises:
+        RequestError: If torch knows no such device.
+    """
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        msg = f"torch knows no device {name!r}; give cuda, cuda:1 or cpu"
+        raise RequestError(msg) from error
+
+
+def require_device(name: str) -> None:
+    """Check that this process has a device.
+
+    Raises:
+        RequestError: If it has not.
+    """
+    kind = device_kind(name)
+    if kind == "cpu":
+        return
+    n_devices = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
+    if (torch.device(name).index or 0) >= n_devices:
+        msg = (
+            f"the device {name} was asked for, and torch sees none of that name in this process; leave it out, or start "
+            "the workers where there is one"
+        )
+        raise RequestError(msg)
+
+
+def device_tasks(name: str, n_bytes: int) -> int | None:
+    """Return how many tasks of ``n_bytes`` fit a device at a time, at least 1; None where memory is the host's.
+
+    Raises:
+        RequestError: If this process does not have the device.
+    """
+    require_device(name)
+    device = torch.device(name)
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(_SHARE * free) // max(1, n_bytes))

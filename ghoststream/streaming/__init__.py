@@ -10,7 +10,15 @@ from ghoststream.streaming.background import BackgroundObserver
 from ghoststream.streaming.batches import Batch, make_batches
 from ghoststream.streaming.budget import MemoryBudget, PassMemory
 from ghoststream.streaming.executor import PassOptions, StreamedPass
-from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver, Observer, TappedMap
+from ghoststream.streaming.lanes import (
+    BoundaryMap,
+    FittedMap,
+    Lane,
+    LogitsObserver,
+    Observer,
+    TappedFit,
+    TappedMap,
+)
 from ghoststream.streaming.replay import Replay
 from ghoststream.streaming.skeleton import Skeleton, load_config, parse_dtype
 from ghoststream.streaming.states import FileStates, HiddenStates, MemoryStates, StatesFactory
@@ -38,6 +46,7 @@ __all__ = [
     "StatesFactory",
     "StreamedPass",
     "TapPoint",
+    "TappedFit",
     "TappedMap",
     "load_config",
     "make_batches",

@@ -35,20 +35,31 @@ class PassMemory:
 
     Where the layers compute, a pass takes ``2 U + max(U / 2, B T (4 I + 8 C) b)``: the layer in use and the one being
     read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is the widest matrix of a layer; eager
-    attention takes ``B H T^2 (2 b + 4)`` more). The host of an accelerator takes ``2 U``: a layer on its way, and a head.
+    attention takes ``B H T^2 (2 b + 4)`` more). The way back of a :class:`~ghoststream.streaming.backward.BackwardPass` takes four
+    times such a forward, and the gradients. The host of an accelerator takes ``2 U``: a layer on its way, and a head.
 
     Args:
         skeleton: The model.
         budget: What may be taken.
         length: Tokens of a sequence, T.
         buffers: Bytes that observers and operators take on the host besides.
+        gradients: Bytes of parameters' gradients where the layers compute; ``None`` if there is no way back.
     """
 
-    def __init__(self, skeleton: Skeleton, budget: MemoryBudget, length: int, *, buffers: int = 0) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        budget: MemoryBudget,
+        length: int,
+        *,
+        buffers: int = 0,
+        gradients: int | None = None,
+    ) -> None:
         self._skeleton = skeleton
         self._budget = budget
         self._length = length
         self._buffers = buffers
+        self._gradients = gradients
         self._on_host = skeleton.device.type == "cpu"
         self._unit = skeleton.unit_bytes
 
@@ -61,17 +72,22 @@ class PassMemory:
         limit = self._budget.host_bytes if self._on_host else self._budget.device_bytes
         if limit is not None:
             room = min(room, limit - 2 * self._unit - (self._buffers if self._on_host else 0))
-        return max(1, min(_MOST_TOKENS_PER_FORWARD // self._length, room // self._work_bytes(1)))
+        return max(
+            1, min(_MOST_TOKENS_PER_FORWARD // self._length, room // self._work_bytes(1, self._length))
+        )
 
     def states_factory(self, batches: Sequence[Batch]) -> StatesFactory:
-        """Return the maker of places for the states of these batches, within what is left of the budget.
+        """Return the maker of places for the states of these batches, of any lengths, within what is left of the budget.
 
         Raises:
             BudgetError: If weights, work and buffers alone do not fit.
         """
-        micro_batch = max(int(batch.ids.shape[0]) for batch in batches)
-        work = max(self._unit // 2, self._work_bytes(micro_batch))
-        computing = {"two layers": 2 * self._unit, f"{micro_batch} x {self._length} tokens at work": work}
+        largest = max(batches, key=lambda batch: self._work_bytes(*batch.ids.shape))
+        work = max(self._unit // 2, self._work_bytes(*largest.ids.shape))
+        at_work = " x ".join(map(str, largest.ids.shape))
+        computing = {"two layers": 2 * self._unit, f"{at_work} tokens at work": work}
+        if self._gradients is not None:
+            computing["the way back"] = 3 * self._work_bytes(*largest.ids.shape) + self._gradients
         buffers = {"buffers": self._buffers}
         budget = self._budget
         if self._on_host:
@@ -89,8 +105,8 @@ class PassMemory:
             scratch=budget.scratch,
         )
 
-    def _work_bytes(self, micro_batch: int) -> int:
-        return micro_batch * self._length * work_bytes_per_token(self._skeleton, self._length)
+    def _work_bytes(self, micro_batch: int, length: int) -> int:
+        return micro_batch * length * work_bytes_per_token(self._skeleton, length)
 
     def _left(self, place: str, limit: int | None, parts: dict[str, int]) -> int | None:
         if limit is None:

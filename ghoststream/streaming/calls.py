@@ -140,12 +140,18 @@ class ModelCalls:
 
 def _linear_in_blocks(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     whole_bias: torch.Tensor | None = head.bias
-    logits = states.new_empty((*states.shape[:-1], head.out_features))
     rows = max(1, _HEAD_BLOCK_BYTES // (head.in_features * head.weight.element_size()))
-    for start in range(0, head.out_features, rows):
+
+    def block(start: int) -> torch.Tensor:
         bias = None if whole_bias is None else whole_bias[start : start + rows]
-        block = nn.functional.linear(states, head.weight[start : start + rows], bias)
-        logits[..., start : start + rows] = block
+        return nn.functional.linear(states, head.weight[start : start + rows], bias)
+
+    starts = range(0, head.out_features, rows)
+    if states.requires_grad:  # each write below would copy the gradient of all logits on the way back
+        return torch.cat([block(start) for start in starts], dim=-1)
+    logits = states.new_empty((*states.shape[:-1], head.out_features))
+    for start in starts:
+        logits[..., start : start + rows] = block(start)
     return logits
 
 

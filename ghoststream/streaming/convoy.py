@@ -41,7 +41,7 @@ class Convoy:
     def __init__(self, lanes: Sequence[Lane], batches: Sequence[Batch], factory: StatesFactory) -> None:
         self._factory = factory
         self._first = factory.make(batches)
-        self._sizes = {id(self._first): len(batches)}
+        self._sizes = {id(self._first): (len(batches), False)}
         self._places: list[HiddenStates] = [self._first]
         self.travellers = [Traveller(lane, self._first, batches) for lane in lanes]
 
@@ -62,19 +62,24 @@ class Convoy:
         """Return where the next states of a group go: its own place, or a fresh one if others need that."""
         source, batches = group[0].states, group[0].batches
         others = any(one.states is source and one not in group for one in self.travellers)
-        if not others and self._sizes[id(source)] == len(batches):
+        if not others and self._sizes[id(source)] == (len(batches), False):
             return source
         return self._make(batches)
 
-    def prepare(self, traveller: Traveller) -> HiddenStates:
-        """Return a fresh place for what a traveller will wait with at the span that begins next."""
-        traveller.prepared = self._make(traveller.batches)
+    def prepare(self, traveller: Traveller, width: int | None = None) -> HiddenStates:
+        """Return a fresh place for what a traveller will wait with at the span that begins next.
+
+        Args:
+            traveller: Who will wait.
+            width: Elements of a token, where that is more than its state.
+        """
+        traveller.prepared = self._make(traveller.batches, width)
         return traveller.prepared
 
-    def _make(self, batches: Sequence[Batch]) -> HiddenStates:
-        place = self._factory.make(batches)
+    def _make(self, batches: Sequence[Batch], width: int | None = None) -> HiddenStates:
+        place = self._factory.make(batches, width=width)
         self._places.append(place)
-        self._sizes[id(place)] = len(batches)
+        self._sizes[id(place)] = (len(batches), width is not None)
         return place
 
     def arriving(self, position: int) -> list[tuple[Traveller, Span]]:

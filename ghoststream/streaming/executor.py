@@ -15,7 +15,7 @@ from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.convoy import Convoy, Traveller
 from ghoststream.streaming.flow import StatesFlow
-from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver, TappedMap
+from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver, TappedFit, TappedMap
 from ghoststream.streaming.prefetch import WeightPrefetcher
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
@@ -148,7 +148,7 @@ class StreamedPass:
 
     def _group_through_layer(self, layer: int, convoy: Convoy, group: Sequence[Traveller]) -> None:
         maps = [(one, tapped) for one in group if (tapped := one.lane.tapped(layer + 1)) is not None]
-        repaired = [(tapped, convoy.prepare(one)) for one, tapped in maps]
+        repaired = [(tapped, convoy.prepare(one, _kept_width(tapped))) for one, tapped in maps]
         names = {name for _, tapped in maps for name in tapped.taps}
         with LayerTaps(self._skeleton, layer, sorted(names)) as taps:
 
@@ -170,12 +170,12 @@ class StreamedPass:
                 boundary_map.fit(self._pairs(traveller, convoy.find(boundary_map.target)))
             if span == traveller.lane.plan.spans[-1]:
                 traveller.narrow()
-            if boundary_map is None or isinstance(boundary_map, TappedMap):
+            if isinstance(boundary_map, TappedFit) or not isinstance(boundary_map, TappedMap | None):
+                self._move(position, convoy, [traveller], _as_move(boundary_map))
+            else:
                 with self._flow(traveller) as flow:
                     for batch, states in flow:
                         self._show(position, batch, states, [traveller])
-            else:
-                self._move(position, convoy, [traveller], _as_move(boundary_map))
             if isinstance(boundary_map, FittedMap):
                 boundary_map.release()
             traveller.waiting = None
@@ -218,17 +218,23 @@ class StreamedPass:
                     traveller.narrow()
                     with self._flow(traveller) as flow:
                         for batch, states in flow:
-                            self._show_logits(traveller.lane.logits, batch, states)
+                            finished = self._finished(traveller.lane, batch, states)
+                            self._show_logits(traveller.lane.logits, batch, finished)
                             return_free_memory()
 
-    def _show_logits(self, observer: LogitsObserver, batch: Batch, states: torch.Tensor) -> None:
+    def _finished(self, lane: Lane, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """Return what the head receives: of all tokens, or of those that the lane scores."""
         finished = self._calls.finish(batch, states)
+        if lane.scored is None:
+            return finished
+        return finished.flatten(0, 1)[None, lane.scored(batch).to(finished.device)]
+
+    def _show_logits(self, observer: LogitsObserver, batch: Batch, finished: torch.Tensor) -> None:
         if self._options.logit_tokens is None:
             observer.observe_logits(batch, 0, self._calls.logits(finished).flatten(0, 1))
             return
-        n_tokens = batch.ids.numel()
-        flat = finished.reshape(1, n_tokens, -1)
-        for begin in range(0, n_tokens, self._options.logit_tokens):
+        flat = finished.flatten(0, 1)[None]
+        for begin in range(0, flat.shape[1], self._options.logit_tokens):
             logits = self._calls.logits(flat[:, begin : begin + self._options.logit_tokens], in_blocks=True)
             observer.observe_logits(batch, begin, logits[0])
 
@@ -237,6 +243,10 @@ class StreamedPass:
             for observer in traveller.lane.observers:
                 if observer.wants(position):
                     observer.observe(position, batch, states)
+
+
+def _kept_width(boundary_map: TappedMap) -> int | None:
+    return boundary_map.width if isinstance(boundary_map, TappedFit) else None
 
 
 def _as_move(boundary_map: BoundaryMap) -> Move:

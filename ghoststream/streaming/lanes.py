@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -44,7 +44,8 @@ class FittedMap(BoundaryMap, Protocol):
 class TappedMap(Protocol):
     """A map that reads taps of the layer before its boundary, beside the states.
 
-    It is applied when that layer has run, so that taps are never kept for more than a micro-batch.
+    It is applied when that layer has run, so that taps are never kept for more than a micro-batch (but by a
+    :class:`TappedFit`).
     """
 
     @property
@@ -53,6 +54,19 @@ class TappedMap(Protocol):
 
     def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Map ``h[start]`` and the taps to the estimate of ``h[stop]``, ``(n, T, C)`` and ``(n, T, width)``."""
+
+
+@runtime_checkable
+class TappedFit(FittedMap, TappedMap, Protocol):
+    """A fitted map that reads taps: they are kept with the states until the pass reaches its boundary.
+
+    What :meth:`with_taps` returns, ``(n, T, width)``, is what ``fit`` and the call are given as inputs.
+
+    Attributes:
+        width: Elements of a token that are kept.
+    """
+
+    width: int
 
 
 class Observer(Protocol):
@@ -79,7 +93,10 @@ class LogitsObserver(Protocol):
     """Who watches the logits at the end of a lane."""
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
-        """See the logits of flattened tokens ``[first, first + k)`` of a batch, shape ``(k, V)``."""
+        """See the logits of flattened tokens ``[first, first + k)`` of a batch, shape ``(k, V)``.
+
+        Where the lane names the tokens that are scored, these are counted instead of all.
+        """
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,8 @@ class Lane:
         maps: What is applied at each boundary; a span without one is just cut out.
         observers: Who sees the hidden states.
         logits: Who sees the logits; without one the head is not run for this lane.
+        scored: Gives the flattened tokens of a batch whose logits are shown, int64 ``(k,)``; ``None`` is all. The head
+            is run for no others.
         until: Position after which the lane ends; ``None`` is the end of the pass.
         goes_on: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary, and of
             which logits are shown; ``None`` is all. The others serve to fit maps, and cost nothing afterwards.
@@ -104,6 +123,7 @@ class Lane:
     logits: LogitsObserver | None = None
     until: int | None = None
     goes_on: tuple[int, int] | None = None
+    scored: Callable[[Batch], torch.Tensor] | None = None
 
     def tapped(self, start: int) -> TappedMap | None:
         """Return the map that reads taps at a boundary that begins at ``start``, if there is one."""

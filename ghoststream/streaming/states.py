@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -36,17 +36,24 @@ class HiddenStates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StatesShape:
-    """Which sequences a place holds: ``[first, first + n_sequences)``, each ``(T, C)``."""
+    """Where the tokens of each micro-batch lie in a place: one after the other, ``(n_tokens, C)`` in all.
 
-    first: int
-    n_sequences: int
-    length: int
+    Attributes:
+        offsets: First token of each batch, by the number of its first sequence. Batches may differ in length.
+        n_tokens: Tokens of all batches, padding included.
+        hidden: Elements of a token: width C of the residual stream, or more where taps are kept with it.
+    """
+
+    offsets: Mapping[int, int]
+    n_tokens: int
     hidden: int
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Shape of the block, ``(n_sequences, T, C)``."""
-        return self.n_sequences, self.length, self.hidden
+    @classmethod
+    def of(cls, batches: Sequence[Batch], hidden: int) -> Self:
+        """Lay batches out in their order."""
+        edges = list(accumulate((batch.ids.numel() for batch in batches), initial=0))
+        offsets = {batch.start: begin for batch, begin in zip(batches, edges, strict=False)}
+        return cls(offsets, edges[-1], hidden)
 
 
 class MemoryStates:
@@ -58,16 +65,18 @@ class MemoryStates:
     def __init__(
         self, shape: StatesShape, dtype: torch.dtype, device: torch.device, *, pinned: bool = False
     ) -> None:
-        self._first = shape.first
-        self._block = torch.empty(shape.size, dtype=dtype, device=device, pin_memory=pinned)
+        self._shape = shape
+        size = (shape.n_tokens, shape.hidden)
+        self._block = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned)
 
     def get(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch, shape ``(n, T, C)``: a view, valid until they are replaced."""
-        return self._block[batch.start - self._first : batch.stop - self._first]
+        begin = self._shape.offsets[batch.start]
+        return self._block[begin : begin + batch.ids.numel()].view(*batch.ids.shape, self._shape.hidden)
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Keep the states of a batch, replacing what was there."""
-        self._block[batch.start - self._first : batch.stop - self._first].copy_(states)
+        self.get(batch).copy_(states)
 
     def is_on(self, device: torch.device) -> bool:
         """Whether the block was made on ``device``."""
@@ -87,28 +96,25 @@ class FileStates:
     def __init__(self, folder: Path, shape: StatesShape, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._shape = shape
-        self._sequence_bytes = shape.length * shape.hidden * dtype.itemsize
-        require_free_space(folder, self._sequence_bytes * shape.n_sequences, "hidden states between layers")
+        self._token_bytes = shape.hidden * dtype.itemsize
+        require_free_space(folder, self._token_bytes * shape.n_tokens, "hidden states between layers")
         self._path = folder
         with disk_errors(folder):
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until close()
 
     def get(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch, shape ``(n, T, C)``."""
-        n = batch.stop - batch.start
-        data = bytearray(n * self._sequence_bytes)
-        read = os.preadv(
-            self._file.fileno(), [data], (batch.start - self._shape.first) * self._sequence_bytes
-        )
+        data = bytearray(batch.ids.numel() * self._token_bytes)
+        read = os.preadv(self._file.fileno(), [data], self._shape.offsets[batch.start] * self._token_bytes)
         if read != len(data):
             msg = f"scratch file in {self._path} gave {read} of {len(data)} bytes"
             raise OSError(msg)
-        return torch.frombuffer(data, dtype=self._dtype).view(n, *self._shape.size[1:])
+        return torch.frombuffer(data, dtype=self._dtype).view(*batch.ids.shape, self._shape.hidden)
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:
         """Keep the states of a batch, replacing what was there."""
         raw = memoryview(states.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
-        offset = (batch.start - self._shape.first) * self._sequence_bytes
+        offset = self._shape.offsets[batch.start] * self._token_bytes
         with disk_errors(self._path):
             while raw:
                 written = os.pwrite(self._file.fileno(), raw, offset)
@@ -163,16 +169,18 @@ class StatesFactory:
         """Bytes of states that are in memory and were not released."""
         return sum(size for _, size in self._live.values())
 
-    def make(self, batches: Sequence[Batch] | None = None) -> HiddenStates:
-        """Return an empty place for the states of neighbouring batches; all if ``None``.
+    def make(self, batches: Sequence[Batch] | None = None, *, width: int | None = None) -> HiddenStates:
+        """Return an empty place for the states of these batches; all if ``None``.
+
+        Args:
+            batches: The batches.
+            width: Elements of a token; C if ``None``.
 
         Raises:
             BudgetError: If only scratch is left, and its disk has too little space.
         """
-        carried = self._batches if batches is None else batches
-        first = carried[0].start
-        shape = StatesShape(first, carried[-1].stop - first, int(carried[0].ids.shape[1]), self._hidden)
-        n_bytes = math.prod(shape.size) * self._dtype.itemsize
+        shape = StatesShape.of(self._batches if batches is None else batches, width or self._hidden)
+        n_bytes = shape.n_tokens * shape.hidden * self._dtype.itemsize
         for place, limit in self._limits.items():
             taken = sum(size for other, size in self._live.values() if other == place)
             if limit is None or taken + n_bytes <= limit:

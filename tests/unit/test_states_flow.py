@@ -14,12 +14,14 @@ from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.states import StatesShape
 
 CPU = torch.device("cpu")
-SHAPE = StatesShape(first=0, n_sequences=7, length=3, hidden=5)
 WAIT_SECONDS = 60.0
 
 
 def _batches() -> tuple[Batch, ...]:
     return make_batches(np.zeros((7, 3), dtype=np.int32), None, 2)
+
+
+SHAPE = StatesShape.of(_batches(), hidden=5)
 
 
 def _values() -> torch.Tensor:
@@ -48,7 +50,7 @@ def test_what_is_put_away_is_what_was_computed(tmp_path: Path, source: str, targ
 
 
 def test_a_part_of_the_sequences_takes_only_its_own_room(tmp_path: Path) -> None:
-    shape = StatesShape(first=4, n_sequences=3, length=3, hidden=5)
+    shape = StatesShape.of(_batches()[2:], hidden=5)
     places: list[FileStates | MemoryStates] = [
         FileStates(tmp_path, shape, torch.float32),
         MemoryStates(shape, torch.float32, CPU),
@@ -57,7 +59,27 @@ def test_a_part_of_the_sequences_takes_only_its_own_room(tmp_path: Path) -> None
         for batch in _batches()[2:]:
             place.put(batch, _values()[batch.start : batch.stop])
         assert torch.equal(place.get(_batches()[3]), _values()[6:7])
-    assert places[1]._block.shape == (3, 3, 5)  # type: ignore[union-attr]
+    assert places[1]._block.shape == (9, 5)  # type: ignore[union-attr]
+
+
+def test_batches_of_several_lengths_share_a_place(tmp_path: Path) -> None:
+    lengths = (6, 4, 4, 1)
+    batches = [
+        Batch(index, 2 * index, torch.zeros((2, length), dtype=torch.int64), None)
+        for index, length in enumerate(lengths)
+    ]
+    values = [torch.randn(2, length, 5) for length in lengths]
+    shape = StatesShape.of(batches, hidden=5)
+    places: list[FileStates | MemoryStates] = [
+        FileStates(tmp_path, shape, torch.float32),
+        MemoryStates(shape, torch.float32, CPU),
+    ]
+    for place in places:
+        for batch, value in zip(reversed(batches), reversed(values), strict=True):
+            place.put(batch, value)
+        for batch, value in zip(batches, values, strict=True):
+            assert torch.equal(place.get(batch), value)
+    assert places[1]._block.shape == (2 * sum(lengths), 5)  # type: ignore[union-attr]
 
 
 class _SlowPlace(MemoryStates):

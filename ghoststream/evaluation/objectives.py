@@ -1,0 +1,135 @@
+"""Losses that a backward pass differentiates, from logits that arrive in chunks of tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ghoststream.errors import TextError
+from ghoststream.evaluation.losses import (
+    IGNORED,
+    LossAccumulator,
+    LossSummary,
+    default_logit_tokens,
+    next_tokens,
+)
+from ghoststream.streaming import Batch
+
+
+def default_loss_tokens(vocab_size: int, unit_bytes: int) -> int:
+    """How many tokens' logits to differentiate at once: four chunks of them take a quarter of U, or 128 MiB if that is more."""
+    return default_logit_tokens(vocab_size, unit_bytes // 4)
+
+
+class NextTokenLoss:
+    """The mean negative log-likelihood of the next token over a whole text, in nats.
+
+    What transformers gives for ``labels=ids`` with padding left out, were all sequences one batch: the softmax is taken in
+    float32, and every predicted token counts the same.
+
+    Args:
+        n_tokens: How many tokens are predicted in all; see :meth:`count`.
+
+    Raises:
+        TextError: If there is none.
+
+    Memory: three times a chunk of logits in float32.
+    """
+
+    def __init__(self, n_tokens: int) -> None:
+        if n_tokens < 1:
+            msg = "no token to predict: every window has fewer than two tokens"
+            raise TextError(msg)
+        self._n_tokens = n_tokens
+
+    @staticmethod
+    def count(batch: Batch) -> int:
+        """Return how many tokens of a batch are predicted."""
+        return int((next_tokens(batch) != IGNORED).sum())
+
+    def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return what flattened tokens ``[first, first + k)`` add to the mean; ``logits`` has shape ``(k, V)``."""
+        targets = next_tokens(batch)[first : first + int(logits.shape[0])].to(logits.device)
+        summed = cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        return summed / self._n_tokens
+
+
+class TopLogits(Protocol):
+    """What a teacher model knows of the tokens of a batch."""
+
+    def top(self, batch: Batch, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return its largest logits of flattened tokens ``[first, first + count)``.
+
+        Float32 ``(count, k)``, and the entries of the vocabulary that they are of, int64 ``(count, k)``.
+        """
+
+
+class TopLogitsLoss:
+    """The mean over tokens of the divergence from a teacher's most likely next tokens.
+
+    ``KL(p || q)`` with ``p`` the softmax over the teacher's k largest logits and ``q`` that over the model's logits of the
+    same entries, in nats; what LinearPatch and Ghosted Layers (arXiv 2605.15491, appendix D) distil with, k = 100.
+    Padding does not count.
+
+    Args:
+        teacher: Who gives the largest logits.
+        n_tokens: How many tokens count in all.
+
+    Memory: the chunk of logits as it came, and ``k`` values a token.
+    """
+
+    def __init__(self, teacher: TopLogits, n_tokens: int) -> None:
+        self._teacher = teacher
+        self._n_tokens = n_tokens
+
+    def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return what flattened tokens ``[first, first + k)`` add to the mean; ``logits`` has shape ``(k, V)``."""
+        return token_divergences(self._teacher, batch, first, logits).sum() / self._n_tokens
+
+
+class DivergenceAccumulator:
+    """A :class:`~ghoststream.streaming.LogitsObserver` of the divergence from a teacher and of next-token losses.
+
+    Args:
+        teacher: Who gives the largest logits.
+        n_sequences: How many sequences there are.
+
+    Memory: a chunk of logits as it came, and one in float32.
+    """
+
+    def __init__(self, teacher: TopLogits, n_sequences: int) -> None:
+        self._teacher = teacher
+        self._losses = LossAccumulator(n_sequences)
+        self._sum = 0.0
+        self._count = 0
+
+    def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
+        """Add flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
+        self._sum += float(token_divergences(self._teacher, batch, first, logits).sum(dtype=torch.float64))
+        self._count += int(_real(batch)[first : first + int(logits.shape[0])].sum())
+        self._losses.observe_logits(batch, first, logits)
+
+    def divergence(self) -> float:
+        """Return the mean over the tokens that count, in nats."""
+        return self._sum / self._count
+
+    def losses(self) -> LossSummary:
+        """Return the next-token losses."""
+        return self._losses.summary()
+
+
+def token_divergences(teacher: TopLogits, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
+    """Return each token's divergence from the teacher, float32 ``(k,)``; zero for padding. See :class:`TopLogitsLoss`."""
+    count = int(logits.shape[0])
+    values, entries = (part.to(logits.device) for part in teacher.top(batch, first, count))
+    ours = logits.gather(-1, entries).float().log_softmax(dim=-1)
+    theirs = values.log_softmax(dim=-1)
+    real = _real(batch)[first : first + count].to(logits.device)
+    return (theirs.exp() * (theirs - ours)).sum(dim=-1) * real
+
+
+def _real(batch: Batch) -> torch.Tensor:
+    mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
+    return mask.flatten()

@@ -1,0 +1,316 @@
+"""The backward direction, out of core: gradients of a loss with one decoder layer on the device at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.streaming.allocator import return_free_memory
+from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.calls import ModelCalls
+from ghoststream.streaming.executor import PassOptions, StreamedPass
+from ghoststream.streaming.flow import StatesFlow
+from ghoststream.streaming.kept import GradientFlow, StatesKeeper, require_finite_gradient
+from ghoststream.streaming.lanes import BoundaryMap, Lane
+from ghoststream.streaming.prefetch import WeightPrefetcher
+from ghoststream.streaming.skeleton import Skeleton
+from ghoststream.streaming.states import HiddenStates, StatesFactory
+from ghoststream.streaming.weights import Weights
+
+
+class TokenLoss(Protocol):
+    """A loss that is a sum over tokens."""
+
+    def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return what flattened tokens ``[first, first + k)`` of a batch add to the loss: a scalar.
+
+        ``logits`` has shape ``(k, V)`` and takes part in autograd.
+        """
+
+
+class WeightGradients(Protocol):
+    """Who asks for the gradients of layers' weights, one layer at a time."""
+
+    def wants(self, layer: int, name: str, weight: torch.Tensor) -> bool:
+        """Whether the gradient of a layer's parameter is asked for; ``weight`` may be on the meta device."""
+
+    def observe(self, layer: int, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """See a weight and its gradient over all micro-batches, float32; both are freed afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One thing that the lane goes through: a layer, or the map of a span. ``position``: where its input is kept."""
+
+    position: int
+    layer: int | None = None
+    span: Span | None = None
+
+
+class BackwardPass:
+    """A forward pass that keeps the input of every layer, and the way back: each layer again, in reverse, with autograd.
+
+    Every layer is read once forward and once backward, whatever the number of micro-batches, the next one while this one
+    computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps at boundaries, where they
+    add up in ``parameter.grad`` in the order of the micro-batches, and of those weights of a layer that somebody
+    asks for. They are those of the resident model under autograd for the same micro-batches, but for the order in which
+    a resident model would add micro-batches up. The way back ends at the lowest step whose gradient is asked for.
+
+    Args:
+        skeleton: The model.
+        batches: The micro-batches, in order.
+        loss: What is differentiated; its value is the sum over all chunks of tokens of all batches.
+        factory: Where inputs and gradients are kept.
+        plan: Layers that are skipped; none if ``None``.
+        maps: Modules at the boundaries of the plan, ``(n, T, C)`` to the same shape; a span without one is just cut.
+        weights: Who sees gradients of layers' weights.
+        options: Where the pass starts, and who is told how far it is; ``last_layer`` must be ``None``.
+
+    Raises:
+        RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in it), a
+            map is no module, or the pass does not run to the end.
+        PlanError: If the plan does not fit the model.
+
+    Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way back and once for
+    their gradient (within the factory's budget; what does not fit goes to scratch); what autograd keeps of one layer and
+    one micro-batch, about four times the work of a forward; four bytes for each weight of a layer whose gradient is asked for,
+    and the largest of these gradients once more; at the head, what the loss keeps of ``logit_tokens * V`` logits and their
+    gradient.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        loss: TokenLoss,
+        factory: StatesFactory,
+        *,
+        plan: PruningPlan | None = None,
+        maps: Mapping[Span, BoundaryMap] = MappingProxyType({}),
+        weights: WeightGradients | None = None,
+        options: PassOptions | None = None,
+    ) -> None:
+        self._skeleton = skeleton
+        self._batches = batches
+        self._loss = loss
+        self._factory = factory
+        self._weights = weights
+        self._options = options or PassOptions()
+        self._calls = ModelCalls(skeleton)
+        self._plan = plan or PruningPlan(skeleton.n_layers)
+        self._maps = _modules(maps, self._plan)
+        self._require_possible()
+        self._steps = self._steps_back()
+
+    def run(self) -> float:
+        """Run both ways and return the loss.
+
+        Raises:
+            NumericsError: If states, the loss or a gradient stop being finite.
+            UnsupportedModelError: If a layer cannot be differentiated.
+            CheckpointError: If weights cannot be read.
+        """
+        end = self._skeleton.n_layers
+        with ExitStack() as kept:
+            keeper = StatesKeeper(
+                {end, *(step.position for step in self._steps)}, self._factory, self._skeleton
+            )
+            kept.callback(keeper.release_all)
+            lane = Lane("forward", self._plan, self._maps, observers=(keeper,))
+            StreamedPass(self._skeleton, self._batches, [lane], self._factory, self._options).run()
+            with torch.no_grad(), self._skeleton.loaded_frame():
+                return self._way_back(keeper)
+
+    def _way_back(self, keeper: StatesKeeper) -> float:
+        skeleton, progress = self._skeleton, self._options.progress
+        layers = [step.layer for step in self._steps if step.layer is not None]
+        progress.start("streaming layers backward", len(layers) + 1, "layers")
+        gradients = self._factory.make()
+        end = skeleton.n_layers
+        with ExitStack() as opened:
+            opened.callback(self._factory.release, gradients)
+            with skeleton.loaded_head(skeleton.read_head()):
+                # Not before: loading the head gives the layers' buffers back.
+                weights = opened.enter_context(
+                    WeightPrefetcher([_reading(skeleton, layer) for layer in layers])
+                )
+                loss = self._through_head(keeper.place(end), gradients)
+            keeper.release(end)
+            progress.advance(1)
+            for step in self._steps:
+                flow = self._flow(keeper.place(step.position), gradients, last=step is self._steps[-1])
+                if step.layer is None:
+                    self._through_map(step, flow)
+                else:
+                    self._through_layer(step.layer, weights.take(), flow)
+                    progress.advance(1)
+                keeper.release(step.position)
+                return_free_memory()
+        progress.finish()
+        return loss
+
+    def _through_head(self, states: HiddenStates, gradients: HiddenStates) -> float:
+        total = 0.0
+        with StatesFlow(states, gradients, self._batches, self._skeleton.device) as flow:
+            for batch, ended in flow:
+                value, gradient = self._head_gradient(batch, ended)
+                if not math.isfinite(value):
+                    msg = (
+                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype float32, or check the"
+                        " weights of the model"
+                    )
+                    raise NumericsError(msg)
+                total += value
+                flow.put(batch, gradient)
+                return_free_memory()
+        return total
+
+    def _head_gradient(self, batch: Batch, states: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Return the loss of a batch and its gradient at ``h[L]``; logits exist for a chunk of tokens at a time."""
+        ended = states.clone().requires_grad_()
+        with torch.enable_grad():
+            finished = self._calls.finish(batch, ended)
+        n_tokens, total = batch.ids.numel(), 0.0
+        flat = finished.detach().reshape(1, n_tokens, -1)
+        gradient = torch.zeros_like(flat)
+        chunk = self._options.logit_tokens or n_tokens
+        for begin in range(0, n_tokens, chunk):
+            part = flat[:, begin : begin + chunk].clone().requires_grad_()
+            with torch.enable_grad():
+                value = self._loss.loss(batch, begin, self._calls.logits(part, in_blocks=True)[0])
+            if value.requires_grad:
+                (gradient[:, begin : begin + chunk],) = torch.autograd.grad(value, part)
+            total += float(value.detach())
+        (back,) = torch.autograd.grad(finished, ended, gradient.reshape(finished.shape))
+        require_finite_gradient(back, self._skeleton.n_layers, batch)
+        return total, back
+
+    def _through_map(self, step: _Step, flow: GradientFlow) -> None:
+        assert step.span is not None
+        module = self._maps[step.span]
+        with flow:
+            for batch, states, above in flow:
+                with torch.enable_grad():
+                    mapped: torch.Tensor = module(states).to(above.dtype)
+                mapped.backward(above)
+                flow.put(batch, states, step.position)
+
+    def _through_layer(self, layer: int, weights: Weights, flow: GradientFlow) -> None:
+        with (
+            self._skeleton.loaded_layer(layer, weights) as module,
+            self._summed(layer, module) as sums,
+            flow,
+        ):
+            for batch, states, above in flow:
+                with torch.enable_grad():
+                    output = self._calls.layer(layer, batch, states)
+                self._require_differentiable(layer, module, output)
+                output.backward(above)
+                flow.put(batch, states, layer)
+            for name, total in sums.items():
+                assert self._weights is not None
+                self._weights.observe(layer, name, module.get_parameter(name).detach(), total)
+
+    @contextmanager
+    def _summed(self, layer: int, module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        """Add the gradients of the wanted weights up, in float32, and free each as soon as it is added."""
+        sums: dict[str, torch.Tensor] = {}
+        with ExitStack() as handles:
+            for name in self._wanted(layer):
+                parameter = module.get_parameter(name).requires_grad_()
+                total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                sums[name] = total
+                handle = parameter.register_post_accumulate_grad_hook(_adding(total))
+                handles.callback(handle.remove)
+            yield sums
+
+    def _flow(self, states: HiddenStates, gradients: HiddenStates, *, last: bool) -> GradientFlow:
+        return GradientFlow(states, gradients, self._batches, self._skeleton.device, goes_on=not last)
+
+    def _wanted(self, layer: int) -> list[str]:
+        if self._weights is None:
+            return []
+        parameters = self._skeleton.layers[layer].named_parameters()
+        return [name for name, weight in parameters if self._weights.wants(layer, name, weight)]
+
+    def _steps_back(self) -> list[_Step]:
+        """Return what the way back goes through, in its order: all from the last step down to the lowest wanted."""
+        plan, end = self._plan, self._skeleton.n_layers
+        steps: list[_Step] = []
+        for position in range(self._options.first_layer, end + 1):
+            steps += [
+                _Step(span.start, span=span)
+                for span in plan.spans
+                if span.stop == position and span in self._maps
+            ]
+            if position < end and not any(position in span for span in plan.spans):
+                steps.append(_Step(position, layer=position))
+        lowest = next((index for index, step in enumerate(steps) if self._asks(step)), None)
+        if lowest is None:
+            msg = (
+                "nothing asks for a gradient: no map has parameters that require one, and no weight is wanted"
+            )
+            raise RequestError(msg)
+        return steps[lowest:][::-1]
+
+    def _asks(self, step: _Step) -> bool:
+        if step.span is not None:
+            return any(parameter.requires_grad for parameter in self._maps[step.span].parameters())
+        return step.layer is not None and bool(self._wanted(step.layer))
+
+    def _require_possible(self) -> None:
+        self._plan.require_fits(self._skeleton.n_layers)
+        require_gradient_dtype(self._skeleton.dtype)
+        if self._options.last_layer is not None:
+            msg = f"a loss needs the whole model, and this pass ends before layer {self._options.last_layer}"
+            raise RequestError(msg)
+
+    def _require_differentiable(self, layer: int, module: nn.Module, output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            msg = (
+                f"layer {layer} ({type(module).__name__}) returns states without a gradient: its code cannot be"
+                " differentiated; choose another --attention"
+            )
+            raise UnsupportedModelError(msg)
+
+
+def require_gradient_dtype(dtype: torch.dtype) -> None:
+    """Check that gradients can be computed in a dtype.
+
+    Raises:
+        RequestError: If it is float16.
+    """
+    if dtype == torch.float16:
+        msg = "small gradients vanish in float16; use --dtype bfloat16 or float32"
+        raise RequestError(msg)
+
+
+def _modules(maps: Mapping[Span, BoundaryMap], plan: PruningPlan) -> dict[Span, nn.Module]:
+    modules = {span: module for span, module in maps.items() if isinstance(module, nn.Module)}
+    other = [span for span in maps if span not in modules or span not in plan.spans]
+    if other:
+        msg = f"the map at {other[0]} is no module, or not at a boundary of the plan: it cannot be differentiated here"
+        raise RequestError(msg)
+    return modules
+
+
+def _reading(skeleton: Skeleton, layer: int) -> Callable[[], Weights]:
+    return lambda: skeleton.read_layer(layer)
+
+
+def _adding(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def add(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+    return add

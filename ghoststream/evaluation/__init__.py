@@ -1,8 +1,35 @@
-"""Evaluation: losses and perplexities of lanes, and the reports made of them."""
+"""Evaluation: losses, perplexities and task scores of lanes, and the reports made of them."""
 
 from __future__ import annotations
 
+from ghoststream.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from ghoststream.evaluation.losses import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.evaluation.report import EvaluationReport, EvaluationRow
+from ghoststream.evaluation.requests import RequestBatches, RequestScores, ScoredWindow
+from ghoststream.evaluation.tasks import (
+    TaskMetric,
+    TaskReport,
+    TaskResult,
+    TaskRow,
+    compare_rows,
+    task_results,
+)
 
-__all__ = ["EvaluationReport", "EvaluationRow", "LossAccumulator", "LossSummary", "default_logit_tokens"]
+__all__ = [
+    "EvaluationReport",
+    "EvaluationRow",
+    "LossAccumulator",
+    "LossSummary",
+    "PairedDifference",
+    "RequestBatches",
+    "RequestScores",
+    "ScoredWindow",
+    "TaskMetric",
+    "TaskReport",
+    "TaskResult",
+    "TaskRow",
+    "compare_rows",
+    "default_logit_tokens",
+    "paired_bootstrap",
+    "task_results",
+]

@@ -12,7 +12,8 @@ import torch
 from ghoststream.errors import TextError
 from ghoststream.streaming import Batch
 
-_IGNORED = -100
+IGNORED = -100
+"""Stands for no token to predict, as in transformers and torch."""
 _LEAST_CHUNK_BYTES = 32 * 2**20
 
 
@@ -62,9 +63,9 @@ class LossAccumulator:
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
         """Add the losses of flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
         k, length = int(logits.shape[0]), int(batch.ids.shape[1])
-        targets = _targets(batch)[first : first + k]
+        targets = next_tokens(batch)[first : first + k]
         losses = _cross_entropy(logits, targets.clamp_min(0).to(logits.device))
-        used = (targets != _IGNORED).numpy()
+        used = (targets != IGNORED).numpy()
         rows = batch.start + np.arange(first, first + k) // length
         np.add.at(self._sums, rows[used], losses.double().cpu().numpy()[used])
         np.add.at(self._counts, rows[used], 1)
@@ -98,9 +99,10 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return scaled.exp_().sum(dim=-1).log() - wanted
 
 
-def _targets(batch: Batch) -> torch.Tensor:
-    targets = torch.full_like(batch.ids, _IGNORED)
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """Return the token that each flattened token of a batch is to predict; ``IGNORED`` where there is none."""
+    targets = torch.full_like(batch.ids, IGNORED)
     targets[:, :-1] = batch.ids[:, 1:]
     if batch.mask is not None:
-        targets[:, :-1][~batch.mask[:, 1:]] = _IGNORED
+        targets[:, :-1][~batch.mask[:, 1:]] = IGNORED
     return targets.flatten()

@@ -54,10 +54,10 @@ class EvaluationRow:
         """Return the row as JSON data; what is not finite becomes ``None``."""
         return {
             "model": self.model,
-            "perplexity": _finite(self.perplexity),
+            "perplexity": finite_or_none(self.perplexity),
             "loss": self.loss,
             "tokens": self.tokens,
-            "standard_error": _finite(self.standard_error),
+            "standard_error": finite_or_none(self.standard_error),
             "window_losses": list(self.losses.sequence_losses),
             "pass": self.passes,
             "fingerprint": self.fingerprint,
@@ -83,5 +83,6 @@ class EvaluationReport:
         return [row.to_json() for row in self.rows]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite_or_none(value: float | None) -> float | None:
+    """Return the value, or ``None`` where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
-from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.lanes import first_needed, operator_lane
+from ghoststream.stages.lanes import first_needed
+from ghoststream.stages.members import Member, SharedPass
 from ghoststream.stages.session import ModelSession, TextOptions, dtype_name
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
-
-
-@dataclass(frozen=True)
-class Member:
-    """One model to measure: its place in the request, its identity, and its operators if it is a lane."""
-
-    position: int
-    name: str
-    fingerprint: str
-    operators: OperatorSet | None
-
-    def lane(self, session: ModelSession, losses: LossAccumulator) -> Lane:
-        """Return its lane in a pass over its base."""
-        if self.operators is None:
-            return Lane(self.name, PruningPlan(session.skeleton.n_layers), logits=losses)
-        return operator_lane(self.name, self.operators, session.skeleton, losses)
-
-
-@dataclass
-class SharedPass:
-    """Models that share one read of the weights: a base and what was recovered from it."""
-
-    session: ModelSession
-    members: list[Member] = field(default_factory=list)
 
 
 class Measurement:

@@ -1,0 +1,297 @@
+"""Tasks of lm-evaluation-harness: their requests, those as tokens, and their metrics from answers.
+
+The harness decides what is asked and how answers are judged, and its own code makes tokens of text. This module needs the
+extra ``tasks``; nothing else of ghoststream imports it at start.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from lm_eval import evaluator
+from lm_eval.api.model import LM, TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.models.utils import resolve_max_length
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
+from ghoststream.evaluation.requests import ScoredWindow
+
+Request = tuple[str, tuple[str, ...]]
+"""The harness's kind of a request, and its arguments: ``("loglikelihood", (context, continuation))``."""
+
+Answer = tuple[float, bool] | float
+"""Log-likelihood in nats and whether it is the greedy continuation; for a rolling one the log-likelihood alone."""
+
+_ROLLING = "loglikelihood_rolling"
+_SCORED = ("multiple_choice", "loglikelihood", _ROLLING)
+_STDERR_RESAMPLES = 1000
+
+
+class TaskSuite:
+    """Tasks, loaded with their data.
+
+    Args:
+        names: Tasks, groups or tags of the harness, or of ``include_path``.
+        include_path: Folder of the user's own task files (YAML), which come before the harness's.
+        limit: Only the first items of each task; all if ``None``.
+        log: Receives what the harness warns of.
+
+    Raises:
+        InputNotFoundError: If the folder does not exist.
+        RequestError: If a task is unknown, cannot be loaded, or lets the model generate text.
+
+    Memory: the tasks' data and requests as text.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        log: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._limit, self._log = limit, log
+        if include_path is not None and not Path(include_path).is_dir():
+            msg = f"there is no folder {include_path} with task files; check the path"
+            raise InputNotFoundError(msg)
+        with _harness_speaks_to(log), _loading(names):
+            self._loaded: dict[str, Any] = _manager(names, include_path).load(list(dict.fromkeys(names)))
+            self._build()
+        self.requests: tuple[Request, ...] = tuple(
+            dict.fromkeys(_request(instance) for task in self._tasks() for instance in task.instances)
+        )
+
+    def windows(self, tokenizer: Any, max_length: int, *, name: str) -> list[ScoredWindow]:
+        """Turn the requests into tokens, as the harness's transformers backend does it.
+
+        Args:
+            tokenizer: The model's.
+            max_length: The longest input of the model; longer ones lose their beginning.
+            name: The model's, for messages.
+
+        Raises:
+            RequestError: If the tokenizer has no token to put before a text, or a continuation is empty or too long.
+        """
+        encoder = _Encoder(tokenizer, max_length, name)
+        found = []
+        for owner, (kind, arguments) in enumerate(self.requests):
+            for context, continuation in encoder.pairs(kind, arguments):
+                if not 0 < len(continuation) <= max_length:
+                    msg = (
+                        f"{name} reads at most {max_length} tokens, and a continuation of {len(continuation)} tokens"
+                        f" is to be scored: {shorten(arguments[-1], 60)!r}; leave this task out"
+                    )
+                    raise RequestError(msg)
+                tokens = (*context, *continuation)[-(max_length + 1) :]
+                found.append(ScoredWindow(owner, tokens[:-1], tuple(continuation)))
+        return found
+
+    def answers(self, scores: Sequence[tuple[float, bool]]) -> dict[Request, Answer]:
+        """Return the scores of all requests as the harness wants them."""
+        return {
+            request: score[0] if request[0] == _ROLLING else score
+            for request, score in zip(self.requests, scores, strict=True)
+        }
+
+    def judge(self, answers: Mapping[Request, Answer]) -> dict[str, Any]:
+        """Let the harness make metrics of answers; returns its results, with samples.
+
+        Raises:
+            KeyError: If an answer is missing.
+        """
+        with _harness_speaks_to(self._log):
+            self._seed()
+            results: dict[str, Any] = evaluator.evaluate(
+                _Answering(answers), self._loaded, limit=self._limit, bootstrap_iters=_STDERR_RESAMPLES
+            )
+        return results
+
+    def _tasks(self) -> list[Any]:
+        return list(self._loaded["tasks"].values())
+
+    def _build(self) -> None:
+        _refuse_generation(self._loaded["tasks"])
+        for task in self._tasks():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        self._seed()
+        for task in self._tasks():
+            task.build_all_requests(limit=self._limit)
+
+    def _seed(self) -> None:
+        # Examples in the prompt are drawn while requests are built; the same ones every time.
+        for task in self._tasks():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def model_length(config: Any, tokenizer: Any) -> int:
+    """Return the longest input that the harness gives to a model of this configuration."""
+    return int(resolve_max_length(config, tokenizer))
+
+
+class _Encoder(TemplateLM):
+    """The harness's way from text to tokens, and nothing behind it."""
+
+    def __init__(self, tokenizer: Any, max_length: int, name: str) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._max_length = max_length
+        if self.prefix_token_id is None:
+            msg = f"the tokenizer of {name} has neither a begin-of-text nor an end-of-text token; tasks need one"
+            raise RequestError(msg)
+        self._prefix = tokenizer.decode(self.prefix_token_id)
+
+    @property
+    def eot_token_id(self) -> Any:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> Any:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,  # noqa: FBT001 - the harness's signature
+        **kwargs: Any,
+    ) -> list[int]:
+        del kwargs
+        if add_special_tokens is None and string.startswith(self._prefix):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **options))
+
+    def pairs(self, kind: str, arguments: tuple[str, ...]) -> list[tuple[list[int], list[int]]]:
+        """Return context and continuation of each window of a request, as tokens."""
+        if kind == _ROLLING:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(arguments[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._max_length,
+                context_len=1,
+            )
+            return [make_disjoint_window(window) for window in windows]
+        context, continuation = arguments
+        if context:
+            return [self._encode_pair(context, continuation)]
+        tokens, prefix = self.tok_encode(continuation, add_special_tokens=False), self.prefix_token_id
+        return [([prefix], tokens) if tokens[:1] != [prefix] else (tokens[:1], tokens[1:])]
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def generate_until(self, requests: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Answering(LM):
+    """A model whose answers are there already."""
+
+    def __init__(self, answers: Mapping[Request, Answer]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
+        return [self._answers[_request(one)] for one in requests]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
+        return self.loglikelihood(requests)
+
+    def generate_until(self, requests: Any) -> Any:
+        raise NotImplementedError
+
+
+def _request(instance: Any) -> Request:
+    return instance.request_type, tuple(instance.args)
+
+
+def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
+    if not names:
+        msg = "no task was named; give at least one, such as arc_easy"
+        raise RequestError(msg)
+    folder = None if include_path is None else str(include_path)
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        # Reading the harness's own thousands of task files takes longer than many a measurement.
+        if set(names) <= set(own.all_subtasks):
+            return own
+    manager = TaskManager(include_path=folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none is close"
+            place = "" if include_path is None else f", nor a readable task file in {include_path}"
+            msg = f"{name!r} is no task of lm-evaluation-harness{place}; names like it: {near}"
+            raise RequestError(msg)
+    return manager
+
+
+@contextmanager
+def _loading(names: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except GhoststreamError:
+        raise
+    # Whatever the harness, datasets, its file readers and the HTTP client raise: there is no common kind.
+    except Exception as error:
+        reason = shorten(str(error), 300, placeholder="...") or type(error).__name__
+        msg = (
+            f"cannot load the tasks {', '.join(names)} ({type(error).__name__}: {reason}); check the connection to the hub,"
+            " or the task file and the data that it names"
+        )
+        raise RequestError(msg) from error
+
+
+def _refuse_generation(tasks: Mapping[str, Any]) -> None:
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in _SCORED or getattr(task, "MULTIMODAL", False):
+            msg = (
+                f"the task {name} is of the kind {task.OUTPUT_TYPE}; a streamed pass reads the weights once for all"
+                " requests, so only tasks that score given text can be run (multiple choice, log-likelihood, perplexity)"
+            )
+            raise RequestError(msg)
+
+
+@contextmanager
+def _harness_speaks_to(log: Callable[[str], None]) -> Iterator[None]:
+    """Hold back the bars and lines that the harness and datasets print; their warnings go to ``log``."""
+    handler = _Relay(log)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    before = os.environ.get("DISABLE_MULTIPROC")
+    # Standard errors by bootstrap would fork this process, whose threads hold locks.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+class _Relay(logging.Handler):
+    def __init__(self, log: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log(" ".join(record.getMessage().split()))

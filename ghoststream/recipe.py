@@ -124,7 +124,8 @@ class SolveRecipe(Recipe):
         eps: Ridge that was asked for, in the measure of the operator family (``ghost``: absolute, on the Gram's
             diagonal; ``least-squares``: relative to its mean), or ``auto`` or ``gcv``; ``None`` is the family's default.
         shrink: What the ridge draws the map towards: ``identity`` or ``zero``.
-        features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``, ``mlp``, ``mlp_output``).
+        features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``, ``mlp``, ``mlp_output``,
+            ``hidden+mlp``).
         weights: Token weights (``uniform``, ``drop_sinks``, ``relative``).
         intercept: Whether a constant is fitted.
         rank: Rank of the map; ``None`` is full rank.
@@ -133,6 +134,7 @@ class SolveRecipe(Recipe):
         sketch_size: Columns or rows of a sketch; ``None`` is the solver's default.
         power_iterations: Steps of subspace iteration of ``sketch-features``.
         precision: Of the products that moments are sums of: ``float64`` or ``float32-blocked``.
+        reduce_device: Kind of the torch device that those products were computed on; ``None`` is the host, by numpy.
         range_sequences: Sequences that one reduction task reads.
         folds: Folds of whole sequences that moments are kept by.
         seed: Seed of what is random, the assignment of folds among it.
@@ -151,6 +153,7 @@ class SolveRecipe(Recipe):
     sketch_size: _Count | None = None
     power_iterations: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float64", "float32-blocked"] = "float64"
+    reduce_device: str | None = None
     range_sequences: _Count
     folds: _Count = 1
     seed: Annotated[int, Field(ge=0)] = 0
@@ -174,6 +177,28 @@ class EvaluateRecipe(Recipe):
     dtype: Dtype
     attention: str
     micro_batch: _Count
+    loss_chunk_tokens: _Count
+
+
+class TaskRecipe(Recipe):
+    """What decides every bit of a model's results on tasks.
+
+    Attributes:
+        tasks: Tasks, groups or tags that were asked for.
+        limit: Only the first items of each task; ``None`` is all.
+        requests_digest: Digest of the tokens of all requests, how they are batched, and what is scored.
+        harness: Version of lm-evaluation-harness, which makes requests of items and metrics of answers.
+        dtype: Compute dtype.
+        attention: Attention implementation.
+        loss_chunk_tokens: Tokens whose logits are held at once.
+    """
+
+    tasks: tuple[str, ...]
+    limit: _Count | None = None
+    requests_digest: Digest
+    harness: str
+    dtype: Dtype
+    attention: str
     loss_chunk_tokens: _Count
 
 

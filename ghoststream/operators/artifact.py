@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ghoststream.errors import ArtifactError, NumericsError, RequestError
 from ghoststream.files import bytes_digest
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.statistics.features import ModelFacts, get_feature, tap_of
+from ghoststream.statistics.features import ModelFacts, get_feature, taps_of
 from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
 
 Weights = npt.NDArray[np.float32]
@@ -68,31 +68,34 @@ class BoundaryOperator:
         return f"boundary.{self.span.start}-{self.span.stop}"
 
     @property
-    def tap(self) -> str | None:
-        """The tap of the layer before the boundary that it reads; None if it reads the hidden state.
+    def taps(self) -> tuple[str, ...]:
+        """The taps of the layer before the boundary that it reads; none if it reads the hidden state.
 
         Raises:
             RequestError: If its feature is not registered here.
         """
-        return tap_of(self.features)
+        return taps_of(self.features)
 
     def apply(
-        self, states: npt.NDArray[np.floating[Any]], tap: npt.NDArray[np.floating[Any]] | None = None
+        self, states: npt.NDArray[np.floating[Any]], taps: npt.NDArray[np.floating[Any]] | None = None
     ) -> npt.NDArray[np.floating[Any]]:
         """Apply the operator to hidden states ``(..., C)`` in numpy, features in float64.
 
         Args:
             states: ``h[start]``.
-            tap: The tap of layer ``start - 1`` that the features read, ``(..., width)``, where they read one.
+            taps: The taps of layer ``start - 1`` that the features read, side by side, ``(..., width)``, where they read any.
 
         Raises:
-            RequestError: If its feature is not registered here, or reads a tap and none is given.
+            RequestError: If its feature is not registered here, or reads taps and none are given.
         """
         if self.weight is None:
             return states
-        read = states if self.tap is None else tap
+        read = taps if self.taps else states
         if read is None:
-            msg = f"the features {self.features} at {self.span} are of the tap {self.tap} of the layer before; give it too"
+            msg = (
+                f"the features {self.features} at {self.span} are of the layer before: give its {', '.join(self.taps)}, "
+                "side by side, too"
+            )
             raise RequestError(msg)
         if self.features != "hidden":
             rows = read.reshape(-1, read.shape[-1]).astype(np.float64)

@@ -12,6 +12,7 @@ import scipy.linalg
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
+from ghoststream.operators.joint import describe_fold
 from ghoststream.operators.registry import OperatorOptions
 from ghoststream.operators.ridge import (
     Centre,
@@ -33,8 +34,8 @@ RIDGE_WITHOUT_FOLDS = 1e-4
 """Relative ridge where none is given and no folds are there to choose one by."""
 
 
-_BEGIN_WITH_HIDDEN = ("hidden", "hidden+normed")
-_WITHOUT_NORM = ("hidden", "mlp", "mlp_output")
+_BEGIN_WITH_HIDDEN = ("hidden", "hidden+normed", "hidden+mlp")
+_WITHOUT_NORM = ("hidden", "mlp", "mlp_output", "hidden+mlp")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class LeastSquares:
     ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of sample; of
     ``gcv``: and what is estimated for it), ``ridge_chosen_by``, ``shrink``,
     ``effective_dof`` = ``trace(G (G + r I)^-1)``, ``intercept``, ``rank`` (None: full). Residuals out of sample
-    were also what ``auto`` chose by, among 17 values.
+    were also what ``auto`` chose by, among 17 values. Of ``hidden+mlp`` also ``fold_growth`` (see
+    :mod:`ghoststream.operators.joint`).
 
     Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; while ``auto`` chooses, ``48 p^2 + 32 p C`` bytes:
     the total, one fold, the total without it, and what :func:`choose_ridge` states; with ``tsqr`` ``60 p^2 + 60 p C``.
@@ -100,7 +102,7 @@ class LeastSquares:
                 f"boundary {moments.span}: no ridge up to the Gram's mean diagonal is too large for the held-out "
                 "folds; the features hardly predict the gap, use more calibration sequences or another span"
             )
-        return BoundaryOperator(
+        operator = BoundaryOperator(
             moments.span,
             "linear",
             moments.feature,
@@ -109,6 +111,7 @@ class LeastSquares:
             diagnostics,
             norm_epsilon=None if moments.feature in _WITHOUT_NORM else moments.facts.norm_epsilon,
         )
+        return describe_fold(operator)
 
     def _choose(self, moments: FoldedMoments, total: BoundaryMoments) -> RidgeChoice:
         if isinstance(self.ridge, float | int):

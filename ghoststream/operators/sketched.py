@@ -35,6 +35,7 @@ import scipy.linalg
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
+from ghoststream.operators.joint import describe_fold
 from ghoststream.operators.least_squares import RIDGE_WITHOUT_FOLDS, LeastSquares
 from ghoststream.operators.registry import SKETCH_SOLVERS, OperatorFamily, OperatorOptions, register_operator
 from ghoststream.operators.sketch_run import SketchRun, project_by_features, project_by_range
@@ -102,7 +103,7 @@ class ProjectedLeastSquares:
             RequestError: If the sketch is larger than the problem, or smaller than the rank.
         """
         how = SketchRun.of(store_uri, spans, run)
-        columns = self._columns(how)
+        columns = self.columns(how.n_features, how.n_channels)
         if self.options.solver == "sketch-range":
             found = project_by_range(how, columns, self.options.seed, self.ridge)
         else:
@@ -135,7 +136,7 @@ class ProjectedLeastSquares:
             "dropped_directions": fitted.solution.n_dropped,
             **self._error(moments, fitted.ridge),
         }
-        return BoundaryOperator(
+        operator = BoundaryOperator(
             moments.span,
             "linear",
             moments.feature,
@@ -143,14 +144,20 @@ class ProjectedLeastSquares:
             diagnostics=diagnostics,
             norm_epsilon=None if moments.feature == "hidden" else moments.facts.norm_epsilon,
         )
+        return describe_fold(operator)
 
-    def _columns(self, how: SketchRun) -> int:
-        most, rank = min(how.n_features, how.n_channels), self.options.rank
+    def columns(self, n_features: int, n_channels: int) -> int:
+        """Return the columns of the sketch for so many features and channels.
+
+        Raises:
+            RequestError: If the sketch is larger than the problem, or smaller than the rank.
+        """
+        most, rank = min(n_features, n_channels), self.options.rank
         columns = self.options.sketch_size or min(most, 2 * (rank or 0) + 10)
         if columns > most or (rank or 0) > columns:
             msg = (
-                f"a sketch of {columns} columns and rank {rank} were asked for; {how.n_features} features and "
-                f"{how.n_channels} channels allow {most} columns at most, and the rank cannot exceed them"
+                f"a sketch of {columns} columns and rank {rank} were asked for; {n_features} features and "
+                f"{n_channels} channels allow {most} columns at most, and the rank cannot exceed them"
             )
             raise RequestError(msg)
         return columns

@@ -7,7 +7,7 @@ from typing import Any
 
 from ghoststream.files.json_data import pretty_json
 from ghoststream.operators import OperatorSet
-from ghoststream.recovery.folding import is_folded
+from ghoststream.recovery.folding import is_folded, standing_operator
 from ghoststream.recovery.layout import standing_operators
 
 _FRONT = """---
@@ -105,7 +105,10 @@ def _operator_table(operators: OperatorSet) -> str:
         layer = operators.plan.boundary_index(operator.span)
         place = "final norm" if operator.span.stop == operators.plan.n_layers else str(layer)
         values = [_figure(operator.diagnostics.get(name)) for name in figures]
-        form = f"{operator.form} on {operator.features} (folded)" if is_folded(operator) else operator.form
+        form: str = operator.form
+        if is_folded(operator):
+            share = "folded" if standing_operator(operator) is None else "its part on mlp is folded"
+            form = f"{operator.form} on {operator.features} ({share})"
         lines.append("| " + " | ".join([str(operator.span), place, form, *values]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -115,8 +115,8 @@ def export_recovered(
 
     With operators the checkpoint has a ``model_type`` of its own and carries its modelling file. Operators on the features
     ``mlp`` and ``mlp_output`` are folded into a weight of the layer before (see :mod:`ghoststream.recovery.folding`): with
-    such only, or without any, it is an ordinary checkpoint of the base's type. A killed export goes on when it is called again, and the files
-    are then the same. Nothing is at ``out`` until everything is there; the same call after that returns the same
+    such only, or without any, it is an ordinary checkpoint of the base's type. Those on ``hidden+mlp`` are folded in part, the rest
+    stands in the model. A killed export goes on when it is called again, and the files are then the same. Nothing is at ``out`` until everything is there; the same call after that returns the same
     report and writes nothing.
 
     Args:
@@ -130,6 +130,7 @@ def export_recovered(
 
     Raises:
         UnsupportedModelError: If the architecture, or the plan for it, cannot be expressed.
+        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is folded would be lost in rounding.
         PlanError: If the plan is for another number of layers.
         MismatchError: If the operators are for another model, or ``out`` has unfinished work of another request.
         OutputExistsError: If ``out`` holds anything but the result of this very call.
@@ -139,7 +140,8 @@ def export_recovered(
         DiskFullError: If it is full all the same.
 
     Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights; where an operator on
-    ``mlp_output`` is folded, also the weight as it is stored.
+    ``mlp_output`` is folded, also the weight as it is stored; for each on ``hidden+mlp`` what
+    :func:`~ghoststream.operators.joint.folded_part` states, and its result.
     """
     skeleton = Skeleton(model_root, trust_remote_code=trust_remote_code)
     _require_exportable(skeleton)
@@ -182,13 +184,14 @@ def _prepare(
         final_norm_path=skeleton.family.final_norm_path,
         base_prefix=skeleton.model.base_model_prefix,
     )
-    folds = find_folds(skeleton, operators)
+    dtype = operator_dtype or prevailing_dtype(skeleton.index)
+    folds = find_folds(skeleton, operators, dtype)
     tensors, origins = recovered_tensors(
         skeleton.index,
         skeleton.keys.sources(),
         operators,
         names,
-        operator_dtype or prevailing_dtype(skeleton.index),
+        dtype,
         folds.values(),
     )
     config = _recovered_config(skeleton, operators, names)

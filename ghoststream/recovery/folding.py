@@ -3,12 +3,15 @@
 With ``a`` for what enters that map, ``W`` ``(I, C)`` for its weight, ``b`` for its bias and ``s`` for the multiplier in front of the
 residual stream, the layer adds ``m = s (a W + b)``. An operator ``y = x + a A + c`` on the features ``mlp`` is in the model if
 ``W + A / s`` and ``b + c / s`` take their places; ``y = x + m A + c`` on ``mlp_output`` if ``W (I + A)`` and ``b (I + A) + c / s`` do.
+Of ``y = x + x A + a B + c`` on ``hidden+mlp`` a part disappears, ``W + B' / s`` with ``B' = B (I + A)^-1``, and ``x + x A + c`` stands at the
+boundary (:mod:`ghoststream.operators.joint`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,16 @@ import torch
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.checkpoint.writer import TensorSource
-from ghoststream.errors import MismatchError, UnsupportedModelError
+from ghoststream.errors import MismatchError, NumericsError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.operators.joint import folded_part, is_joint, lost_in_rounding, standing_part
 from ghoststream.spans import Span
-from ghoststream.statistics.features import MLP, MLP_OUTPUT
+from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP, MLP_OUTPUT
 from ghoststream.streaming import mlp_projection
 from ghoststream.streaming.skeleton import Skeleton
 
-FOLDED = (MLP.name, MLP_OUTPUT.name)
-"""Features whose operators are folded."""
+FOLDED = (MLP.name, MLP_OUTPUT.name, HIDDEN_AND_MLP.name)
+"""Features whose operators are folded, the last in part."""
 
 _PANEL = 1024
 _BLOCK_ELEMENTS = 2**22
@@ -35,14 +39,15 @@ _BLOCK_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class Fold:
-    """Where an operator disappears.
+    """Where an operator disappears, or the part of it that does.
 
     Attributes:
-        operator: The operator.
+        operator: The operator, whole.
         weight: Name of the weight in the base checkpoint.
         bias: Name of the bias there; None if the map has none.
         transposed: Whether the weight lies as ``(C, I)`` and not as ``(I, C)``.
         scale: The multiplier between the map and the residual stream.
+        dtype: Dtype in which the part that stands is written; None where it stays in float32.
     """
 
     operator: BoundaryOperator
@@ -50,6 +55,7 @@ class Fold:
     bias: str | None
     transposed: bool
     scale: float
+    dtype: torch.dtype | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the place as JSON data."""
@@ -63,13 +69,14 @@ class Fold:
     def tensors(self, index: CheckpointIndex, names: Mapping[str, str]) -> dict[str, TensorSource]:
         """Return what to write in the place of the base's tensors, by their names in the base.
 
-        Sums and products are taken in float64 and rounded once, to the tensor's own dtype.
+        Sums and products are taken in float64 and rounded once, to the tensor's own dtype; ``B'`` is in float32.
 
         Args:
             index: The base checkpoint.
             names: Name in the new checkpoint by name in the base.
 
-        Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored.
+        Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored; of ``hidden+mlp``
+        what :func:`~ghoststream.operators.joint.folded_part` states, and from then on its result.
         """
         found = {self.weight: self._source(index, self.weight, names[self.weight], self._weight_blocks)}
         bias = self.changed_bias
@@ -84,7 +91,28 @@ class Fold:
 
     @property
     def _has_constant(self) -> bool:
-        return self.operator.bias is not None
+        return self.operator.bias is not None and not is_joint(self.operator)
+
+    @cached_property
+    def part(self) -> BoundaryOperator:
+        """What is folded: the operator, or a part of it.
+
+        Raises:
+            NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart.
+        """
+        whole = self.operator
+        return folded_part(whole, rounded(standing_part(whole), self.dtype)) if is_joint(whole) else whole
+
+    def require_precise(self, index: CheckpointIndex) -> None:
+        """Check that what is folded of an operator of two parts is larger than its own rounding to the weight's dtype.
+
+        Raises:
+            NumericsError: If it is not, or cannot be made.
+        """
+        dtype = index.tensors[self.weight].dtype
+        growth, largest = self.part.diagnostics["growth"], 2.0 / torch.finfo(dtype).eps
+        if growth > largest:
+            raise NumericsError(lost_in_rounding(self.operator, growth, f"{self.weight} in {dtype}", largest))
 
     def _source(self, index: CheckpointIndex, name: str, new_name: str, blocks: Any) -> TensorSource:
         entry = index.tensors[name]
@@ -100,7 +128,7 @@ class Fold:
 
     def _weight_blocks(self, reader: TensorReader, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """Yield rows of the new weight in float64."""
-        change = torch.from_numpy(_array(self.operator.weight))
+        change = torch.from_numpy(_array(self.part.weight))
         whole = reader.read(self.weight) if self.operator.features == MLP_OUTPUT.name else None
         step = max(1, _BLOCK_ELEMENTS // shape[1])
         for first in range(0, shape[0], step):
@@ -125,8 +153,19 @@ class Fold:
         yield bias
 
 
-def find_fold(skeleton: Skeleton, operator: BoundaryOperator) -> Fold:
+def rounded(operator: BoundaryOperator, dtype: torch.dtype | None) -> BoundaryOperator:
+    """Return an operator on the hidden state as it is once it was written in a dtype."""
+    weight = torch.from_numpy(_array(operator.weight)).to(dtype or torch.float32)
+    return replace(operator, weight=weight.float().numpy())
+
+
+def find_fold(skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None) -> Fold:
     """Find where an operator on :data:`FOLDED` features goes.
+
+    Args:
+        skeleton: The base.
+        operator: The operator.
+        dtype: Dtype in which the part of it that stands, if there is one, is written; None for float32.
 
     Raises:
         UnsupportedModelError: If the architecture has a norm or a mixture there, or no bias for the operator's constant.
@@ -137,14 +176,15 @@ def find_fold(skeleton: Skeleton, operator: BoundaryOperator) -> Fold:
     )
     shape = skeleton.index.tensors[fold.weight].shape
     wide, hidden = shape[::-1] if fold.transposed else shape
-    asked, found = wide if operator.features == MLP.name else hidden, _array(operator.weight).shape[1]
+    widths = {MLP.name: wide, MLP_OUTPUT.name: hidden, HIDDEN_AND_MLP.name: hidden + wide}
+    asked, found = widths[operator.features], _array(operator.weight).shape[1]
     if found != asked:
         msg = (
             f"the operator on {operator.features} at {operator.span} has {found} features, and {asked} enter or leave "
             f"{fold.weight}; solve operators for this model"
         )
         raise MismatchError(msg)
-    return fold
+    return replace(fold, dtype=dtype)
 
 
 def require_foldable(
@@ -182,29 +222,57 @@ def require_foldable(
         msg = f"{place}: the checkpoint does not hold {path}.weight as one tensor; use features of the hidden state"
         raise UnsupportedModelError(msg)
     bias = names.get(f"{path}.bias")
-    if constant and bias is None:
+    if constant and bias is None and features != HIDDEN_AND_MLP.name:
         msg = f"{place}: {path} has no bias that could take up the constant; fit without an intercept"
         raise UnsupportedModelError(msg)
     fitted = operator or BoundaryOperator(span, "identity")
     return Fold(fitted, names[f"{path}.weight"], bias, found.transposed, found.scale)
 
 
-def find_folds(skeleton: Skeleton, operators: OperatorSet) -> dict[Span, Fold]:
-    """Return the folds of a plan's operators, by span; those on other features are left out."""
-    return {
-        operator.span: find_fold(skeleton, operator)
+def find_folds(
+    skeleton: Skeleton, operators: OperatorSet, dtype: torch.dtype | None = None
+) -> dict[Span, Fold]:
+    """Return the folds of a plan's operators, by span, as :func:`find_fold` does; those on other features are left out.
+
+    Raises:
+        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is folded is lost in rounding.
+    """
+    folds = {
+        operator.span: find_fold(skeleton, operator, dtype)
         for operator in operators.operators
         if operator.features in FOLDED
     }
+    for fold in folds.values():
+        if is_joint(fold.operator):
+            fold.require_precise(skeleton.index)
+    return folds
+
+
+def require_exportable(skeleton: Skeleton, operator: BoundaryOperator) -> None:
+    """Check that an operator on :data:`FOLDED` features can be written with the precision of the weight it is folded into.
+
+    Raises:
+        NumericsError: If it cannot.
+        UnsupportedModelError, MismatchError: What :func:`find_fold` raises.
+    """
+    if is_joint(operator):
+        find_fold(skeleton, operator).require_precise(skeleton.index)
 
 
 def is_folded(operator: BoundaryOperator) -> bool:
-    """Say whether an operator is one that is folded."""
+    """Say whether an operator is one that is folded, whole or in part."""
     return operator.form != "identity" and operator.features in FOLDED
 
 
+def standing_operator(operator: BoundaryOperator) -> BoundaryOperator | None:
+    """Return what of an operator stands at its boundary as a module; None if nothing does."""
+    if is_joint(operator):
+        return standing_part(operator)
+    return None if operator.form == "identity" or is_folded(operator) else operator
+
+
 def unfolded(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
-    """Return a folded operator as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
+    """Return what was folded as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
 
     It is what the checkpoint computes, roundings included, also where it was fitted on ``mlp_output``.
 

@@ -25,7 +25,7 @@ def build_ghost(
         A module in evaluation mode that maps ``(..., C)`` to ``(..., C)``.
 
     Raises:
-        RequestError: If the operator is the identity, or one that is folded into a weight.
+        RequestError: If the operator is the identity, or one that is folded into a weight, be it in part.
 
     Memory: ``C * p`` elements of ``dtype`` for a linear operator.
     """

@@ -14,7 +14,7 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.recovery.folding import FOLDED, Fold, is_folded
+from ghoststream.recovery.folding import FOLDED, Fold, standing_operator
 from ghoststream.spans import PruningPlan, Span
 
 FEATURES = ("hidden", "normed", "hidden+normed", *FOLDED)
@@ -84,8 +84,9 @@ def operator_entries(operators: OperatorSet, names: LayerNames) -> list[dict[str
 
 
 def standing_operators(operators: OperatorSet) -> tuple[BoundaryOperator, ...]:
-    """Return the operators that stand in the model as modules: all but identities and folded ones."""
-    return tuple(operator for operator in operators.operators if not is_folded(operator))
+    """Return the operators that stand in the model as modules: all but identities, without what is folded."""
+    found = (standing_operator(operator) for operator in operators.operators)
+    return tuple(operator for operator in found if operator is not None)
 
 
 def operator_entry(operator: BoundaryOperator, plan: PruningPlan, names: LayerNames) -> dict[str, Any]:

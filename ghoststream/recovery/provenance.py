@@ -15,9 +15,11 @@ from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import ArtifactError, CheckpointError, OutputExistsError, PlanError, RequestError
 from ghoststream.files import missing_files, read_json
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.recovery.folding import Fold, unfolded
+from ghoststream.operators.joint import joined
+from ghoststream.recovery.folding import Fold, standing_operator, unfolded
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.statistics.features import HIDDEN_AND_MLP
 
 PROVENANCE_NAME = "ghoststream.json"
 _KIND = "recovered checkpoint"
@@ -95,7 +97,11 @@ class RecoveredInfo:
                 "give the base checkpoint too, from which it can be told"
             )
             raise RequestError(msg)
-        return unfolded(self.folder, base, entry)
+        folded = unfolded(self.folder, base, entry)
+        if entry["features"] != HIDDEN_AND_MLP.name:
+            return folded
+        own = {leaf: name for leaf, name in entry["tensors"].items() if leaf.startswith("linear.")}
+        return joined(_read_boundary(self.folder, {**entry, "features": "hidden", "tensors": own}), folded)
 
 
 def describe_recovered(
@@ -140,13 +146,14 @@ def _place(
     operator: BoundaryOperator, plan: PruningPlan, names: LayerNames, fold: Fold | None
 ) -> dict[str, Any]:
     """Say which tensors an operator is in, and for a folded one also which of the base they come from."""
+    standing = standing_operator(operator)
+    leaves = {} if standing is None else leaf_names(standing)
+    own = {leaf: names.tensor(operator.span, plan, leaf) for leaf in leaves}
     if fold is None:
-        return {"tensors": {leaf: names.tensor(operator.span, plan, leaf) for leaf in leaf_names(operator)}}
+        return {"tensors": own}
     sources = {"weight": fold.weight, **({} if fold.changed_bias is None else {"bias": fold.changed_bias})}
-    return {
-        "tensors": {leaf: names.renumbered(source, plan) for leaf, source in sources.items()},
-        "folded": fold.to_json(),
-    }
+    changed = {leaf: names.renumbered(source, plan) for leaf, source in sources.items()}
+    return {"tensors": {**own, **changed}, "folded": fold.to_json()}
 
 
 def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:

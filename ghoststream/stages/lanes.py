@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import linear
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.operators.joint import is_joint, mlp_part, standing_part
 from ghoststream.recovery import build_ghost
 from ghoststream.recovery.folding import FOLDED, find_fold
 from ghoststream.recovery.layout import FEATURES
 from ghoststream.spans import Span
-from ghoststream.streaming import BoundaryMap, Lane, LogitsObserver, Skeleton, TappedMap
+from ghoststream.statistics.features import STATE_TAP
+from ghoststream.streaming import Batch, BoundaryMap, Lane, LogitsObserver, Skeleton, TappedMap
 
 
 class TappedOperator:
     """A :class:`~ghoststream.streaming.TappedMap`: ``y = x + a A (+ b)`` with a tap ``a`` of the layer before the boundary.
 
-    A recovered checkpoint has ``A`` inside a weight: it adds the product with that sum, this adds two products. In fp32 the
-    two differ by rounding.
+    On ``hidden+mlp`` it is ``y = x + x A + a B (+ c)`` (:mod:`ghoststream.operators.joint`). A recovered checkpoint has the map
+    of ``a`` inside a weight: it adds the product with that sum, this adds two products. In fp32 the two differ by rounding.
 
     Args:
         operator: An operator on features that are folded.
@@ -33,27 +35,38 @@ class TappedOperator:
     """
 
     def __init__(self, operator: BoundaryOperator, skeleton: Skeleton) -> None:
-        tap = operator.tap
-        if tap is None or operator.weight is None or operator.features not in FOLDED:
-            msg = f"the operator of {operator.span} on {operator.features} is no map of a tap as it is; a lane cannot run it"
+        if operator.weight is None or operator.features not in FOLDED:
+            msg = (
+                f"the operator of {operator.span} on {operator.features} is no map of taps as they are; "
+                "a lane cannot run it"
+            )
             raise RequestError(msg)
-        self._tap = tap
-        self._weight = torch.from_numpy(operator.weight).to(skeleton.device, skeleton.dtype)
-        bias = operator.bias
-        self._bias = None if bias is None else torch.from_numpy(bias).to(skeleton.device, skeleton.dtype)
+        device, dtype = skeleton.device, skeleton.dtype
+        # Of two parts the one that stands is computed by the module of a recovered checkpoint.
+        joint = is_joint(operator)
+        self._ghost = build_ghost(standing_part(operator), dtype=dtype, device=device) if joint else None
+        folded = mlp_part(operator) if joint else operator
+        (self._tap,) = (tap for tap in operator.taps if tap != STATE_TAP)
+        self._weight = torch.from_numpy(folded.weight).to(device, dtype)
+        self._bias = None if folded.bias is None else torch.from_numpy(folded.bias).to(device, dtype)
 
     @property
     def taps(self) -> Sequence[str]:
-        """The one tap that is read."""
+        """The one tap that is read; the hidden state is given anyway."""
         return (self._tap,)
 
     def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Apply the operator."""
-        return states + linear(taps[self._tap], self._weight, self._bias)
+        repaired: torch.Tensor = states if self._ghost is None else self._ghost(states)
+        return repaired + linear(taps[self._tap], self._weight, self._bias)
 
 
 def operator_lane(
-    name: str, operators: OperatorSet, skeleton: Skeleton, logits: LogitsObserver | None
+    name: str,
+    operators: OperatorSet,
+    skeleton: Skeleton,
+    logits: LogitsObserver | None,
+    scored: Callable[[Batch], torch.Tensor] | None = None,
 ) -> Lane:
     """Return the lane of a repaired model in a pass over its base.
 
@@ -62,6 +75,7 @@ def operator_lane(
         operators: The plan and its operators; boundaries whose operator is the identity are just cut.
         skeleton: The base; operators are rounded to its compute dtype and go to its device.
         logits: Who sees the logits.
+        scored: Of which tokens of a batch; all if ``None``.
 
     Raises:
         RequestError: If an operator reads features of the user's own.
@@ -72,7 +86,7 @@ def operator_lane(
     maps: dict[Span, BoundaryMap | TappedMap] = {
         operator.span: _boundary_map(operator, skeleton) for operator in operators.operators
     }
-    return Lane(name, operators.plan, maps, logits=logits)
+    return Lane(name, operators.plan, maps, logits=logits, scored=scored)
 
 
 def first_needed(lane: Lane) -> int:

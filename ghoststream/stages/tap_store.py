@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.pytorch_utils import Conv1D
 
 from ghoststream.activations import ActivationStore, StoreRequest
@@ -20,7 +21,7 @@ from ghoststream.spans import Span
 from ghoststream.stages.machine import free_host_memory
 from ghoststream.stages.replay import replay
 from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.statistics import TapSource, get_feature, store_digest, tap_of
+from ghoststream.statistics import TapSource, get_feature, store_digest, taps_of
 from ghoststream.streaming import Skeleton, tap_point
 
 _SHARD_BYTES = 64 * 1024 * 1024
@@ -46,10 +47,17 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class WantedTaps:
-    """The taps that a fit needs, all of one width."""
+    """The taps that a fit needs.
+
+    Attributes:
+        base: The model.
+        taps: Names of the taps, in the order in which features read them.
+        layers: The layers whose taps they are.
+        width: Width of the taps of a layer together, at all layers the same.
+    """
 
     base: BaseModel
-    tap: str
+    taps: tuple[str, ...]
     layers: tuple[int, ...]
     width: int
 
@@ -67,13 +75,13 @@ def wanted_taps(
 
     Raises:
         RequestError: If the model is needed and not given, or a span begins with the first layer, or taps differ in width.
-        UnsupportedModelError: If a layer does not have the tap, or an operator on it could not be folded.
+        UnsupportedModelError: If a layer does not have a tap, or an operator on them could not be folded.
         GhoststreamError: What opening the model raises.
 
     Memory: the model without weights.
     """
-    tap = tap_of(features)
-    if tap is None:
+    taps = taps_of(features)
+    if not taps:
         return None
     if base is None:
         msg = (
@@ -98,11 +106,14 @@ def wanted_taps(
         raise RequestError(msg)
     for span in spans if features in FOLDED else ():
         require_foldable(skeleton, span, features, constant=intercept)
-    widths = {tap_width(skeleton, layer, tap) for layer in layers}
+    widths = {taps_width(skeleton, layer, taps) for layer in layers}
     if len(widths) > 1:
-        msg = f"the tap {tap} has widths {sorted(widths)} at the layers {list(layers)}; fit the spans one at a time"
+        msg = (
+            f"{' and '.join(taps)} have widths {sorted(widths)} at the layers {list(layers)}; "
+            "fit the spans one at a time"
+        )
         raise RequestError(msg)
-    return WantedTaps(base, tap, layers, widths.pop())
+    return WantedTaps(base, taps, layers, widths.pop())
 
 
 def require_fit_memory(wanted: WantedTaps, features: str, hidden: int) -> None:
@@ -124,6 +135,16 @@ def require_fit_memory(wanted: WantedTaps, features: str, hidden: int) -> None:
         raise BudgetError(msg)
 
 
+def taps_width(skeleton: Skeleton, layer: int, taps: Sequence[str]) -> int:
+    """Return the width of some taps of a layer together: what a feature of them is given.
+
+    Raises:
+        RequestError: If there is no such tap.
+        UnsupportedModelError: If the layer does not have one.
+    """
+    return sum(tap_width(skeleton, layer, tap) for tap in taps)
+
+
 def tap_width(skeleton: Skeleton, layer: int, tap: str) -> int:
     """Return the width of a tap of a layer.
 
@@ -141,7 +162,7 @@ def tap_width(skeleton: Skeleton, layer: int, tap: str) -> int:
 
 
 def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress: Progress) -> TapSource:
-    """Run layers again on the hidden states of a store, one after the other, and keep one tap of each.
+    """Run layers again on the hidden states of a store, one after the other, and keep taps of each, side by side.
 
     A killed run goes on: layers that are complete are not run again. Hidden states that were rounded in the store are
     accepted with a warning.
@@ -159,12 +180,13 @@ def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress:
         BudgetError: If they do not fit the disk.
         GhoststreamError: What :func:`ghoststream.replay` raises.
 
-    Memory: what :func:`ghoststream.replay` states, and three shards of 64 MiB. Disk: ``S T I`` elements of compute dtype a layer.
+    Memory: what :func:`ghoststream.replay` states, the taps of one micro-batch once more, and three shards of 64 MiB. Disk:
+    ``S T`` times the width of the taps, in elements of compute dtype, a layer.
     """
     source = ActivationStore.open(str(store))
     width, layers = wanted.width, wanted.layers
     recipe = {
-        "taps": wanted.tap,
+        "taps": list(wanted.taps),
         "layers": list(layers),
         "store_digest": store_digest(source),
         "tokens_digest": source.tokens_digest,
@@ -213,7 +235,7 @@ def _fill(
         base.model,
         store,
         layer,
-        [wanted.tap],
+        wanted.taps,
         allow_rounded=True,
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
@@ -222,5 +244,5 @@ def _fill(
     )
     with closing(batches), taps.writer(layer) as writer:
         for first, taken in batches:
-            writer.write(first, taken[wanted.tap])
+            writer.write(first, torch.cat([taken[tap] for tap in wanted.taps], dim=-1))
         writer.commit()

@@ -10,7 +10,7 @@ from ghoststream.statistics.features import (
     feature_names,
     get_feature,
     register_feature,
-    tap_of,
+    taps_of,
 )
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.moments import BoundaryMoments
@@ -71,6 +71,6 @@ __all__ = [
     "register_weight",
     "rotate",
     "store_digest",
-    "tap_of",
+    "taps_of",
     "weight_names",
 ]

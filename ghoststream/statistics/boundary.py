@@ -16,11 +16,12 @@ from ghoststream.statistics.blas import (
     add_gram_upper,
     add_gram_upper_float32,
     mirror_upper,
+    panel_bytes,
 )
 from ghoststream.statistics.block import TokenBlock
-from ghoststream.statistics.features import Feature, ModelFacts, SizedFeature, get_feature, tap_of
+from ghoststream.statistics.features import Feature, ModelFacts, SizedFeature, get_feature, taps_of
 from ghoststream.statistics.moments import gram_prefix, span_prefix
-from ghoststream.statistics.source import HiddenStateSource, TapSource, open_source, require_layers
+from ghoststream.statistics.source import HiddenStateSource, Taps
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.weights import UNIFORM, BoundaryTokens, TokenWeight, Weighting, get_weight
 
@@ -61,7 +62,7 @@ class BoundaryReducer:
     weights: str = UNIFORM
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     precision: Precision = "float64"
-    taps: TapSource | None = None
+    taps: Taps | None = None
     # The rules travel with the reducer: a worker elsewhere has not run the user's registrations.
     _phi: Feature = field(init=False, repr=False, compare=False)
     _weight: TokenWeight = field(init=False, repr=False, compare=False)
@@ -111,13 +112,13 @@ class BoundaryReducer:
         """Peak bytes of one task: the state and the blocks of :meth:`reduce`."""
         rows = max(1, self.block_tokens // length) * length
         width = self._phi.width(hidden)
-        single = 4 * width * max(width, hidden) if self.precision == "float32-blocked" else 0
-        return self.state_bytes(hidden, length) + single + round(self._blocks(hidden) * rows * hidden * 8)
+        product = panel_bytes(width, hidden, 4 if self.precision == "float32-blocked" else 8)
+        return self.state_bytes(hidden, length) + product + round(self._blocks(hidden) * rows * hidden * 8)
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``.
 
-        Memory: one state, and (most overlapping layers + 2) blocks of ``block_tokens x C`` float64; for the
+        Memory: one state, a panel of 256 rows of it, and (most overlapping layers + 2) blocks of ``block_tokens x C`` float64; for the
         disjoint spans of a plan that is 4 blocks. Weights other than uniform take up to 4 more, features other
         than ``hidden`` ``2 p / C`` more, taps of width ``I`` another ``2 I / C``.
 
@@ -139,8 +140,8 @@ class BoundaryReducer:
         return state
 
     def _sized_feature(self) -> Feature:
-        feature, tap = get_feature(self.feature), tap_of(self.feature)
-        if tap is None or not self.grams:
+        feature = get_feature(self.feature)
+        if not taps_of(self.feature) or not self.grams:
             return feature
         if self.taps is None:
             msg = (
@@ -160,9 +161,7 @@ class BoundaryReducer:
     def _open_taps(self) -> HiddenStateSource | None:
         if self.taps is None or not isinstance(self._phi, SizedFeature):
             return None
-        source = open_source(self.taps.uri)
-        require_layers(source, tuple(sorted({span.start - 1 for span in self.spans})), self.taps.uri)
-        return source
+        return self.taps.open(tuple(sorted({span.start - 1 for span in self.spans})))
 
     def _shared(self, span: Span) -> str:
         # Prefix of what is summed once for all spans that read the same features of the same weights.

@@ -13,8 +13,9 @@ A user's own is a class of a few lines::
 
     register_feature(Magnitudes())
 
-A feature with an attribute ``tap`` reads inner activations of the layer before the boundary (``docs/taps.md``) in the place
-of the hidden states: its ``width`` is given the width of the tap, its ``rows`` the tap, ``(n, width)``.
+A feature with an attribute ``taps`` reads inner activations of the layer before the boundary (``docs/taps.md``) in the place
+of the hidden states: ``taps`` is a tuple of their names, ``width`` is given the width of all of them together, ``rows`` the taps
+side by side in that order, ``(n, width)``.
 
 A recovered checkpoint can hold operators on the features of this file only: on others an operator can be fitted,
 judged by its residuals and applied by the user's own code.
@@ -33,6 +34,9 @@ from ghoststream.errors import NumericsError, RequestError
 from ghoststream.registry import Registry
 
 Array = npt.NDArray[np.float64]
+
+STATE_TAP = "output"
+"""The tap that is the hidden state at the boundary itself: what the layer before gives."""
 
 
 @dataclass(frozen=True)
@@ -124,36 +128,39 @@ class HiddenAndNormedFeature:
 
 @dataclass(frozen=True)
 class TapFeature:
-    """``phi = a``: a tap of the layer before the boundary, as it is.
+    """``phi = (a_1, a_2, ...)``: taps of the layer before the boundary side by side, as they are.
 
     Attributes:
         name: Name of the feature.
-        tap: Name of the tap.
+        taps: Names of the taps, in the order of the features.
     """
 
     name: str
-    tap: str
+    taps: tuple[str, ...]
 
     def width(self, hidden: int) -> int:
-        """Return the width of the tap."""
+        """Return the width of the taps together."""
         return hidden
 
     def rows(self, states: Array, facts: ModelFacts) -> Array:
-        """Return the tap."""
+        """Return the taps."""
         del facts
         return states
 
 
-MLP = TapFeature("mlp", "mlp_intermediate")
+MLP = TapFeature("mlp", ("mlp_intermediate",))
 """What enters the last linear map (``down_proj``) of the MLP of the layer before the boundary; of its width I."""
 
-MLP_OUTPUT = TapFeature("mlp_output", "mlp_contribution")
+MLP_OUTPUT = TapFeature("mlp_output", ("mlp_contribution",))
 """What that MLP adds to the residual stream: the feature of ReplaceMe (arXiv 2505.02819)."""
+
+HIDDEN_AND_MLP = TapFeature("hidden+mlp", (STATE_TAP, "mlp_intermediate"))
+"""``phi = (x, a)``: the hidden state, and beside it what ``mlp`` reads; of width ``C + I``."""
 
 
 @dataclass(frozen=True)
 class SizedFeature:
-    """A feature of a tap whose width is known: what reducers work with."""
+    """A feature of taps whose width together is known: what reducers work with."""
 
     feature: Feature
     size: int
@@ -173,14 +180,13 @@ class SizedFeature:
         return self.feature.rows(states, facts)
 
 
-def tap_of(name: str) -> str | None:
-    """Return the tap that a registered feature reads; None if it reads the hidden states.
+def taps_of(name: str) -> tuple[str, ...]:
+    """Return the taps that a registered feature reads, in the order of its columns; none if it reads the hidden states.
 
     Raises:
         RequestError: If there is no feature of this name.
     """
-    tap = getattr(get_feature(name), "tap", None)
-    return None if tap is None else str(tap)
+    return tuple(getattr(get_feature(name), "taps", ()))
 
 
 def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
@@ -240,5 +246,5 @@ def require_feature(feature: Feature, hidden: int, facts: ModelFacts) -> None:
         raise NumericsError(msg)
 
 
-for _feature in (HiddenFeature(), NormedFeature(), HiddenAndNormedFeature(), MLP, MLP_OUTPUT):
+for _feature in (HiddenFeature(), NormedFeature(), HiddenAndNormedFeature(), MLP, MLP_OUTPUT, HIDDEN_AND_MLP):
     register_feature(_feature)

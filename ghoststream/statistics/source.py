@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.activations import ActivationStore
+from ghoststream.activations import StoreRef, open_checked
 from ghoststream.errors import MismatchError, NumericsError, StoreError
 from ghoststream.files import json_digest
 
@@ -55,22 +55,52 @@ class TapSource:
     """Where the taps of layers are, for features that read them: a store like that of the hidden states.
 
     Attributes:
-        uri: The store, in which number ``l`` is the tap of layer ``l``.
-        width: Width of the tap.
+        uri: The store, in which number ``l`` is the taps of layer ``l``, side by side.
+        width: Width of the taps together.
     """
 
     uri: str
     width: int
 
+    def open(self, layers: tuple[int, ...]) -> HiddenStateSource:
+        """Open the store, which must hold these layers.
+
+        Raises:
+            StoreError: If one is missing or incomplete.
+        """
+        source = reopen_source(self.uri)
+        require_layers(source, layers, self.uri)
+        return source
+
+
+class Taps(Protocol):
+    """What gives the taps of layers, such as :class:`TapSource`."""
+
+    @property
+    def width(self) -> int:
+        """Width of the taps together."""
+
+    def open(self, layers: tuple[int, ...]) -> HiddenStateSource:
+        """Return them, for these layers."""
+
 
 def open_source(store_uri: str) -> HiddenStateSource:
-    """Open a store for reading; the manifest is checked by the store itself.
+    """Open a store for reading, with all checks: manifest, metadata, presence and size of every shard.
 
     Raises:
         StoreError: If the store is incomplete or corrupt.
         InputNotFoundError: If there is none.
     """
-    source: HiddenStateSource = ActivationStore.open(store_uri)
+    source: HiddenStateSource = open_checked(store_uri)
+    return source
+
+
+def reopen_source(store_uri: str) -> HiddenStateSource:
+    """Return a store that this process has opened before, if it has not changed since; else open it with all checks.
+
+    Raises what :func:`open_source` does.
+    """
+    source: HiddenStateSource = StoreRef.of(store_uri).open()
     return source
 
 

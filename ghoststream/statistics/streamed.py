@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,13 +14,38 @@ import numpy.typing as npt
 
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import single_blas_thread
+from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.folds import FoldedMoments
-from ghoststream.statistics.ranges import RangePlan
+from ghoststream.statistics.ranges import RangePlan, SequenceRange
 from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
 
 Rows = npt.NDArray[np.floating[Any]]
+
+
+class StreamedTaps:
+    """The taps of the layer before a boundary, side by side, which come with its states.
+
+    Args:
+        width: Width of the taps together.
+        with_states: Whether the hidden states come first among them.
+    """
+
+    def __init__(self, width: int, *, with_states: bool = False) -> None:
+        self.width = width
+        self.with_states = with_states
+        self._of_thread = threading.local()
+
+    def come(self, source: HiddenStateSource) -> None:
+        """Know the taps of the sequences that this thread reduces next."""
+        self._of_thread.source = source
+
+    def open(self, layers: tuple[int, ...]) -> HiddenStateSource:
+        """Return the taps of these sequences."""
+        del layers
+        source: HiddenStateSource = self._of_thread.source
+        return source
 
 
 class SpanReducer(Protocol):
@@ -35,6 +63,9 @@ class SpanReducer(Protocol):
     def weights(self) -> str:
         """Name of the token weight."""
 
+    def task_bytes(self, hidden: int, length: int) -> int:
+        """Peak bytes of :meth:`reduce`."""
+
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``."""
 
@@ -47,52 +78,79 @@ def streamed_moments(
     mask: npt.NDArray[np.bool_],
     facts: ModelFacts,
     n_layers: int,
+    taps: StreamedTaps | None = None,
 ) -> FoldedMoments:
     """Reduce one boundary's states as they come, to the bits that a store of them would give.
 
     Args:
         reducer: The range task, of one span.
         plan: How sequences are divided into ranges and folds.
-        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on.
+        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on; with ``taps``,
+            ``h[start]`` and the other taps behind it.
         mask: True at tokens that count, bool ``(S, T)``.
         facts: What features may know of the model.
         n_layers: Decoder layers of the model.
+        taps: The taps that the reducer reads, if it does.
 
     Raises:
         ValueError: If fewer sequences come than the plan divides.
         NumericsError: If a hidden state is not finite.
 
-    Memory: the states of one range and one batch, and for each fold ``log2(ranges) + 1`` states of the reducer.
+    Memory: the states of one range and one batch; for each processor (fewer where memory is short) the states of a range
+    and what the reducer states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
     """
     folds: list[list[tuple[int, SumState]]] = [[] for _ in range(plan.n_folds)]
+    merge = getattr(reducer, "merge", None)
+    pending: deque[tuple[int, Future[SumState]]] = deque()
+
+    def task(wanted: SequenceRange, inputs: Rows, targets: Rows) -> SumState:
+        span, hidden = reducer.spans[0], targets.shape[2]
+        about = (mask[wanted.start : wanted.stop], wanted.start, n_layers, facts)
+        source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
+        if taps is not None:
+            first = 0 if taps.with_states else hidden
+            taps.come(_RangeSource({span.start - 1: inputs[:, :, first:]}, *about))
+        with single_blas_thread():
+            return reducer.reduce(source, wanted.start, wanted.stop)
+
+    def push() -> None:
+        fold, state = pending.popleft()
+        _push(folds[fold], state.result(), merge)
+
+    with ThreadPoolExecutor() as pool:
+        for wanted, inputs, targets in _by_range(plan, pairs):
+            room = default_workers(reducer.task_bytes(targets.shape[2], targets.shape[1]))
+            while len(pending) >= room:
+                push()
+            pending.append((wanted.fold, pool.submit(task, wanted, inputs, targets)))
+        while pending:
+            push()
+    states = [_merged(stack, merge) for stack in folds]
+    return FoldedMoments(
+        reducer.spans[0], states, feature=reducer.feature, weights=reducer.weights, facts=facts
+    )
+
+
+def _by_range(
+    plan: RangePlan, pairs: Iterable[tuple[Rows, Rows]]
+) -> Iterator[tuple[SequenceRange, Rows, Rows]]:
+    """Cut what comes in batches into ranges."""
     ranges = iter(plan.ranges())
     wanted = next(ranges, None)
-    span = reducer.spans[0]
     waiting: list[tuple[Rows, Rows]] = []
     n_waiting = 0
-    merge = getattr(reducer, "merge", None)
     for pair in pairs:
         waiting.append(pair)
         n_waiting += len(pair[0])
         while wanted is not None and n_waiting >= len(wanted):
             inputs, targets = (np.concatenate([one[side] for one in waiting]) for side in (0, 1))
             size = len(wanted)
-            source = _RangeSource(
-                {span.start: inputs[:size], span.stop: targets[:size]},
-                mask[wanted.start : wanted.stop],
-                wanted.start,
-                n_layers,
-                facts,
-            )
-            with single_blas_thread():
-                _push(folds[wanted.fold], reducer.reduce(source, wanted.start, wanted.stop), merge)
+            yield wanted, inputs[:size], targets[:size]
             waiting, n_waiting = [(inputs[size:], targets[size:])], n_waiting - size
             wanted = next(ranges, None)
     if wanted is not None:
         msg = f"states of sequences from {wanted.start} on did not come"
         raise ValueError(msg)
-    states = [_merged(stack, merge) for stack in folds]
-    return FoldedMoments(span, states, feature=reducer.feature, weights=reducer.weights, facts=facts)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ghoststream.statistics.block import TokenBlock
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.ranges import RangePlan
-from ghoststream.statistics.source import HiddenStateSource, open_source, require_layers
+from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_layers
 from ghoststream.statistics.weights import BoundaryTokens, get_weight
 
 Array = npt.NDArray[np.float64]
@@ -99,9 +99,9 @@ class BoundaryRows:
     def _sources(self) -> tuple[HiddenStateSource, HiddenStateSource | None]:
         taps = self.reducer.taps
         if not self._open:
-            source = open_source(self.store_uri)
+            source = reopen_source(self.store_uri)
             require_layers(source, self.reducer.layers, self.store_uri)
             self._open["states"] = source
             if taps is not None:
-                self._open["taps"] = open_source(taps.uri)
+                self._open["taps"] = taps.open((self.span.start - 1,))
         return self._open["states"], self._open.get("taps")

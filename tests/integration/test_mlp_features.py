@@ -17,10 +17,9 @@ from torch import nn
 import ghoststream
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.operators import OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.stages import tap_store
-from ghoststream.stages.fitting import FitMethod
 from ghoststream.stages.lanes import operator_lane
 from ghoststream.stages.plan import plan_run
 from ghoststream.stages.recover import recover
@@ -86,6 +85,13 @@ class Seen:
     def mlp_output(self, layer: int) -> np.ndarray:
         return torch.cat(self.added[layer]).double().numpy().reshape(-1, C)
 
+    def of(self, features: str, layer: int) -> np.ndarray:
+        """What operators on these features read of a layer."""
+        if features == "hidden+mlp":
+            return np.concatenate([self.states[layer + 1], self.mlp(layer)], axis=1)
+        read: np.ndarray = getattr(self, features)(layer)
+        return read
+
 
 @pytest.fixture(scope="module")
 def seen(folder: Path, store: Path) -> Seen:
@@ -97,14 +103,14 @@ def fit(store: Path, folder: Path, out: Path, features: str, plan: Any = PLAN, *
     return solve(store, plan, model=folder, features=features, out=out, **options)
 
 
-@pytest.mark.parametrize("features", ["mlp", "mlp_output"])
+@pytest.mark.parametrize("features", ["mlp", "mlp_output", "hidden+mlp"])
 def test_operators_are_those_of_numpy_on_what_hooks_see(
     features: str, store: Path, folder: Path, seen: Seen, tmp_path: Path
 ) -> None:
     found = fit(store, folder, tmp_path / "operators", features)
     for operator in found.boundaries:
         start, stop = operator.span.start, operator.span.stop
-        a, x = getattr(seen, features)(start - 1), seen.states[start]
+        a, x = seen.of(features, start - 1), seen.states[start]
         gap = seen.states[stop] - x
         gram = a.T @ a
         ridge = 1e-3 * np.trace(gram) / len(gram)
@@ -114,9 +120,65 @@ def test_operators_are_those_of_numpy_on_what_hooks_see(
         missed = np.linalg.norm(a @ expected - gap) / np.linalg.norm(gap)
         assert operator.diagnostics["relative_residual"] == pytest.approx(missed, rel=1e-4)
         np.testing.assert_allclose(operator.apply(x, a), x + a @ operator.weight.T, rtol=1e-9)
-        with pytest.raises(RequestError, match="give it too"):
+        with pytest.raises(RequestError, match="give its"):
             operator.apply(x)
     assert [path.name for path in tmp_path.iterdir()] == ["operators"]
+
+
+def test_state_and_mlp_take_every_option_of_least_squares(
+    store: Path, folder: Path, seen: Seen, tmp_path: Path
+) -> None:
+    both, x, y = seen.of("hidden+mlp", 1), seen.states[2], seen.states[4]
+    joined = fit(store, folder, tmp_path / "one", "hidden+mlp", "2:4", intercept=True).boundaries[0]
+    centred = both - both.mean(0)
+    ridge = 1e-3 * np.square(centred).sum() / both.shape[1]
+    rows = np.vstack([centred, np.sqrt(ridge) * np.eye(both.shape[1])])
+    gap = y - x
+    expected = np.linalg.lstsq(rows, np.vstack([gap - gap.mean(0), np.zeros((both.shape[1], C))]))[0]
+    np.testing.assert_allclose(np.asarray(joined.weight).T, expected, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(joined.bias), gap.mean(0) - both.mean(0) @ expected, atol=2e-4)
+
+    # Towards zero: the ridge is on the map of the state itself, W = I + A.
+    drawn = fit(store, folder, tmp_path / "two", "hidden+mlp", "2:4", shrink="zero", ridge=0.1).boundaries[0]
+    ridge = 0.1 * np.square(both).sum() / both.shape[1]
+    rows = np.vstack([both, np.sqrt(ridge) * np.eye(both.shape[1])])
+    expected = np.linalg.lstsq(rows, np.vstack([y, np.zeros((both.shape[1], C))]))[0]
+    expected[:C] -= np.eye(C)
+    np.testing.assert_allclose(np.asarray(drawn.weight).T, expected, atol=2e-4)
+
+    plain = fit(store, folder, tmp_path / "gram", "hidden+mlp", "2:4", rank=8).boundaries[0]
+    factored = fit(store, folder, tmp_path / "tsqr", "hidden+mlp", "2:4", rank=8, solver="tsqr").boundaries[0]
+    np.testing.assert_allclose(np.asarray(factored.weight), np.asarray(plain.weight), atol=2e-4)
+    assert np.linalg.matrix_rank(np.asarray(plain.weight), tol=1e-3) == 8
+    sketched = fit(
+        store, folder, tmp_path / "sketch", "hidden+mlp", "2:4", solver="sketch-range", rank=8, sketch_size=32
+    ).boundaries[0]
+    missed = [np.linalg.norm(both @ np.asarray(one.weight).T - gap) for one in (plain, sketched)]
+    assert missed[1] == pytest.approx(missed[0], rel=1e-3)
+    assert all(one.diagnostics["fold_growth"] > 0 for one in (joined, factored, sketched))
+
+    chosen = fit(
+        store, folder, tmp_path / "auto", "hidden+mlp", "2:4", ridge="auto", weights="drop_sinks"
+    ).boundaries[0]
+    single = [
+        fit(store, folder, tmp_path / name, name, "2:4", ridge="auto").boundaries[0]
+        for name in ("hidden", "mlp")
+    ]
+    for one in single:
+        assert chosen.diagnostics["relative_residual"] < one.diagnostics["relative_residual"]
+
+
+def test_the_taps_that_are_kept_are_state_and_intermediate(
+    store: Path, folder: Path, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghoststream.stages.solve.reduce_boundaries", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(store, folder, tmp_path / "out", "hidden+mlp", "2:4")
+    (place,) = (tmp_path / "out.partial").glob("taps-*")
+    kept = ActivationStore.open(str(place)).read_numpy(1, 0, S)
+    # fp32: the layer that is run again gives the very states of the pass.
+    np.testing.assert_array_equal(kept[..., :C], ActivationStore.open(str(store)).read_numpy(2, 0, S))
+    np.testing.assert_allclose(kept[..., C:].reshape(-1, INTERMEDIATE), seen.mlp(1), rtol=1e-5, atol=1e-7)
 
 
 def test_weights_and_masks_hold_for_taps_too(folder: Path, tmp_path: Path) -> None:
@@ -146,7 +208,7 @@ class HeadMagnitudes:
     """A user's feature of a tap."""
 
     name = "head-magnitudes-for-a-test"
-    tap = "attention_heads"
+    taps = ("attention_heads",)
 
     def width(self, hidden: int) -> int:
         return 2 * hidden
@@ -283,16 +345,25 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
 
 
 def test_plan_counts_taps_and_folded_operators(folder: Path, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"n_remove": 2, "sequences": S, "length": T, "measure": False, "out": tmp_path}
+    asked: dict[str, Any] = {
+        "n_remove": 2,
+        "sequences": S,
+        "length": T,
+        "measure": False,
+        "out": tmp_path,
+        "criterion": "streamline",
+    }
     plans = {
         features: plan_run(folder, operator="least-squares", features=features, **asked).needs
-        for features in ("hidden", "mlp", "mlp_output")
+        for features in ("hidden", "mlp", "mlp_output", "hidden+mlp")
     }
     assert "disk, taps" not in plans["hidden"]
     assert plans["mlp"]["disk, taps"].n_bytes == S * T * INTERMEDIATE * 4
     assert plans["mlp_output"]["disk, taps"].n_bytes == S * T * C * 4
     added = plans["hidden"]["disk, export"].n_bytes - plans["mlp"]["disk, export"].n_bytes
     assert added == 4 * C * C
+    assert plans["hidden+mlp"]["disk, taps"].n_bytes == S * T * (C + INTERMEDIATE) * 4
+    assert plans["hidden+mlp"]["disk, export"].n_bytes == plans["hidden"]["disk, export"].n_bytes
     with pytest.raises(UnsupportedModelError, match="the norm"):
         plan_run(save_tiny("olmo2", tmp_path / "olmo2"), operator="replace-me-ls", **asked)
 
@@ -311,14 +382,16 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
         fit(store, folder, out, "mlp", intercept=True)
     with pytest.raises(RequestError, match="ghost is defined without features mlp"):
         fit(store, folder, out, "mlp", operator="ghost")
-    with pytest.raises(RequestError, match="of the layer before a boundary needs a store"):
-        FitMethod("least-squares", OperatorOptions(features="mlp"))
     with pytest.raises(RequestError, match="layer before the boundary, which is run again"):
         reduce_boundaries(str(store), PLAN.spans, feature="mlp")
     with monkeypatch.context() as patched:
         patched.setattr(tap_store, "free_host_memory", lambda: 200_000)
         with pytest.raises(BudgetError, match=r"fitting 64 features \(mlp\) takes 256\.0 KiB"):
             fit(store, folder, out, "mlp")
+        with pytest.raises(BudgetError, match=r"fitting 96 features \(hidden\+mlp\) takes 528\.0 KiB"):
+            fit(store, folder, out, "hidden+mlp")
+    with pytest.raises(RequestError, match="do not hold"):
+        fit(store, folder, out, "mlp", shrink="zero")
     assert not out.parent.exists()
     other = save_tiny("llama", tmp_path / "other", seed=5)
     with pytest.raises(MismatchError, match="was not captured from"):
@@ -338,7 +411,7 @@ def test_families_that_cannot_fold_are_refused_by_name(
     model_type: str, reason: str, store: Path, text: str, tmp_path: Path
 ) -> None:
     model = save_tiny(model_type, tmp_path / "model")
-    for features in ("mlp", "mlp_output"):
+    for features in ("mlp", "mlp_output", "hidden+mlp"):
         with pytest.raises(UnsupportedModelError, match=reason):
             fit(store, model, tmp_path / "out", features)
     with pytest.raises(UnsupportedModelError, match=reason):

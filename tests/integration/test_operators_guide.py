@@ -19,7 +19,7 @@ def test_the_guide_names_what_there_is() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `([a-z_+-]+)` \|", text, flags=re.MULTILINE))
     families = {name for name in operator_names() if not name.endswith("-for-a-test")}
-    features = {"hidden", "normed", "hidden+normed", "mlp", "mlp_output"}
+    features = {"hidden", "normed", "hidden+normed", "mlp", "mlp_output", "hidden+mlp"}
     weights = {"uniform", "drop_sinks", "relative"}
     assert features <= set(feature_names())
     assert weights <= set(weight_names())

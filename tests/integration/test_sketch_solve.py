@@ -26,7 +26,7 @@ SKETCHES: dict[str, dict[str, Any]] = {
     "sketch-rows": {"sketch_size": 60, "rank": 5},
 }
 
-BUDGETS = {"sketch-features": 30_000, "sketch-range": 30_000, "sketch-rows": 210_000}
+BUDGETS = {"sketch-features": 30_000, "sketch-range": 32_000, "sketch-rows": 210_000}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,129 @@
+"""Quality tables: every way to repair, every way to choose layers, cell by cell.
+
+    python benchmarks/bench_quality.py MODEL --c4 FIRST.jsonl --wikitext VALID.txt \
+        --report c4=LAST.jsonl wikitext=TEST.txt --work DIR --tiers 1 2 --minutes 60
+
+Calibration texts are ``--c4`` (128 windows of 512 tokens) and ``--wikitext``; ways to repair and layers are chosen on held-out
+windows of the calibration text only, and the report texts are read for the figures alone. All cells of a text are lanes of
+a few passes. What is made (stores, plans, operators, figures) lies in ``--work``; a cell that is there is not made again,
+so the same command goes on where it was stopped, and no group of cells is begun after ``--minutes``.
+
+Writes ``cells.json``, ``cells.csv``, ``tables.md`` and ``gaps.png`` there; ``--render`` only writes these again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quality_cells import TIERS, Cell
+from quality_report import DENSE, write_reports
+from quality_workshop import LENGTH, Workshop
+
+import ghoststream as gs
+from ghoststream.cli.progress import show_progress
+from ghoststream.errors import GhoststreamError
+
+
+class Figures:
+    """Losses by text and cell, kept in a file as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def lacks(self, text: str, key: str) -> bool:
+        """Say whether a cell was not measured on a text yet."""
+        return key not in self.data.get(text, {})
+
+    def add(self, text: str, key: str, row: dict[str, Any]) -> None:
+        """Keep one figure."""
+        self.data.setdefault(text, {})[key] = row
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1))
+        partial.replace(self._path)
+
+
+def main() -> None:
+    """Make and measure what is missing, until the time is over, and write the tables."""
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    figures = Figures(options.work / "cells.json")
+    cells = list(dict.fromkeys(cell for tier in options.tiers for cell in TIERS[tier]()))
+    if options.remove:
+        cells = [cell for cell in cells if cell.remove in options.remove]
+    if not options.render:
+        with show_progress() as progress:
+            shop = Workshop(
+                options.model, options.work, {"c4": options.c4, "wikitext": options.wikitext}, progress
+            )
+            fill(shop, cells, figures, options)
+    write_reports(options.work, figures.data, cells)
+
+
+def fill(shop: Workshop, cells: Sequence[Cell], figures: Figures, options: argparse.Namespace) -> None:
+    """Measure the cells that are missing, some lanes at a time."""
+    end = time.monotonic() + 60 * options.minutes
+    reports = dict(entry.split("=", 1) for entry in options.report)
+    missing = [cell for cell in cells if any(figures.lacks(text, cell.key) for text in reports)]
+    for group in _groups(missing, options.lanes):
+        if time.monotonic() > end:
+            print(f"the time is over: {len(missing)} cells were missing, the same command goes on")
+            return
+        made = dict(_made(shop, group))
+        for text, path in reports.items():
+            _measure(shop, text, path, made, figures, options.sequences)
+
+
+def _made(shop: Workshop, cells: Iterable[Cell]) -> Iterable[tuple[Cell, Path]]:
+    for cell in cells:
+        try:
+            yield cell, shop.operators(cell)
+        except GhoststreamError as error:
+            print(f"{cell.key}: {error}", flush=True)
+
+
+def _measure(
+    shop: Workshop, text: str, path: str, made: dict[Cell, Path], figures: Figures, sequences: int
+) -> None:
+    wanted = {cell: file for cell, file in made.items() if figures.lacks(text, cell.key)}
+    if not wanted:
+        return
+    report = gs.evaluate(
+        [shop.model, *wanted.values()],
+        text=f"file:{path}",
+        length=LENGTH,
+        sequences=sequences,
+        part="all",
+        progress=shop.progress,
+    )
+    for key, row in zip([DENSE, *(cell.key for cell in wanted)], report.rows, strict=True):
+        figures.add(text, key, row.to_json())
+
+
+def _groups(cells: Sequence[Cell], size: int) -> Iterable[Sequence[Cell]]:
+    return (cells[first : first + size] for first in range(0, len(cells), size))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--c4", type=Path, required=True, help="calibration text, JSON lines")
+    parser.add_argument("--wikitext", type=Path, required=True, help="another calibration text")
+    parser.add_argument("--report", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tiers", type=int, nargs="*", choices=sorted(TIERS), default=[1])
+    parser.add_argument("--remove", type=int, nargs="*", default=[], help="only these numbers of layers")
+    parser.add_argument("--sequences", type=int, default=32, help="windows of each report text")
+    parser.add_argument("--lanes", type=int, default=24, help="most cells in one pass")
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--render", action="store_true", help="only write the tables again")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

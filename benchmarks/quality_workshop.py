@@ -1,0 +1,130 @@
+"""Makes what the quality tables measure: stores, plans and operators, each once, in one folder."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quality_cells import DEFAULT, VARIANTS, Cell, Variant
+
+import ghoststream as gs
+from ghoststream.progress import Progress
+from ghoststream.stages.search import SEARCH_CRITERIA
+
+LENGTH = 512
+
+
+@dataclass
+class Workshop:
+    """What was made so far lies in ``folder``, and is not made again.
+
+    Attributes:
+        model: The checkpoint.
+        folder: Where everything is.
+        texts: Calibration files by name, JSON lines or plain text.
+        progress: Who is told how far it is.
+    """
+
+    model: Path
+    folder: Path
+    texts: dict[str, Path]
+    progress: Progress
+
+    def operators(self, cell: Cell) -> Path:
+        """Return the operator file of a cell."""
+        variant = VARIANTS[cell.variant]
+        if cell.ridge is not None:
+            variant = replace(variant, options=replace(variant.options, ridge=cell.ridge))
+        plan = self.plan(cell)
+        out = self._place(
+            "operators", cell, f"{cell.remove}-{cell.selection}-{_plain(cell.variant)}", ".safetensors"
+        )
+        if cell.ridge is not None:
+            out = out.with_name(f"{out.stem}-ridge-{cell.ridge:g}.safetensors")
+        if not out.exists():
+            self._fit(cell, variant, plan, out)
+        return out
+
+    def plan(self, cell: Cell) -> Path:
+        """Return the plan file of a cell: found with the operator ``auto`` where the model is run repaired."""
+        chosen = replace(cell, sequences=cell.selected_with or cell.sequences)
+        out = self._place("plans", chosen, f"{cell.remove}-{cell.selection}", ".json")
+        if out.exists():
+            return out
+        if cell.selection in SEARCH_CRITERIA:
+            gs.search(
+                self.model,
+                cell.remove,
+                criterion=cell.selection,
+                out=out,
+                progress=self.progress,
+                **self._text(chosen),
+            )
+        else:
+            store = self._store(chosen)
+            gs.select(
+                store,
+                cell.remove,
+                criterion=cell.selection,
+                model=self.model,
+                out=out,
+                progress=self.progress,
+            )
+        return out
+
+    def _fit(self, cell: Cell, variant: Variant, plan: Path, out: Path) -> None:
+        keywords: dict[str, Any] = {"out": out, "progress": self.progress}
+        if variant.operator == DEFAULT or cell.sequences != (cell.selected_with or cell.sequences):
+            gs.fit(
+                self.model,
+                plan,
+                operator=variant.operator,
+                weights=variant.weights,
+                options=variant.options,
+                **keywords,
+                **self._text(cell),
+            )
+            return
+        options = {name: getattr(variant.options, name) for name in variant.options.__dataclass_fields__}
+        gs.solve(
+            self._store(cell),
+            plan,
+            operator=variant.operator,
+            weights=variant.weights,
+            model=self.model,
+            **options,
+            **keywords,
+        )
+
+    def _store(self, cell: Cell) -> Path:
+        store = self._place("stores", cell, "store", "")
+        gs.capture(self.model, store=store, progress=self.progress, **self._text(cell))
+        return store
+
+    def _text(self, cell: Cell) -> dict[str, Any]:
+        path = self._ordered(cell.calibration, cell.seed)
+        return {"calibration": f"file:{path}", "sequences": cell.sequences, "length": LENGTH}
+
+    def _ordered(self, name: str, seed: int) -> Path:
+        """Return a calibration file with its documents in another order, the given one for seed 0."""
+        source = self.texts[name]
+        if seed == 0:
+            return source
+        out = self.folder / "texts" / f"{name}-{seed}{source.suffix}"
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+            random.Random(seed).shuffle(lines)
+            out.write_text("".join(lines), encoding="utf-8")
+        return out
+
+    def _place(self, kind: str, cell: Cell, name: str, suffix: str) -> Path:
+        out = self.folder / kind / f"{cell.calibration}-{cell.sequences}-{cell.seed}" / f"{name}{suffix}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_+" else "_" for letter in name)

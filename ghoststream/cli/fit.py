@@ -7,22 +7,20 @@ from typing import Any
 
 import click
 
+from ghoststream.cli.method_options import method_options, take_options
 from ghoststream.cli.options import (
     ExampleCommand,
     calibration_option,
     compute_options,
     debug_option,
-    features_option,
     json_option,
     length_option,
     model_argument,
-    operator_option,
     out_option,
     packing_options,
     sequences_option,
-    weights_option,
 )
-from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.output import candidate_table, print_json, print_table
 from ghoststream.cli.progress import show_progress
 
 
@@ -43,26 +41,32 @@ from ghoststream.cli.progress import show_progress
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
 @sequences_option
 @length_option
-@operator_option
-@features_option
-@weights_option
+@method_options
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="S",
+    help="How many of the windows, the last ones, `auto` measures on; default a quarter.",
+)
 @packing_options
 @compute_options
 @json_option
 @debug_option
-def command(model: str, plan: str, *, features: str, as_json: bool, out: Path, **options: Any) -> None:
+def command(model: str, plan: str, *, as_json: bool, out: Path, **options: Any) -> None:
     """Fit one operator per removed span of MODEL to the dense model, without a store.
 
     Unlike `ghoststream solve`, every operator sees the hidden states that the repairs before it give. With one span
     the two are the same.
+
+    With `--operator auto` each boundary is fitted as the search that wrote PLAN chose it, or in each of several ways, of
+    which the one is taken that is best on held-out windows.
     """
-    from ghoststream.operators import OperatorOptions
     from ghoststream.stages.fit import fit
 
     with show_progress() as progress:
-        operators = fit(
-            model, plan, options=OperatorOptions(features=features), out=out, progress=progress, **options
-        )
+        method = take_options(options)
+        operators = fit(model, plan, options=method, out=out, progress=progress, **options)
     if as_json:
         diagnostics = {str(item.span): dict(item.diagnostics) for item in operators.boundaries}
         print_json({"out": str(out), "plan": operators.plan.to_json(), "boundaries": diagnostics})
@@ -70,10 +74,15 @@ def command(model: str, plan: str, *, features: str, as_json: bool, out: Path, *
     rows = [
         [
             str(item.span),
+            item.features,
             item.diagnostics.get("relative_residual"),
             item.diagnostics.get("relative_residual_out_of_sample"),
         ]
         for item in operators.boundaries
     ]
-    print_table(["removed", "relative residual", "out of sample"], rows, title=f"{operators.kind} operators")
+    columns = ["removed", "features", "relative residual", "out of sample"]
+    print_table(columns, rows, title=f"{operators.kind} operators")
+    tried = operators.metadata.get("chosen", ())
+    if tried:
+        print_table(*candidate_table(tried), title="loss above the dense model on held-out windows")
     click.echo(f"written to {out}; next: ghoststream export {model} --operators {out} --out DIR")

@@ -33,6 +33,7 @@ CRITERIA = (
     "reverse",
     "reverse-last",
 )
+SEARCH_CRITERIA = ("measured", "prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")
 OPERATORS = (
     "ghost",
     "least-squares",
@@ -215,11 +216,12 @@ operator_option = click.option(
 )
 features_option = click.option(
     "--features",
-    type=click.Choice(["hidden", "normed", "hidden+normed", "mlp", "mlp_output"]),
+    type=click.Choice(["hidden", "normed", "hidden+normed", "mlp", "mlp_output", "hidden+mlp"]),
     default="hidden",
     show_default=True,
     help="What least-squares reads: the hidden state, the hidden state over its root mean square, both; or of the layer "
-    "before what enters its down_proj, or what its MLP adds, which is then folded into that weight.",
+    "before what enters its down_proj, or what its MLP adds, which is then folded into that weight; or the hidden state and "
+    "what enters that down_proj.",
 )
 weights_option = click.option(
     "--weights",

@@ -6,20 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ghoststream.cli.method_options import criterion_or_measured_option, operator_or_auto_option, rank_option
+from ghoststream.cli.moment_options import (
+    folds_option,
+    moments_memory_option,
+    sketch_options,
+    store_solver_option,
+)
 from ghoststream.cli.options import (
     ExampleCommand,
     compute_options,
-    criterion_option,
     debug_option,
     features_option,
     json_option,
     layers_option,
     length_option,
     model_argument,
-    operator_option,
     remove_option,
     sequences_option,
     store_dtype_option,
+    weights_option,
+    workers_option,
 )
 from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
 
@@ -37,11 +44,25 @@ if TYPE_CHECKING:
 @remove_option
 @sequences_option
 @length_option
-@criterion_option
-@operator_option
+@criterion_or_measured_option
+@operator_or_auto_option
 @features_option
 @layers_option
 @store_dtype_option
+@click.option(
+    "--plan",
+    "plan_source",
+    default=None,
+    metavar="PLAN",
+    help="Which layers would be removed: a plan file, or spans such as 13:19; default one span.",
+)
+@weights_option
+@rank_option
+@store_solver_option
+@sketch_options
+@folds_option
+@moments_memory_option
+@workers_option
 @click.option("--store", default=None, metavar="STORE", help="Where the store would go; its disk is checked.")
 @click.option(
     "--measure/--no-measure",
@@ -53,10 +74,18 @@ if TYPE_CHECKING:
 @json_option
 @debug_option
 def command(model: str, remove: int, *, as_json: bool, **options: Any) -> None:
-    """Say what recovering MODEL would take: memory, disk, arithmetic and time. Nothing is loaded or written."""
-    from ghoststream.stages.plan import plan_run
+    """Say what recovering MODEL would take: memory, disk, arithmetic and time. Nothing is loaded or written.
 
-    plan = plan_run(model, n_remove=remove, **options)
+    The table of sweeps says how often the store is read for moments within --memory, and what is kept on disk meanwhile.
+    """
+    from ghoststream.operators import OperatorOptions
+    from ghoststream.stages.plan import MomentOptions, plan_run
+
+    fit = {name: options.pop(name) for name in ("rank", "solver", "sketch_size", "power_iterations")}
+    bounds = {name: options.pop(name) for name in ("weights", "folds", "memory", "workers")}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    moments = MomentOptions(options.pop("plan_source"), OperatorOptions(**fit), **given)
+    plan = plan_run(model, n_remove=remove, moments=moments, **options)
     if as_json:
         print_json(plan.to_json())
     else:
@@ -86,11 +115,30 @@ def _print_plan(plan: RunPlan) -> None:
         },
         title="needs",
     )
+    _print_sweeps(plan)
     _print_stages(plan)
     for problem in plan.problems:
         click.echo(f"does not fit: {problem}")
     if not plan.problems:
         click.echo("it fits")
+
+
+def _print_sweeps(plan: RunPlan) -> None:
+    rows = [
+        [
+            cost.stage,
+            cost.statistic,
+            cost.spans,
+            cost.sweeps,
+            cost.workers,
+            human_bytes(cost.task_bytes),
+            human_bytes(cost.disk_bytes),
+        ]
+        for cost in plan.sweeps
+    ]
+    if not rows:
+        return
+    print_table(["stage", "statistic", "spans", "sweeps", "tasks at a time", "memory a task", "disk"], rows)
 
 
 def _print_stages(plan: RunPlan) -> None:

@@ -53,7 +53,8 @@ def command(
 
     The folder pipelines/ has some to copy. Run again, the same command takes what is finished as it is.
     """
-    from ghoststream.stages.run import Pipeline, RunOptions, run_pipeline
+    from ghoststream.stages.pipeline import Pipeline
+    from ghoststream.stages.run import RunOptions, run_pipeline
 
     wanted = Pipeline.load(pipeline)
     with show_progress() as progress:

@@ -7,23 +7,22 @@ from typing import Any
 
 import click
 
+from ghoststream.cli.method_options import method_options, take_options
 from ghoststream.cli.options import (
+    SEARCH_CRITERIA,
     ExampleCommand,
     calibration_option,
     compute_options,
     debug_option,
-    features_option,
     json_option,
     length_option,
     model_argument,
-    operator_option,
     out_option,
     packing_options,
     remove_option,
     sequences_option,
-    weights_option,
 )
-from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.output import candidate_table, print_json, print_table
 from ghoststream.cli.progress import show_progress
 
 _MOST_ROWS = 20
@@ -33,11 +32,19 @@ _MOST_ROWS = 20
     "search",
     cls=ExampleCommand,
     short_help="Choose the layers to remove by repairing and measuring candidates.",
-    example="ghoststream search models/llama --remove 8 --calibration wikitext2:train --weights drop_sinks --out plan.json",
+    example="ghoststream search models/llama --remove 8 --calibration wikitext2:train --out plan.json",
 )
 @model_argument
 @remove_option
 @calibration_option
+@click.option(
+    "--criterion",
+    type=click.Choice(SEARCH_CRITERIA),
+    default="measured",
+    show_default=True,
+    help="Runs of layers, or one layer after the other, by the loss of the repaired model; or unrepaired; or one by one; "
+    "see docs/selection.md.",
+)
 @sequences_option
 @length_option
 @click.option(
@@ -70,44 +77,34 @@ _MOST_ROWS = 20
     metavar="N",
     help="Most candidates in one pass; default all.",
 )
-@operator_option
-@features_option
-@weights_option
+@method_options
 @out_option("PLAN", "Pruning plan (JSON) to write.", required=False)
 @packing_options
 @compute_options
 @json_option
 @debug_option
-def command(
-    model: str, remove: int, *, features: str, as_json: bool, out: Path | None, **options: Any
-) -> None:
+def command(model: str, remove: int, *, as_json: bool, out: Path | None, **options: Any) -> None:
     """Choose N layers to remove from MODEL: candidates are repaired and measured on held-out windows of the text.
 
     All candidates of one span are fitted and measured in one read of the weights. The loss is that of the repaired model,
     which similarities of hidden states say little about.
     """
-    from ghoststream.operators import OperatorOptions
     from ghoststream.stages.search import search
 
     with show_progress() as progress:
-        result = search(
-            model, remove, options=OperatorOptions(features=features), out=out, progress=progress, **options
-        )
+        method = take_options(options)
+        result = search(model, remove, options=method, out=out, progress=progress, **options)
     if as_json:
         print_json(result.to_json())
         return
-    rows = [
-        [
-            " ".join(f"[{start},{stop})" for start, stop in row["plan"]["spans"]),
-            row["loss"],
-            row["gap"],
-            row["gap_standard_error"],
-        ]
-        for row in result.candidates[:_MOST_ROWS]
-    ]
-    title = f"loss of the repaired model on held-out windows; dense {result.dense_loss:.4f}"
-    print_table(["removed", "loss", "above dense", "standard error"], rows, title=title)
-    left = len(result.candidates) - len(rows)
+    shown = result.candidates[:_MOST_ROWS]
+    title = (
+        "importance of layers, least first"
+        if result.dense_loss is None
+        else f"loss on windows that nothing was fitted on; dense {result.dense_loss:.4f}"
+    )
+    print_table(*candidate_table(shown), title=title)
+    left = len(result.candidates) - len(shown)
     if left:
         click.echo(f"and {left} more that are worse")
     click.echo(f"plan: remove {result.plan} ({result.plan.n_removed} of {result.plan.n_layers} layers)")

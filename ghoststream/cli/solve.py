@@ -7,9 +7,15 @@ from typing import Any
 
 import click
 
+from ghoststream.cli.method_options import intercept_option, rank_option, ridge_options
+from ghoststream.cli.moment_options import (
+    folds_option,
+    moments_memory_option,
+    sketch_options,
+    store_solver_option,
+)
 from ghoststream.cli.options import (
     ExampleCommand,
-    Ridge,
     debug_option,
     device_option,
     features_option,
@@ -49,72 +55,26 @@ from ghoststream.cli.progress import show_progress
     "--model",
     default=None,
     metavar="MODEL",
-    help="The model that STORE was captured from, for --features mlp and mlp_output and for replace-me operators.",
+    help="The model that STORE was captured from, for --features mlp, mlp_output and hidden+mlp and for replace-me operators.",
 )
 @revision_option
 @trust_option
 @device_option
-@click.option(
-    "--ridge",
-    type=Ridge(),
-    default=None,
-    help="Added to the diagonal of the Gram matrix: as it is by ghost (default 1e-6), times the diagonal's mean by "
-    "least-squares; there `auto`, the default, takes what predicts held-out folds best, `gcv` needs no folds.",
-)
-@click.option(
-    "--shrink",
-    type=click.Choice(["identity", "zero"]),
-    default="identity",
-    show_default=True,
-    help="What the ridge of least-squares draws the map towards: one that changes nothing, or zero.",
-)
+@ridge_options
 @click.option(
     "--per-layer",
     is_flag=True,
     help="Fit each removed layer for itself and multiply the maps, as the paper's code does where removed layers are "
     "apart; by default a span is fitted as one.",
 )
-@click.option("--intercept", is_flag=True, help="Let least-squares fit a constant too.")
-@click.option(
-    "--rank",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="R",
-    help="Best map of this rank, by least-squares; default full rank.",
-)
-@click.option(
-    "--solver",
-    type=click.Choice(["gram", "tsqr", "svd", "sketch-features", "sketch-range", "sketch-rows"]),
-    default="gram",
-    show_default=True,
-    help="By normal equations; by QR, for least-squares with features that are nearly dependent; by singular values, for "
-    "ghost as the paper's equation is written; from random sketches, for least-squares, see docs/operators.md.",
-)
-@click.option(
-    "--sketch-size",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="K",
-    help="Columns of sketch-features and sketch-range, default 2 R + 10; rows of sketch-rows, default 4 a feature.",
-)
-@click.option(
-    "--power-iterations",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="Q",
-    help="Steps of subspace iteration of sketch-features, one more read of the store each.",
-)
+@intercept_option
+@rank_option
+@store_solver_option
+@sketch_options
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of a sketch."
 )
-@click.option(
-    "--folds",
-    type=click.IntRange(min=0),
-    default=None,
-    metavar="K",
-    help="Parts of the text, each left out once for the figures out of sample; 0 for none.",
-)
+@folds_option
 @click.option(
     "--precision",
     type=click.Choice(["float64", "float32-blocked"]),
@@ -122,6 +82,14 @@ from ghoststream.cli.progress import show_progress
     show_default=True,
     help="Of the products that are summed; float32-blocked adds up blocks of 256 tokens in float64.",
 )
+@click.option(
+    "--reduce-device",
+    default=None,
+    metavar="NAME",
+    help="Sum these products by torch on cuda or cuda:1, here or on each worker of --scheduler (cpu: by torch too); default "
+    "numpy. It changes the last bits.",
+)
+@moments_memory_option
 @scheduler_option
 @workers_option
 @json_option

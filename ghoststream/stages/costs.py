@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ghoststream.operators import Solver
 from ghoststream.stages.machine import Rates, free_device_memory, free_disk, free_host_memory
 from ghoststream.stages.selection_costs import SelectionShape, SelectionWork, selection_work
+from ghoststream.stages.sweep_costs import SweepCost
+from ghoststream.statistics import taps_of
 
-_BLOCK_TOKENS = 2048
 _PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"
 _STRUCTURED = ("symmetric", "orthogonal")
 _ROTATED = "linear-patch-rotated"
@@ -62,7 +65,8 @@ class Request:
     host_memory: int | None = None
     scratch: Path | None = None
     intermediate: int = 0
-    """Width I of the features ``mlp``."""
+    """Width I of what enters ``down_proj``, where features read it."""
+    solver: Solver = "gram"
 
     @property
     def is_linear(self) -> bool:
@@ -76,12 +80,16 @@ class Request:
 
     @property
     def reads_taps(self) -> bool:
-        """Whether the layer before a boundary is run again for its taps, and the operator folded into it."""
-        return self.is_replace_me or self.features in ("mlp", "mlp_output")
+        """Whether the layer before a boundary is run again for its taps, and the operator folded into it, all or in part."""
+        return self.is_replace_me or bool(taps_of(self.features))
 
     def width(self, hidden: int) -> int:
         """Number of features p that the operator reads."""
-        widths = {"hidden+normed": 2 * hidden, "mlp": self.intermediate}
+        widths = {
+            "hidden+normed": 2 * hidden,
+            "mlp": self.intermediate,
+            "hidden+mlp": hidden + self.intermediate,
+        }
         return widths.get(self.features, hidden)
 
     @property
@@ -117,60 +125,90 @@ class StageCost:
 
 
 def all_needs(
-    sizes: ModelSizes, request: Request, device: torch.device, store: Path | None, out: Path
+    sizes: ModelSizes,
+    request: Request,
+    sweeps: Sequence[SweepCost],
+    *,
+    device: torch.device,
+    store: Path | None,
+    out: Path,
 ) -> dict[str, Need]:
     """Return what memory and disk the run takes, against what is free here.
 
     Args:
         sizes: The checkpoint.
         request: What is asked.
+        sweeps: The sweeps over the store for moments.
         device: Where the layers run.
         store: Local place of the store; ``None`` if it is remote.
         out: Where the export goes.
     """
     host = free_host_memory()
-    needs = _pass_needs(sizes, request, device, host, store)
+    states = ("S T C b", request.n_tokens * sizes.hidden * _ITEMSIZE.get(sizes.dtype, 4))
+    needs = pass_needs(sizes, request, device, states, store, stage="capture")
     selection = _selection_work(sizes, request)
     needs["memory, select"] = Need(*selection.memory, host)
     if selection.disk[0]:
         needs["disk, select"] = Need(*selection.disk, free_disk(out))
-    needs["memory, solve"] = Need(*_solve_memory(sizes, request), host)
+    needs["memory, solve"] = Need(*_solve_memory(sizes, request, sweeps), host)
     if request.reads_taps:
         needs["disk, taps"] = Need(
             _tap_bytes(sizes, request), "S T p b a boundary, while solving", free_disk(out)
         )
-    needs["memory, export"] = Need(sizes.unit_bytes, "one tensor: at most U", host)
     needs["disk, store"] = Need(
         _store_bytes(sizes, request),
         f"{request.n_stored} S T C b",
         None if store is None else free_disk(store),
     )
-    needs["disk, export"] = Need(
-        _export_bytes(sizes, request), "checkpoint - N layers + operator", free_disk(out)
-    )
-    return needs
+    return needs | export_needs(sizes, request, out)
 
 
-def _pass_needs(
-    sizes: ModelSizes, request: Request, device: torch.device, host: int | None, store: Path | None
+def pass_needs(
+    sizes: ModelSizes,
+    request: Request,
+    device: torch.device,
+    states: tuple[str, int],
+    store: Path | None,
+    *,
+    stage: str = "search",
 ) -> dict[str, Need]:
-    """Return what the capturing pass takes, and where its hidden states lie: device, host or scratch, as fits."""
+    """Return what a pass takes, and where its hidden states lie: device, host or scratch, as fits.
+
+    Args:
+        sizes: The checkpoint.
+        request: What is asked.
+        device: Where the layers run.
+        states: Formula and bytes of the states that wait between layers.
+        store: Local place of the store, if one is made.
+        stage: Which stage the pass is of.
+    """
+    host = f"memory, {stage}"
     work = max(sizes.unit_bytes // 2, request.micro_batch * request.length * sizes.work_bytes)
-    states = request.n_tokens * sizes.hidden * _ITEMSIZE.get(sizes.dtype, 4)
-    limits = {"memory, capture": _least(request.host_memory, host)}
-    parts = {"memory, capture": (2 * sizes.unit_bytes + work, _PASS_FORMULA)}
+    limits = {host: _least(request.host_memory, free_host_memory())}
+    parts = {host: (2 * sizes.unit_bytes + work, _PASS_FORMULA)}
     if device.type != "cpu":
         free = _least(request.device_memory, free_device_memory(device))
         limits = {"device memory": free, **limits}
-        parts = {"device memory": parts["memory, capture"], "memory, capture": (2 * sizes.unit_bytes, "2 U")}
+        parts = {"device memory": parts[host], host: (2 * sizes.unit_bytes, "2 U")}
     needs = {name: Need(*part, limits[name]) for name, part in parts.items()}
+    formula, n_bytes = states
     for name, need in needs.items():
-        if need.available is None or need.n_bytes + states <= need.available:
-            needs[name] = Need(need.n_bytes + states, f"{need.formula} + S T C b", need.available)
+        if need.available is None or need.n_bytes + n_bytes <= need.available:
+            needs[name] = Need(need.n_bytes + n_bytes, f"{need.formula} + {formula}", need.available)
             return needs
     place = request.scratch or store or Path(tempfile.gettempdir())
-    needs["disk, scratch"] = Need(states, "S T C b", free_disk(place))
+    needs["disk, scratch"] = Need(n_bytes, formula, free_disk(place))
     return needs
+
+
+def export_needs(sizes: ModelSizes, request: Request, out: Path) -> dict[str, Need]:
+    """Return what writing the checkpoint takes."""
+    return {
+        "memory, export": Need(sizes.unit_bytes, "one tensor: at most U", free_host_memory()),
+        "disk, export": Need(
+            _export_bytes(sizes, request), "checkpoint - N layers + operator", free_disk(out)
+        ),
+    }
 
 
 def _least(*values: int | None) -> int | None:
@@ -184,6 +222,8 @@ def describe_problem(name: str, need: Need) -> str:
         "device memory": "use a smaller --micro-batch, a shorter --length or a smaller --dtype, or a larger device",
         "memory, capture": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
         "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
+        "memory, search": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
+        "memory, fit": "use --operator ghost or linear-patch-diagonal, or run it on a machine with more memory",
         "memory, select": "use --criterion streamline, or run it on a machine with more memory",
         "disk, select": "use --criterion residual-in-sample or streamline, or write --out to another disk",
         "memory, solve": "use --operator linear-patch-diagonal, or run it on a machine with more memory",
@@ -194,8 +234,12 @@ def describe_problem(name: str, need: Need) -> str:
     return f"{name} needs {need.n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {advice}"
 
 
-def stage_costs(sizes: ModelSizes, request: Request, rates: Rates | None) -> tuple[StageCost, ...]:
+def stage_costs(
+    sizes: ModelSizes, request: Request, rates: Rates | None, sweeps: Sequence[SweepCost]
+) -> tuple[StageCost, ...]:
     """Return the work of each stage, with times where rates are given.
+
+    Where moments are reduced, hidden states are read as often as the sweeps say.
 
     FLOPs of the pass: 2 per weight and token, and ``4 T C`` per token and layer for attention (every expert of a
     mixture is counted, so mixtures come out too slow). Solving: ``p^2 + 2 p C`` per token and ``2 p^3 + p^2 C`` in
@@ -205,26 +249,48 @@ def stage_costs(sizes: ModelSizes, request: Request, rates: Rates | None) -> tup
     n_tokens, hidden = request.n_tokens, sizes.hidden
     store, position = _store_bytes(sizes, request), _store_bytes(sizes, request) // max(request.n_stored, 1)
     layer_flops = n_tokens * (2.0 * sizes.layer_elements + 4.0 * request.length * hidden)
-    solve_flops = _solve_flops(request, hidden)
-    export, selection = _export_bytes(sizes, request), _selection_work(sizes, request)
-    compute, float64 = (rates.compute, rates.float64) if rates is not None else (None, None)
-    disk = rates.disk if rates is not None else None
+    positions = {
+        name: sum(c.positions_read for c in sweeps if c.stage == name) for name in ("select", "solve")
+    }
+    selection = _selection_work(sizes, request)
     return (
-        _cost("capture", sizes.checkpoint_bytes, store, layer_flops * sizes.n_layers, disk, compute),
-        _cost("select", selection.read_bytes, selection.disk[0], selection.flops, disk, float64),
-        _cost("solve", 2 * position, _operator_bytes(request, hidden), solve_flops, disk, float64),
-        _cost("export", export, export, 0.0, disk, compute),
+        cost_of("capture", sizes.checkpoint_bytes, store, layer_flops * sizes.n_layers, rates),
+        cost_of(
+            "select",
+            positions["select"] * position or selection.read_bytes,
+            selection.disk[0],
+            selection.flops,
+            rates,
+            double=True,
+        ),
+        cost_of(
+            "solve",
+            positions["solve"] * position,
+            operator_bytes(request, hidden),
+            solve_flops(request, hidden),
+            rates,
+            double=True,
+        ),
+        export_cost(sizes, request, rates),
     )
 
 
-def _cost(
-    name: str, read: int, write: int, flops: float, disk: float | None, compute: float | None
+def export_cost(sizes: ModelSizes, request: Request, rates: Rates | None) -> StageCost:
+    """Return the work of writing the checkpoint."""
+    n_bytes = _export_bytes(sizes, request)
+    return cost_of("export", n_bytes, n_bytes, 0.0, rates)
+
+
+def cost_of(
+    name: str, read: int, write: int, flops: float, rates: Rates | None, *, double: bool = False
 ) -> StageCost:
-    if disk is None or compute is None:
+    """Return the work of a stage, and its time where rates are given; ``double``: its arithmetic is in float64."""
+    if rates is None:
         return StageCost(name, read, write, flops)
+    disk, compute = max(rates.disk, 1.0), max(rates.float64 if double else rates.compute, 1.0)
     # Reading and computing overlap; writes are taken to be as fast as reads.
-    on_disk, computing = (read + write) / max(disk, 1.0), flops / max(compute, 1.0)
-    seconds = max(read / max(disk, 1.0), computing) + write / max(disk, 1.0)
+    on_disk, computing = (read + write) / disk, flops / compute
+    seconds = max(read / disk, computing) + write / disk
     return StageCost(name, read, write, flops, seconds, "disk" if on_disk >= computing else "compute")
 
 
@@ -242,30 +308,30 @@ def _selection_work(sizes: ModelSizes, request: Request) -> SelectionWork:
     return selection_work(request.criterion, shape)
 
 
-def _solve_memory(sizes: ModelSizes, request: Request) -> tuple[int, str]:
-    c = sizes.hidden
+def _solve_memory(sizes: ModelSizes, request: Request, sweeps: Sequence[SweepCost]) -> tuple[int, str]:
+    """Return the larger of what a fit takes and what a task of one worker takes, as the engine counts it."""
+    fitting, formula = fit_memory(sizes.hidden, request)
+    task = max((cost.task_bytes for cost in sweeps if cost.stage == "solve"), default=0)
+    return max(fitting, task), f"max({formula} to fit, {task:,} to reduce with one worker)"
+
+
+def fit_memory(c: int, request: Request) -> tuple[int, str]:
+    """Return bytes and formula of fitting one boundary from its moments, hidden size ``c``."""
     if request.operator == "ghost":
-        reducing = 16 * c**2 + 4 * _BLOCK_TOKENS * 8 * c
-        return max(56 * c**2, reducing), "max(56 C^2, (16 C^2 + 65,536 C) for one worker)"
+        return 56 * c**2, "56 C^2"
     if request.operator in _STRUCTURED:
-        reducing = 16 * c**2 + 4 * _BLOCK_TOKENS * 8 * c
-        return max(104 * c**2, reducing), "max(104 C^2, (16 C^2 + 65,536 C) for one worker)"
+        return 104 * c**2, "104 C^2"
     if request.operator == _ROTATED:
-        return max(24 * c**2, 8 * _BLOCK_TOKENS * 8 * c), "max(24 C^2, 131,072 C for one worker)"
-    if request.reads_taps:
-        n, squares = request.width(c), 24 if request.is_replace_me else 48
-        reducing = 8 * n * (n + c) + 8 * _BLOCK_TOKENS * (8 * c + 4 * n)
-        formula = (
-            f"max({squares} p^2 + 32 p C, 8 p^2 + 8 p C + 131,072 C + 65,536 p for one worker), as p = {n:,}"
-        )
-        return max(squares * n**2 + 32 * n * c, reducing), formula
-    if request.is_linear:
-        # Folds choose the ridge: 48 p^2 + 32 p C.
-        of_gram, of_solve, p = (16, 80, "C") if request.width(c) == c else (48, 256, "2 C")
-        reducing = of_gram * c**2 + 8 * _BLOCK_TOKENS * 8 * c
-        formula = f"max({of_solve} C^2, ({of_gram} C^2 + 131,072 C) for one worker), as p = {p}"
-        return max(of_solve * c**2, reducing), formula
-    return 4 * _BLOCK_TOKENS * 8 * c, "65,536 C for one worker: blocks of 2,048 tokens in float64"
+        return 24 * c**2, "24 C^2"
+    if not request.is_linear:
+        return 8 * c, "8 C"
+    p = request.width(c)
+    if request.solver in ("sketch-features", "sketch-range"):
+        of_gram = 24 if request.solver == "sketch-range" else 0
+        return of_gram * p**2 + 16 * p * c, f"{of_gram} p^2 + 16 p C, as p = {p:,}"
+    # Folds choose the ridge of least squares.
+    of_gram = 24 if request.is_replace_me else 48
+    return of_gram * p**2 + 32 * p * c, f"{of_gram} p^2 + 32 p C, as p = {p:,}"
 
 
 def _store_bytes(sizes: ModelSizes, request: Request) -> int:
@@ -279,17 +345,21 @@ def _tap_bytes(sizes: ModelSizes, request: Request) -> int:
 
 
 def _export_bytes(sizes: ModelSizes, request: Request) -> int:
-    operator = 0 if request.reads_taps else _operator_bytes(request, sizes.hidden)
+    operator = 0 if request.reads_taps else operator_bytes(request, sizes.hidden)
+    if request.features == "hidden+mlp":
+        operator = 4 * sizes.hidden**2  # the rest is folded
     return sizes.checkpoint_bytes - request.n_remove * sizes.stored_layer_bytes + operator
 
 
-def _operator_bytes(request: Request, hidden: int) -> int:
+def operator_bytes(request: Request, hidden: int) -> int:
+    """Return the bytes of an operator of one boundary."""
     if request.is_linear or request.operator == _ROTATED:
         return 4 * hidden * request.width(hidden)
     return 0 if request.operator == "none" else 4 * hidden
 
 
-def _solve_flops(request: Request, hidden: int) -> float:
+def solve_flops(request: Request, hidden: int) -> float:
+    """Return the arithmetic of fitting one boundary."""
     if request.is_linear:
         p = float(request.width(hidden))
         choosing = 0.0 if request.operator == "ghost" or request.is_replace_me else 40.0 * p**3

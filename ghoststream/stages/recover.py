@@ -1,4 +1,4 @@
-"""Recover: capture, select, solve and export in one call, each of which continues where it was stopped."""
+"""Recover: choose layers, fit operators and export in one call, each step of which continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, Unpack
 
 from ghoststream.errors import OutputExistsError, RequestError
 from ghoststream.files import differences, disk_errors
-from ghoststream.operators import OperatorOptions, OperatorSet, features_of, make_operator
+from ghoststream.operators import OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.recovery import ExportReport, load_recovered
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.selection import make_criterion
-from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.capture import capture
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.auto import AUTO
 from ghoststream.stages.export import export
-from ghoststream.stages.select import read_plan, select
+from ghoststream.stages.recovery_flow import CalibrationRequest, RecoveryFlow, RepairRequest
+from ghoststream.stages.search import SEARCH_CRITERIA
+from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
-from ghoststream.stages.solve import solve
-from ghoststream.stages.tap_store import BaseModel, wanted_taps
-from ghoststream.statistics import UNIFORM, tap_of
+from ghoststream.statistics import UNIFORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class RecoveryReport:
         export: Sizes before and after.
         operators: The operators, with residuals in and out of sample in their diagnostics.
         chosen_by: The selection criterion, or ``"given"``.
-        store: The activation store.
+        store: The activation store; None where operators were fitted in passes over the model.
         operators_file: The operator file.
     """
 
@@ -42,7 +42,7 @@ class RecoveryReport:
     export: ExportReport
     operators: OperatorSet
     chosen_by: str
-    store: str
+    store: str | None
     operators_file: Path
 
     @property
@@ -83,8 +83,8 @@ class RecoveryReport:
         lines += [
             f"  checkpoint  {sizes.out}",
             f"  operators   {self.operators_file}",
-            f"  store       {self.store}",
         ]
+        lines += [f"  store       {self.store}"] if self.store is not None else []
         return "\n".join(lines)
 
 
@@ -97,9 +97,9 @@ def recover(
     out: Path,
     sequences: int = 128,
     length: int = 512,
-    criterion: str = "streamline",
-    operator: str = "ghost",
-    features: str = "hidden",
+    criterion: str = "measured",
+    operator: str = AUTO,
+    options: OperatorOptions | None = None,
     weights: str = UNIFORM,
     store: str | Path | None = None,
     scheduler: Any = None,
@@ -110,6 +110,11 @@ def recover(
     **compute: Unpack[ComputeRequest],
 ) -> RecoveryReport:
     """Remove layers from a model, repair the gaps in closed form, and write a checkpoint that loads.
+
+    By default candidates are repaired and measured on held-out windows of the text (:func:`ghoststream.search`), and so are
+    ways to repair (:func:`ghoststream.fit`): passes over the model, and no store. A criterion that reads hidden states
+    captures them first; an operator that is named is then solved from the same store. The paper's own method is ``criterion``
+    ``streamline`` with ``operator`` ``ghost``: one pass.
 
     Everything but the checkpoint is kept in ``<out>.work`` (the store unless ``store`` names another place, the
     plan, the operators), so that the same call continues after an interruption.
@@ -123,12 +128,12 @@ def recover(
         out: Folder of the recovered checkpoint.
         sequences: Number of windows.
         length: Tokens of a window.
-        criterion: Selection criterion.
-        operator: Operator family.
-        features: What the operator reads, see :func:`ghoststream.solve`.
-        weights: Token weights of the fit, see :func:`ghoststream.solve`.
-        store: Path or URL of the store.
-        scheduler: Dask scheduler address or client for the reductions.
+        criterion: Selection criterion: of :func:`ghoststream.search`, or of :func:`ghoststream.select`.
+        operator: Operator family, or ``auto``.
+        options: Options of the operator; ``auto`` has its own.
+        weights: Token weights of the fit, see :func:`ghoststream.solve`; ``auto`` has its own.
+        store: Path or URL of the store, where one is made.
+        scheduler: Dask scheduler address or client for the reductions over it.
         store_dtype, pack, bos: See :func:`ghoststream.capture`.
         progress: Who is told how far it is.
         **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
@@ -142,70 +147,38 @@ def recover(
     """
     out = out if out.name else out.resolve()
     work = out.with_name(f"{out.name}.work")
-    place = str(store) if store is not None else str(work / "store")
-    tell = progress or SilentProgress()
+    repair = RepairRequest(operator, options or OperatorOptions(), weights)
+    text = CalibrationRequest(calibration, sequences, length, pack, bos)
     session = ModelSession(model, ModelOptions(**compute))
     given = _check_request(session.skeleton.n_layers, remove, plan, criterion)
     n_removed = int(remove or 0) if given is None else given.n_removed
     _check_output(out, session.fingerprint["digest"], operator, n_removed, given)
-    _check_taps(session, given, operator, features)
+    in_passes = repair.check(session, given, criterion)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    capture(
+    flow = RecoveryFlow(
         model,
-        calibration=calibration,
-        sequences=sequences,
-        length=length,
-        store=place,
-        layers=None if given is None else _needed_layers(given, operator, features),
-        store_dtype=store_dtype,
-        pack=pack,
-        bos=bos,
-        progress=tell,
-        **compute,
-    )
-    chosen = given or _choose(place, criterion, n_removed, work, session, scheduler, tell)
-    file = work / f"{_operator_name(operator, features, weights)}-{_file_part(chosen)}.safetensors"
-    operators = solve(
-        place,
-        chosen,
-        operator=operator,
-        features=features,
-        weights=weights,
-        out=file,
-        model=session.root,
-        trust_remote_code=session.options.trust_remote_code,
-        device=session.options.device,
-        scheduler=scheduler,
-        progress=tell,
-    )
-    exported = export(session.root, operators, out, progress=tell)
-    return RecoveryReport(
-        session.name, exported, operators, criterion if given is None else "given", place, file
-    )
-
-
-def _choose(
-    store: str,
-    criterion: str,
-    n_removed: int,
-    work: Path,
-    session: ModelSession,
-    scheduler: Any,
-    progress: Progress,
-) -> PruningPlan:
-    plan = select(
+        session,
+        work,
+        text,
+        repair,
+        compute,
         store,
-        n_removed,
-        criterion=criterion,
-        out=work / f"plan-{criterion}-{n_removed}.json",
-        model=session.root,
-        trust_remote_code=session.options.trust_remote_code,
-        scheduler=scheduler,
-        progress=progress,
-    ).plan
-    progress.log(f"{criterion} removes {plan}")
-    return plan
+        scheduler,
+        store_dtype,
+        progress or SilentProgress(),
+    )
+    chosen, source = (given, plan) if given is not None else flow.choose(criterion, n_removed)
+    operators, file = flow.fit(chosen, source) if in_passes else flow.solve(chosen)
+    exported = export(session.root, operators, out, progress=flow.progress)
+    return RecoveryReport(
+        session.name,
+        exported,
+        operators,
+        criterion if given is None else "given",
+        flow.captured,
+        file,
+    )
 
 
 def _check_request(
@@ -217,7 +190,7 @@ def _check_request(
     if remove is not None and not 1 <= remove < n_layers:
         msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
         raise RequestError(msg)
-    if remove is not None:
+    if remove is not None and criterion not in SEARCH_CRITERIA:
         make_criterion(criterion).check(n_layers, remove)
     return None if plan is None else read_plan(plan, n_layers)
 
@@ -250,35 +223,6 @@ def _check_output(out: Path, base: str, operator: str, n_removed: int, plan: Pru
             " choose another folder, or move it away"
         )
         raise OutputExistsError(msg)
-
-
-def _features(operator: str, features: str) -> str:
-    options = OperatorOptions(features=features)
-    return features_of(make_operator(operator, options), options)
-
-
-def _check_taps(session: ModelSession, plan: PruningPlan | None, operator: str, features: str) -> None:
-    """Find before the pass that features of the layer before cannot be had; the spans are not always known yet."""
-    spans = (Span(1, 2),) if plan is None else plan.spans
-    base = BaseModel(session.root, trust_remote_code=session.options.trust_remote_code)
-    wanted_taps(_features(operator, features), spans, base, intercept=False)
-
-
-def _needed_layers(plan: PruningPlan, operator: str, features: str) -> tuple[int, ...]:
-    """Return the hidden states that a fit reads, also those before the layer before a boundary if it is run again."""
-    reads_taps = tap_of(_features(operator, features)) is not None
-    needed = {position for span in plan.spans for position in (span.start, span.stop)}
-    before = {span.start - 1 for span in plan.spans if span.start > 0} if reads_taps else set()
-    return tuple(sorted(needed | before))
-
-
-def _operator_name(operator: str, features: str, weights: str) -> str:
-    chosen = [operator, features if features != "hidden" else "", weights if weights != UNIFORM else ""]
-    return "-".join(part for part in chosen if part)
-
-
-def _file_part(plan: PruningPlan) -> str:
-    return "_".join(f"{span.start}-{span.stop}" for span in plan.spans)
 
 
 def _figure(value: Any) -> str:

@@ -1,142 +1,18 @@
-"""A pipeline: capture, selection, solving, export and evaluation, written down in one YAML file."""
+"""Running a pipeline: its stages one after the other, in one folder."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.files import disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import Bos, StoreDtype, TextPart
 from ghoststream.spans import PruningPlan
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelPart(_Part):
-    """Which model, and how it is computed; the fields are the options of the same names."""
-
-    path: str | None = None
-    revision: str | None = None
-    dtype: StoreDtype | None = None
-    attention: str | None = None
-    micro_batch: int | None = Field(default=None, ge=1)
-
-
-class CapturePart(_Part):
-    """What goes into the store."""
-
-    calibration: str
-    sequences: int = Field(default=128, ge=1)
-    length: int = Field(default=512, ge=2)
-    layers: tuple[int, ...] | None = None
-    store_dtype: StoreDtype | None = None
-    pack: bool = True
-    bos: Bos = "auto"
-
-
-class SelectPart(_Part):
-    """Which layers go: so many by a criterion, or spans given by hand (``"13:19"``)."""
-
-    remove: int | None = Field(default=None, ge=1)
-    criterion: Literal[
-        "streamline",
-        "shortgpt",
-        "uidl",
-        "uidl-all",
-        "lorp",
-        "residual",
-        "residual-in-sample",
-        "magnitude",
-        "magnitude-plus",
-        "magnitude-l2",
-        "reverse",
-        "reverse-last",
-    ] = "streamline"
-    spans: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.remove is None) == (self.spans is None):
-            msg = "give either `remove` (how many layers) or `spans` (which, for example 13:19)"
-            raise ValueError(msg)
-        return self
-
-
-class SolvePart(_Part):
-    """What is fitted."""
-
-    operator: Literal[
-        "ghost",
-        "least-squares",
-        "linear-patch-diagonal",
-        "replace-me-ls",
-        "replace-me-cosine",
-        "replace-me-cosine-whole",
-        "none",
-    ] = "ghost"
-    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] | None = None
-    features: Literal["hidden", "normed", "hidden+normed", "mlp", "mlp_output"] = "hidden"
-    intercept: bool = False
-    rank: int | None = Field(default=None, ge=1)
-    solver: Literal["gram", "tsqr"] = "gram"
-    precision: Literal["float64", "float32-blocked"] = "float64"
-    weights: Literal["uniform", "drop_sinks", "relative"] = "uniform"
-
-
-class EvaluatePart(_Part):
-    """What the base and the recovered model are measured on."""
-
-    text: str
-    length: int = Field(default=512, ge=2)
-    sequences: int | None = Field(default=None, ge=1)
-    part: TextPart = "all"
-    pack: bool = True
-    bos: Bos = "auto"
-
-
-class Pipeline(_Part):
-    """A whole run. Unknown fields are refused; ``solve`` has defaults, ``evaluate`` may be left out."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    model: ModelPart = ModelPart()
-    capture: CapturePart
-    select: SelectPart
-    solve: SolvePart = SolvePart()
-    evaluate: EvaluatePart | None = None
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read and check a pipeline file.
-
-        Raises:
-            InputNotFoundError: If there is no such file.
-            RequestError: If it is not YAML, or a field is missing, unknown or out of range.
-        """
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, IsADirectoryError) as error:
-            msg = f"there is no pipeline file {path}; check the path"
-            raise InputNotFoundError(msg) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            msg = f"{path} is not YAML: {' '.join(str(error).split())}"
-            raise RequestError(msg) from error
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}" for item in error.errors()
-            )
-            msg = f"{path} is not a pipeline: {problems}"
-            raise RequestError(msg) from error
+from ghoststream.stages.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +21,7 @@ class PipelineReport:
 
     name: str
     plan: PruningPlan
-    store: str
+    store: str | None
     operators: str
     recovered: str
     evaluation: EvaluationReport | None
@@ -201,14 +77,15 @@ def run_pipeline(
     run = _Run(pipeline, workdir, model, options or RunOptions(), progress or SilentProgress())
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    run.capture()
+    if pipeline.needs_store:
+        run.capture()
     plan = run.select()
     operators = run.solve(plan)
     run.export(operators)
     return PipelineReport(
         name=pipeline.name,
         plan=plan,
-        store=str(workdir / "store"),
+        store=str(workdir / "store") if pipeline.needs_store else None,
         operators=str(workdir / "operators.safetensors"),
         recovered=str(workdir / "recovered"),
         evaluation=run.evaluate(),
@@ -242,14 +119,29 @@ class _Run:
         capture(self._root, store=str(self._workdir / "store"), **wanted, **self._model_options())
 
     def select(self) -> PruningPlan:
-        from ghoststream.activations import ActivationStore
+        from ghoststream.stages.search import SEARCH_CRITERIA, search
         from ghoststream.stages.select import read_plan, select
+        from ghoststream.stages.session import ModelOptions, ModelSession
 
-        wanted, store = self._pipeline.select, self._workdir / "store"
+        wanted = self._pipeline.select
         if wanted.remove is None:
-            return read_plan(str(wanted.spans), ActivationStore.open(str(store)).n_layers)
+            options = ModelOptions(trust_remote_code=self._options.trust_remote_code)
+            return read_plan(str(wanted.spans), ModelSession(self._root, options).skeleton.n_layers)
+        if wanted.criterion in SEARCH_CRITERIA:
+            solving = self._pipeline.solve
+            return search(
+                self._root,
+                wanted.remove,
+                criterion=wanted.criterion,
+                operator=solving.operator,
+                weights=solving.weights,
+                options=solving.options,
+                out=self._workdir / "plan.json",
+                **self._text(),
+                **self._model_options(),
+            ).plan
         return select(
-            store,
+            self._workdir / "store",
             wanted.remove,
             criterion=wanted.criterion,
             model=self._root,
@@ -260,12 +152,18 @@ class _Run:
         ).plan
 
     def solve(self, plan: PruningPlan) -> OperatorSet:
+        from ghoststream.stages.auto import AUTO
+        from ghoststream.stages.fit import fit
         from ghoststream.stages.solve import solve
 
+        out, found = self._workdir / "operators.safetensors", self._workdir / "plan.json"
+        if self._pipeline.solve.operator == AUTO:
+            source = found if found.is_file() else plan
+            return fit(self._root, source, operator=AUTO, out=out, **self._text(), **self._model_options())
         return solve(
             self._workdir / "store",
             plan,
-            out=self._workdir / "operators.safetensors",
+            out=out,
             model=self._root,
             scheduler=self._options.scheduler,
             progress=self._progress,
@@ -288,6 +186,9 @@ class _Run:
             **self._pipeline.evaluate.model_dump(),
             **self._model_options(),
         )
+
+    def _text(self) -> dict[str, Any]:
+        return self._pipeline.capture.model_dump(exclude={"layers", "store_dtype"})
 
     def _model_options(self) -> dict[str, Any]:
         model = self._pipeline.model

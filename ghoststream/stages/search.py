@@ -1,78 +1,38 @@
-"""Searching for the layers to remove by what their repair leaves: candidates are measured, not judged by similarity."""
+"""Searching for the layers to remove by running the model: candidates are measured, not judged by similarity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from ghoststream.errors import ArtifactError, OutputExistsError, PlanError, RequestError
-from ghoststream.files import atomic_write_json, json_digest, read_json, require_writable
+from ghoststream.errors import RequestError
+from ghoststream.files import atomic_write_json, require_writable
 from ghoststream.operators import OperatorOptions
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.fitting import FitMethod
-from ghoststream.stages.measured import measure_plans
+from ghoststream.stages.auto import AUTO, METHODS, SCREEN, preference, require_no_options
+from ghoststream.stages.fitting import FitMethod, Repair
+from ghoststream.stages.measured import divide
+from ghoststream.stages.search_result import SearchResult
+from ghoststream.stages.search_steps import MeasuredSteps, Row, Trial
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan, candidate_spans
+from ghoststream.stages.taylor import taylor_scores
+from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan
 from ghoststream.text import TokenSet
 
-_ENCODING = {"encoding-type": "ghoststream-measured-plan", "encoding-version": "1.0"}
+SEARCH_CRITERIA = ("measured", "prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")
+"""Criteria that run the model."""
 
+UNFITTED = ("sleb", "perplexity", "taylor", "taylor-plus")
+"""Those of them that repair nothing."""
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search chose, and what it saw.
+REFINED = 4
+"""Plans for which ``auto`` chooses how to repair."""
 
-    Attributes:
-        plan: The plan whose repaired model has the lowest loss on the held-out sequences.
-        candidates: JSON data of every plan that was measured: plan, loss, gap to the dense model, standard error of that;
-            of the last step, best first.
-        dense_loss: Loss of the dense model on the held-out sequences.
-        recipe: What decides the figures.
-        passes: How many passes over the weights it took.
-    """
-
-    plan: PruningPlan
-    candidates: tuple[Mapping[str, Any], ...]
-    dense_loss: float
-    recipe: Mapping[str, Any]
-    passes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""
-        return {
-            **_ENCODING,
-            **self.plan.to_json(),
-            "criterion": "measured",
-            "dense_loss": self.dense_loss,
-            "candidates": [dict(candidate) for candidate in self.candidates],
-            "recipe": dict(self.recipe),
-            "passes": self.passes,
-        }
-
-    @classmethod
-    def load(cls, path: Path) -> SearchResult:
-        """Read a plan file that a search wrote.
-
-        Raises:
-            InputNotFoundError: If there is no such file.
-            ArtifactError: If it is no such plan.
-        """
-        data = read_json(path)
-        try:
-            return cls(
-                PruningPlan.from_json(data),
-                tuple(data["candidates"]),
-                float(data["dense_loss"]),
-                dict(data["recipe"]),
-                int(data["passes"]),
-            )
-        except (KeyError, TypeError, ValueError, PlanError) as error:
-            msg = f"{path} is not what a measured selection wrote ({error!r}); make it again"
-            raise ArtifactError(msg) from error
+_KEPT_FIRST, _KEPT_LAST = 4, 2
 
 
 def search(
@@ -80,13 +40,14 @@ def search(
     n_remove: int,
     *,
     calibration: str,
+    criterion: str = "measured",
     sequences: int = 128,
     length: int = 512,
     held_out: int | None = None,
     spans: int = 1,
     beam: int = 1,
     lanes: int | None = None,
-    operator: str = "ghost",
+    operator: str = AUTO,
     weights: str = UNIFORM,
     options: OperatorOptions | None = None,
     folds: int = DEFAULT_FOLDS,
@@ -96,27 +57,41 @@ def search(
     progress: Progress | None = None,
     **compute: Unpack[ComputeRequest],
 ) -> SearchResult:
-    """Choose the layers whose repaired model loses least on held-out sequences of the calibration text.
+    """Choose the layers to remove by running the model without them.
 
-    Every candidate is fitted and measured; those of one step share passes over the weights (see
-    :func:`~ghoststream.stages.measured.measure_plans` for memory and arithmetic). With one span that is one pass for all
-    candidates. With more, spans of ``n_remove / spans`` layers are added one at a time, to the ``beam`` best plans so far:
-    one pass a step. A killed search repeats the pass that it was in.
+    Criteria:
+
+    - ``measured``: every candidate is repaired and measured on held-out windows; those of one step share passes over the
+      weights (see :func:`~ghoststream.stages.measured.measure_repairs` for memory and arithmetic). With one span that is one
+      pass for all candidates. With more, spans of ``n_remove / spans`` layers are added one at a time, to the ``beam``
+      best plans so far: one pass a step.
+    - ``prune-and-repair``: the same, layer by layer (``spans`` is ``n_remove``; neighbours make one span).
+    - ``sleb``: layer by layer, unrepaired: SLEB (arXiv 2402.09025), with the loss on the whole text as its measure.
+    - ``perplexity``: each layer is left out alone, and those whose absence costs least are removed: Shortened LLaMA's PPL
+      (arXiv 2402.02834). One pass.
+    - ``taylor``, ``taylor-plus``: the layers of least first-order effect on the loss, the latter keeping the first four and
+      the last two: Shortened LLaMA's Taylor+; see :func:`~ghoststream.stages.taylor.taylor_scores`. One pass forward and one
+      backward.
+
+    All but ``taylor`` and ``taylor-plus`` keep the first and the last layer. A killed search repeats the pass that it was in.
 
     Args:
         model: Local folder or hub id.
         n_remove: How many layers to remove.
         calibration: Text specification; nothing else is looked at.
+        criterion: One of :data:`SEARCH_CRITERIA`.
         sequences: Windows of it, to fit and to measure on.
         length: Tokens of a window.
         held_out: How many windows, the last ones, are measured on; a quarter if ``None``. Rounded so that both parts are
-            whole micro-batches.
-        spans: How many spans to remove; the first and the last layer are always kept.
+            whole micro-batches. Where nothing is repaired, all are measured on.
+        spans: How many spans ``measured`` removes; the first and the last layer are always kept.
         beam: How many plans are kept from step to step.
         lanes: Most candidates in one pass; ``None`` is all of a step.
-        operator: Operator family that repairs.
-        weights: Token weights of the fit.
-        options: Options of the operator.
+        operator: Operator family that repairs, or ``auto``: candidates are compared with
+            :data:`~ghoststream.stages.auto.SCREEN`, and the four best plans with every one of
+            :data:`~ghoststream.stages.auto.METHODS` at each boundary, one pass more for each span.
+        weights: Token weights of the fit; ``auto`` has its own.
+        options: Options of the operator; ``auto`` has its own.
         folds: Folds of the sequences that serve to fit, for ridges that folds choose.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
@@ -131,168 +106,145 @@ def search(
         NumericsError: If a state or a solution is not finite.
         GhoststreamError: What opening the model or the text raises.
     """
-    method = FitMethod(operator, options or OperatorOptions(), weights)
+    wanted = _Wanted.make(criterion, operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
-    sizes = _span_sizes(n_remove, spans, session.skeleton.n_layers)
+    sizes = wanted.sizes(n_remove, spans, session.skeleton.n_layers)
     if min(beam, 1 if lanes is None else lanes) < 1:
         msg = f"beam {beam} and lanes {lanes} must be at least 1"
         raise RequestError(msg)
     text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
     tokens = session.tokens(text)
-    micro_batch = session.options.micro_batch or session.memory(length).choose_micro_batch()
-    ranges = RangePlan.make(_fit_sequences(tokens.n_sequences, held_out, micro_batch), folds=folds)
+    micro_batch, ranges = wanted.division(session, tokens, held_out, folds)
     recipe = {
         "model": session.fingerprint["digest"],
         "text": text.recipe().to_json(),
         "tokens": tokens.digest,
-        "fit_sequences": ranges.n_sequences,
-        "folds": ranges.n_folds,
+        "fit_sequences": 0 if ranges is None else ranges.n_sequences,
+        "folds": 1 if ranges is None else ranges.n_folds,
         "dtype": dtype_name(session.skeleton.dtype),
         "attention": session.skeleton.attention,
         "micro_batch": micro_batch,
         "spans": sizes,
         "beam": beam,
-        **method.to_json(),
+        **wanted.to_json(),
     }
     if out is not None:
-        found = _existing(out, recipe)
+        found = SearchResult.existing(out, recipe)
         if found is not None:
             return found
         require_writable(out)
-    steps = _Steps(session, tokens, method, ranges, micro_batch, recipe, out, progress or SilentProgress())
-    result = steps.run(sizes, beam, lanes)
+    trial = Trial(session, tokens, ranges, micro_batch, progress or SilentProgress())
+    steps = MeasuredSteps(trial, recipe, out, lanes)
+    result = _run(wanted, trial, steps, sizes, beam, recipe)
     if out is not None:
         atomic_write_json(out, result.to_json())
         steps.forget()
     return result
 
 
-class _Steps:
-    """The passes of a search; what each found is kept beside the plan file until that is written."""
+@dataclass(frozen=True)
+class _Wanted:
+    """How candidates are judged, and how they are repaired for it; ``None`` is auto."""
 
-    def __init__(
-        self,
-        session: ModelSession,
-        tokens: TokenSet,
-        method: FitMethod,
-        ranges: RangePlan,
-        micro_batch: int,
-        recipe: Mapping[str, Any],
-        out: Path | None,
-        progress: Progress,
-    ) -> None:
-        self._session, self._tokens, self._method, self._ranges = session, tokens, method, ranges
-        self._micro_batch, self._recipe, self._progress = micro_batch, recipe, progress
-        self._notes = None if out is None else out.with_name(f"{out.name}.partial")
-        self._passes = 0
-        self._done: dict[str, Any] = self._load()
+    criterion: str
+    method: FitMethod | None
 
-    def run(self, sizes: Sequence[int], beam: int, lanes: int | None) -> SearchResult:
-        n_layers = self._session.skeleton.n_layers
-        best = [PruningPlan(n_layers)]
-        ranked: list[Mapping[str, Any]] = []
-        for size in sizes:
-            plans = _extended(best, size, n_layers)
-            ranked = sorted(self._measure(plans, lanes), key=lambda row: row["gap"])
-            best = [PruningPlan.from_json(row["plan"]) for row in ranked[:beam]]
-            self._progress.log(
-                f"best so far: {best[0]}, loss {ranked[0]['gap']:+.4f} against the dense model"
+    @classmethod
+    def make(cls, criterion: str, operator: str, weights: str, options: OperatorOptions | None) -> _Wanted:
+        if criterion not in SEARCH_CRITERIA:
+            msg = f"there is no criterion {criterion!r} that runs the model; choose from {', '.join(SEARCH_CRITERIA)}"
+            raise RequestError(msg)
+        if criterion in UNFITTED:
+            return cls(criterion, FitMethod("none"))
+        if operator == AUTO:
+            require_no_options(weights, options)
+            return cls(criterion, None)
+        return cls(criterion, FitMethod(operator, options or OperatorOptions(), weights))
+
+    def sizes(self, n_remove: int, spans: int, n_layers: int) -> list[int]:
+        """Return the sizes of the spans that are added one after the other."""
+        if spans != 1 and self.criterion != "measured":
+            msg = f"{self.criterion} removes single layers; leave the number of spans out, or use measured"
+            raise RequestError(msg)
+        parts = spans if self.criterion == "measured" else n_remove
+        if not 1 <= parts <= n_remove or not 1 <= n_remove <= n_layers - 2:
+            msg = (
+                f"cannot remove {n_remove} of {n_layers} layers in {parts} spans: the first and the last layer are kept, and a"
+                " span has at least one layer"
             )
-        return SearchResult(
-            best[0], tuple(ranked), float(self._done["dense_loss"]), self._recipe, self._passes
-        )
+            raise RequestError(msg)
+        if self.criterion == "taylor-plus" and n_remove > n_layers - _KEPT_FIRST - _KEPT_LAST:
+            msg = (
+                f"cannot remove {n_remove} of {n_layers} layers by taylor-plus, which keeps the first {_KEPT_FIRST} and the"
+                f" last {_KEPT_LAST}; use taylor, or another criterion"
+            )
+            raise RequestError(msg)
+        return [n_remove // parts + (index < n_remove % parts) for index in range(parts)]
 
-    def forget(self) -> None:
-        """Remove the notes: the plan file is written."""
-        if self._notes is not None:
-            self._notes.unlink(missing_ok=True)
+    def division(
+        self, session: ModelSession, tokens: TokenSet, held_out: int | None, folds: int
+    ) -> tuple[int, RangePlan | None]:
+        """Return the micro-batch, and how the sequences to fit on are divided; None if nothing is fitted."""
+        if self.criterion in UNFITTED:
+            chosen = session.memory(tokens.length).choose_micro_batch()
+            return session.options.micro_batch or chosen, None
+        micro_batch, n_fit = divide(session, tokens, held_out)
+        return micro_batch, RangePlan.make(n_fit, folds=folds)
 
-    def _measure(self, plans: Sequence[PruningPlan], lanes: int | None) -> Iterable[Mapping[str, Any]]:
-        size = lanes or len(plans)
-        self._passes += -(-len(plans) // size)
-        measured: dict[str, Any] = self._done["candidates"]
-        waiting = [plan for plan in plans if str(plan) not in measured]
-        for first in range(0, len(waiting), size):
-            self._pass(waiting[first : first + size])
-        return [measured[str(plan)] for plan in plans]
-
-    def _pass(self, plans: Sequence[PruningPlan]) -> None:
-        self._progress.log(f"repairing and measuring {len(plans)} candidates in one pass")
-        dense, candidates = measure_plans(
-            self._session,
-            self._tokens,
-            plans,
-            self._method,
-            ranges=self._ranges,
-            micro_batch=self._micro_batch,
-            progress=self._progress,
-        )
-        self._done["dense_loss"] = dense.loss
-        self._done["candidates"] |= {str(one.plan): one.to_json() for one in candidates}
-        if self._notes is not None:
-            atomic_write_json(self._notes, self._done)
-
-    def _load(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {
-            "recipe_digest": json_digest(dict(self._recipe)),
-            "dense_loss": None,
-            "candidates": {},
-        }
-        if self._notes is None or not self._notes.is_file():
-            return fresh
-        try:
-            found = read_json(self._notes)
-        except ArtifactError:
-            return fresh
-        same = isinstance(found, dict) and found.get("recipe_digest") == fresh["recipe_digest"]
-        return found if same else fresh
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides the figures."""
+        if self.method is not None:
+            return {"criterion": self.criterion, **self.method.to_json()}
+        tried = {"screen": SCREEN.to_json(), "methods": [method.to_json() for method in METHODS]}
+        return {"criterion": self.criterion, "operator": AUTO, **tried, "refined": REFINED}
 
 
-def _span_sizes(n_remove: int, spans: int, n_layers: int) -> list[int]:
-    if not 1 <= spans <= n_remove or not 1 <= n_remove <= n_layers - 2:
-        msg = (
-            f"cannot remove {n_remove} of {n_layers} layers in {spans} spans: the first and the last layer are kept, and a"
-            " span has at least one layer"
-        )
-        raise RequestError(msg)
-    return [n_remove // spans + (index < n_remove % spans) for index in range(spans)]
+def _run(
+    wanted: _Wanted,
+    trial: Trial,
+    steps: MeasuredSteps,
+    sizes: Sequence[int],
+    beam: int,
+    recipe: Mapping[str, Any],
+) -> SearchResult:
+    n_layers = trial.session.skeleton.n_layers
+    if wanted.criterion in ("perplexity", "taylor", "taylor-plus"):
+        rows = _one_by_one(wanted, trial, steps)
+        plan = PruningPlan(n_layers, tuple(_span(row) for row in rows[: len(sizes)]))
+        measured = wanted.criterion == "perplexity"
+        passes = steps.passes if measured else 2
+        dense = steps.dense_loss if measured else None
+        return SearchResult(plan, (), wanted.criterion, tuple(rows), dense, recipe, passes)
+    ranked = steps.grow(sizes, beam, wanted.method or SCREEN)
+    if wanted.method is None:
+        chosen = steps.refine([repair for repair, _ in ranked[:REFINED]])
+        left = [pair for pair in ranked if pair[0].plan not in {repair.plan for repair, _ in chosen}]
+        ranked = sorted([*chosen, *left], key=lambda pair: preference(pair[1]))
+    best, _ = ranked[0]
+    methods = () if wanted.criterion in UNFITTED else tuple(method.to_json() for method in best.methods)
+    rows = [row for _, row in ranked]
+    return SearchResult(
+        best.plan, methods, wanted.criterion, tuple(rows), steps.dense_loss, recipe, steps.passes
+    )
 
 
-def _extended(plans: Iterable[PruningPlan], size: int, n_layers: int) -> list[PruningPlan]:
-    """Return every plan with one more span of ``size`` layers, in order and each once."""
-    longer = {
-        PruningPlan(n_layers, (*plan.spans, span))
-        for plan in plans
-        for span in candidate_spans(n_layers, size)
-        if not any(_overlap(span, other) for other in plan.spans)
-    }
-    return sorted(longer, key=lambda plan: plan.spans)
+def _one_by_one(wanted: _Wanted, trial: Trial, steps: MeasuredSteps) -> list[Row]:
+    """Return every single layer that may go with what its absence costs, least first."""
+    n_layers = trial.session.skeleton.n_layers
+    first, last = (_KEPT_FIRST, _KEPT_LAST) if wanted.criterion == "taylor-plus" else (0, 0)
+    if wanted.criterion == "perplexity":
+        plans = [PruningPlan(n_layers, (Span(layer, layer + 1),)) for layer in range(1, n_layers - 1)]
+        return [row for _, row in steps.rank([Repair.alike(plan, FitMethod("none")) for plan in plans])]
+    scores = taylor_scores(
+        trial.session, trial.tokens, micro_batch=trial.micro_batch, progress=trial.progress
+    )
+    rows = [
+        {"plan": PruningPlan(n_layers, (Span(layer, layer + 1),)).to_json(), "score": scores[layer]}
+        for layer in range(first, n_layers - last)
+    ]
+    return sorted(rows, key=lambda row: row["score"])
 
 
-def _overlap(one: Span, other: Span) -> bool:
-    return one.start < other.stop and other.start < one.stop
-
-
-def _fit_sequences(n_sequences: int, held_out: int | None, micro_batch: int) -> int:
-    wanted = n_sequences // 4 if held_out is None else held_out
-    n_fit = (n_sequences - wanted) // micro_batch * micro_batch
-    if wanted < 1 or n_fit < 1:
-        msg = (
-            f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to fit and"
-            f" {wanted} to measure on; give more sequences, or a smaller micro-batch"
-        )
-        raise RequestError(msg)
-    return n_fit
-
-
-def _existing(out: Path, recipe: Mapping[str, Any]) -> SearchResult | None:
-    if not out.exists():
-        return None
-    try:
-        found = SearchResult.load(out)
-    except ArtifactError:
-        found = None
-    if found is None or json_digest(dict(found.recipe)) != json_digest(dict(recipe)):
-        msg = f"{out} exists and is not the plan of this request; choose another name, or move it away"
-        raise OutputExistsError(msg)
-    return found
+def _span(row: Row) -> Span:
+    (span,) = PruningPlan.from_json(row["plan"]).spans
+    return span

@@ -133,12 +133,15 @@ class ModelSession:
         found = next((getattr(norm, name) for name in names if hasattr(norm, name)), None)
         return None if found is None else float(found)
 
-    def memory(self, length: int, *, buffers: int = 0, scratch: Path | None = None) -> PassMemory:
+    def memory(
+        self, length: int, *, buffers: int = 0, gradients: int | None = None, scratch: Path | None = None
+    ) -> PassMemory:
         """Return how a pass over sequences of ``length`` tokens divides the memory that it may take.
 
         Args:
             length: Tokens of a sequence.
             buffers: Bytes that those who watch the pass take on the host.
+            gradients: Bytes of parameters' gradients, for a pass with a way back.
             scratch: Folder for states that do not fit, where the options name none.
         """
         options, on_device = self.options, free_device_memory(self.device)
@@ -147,7 +150,7 @@ class ModelSession:
             _given_or_most(options.host_memory, free_host_memory()),
             options.scratch or scratch,
         )
-        return PassMemory(self.skeleton, budget, length, buffers=buffers)
+        return PassMemory(self.skeleton, budget, length, buffers=buffers, gradients=gradients)
 
     def tokens(self, text: TextOptions) -> TokenSet:
         """Turn a text into token windows with this model's tokenizer.

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ghoststream.errors import ArtifactError, GhoststreamError, OutputExistsError
+from ghoststream.errors import ArtifactError, GhoststreamError, OutputExistsError, RequestError
 from ghoststream.files import FileLock, fsync_folder
 from ghoststream.operators import (
     BoundaryOperator,
@@ -26,8 +26,10 @@ from ghoststream.operators import (
 from ghoststream.operators.registry import SKETCH_SOLVERS
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.evidence import Engine
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.solve_request import SolveMethod, SolveRequest, single_layers
+from ghoststream.stages.sweep_costs import span_groups
 from ghoststream.stages.tap_store import BaseModel, require_fit_memory, store_taps, wanted_taps
 from ghoststream.statistics import (
     DEFAULT_FOLDS,
@@ -39,6 +41,7 @@ from ghoststream.statistics import (
     open_source,
     reduce_boundaries,
 )
+from ghoststream.statistics.devices import device_kind, require_device
 
 
 def solve(
@@ -63,8 +66,10 @@ def solve(
     trust_remote_code: bool = False,
     device: str = "cpu",
     precision: Precision = "float64",
+    reduce_device: str | None = None,
     folds: int = DEFAULT_FOLDS,
     range_sequences: int | None = None,
+    memory: int | None = None,
     scheduler: Any = None,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -94,8 +99,8 @@ def solve(
             activation is born inside a span do not count) or ``relative`` (``1 / |target|^2``).
         features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``; or, of the layer before the
             boundary, ``mlp`` (what enters ``down_proj``) or ``mlp_output`` (what the MLP adds): such operators are folded into
-            that ``down_proj`` by the export. Taps of that layer are computed again from the store and kept in
-            ``<out>.partial`` while the operators are fitted.
+            that ``down_proj`` by the export; or ``hidden+mlp``, of which the part on ``mlp`` is. Taps of that layer are computed
+            again from the store and kept in ``<out>.partial`` while the operators are fitted.
         intercept: Whether a constant is fitted.
         rank: Rank of the map; None for full rank.
         solver: ``gram`` (normal equations), or ``tsqr`` (triangular factors merged by QR) for ill-conditioned features,
@@ -111,8 +116,12 @@ def solve(
         device: Where that layer is computed.
         precision: ``float64``, or ``float32-blocked`` (products in float32 over blocks of 256 tokens, sums in float64),
             which halves the arithmetic for an error of at most 1.6e-5 of the absolute sums.
+        reduce_device: Torch device on which Gram and cross-moment are computed, ``cuda`` or ``cuda:1`` (or ``cpu``), in this
+            process or in each worker; None for numpy on the host. For operators that are solved by normal equations.
         folds: Folds of whole sequences for the residual out of sample; 0 or 1 for none.
         range_sequences: Sequences of one range task; by default about four tasks a fold.
+        memory: Bytes that moments may take at a time in this process (on a cluster: one task); by default half of what is
+            free. It decides the number of sweeps over the store, and changes no bit.
         scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
         workers: Threads in this process.
         progress: Told how many sequences are reduced and boundaries solved.
@@ -122,15 +131,16 @@ def solve(
 
     Raises:
         PlanError: If the plan does not fit the store's model.
-        RequestError: If an option is out of range, a name unknown, or the operator defined without an option.
+        RequestError: If an option is out of range, a name unknown, the operator defined without an option, or the device not
+            there.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
         StoreError: If a hidden state that is needed is not in the store (``per_layer`` needs those inside the spans).
         NumericsError: If a hidden state or a solution is not finite.
-        UnsupportedModelError: If an operator on ``mlp`` or ``mlp_output`` could not be folded into the model.
+        UnsupportedModelError: If an operator on features of the layer before could not be folded into the model.
         MismatchError: If the store is of another model than the one given.
-        BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the fit of a wide feature not the
-            memory.
+        BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the moments of one span or the fit of
+            a wide feature not the memory.
 
     Memory: with p features (``p = C``, or ``2 C`` for ``hidden+normed``), while reducing, for each worker thread one
     state of ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span and 4 blocks of
@@ -138,8 +148,8 @@ def solve(
     ``24 p^2 + 32 p C`` bytes (``16 p^2`` more where the Gram is ill-conditioned, ``24 p^2`` where folds choose the
     ridge); the operators, ``4 p C`` bytes each. ``O(C)`` where the family needs no Gram. Disk: at most ``log2(ranges) + 2``
     states for each fold. ``per_layer`` multiplies the state by the layers of a span, and adds two ``8 p C`` while solving.
-    With features of the layer before, ``p = I`` for ``mlp``, spans are reduced one after the other, so that there is one
-    state; disk: ``S T p`` elements of compute dtype a span.
+    With features of the layer before, ``p = I`` for ``mlp`` and ``C + I`` for ``hidden+mlp``, spans are reduced one after the
+    other, so that there is one state; disk: ``S T p`` elements of compute dtype a span.
     Sketches: states and fits as :mod:`ghoststream.operators.sketched` says, in the place of ``8 (p^2 + p C)``.
     """
     if isinstance(ridge, float | int):
@@ -165,13 +175,20 @@ def solve(
     request = SolveRequest.make(
         source,
         read_plan(plan, source.n_layers),
-        SolveMethod(operator, weights, getattr(family, "ridge", None), options, precision),
+        SolveMethod(
+            operator,
+            weights,
+            getattr(family, "ridge", None),
+            options,
+            precision,
+            None if reduce_device is None else device_kind(reduce_device),
+        ),
         RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
     )
     out = out.absolute()
     found = existing_operators(out, request.digest)
     if found is not None:
-        _clear_leftovers(out)
+        clear_leftovers(out)
         return found
     base = None if model is None else BaseModel(model, revision, trust_remote_code, device)
     wanted = wanted_taps(options.features, request.spans, base, intercept=intercept)
@@ -180,9 +197,9 @@ def solve(
     with _lock(out):  # which makes the folder
         reduce = getattr(family, "reduce", reduce_boundaries)
         given = needed_statistics(family, options) if reduce is reduce_boundaries else {}
+        given |= _on_device(family, reduce_device, is_remote=scheduler is not None)
         told, work = progress or SilentProgress(), _work_folder(out)
-        # Wide states of spans that share no layer: one at a time costs no reading.
-        groups = [request.spans] if wanted is None else [(span,) for span in request.spans]
+        groups = span_groups(request.spans, reads_taps=wanted is not None)
         if wanted is not None:
             given["taps"] = store_taps(wanted, store_uri, work, progress=told)
         moments: dict[Span, FoldedMoments] = {}
@@ -198,10 +215,23 @@ def solve(
                 scheduler=scheduler,
                 workers=workers,
                 workdir=work,
+                memory=Engine(scheduler, workers, memory, told).budget,
                 progress=progress,
                 **given,
             )
         return _write(family, moments, request, out, told)
+
+
+def _on_device(family: OperatorFamily, device: str | None, *, is_remote: bool) -> dict[str, Any]:
+    """Return the device as an argument of ``reduce_boundaries``, checked here if the work is done here."""
+    if device is None:
+        return {}
+    if hasattr(family, "reduce"):
+        msg = f"this operator or solver gathers more than Grams, on the host; leave --reduce-device {device} out"
+        raise RequestError(msg)
+    if not is_remote:
+        require_device(device)
+    return {"device": device}
 
 
 def _write(
@@ -290,7 +320,7 @@ def existing_operators(out: Path, digest: str) -> OperatorSet | None:
     return found
 
 
-def _clear_leftovers(out: Path) -> None:
+def clear_leftovers(out: Path) -> None:
     """Remove what a run left that was killed after its rename; nothing happens if that cannot be done now."""
     work, lock = _work_folder(out), _lock(out)
     if work.is_dir() or lock.path.exists():

@@ -29,6 +29,8 @@ class SolveMethod:
     ridge: float | Literal["auto", "gcv"] | None
     options: OperatorOptions
     precision: Precision
+    reduce_device: str | None = None
+    """Kind of the device that products are computed on; ``None`` is the host."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class SolveRequest:
             power_iterations=method.options.power_iterations,
             seed=method.options.seed,
             precision=method.precision,
+            reduce_device=method.reduce_device,
             range_sequences=ranges.range_sequences,
             folds=ranges.n_folds,
             store_digest=store_digest(source),

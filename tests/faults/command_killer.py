@@ -31,10 +31,10 @@ import zarr.storage._local as zarr_local
 
 from ghoststream.checkpoint import writer as checkpoint_writer
 from ghoststream.cli import main as command_line
-from ghoststream.stages import recover
+from ghoststream.stages import recover, recovery_flow
 from ghoststream.streaming import StreamedPass
 
-_STAGES = ("capture", "select", "solve", "export")
+_STAGES = {"capture": recovery_flow, "select": recovery_flow, "solve": recovery_flow, "export": recover}
 
 
 class Saboteur:
@@ -61,8 +61,8 @@ class Saboteur:
         os.fsync = self._counted("fsync", lambda _: None)
         zarr_local._put = self._counted("put", zarr_local._put, _half_put)
         checkpoint_writer._write_all = self._counted("write", checkpoint_writer._write_all, _half_write)
-        for name in _STAGES:
-            setattr(recover, name, self._staged(name, getattr(recover, name)))
+        for name, owner in _STAGES.items():
+            setattr(owner, name, self._staged(name, getattr(owner, name)))
 
     def _counted(
         self, name: str, function: Callable[..., Any], half: Callable[..., Any] | None = None

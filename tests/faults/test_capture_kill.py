@@ -50,9 +50,12 @@ def _capture(model: Path, ids: str, variant: str) -> tuple[object, ...]:
     return ("capture", model, *text, "--store", "{work}/store", *_VARIANTS[variant])
 
 
+PAPER = ("--criterion", "streamline", "--operator", "ghost")
+
+
 def _recover(model: Path, ids: str) -> tuple[object, ...]:
     text = ("--calibration", ids, "--sequences", 5, "--length", 16, "--micro-batch", 2)
-    return ("recover", model, *text, "--remove", 2, "--out", "{work}/out")
+    return ("recover", model, *text, "--remove", 2, *PAPER, "--out", "{work}/out")
 
 
 def _require_survived(result: dict[str, Any]) -> None:

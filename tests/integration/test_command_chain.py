@@ -114,14 +114,8 @@ def test_recover_gives_the_operators_of_the_stages(
     request = (
         "recover",
         tiny_llama,
-        "--remove",
-        2,
-        "--calibration",
-        ids,
-        "--sequences",
-        12,
-        "--length",
-        LENGTH,
+        *("--remove", 2, "--criterion", "streamline", "--operator", "ghost"),
+        *("--calibration", ids, "--sequences", 12, "--length", LENGTH),
     )
     report = json.loads(_run(*request, "--out", out, "--json").stdout)
     assert verify_path(out).sound
@@ -157,6 +151,32 @@ def test_pipeline_gives_the_files_of_the_stages(
     assert again == first
     shown = _run("run", path, "--model", tiny_llama, "--out", out)
     assert "perplexity" in shown.stdout
+
+
+def test_recover_and_pipelines_choose_as_search_and_fit_do(
+    tiny_llama: Path, ids: str, tmp_path: Path
+) -> None:
+    text = ("--calibration", ids, "--sequences", 12, "--length", LENGTH)
+    plan, operators = tmp_path / "plan.json", tmp_path / "operators.safetensors"
+    _run("search", tiny_llama, "--remove", 2, *text, "--out", plan)
+    _run("fit", tiny_llama, "--plan", plan, *text, "--out", operators)
+    _run("export", tiny_llama, "--operators", operators, "--out", tmp_path / "stages")
+    _run("recover", tiny_llama, "--remove", 2, *text, "--out", tmp_path / "recover")
+    pipeline = {
+        "name": "measured",
+        "capture": {"calibration": ids, "sequences": 12, "length": LENGTH},
+        "select": {"remove": 2, "criterion": "measured"},
+        "solve": {"operator": "auto"},
+    }
+    path = tmp_path / "measured.yaml"
+    path.write_text(yaml.safe_dump(pipeline), encoding="utf-8")
+    _run("run", path, "--model", tiny_llama, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "store").exists()
+    assert (tmp_path / "run" / "operators.safetensors").read_bytes() == operators.read_bytes()
+    wanted = {shard.name: shard.read_bytes() for shard in (tmp_path / "stages").glob("*.safetensors")}
+    assert wanted
+    for folder in ("recover", "run/recovered"):
+        assert wanted == {name: (tmp_path / folder / name).read_bytes() for name in wanted}
 
 
 def test_pipeline_refuses_the_results_of_another(

@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from ghoststream.errors import OutputExistsError, RequestError
-from ghoststream.operators import OperatorOptions
+from ghoststream.operators import OperatorOptions, OperatorSet
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.auto import METHODS
 from ghoststream.stages.capture import capture
 from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.measured import measure_plans
-from ghoststream.stages.search import SearchResult, search
+from ghoststream.stages.fit import fit
+from ghoststream.stages.measured import measure_repairs
+from ghoststream.stages.search import search
+from ghoststream.stages.search_result import SearchResult
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.solve import solve
 from ghoststream.testing.models import save_tiny
@@ -45,6 +50,7 @@ def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> SearchResu
         "length": T,
         "held_out": HELD,
         "micro_batch": MICRO_BATCH,
+        "operator": "ghost",
         **options,
     }
     return search(model, n_remove, calibration=f"ids:{ids / 'all.npy'}", **settings)
@@ -63,22 +69,30 @@ def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **opti
     files = []
     for number, plan in enumerate(plans):
         files.append(tmp_path / f"{number}.safetensors")
-        solve(tmp_path / "store", plan, out=files[-1], **options)
+        solve(tmp_path / "store", plan, out=files[-1], model=model, **options)
     report = evaluate([model, *files], text=f"ids:{ids / 'held.npy'}", length=T, micro_batch=MICRO_BATCH)
     return [row.loss for row in report.rows]
 
 
 @pytest.mark.parametrize(
     "method",
-    [{}, {"operator": "least-squares", "weights": "relative"}, {"operator": "linear-patch-diagonal"}],
-    ids=["ghost", "least-squares", "linear-patch"],
+    [
+        {},
+        {"operator": "least-squares", "weights": "relative"},
+        {"operator": "linear-patch-diagonal"},
+        {"operator": "least-squares", "options": OperatorOptions(features="mlp")},
+        {"operator": "least-squares", "options": OperatorOptions(features="hidden+mlp")},
+    ],
+    ids=["ghost", "least-squares", "linear-patch", "mlp", "hidden+mlp"],
 )
 def test_one_pass_finds_what_candidates_one_by_one_find(
     method: dict[str, Any], model: Path, ids: Path, tmp_path: Path
 ) -> None:
     result = _search(model, ids, 2, **method)
     starts = [1, 2, 3]
-    dense, *losses = _one_by_one(model, ids, tmp_path, [f"{s}:{s + 2}" for s in starts], **method)
+    plans, asked = [f"{s}:{s + 2}" for s in starts], dict(method)
+    features = asked.pop("options", OperatorOptions()).features
+    dense, *losses = _one_by_one(model, ids, tmp_path, plans, features=features, **asked)
     found = {row["plan"]["spans"][0][0]: row["loss"] for row in result.candidates}
     assert found == dict(zip(starts, losses, strict=True))
     assert result.dense_loss == dense
@@ -121,9 +135,9 @@ def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
         passes.append(args[2])
         if len(passes) == 2:
             raise KeyboardInterrupt
-        return measure_plans(*args, **kwargs)
+        return measure_repairs(*args, **kwargs)
 
-    monkeypatch.setattr("ghoststream.stages.search.measure_plans", counted)
+    monkeypatch.setattr("ghoststream.stages.search_steps.measure_repairs", counted)
     with pytest.raises(KeyboardInterrupt):
         _search(model, ids, 2, lanes=1, out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()
@@ -151,6 +165,10 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
         (2, {"held_out": S}, "cannot be parted"),
         (2, {"beam": 0}, "must be at least 1"),
         (2, {"operator": "nobody"}, "nobody"),
+        (2, {"operator": "auto", "weights": "relative"}, "chooses weights and features itself"),
+        (2, {"criterion": "cosine"}, "no criterion 'cosine' that runs the model"),
+        (2, {"criterion": "sleb", "spans": 2}, "removes single layers"),
+        (1, {"criterion": "taylor-plus"}, "keeps the first 4 and the last 2"),
         (
             2,
             {"operator": "least-squares", "options": OperatorOptions(solver="sketch-rows")},
@@ -163,3 +181,116 @@ def test_requests_that_cannot_be_met_are_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         _search(model, ids, n_remove, **options)
+
+
+def test_auto_takes_the_way_to_repair_that_is_best_on_held_out_text(model: Path, ids: Path) -> None:
+    found = _search(model, ids, 2, operator="auto")
+    by_name: dict[str, list[float]] = {}
+    for method in METHODS:
+        single = _search(
+            model, ids, 2, operator=method.operator, weights=method.weights, options=method.options
+        )
+        by_name[method.label] = [row["gap"] for row in single.candidates]
+    assert found.candidates[0]["gap"] == min(min(gaps) for gaps in by_name.values())
+    assert found.passes == 2, "spans are compared, then ways to repair them"
+    repair = found.repair
+    assert repair is not None
+    assert found.candidates[0]["repair"] == [repair.methods[0].label]
+
+
+def test_fit_repairs_as_the_search_chose(model: Path, ids: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    repair = _search(model, ids, 2, operator="auto", out=plan).repair
+    assert repair is not None
+    text: dict[str, Any] = {"calibration": f"ids:{ids / 'all.npy'}", "sequences": S, "length": T}
+    fit(model, plan, operator="auto", out=tmp_path / "auto.safetensors", micro_batch=MICRO_BATCH, **text)
+    (method,) = repair.methods
+    fit(
+        model,
+        plan,
+        operator=method.operator,
+        weights=method.weights,
+        options=method.options,
+        out=tmp_path / "named.safetensors",
+        micro_batch=MICRO_BATCH,
+        **text,
+    )
+    auto, named = (OperatorSet.load(tmp_path / f"{name}.safetensors") for name in ("auto", "named"))
+    assert auto.operators[0].features == named.operators[0].features
+    assert np.array_equal(np.asarray(auto.operators[0].weight), np.asarray(named.operators[0].weight))
+
+
+def test_fit_chooses_for_a_plan_what_a_search_would(model: Path, ids: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sequences": S, "length": T, "held_out": HELD, "micro_batch": MICRO_BATCH}
+    out = tmp_path / "operators.safetensors"
+    operators = fit(model, "2:4", calibration=f"ids:{ids / 'all.npy'}", operator="auto", out=out, **settings)
+    rows = {row["repair"][0]: row["gap"] for row in operators.metadata["chosen"]}
+    for method in METHODS:
+        single = _search(
+            model, ids, 2, operator=method.operator, weights=method.weights, options=method.options
+        )
+        gaps = {tuple(row["plan"]["spans"][0]): row["gap"] for row in single.candidates}
+        assert rows[method.label] == gaps[2, 4]
+    best = min(rows, key=lambda label: rows[label])
+    assert operators.operators[0].features == best.split(", ")[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["operators.safetensors"]
+
+
+def _loss_without(model: Path, ids: Path, layers: set[int]) -> float:
+    """Mean loss of a resident model that lacks layers, over all sequences."""
+    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    resident.model.layers = torch.nn.ModuleList(
+        layer for number, layer in enumerate(resident.model.layers) if number not in layers
+    )
+    tokens = torch.from_numpy(np.load(ids / "all.npy"))
+    with torch.no_grad():
+        return float(resident(tokens, labels=tokens, use_cache=False).loss)
+
+
+def test_perplexity_removes_the_layers_whose_absence_costs_least(model: Path, ids: Path) -> None:
+    found = _search(model, ids, 2, criterion="perplexity")
+    losses = {layer: _loss_without(model, ids, {layer}) for layer in range(1, L - 1)}
+    assert found.plan.removed == tuple(sorted(sorted(losses, key=lambda layer: losses[layer])[:2]))
+    rows = {row["plan"]["spans"][0][0]: row["loss"] for row in found.candidates}
+    assert rows == pytest.approx(losses, rel=1e-5)
+    assert found.passes == 1
+    assert found.repair is None
+
+
+def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
+    found = _search(model, ids, 2, criterion="sleb")
+    gone: set[int] = set()
+    for _ in range(2):
+        losses = {
+            layer: _loss_without(model, ids, {*gone, layer}) for layer in range(1, L - 1) if layer not in gone
+        }
+        gone.add(min(losses, key=lambda layer: losses[layer]))
+    assert set(found.plan.removed) == gone
+    assert found.passes == 2
+
+
+def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
+    found = _search(model, ids, 3, criterion="prune-and-repair")
+    assert found.to_json() | {"criterion": ""} == _search(model, ids, 3, spans=3).to_json() | {
+        "criterion": "",
+        "recipe": found.to_json()["recipe"],
+    }
+
+
+def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> None:
+    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = torch.from_numpy(np.load(ids / "all.npy"))
+    resident(tokens, labels=tokens, use_cache=False).loss.backward()
+    scores = [
+        sum(
+            float((weight.detach() * weight.grad).abs().double().sum())
+            for weight in layer.parameters()
+            if weight.dim() >= 2
+        )
+        for layer in resident.model.layers
+    ]
+    found = _search(model, ids, 2, criterion="taylor")
+    assert found.plan.removed == tuple(sorted(int(layer) for layer in np.argsort(scores)[:2]))
+    assert {row["plan"]["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
+        dict(enumerate(scores)), rel=1e-4
+    )

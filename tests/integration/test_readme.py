@@ -54,7 +54,7 @@ def test_the_shell_and_the_python_of_the_readme_run(tmp_path: Path, monkeypatch:
     (tmp_path / "calibration.txt").write_text(_text(128 * 512, seed=0))
     (tmp_path / "heldout.txt").write_text(_text(2 * 512, seed=1))
     lines = _shell_lines()
-    asked = ["plan", "recover", "evaluate", "inspect", "verify", "search", "recover"]
+    asked = ["plan", "recover", "evaluate", "inspect", "verify", "search", "recover", "recover"]
     assert [line[0] for line in lines] == asked
     outputs = {line[0]: _run(*line).stdout for line in lines}
     assert "remove [1,9) (8 of 10 layers)" in outputs["search"], "the one candidate that keeps both ends"
@@ -82,7 +82,8 @@ def test_every_command_along_the_chain_gives_json(tmp_path: Path) -> None:
     def data(*arguments: object) -> Any:
         return json.loads(_run(*arguments, "--json").stdout)
 
-    planned = data("plan", model, "--remove", 3, *text, "--no-measure")
+    paper = ("--criterion", "streamline", "--operator", "ghost")
+    planned = data("plan", model, "--remove", 3, *paper, *text, "--no-measure")
     assert planned["fits"] is True
     captured = data("capture", model, "--calibration", spec, *text, "--store", store)
     assert captured["layers"] == list(range(N_LAYERS + 1))
@@ -111,6 +112,7 @@ def test_every_command_along_the_chain_gives_json(tmp_path: Path) -> None:
         assert data("inspect", path)["path"] == str(path)
     out = tmp_path / "recovered"
     spans = " ".join(f"{start}:{stop}" for start, stop in selected["spans"])
-    recovered = data("recover", model, "--plan", spans, "--calibration", spec, *text, "--out", out)
+    ghost = ("--operator", "ghost")
+    recovered = data("recover", model, "--plan", spans, *ghost, "--calibration", spec, *text, "--out", out)
     assert recovered["plan"] == chosen
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "ghost" / "model.safetensors").read_bytes()

@@ -217,7 +217,7 @@ def test_plan_tells_what_it_measured_and_what_does_not_fit(tiny_llama: Path) -> 
     shown = _run("plan", str(tiny_llama), "--remove", "2", "--sequences", str(10**9))
     assert shown.exit_code == 0, shown.stderr
     assert "measured here: disk " in shown.stdout
-    assert "does not fit: disk, store needs " in shown.stdout
+    assert "does not fit: disk, scratch needs " in shown.stdout
     assert "it fits" not in shown.stdout
 
 

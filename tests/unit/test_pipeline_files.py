@@ -13,7 +13,7 @@ import pytest
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.run import Pipeline
+from ghoststream.stages.pipeline import Pipeline
 from ghoststream.text import TextSpec
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_minimal_pipeline() -> None:
     ("text", "message"),
     [
         (MINIMAL + "sleve: {}\n", "sleve: Extra inputs are not permitted"),
-        (MINIMAL + "solve: {operator: magic}\n", "solve.operator: Input should be"),
+        (MINIMAL + "solve: {operator: magic}\n", "solve: there is no operator 'magic'"),
         (MINIMAL.replace("remove: 2", "criterion: shortgpt"), "give either `remove`"),
         (MINIMAL.replace("remove: 2", "remove: 2, spans: '1:2'"), "give either `remove`"),
         (MINIMAL.replace("remove: 2", "remove: 0"), "select.remove: Input should be greater"),

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from pydantic import ValidationError
 
 from ghoststream.cli.options import CRITERIA
+from ghoststream.cli.options import SEARCH_CRITERIA as OFFERED
 from ghoststream.errors import (
     ArtifactError,
     BudgetError,
@@ -33,7 +34,8 @@ from ghoststream.selection import (
 )
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages import evidence
-from ghoststream.stages.run import SelectPart
+from ghoststream.stages.pipeline import SelectPart
+from ghoststream.stages.search import SEARCH_CRITERIA
 from ghoststream.stages.select import read_plan, select
 from ghoststream.statistics import FoldedMoments, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer
@@ -444,7 +446,13 @@ def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
         make_criterion("nearest")
 
 
-def test_commands_and_pipelines_offer_all_criteria() -> None:
+def test_commands_offer_all_criteria() -> None:
     known = {name for name in criterion_names() if not name.endswith("-for-a-test")} - {"middle-influence"}
     assert set(CRITERIA) == known
-    assert set(get_args(SelectPart.model_fields["criterion"].annotation)) == known
+    assert set(OFFERED) == set(SEARCH_CRITERIA)
+
+
+@pytest.mark.parametrize("criterion", ["nearest", "Streamline"])
+def test_pipelines_refuse_unknown_criteria(criterion: str) -> None:
+    with pytest.raises(ValidationError, match="no criterion"):
+        SelectPart(remove=2, criterion=criterion)

@@ -1,0 +1,93 @@
+"""How to repair, by measurement: the ways that are tried at a boundary, and the one that held-out text prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ghoststream.errors import RequestError, UnsupportedModelError
+from ghoststream.operators import OperatorOptions
+from ghoststream.recovery.folding import require_foldable
+from ghoststream.spans import Span
+from ghoststream.stages.fitting import FitMethod, Repair
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import UNIFORM, taps_of
+
+AUTO = "auto"
+"""Name by which this is asked for in the place of an operator."""
+
+_WITHOUT_SINKS = "drop_sinks"
+
+SCREEN = FitMethod("least-squares", OperatorOptions(), _WITHOUT_SINKS)
+"""What spans are compared with, before ways to repair are."""
+
+METHODS = (
+    FitMethod("ghost"),
+    SCREEN,
+    FitMethod("least-squares", OperatorOptions(features="normed"), _WITHOUT_SINKS),
+    FitMethod("least-squares", OperatorOptions(features="mlp"), _WITHOUT_SINKS),
+    FitMethod("least-squares", OperatorOptions(features="hidden+mlp"), _WITHOUT_SINKS),
+)
+"""What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
+
+Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
+"""Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""
+
+
+def require_no_options(weights: str, options: OperatorOptions | None) -> None:
+    """Check that nothing is asked that :data:`METHODS` say themselves.
+
+    Raises:
+        RequestError: If something is.
+    """
+    if weights != UNIFORM or options not in (None, OperatorOptions()):
+        msg = f"the operator {AUTO} chooses weights and features itself; leave them out, or name an operator"
+        raise RequestError(msg)
+
+
+def methods_for(session: ModelSession, span: Span) -> tuple[FitMethod, ...]:
+    """Return those of :data:`METHODS` that the model allows at a boundary."""
+    return tuple(method for method in METHODS if _is_possible(session, span, method))
+
+
+def choose_methods(session: ModelSession, repairs: Sequence[Repair], measure: Measure) -> tuple[Repair, ...]:
+    """Choose how each boundary of each repair is fitted: what leaves the lowest loss on held-out text.
+
+    Boundaries are decided one after the other, in the order of the layers, with those behind as they are given: one call of
+    ``measure``, which is one pass, for each boundary of the longest plan.
+
+    Args:
+        session: The model.
+        repairs: What to decide; their methods are where it starts.
+        measure: Measures any number of repairs.
+
+    Returns:
+        The repairs with the methods that won, in the same order.
+    """
+    best = list(repairs)
+    for index in range(max(len(repair.methods) for repair in repairs)):
+        tried = [_variants(session, repair, index) for repair in best]
+        rows = iter(measure([one for group in tried for one in group]))
+        gaps = [[preference(next(rows)) for _ in group] for group in tried]
+        best = [group[own.index(min(own))] for group, own in zip(tried, gaps, strict=True)]
+    return tuple(best)
+
+
+def preference(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """Return what repairs are ordered by: those that cannot be written come last."""
+    return bool(row.get("refusal")), float(row["gap"])
+
+
+def _variants(session: ModelSession, repair: Repair, index: int) -> list[Repair]:
+    if index >= len(repair.methods):
+        return [repair]
+    return [repair.changed(index, method) for method in methods_for(session, repair.plan.spans[index])]
+
+
+def _is_possible(session: ModelSession, span: Span, method: FitMethod) -> bool:
+    if taps_of(method.features):
+        try:
+            require_foldable(session.skeleton, span, method.features, constant=method.options.intercept)
+        except UnsupportedModelError:
+            return False
+    return method.features != "normed" or session.norm_epsilon is not None

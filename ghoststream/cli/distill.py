@@ -13,6 +13,7 @@ from ghoststream.cli.options import (
     calibration_option,
     compute_options,
     debug_option,
+    held_out_option,
     json_option,
     length_option,
     model_argument,
@@ -36,13 +37,7 @@ from ghoststream.cli.progress import show_progress
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
 @sequences_option
 @length_option
-@click.option(
-    "--held-out",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="S",
-    help="How many of the windows, the last ones, are measured on; default a quarter.",
-)
+@held_out_option
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),

@@ -13,6 +13,7 @@ from ghoststream.cli.options import (
     calibration_option,
     compute_options,
     debug_option,
+    held_out_option,
     json_option,
     length_option,
     model_argument,
@@ -42,13 +43,7 @@ from ghoststream.cli.progress import show_progress
 @sequences_option
 @length_option
 @method_options
-@click.option(
-    "--held-out",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="S",
-    help="How many of the windows, the last ones, `auto` measures on; default a quarter.",
-)
+@held_out_option
 @packing_options
 @compute_options
 @json_option

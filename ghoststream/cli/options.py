@@ -259,6 +259,13 @@ length_option = click.option(
     show_default=True,
     help="Tokens of a window.",
 )
+held_out_option = click.option(
+    "--held-out",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="S",
+    help="How many of the windows, the last ones, are measured on where something is measured; default a quarter.",
+)
 calibration_option = click.option(
     "--calibration", metavar="SPEC", required=True, help=f"Text to calibrate on: {SPEC_HELP}."
 )

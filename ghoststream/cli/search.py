@@ -14,6 +14,7 @@ from ghoststream.cli.options import (
     calibration_option,
     compute_options,
     debug_option,
+    held_out_option,
     json_option,
     length_option,
     model_argument,
@@ -47,13 +48,7 @@ _MOST_ROWS = 20
 )
 @sequences_option
 @length_option
-@click.option(
-    "--held-out",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="S",
-    help="How many of the windows, the last ones, are measured on; default a quarter.",
-)
+@held_out_option
 @click.option(
     "--spans",
     type=click.IntRange(min=1),

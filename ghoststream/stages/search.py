@@ -13,7 +13,7 @@ from ghoststream.operators import OperatorOptions
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.auto import AUTO, METHODS, SCREEN, preference, require_no_options
+from ghoststream.stages.auto import AUTO, METHODS, SCREEN, require_no_options
 from ghoststream.stages.fitting import FitMethod, Repair
 from ghoststream.stages.measured import divide
 from ghoststream.stages.search_result import SearchResult
@@ -216,13 +216,12 @@ def _run(
         dense = steps.dense_loss if measured else None
         return SearchResult(plan, (), wanted.criterion, tuple(rows), dense, recipe, passes)
     ranked = steps.grow(sizes, beam, wanted.method or SCREEN)
+    rows = [row for _, row in ranked]
     if wanted.method is None:
-        chosen = steps.refine([repair for repair, _ in ranked[:REFINED]])
-        left = [pair for pair in ranked if pair[0].plan not in {repair.plan for repair, _ in chosen}]
-        ranked = sorted([*chosen, *left], key=lambda pair: preference(pair[1]))
+        ranked = steps.refine([repair for repair, _ in ranked[:REFINED]])
+        rows = [row for row in steps.rows() if PruningPlan.from_json(row["plan"]).n_removed == sum(sizes)]
     best, _ = ranked[0]
     methods = () if wanted.criterion in UNFITTED else tuple(method.to_json() for method in best.methods)
-    rows = [row for _, row in ranked]
     return SearchResult(
         best.plan, methods, wanted.criterion, tuple(rows), steps.dense_loss, recipe, steps.passes
     )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ghoststream.errors import OutputExistsError, RequestError
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.errors import NumericsError, OutputExistsError, RequestError
+from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.auto import METHODS
 from ghoststream.stages.capture import capture
@@ -293,4 +293,27 @@ def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> No
     assert found.plan.removed == tuple(sorted(int(layer) for layer in np.argsort(scores)[:2]))
     assert {row["plan"]["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
         dict(enumerate(scores)), rel=1e-4
+    )
+
+
+def test_what_cannot_be_written_is_measured_and_not_chosen(
+    model: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any, operator: BoundaryOperator) -> None:
+        if operator.features == "hidden+mlp":
+            msg = "lost in rounding"
+            raise NumericsError(msg)
+
+    joint = OperatorOptions(features="hidden+mlp")
+    settings: dict[str, Any] = {"operator": "least-squares", "weights": "drop_sinks", "options": joint}
+    sound = _search(model, ids, 2, **settings)
+    monkeypatch.setattr("ghoststream.stages.measured.require_exportable", refuse)
+    refused = _search(model, ids, 2, **settings)
+    assert [row["gap"] for row in refused.candidates] == [row["gap"] for row in sound.candidates]
+    assert {row["refusal"] for row in refused.candidates} == {"lost in rounding"}
+    found = _search(model, ids, 2, operator="auto")
+    assert found.repair is not None
+    assert "hidden+mlp" not in {method.features for method in found.repair.methods}
+    assert [bool(row.get("refusal")) for row in found.candidates] == sorted(
+        bool(row.get("refusal")) for row in found.candidates
     )

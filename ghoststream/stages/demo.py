@@ -80,7 +80,7 @@ class DemoReport:
             f"The model is SmolLM2-135M-Instruct, dequantised from Q4_1, at {self.model}",
             "Next, on a model of your own:",
             "  ghoststream plan MODEL --remove 8",
-            "  ghoststream recover MODEL --remove 8 --calibration file:TEXT.txt --weights drop_sinks --out recovered/",
+            "  ghoststream recover MODEL --remove 8 --calibration file:TEXT.txt --out recovered/",
             "  ghoststream evaluate MODEL recovered/ --text file:OTHER.txt --length 2048",
         ]
         return "\n".join(lines)

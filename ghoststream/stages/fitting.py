@@ -179,6 +179,8 @@ class StreamedFit:
             facts=ModelFacts(self._session.norm_epsilon),
             n_layers=skeleton.n_layers,
             taps=taps,
+            # Where the memory is given, a pass counts one task.
+            workers=None if self._session.options.host_memory is None else 1,
         )
 
     def _streamed_taps(self) -> StreamedTaps | None:

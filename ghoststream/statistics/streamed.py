@@ -79,6 +79,7 @@ def streamed_moments(
     facts: ModelFacts,
     n_layers: int,
     taps: StreamedTaps | None = None,
+    workers: int | None = None,
 ) -> FoldedMoments:
     """Reduce one boundary's states as they come, to the bits that a store of them would give.
 
@@ -91,13 +92,13 @@ def streamed_moments(
         facts: What features may know of the model.
         n_layers: Decoder layers of the model.
         taps: The taps that the reducer reads, if it does.
+        workers: Ranges that are reduced at a time; by default as many as there are processors, and memory for.
 
     Raises:
         ValueError: If fewer sequences come than the plan divides.
         NumericsError: If a hidden state is not finite.
 
-    Memory: the states of one range and one batch; for each processor (fewer where memory is short) the states of a range
-    and what the reducer states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
+    Memory: the states of one range and one batch; for each worker the states of a range and what the reducer states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
     """
     folds: list[list[tuple[int, SumState]]] = [[] for _ in range(plan.n_folds)]
     merge = getattr(reducer, "merge", None)
@@ -119,7 +120,7 @@ def streamed_moments(
 
     with ThreadPoolExecutor() as pool:
         for wanted, inputs, targets in _by_range(plan, pairs):
-            room = default_workers(reducer.task_bytes(targets.shape[2], targets.shape[1]))
+            room = workers or default_workers(reducer.task_bytes(targets.shape[2], targets.shape[1]))
             while len(pending) >= room:
                 push()
             pending.append((wanted.fold, pool.submit(task, wanted, inputs, targets)))

@@ -8,6 +8,8 @@ windows of the calibration text only, and the report texts are read for the figu
 a few passes. What is made (stores, plans, operators, figures) lies in ``--work``; a cell that is there is not made again,
 so the same command goes on where it was stopped, and no group of cells is begun after ``--minutes``.
 
+``--tasks FOLDER`` runs zero-shot tasks for the models of tier 3 (see ``local_tasks.py`` for the files).
+
 Writes ``cells.json``, ``cells.csv``, ``tables.md`` and ``gaps.png`` there; ``--render`` only writes these again.
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 
 from quality_cells import TIERS, Cell
 from quality_report import DENSE, write_reports
+from quality_tasks import run_tasks, task_tables
 from quality_workshop import LENGTH, Workshop
 
 import ghoststream as gs
@@ -53,16 +56,16 @@ def main() -> None:
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
     figures = Figures(options.work / "cells.json")
-    cells = list(dict.fromkeys(cell for tier in options.tiers for cell in TIERS[tier]()))
-    if options.remove:
-        cells = [cell for cell in cells if cell.remove in options.remove]
+    cells = _asked((cell for tier in options.tiers for cell in TIERS[tier]()), options)
     if not options.render:
         with show_progress() as progress:
             shop = Workshop(
                 options.model, options.work, {"c4": options.c4, "wikitext": options.wikitext}, progress
             )
             fill(shop, cells, figures, options)
-    write_reports(options.work, figures.data, cells)
+            if options.tasks is not None:
+                run_tasks(shop, _asked(TIERS[3](), options), options.tasks, options.limit)
+    write_reports(options.work, figures.data, cells, task_tables(options.work, list(TIERS[3]())))
 
 
 def fill(shop: Workshop, cells: Sequence[Cell], figures: Figures, options: argparse.Namespace) -> None:
@@ -105,6 +108,16 @@ def _measure(
         figures.add(text, key, row.to_json())
 
 
+def _asked(cells: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:
+    """Return the cells of the numbers of layers and the seeds that were asked for, each once."""
+    return [
+        cell
+        for cell in dict.fromkeys(cells)
+        if (not options.remove or cell.remove in options.remove)
+        and (not options.seeds or cell.seed in options.seeds)
+    ]
+
+
 def _groups(cells: Sequence[Cell], size: int) -> Iterable[Sequence[Cell]]:
     return (cells[first : first + size] for first in range(0, len(cells), size))
 
@@ -118,9 +131,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tiers", type=int, nargs="*", choices=sorted(TIERS), default=[1])
     parser.add_argument("--remove", type=int, nargs="*", default=[], help="only these numbers of layers")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="only these orders of the text")
     parser.add_argument("--sequences", type=int, default=32, help="windows of each report text")
     parser.add_argument("--lanes", type=int, default=24, help="most cells in one pass")
     parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument(
+        "--tasks", type=Path, help="folder of task items (JSON lines): run tier 3's tasks too"
+    )
+    parser.add_argument("--limit", type=int, help="only so many items of each task")
     parser.add_argument("--render", action="store_true", help="only write the tables again")
     return parser.parse_args()
 

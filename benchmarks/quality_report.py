@@ -15,10 +15,10 @@ Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
 DENSE = "dense"
 
 
-def write_reports(folder: Path, figures: Figures, cells: Sequence[Cell]) -> None:
-    """Write ``cells.csv``, ``tables.md`` and ``gaps.png`` of what is there."""
+def write_reports(folder: Path, figures: Figures, cells: Sequence[Cell], more: Sequence[str] = ()) -> None:
+    """Write ``cells.csv``, ``tables.md`` and ``gaps.png`` of what is there; ``more`` tables come last."""
     _write_csv(folder / "cells.csv", figures, cells)
-    parts = [*_tables(figures, cells), *_curves(figures, cells)]
+    parts = [*_tables(figures, cells), *_curves(figures, cells), *more]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     _plot(folder / "gaps.png", figures, cells)
     print("\n\n".join(parts))

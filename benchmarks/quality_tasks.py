@@ -1,0 +1,82 @@
+"""Zero-shot tasks of the models of tier 3: accuracies, and the paired difference of the default to the paper's method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from local_tasks import write_task_files
+from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
+from quality_workshop import Workshop
+
+from ghoststream.evaluation import paired_bootstrap
+from ghoststream.stages.tasks import evaluate_tasks
+
+Rows = Sequence[Mapping[str, Any]]
+
+DENSE = "dense"
+
+
+def run_tasks(shop: Workshop, cells: Sequence[Cell], data: Path, limit: int | None) -> None:
+    """Run all tasks over the files in ``data`` for the cells of one seed and one number of layers, a pass for each."""
+    tasks = write_task_files(data, shop.folder / "tasks")
+    for group in _groups(cells):
+        out = shop.folder / "tasks" / f"{group[0].remove}-{group[0].seed}.json"
+        evaluate_tasks(
+            [shop.model, *(shop.operators(cell) for cell in group)],
+            tasks=tasks,
+            include_path=shop.folder / "tasks",
+            limit=limit,
+            json_path=out,
+            progress=shop.progress,
+        )
+        names = [DENSE, *(cell.key for cell in group)]
+        out.with_suffix(".names.json").write_text(json.dumps(names))
+
+
+def task_tables(folder: Path, cells: Sequence[Cell]) -> list[str]:
+    """Return a Markdown table for each number of layers and seed that was run."""
+    tables = []
+    for group in _groups(cells):
+        path = folder / "tasks" / f"{group[0].remove}-{group[0].seed}.json"
+        names = path.with_suffix(".names.json")
+        if path.is_file() and names.is_file():
+            rows = dict(zip(json.loads(names.read_text()), json.loads(path.read_text()), strict=True))
+            tables.append(_table(rows, group))
+    return tables
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]], group: Sequence[Cell]) -> str:
+    tasks = list(rows[DENSE]["tasks"])
+    lines = [
+        f"### Accuracy, {group[0].remove} layers removed, calibration in order {group[0].seed}",
+        "",
+        "| | " + " | ".join(task.removeprefix("local_") for task in tasks) + " | all items |",
+        "| --- |" + " --- |" * (len(tasks) + 1),
+    ]
+    for name, row in rows.items():
+        scores = [f"{np.mean(row['tasks'][task]['items']['acc']):.3f}" for task in tasks]
+        lines.append(f"| {name.split(' | ')[0]} | " + " | ".join(scores) + f" | {np.mean(_items(row)):.3f} |")
+    by_place = {(cell.selection, cell.variant): rows[cell.key] for cell in group}
+    paper, own = by_place.get((STREAMLINE, PAPER)), by_place.get((MEASURED, DEFAULT))
+    if paper is not None and own is not None:
+        difference = paired_bootstrap(_items(paper), _items(own), seed=0)
+        lines += [
+            "",
+            f"Default less paper over {difference.items:,} items, paired bootstrap: {difference}.",
+        ]
+    return "\n".join(lines)
+
+
+def _items(row: Mapping[str, Any]) -> list[float]:
+    return [score for task in row["tasks"].values() for score in task["items"]["acc"]]
+
+
+def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    found: dict[tuple[int, int], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.seed, cell.remove), []).append(cell)
+    return list(found.values())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ghoststream.operators import OperatorSet
     from ghoststream.spans import PruningPlan, Span
     from ghoststream.stages.capture import capture
+    from ghoststream.stages.distill import distill
     from ghoststream.stages.evaluate import evaluate
     from ghoststream.stages.export import export
     from ghoststream.stages.fit import fit
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ghoststream.stages.search import search
     from ghoststream.stages.select import select
     from ghoststream.stages.solve import solve
+    from ghoststream.stages.tasks import evaluate_tasks
     from ghoststream.stages.verify import verify_path
 
 _HOMES = {
@@ -38,7 +40,9 @@ _HOMES = {
     "PruningPlan": "ghoststream.spans",
     "Span": "ghoststream.spans",
     "capture": "ghoststream.stages.capture",
+    "distill": "ghoststream.stages.distill",
     "evaluate": "ghoststream.stages.evaluate",
+    "evaluate_tasks": "ghoststream.stages.tasks",
     "export": "ghoststream.stages.export",
     "fit": "ghoststream.stages.fit",
     "inspect_path": "ghoststream.stages.inspect",
@@ -58,7 +62,9 @@ __all__ = [
     "PruningPlan",
     "Span",
     "capture",
+    "distill",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "fit",
     "inspect_path",

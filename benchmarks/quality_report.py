@@ -149,6 +149,8 @@ def _plot(path: Path, figures: Figures, cells: Sequence[Cell]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=label)
         axis.set(title=text, xlabel="layers removed", ylabel="loss above the dense model, nats a token")
+        axis.set_xticks(sorted({cell.remove for cell in cells}))
+        axis.set_ylim(bottom=0.0)
         axis.grid(alpha=0.3)
     if axes[0][0].lines:
         axes[0][0].legend(fontsize=8)

@@ -33,7 +33,7 @@ def fit(
     sequences: int = 128,
     length: int = 512,
     held_out: int | None = None,
-    operator: str = "ghost",
+    operator: str = AUTO,
     weights: str = UNIFORM,
     options: OperatorOptions | None = None,
     folds: int = DEFAULT_FOLDS,

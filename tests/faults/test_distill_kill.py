@@ -70,6 +70,7 @@ def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None
         calibration=text,
         sequences=8,
         length=12,
+        operator="ghost",
         out=tmp_path / "operators.safetensors",
     )
     whole = tmp_path / "whole" / "trained.safetensors"

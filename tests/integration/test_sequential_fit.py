@@ -44,6 +44,7 @@ def test_one_span_is_what_solve_fits(model: Path, text: str, tmp_path: Path) -> 
         sequences=S,
         length=T,
         micro_batch=2,
+        operator="ghost",
         out=tmp_path / "fitted.safetensors",
     ).boundaries[0]
     assert solved.weight is not None
@@ -84,6 +85,7 @@ def test_the_second_operator_is_the_least_squares_fit_on_the_repaired_stream(
         sequences=S,
         length=T,
         micro_batch=S,
+        operator="ghost",
         out=tmp_path / "ops.safetensors",
     )
     first, second = operators.boundaries
@@ -126,14 +128,15 @@ def test_every_option_of_the_operator_makes_another_request(
 
 def test_the_file_is_used_like_any_other(model: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "ops.safetensors"
-    fit(model, "1:2 3:5", calibration=text, sequences=S, length=T, out=out)
+    settings: dict[str, Any] = {"calibration": text, "sequences": S, "length": T, "operator": "ghost"}
+    fit(model, "1:2 3:5", out=out, **settings)
     export(model, out, tmp_path / "recovered")
     report = evaluate([model, out, tmp_path / "recovered"], text=text, length=T)
     assert report.rows[1].loss == report.rows[2].loss
     assert {row.passes for row in report.rows} == {0}
-    again = fit(model, "1:2 3:5", calibration=text, sequences=S, length=T, out=out)
+    again = fit(model, "1:2 3:5", out=out, **settings)
     assert again.plan.n_removed == 3
     with pytest.raises(OutputExistsError, match="not the result of this request"):
-        fit(model, "1:2", calibration=text, sequences=S, length=T, out=out)
+        fit(model, "1:2", out=out, **settings)
     with pytest.raises(PlanError):
-        fit(model, "4:9", calibration=text, sequences=S, length=T, out=tmp_path / "other.safetensors")
+        fit(model, "4:9", out=tmp_path / "other.safetensors", **settings)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
+from zarr.core.buffer import default_buffer_prototype
 
 from ghoststream.activations.guard import ChangedObjectError, GuardedStore, UnreadableObjectError, unreachable
 from ghoststream.activations.layout import open_array, shard_key
@@ -17,6 +18,7 @@ _ADVICE = (
     "the data changed after it was written: run `ghoststream verify` on the store, then restore it from a copy,"
     " or delete it and capture again"
 )
+_SHARDS_AT_A_TIME = 4
 _BROKEN = (ChangedObjectError, ValueError, RuntimeError, LookupError)
 
 
@@ -42,17 +44,29 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int, uri: str) -> npt.ND
         StoreError: If a shard is missing, is not what was committed, or a chunk fails its checksum; the message
             names the array, the shard and the chunk. Also if the disk or the network fails.
 
-    Memory: The rows, and for each of at most ``async.concurrency`` (4) shards in flight what is wanted of it
-    twice, encoded and decoded.
+    Memory: The rows, and for each of at most four shards in flight what is wanted of it twice, encoded and decoded.
     """
     try:
         try:
-            return np.asarray(array[start:stop])
+            return _read(array, start, stop)
         except _BROKEN as error:
             msg = f"{uri}: {_first_broken(array, start, stop)} ({error}); {_ADVICE}"
             raise StoreError(msg) from error
     except UnreadableObjectError as error:
         raise unreachable(uri, error) from error
+
+
+def _read(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:
+    """Read a few shards at a time: what zarr is done with is freed a little later, while it goes on with others."""
+    rows: npt.NDArray[Any] = np.empty((stop - start, *array.shape[1:]), dtype=array.dtype)
+    step = _SHARDS_AT_A_TIME * (array.shards or array.chunks)[0]
+    first = start
+    while first < stop:
+        last = min(first - first % step + step, stop)
+        out = default_buffer_prototype().nd_buffer.from_numpy_array(rows[first - start : last - start])
+        array.get_basic_selection(slice(first, last), out=out)
+        first = last
+    return rows
 
 
 def require_finite_rows(rows: torch.Tensor, mask: npt.NDArray[np.bool_], start: int, what: str) -> None:

@@ -45,6 +45,18 @@ def require_no_options(weights: str, options: OperatorOptions | None) -> None:
         raise RequestError(msg)
 
 
+def named_method(operator: str, weights: str, options: OperatorOptions | None) -> FitMethod | None:
+    """Return how boundaries are fitted where an operator is named; None for :data:`AUTO`.
+
+    Raises:
+        RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
+    """
+    if operator != AUTO:
+        return FitMethod(operator, options or OperatorOptions(), weights)
+    require_no_options(weights, options)
+    return None
+
+
 def methods_for(session: ModelSession, span: Span) -> tuple[FitMethod, ...]:
     """Return those of :data:`METHODS` that the model allows at a boundary."""
     return tuple(method for method in METHODS if _is_possible(session, span, method))

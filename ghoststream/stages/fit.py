@@ -11,8 +11,8 @@ from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.auto import AUTO, METHODS, SCREEN, require_no_options
-from ghoststream.stages.fitting import DENSE, FitMethod, Repair, StreamedFit, fitted_lane
+from ghoststream.stages.auto import AUTO, METHODS, SCREEN, named_method
+from ghoststream.stages.fitting import DENSE, Repair, StreamedFit, fitted_lane
 from ghoststream.stages.measured import divide
 from ghoststream.stages.search_result import read_repair
 from ghoststream.stages.search_steps import MeasuredSteps, Trial
@@ -88,7 +88,7 @@ def fit(
     :func:`ghoststream.solve` states for one boundary; while ``auto`` measures, that of
     :func:`~ghoststream.stages.measured.measure_repairs`.
     """
-    given = _given_method(operator, weights, options)
+    given = named_method(operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
     wanted = read_plan(plan, session.skeleton.n_layers)
     repair = _given_repair(plan, wanted) if given is None else Repair.alike(wanted, given)
@@ -137,13 +137,6 @@ def fit(
     if steps is not None:
         steps.forget()
     return operators
-
-
-def _given_method(operator: str, weights: str, options: OperatorOptions | None) -> FitMethod | None:
-    if operator != AUTO:
-        return FitMethod(operator, options or OperatorOptions(), weights)
-    require_no_options(weights, options)
-    return None
 
 
 def _given_repair(plan: PruningPlan | str | Path, wanted: PruningPlan) -> Repair | None:

@@ -13,7 +13,7 @@ from ghoststream.operators import OperatorOptions
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.auto import AUTO, METHODS, SCREEN, require_no_options
+from ghoststream.stages.auto import AUTO, METHODS, SCREEN, named_method
 from ghoststream.stages.fitting import FitMethod, Repair
 from ghoststream.stages.measured import divide
 from ghoststream.stages.search_result import SearchResult
@@ -156,10 +156,7 @@ class _Wanted:
             raise RequestError(msg)
         if criterion in UNFITTED:
             return cls(criterion, FitMethod("none"))
-        if operator == AUTO:
-            require_no_options(weights, options)
-            return cls(criterion, None)
-        return cls(criterion, FitMethod(operator, options or OperatorOptions(), weights))
+        return cls(criterion, named_method(operator, weights, options))
 
     def sizes(self, n_remove: int, spans: int, n_layers: int) -> list[int]:
         """Return the sizes of the spans that are added one after the other."""

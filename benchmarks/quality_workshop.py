@@ -11,7 +11,7 @@ from quality_cells import DEFAULT, VARIANTS, Cell, Variant
 
 import ghoststream as gs
 from ghoststream.progress import Progress
-from ghoststream.stages.search import SEARCH_CRITERIA
+from ghoststream.stages.searching.search import SEARCH_CRITERIA
 
 LENGTH = 512
 

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ghoststream.errors import GhoststreamError
     from ghoststream.operators import OperatorSet
     from ghoststream.spans import PruningPlan, Span
-    from ghoststream.stages.capture import capture
-    from ghoststream.stages.distill import distill
+    from ghoststream.stages.capturing.capture import capture
+    from ghoststream.stages.capturing.replay import replay
+    from ghoststream.stages.distillation.distill import distill
     from ghoststream.stages.evaluate import evaluate
     from ghoststream.stages.export import export
-    from ghoststream.stages.fit import fit
     from ghoststream.stages.inspect import inspect_path
-    from ghoststream.stages.plan import plan_run
+    from ghoststream.stages.planning.plan import plan_run
     from ghoststream.stages.recover import recover
-    from ghoststream.stages.replay import replay
-    from ghoststream.stages.search import search
+    from ghoststream.stages.repair.fit import fit
+    from ghoststream.stages.searching.search import search
     from ghoststream.stages.select import select
     from ghoststream.stages.solve import solve
     from ghoststream.stages.tasks import evaluate_tasks
@@ -39,17 +39,17 @@ _HOMES = {
     "OperatorSet": "ghoststream.operators",
     "PruningPlan": "ghoststream.spans",
     "Span": "ghoststream.spans",
-    "capture": "ghoststream.stages.capture",
-    "distill": "ghoststream.stages.distill",
+    "capture": "ghoststream.stages.capturing.capture",
+    "distill": "ghoststream.stages.distillation.distill",
     "evaluate": "ghoststream.stages.evaluate",
     "evaluate_tasks": "ghoststream.stages.tasks",
     "export": "ghoststream.stages.export",
-    "fit": "ghoststream.stages.fit",
+    "fit": "ghoststream.stages.repair.fit",
     "inspect_path": "ghoststream.stages.inspect",
-    "plan_run": "ghoststream.stages.plan",
+    "plan_run": "ghoststream.stages.planning.plan",
     "recover": "ghoststream.stages.recover",
-    "replay": "ghoststream.stages.replay",
-    "search": "ghoststream.stages.search",
+    "replay": "ghoststream.stages.capturing.replay",
+    "search": "ghoststream.stages.searching.search",
     "select": "ghoststream.stages.select",
     "solve": "ghoststream.stages.solve",
     "verify_path": "ghoststream.stages.verify",

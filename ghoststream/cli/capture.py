@@ -75,7 +75,7 @@ def command(model: str, *, as_json: bool, **options: Any) -> None:
     To use several devices or hosts, run the same command on each with another --worker, on a STORE that all of them
     see. The files do not depend on the number of workers.
     """
-    from ghoststream.stages.capture import capture
+    from ghoststream.stages.capturing.capture import capture
 
     with show_progress() as progress:
         store = capture(model, progress=progress, **options)

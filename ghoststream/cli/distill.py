@@ -96,7 +96,7 @@ def command(model: str, operators: str, *, as_json: bool, out: Path, **options: 
     Only operators change. Measured on windows that are not trained on, before and after; a warning says so where they did not
     gain. Killed, the same command goes on behind the last step.
     """
-    from ghoststream.stages.distill import distill
+    from ghoststream.stages.distillation.distill import distill
 
     with show_progress() as progress:
         trained = distill(model, operators, out=out, progress=progress, **options)

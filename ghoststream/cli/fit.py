@@ -57,7 +57,7 @@ def command(model: str, plan: str, *, as_json: bool, out: Path, **options: Any) 
     With `--operator auto` each boundary is fitted as the search that wrote PLAN chose it, or in each of several ways, of
     which the one is taken that is best on held-out windows.
     """
-    from ghoststream.stages.fit import fit
+    from ghoststream.stages.repair.fit import fit
 
     with show_progress() as progress:
         method = take_options(options)

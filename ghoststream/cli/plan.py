@@ -31,7 +31,7 @@ from ghoststream.cli.options import (
 from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
-    from ghoststream.stages.plan import RunPlan
+    from ghoststream.stages.planning.plan import RunPlan
 
 
 @click.command(
@@ -79,7 +79,7 @@ def command(model: str, remove: int, *, as_json: bool, **options: Any) -> None:
     The table of sweeps says how often the store is read for moments within --memory, and what is kept on disk meanwhile.
     """
     from ghoststream.operators import OperatorOptions
-    from ghoststream.stages.plan import MomentOptions, plan_run
+    from ghoststream.stages.planning.plan import MomentOptions, plan_run
 
     fit = {name: options.pop(name) for name in ("rank", "solver", "sketch_size", "power_iterations")}
     bounds = {name: options.pop(name) for name in ("weights", "folds", "memory", "workers")}

@@ -84,7 +84,7 @@ def command(model: str, remove: int, *, as_json: bool, out: Path | None, **optio
     All candidates of one span are fitted and measured in one read of the weights. The loss is that of the repaired model,
     which similarities of hidden states say little about.
     """
-    from ghoststream.stages.search import search
+    from ghoststream.stages.searching.search import search
 
     with show_progress() as progress:
         method = take_options(options)

@@ -15,6 +15,8 @@ from ghoststream.streaming import Batch
 IGNORED = -100
 """Stands for no token to predict, as in transformers and torch."""
 _LEAST_CHUNK_BYTES = 32 * 2**20
+_ROWS_BYTES = 4 * 2**20
+"""Float32 logits that a CPU turns into losses at once: what its caches hold."""
 
 
 def default_logit_tokens(vocab_size: int, unit_bytes: int) -> int:
@@ -53,7 +55,7 @@ class LossAccumulator:
     The logits of position ``t`` predict token ``t + 1`` of the same window; padding is neither predicted nor
     used to predict. The softmax is taken in float32, as in transformers' own loss.
 
-    Memory: a chunk of logits as it came, and one in float32.
+    Memory: a chunk of logits as it came, and one in float32; on the CPU 4 MiB of it, or one token's.
     """
 
     def __init__(self, n_sequences: int) -> None:
@@ -91,8 +93,23 @@ class LossAccumulator:
         return LossSummary(loss, int(counts.sum()), error, tuple((sums / counts).tolist()))
 
 
+def row_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return logits ``(k, V)`` in runs of rows that are turned into losses at once: on the CPU what its caches hold."""
+    if logits.device.type != "cpu":
+        return (logits,)
+    blocks: tuple[torch.Tensor, ...] = logits.split(max(1, _ROWS_BYTES // (4 * int(logits.shape[1]))))
+    return blocks
+
+
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return ``logsumexp(logits) - logits[target]`` in float32, in place in one float32 copy of the logits."""
+    """Return ``logsumexp(logits) - logits[target]`` in float32."""
+    blocks = row_blocks(logits)
+    wanted = targets.split([len(block) for block in blocks])
+    return torch.cat([_block_entropy(*pair) for pair in zip(blocks, wanted, strict=True)])
+
+
+def _block_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Do that in place in one float32 copy of the logits."""
     scaled = logits.to(torch.float32, copy=True)
     scaled -= scaled.amax(dim=-1, keepdim=True)
     wanted = scaled.gather(-1, targets[:, None])[:, 0]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.evaluation.losses import row_blocks
 from ghoststream.files import json_digest
 from ghoststream.streaming import Batch
 
@@ -144,7 +145,7 @@ class RequestScores:
     Args:
         requests: What is asked; the lane's ``scored`` must be its :meth:`RequestBatches.scored`.
 
-    Memory: two chunks of logits in float32 beside the one shown.
+    Memory: beside the chunk of logits shown two in float32; on the CPU 4 MiB of each, or one token's.
     """
 
     def __init__(self, requests: RequestBatches) -> None:
@@ -159,15 +160,22 @@ class RequestScores:
         rows = torch.from_numpy(asked.slots[begin:end] - first).to(logits.device)
         tokens = torch.from_numpy(asked.tokens[begin:end]).to(logits.device)
         owners = asked.owners[begin:end]
-        scores = logits.float()
-        found = scores[rows, tokens] - scores.logsumexp(dim=-1)[rows]
+        sums, likeliest = (
+            torch.cat(parts) for parts in zip(*map(_of_block, row_blocks(logits)), strict=True)
+        )
+        found = logits[rows, tokens].float() - sums[rows]
         np.add.at(self._sums, owners, found.double().cpu().numpy())
-        likeliest = scores.argmax(dim=-1)[rows] == tokens
-        np.logical_and.at(self._greedy, owners, likeliest.cpu().numpy())
+        np.logical_and.at(self._greedy, owners, (likeliest[rows] == tokens).cpu().numpy())
 
     def results(self) -> list[tuple[float, bool]]:
         """Return of each request its log-likelihood in nats, and whether greedy decoding would write just that."""
         return list(zip(self._sums.tolist(), self._greedy.tolist(), strict=True))
+
+
+def _of_block(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``logsumexp`` in float32 and the likeliest token of each row."""
+    scores = logits.float()
+    return scores.logsumexp(dim=-1), scores.argmax(dim=-1)
 
 
 def padded_length(length: int) -> int:

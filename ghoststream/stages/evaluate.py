@@ -12,8 +12,8 @@ from ghoststream.evaluation import EvaluationReport, EvaluationRow
 from ghoststream.files import atomic_write_json
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, TextPart, library_versions
+from ghoststream.stages.capturing.members import open_members, pass_notes, require_free_or_same
 from ghoststream.stages.measurement import Measurement
-from ghoststream.stages.members import open_members, pass_notes, require_free_or_same
 from ghoststream.stages.session import ComputeRequest, ModelOptions, TextOptions
 
 

@@ -24,7 +24,7 @@ from ghoststream.operators.solver import solve_ridge
 from ghoststream.progress import Progress
 from ghoststream.selection import Repair, Residual
 from ghoststream.spans import Span
-from ghoststream.stages.machine import free_host_memory
+from ghoststream.stages.planning.machine import free_host_memory
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,

@@ -9,8 +9,8 @@ from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
+from ghoststream.stages.capturing.members import Member, SharedPass
 from ghoststream.stages.lanes import first_needed
-from ghoststream.stages.members import Member, SharedPass
 from ghoststream.stages.session import ModelSession, TextOptions, dtype_name
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches

@@ -14,8 +14,8 @@ from ghoststream.operators import OperatorOptions, make_operator
 from ghoststream.operators.registry import Solver
 from ghoststream.recipe import Bos, StoreDtype, TextPart
 from ghoststream.selection import make_criterion
-from ghoststream.stages.auto import AUTO, require_no_options
-from ghoststream.stages.search import SEARCH_CRITERIA
+from ghoststream.stages.repair.auto import AUTO, require_no_options
+from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from ghoststream.statistics import Precision, get_feature, get_weight
 
 

@@ -16,10 +16,10 @@ from ghoststream.recovery import ExportReport, load_recovered
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.auto import AUTO
 from ghoststream.stages.export import export
 from ghoststream.stages.recovery_flow import CalibrationRequest, RecoveryFlow, RepairRequest
-from ghoststream.stages.search import SEARCH_CRITERIA
+from ghoststream.stages.repair.auto import AUTO
+from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
 from ghoststream.statistics import UNIFORM

@@ -10,15 +10,15 @@ from ghoststream.operators import OperatorOptions, OperatorSet, features_of, mak
 from ghoststream.progress import Progress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.auto import AUTO, require_no_options
-from ghoststream.stages.capture import capture
-from ghoststream.stages.fit import fit
-from ghoststream.stages.fitting import FitMethod
-from ghoststream.stages.search import SEARCH_CRITERIA, search
+from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.capturing.tap_store import BaseModel, wanted_taps
+from ghoststream.stages.repair.auto import AUTO, require_no_options
+from ghoststream.stages.repair.fit import fit
+from ghoststream.stages.repair.fitting import FitMethod
+from ghoststream.stages.searching.search import SEARCH_CRITERIA, search
 from ghoststream.stages.select import select
 from ghoststream.stages.session import ComputeRequest, ModelSession
 from ghoststream.stages.solve import solve
-from ghoststream.stages.tap_store import BaseModel, wanted_taps
 from ghoststream.statistics import UNIFORM, taps_of
 
 

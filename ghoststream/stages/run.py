@@ -113,13 +113,13 @@ class _Run:
         self._root = resolve_model(name, revision=pipeline.model.revision).root
 
     def capture(self) -> None:
-        from ghoststream.stages.capture import capture
+        from ghoststream.stages.capturing.capture import capture
 
         wanted = self._pipeline.capture.model_dump()
         capture(self._root, store=str(self._workdir / "store"), **wanted, **self._model_options())
 
     def select(self) -> PruningPlan:
-        from ghoststream.stages.search import SEARCH_CRITERIA, search
+        from ghoststream.stages.searching.search import SEARCH_CRITERIA, search
         from ghoststream.stages.select import read_plan, select
         from ghoststream.stages.session import ModelOptions, ModelSession
 
@@ -152,8 +152,8 @@ class _Run:
         ).plan
 
     def solve(self, plan: PruningPlan) -> OperatorSet:
-        from ghoststream.stages.auto import AUTO
-        from ghoststream.stages.fit import fit
+        from ghoststream.stages.repair.auto import AUTO
+        from ghoststream.stages.repair.fit import fit
         from ghoststream.stages.solve import solve
 
         out, found = self._workdir / "operators.safetensors", self._workdir / "plan.json"

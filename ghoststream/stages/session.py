@@ -22,7 +22,7 @@ from ghoststream.errors import (
 )
 from ghoststream.files import read_json
 from ghoststream.recipe import Bos, TextPart, TextRecipe
-from ghoststream.stages.machine import free_device_memory, free_host_memory
+from ghoststream.stages.planning.machine import free_device_memory, free_host_memory
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TextSpec, TokenSet, prepare_tokens
 

@@ -26,11 +26,11 @@ from ghoststream.operators import (
 from ghoststream.operators.registry import SKETCH_SOLVERS
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.capturing.tap_store import BaseModel, require_fit_memory, store_taps, wanted_taps
 from ghoststream.stages.evidence import Engine
+from ghoststream.stages.planning.sweep_costs import span_groups
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.solve_request import SolveMethod, SolveRequest, single_layers
-from ghoststream.stages.sweep_costs import span_groups
-from ghoststream.stages.tap_store import BaseModel, require_fit_memory, store_taps, wanted_taps
 from ghoststream.statistics import (
     DEFAULT_FOLDS,
     UNIFORM,

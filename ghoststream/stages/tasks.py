@@ -18,7 +18,13 @@ from ghoststream.evaluation import (
 from ghoststream.files import atomic_write_json
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import TaskRecipe, library_versions
-from ghoststream.stages.members import Member, SharedPass, open_members, pass_notes, require_free_or_same
+from ghoststream.stages.capturing.members import (
+    Member,
+    SharedPass,
+    open_members,
+    pass_notes,
+    require_free_or_same,
+)
 from ghoststream.stages.session import ComputeRequest, ModelOptions, dtype_name, load_tokenizer
 from ghoststream.streaming import PassOptions, StreamedPass
 

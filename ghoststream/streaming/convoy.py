@@ -24,6 +24,15 @@ class Traveller:
     waiting: Span | None = None
     prepared: HiddenStates | None = None
 
+    @property
+    def at_last_boundary(self) -> bool:
+        """Whether nothing is removed behind the span that it waits for."""
+        return self.waiting == self.lane.plan.spans[-1]
+
+    def carries(self, batch: Batch) -> bool:
+        """Whether a batch is one of those that it carries, which are neighbours."""
+        return self.batches[0].start <= batch.start and batch.stop <= self.batches[-1].stop
+
     def narrow(self) -> None:
         """Carry on with those batches only that go on behind the lane's last boundary, or into the head."""
         if self.lane.goes_on is not None:
@@ -34,12 +43,13 @@ class Traveller:
 class Convoy:
     """All lanes of a pass, between two layers.
 
-    Lanes that carry the same states go through a layer together. States are replaced in place where all who carry
-    them go on, and kept where one waits with them at the start of a span.
+    Lanes that carry the same states go through a layer together, and over a boundary where one map is the map of all. States
+    are replaced in place where all who carry them go on, and kept where one waits with them at the start of a span.
     """
 
     def __init__(self, lanes: Sequence[Lane], batches: Sequence[Batch], factory: StatesFactory) -> None:
         self._factory = factory
+        self._batches = batches
         self._first = factory.make(batches)
         self._sizes = {id(self._first): (len(batches), False)}
         self._places: list[HiddenStates] = [self._first]
@@ -58,23 +68,31 @@ class Convoy:
                 groups.setdefault(id(traveller.states), []).append(traveller)
         return list(groups.values())
 
+    def batches_of(self, group: Sequence[Traveller]) -> list[Batch]:
+        """Return what any of a group carries, in order."""
+        if all(one.batches is group[0].batches for one in group):
+            return list(group[0].batches)
+        return [batch for batch in self._batches if any(one.carries(batch) for one in group)]
+
     def target_for(self, group: Sequence[Traveller]) -> HiddenStates:
         """Return where the next states of a group go: its own place, or a fresh one if others need that."""
-        source, batches = group[0].states, group[0].batches
+        source, batches = group[0].states, self.batches_of(group)
         others = any(one.states is source and one not in group for one in self.travellers)
         if not others and self._sizes[id(source)] == (len(batches), False):
             return source
         return self._make(batches)
 
-    def prepare(self, traveller: Traveller, width: int | None = None) -> HiddenStates:
-        """Return a fresh place for what a traveller will wait with at the span that begins next.
+    def prepare(self, group: Sequence[Traveller], width: int | None = None) -> HiddenStates:
+        """Return a fresh place for what a group will wait with at the span that begins next.
 
         Args:
-            traveller: Who will wait.
+            group: Who will wait.
             width: Elements of a token, where that is more than its state.
         """
-        traveller.prepared = self._make(traveller.batches, width)
-        return traveller.prepared
+        place = self._make(self.batches_of(group), width)
+        for traveller in group:
+            traveller.prepared = place
+        return place
 
     def _make(self, batches: Sequence[Batch], width: int | None = None) -> HiddenStates:
         place = self._factory.make(batches, width=width)
@@ -82,13 +100,14 @@ class Convoy:
         self._sizes[id(place)] = (len(batches), width is not None)
         return place
 
-    def arriving(self, position: int) -> list[tuple[Traveller, Span]]:
-        """Return who has waited for this position, and with which span."""
-        return [
-            (one, one.waiting)
-            for one in self.travellers
-            if one.waiting is not None and one.waiting.stop == position
-        ]
+    def arriving(self, position: int) -> list[list[Traveller]]:
+        """Return who has waited for this position, those together whose states, span and map are the same."""
+        groups: dict[tuple[int, Span, int], list[Traveller]] = {}
+        for one in self.travellers:
+            if one.waiting is not None and one.waiting.stop == position:
+                own_map = one.lane.maps.get(one.waiting)
+                groups.setdefault((id(one.states), one.waiting, id(own_map)), []).append(one)
+        return list(groups.values())
 
     def enter_spans(self, position: int) -> None:
         """Let those wait whose span starts here."""

@@ -48,8 +48,9 @@ class PassOptions:
 class StreamedPass:
     """One trip over the layers with any number of lanes.
 
-    Lanes share work: those that carry the same states go through a layer together, and states are only copied
-    where lanes part. A layer that every lane skips is not read.
+    Lanes share work: those that carry the same states go through a layer together, and over a boundary together if their
+    map there is one object, which is then fitted once; states are only copied where lanes part. A layer that every lane
+    skips is not read.
 
     Memory: two parts of the model (the one in use and the one being read), the states of each distinct carried
     variant (``S * T * C`` elements each, within the factory's budget), one batch in flight, and
@@ -147,9 +148,9 @@ class StreamedPass:
         return_free_memory()
 
     def _group_through_layer(self, layer: int, convoy: Convoy, group: Sequence[Traveller]) -> None:
-        maps = [(one, tapped) for one in group if (tapped := one.lane.tapped(layer + 1)) is not None]
-        repaired = [(tapped, convoy.prepare(one, _kept_width(tapped))) for one, tapped in maps]
-        names = {name for _, tapped in maps for name in tapped.taps}
+        maps = _tapped_maps(group, layer + 1)
+        repaired = [(tapped, convoy.prepare(ones, _kept_width(tapped))) for tapped, ones in maps]
+        names = {name for tapped, _ in maps for name in tapped.taps}
         with LayerTaps(self._skeleton, layer, sorted(names)) as taps:
 
             def move(batch: Batch, states: torch.Tensor) -> torch.Tensor:
@@ -164,27 +165,34 @@ class StreamedPass:
             self._move(layer + 1, convoy, group, move)
 
     def _arrive(self, position: int, convoy: Convoy) -> None:
-        for traveller, span in convoy.arriving(position):
-            boundary_map = traveller.lane.maps.get(span)
-            if isinstance(boundary_map, FittedMap):
-                boundary_map.fit(self._pairs(traveller, convoy.find(boundary_map.target)))
-            if span == traveller.lane.plan.spans[-1]:
-                traveller.narrow()
-            if isinstance(boundary_map, TappedFit) or not isinstance(boundary_map, TappedMap | None):
-                self._move(position, convoy, [traveller], _as_move(boundary_map))
-            else:
-                with self._flow(traveller) as flow:
-                    for batch, states in flow:
-                        self._show(position, batch, states, [traveller])
-            if isinstance(boundary_map, FittedMap):
-                boundary_map.release()
-            traveller.waiting = None
+        for group in convoy.arriving(position):
+            self._over_boundary(position, convoy, group)
         self._leave(position, convoy)
+
+    def _over_boundary(self, position: int, convoy: Convoy, group: Sequence[Traveller]) -> None:
+        span = group[0].waiting
+        assert span is not None
+        boundary_map = group[0].lane.maps.get(span)
+        if isinstance(boundary_map, FittedMap):
+            boundary_map.fit(self._pairs(convoy, group, convoy.find(boundary_map.target)))
+        for traveller in group:
+            if traveller.at_last_boundary:
+                traveller.narrow()
+        if isinstance(boundary_map, TappedFit) or not isinstance(boundary_map, TappedMap | None):
+            self._move(position, convoy, group, _as_move(boundary_map))
+        else:
+            with self._flow(convoy, group) as flow:
+                for batch, states in flow:
+                    self._show(position, batch, states, group)
+        if isinstance(boundary_map, FittedMap):
+            boundary_map.release()
+        for traveller in group:
+            traveller.waiting = None
 
     def _move(self, position: int, convoy: Convoy, group: Sequence[Traveller], move: Move) -> None:
         """Bring the states that a group carries to ``position``."""
         target = convoy.target_for(group)
-        with self._flow(group[0], target) as flow:
+        with self._flow(convoy, group, target) as flow:
             for batch, states in flow:
                 value = move(batch, states)
                 _require_finite(value, position, batch)
@@ -193,14 +201,16 @@ class StreamedPass:
         for traveller in group:
             traveller.states = target
 
-    def _flow(self, traveller: Traveller, target: HiddenStates | None = None) -> StatesFlow:
-        return StatesFlow(traveller.states, target, traveller.batches, self._skeleton.device)
+    def _flow(
+        self, convoy: Convoy, group: Sequence[Traveller], target: HiddenStates | None = None
+    ) -> StatesFlow:
+        return StatesFlow(group[0].states, target, convoy.batches_of(group), self._skeleton.device)
 
     def _pairs(
-        self, traveller: Traveller, target: Traveller
+        self, convoy: Convoy, group: Sequence[Traveller], target: Traveller
     ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        for batch in traveller.batches:
-            yield batch, traveller.states.get(batch), target.states.get(batch)
+        for batch in convoy.batches_of(group):
+            yield batch, group[0].states.get(batch), target.states.get(batch)
 
     def _leave(self, position: int, convoy: Convoy) -> None:
         for traveller in convoy.travellers:
@@ -216,7 +226,7 @@ class StreamedPass:
             for traveller in convoy.travellers:
                 if traveller.lane.logits is not None:
                     traveller.narrow()
-                    with self._flow(traveller) as flow:
+                    with self._flow(convoy, [traveller]) as flow:
                         for batch, states in flow:
                             finished = self._finished(traveller.lane, batch, states)
                             self._show_logits(traveller.lane.logits, batch, finished)
@@ -241,8 +251,18 @@ class StreamedPass:
     def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[Traveller]) -> None:
         for traveller in group:
             for observer in traveller.lane.observers:
-                if observer.wants(position):
+                if observer.wants(position) and traveller.carries(batch):
                     observer.observe(position, batch, states)
+
+
+def _tapped_maps(group: Sequence[Traveller], start: int) -> list[tuple[TappedMap, list[Traveller]]]:
+    """Return the maps of a group that read taps at a boundary, each with those whose map it is."""
+    found: dict[int, tuple[TappedMap, list[Traveller]]] = {}
+    for traveller in group:
+        tapped = traveller.lane.tapped(start)
+        if tapped is not None:
+            found.setdefault(id(tapped), (tapped, []))[1].append(traveller)
+    return list(found.values())
 
 
 def _kept_width(boundary_map: TappedMap) -> int | None:

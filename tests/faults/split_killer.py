@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ghoststream.stages import capture as capture_stage
+from ghoststream.stages.capturing import capture as capture_stage
 from tests.faults.command_killer import choose, files, layers, run
 
 

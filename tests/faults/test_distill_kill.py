@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ghoststream.operators import OperatorSet
-from ghoststream.stages.distill import distill
-from ghoststream.stages.fit import fit
+from ghoststream.stages.distillation.distill import distill
+from ghoststream.stages.repair.fit import fit
 from ghoststream.testing.models import save_tiny
 
 STEPS = 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.streaming import (
     Batch,

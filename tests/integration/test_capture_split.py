@@ -10,7 +10,7 @@ import pytest
 
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import MismatchError, RequestError
-from ghoststream.stages.capture import _rows_of, _sequences_per_shard, capture
+from ghoststream.stages.capturing.capture import _rows_of, _sequences_per_shard, capture
 from ghoststream.stages.inspect import inspect_path
 from ghoststream.streaming import StreamedPass
 from tests.integration.command_bench import last_line, run
@@ -45,7 +45,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ghoststream.stages.capture._SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr("ghoststream.stages.capturing.capture._SHARD_BYTES", SHARD_BYTES)
 
 
 def _capture(model: Path, ids: Path, store: Path, **options: Any) -> ActivationStore:

@@ -20,7 +20,7 @@ from ghoststream.errors import (
     TextError,
     UnsupportedModelError,
 )
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.streaming import Batch, FileStates, HiddenStates, Skeleton, StatesFactory, StreamedPass
 from ghoststream.testing.models import save_tiny, tiny_model
 

@@ -18,8 +18,8 @@ from ghoststream.errors import MismatchError, OutputExistsError, RequestError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.distill import distill
-from ghoststream.stages.distilling import Distillation, DistillSettings
+from ghoststream.stages.distillation.distill import distill
+from ghoststream.stages.distillation.distilling import Distillation, DistillSettings
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.testing.models import tiny_model

@@ -12,7 +12,7 @@ from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.streaming import StreamedPass

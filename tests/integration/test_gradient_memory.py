@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
-from ghoststream.stages.taylor import taylor_scores
+from ghoststream.stages.searching.taylor import taylor_scores
 from ghoststream.streaming.budget import work_bytes_per_token
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.synthetic import save_ids, save_synthetic

@@ -13,16 +13,20 @@ from transformers import AutoModelForCausalLM
 
 from ghoststream.errors import NumericsError, OutputExistsError, RequestError
 from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.auto import METHODS
-from ghoststream.stages.capture import capture
+from ghoststream.progress import SilentProgress
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.fit import fit
-from ghoststream.stages.measured import measure_repairs
-from ghoststream.stages.search import search
-from ghoststream.stages.search_result import SearchResult
+from ghoststream.stages.repair.auto import METHODS
+from ghoststream.stages.repair.fit import fit
+from ghoststream.stages.repair.fitting import FitMethod, Repair, StreamedFit
+from ghoststream.stages.repair.measured import measure_repairs
+from ghoststream.stages.searching.result import SearchResult
+from ghoststream.stages.searching.search import search
 from ghoststream.stages.select import read_plan
+from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
 from ghoststream.stages.solve import solve
+from ghoststream.statistics import RangePlan
 from ghoststream.testing.models import save_tiny
 
 L, S, HELD, T = 6, 14, 4, 24
@@ -104,10 +108,58 @@ def test_one_pass_finds_what_candidates_one_by_one_find(
     assert gaps == pytest.approx(sorted(loss - dense for loss in losses), abs=1e-12)
 
 
-def test_more_lanes_than_a_pass_may_have_take_more_passes_and_change_nothing(model: Path, ids: Path) -> None:
-    together, apart = _search(model, ids, 2), _search(model, ids, 2, lanes=1)
-    assert (together.passes, apart.passes) == (1, 3)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"spans": 2, "beam": 2},
+        {"spans": 2, "operator": "least-squares", "options": OperatorOptions(features="hidden+mlp")},
+        {"criterion": "sleb"},
+    ],
+    ids=["one span", "beginnings in common", "with taps", "nothing fitted"],
+)
+def test_more_lanes_than_a_pass_may_have_take_more_passes_and_change_nothing(
+    options: dict[str, Any], model: Path, ids: Path
+) -> None:
+    together, apart = (
+        _search(model, ids, 2, **options),
+        _search(model, ids, 2, lanes=options.get("beam", 1), **options),
+    )
+    assert apart.passes > together.passes
     assert apart.candidates == together.candidates
+
+
+def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
+    model: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[tuple[Span, int]] = []
+
+    def counted(self: StreamedFit, pairs: Any) -> None:
+        seen = list(pairs)
+        fits.append((self.span, len(seen)))
+        original(self, seen)
+
+    original = StreamedFit.fit
+    monkeypatch.setattr(StreamedFit, "fit", counted)
+    session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
+    tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
+    joint = FitMethod("least-squares", OperatorOptions(features="hidden+mlp"))
+    repairs = [
+        Repair.alike(PruningPlan.parse(L, plan), joint) for plan in ("1:2", "1:2 3:4", "1:2 4:5", "3:4")
+    ]
+    repairs.append(repairs[1].changed(1, FitMethod("ghost")))
+    wanted: dict[str, Any] = {
+        "ranges": RangePlan.make(S - HELD, folds=5),
+        "micro_batch": MICRO_BATCH,
+        "progress": SilentProgress(),
+    }
+    _, together = measure_repairs(session, tokens, repairs, **wanted)
+    batches = S // MICRO_BATCH
+    assert sorted(fits) == [
+        (span, batches) for span in (Span(1, 2), Span(3, 4), Span(3, 4), Span(3, 4), Span(4, 5))
+    ]
+    alone = [measure_repairs(session, tokens, [repair], **wanted)[1][0] for repair in repairs]
+    assert [one.losses for one in together] == [one.losses for one in alone]
 
 
 def test_several_spans_are_added_one_at_a_time(model: Path, ids: Path) -> None:
@@ -137,7 +189,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
             raise KeyboardInterrupt
         return measure_repairs(*args, **kwargs)
 
-    monkeypatch.setattr("ghoststream.stages.search_steps.measure_repairs", counted)
+    monkeypatch.setattr("ghoststream.stages.searching.steps.measure_repairs", counted)
     with pytest.raises(KeyboardInterrupt):
         _search(model, ids, 2, lanes=1, out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()
@@ -307,7 +359,7 @@ def test_what_cannot_be_written_is_measured_and_not_chosen(
     joint = OperatorOptions(features="hidden+mlp")
     settings: dict[str, Any] = {"operator": "least-squares", "weights": "drop_sinks", "options": joint}
     sound = _search(model, ids, 2, **settings)
-    monkeypatch.setattr("ghoststream.stages.measured.require_exportable", refuse)
+    monkeypatch.setattr("ghoststream.stages.repair.measured.require_exportable", refuse)
     refused = _search(model, ids, 2, **settings)
     assert [row["gap"] for row in refused.candidates] == [row["gap"] for row in sound.candidates]
     assert {row["refusal"] for row in refused.candidates} == {"lost in rounding"}

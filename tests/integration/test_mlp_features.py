@@ -19,9 +19,9 @@ from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
 from ghoststream.operators import OperatorSet
 from ghoststream.spans import PruningPlan
-from ghoststream.stages import tap_store
+from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.lanes import operator_lane
-from ghoststream.stages.plan import plan_run
+from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.recover import recover
 from ghoststream.stages.solve import solve
 from ghoststream.statistics import ModelFacts, reduce_boundaries, register_feature

@@ -21,7 +21,7 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
 from ghoststream.stages.session import ModelOptions, ModelSession

@@ -22,7 +22,7 @@ from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError, StoreError
 from ghoststream.progress import SilentProgress
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.select import select
 from ghoststream.stages.solve import solve
 from ghoststream.testing.models import save_tiny
@@ -45,7 +45,7 @@ _START_SECONDS = 60.0
 KILLED_CAPTURE = """
 import os, signal, sys
 from zarr.storage import FsspecStore
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 
 put = FsspecStore.set
 

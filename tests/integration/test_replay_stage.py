@@ -13,7 +13,7 @@ import torch
 
 import ghoststream
 from ghoststream.errors import MismatchError, RequestError, StoreError, UnsupportedModelError
-from ghoststream.stages import replay as replay_stage
+from ghoststream.stages.capturing import replay as replay_stage
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import make_batches
 from ghoststream.testing.conformance import load_resident

@@ -14,7 +14,7 @@ from ghoststream.errors import ArtifactError, OutputExistsError
 from ghoststream.files import file_digest, verify_sums
 from ghoststream.spans import PruningPlan
 from ghoststream.stages import demo as demo_stage
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
 from ghoststream.stages.recover import recover
 from ghoststream.streaming import StreamedPass

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ghoststream.errors import MismatchError, RequestError
-from ghoststream.stages.capture import capture
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.recover import recover
 from ghoststream.stages.select import select
 from ghoststream.testing.models import save_tiny

@@ -16,8 +16,8 @@ from ghoststream.evaluation.objectives import NextTokenLoss
 from ghoststream.progress import SilentProgress
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.searching.taylor import taylor_scores
 from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.stages.taylor import taylor_scores
 from ghoststream.streaming import MemoryBudget, PassMemory, PassOptions, Skeleton, make_batches
 from ghoststream.streaming.backward import BackwardPass
 from ghoststream.streaming.calls import ModelCalls

@@ -129,7 +129,7 @@ def test_pruning_plan_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_run_plan(tiny_llama: Path, tmp_path: Path) -> None:
-    from ghoststream.stages.plan import plan_run
+    from ghoststream.stages.planning.plan import plan_run
 
     path = _write(tmp_path / "run.json", plan_run(tiny_llama, n_remove=1, measure=False).to_json())
     report = inspect_path(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ghoststream.errors import TextError
-from ghoststream.evaluation.losses import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.evaluation.losses import LossAccumulator, LossSummary, default_logit_tokens, row_blocks
 from ghoststream.streaming import make_batches
 
 
@@ -45,6 +45,16 @@ def test_loss_equals_the_loop_over_tokens(chunk: int) -> None:
     assert summary.tokens == len(expected)
     assert summary.loss == pytest.approx(np.mean(expected), rel=1e-6)
     assert summary.perplexity == pytest.approx(math.exp(np.mean(expected)), rel=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 13])
+def test_a_vocabulary_of_which_few_rows_go_at_once(n_tokens: int) -> None:
+    logits = torch.randn(1, n_tokens + 1, 250_000, generator=torch.Generator().manual_seed(2))
+    assert len(row_blocks(logits[0])) == -(-(n_tokens + 1) // 4)
+    ids = np.arange(n_tokens + 1)[None] * 1000
+    summary = _feed(ids, np.ones_like(ids, dtype=bool), logits, micro=1, chunk=100)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1].double(), torch.from_numpy(ids[0, 1:]))
+    assert summary.loss == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_standard_error_of_equal_windows_is_that_of_their_mean() -> None:

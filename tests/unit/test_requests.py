@@ -63,6 +63,22 @@ def test_scores_are_those_of_each_request_alone(texts: Texts, forward_tokens: in
         assert greedy == (alone.argmax(-1).tolist() == continuation)
 
 
+def test_a_vocabulary_of_which_few_rows_go_at_once() -> None:
+    logits = torch.randn(11, 250_000, generator=torch.Generator().manual_seed(3))
+    likeliest = logits[2:].argmax(dim=-1).tolist()
+    asked = [likeliest, [*likeliest[:-1], 7]]
+    windows = [ScoredWindow(owner, (*range(10), owner), tuple(asked[owner])) for owner in (0, 1)]
+    requests = RequestBatches(windows, 2, max_length=11, forward_tokens=11)
+    scores = RequestScores(requests)
+    for batch in requests.batches:
+        shown = logits[requests.scored(batch)]
+        scores.observe_logits(batch, 0, shown)
+    for tokens, (found, greedy) in zip(asked, scores.results(), strict=True):
+        expected = torch.log_softmax(logits[2:].double(), -1)[range(9), tokens].sum()
+        assert found == pytest.approx(float(expected), abs=1e-4)
+        assert greedy == (tokens == likeliest)
+
+
 @given(_texts, st.integers(1, 200))
 def test_batches_hold_every_input_once_with_little_padding(texts: Texts, forward_tokens: int) -> None:
     windows = _windows(texts)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ghoststream.stages.costs import Request
-from ghoststream.stages.plan import plan_run
-from ghoststream.stages.search import search
-from ghoststream.stages.search_costs import HELD_OUT, pass_loads
+from ghoststream.stages.planning.costs import Request
+from ghoststream.stages.planning.plan import plan_run
+from ghoststream.stages.planning.search_costs import HELD_OUT, pass_loads
+from ghoststream.stages.searching.search import search
 from ghoststream.statistics import candidate_spans
 
 L, S, T = 6, 8, 24

@@ -35,7 +35,7 @@ from ghoststream.selection import (
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages import evidence
 from ghoststream.stages.pipeline import SelectPart
-from ghoststream.stages.search import SEARCH_CRITERIA
+from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from ghoststream.stages.select import read_plan, select
 from ghoststream.statistics import FoldedMoments, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer

@@ -12,10 +12,10 @@ from ghoststream.errors import PlanError
 from ghoststream.operators import OperatorOptions
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.plan import MomentOptions, plan_run
+from ghoststream.stages.planning.plan import MomentOptions, plan_run
+from ghoststream.stages.planning.sweep_costs import MomentRequest, StoreShape, select_sweeps, solve_sweeps
 from ghoststream.stages.select import select
 from ghoststream.stages.solve import solve
-from ghoststream.stages.sweep_costs import MomentRequest, StoreShape, select_sweeps, solve_sweeps
 from ghoststream.statistics import BoundaryMoments
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import random_states, store_of

@@ -22,9 +22,9 @@ from ghoststream.operators import (
 from ghoststream.recovery import build_ghost
 from ghoststream.recovery.folding import require_foldable
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.capturing.tap_store import tap_width
 from ghoststream.stages.lanes import TappedOperator
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.tap_store import tap_width
 from ghoststream.statistics import UNIFORM, FoldedMoments, ModelFacts, Precision, RangePlan, taps_of
 from ghoststream.statistics.features import STATE_TAP
 from ghoststream.statistics.reduction import boundary_reducer
@@ -279,6 +279,10 @@ class Repair:
         return replace(self, methods=(*self.methods[:index], method, *self.methods[index + 1 :]))
 
 
+Fits = dict[tuple[tuple[Span, FitMethod], ...], StreamedFit]
+"""Fitted maps by what was removed and fitted up to them, themselves included: the same inputs, the same operator."""
+
+
 def fitted_lane(
     name: str,
     repair: Repair,
@@ -286,6 +290,7 @@ def fitted_lane(
     mask: npt.NDArray[np.bool_],
     session: ModelSession,
     *,
+    shared: Fits | None = None,
     logits: LogitsObserver | None = None,
     until: int | None = None,
     goes_on: tuple[int, int] | None = None,
@@ -293,7 +298,8 @@ def fitted_lane(
     """Return a lane whose boundaries are fitted one after another to the dense lane of the same pass.
 
     Its maps are :class:`StreamedFit` objects, whose operators can be read after the pass. Without ``ranges`` nothing is
-    fitted: the spans are just cut.
+    fitted: the spans are just cut. Lanes that are given the same ``shared`` have their first maps in common, as far as their
+    repairs are the same, and do that part of the way together.
 
     Raises:
         RequestError: If features of the layer before are asked for where there is none.
@@ -301,10 +307,13 @@ def fitted_lane(
     """
     if ranges is None:
         return Lane(name, repair.plan, logits=logits, until=until, goes_on=goes_on)
-    maps = {
-        span: (TappedStreamedFit if taps_of(method.features) else StreamedFit)(
-            span, method, ranges, mask, session
-        )
-        for span, method in repair.by_span.items()
-    }
+    known = {} if shared is None else shared
+    maps: dict[Span, StreamedFit] = {}
+    so_far: tuple[tuple[Span, FitMethod], ...] = ()
+    for span, method in repair.by_span.items():
+        so_far = (*so_far, (span, method))
+        if so_far not in known:
+            kind = TappedStreamedFit if taps_of(method.features) else StreamedFit
+            known[so_far] = kind(span, method, ranges, mask, session)
+        maps[span] = known[so_far]
     return Lane(name, repair.plan, maps, logits=logits, until=until, goes_on=goes_on)

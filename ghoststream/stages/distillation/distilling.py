@@ -22,8 +22,8 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import Span
+from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.teacher import Teacher
 from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
 from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.streaming.backward import BackwardPass

@@ -15,8 +15,8 @@ from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.operators import OperatorOptions, features_of, make_operator
 from ghoststream.recovery.folding import require_foldable
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.auto import AUTO
-from ghoststream.stages.costs import (
+from ghoststream.stages.capturing.tap_store import tap_width, taps_width
+from ghoststream.stages.planning.costs import (
     ModelSizes,
     Need,
     Request,
@@ -25,24 +25,24 @@ from ghoststream.stages.costs import (
     describe_problem,
     stage_costs,
 )
-from ghoststream.stages.machine import Rates, measure_rates
-from ghoststream.stages.search_costs import (
+from ghoststream.stages.planning.machine import Rates, measure_rates
+from ghoststream.stages.planning.search_costs import (
     fitted_by_passes,
     in_passes,
     pass_route_needs,
     pass_route_stages,
     stored_request,
 )
-from ghoststream.stages.select import read_plan
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
-from ghoststream.stages.sweep_costs import (
+from ghoststream.stages.planning.sweep_costs import (
     MomentRequest,
     StoreShape,
     SweepCost,
     select_sweeps,
     solve_sweeps,
 )
-from ghoststream.stages.tap_store import tap_width, taps_width
+from ghoststream.stages.repair.auto import AUTO
+from ghoststream.stages.select import read_plan
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Precision, taps_of
 from ghoststream.streaming import Skeleton
 from ghoststream.streaming.budget import work_bytes_per_token

@@ -11,9 +11,9 @@ from ghoststream.errors import ArtifactError
 from ghoststream.files import atomic_write_json, json_digest, read_json
 from ghoststream.progress import Progress
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.auto import choose_methods, preference
-from ghoststream.stages.fitting import FitMethod, Repair
-from ghoststream.stages.measured import measure_repairs
+from ghoststream.stages.repair.auto import choose_methods, preference
+from ghoststream.stages.repair.fitting import FitMethod, Repair
+from ghoststream.stages.repair.measured import measure_repairs
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan, candidate_spans
 from ghoststream.text import TokenSet
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Trial:
-    """What candidates are measured with; see :func:`~ghoststream.stages.measured.measure_repairs`."""
+    """What candidates are measured with; see :func:`~ghoststream.stages.repair.measured.measure_repairs`."""
 
     session: ModelSession
     tokens: TokenSet

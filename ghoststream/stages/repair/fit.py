@@ -11,11 +11,11 @@ from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.auto import AUTO, METHODS, SCREEN, named_method
-from ghoststream.stages.fitting import DENSE, Repair, StreamedFit, fitted_lane
-from ghoststream.stages.measured import divide
-from ghoststream.stages.search_result import read_repair
-from ghoststream.stages.search_steps import MeasuredSteps, Trial
+from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
+from ghoststream.stages.repair.fitting import DENSE, Repair, StreamedFit, fitted_lane
+from ghoststream.stages.repair.measured import divide
+from ghoststream.stages.searching.result import read_repair
+from ghoststream.stages.searching.steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
 from ghoststream.stages.solve import existing_operators
@@ -49,7 +49,7 @@ def fit(
     ones left, which is mostly, but not always, better.
 
     With ``auto`` each boundary is fitted as a search chose it, where the plan is the file of one; otherwise in each of the
-    ways of :data:`~ghoststream.stages.auto.METHODS`, of which the one is taken that leaves the lowest loss on held-out
+    ways of :data:`~ghoststream.stages.repair.auto.METHODS`, of which the one is taken that leaves the lowest loss on held-out
     windows of the text: a pass more for each span. Then all windows serve to fit.
 
     Nothing is kept of a run that is killed but the figures of ``auto``.
@@ -86,7 +86,7 @@ def fit(
 
     Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what
     :func:`ghoststream.solve` states for one boundary; while ``auto`` measures, that of
-    :func:`~ghoststream.stages.measured.measure_repairs`.
+    :func:`~ghoststream.stages.repair.measured.measure_repairs`.
     """
     given = named_method(operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))

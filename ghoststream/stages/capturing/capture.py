@@ -10,7 +10,7 @@ from ghoststream.activations import ActivationStore, PartStore, StoreRequest, Wr
 from ghoststream.errors import GhoststreamError, RequestError
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, CaptureRecipe
-from ghoststream.stages.capture_run import CaptureRun
+from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
 from ghoststream.text import TokenSet
 

@@ -1,6 +1,6 @@
 """The formulas behind ``ghoststream plan`` for what is chosen in passes over the model: memory, disk and arithmetic.
 
-Letters as in :mod:`ghoststream.stages.costs`; ``K`` candidates, of which a share of the sequences is held out.
+Letters as in :mod:`ghoststream.stages.planning.costs`; ``K`` candidates, of which a share of the sequences is held out.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ghoststream.stages.auto import AUTO, METHODS
-from ghoststream.stages.costs import (
+from ghoststream.stages.planning.costs import (
     ModelSizes,
     Need,
     Request,
@@ -25,8 +24,9 @@ from ghoststream.stages.costs import (
     pass_needs,
     solve_flops,
 )
-from ghoststream.stages.machine import Rates, free_host_memory
-from ghoststream.stages.search import REFINED, SEARCH_CRITERIA, UNFITTED
+from ghoststream.stages.planning.machine import Rates, free_host_memory
+from ghoststream.stages.repair.auto import AUTO, METHODS
+from ghoststream.stages.searching.search import REFINED, SEARCH_CRITERIA, UNFITTED
 from ghoststream.statistics import taps_of
 
 HELD_OUT = 0.25

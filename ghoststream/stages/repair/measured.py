@@ -17,7 +17,7 @@ from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_t
 from ghoststream.progress import Progress
 from ghoststream.recovery.folding import require_exportable
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.fitting import DENSE, Repair, TappedStreamedFit, fitted_lane
+from ghoststream.stages.repair.fitting import DENSE, Fits, Repair, TappedStreamedFit, fitted_lane
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
@@ -88,17 +88,22 @@ def measure_repairs(
         NumericsError: If a state or a solution is not finite.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
 
+    Repairs that begin alike, with the same first spans fitted in the same way, go together up to where they part: these
+    are fitted once.
+
     Memory: that of the pass; the states of all sequences once for each distinct ``start`` that waits for its ``stop`` (at
-    most as many as the longest span has layers; with their taps once for each repair that reads taps) and once for the
-    dense lane, and of the held-out sequences once for each candidate that is behind its last span; what ``solve`` states
-    for one boundary. Arithmetic, as multiples of the dense
-    pass: ``1 + sum over candidates of held-out share x (L - last stop) / L``, and the fits.
+    most as many as the longest span has layers; with their taps once for each distinct fit that reads taps), once for the
+    dense lane and for each distinct beginning that is between two spans; of the held-out sequences once for each candidate
+    that is behind its last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense pass:
+    ``1 + sum over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share of the layers
+    between its last span and the next, and the fits.
     """
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
     held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
     accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
     dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], goes_on=held)
+    shared: Fits = {}
     lanes = [
         fitted_lane(
             repair.name,
@@ -106,6 +111,7 @@ def measure_repairs(
             ranges,
             tokens.mask,
             session,
+            shared=shared,
             logits=losses,
             goes_on=held,
         )

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from ghoststream.operators import Solver
-from ghoststream.stages.machine import Rates, free_device_memory, free_disk, free_host_memory
-from ghoststream.stages.selection_costs import SelectionShape, SelectionWork, selection_work
-from ghoststream.stages.sweep_costs import SweepCost
+from ghoststream.stages.planning.machine import Rates, free_device_memory, free_disk, free_host_memory
+from ghoststream.stages.planning.selection_costs import SelectionShape, SelectionWork, selection_work
+from ghoststream.stages.planning.sweep_costs import SweepCost
 from ghoststream.statistics import taps_of
 
 _PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"

@@ -13,13 +13,13 @@ from ghoststream.operators import OperatorOptions
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.auto import AUTO, METHODS, SCREEN, named_method
-from ghoststream.stages.fitting import FitMethod, Repair
-from ghoststream.stages.measured import divide
-from ghoststream.stages.search_result import SearchResult
-from ghoststream.stages.search_steps import MeasuredSteps, Row, Trial
+from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
+from ghoststream.stages.repair.fitting import FitMethod, Repair
+from ghoststream.stages.repair.measured import divide
+from ghoststream.stages.searching.result import SearchResult
+from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial
+from ghoststream.stages.searching.taylor import taylor_scores
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.stages.taylor import taylor_scores
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan
 from ghoststream.text import TokenSet
 
@@ -62,7 +62,7 @@ def search(
     Criteria:
 
     - ``measured``: every candidate is repaired and measured on held-out windows; those of one step share passes over the
-      weights (see :func:`~ghoststream.stages.measured.measure_repairs` for memory and arithmetic). With one span that is one
+      weights (see :func:`~ghoststream.stages.repair.measured.measure_repairs` for memory and arithmetic). With one span that is one
       pass for all candidates. With more, spans of ``n_remove / spans`` layers are added one at a time, to the ``beam``
       best plans so far: one pass a step.
     - ``prune-and-repair``: the same, layer by layer (``spans`` is ``n_remove``; neighbours make one span).
@@ -70,7 +70,7 @@ def search(
     - ``perplexity``: each layer is left out alone, and those whose absence costs least are removed: Shortened LLaMA's PPL
       (arXiv 2402.02834). One pass.
     - ``taylor``, ``taylor-plus``: the layers of least first-order effect on the loss, the latter keeping the first four and
-      the last two: Shortened LLaMA's Taylor+; see :func:`~ghoststream.stages.taylor.taylor_scores`. One pass forward and one
+      the last two: Shortened LLaMA's Taylor+; see :func:`~ghoststream.stages.searching.taylor.taylor_scores`. One pass forward and one
       backward.
 
     All but ``taylor`` and ``taylor-plus`` keep the first and the last layer. A killed search repeats the pass that it was in.
@@ -88,8 +88,8 @@ def search(
         beam: How many plans are kept from step to step.
         lanes: Most candidates in one pass; ``None`` is all of a step.
         operator: Operator family that repairs, or ``auto``: candidates are compared with
-            :data:`~ghoststream.stages.auto.SCREEN`, and the four best plans with every one of
-            :data:`~ghoststream.stages.auto.METHODS` at each boundary, one pass more for each span.
+            :data:`~ghoststream.stages.repair.auto.SCREEN`, and the four best plans with every one of
+            :data:`~ghoststream.stages.repair.auto.METHODS` at each boundary, one pass more for each span.
         weights: Token weights of the fit; ``auto`` has its own.
         options: Options of the operator; ``auto`` has its own.
         folds: Folds of the sequences that serve to fit, for ridges that folds choose.

@@ -18,8 +18,8 @@ from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.recovery.folding import FOLDED, require_foldable
 from ghoststream.spans import Span
-from ghoststream.stages.machine import free_host_memory
-from ghoststream.stages.replay import replay
+from ghoststream.stages.capturing.replay import replay
+from ghoststream.stages.planning.machine import free_host_memory
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.statistics import TapSource, get_feature, store_digest, taps_of
 from ghoststream.streaming import Skeleton, tap_point

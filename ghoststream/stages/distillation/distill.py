@@ -18,10 +18,15 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.recovery.layout import require_operators_fit
 from ghoststream.recovery.modeling_ghosted import KNOWN
-from ghoststream.stages.distilling import Distillation, DistillSettings, HeldOut, trained_boundaries
+from ghoststream.stages.distillation.distilling import (
+    Distillation,
+    DistillSettings,
+    HeldOut,
+    trained_boundaries,
+)
+from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
 from ghoststream.stages.solve import clear_leftovers, existing_operators
-from ghoststream.stages.teacher import Teacher
 from ghoststream.streaming.backward import require_gradient_dtype
 from ghoststream.text import TokenSet
 
@@ -90,7 +95,7 @@ def distill(
         NumericsError: If a state or a gradient is not finite.
         GhoststreamError: What opening the model, the operators or the text raises.
 
-    Memory: that of :class:`~ghoststream.stages.distilling.Distillation`. Disk beside ``out``: ``S T (C b + 8 top)`` bytes and
+    Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``: ``S T (C b + 8 top)`` bytes and
     three times the operators.
     """
     session = ModelSession(model, ModelOptions(**compute))

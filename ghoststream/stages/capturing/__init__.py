@@ -1,0 +1,1 @@
+"""Hidden states and taps of a text, written to stores."""

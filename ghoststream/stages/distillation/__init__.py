@@ -1,0 +1,1 @@
+"""Training the operators alone towards the dense model."""

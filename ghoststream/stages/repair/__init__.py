@@ -1,0 +1,1 @@
+"""Fitting and measuring operators while a pass runs, and choosing how."""

@@ -1,0 +1,1 @@
+"""Choosing the layers to remove by running the model."""

@@ -266,6 +266,13 @@ held_out_option = click.option(
     metavar="S",
     help="How many of the windows, the last ones, are measured on where something is measured; default a quarter.",
 )
+max_spans_option = click.option(
+    "--max-spans",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="K",
+    help="In how many spans at most `measured` removes the layers, each with an operator; default 2. A pass for each.",
+)
 calibration_option = click.option(
     "--calibration", metavar="SPEC", required=True, help=f"Text to calibrate on: {SPEC_HELP}."
 )

@@ -21,6 +21,7 @@ from ghoststream.cli.options import (
     json_option,
     layers_option,
     length_option,
+    max_spans_option,
     model_argument,
     remove_option,
     sequences_option,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @sequences_option
 @length_option
 @criterion_or_measured_option
+@max_spans_option
 @operator_or_auto_option
 @features_option
 @layers_option

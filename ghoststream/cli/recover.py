@@ -12,8 +12,10 @@ from ghoststream.cli.options import (
     calibration_option,
     compute_options,
     debug_option,
+    held_out_option,
     json_option,
     length_option,
+    max_spans_option,
     model_argument,
     out_option,
     packing_options,
@@ -41,6 +43,8 @@ from ghoststream.cli.progress import show_progress
 @sequences_option
 @length_option
 @criterion_or_measured_option
+@max_spans_option
+@held_out_option
 @method_options
 @click.option(
     "--store",

@@ -17,6 +17,7 @@ from ghoststream.cli.options import (
     held_out_option,
     json_option,
     length_option,
+    max_spans_option,
     model_argument,
     out_option,
     packing_options,
@@ -49,21 +50,22 @@ _MOST_ROWS = 20
 @sequences_option
 @length_option
 @held_out_option
-@click.option(
-    "--spans",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="K",
-    help="In how many runs of layers; they are added one at a time, a pass each.",
-)
+@max_spans_option
 @click.option(
     "--beam",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
     metavar="B",
-    help="How many of the best plans are gone on with, where there are several spans.",
+    help="How many of the best plans of each number of spans are gone on with.",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="M",
+    help="How many plans of each number of spans are measured once a span stands, those whose spans cost least alone; "
+    "default 8.",
 )
 @click.option(
     "--lanes",

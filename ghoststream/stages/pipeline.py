@@ -50,6 +50,7 @@ class SelectPart(_Part):
 
     remove: int | None = Field(default=None, ge=1)
     criterion: str = "streamline"
+    max_spans: int | None = Field(default=None, ge=1)
     spans: str | None = None
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
-from ghoststream.stages.recovery_flow import CalibrationRequest, RecoveryFlow, RepairRequest
+from ghoststream.stages.recovery_flow import CalibrationRequest, ChoiceRequest, RecoveryFlow, RepairRequest
 from ghoststream.stages.repair.auto import AUTO
 from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from ghoststream.stages.select import read_plan
@@ -98,6 +98,8 @@ def recover(
     sequences: int = 128,
     length: int = 512,
     criterion: str = "measured",
+    max_spans: int | None = None,
+    held_out: int | None = None,
     operator: str = AUTO,
     options: OperatorOptions | None = None,
     weights: str = UNIFORM,
@@ -129,6 +131,8 @@ def recover(
         sequences: Number of windows.
         length: Tokens of a window.
         criterion: Selection criterion: of :func:`ghoststream.search`, or of :func:`ghoststream.select`.
+        max_spans: For the criterion ``measured``, see :func:`ghoststream.search`.
+        held_out: How many of the windows, the last ones, are measured on where something is measured; a quarter if ``None``.
         operator: Operator family, or ``auto``.
         options: Options of the operator; ``auto`` has its own.
         weights: Token weights of the fit, see :func:`ghoststream.solve`; ``auto`` has its own.
@@ -150,7 +154,8 @@ def recover(
     repair = RepairRequest(operator, options or OperatorOptions(), weights)
     text = CalibrationRequest(calibration, sequences, length, pack, bos)
     session = ModelSession(model, ModelOptions(**compute))
-    given = _check_request(session.skeleton.n_layers, remove, plan, criterion)
+    choice = ChoiceRequest(criterion, max_spans, held_out)
+    given = _check_request(session.skeleton.n_layers, remove, plan, choice)
     n_removed = int(remove or 0) if given is None else given.n_removed
     _check_output(out, session.fingerprint["digest"], operator, n_removed, given)
     in_passes = repair.check(session, given, criterion)
@@ -161,6 +166,7 @@ def recover(
         session,
         work,
         text,
+        choice,
         repair,
         compute,
         store,
@@ -168,7 +174,7 @@ def recover(
         store_dtype,
         progress or SilentProgress(),
     )
-    chosen, source = (given, plan) if given is not None else flow.choose(criterion, n_removed)
+    chosen, source = (given, plan) if given is not None else flow.choose(n_removed)
     operators, file = flow.fit(chosen, source) if in_passes else flow.solve(chosen)
     exported = export(session.root, operators, out, progress=flow.progress)
     return RecoveryReport(
@@ -182,7 +188,7 @@ def recover(
 
 
 def _check_request(
-    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None, criterion: str
+    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None, choice: ChoiceRequest
 ) -> PruningPlan | None:
     if (remove is None) == (plan is None):
         msg = "say either how many layers to remove or which plan to follow, and not both"
@@ -190,8 +196,11 @@ def _check_request(
     if remove is not None and not 1 <= remove < n_layers:
         msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
         raise RequestError(msg)
-    if remove is not None and criterion not in SEARCH_CRITERIA:
-        make_criterion(criterion).check(n_layers, remove)
+    if choice.max_spans is not None and (plan is not None or choice.criterion != "measured"):
+        msg = "the number of spans is a choice of the criterion measured; leave it out"
+        raise RequestError(msg)
+    if remove is not None and choice.criterion not in SEARCH_CRITERIA:
+        make_criterion(choice.criterion).check(n_layers, remove)
     return None if plan is None else read_plan(plan, n_layers)
 
 

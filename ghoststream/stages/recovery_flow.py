@@ -34,6 +34,15 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
+class ChoiceRequest:
+    """How layers and ways to repair are chosen; the fields are those of :func:`ghoststream.recover`."""
+
+    criterion: str
+    max_spans: int | None
+    held_out: int | None
+
+
+@dataclass(frozen=True)
 class RepairRequest:
     """How boundaries are repaired; the fields are those of :func:`ghoststream.recover`."""
 
@@ -104,6 +113,7 @@ class RecoveryFlow:
         session: The same, opened.
         work: Folder of what is kept.
         text: The text.
+        choice: How layers and ways to repair are chosen.
         repair: How boundaries are repaired.
         compute: How the model is run.
         store: Where a store is made; in ``work`` if ``None``.
@@ -117,6 +127,7 @@ class RecoveryFlow:
     session: ModelSession
     work: Path
     text: CalibrationRequest
+    choice: ChoiceRequest
     repair: RepairRequest
     compute: ComputeRequest
     store: str | Path | None
@@ -125,14 +136,17 @@ class RecoveryFlow:
     progress: Progress
     captured: str | None = None
 
-    def choose(self, criterion: str, n_removed: int) -> tuple[PruningPlan, Path]:
+    def choose(self, n_removed: int) -> tuple[PruningPlan, Path]:
         """Choose the layers; return the plan and its file."""
+        criterion = self.choice.criterion
         out = self.work / f"plan-{criterion}-{n_removed}.json"
         if criterion in SEARCH_CRITERIA:
             plan = search(
                 self.model,
                 n_removed,
                 criterion=criterion,
+                max_spans=self.choice.max_spans,
+                held_out=self.choice.held_out,
                 operator=self.repair.operator,
                 weights=self.repair.weights,
                 options=self.repair.options,
@@ -165,6 +179,7 @@ class RecoveryFlow:
             operator=self.repair.operator,
             weights=self.repair.weights,
             options=self.repair.options,
+            held_out=self.choice.held_out,
             out=out,
             progress=self.progress,
             **asdict(self.text),

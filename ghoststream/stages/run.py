@@ -133,6 +133,7 @@ class _Run:
                 self._root,
                 wanted.remove,
                 criterion=wanted.criterion,
+                max_spans=wanted.max_spans,
                 operator=solving.operator,
                 weights=solving.weights,
                 options=solving.options,

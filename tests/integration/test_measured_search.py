@@ -21,12 +21,13 @@ from ghoststream.stages.repair.auto import METHODS
 from ghoststream.stages.repair.fit import fit
 from ghoststream.stages.repair.fitting import FitMethod, Repair, StreamedFit
 from ghoststream.stages.repair.measured import measure_repairs
+from ghoststream.stages.searching.growth import extended, fewest_spans, finalists
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.search import search
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import RangePlan
+from ghoststream.statistics import DEFAULT_FOLDS, RangePlan
 from ghoststream.testing.models import save_tiny
 
 L, S, HELD, T = 6, 14, 4, 24
@@ -55,6 +56,7 @@ def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> SearchResu
         "held_out": HELD,
         "micro_batch": MICRO_BATCH,
         "operator": "ghost",
+        "max_spans": 1 if options.get("criterion", "measured") == "measured" else None,
         **options,
     }
     return search(model, n_remove, calibration=f"ids:{ids / 'all.npy'}", **settings)
@@ -112,8 +114,8 @@ def test_one_pass_finds_what_candidates_one_by_one_find(
     "options",
     [
         {},
-        {"spans": 2, "beam": 2},
-        {"spans": 2, "operator": "least-squares", "options": OperatorOptions(features="hidden+mlp")},
+        {"max_spans": 2, "beam": 2},
+        {"max_spans": 2, "operator": "least-squares", "options": OperatorOptions(features="hidden+mlp")},
         {"criterion": "sleb"},
     ],
     ids=["one span", "beginnings in common", "with taps", "nothing fitted"],
@@ -162,19 +164,60 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
     assert [one.losses for one in together] == [one.losses for one in alone]
 
 
-def test_several_spans_are_added_one_at_a_time(model: Path, ids: Path) -> None:
-    greedy = _search(model, ids, 2, spans=2)
-    first = _search(model, ids, 1)
-    assert greedy.passes == 2
-    assert set(first.plan.removed) < set(greedy.plan.removed)
-    tried = {PruningPlan.from_json(row["plan"]).removed for row in greedy.candidates}
-    kept = first.plan.removed[0]
-    assert tried == {tuple(sorted((kept, other))) for other in range(1, L - 1) if other != kept}
-    beam = _search(model, ids, 2, spans=2, beam=4)
-    assert {PruningPlan.from_json(row["plan"]).removed for row in beam.candidates} == {
-        (a, b) for a in range(1, L - 1) for b in range(a + 1, L - 1)
+def _removed(result: SearchResult) -> set[tuple[int, ...]]:
+    return {PruningPlan.from_json(row["plan"]).removed for row in result.candidates}
+
+
+def test_plans_of_several_spans_grow_beside_those_of_one(model: Path, ids: Path) -> None:
+    greedy, one_span = _search(model, ids, 2, max_spans=2), _search(model, ids, 2, max_spans=1)
+    (kept,) = _search(model, ids, 1).plan.removed
+    assert (greedy.passes, one_span.passes) == (2, 1)
+    runs = {(start, start + 1) for start in range(1, L - 2)}
+    assert _removed(one_span) == runs
+    assert _removed(greedy) == runs | {
+        tuple(sorted((kept, other))) for other in range(1, L - 1) if other != kept
     }
-    assert beam.candidates[0]["gap"] <= greedy.candidates[0]["gap"]
+    assert greedy.to_json() == _search(model, ids, 2, max_spans=None).to_json(), "two spans are the default"
+    beam = _search(model, ids, 2, max_spans=2, beam=4)
+    assert _removed(beam) == {(a, b) for a in range(1, L - 1) for b in range(a + 1, L - 1)}
+    assert beam.candidates[0]["gap"] <= greedy.candidates[0]["gap"] <= one_span.candidates[0]["gap"]
+
+
+def _ranked(*found: tuple[str, float, float | None]) -> list[tuple[Repair, dict[str, Any]]]:
+    return [
+        (
+            Repair.alike(PruningPlan.parse(9, plan), FitMethod("ghost")),
+            {"gap": gap, "gap_standard_error": error},
+        )
+        for plan, gap, error in found
+    ]
+
+
+def test_fewer_spans_are_taken_where_they_are_not_surely_worse() -> None:
+    two, other, one = ("1:2 3:4", 0.50, 0.04), ("1:2 5:6", 0.51, 0.5), ("5:7", 0.53, 0.02)
+    assert str(fewest_spans(_ranked(two, other, one)).plan) == "[5,7)"
+    assert str(fewest_spans(_ranked(two, other, ("5:7", 0.55, 0.9))).plan) == "[1,2) [3,4)"
+    assert str(fewest_spans(_ranked(("1:2 3:4", 0.50, None), one)).plan) == "[1,2) [3,4)"
+    refused = [(repair, row | {"refusal": "grows"}) for repair, row in _ranked(("5:7", 0.4, 0.1))]
+    assert str(fewest_spans([*_ranked(two), *refused]).plan) == "[1,2) [3,4)"
+
+
+def test_spans_that_cost_least_alone_are_added_first() -> None:
+    alone = {Span(1, 3): 0.5, Span(2, 4): 0.3, Span(4, 6): 0.2, Span(5, 7): 0.1, Span(6, 8): 0.4}
+    plans = {PruningPlan.parse(9, "2:4"): 0.3, PruningPlan.parse(9, "5:7"): 0.1}
+    pairs = [str(plan) for plan in extended(plans, 2, alone)]
+    # 5:7 with 2:4 is found from either, at 0.1 + 0.3; then 5:7 with 1:3 (0.6), 2:4 with 4:6 (0.5), 2:4 with 6:8 (0.7).
+    assert pairs[0] == "[2,4) [5,7)"
+    assert pairs.index("[2,6)") < pairs.index("[1,3) [5,7)") < pairs.index("[2,4) [6,8)")
+    single = extended({PruningPlan.parse(9, "2:4"): 0.3}, 1, alone)
+    # Layer 5 is a part of 4:6 and of 5:7, the cheaper of which counts; layer 7 of 6:8 alone.
+    assert [str(plan) for plan in single] == ["[2,4) [5,6)", "[2,4) [6,7)", "[2,5)", "[2,4) [7,8)", "[1,4)"]
+
+
+def test_the_best_of_each_number_of_spans_is_repaired_in_every_way() -> None:
+    ranked = _ranked(("1:2 3:4", 1, 0), ("1:2 4:5", 2, 0), ("1:2 5:6", 3, 0), ("3:5", 4, 0), ("4:6", 5, 0))
+    assert [str(one.plan) for one in finalists(ranked, 3)] == ["[1,2) [3,4)", "[1,2) [4,5)", "[3,5)"]
+    assert [str(one.plan) for one in finalists(ranked, 9)] == [str(one.plan) for one, _ in ranked]
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
@@ -213,13 +256,13 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
     ("n_remove", "options", "message"),
     [
         (5, {}, "first and the last layer are kept"),
-        (2, {"spans": 3}, "in 3 spans"),
+        (2, {"max_spans": 3}, "in 3 spans"),
         (2, {"held_out": S}, "cannot be parted"),
         (2, {"beam": 0}, "must be at least 1"),
         (2, {"operator": "nobody"}, "nobody"),
         (2, {"operator": "auto", "weights": "relative"}, "chooses weights and features itself"),
         (2, {"criterion": "cosine"}, "no criterion 'cosine' that runs the model"),
-        (2, {"criterion": "sleb", "spans": 2}, "removes single layers"),
+        (2, {"criterion": "sleb", "max_spans": 2}, "removes single layers"),
         (1, {"criterion": "taylor-plus"}, "keeps the first 4 and the last 2"),
         (
             2,
@@ -323,10 +366,29 @@ def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
 
 def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
     found = _search(model, ids, 3, criterion="prune-and-repair")
-    assert found.to_json() | {"criterion": ""} == _search(model, ids, 3, spans=3).to_json() | {
-        "criterion": "",
-        "recipe": found.to_json()["recipe"],
+    session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
+    tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
+    wanted: dict[str, Any] = {
+        "ranges": RangePlan.make(S - HELD, folds=DEFAULT_FOLDS),
+        "micro_batch": MICRO_BATCH,
     }
+    plan = PruningPlan(L)
+    for _ in range(3):
+        longer = [
+            PruningPlan(L, (*plan.spans, Span(layer, layer + 1)))
+            for layer in range(1, L - 1)
+            if layer not in plan.removed
+        ]
+        gaps = [
+            measure_repairs(
+                session, tokens, [Repair.alike(one, FitMethod("ghost"))], progress=SilentProgress(), **wanted
+            )[1][0].gap
+            for one in longer
+        ]
+        plan = longer[int(np.argmin(gaps))]
+    assert found.plan == plan
+    assert [row["gap"] for row in found.candidates] == sorted(gaps)
+    assert found.passes == 3
 
 
 def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> None:

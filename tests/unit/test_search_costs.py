@@ -32,9 +32,16 @@ def _request(**changes: object) -> Request:
 
 
 @pytest.mark.parametrize(
-    "criterion", ["measured", "prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus"]
+    ("criterion", "max_spans"),
+    [
+        ("measured", None),
+        ("measured", 1),
+        *((name, None) for name in ("prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")),
+    ],
 )
-def test_as_many_passes_as_a_search_takes(tiny_llama: Path, tmp_path: Path, criterion: str) -> None:
+def test_as_many_passes_as_a_search_takes(
+    tiny_llama: Path, tmp_path: Path, criterion: str, max_spans: int | None
+) -> None:
     if criterion == "taylor-plus":
         pytest.skip("keeps six layers, which is all that the tiny model has")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(S, T)))
@@ -46,9 +53,14 @@ def test_as_many_passes_as_a_search_takes(tiny_llama: Path, tmp_path: Path, crit
         sequences=S,
         length=T,
         micro_batch=2,
+        max_spans=max_spans,
     )
     sizes = plan_run(tiny_llama, n_remove=2, sequences=S, length=T, measure=False).model
-    loads = [load for load in pass_loads(sizes, _request(criterion=criterion)) if load.name == "search"]
+    loads = [
+        load
+        for load in pass_loads(sizes, _request(criterion=criterion, max_spans=max_spans))
+        if load.name == "search"
+    ]
     if criterion == "prune-and-repair":
         # The layers may or may not touch: auto decides once for each span.
         assert found.passes in {len(loads), len(loads) + 1}
@@ -56,19 +68,24 @@ def test_as_many_passes_as_a_search_takes(tiny_llama: Path, tmp_path: Path, crit
         assert sum(2 if load.backward else 1 for load in loads) == found.passes
 
 
-def test_the_arithmetic_of_the_lanes(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("max_spans", [1, 2])
+def test_the_arithmetic_of_the_lanes(tiny_llama: Path, max_spans: int) -> None:
     sizes = plan_run(tiny_llama, n_remove=2, sequences=S, length=T, measure=False).model
-    first = pass_loads(sizes, _request())[0]
-    tails = sum((L - span.stop) / L for span in candidate_spans(L, 2))
-    assert first.lanes == pytest.approx(1 + HELD_OUT * tails)
-    assert first.fits == len(candidate_spans(L, 2))
+    first = pass_loads(sizes, _request(max_spans=max_spans))[0]
+    candidates = [span for size in range(2, 2 - max_spans, -1) for span in candidate_spans(L, size)]
+    assert first.lanes == pytest.approx(1 + HELD_OUT * sum((L - span.stop) / L for span in candidates))
+    assert first.fits == len(candidates)
 
 
 def test_no_store_is_made(tiny_llama: Path) -> None:
     plan = plan_run(tiny_llama, n_remove=2, sequences=S, length=T, measure=False)
     assert [stage.name for stage in plan.stages] == ["search", "fit", "export"]
     assert set(plan.needs) == {"memory, search", "memory, fit", "memory, export", "disk, export"}
-    assert plan.stages[0].read_bytes == 2 * plan.model.checkpoint_bytes
+    assert plan.stages[0].read_bytes == 4 * plan.model.checkpoint_bytes, (
+        "two spans at most: two to choose, two to repair"
+    )
+    one = plan_run(tiny_llama, n_remove=2, sequences=S, length=T, max_spans=1, measure=False)
+    assert one.stages[0].read_bytes == 2 * one.model.checkpoint_bytes
 
 
 def test_auto_after_a_criterion_that_reads_a_store(tiny_llama: Path) -> None:

@@ -67,6 +67,7 @@ class Request:
     intermediate: int = 0
     """Width I of what enters ``down_proj``, where features read it."""
     solver: Solver = "gram"
+    max_spans: int | None = None
 
     @property
     def is_linear(self) -> bool:

@@ -117,6 +117,7 @@ def plan_run(
     sequences: int = 128,
     length: int = 512,
     criterion: str = "measured",
+    max_spans: int | None = None,
     operator: str = AUTO,
     features: str = "hidden",
     layers: tuple[int, ...] | None = None,
@@ -135,6 +136,7 @@ def plan_run(
         sequences: Windows of calibration text, S.
         length: Tokens of a window, T.
         criterion: How layers are chosen (``docs/selection.md``); those of :func:`ghoststream.search` make no store.
+        max_spans: As :func:`ghoststream.search` takes it.
         operator: What is fitted, see :func:`ghoststream.solve`, or ``auto``.
         features: What ``least-squares`` reads, see there.
         layers: Positions whose hidden states are stored; ``None`` is all of ``0..L``.
@@ -174,6 +176,7 @@ def plan_run(
         host_memory=session.options.host_memory,
         scratch=session.options.scratch,
         store_dtype=store_dtype or sizes.dtype,
+        max_spans=max_spans,
         n_stored=sizes.n_layers + 1 if layers is None else len(layers),
     )
     if operator == AUTO or request.reads_taps:

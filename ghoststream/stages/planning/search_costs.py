@@ -26,7 +26,7 @@ from ghoststream.stages.planning.costs import (
 )
 from ghoststream.stages.planning.machine import Rates, free_host_memory
 from ghoststream.stages.repair.auto import AUTO, METHODS
-from ghoststream.stages.searching.search import REFINED, SEARCH_CRITERIA, UNFITTED
+from ghoststream.stages.searching.search import CANDIDATES, MAX_SPANS, REFINED, SEARCH_CRITERIA, UNFITTED
 from ghoststream.statistics import taps_of
 
 HELD_OUT = 0.25
@@ -61,36 +61,74 @@ def pass_loads(sizes: ModelSizes, request: Request) -> tuple[PassLoad, ...]:
     """Return the passes of ``recover`` where layers are chosen by running the model, or the operator is ``auto``."""
     n_layers, removed, hidden = sizes.n_layers, request.n_remove, sizes.hidden
     loads: list[PassLoad] = []
-    if in_passes(request):
+    if request.criterion == "measured":
+        loads += _growing(n_layers, removed, hidden, _most_spans(request))
+    elif in_passes(request):
         loads += _choosing(n_layers, removed, hidden, request)
     if request.operator == AUTO and (not in_passes(request) or request.criterion not in UNFITTED):
-        plans = REFINED if in_passes(request) else 1
-        loads.append(_refining(n_layers, removed, hidden, request, plans))
+        loads += _refining(n_layers, removed, hidden, request)
     loads.append(PassLoad("fit", _kept(request, hidden), (n_layers + 1) / (2 * n_layers), 1))
     return tuple(loads)
+
+
+def _most_spans(request: Request) -> int:
+    if request.criterion != "measured":
+        return 1
+    return min(request.max_spans or MAX_SPANS, request.n_remove)
+
+
+def _growing(n_layers: int, removed: int, hidden: int, most: int) -> list[PassLoad]:
+    """Return a pass for each span that is added; plans of every number of spans grow in the same passes."""
+    loads = []
+    for step in range(most):
+        lanes, states, fits = 1.0, float(hidden), 0
+        for spans in range(step + 1, most + 1):
+            size = removed // spans + (step < removed % spans)
+            if step == 0:
+                candidates = max(1, n_layers - 1 - size)
+                # They stop one layer after the other: their tails make a triangle.
+                lanes += HELD_OUT * candidates * (candidates + 1) / (2 * n_layers)
+                states += hidden * (min(size, candidates) + HELD_OUT * candidates)
+            else:
+                standing = removed // spans
+                candidates = max(1, min(CANDIDATES, n_layers - 1 - size - step * (standing + size - 1)))
+                stretch = max(0.0, n_layers - size - step * standing) / (step + 2) / n_layers
+                # All sequences between the first and the last span, the held-out ones behind that.
+                lanes += candidates * stretch * (step + HELD_OUT)
+                states += hidden * candidates * (1 + HELD_OUT)
+            fits += candidates * (step + 1)
+        loads.append(PassLoad("search", states, lanes, fits))
+    return loads
 
 
 def _choosing(n_layers: int, removed: int, hidden: int, request: Request) -> list[PassLoad]:
     if request.criterion.startswith("taylor"):
         return [PassLoad("search", float(hidden) * (n_layers + 3), 4.0, 0, backward=True)]
     share = 1.0 if request.criterion in UNFITTED else HELD_OUT
-    single = request.criterion in ("prune-and-repair", "sleb", "perplexity")
-    size = 1 if single else removed
-    candidates = max(1, n_layers - 1 - size)
-    # Candidates stop one layer after the other: their tails make a triangle.
+    candidates = max(1, n_layers - 2)
     lanes = 1.0 + share * candidates * (candidates + 1) / (2 * n_layers)
-    states = hidden * (1 + min(size, candidates) + share * candidates)
+    states = hidden * (2 + share * candidates)
     fits = 0 if request.criterion in UNFITTED else candidates
-    passes = removed if request.criterion in ("prune-and-repair", "sleb") else 1
+    passes = 1 if request.criterion == "perplexity" else removed
     return [PassLoad("search", states, lanes, fits)] * passes
 
 
-def _refining(n_layers: int, removed: int, hidden: int, request: Request, plans: int) -> PassLoad:
+def _refining(n_layers: int, removed: int, hidden: int, request: Request) -> list[PassLoad]:
+    """Return a pass for each boundary at which ways to repair are compared."""
+    spans, plans = _most_spans(request), REFINED if in_passes(request) else 1
+    repairs = plans * len(METHODS)
     tapped = sum(bool(taps_of(method.features)) for method in METHODS)
-    lanes = 1.0 + HELD_OUT * plans * len(METHODS) * (n_layers - removed) / (2 * n_layers)
-    states = hidden * (1 + plans + HELD_OUT * plans * len(METHODS))
-    states += plans * tapped * (hidden + request.intermediate)
-    return PassLoad("search" if in_passes(request) else "fit", states, lanes, plans * len(METHODS))
+    stretch = (n_layers - removed) / (spans + 1) / n_layers
+    loads = []
+    for decided in range(spans):
+        later = spans - 1 - decided
+        lanes = 1.0 + stretch * (plans * decided + repairs * (later + HELD_OUT))
+        states = hidden * (1 + plans + repairs * (1.0 if later else HELD_OUT))
+        states += plans * tapped * (hidden + request.intermediate)
+        loads.append(
+            PassLoad("search" if in_passes(request) else "fit", states, lanes, repairs * (later + 1))
+        )
+    return loads
 
 
 def _kept(request: Request, hidden: int) -> float:

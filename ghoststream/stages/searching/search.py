@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,6 +16,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
 from ghoststream.stages.repair.fitting import FitMethod, Repair
 from ghoststream.stages.repair.measured import divide
+from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial
 from ghoststream.stages.searching.taylor import taylor_scores
@@ -32,6 +33,12 @@ UNFITTED = ("sleb", "perplexity", "taylor", "taylor-plus")
 REFINED = 4
 """Plans for which ``auto`` chooses how to repair."""
 
+MAX_SPANS = 2
+"""Spans that ``measured`` removes at most, by default."""
+
+CANDIDATES = 8
+"""Plans of each number of spans that ``measured`` measures in each step after the first, by default."""
+
 _KEPT_FIRST, _KEPT_LAST = 4, 2
 
 
@@ -44,8 +51,9 @@ def search(
     sequences: int = 128,
     length: int = 512,
     held_out: int | None = None,
-    spans: int = 1,
+    max_spans: int | None = None,
     beam: int = 1,
+    candidates: int | None = None,
     lanes: int | None = None,
     operator: str = AUTO,
     weights: str = UNIFORM,
@@ -62,10 +70,12 @@ def search(
     Criteria:
 
     - ``measured``: every candidate is repaired and measured on held-out windows; those of one step share passes over the
-      weights (see :func:`~ghoststream.stages.repair.measured.measure_repairs` for memory and arithmetic). With one span that is one
-      pass for all candidates. With more, spans of ``n_remove / spans`` layers are added one at a time, to the ``beam``
-      best plans so far: one pass a step.
-    - ``prune-and-repair``: the same, layer by layer (``spans`` is ``n_remove``; neighbours make one span).
+      weights (see :func:`~ghoststream.stages.repair.measured.measure_repairs` for memory and arithmetic). Plans of one span, of two
+      and so on up to ``max_spans`` are made side by side: of ``k``, spans of ``n_remove / k`` layers are added one at a time to
+      the ``beam`` best so far; after the first step those are measured whose spans cost least alone. That is one pass for each of
+      ``max_spans`` steps. Fewer spans are preferred where they are not
+      worse by more than the standard error of the best plan's loss above the dense model's.
+    - ``prune-and-repair``: the same, layer by layer (neighbours make one span).
     - ``sleb``: layer by layer, unrepaired: SLEB (arXiv 2402.09025), with the loss on the whole text as its measure.
     - ``perplexity``: each layer is left out alone, and those whose absence costs least are removed: Shortened LLaMA's PPL
       (arXiv 2402.02834). One pass.
@@ -84,12 +94,15 @@ def search(
         length: Tokens of a window.
         held_out: How many windows, the last ones, are measured on; a quarter if ``None``. Rounded so that both parts are
             whole micro-batches. Where nothing is repaired, all are measured on.
-        spans: How many spans ``measured`` removes; the first and the last layer are always kept.
-        beam: How many plans are kept from step to step.
+        max_spans: How many spans ``measured`` removes at most, each with an operator of its own; two if ``None``. The first
+            and the last layer are always kept.
+        beam: How many plans of each number of spans are kept from step to step.
+        candidates: How many plans of each number of spans ``measured`` measures in a step after the first; eight if ``None``.
         lanes: Most candidates in one pass; ``None`` is all of a step.
         operator: Operator family that repairs, or ``auto``: candidates are compared with
-            :data:`~ghoststream.stages.repair.auto.SCREEN`, and the four best plans with every one of
-            :data:`~ghoststream.stages.repair.auto.METHODS` at each boundary, one pass more for each span.
+            :data:`~ghoststream.stages.repair.auto.SCREEN`, and four of the best plans, the best of each number of spans
+            among them, with every one of :data:`~ghoststream.stages.repair.auto.METHODS` at each boundary, one pass more for
+            each span.
         weights: Token weights of the fit; ``auto`` has its own.
         options: Options of the operator; ``auto`` has its own.
         folds: Folds of the sequences that serve to fit, for ridges that folds choose.
@@ -108,10 +121,11 @@ def search(
     """
     wanted = _Wanted.make(criterion, operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
-    sizes = wanted.sizes(n_remove, spans, session.skeleton.n_layers)
-    if min(beam, 1 if lanes is None else lanes) < 1:
-        msg = f"beam {beam} and lanes {lanes} must be at least 1"
+    partitions = wanted.partitions(n_remove, max_spans, session.skeleton.n_layers)
+    if any(number is not None and number < 1 for number in (beam, candidates, lanes)):
+        msg = f"beam {beam}, candidates {candidates} and lanes {lanes} must be at least 1"
         raise RequestError(msg)
+    width = wanted.width(beam, candidates)
     text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
     tokens = session.tokens(text)
     micro_batch, ranges = wanted.division(session, tokens, held_out, folds)
@@ -124,8 +138,8 @@ def search(
         "dtype": dtype_name(session.skeleton.dtype),
         "attention": session.skeleton.attention,
         "micro_batch": micro_batch,
-        "spans": sizes,
-        "beam": beam,
+        "spans": partitions,
+        **asdict(width),
         **wanted.to_json(),
     }
     if out is not None:
@@ -135,7 +149,7 @@ def search(
         require_writable(out)
     trial = Trial(session, tokens, ranges, micro_batch, progress or SilentProgress())
     steps = MeasuredSteps(trial, recipe, out, lanes)
-    result = _run(wanted, trial, steps, sizes, beam, recipe)
+    result = _run(wanted, trial, steps, partitions, width, recipe)
     if out is not None:
         atomic_write_json(out, result.to_json())
         steps.forget()
@@ -158,15 +172,15 @@ class _Wanted:
             return cls(criterion, FitMethod("none"))
         return cls(criterion, named_method(operator, weights, options))
 
-    def sizes(self, n_remove: int, spans: int, n_layers: int) -> list[int]:
-        """Return the sizes of the spans that are added one after the other."""
-        if spans != 1 and self.criterion != "measured":
+    def partitions(self, n_remove: int, max_spans: int | None, n_layers: int) -> list[list[int]]:
+        """Return the sizes of the spans that are added one after the other, for each way that is tried."""
+        if max_spans is not None and self.criterion != "measured":
             msg = f"{self.criterion} removes single layers; leave the number of spans out, or use measured"
             raise RequestError(msg)
-        parts = spans if self.criterion == "measured" else n_remove
-        if not 1 <= parts <= n_remove or not 1 <= n_remove <= n_layers - 2:
+        most = min(MAX_SPANS, n_remove) if max_spans is None else max_spans
+        if not 1 <= most <= n_remove or not 1 <= n_remove <= n_layers - 2:
             msg = (
-                f"cannot remove {n_remove} of {n_layers} layers in {parts} spans: the first and the last layer are kept, and a"
+                f"cannot remove {n_remove} of {n_layers} layers in {most} spans: the first and the last layer are kept, and a"
                 " span has at least one layer"
             )
             raise RequestError(msg)
@@ -176,7 +190,16 @@ class _Wanted:
                 f" last {_KEPT_LAST}; use taylor, or another criterion"
             )
             raise RequestError(msg)
-        return [n_remove // parts + (index < n_remove % parts) for index in range(parts)]
+        if self.criterion != "measured":
+            return [[1] * n_remove]
+        return [
+            [n_remove // parts + (index < n_remove % parts) for index in range(parts)]
+            for parts in range(1, most + 1)
+        ]
+
+    def width(self, beam: int, candidates: int | None) -> Width:
+        """Return how much is measured in a step; greedy methods of others measure all."""
+        return Width(beam, candidates or (CANDIDATES if self.criterion == "measured" else None))
 
     def division(
         self, session: ModelSession, tokens: TokenSet, held_out: int | None, folds: int
@@ -200,24 +223,24 @@ def _run(
     wanted: _Wanted,
     trial: Trial,
     steps: MeasuredSteps,
-    sizes: Sequence[int],
-    beam: int,
+    partitions: Sequence[Sequence[int]],
+    width: Width,
     recipe: Mapping[str, Any],
 ) -> SearchResult:
-    n_layers = trial.session.skeleton.n_layers
+    n_layers, n_remove = trial.session.skeleton.n_layers, sum(partitions[0])
     if wanted.criterion in ("perplexity", "taylor", "taylor-plus"):
         rows = _one_by_one(wanted, trial, steps)
-        plan = PruningPlan(n_layers, tuple(_span(row) for row in rows[: len(sizes)]))
+        plan = PruningPlan(n_layers, tuple(_span(row) for row in rows[:n_remove]))
         measured = wanted.criterion == "perplexity"
         passes = steps.passes if measured else 2
         dense = steps.dense_loss if measured else None
         return SearchResult(plan, (), wanted.criterion, tuple(rows), dense, recipe, passes)
-    ranked = steps.grow(sizes, beam, wanted.method or SCREEN)
+    ranked = grow(steps, n_layers, partitions, width, wanted.method or SCREEN)
     rows = [row for _, row in ranked]
     if wanted.method is None:
-        ranked = steps.refine([repair for repair, _ in ranked[:REFINED]])
-        rows = [row for row in steps.rows() if PruningPlan.from_json(row["plan"]).n_removed == sum(sizes)]
-    best, _ = ranked[0]
+        ranked = steps.refine(finalists(ranked, REFINED))
+        rows = [row for row in steps.rows() if PruningPlan.from_json(row["plan"]).n_removed == n_remove]
+    best = fewest_spans(ranked) if wanted.criterion == "measured" else ranked[0][0]
     methods = () if wanted.criterion in UNFITTED else tuple(method.to_json() for method in best.methods)
     return SearchResult(
         best.plan, methods, wanted.criterion, tuple(rows), steps.dense_loss, recipe, steps.passes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 from ghoststream.errors import ArtifactError
 from ghoststream.files import atomic_write_json, json_digest, read_json
 from ghoststream.progress import Progress
-from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import choose_methods, preference
-from ghoststream.stages.repair.fitting import FitMethod, Repair
+from ghoststream.stages.repair.fitting import Repair
 from ghoststream.stages.repair.measured import measure_repairs
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import RangePlan, candidate_spans
+from ghoststream.statistics import RangePlan
 from ghoststream.text import TokenSet
 
 Row = Mapping[str, Any]
@@ -70,20 +69,6 @@ class MeasuredSteps:
             self._pass(waiting[first : first + size])
         return [measured[repair.name] for repair in repairs]
 
-    def grow(self, sizes: Sequence[int], beam: int, method: FitMethod) -> list[tuple[Repair, Row]]:
-        """Add spans of these sizes one at a time, to the ``beam`` best plans so far; return the last step's, best first."""
-        n_layers = self._trial.session.skeleton.n_layers
-        best = [PruningPlan(n_layers)]
-        ranked: list[tuple[Repair, Row]] = []
-        for size in sizes:
-            repairs = [Repair.alike(plan, method) for plan in _extended(best, size, n_layers)]
-            ranked = self.rank(repairs)
-            best = [repair.plan for repair, _ in ranked[:beam]]
-            self._trial.progress.log(
-                f"best so far: {best[0]}, loss {ranked[0][1]['gap']:+.4f} against the dense model"
-            )
-        return ranked
-
     def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Choose how each boundary is fitted; return the repairs with what was chosen, best first."""
         return self.rank(choose_methods(self._trial.session, repairs, self.measure))
@@ -91,6 +76,12 @@ class MeasuredSteps:
     def rank(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Return repairs and their figures, best first."""
         return sorted(zip(repairs, self.measure(repairs), strict=True), key=lambda pair: preference(pair[1]))
+
+    def tell(self, repair: Repair, row: Row) -> None:
+        """Say how far the search is."""
+        self._trial.progress.log(
+            f"best so far: {repair.plan}, loss {row['gap']:+.4f} against the dense model"
+        )
 
     def forget(self) -> None:
         """Remove the notes: the plan file is written."""
@@ -123,18 +114,3 @@ class MeasuredSteps:
             return fresh
         same = isinstance(found, dict) and found.get("recipe_digest") == recipe_digest
         return found if same else fresh
-
-
-def _extended(plans: Iterable[PruningPlan], size: int, n_layers: int) -> list[PruningPlan]:
-    """Return every plan with one more span of ``size`` layers, in order and each once."""
-    longer = {
-        PruningPlan(n_layers, (*plan.spans, span))
-        for plan in plans
-        for span in candidate_spans(n_layers, size)
-        if not any(_overlap(span, other) for other in plan.spans)
-    }
-    return sorted(longer, key=lambda plan: plan.spans)
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return one.start < other.stop and other.start < one.stop

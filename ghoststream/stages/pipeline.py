@@ -46,17 +46,24 @@ class CapturePart(_Part):
 
 
 class SelectPart(_Part):
-    """Which layers go: so many by a criterion of ``select`` or ``search``, or spans given by hand (``"13:19"``)."""
+    """Which layers go: so many by a criterion of ``select`` or ``search``, or spans given by hand (``"13:19"``).
+
+    ``max_spans`` is for the criterion ``measured``, ``held_out`` for whatever is measured, the operator ``auto`` too.
+    """
 
     remove: int | None = Field(default=None, ge=1)
     criterion: str = "streamline"
     max_spans: int | None = Field(default=None, ge=1)
+    held_out: int | None = Field(default=None, ge=1)
     spans: str | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.remove is None) == (self.spans is None):
             msg = "give either `remove` (how many layers) or `spans` (which, for example 13:19)"
+            raise ValueError(msg)
+        if self.max_spans is not None and (self.remove is None or self.criterion != "measured"):
+            msg = "`max_spans` is a choice of the criterion measured; leave it out"
             raise ValueError(msg)
         if self.criterion not in SEARCH_CRITERIA:
             make_criterion(self.criterion)

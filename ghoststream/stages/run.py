@@ -134,6 +134,7 @@ class _Run:
                 wanted.remove,
                 criterion=wanted.criterion,
                 max_spans=wanted.max_spans,
+                held_out=wanted.held_out,
                 operator=solving.operator,
                 weights=solving.weights,
                 options=solving.options,
@@ -160,7 +161,15 @@ class _Run:
         out, found = self._workdir / "operators.safetensors", self._workdir / "plan.json"
         if self._pipeline.solve.operator == AUTO:
             source = found if found.is_file() else plan
-            return fit(self._root, source, operator=AUTO, out=out, **self._text(), **self._model_options())
+            return fit(
+                self._root,
+                source,
+                operator=AUTO,
+                held_out=self._pipeline.select.held_out,
+                out=out,
+                **self._text(),
+                **self._model_options(),
+            )
         return solve(
             self._workdir / "store",
             plan,

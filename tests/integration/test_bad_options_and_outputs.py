@@ -46,6 +46,9 @@ def test_options_with_unknown_values(bench: Bench, refused: Callable[..., str], 
     refused("capture", bench.model, *store, code=BAD_REQUEST, says=("--calibration", "--help"))
     refused("solve", bench.store, "--plan", "1:3", "--operator", "magic", code=BAD_REQUEST, says="magic")
     refused("select", bench.store, "--remove", 2, "--criterion", "luck", code=BAD_REQUEST, says="luck")
+    given = ("--calibration", "python-docs", "--out", tmp_path / "out", "--max-spans", 2)
+    for asked in (("--remove", 2, "--criterion", "streamline"), ("--plan", "1:3")):
+        refused("recover", bench.model, *asked, *given, code=BAD_REQUEST, says="criterion measured")
     refused("repair", bench.model, code=BAD_REQUEST, says="repair")
     assert list(tmp_path.iterdir()) == []
 

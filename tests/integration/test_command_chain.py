@@ -158,14 +158,15 @@ def test_recover_and_pipelines_choose_as_search_and_fit_do(
 ) -> None:
     text = ("--calibration", ids, "--sequences", 12, "--length", LENGTH)
     plan, operators = tmp_path / "plan.json", tmp_path / "operators.safetensors"
-    _run("search", tiny_llama, "--remove", 2, *text, "--out", plan)
-    _run("fit", tiny_llama, "--plan", plan, *text, "--out", operators)
+    choice = ("--remove", 2, "--max-spans", 1, "--held-out", 4)
+    _run("search", tiny_llama, *choice, *text, "--out", plan)
+    _run("fit", tiny_llama, "--plan", plan, *text, "--held-out", 4, "--out", operators)
     _run("export", tiny_llama, "--operators", operators, "--out", tmp_path / "stages")
-    _run("recover", tiny_llama, "--remove", 2, *text, "--out", tmp_path / "recover")
+    _run("recover", tiny_llama, *choice, *text, "--out", tmp_path / "recover")
     pipeline = {
         "name": "measured",
         "capture": {"calibration": ids, "sequences": 12, "length": LENGTH},
-        "select": {"remove": 2, "criterion": "measured"},
+        "select": {"remove": 2, "criterion": "measured", "max_spans": 1, "held_out": 4},
         "solve": {"operator": "auto"},
     }
     path = tmp_path / "measured.yaml"

@@ -84,6 +84,7 @@ def test_minimal_pipeline() -> None:
         (MINIMAL + "solve: {operator: magic}\n", "solve: there is no operator 'magic'"),
         (MINIMAL.replace("remove: 2", "criterion: shortgpt"), "give either `remove`"),
         (MINIMAL.replace("remove: 2", "remove: 2, spans: '1:2'"), "give either `remove`"),
+        (MINIMAL.replace("remove: 2", "remove: 2, max_spans: 2"), "`max_spans` is a choice of the criterion"),
         (MINIMAL.replace("remove: 2", "remove: 0"), "select.remove: Input should be greater"),
         ("[1, 2]\n", "the file: Input should be a valid dictionary"),
         ("name: [\n", "is not YAML"),

@@ -70,6 +70,12 @@ CRITERIA = (
 )
 """Of tier 2, beside the two of tier 1."""
 
+CHOSEN_WITH = {"perplexity": 32, "taylor-plus": 32, "sleb": 16, "prune-and-repair": 32}
+"""Windows that those criteria choose with that run the whole text through every candidate, or go layer by layer."""
+
+STORED = 128
+"""Windows of which a store is made; operators of fewer or more are fitted in a pass."""
+
 SIZES = (8, 16, 32, 64, 128, 256)
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SEEDS = (0, 1, 2)
@@ -94,7 +100,7 @@ class Cell:
     selection: str
     variant: str
     calibration: str = "c4"
-    sequences: int = 128
+    sequences: int = STORED
     seed: int = 0
     ridge: float | None = None
     selected_with: int | None = None
@@ -124,12 +130,14 @@ def tier_one() -> Iterator[Cell]:
 def tier_two() -> Iterator[Cell]:
     """Other criteria, 3 layers, another calibration text, and the curves."""
     rows = ("pruned", PAPER, DEFAULT)
-    yield from (Cell(9, criterion, variant) for criterion in CRITERIA for variant in rows)
+    for criterion in CRITERIA:
+        with_few = CHOSEN_WITH.get(criterion)
+        yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in rows)
     yield from (Cell(3, selection, variant) for selection in (STREAMLINE, MEASURED) for variant in rows)
     for remove in (6, 9, 12):
         for selection, variant in ((STREAMLINE, "pruned"), (STREAMLINE, PAPER), (MEASURED, DEFAULT)):
             yield Cell(remove, selection, variant, calibration="wikitext")
-    base = Cell(9, MEASURED, "least squares, sinks dropped", selected_with=128)
+    base = Cell(9, MEASURED, "least squares, sinks dropped", selected_with=STORED)
     for size in SIZES:
         for variant in ("least squares, sinks dropped", "ghost, sinks dropped", "hidden+mlp, sinks dropped"):
             yield replace(base, variant=variant, sequences=size)

@@ -8,7 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality_cells import DEFAULT, MEASURED, PAPER, RIDGES, SIZES, STREAMLINE, VARIANTS, Cell
+from quality_cells import (
+    CHOSEN_WITH,
+    DEFAULT,
+    MEASURED,
+    PAPER,
+    RIDGES,
+    SIZES,
+    STORED,
+    STREAMLINE,
+    VARIANTS,
+    Cell,
+)
 
 Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -46,7 +57,11 @@ def _write_csv(path: Path, figures: Figures, cells: Sequence[Cell]) -> None:
 
 
 def _tables(figures: Figures, cells: Sequence[Cell]) -> Iterable[str]:
-    plain = [cell for cell in cells if cell.ridge is None and cell.sequences == 128 and cell.seed == 0]
+    plain = [
+        cell
+        for cell in cells
+        if cell.ridge is None and cell.seed == 0 and cell.selected_with == CHOSEN_WITH.get(cell.selection)
+    ]
     for calibration in dict.fromkeys(cell.calibration for cell in plain):
         for remove in sorted({cell.remove for cell in plain if cell.calibration == calibration}):
             own = [cell for cell in plain if (cell.calibration, cell.remove) == (calibration, remove)]
@@ -95,7 +110,7 @@ def _entry(figures: Figures, cell: Cell | None, text: str) -> str | None:
 
 
 def _curves(figures: Figures, cells: Sequence[Cell]) -> Iterable[str]:
-    sizes = [cell for cell in cells if cell.selected_with is not None and cell.ridge is None]
+    sizes = [cell for cell in cells if cell.selected_with == STORED and cell.ridge is None]
     if any(gap(figures, text, cell) is not None for text in figures for cell in sizes):
         yield _curve(figures, sizes, "windows to fit on", "sequences", SIZES)
     ridges = [cell for cell in cells if cell.ridge is not None]

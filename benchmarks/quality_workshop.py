@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quality_cells import DEFAULT, VARIANTS, Cell, Variant
+from quality_cells import DEFAULT, STORED, VARIANTS, Cell, Variant
 
 import ghoststream as gs
 from ghoststream.progress import Progress
@@ -76,7 +76,7 @@ class Workshop:
 
     def _fit(self, cell: Cell, variant: Variant, plan: Path, out: Path) -> None:
         keywords: dict[str, Any] = {"out": out, "progress": self.progress}
-        if variant.operator == DEFAULT or cell.sequences != (cell.selected_with or cell.sequences):
+        if variant.operator == DEFAULT or cell.sequences != STORED:
             gs.fit(
                 self.model,
                 plan,

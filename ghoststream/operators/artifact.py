@@ -183,13 +183,14 @@ class OperatorSet:
         write_safetensors(path, arrays, metadata, temporary=temporary)
 
     @classmethod
-    def load(cls, path: Path) -> OperatorSet:
+    def load(cls, path: str | Path) -> OperatorSet:
         """Read what :meth:`save` wrote, and check every tensor's digest.
 
         Raises:
             InputNotFoundError: If there is no such file.
             ArtifactError: If it is something else, damaged, or written by a newer version.
         """
+        path = Path(path)
         metadata = read_metadata(path)
         _require_encoding(metadata, path)
         try:

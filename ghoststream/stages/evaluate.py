@@ -24,7 +24,7 @@ def evaluate(
     length: int = 512,
     sequences: int | None = None,
     store: str | Path | None = None,
-    json_path: Path | None = None,
+    json_path: str | Path | None = None,
     pack: bool = True,
     bos: Bos = "auto",
     part: TextPart = "heldout",
@@ -61,6 +61,7 @@ def evaluate(
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
     """
+    json_path = None if json_path is None else Path(json_path)
     wanted = _wanted_text(text, store, TextOptions(text or "", sequences, length, pack, bos, part))
     passes = open_members(models, ModelOptions(**compute))
     measurements = [Measurement(one, wanted) for one in passes]

@@ -15,8 +15,8 @@ from ghoststream.stages.session import resolve_checkpoint
 
 def export(
     model: str | Path,
-    operators: OperatorSet | Path,
-    out: Path,
+    operators: OperatorSet | str | Path,
+    out: str | Path,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     operator_dtype: torch.dtype | None = None,
@@ -42,6 +42,7 @@ def export(
 
     Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights.
     """
+    out = Path(out)
     if not isinstance(operators, OperatorSet):
         operators = OperatorSet.load(operators)
     return export_recovered(

@@ -94,7 +94,7 @@ def recover(
     remove: int | None = None,
     plan: PruningPlan | str | Path | None = None,
     calibration: str,
-    out: Path,
+    out: str | Path,
     sequences: int = 128,
     length: int = 512,
     criterion: str = "measured",
@@ -149,7 +149,7 @@ def recover(
 
     Memory: the largest of what its stages state.
     """
-    out = out if out.name else out.resolve()
+    out = Path(out) if Path(out).name else Path(out).resolve()
     work = out.with_name(f"{out.name}.work")
     repair = RepairRequest(operator, options or OperatorOptions(), weights)
     text = CalibrationRequest(calibration, sequences, length, pack, bos)

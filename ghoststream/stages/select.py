@@ -20,7 +20,7 @@ def select(
     n_remove: int,
     *,
     criterion: str = "streamline",
-    out: Path | None = None,
+    out: str | Path | None = None,
     model: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -60,6 +60,7 @@ def select(
     Memory: what the criterion's docstring states, once for each worker thread: for ``streamline``, ``shortgpt`` and
     ``uidl`` as many blocks of 1,024 tokens (at least one sequence) in float32 as hidden states wait for their partner.
     """
+    out = None if out is None else Path(out)
     rule = make_criterion(criterion)
     source = open_source(str(store_uri))
     n_layers, digest = source.n_layers, store_digest(source)

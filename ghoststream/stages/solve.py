@@ -49,7 +49,7 @@ def solve(
     plan: PruningPlan | str | Path,
     *,
     operator: str = "ghost",
-    out: Path,
+    out: str | Path,
     ridge: float | Literal["auto", "gcv"] | None = None,
     shrink: Literal["identity", "zero"] = "identity",
     per_layer: bool = False,
@@ -152,6 +152,7 @@ def solve(
     other, so that there is one state; disk: ``S T p`` elements of compute dtype a span.
     Sketches: states and fits as :mod:`ghoststream.operators.sketched` says, in the place of ``8 (p^2 + p C)``.
     """
+    out = Path(out)
     if isinstance(ridge, float | int):
         require_ridge(ridge)
     get_weight(weights)

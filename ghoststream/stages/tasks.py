@@ -40,7 +40,7 @@ def evaluate_tasks(
     tasks: Sequence[str],
     include_path: str | Path | None = None,
     limit: int | None = None,
-    json_path: Path | None = None,
+    json_path: str | Path | None = None,
     progress: Progress | None = None,
     **compute: Unpack[ComputeRequest],
 ) -> TaskReport:
@@ -72,6 +72,7 @@ def evaluate_tasks(
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and tokens.
     """
+    json_path = None if json_path is None else Path(json_path)
     shown = progress or SilentProgress()
     passes = open_members(models, ModelOptions(**compute))
     suite = _load_suite(tasks, include_path, limit, shown)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import ghoststream as gs
 from ghoststream.cli import main
 from ghoststream.stages.inspect import inspect_path
 from ghoststream.stages.verify import verify_path
@@ -203,3 +204,24 @@ def test_pipeline_without_a_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["run", str(path), "--out", str(tmp_path / "run")])
     assert result.exit_code == 2
     assert "names no model; give one with --model" in result.stderr
+
+
+def test_functions_take_paths_as_text(work: Path, tiny_llama: Path, ids: str, tmp_path: Path) -> None:
+    model, here = str(tiny_llama), str(tmp_path)
+    text: dict[str, Any] = {"calibration": ids, "sequences": 12, "length": LENGTH}
+    gs.search(model, 2, max_spans=1, operator="ghost", out=f"{here}/found.json", **text)
+    gs.fit(model, f"{here}/found.json", operator="ghost", out=f"{here}/fitted.safetensors", **text)
+    gs.select(str(work / "store"), 2, out=f"{here}/plan.json")
+    gs.solve(str(work / "store"), f"{here}/plan.json", out=f"{here}/solved.safetensors")
+    gs.export(model, f"{here}/solved.safetensors", f"{here}/exported")
+    gs.recover(model, plan=f"{here}/plan.json", operator="ghost", out=f"{here}/recovered", **text)
+    report = gs.evaluate(
+        [model, f"{here}/exported", f"{here}/recovered"],
+        text=ids,
+        length=LENGTH,
+        json_path=f"{here}/figures.json",
+    )
+    assert report.rows[1].loss == report.rows[2].loss
+    assert json.loads((tmp_path / "figures.json").read_text())
+    solved = gs.OperatorSet.load(f"{here}/solved.safetensors")
+    assert solved.plan == gs.OperatorSet.load(work / "operators.safetensors").plan

@@ -38,7 +38,7 @@ def distill(
     operators: OperatorSet | str | Path,
     *,
     calibration: str,
-    out: Path,
+    out: str | Path,
     sequences: int = 128,
     length: int = 512,
     held_out: int | None = None,
@@ -98,6 +98,7 @@ def distill(
     Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``: ``S T (C b + 8 top)`` bytes and
     three times the operators.
     """
+    out = Path(out)
     session = ModelSession(model, ModelOptions(**compute))
     given = operators if isinstance(operators, OperatorSet) else OperatorSet.load(Path(operators))
     _require_trainable(given, session)

@@ -123,7 +123,7 @@ def plan_run(
     layers: tuple[int, ...] | None = None,
     store_dtype: str | None = None,
     store: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     measure: bool = True,
     moments: MomentOptions | None = None,
     **compute: Unpack[ComputeRequest],
@@ -184,13 +184,13 @@ def plan_run(
     shards = [skeleton.root / shard for shard in skeleton.index.shards]
     rates = measure_rates(shards, skeleton.dtype, session.device) if measure else None
     if in_passes(request):
-        needs = pass_route_needs(sizes, request, session.device, out or Path())
+        needs = pass_route_needs(sizes, request, session.device, Path(out or "."))
         return RunPlan(sizes, request, needs, pass_route_stages(sizes, request, rates), rates)
     moments = moments or MomentOptions()
     stored = replace(stored_request(request), solver=moments.options.solver)
     sweeps = _sweeps(skeleton, stored, moments)
     store_path = None if store is not None and "://" in store else Path(store or ".")
-    needs = all_needs(sizes, stored, sweeps, device=session.device, store=store_path, out=out or Path())
+    needs = all_needs(sizes, stored, sweeps, device=session.device, store=store_path, out=Path(out or "."))
     stages = stage_costs(sizes, stored, rates, sweeps)
     if operator == AUTO:
         needs, stages = fitted_by_passes(sizes, request, needs, stages, rates)

@@ -29,7 +29,7 @@ def fit(
     plan: PruningPlan | str | Path,
     *,
     calibration: str,
-    out: Path,
+    out: str | Path,
     sequences: int = 128,
     length: int = 512,
     held_out: int | None = None,
@@ -88,6 +88,7 @@ def fit(
     :func:`ghoststream.solve` states for one boundary; while ``auto`` measures, that of
     :func:`~ghoststream.stages.repair.measured.measure_repairs`.
     """
+    out = Path(out)
     given = named_method(operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
     wanted = read_plan(plan, session.skeleton.n_layers)

@@ -61,7 +61,7 @@ def search(
     folds: int = DEFAULT_FOLDS,
     pack: bool = True,
     bos: Bos = "auto",
-    out: Path | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
     **compute: Unpack[ComputeRequest],
 ) -> SearchResult:
@@ -119,6 +119,7 @@ def search(
         NumericsError: If a state or a solution is not finite.
         GhoststreamError: What opening the model or the text raises.
     """
+    out = None if out is None else Path(out)
     wanted = _Wanted.make(criterion, operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
     partitions = wanted.partitions(n_remove, max_spans, session.skeleton.n_layers)

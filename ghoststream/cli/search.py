@@ -105,6 +105,8 @@ def command(model: str, remove: int, *, as_json: bool, out: Path | None, **optio
     if left:
         click.echo(f"and {left} more that are worse")
     click.echo(f"plan: remove {result.plan} ({result.plan.n_removed} of {result.plan.n_layers} layers)")
+    if result.has_fewer_spans:
+        click.echo("of fewer spans than the best, and within a standard error of it")
     if out is not None:
         click.echo(
             f"written to {out}; next: ghoststream recover {model} --plan {out} --calibration SPEC --out DIR"

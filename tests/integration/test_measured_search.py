@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from ghoststream.cli import main
 from ghoststream.errors import NumericsError, OutputExistsError, RequestError
 from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.progress import SilentProgress
@@ -200,6 +202,33 @@ def test_fewer_spans_are_taken_where_they_are_not_surely_worse() -> None:
     assert str(fewest_spans(_ranked(("1:2 3:4", 0.50, None), one)).plan) == "[1,2) [3,4)"
     refused = [(repair, row | {"refusal": "grows"}) for repair, row in _ranked(("5:7", 0.4, 0.1))]
     assert str(fewest_spans([*_ranked(two), *refused]).plan) == "[1,2) [3,4)"
+
+
+def test_the_command_says_why_the_best_row_is_not_the_plan(model: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(3, 128, size=(S, T)))
+    request = (
+        "search",
+        model,
+        "--remove",
+        2,
+        "--calibration",
+        f"ids:{tmp_path / 'ids.npy'}",
+        "--operator",
+        "ghost",
+    )
+    sizes = ("--sequences", S, "--length", T, "--held-out", HELD, "--micro-batch", MICRO_BATCH)
+    shown = CliRunner().invoke(
+        main, [str(part) for part in (*request, *sizes, "--out", tmp_path / "plan.json")]
+    )
+    assert shown.exit_code == 0, shown.output
+    found = SearchResult.load(tmp_path / "plan.json")
+    best, row = (PruningPlan.from_json(one["plan"]) for one in found.candidates[:2])
+    assert (len(best.spans), len(row.spans), found.plan) == (2, 1, row)
+    assert (
+        found.candidates[1]["gap"] <= found.candidates[0]["gap"] + found.candidates[0]["gap_standard_error"]
+    )
+    assert found.has_fewer_spans
+    assert "of fewer spans than the best" in shown.stdout
 
 
 def test_spans_that_cost_least_alone_are_added_first() -> None:

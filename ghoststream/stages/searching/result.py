@@ -46,6 +46,12 @@ class SearchResult:
             return None
         return Repair(self.plan, tuple(FitMethod.from_json(method) for method in self.methods))
 
+    @property
+    def has_fewer_spans(self) -> bool:
+        """Whether a plan of more spans had a lower loss, but not by more than a standard error."""
+        best = PruningPlan.from_json(self.candidates[0]["plan"])
+        return self.criterion == "measured" and len(best.spans) > len(self.plan.spans)
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,22 @@ import numpy.typing as npt
 
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import add_cross, add_gram_upper, mirror_upper
-from ghoststream.statistics.boundary import BoundaryReducer, Numbers
+from ghoststream.statistics.boundary import Numbers
 from ghoststream.statistics.engines import StateRef
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.moments import BoundaryMoments, span_prefix
-from ghoststream.statistics.sketches import Bases, require_float64
+from ghoststream.statistics.sketches import Bases, BasisReducer
 from ghoststream.statistics.sums import SumState
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionReducer(BoundaryReducer):
+class ProjectionReducer(BasisReducer):
     """Builds Grams ``(k, k)`` of ``Phi W`` and cross-moments ``(k, C)`` with the gap, for each basis ``W`` ``(p, k)`` of each span.
 
-    Beside the sums per channel of :class:`BoundaryReducer`, per span ``basis/{j}/gram``, ``basis/{j}/cross`` and
-    ``feature_energy`` = ``sum w |phi|^2``. No array has p^2 or p C entries.
+    Beside the sums per channel of :class:`~ghoststream.statistics.boundary.BoundaryReducer`, per span ``basis/{j}/gram``,
+    ``basis/{j}/cross`` and ``feature_energy`` = ``sum w |phi|^2``. No array has p^2 or p C entries.
 
     Args:
         bases: The bases.
@@ -36,36 +35,16 @@ class ProjectionReducer(BoundaryReducer):
         RequestError: If there is no feature or weight of this name, or the precision is not float64.
     """
 
-    bases: Bases
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_float64(self.precision)
-
     @property
     def kind(self) -> str:
         """Name of the statistic."""
         return "boundary-projection"
-
-    def describe(self) -> dict[str, Any]:
-        """Return what can change a bit of the result, as JSON data."""
-        return {**super().describe(), "bases": self.bases.digest, "widths": list(self.bases.widths)}
 
     def state_bytes(self, hidden: int, length: int) -> int:
         """Bytes of one state: ``8 (k^2 + k C)`` a basis and ``O(p + C + T)`` a span."""
         products = sum(width * (width + hidden) for width in self.bases.widths)
         small = self._phi.width(hidden) + 6 * hidden + 3 * length + 6
         return 8 * len(self.spans) * (products + small)
-
-    def task_bytes(self, hidden: int, length: int) -> int:
-        """Peak bytes of one task: the state, the bases of one span, and the blocks of :meth:`reduce`."""
-        held = 8 * self._phi.width(hidden) * sum(self.bases.widths)
-        if not isinstance(self.bases.ref, Path):
-            held *= len(self.spans)
-        return super().task_bytes(hidden, length) + held
-
-    def _blocks(self, hidden: int) -> float:
-        return super()._blocks(hidden) + max(self.bases.widths) / hidden
 
     def _products(self, span: Span, hidden: int) -> dict[str, Array]:
         own = span_prefix(span)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from ghoststream.spans import Span
 from ghoststream.statistics.blas import add_cross
 from ghoststream.statistics.boundary import BoundaryReducer, Numbers
 from ghoststream.statistics.moments import span_prefix
-from ghoststream.statistics.sketches import GAP, Bases, gaussian, require_float64
+from ghoststream.statistics.sketches import GAP, BasisReducer, gaussian, require_float64
 from ghoststream.statistics.sums import SumState
 
 Array = npt.NDArray[np.float64]
@@ -78,7 +77,7 @@ class RangeReducer(BoundaryReducer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerReducer(BoundaryReducer):
+class PowerReducer(BasisReducer):
     """Builds ``G W`` = ``sum w phi (W^T phi)^T``, ``(p, k)`` a span, without the Gram: one step of subspace iteration.
 
     Args:
@@ -88,35 +87,15 @@ class PowerReducer(BoundaryReducer):
         RequestError: If there is no feature or weight of this name, or the precision is not float64.
     """
 
-    bases: Bases
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_float64(self.precision)
-
     @property
     def kind(self) -> str:
         """Name of the statistic."""
         return "boundary-power"
 
-    def describe(self) -> dict[str, Any]:
-        """Return what can change a bit of the result, as JSON data."""
-        return {**super().describe(), "bases": self.bases.digest, "widths": list(self.bases.widths)}
-
     def state_bytes(self, hidden: int, length: int) -> int:
         """Bytes of one state: ``8 p k`` and ``O(p + C + T)`` a span."""
         width = self._phi.width(hidden)
         return 8 * len(self.spans) * (width * (self.bases.widths[0] + 1) + 6 * hidden + 3 * length + 5)
-
-    def task_bytes(self, hidden: int, length: int) -> int:
-        """Peak bytes of one task: the state, the basis of one span, and the blocks of :meth:`reduce`."""
-        held = 8 * self._phi.width(hidden) * self.bases.widths[0]
-        if not isinstance(self.bases.ref, Path):
-            held *= len(self.spans)
-        return super().task_bytes(hidden, length) + held
-
-    def _blocks(self, hidden: int) -> float:
-        return super()._blocks(hidden) + self.bases.widths[0] / hidden
 
     def _products(self, span: Span, hidden: int) -> dict[str, Array]:
         width = self._phi.width(hidden)

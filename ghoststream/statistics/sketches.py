@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from ghoststream.errors import RequestError
 from ghoststream.files import bytes_digest, json_digest
 from ghoststream.spans import Span
+from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import StateRef
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sums import SumState
@@ -99,6 +101,38 @@ class Bases:
 
 def _digest(array: Array) -> str:
     return bytes_digest(array.reshape(-1).view(np.uint8).data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisReducer(BoundaryReducer):
+    """A reduction that projects features on given bases ``W`` ``(p, k)`` of each span.
+
+    Args:
+        bases: The bases.
+
+    Raises:
+        RequestError: If there is no feature or weight of this name, or the precision is not float64.
+    """
+
+    bases: Bases
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_float64(self.precision)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what can change a bit of the result, as JSON data."""
+        return {**super().describe(), "bases": self.bases.digest, "widths": list(self.bases.widths)}
+
+    def task_bytes(self, hidden: int, length: int) -> int:
+        """Peak bytes of one task: the state, the bases of one span, and the blocks of :meth:`reduce`."""
+        held = 8 * self._phi.width(hidden) * sum(self.bases.widths)
+        if not isinstance(self.bases.ref, Path):
+            held *= len(self.spans)
+        return super().task_bytes(hidden, length) + held
+
+    def _blocks(self, hidden: int) -> float:
+        return super()._blocks(hidden) + max(self.bases.widths) / hidden
 
 
 def _name(span: Span, number: int) -> str:

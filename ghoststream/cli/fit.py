@@ -21,7 +21,7 @@ from ghoststream.cli.options import (
     packing_options,
     sequences_option,
 )
-from ghoststream.cli.output import candidate_table, print_json, print_table
+from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
 
 
@@ -79,5 +79,7 @@ def command(model: str, plan: str, *, as_json: bool, out: Path, **options: Any) 
     print_table(columns, rows, title=f"{operators.kind} operators")
     tried = operators.metadata.get("chosen", ())
     if tried:
+        from ghoststream.stages.searching.result import candidate_table
+
         print_table(*candidate_table(tried), title="loss above the dense model on held-out windows")
     click.echo(f"written to {out}; next: ghoststream export {model} --operators {out} --out DIR")

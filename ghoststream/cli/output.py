@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -67,24 +67,6 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         _print_rich(headers, cells, right, title)
     else:
         _print_plain(headers, cells, right, title)
-
-
-def candidate_table(candidates: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Return headers and rows of what a search measured."""
-    columns = {"loss": "loss", "gap": "above dense", "gap_standard_error": "standard error", "score": "score"}
-    shown = list(candidates)
-    present = [name for name in columns if any(name in row for row in shown)]
-    repaired = any("repair" in row for row in shown)
-    headers = ["removed", *(["repaired by"] if repaired else []), *(columns[name] for name in present)]
-    rows = [
-        [
-            " ".join(f"[{start},{stop})" for start, stop in row["plan"]["spans"]),
-            *(["; ".join(row["repair"])] if repaired else []),
-            *(row.get(name) for name in present),
-        ]
-        for row in shown
-    ]
-    return headers, rows
 
 
 def format_cell(value: Any) -> str:

@@ -24,7 +24,7 @@ from ghoststream.cli.options import (
     remove_option,
     sequences_option,
 )
-from ghoststream.cli.output import candidate_table, print_json, print_table
+from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
 
 _MOST_ROWS = 20
@@ -86,6 +86,7 @@ def command(model: str, remove: int, *, as_json: bool, out: Path | None, **optio
     All candidates of one span are fitted and measured in one read of the weights. The loss is that of the repaired model,
     which similarities of hidden states say little about.
     """
+    from ghoststream.stages.searching.result import candidate_table
     from ghoststream.stages.searching.search import search
 
     with show_progress() as progress:

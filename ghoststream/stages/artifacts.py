@@ -28,6 +28,7 @@ class Kind(StrEnum):
     PLAN = "pruning plan"
     RUN_PLAN = "run plan"
     EVALUATION = "evaluation"
+    TASKS = "task results"
 
 
 def identify(path: str | Path) -> Kind:
@@ -64,6 +65,8 @@ def identify_json(data: Any, place: Path) -> Kind:
         return Kind.EVALUATION
     if _has(data, "models") and all(_has(row, "perplexity") for row in data["models"]):
         return Kind.EVALUATION
+    if isinstance(data, list) and data and all(_has(row, "tasks") for row in data):
+        return Kind.TASKS
     if _has(data, "needs") and _has(data, "stages"):
         return Kind.RUN_PLAN
     if _has(data, "spans") or (_has(data, "plan") and _has(data["plan"], "spans")):

@@ -15,6 +15,9 @@ from ghoststream.files import format_bytes, read_json
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.artifacts import OPERATORS_KEY, Kind, identify
+from ghoststream.stages.searching.result import SearchResult, candidate_table
+
+_MOST_CANDIDATES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ def inspect_path(path: str | Path) -> InspectReport:
         Kind.PLAN: _plan,
         Kind.RUN_PLAN: _run_plan,
         Kind.EVALUATION: _evaluation,
+        Kind.TASKS: _tasks,
     }
     kind = identify(path)
     facts, tables = explainers[kind](str(path))
@@ -175,15 +179,39 @@ def _tensors(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
 
 def _plan(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     data = read_json(Path(path))
+    if "candidates" in data:
+        return _measured_plan(SearchResult.load(Path(path)))
     plan = PruningPlan.from_json(data.get("plan", data))
-    facts = {
-        "removes": f"{plan} ({plan.n_removed} of {plan.n_layers} layers)",
-        "keeps": ", ".join(str(layer) for layer in plan.kept),
-    }
+    facts = _plan_facts(plan)
     scores = data.get("scores", [])
     rest = {key: value for key, value in data.items() if key not in {"plan", "spans", "n_layers", "scores"}}
     tables = (_facts_table("how it was chosen", rest),) if rest else ()
     return facts, (*tables, _scores_table(scores)) if scores else tables
+
+
+def _plan_facts(plan: PruningPlan) -> dict[str, Any]:
+    return {
+        "removes": f"{plan} ({plan.n_removed} of {plan.n_layers} layers)",
+        "keeps": ", ".join(str(layer) for layer in plan.kept),
+    }
+
+
+def _measured_plan(found: SearchResult) -> tuple[dict[str, Any], tuple[Table, ...]]:
+    repair = found.repair
+    facts = {
+        **_plan_facts(found.plan),
+        "repaired by": None if repair is None else "; ".join(method.label for method in repair.methods),
+        "criterion": found.criterion,
+        "loss of the dense model": found.dense_loss,
+        "passes": found.passes,
+    }
+    recipe = {key: value for key, value in found.recipe.items() if key not in {"screen", "methods"}}
+    shown = found.candidates[:_MOST_CANDIDATES]
+    title = f"best {len(shown)} of {len(found.candidates)} candidates"
+    return {key: value for key, value in facts.items() if value is not None}, (
+        Table(title, *candidate_table(shown)),
+        _facts_table("recipe", recipe),
+    )
 
 
 def _scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
@@ -209,6 +237,16 @@ def _evaluation(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     rows = [[row.get(name) for name in names] for row in models]
     rest = {} if isinstance(data, list) else {key: value for key, value in data.items() if key != "models"}
     return flatten(rest), (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
+
+
+def _tasks(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+    rows = [
+        (row["model"], task, name, figure["value"], figure["standard_error"], result["n_items"])
+        for row in read_json(Path(path))
+        for task, result in row["tasks"].items()
+        for name, figure in result["metrics"].items()
+    ]
+    return {}, (Table("tasks", ("model", "task", "metric", "value", "standard error", "items"), rows),)
 
 
 def _config_facts(root: Path) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def verify_path(path: str | Path, *, progress: Progress | None = None) -> Verify
         Kind.PLAN: ("spans", _plan),
         Kind.RUN_PLAN: ("JSON", _json),
         Kind.EVALUATION: ("JSON", _json),
+        Kind.TASKS: ("JSON", _json),
     }
     checked, check = checks[kind]
     progress.log(f"checking {path}: {kind.value}")

@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from ghoststream.errors import ArtifactError, CheckpointError, InputNotFoundError, RequestError
+from ghoststream.evaluation.tasks import TaskMetric, TaskResult, TaskRow
 from ghoststream.files import write_sums
+from ghoststream.spans import PruningPlan
 from ghoststream.stages.artifacts import Kind, identify
 from ghoststream.stages.inspect import flatten, inspect_path
+from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.verify import verify_path
 
 PLAN = {"n_layers": 6, "spans": [[1, 3]]}
@@ -147,6 +150,44 @@ def test_evaluation(tmp_path: Path, *, as_list: bool) -> None:
     assert report.tables[0].rows == [["dense", 40.0, 3.69, 0.1, 100]]
     assert verify_path(path).sound
     assert json.loads(json.dumps(report.to_json()))["kind"] == "evaluation"
+
+
+def test_the_plan_of_a_search(tmp_path: Path) -> None:
+    rows = [
+        {
+            "plan": PruningPlan.parse(6, plan).to_json(),
+            "repair": ["ghost, hidden, uniform"],
+            "loss": 4 + gap,
+            "gap": gap,
+        }
+        for plan, gap in (("1:3", 0.25), ("2:4", 0.5))
+    ]
+    method = {"operator": "least-squares", "features": "hidden+mlp", "weights": "drop_sinks"}
+    recipe = {"sequences": 9, "methods": [method], "text": {"length": 16}}
+    found = SearchResult(PruningPlan.parse(6, "1:3"), (method,), "measured", tuple(rows), 4.0, recipe, 2)
+    path = _write(tmp_path / "plan.json", found.to_json())
+    report = inspect_path(path)
+    assert report.facts["removes"] == "[1,3) (2 of 6 layers)"
+    assert report.facts["repaired by"] == "least-squares, hidden+mlp, drop_sinks"
+    candidates, settings = report.tables
+    assert candidates.headers == ["removed", "repaired by", "loss", "above dense"]
+    assert candidates.rows[0] == ["[1,3)", "ghost, hidden, uniform", 4.25, 0.25]
+    assert settings.rows == [("sequences", "9"), ("text.length", "16")]
+    assert verify_path(path).sound
+
+
+def test_results_of_tasks(tmp_path: Path) -> None:
+    metrics = {"acc": TaskMetric(0.5, 0.1), "acc_norm": TaskMetric(0.75, None)}
+    task = TaskResult("arc_easy", metrics, 4, {"acc": (0.0, 1.0, 0.0, 1.0)}, "sha256:0", "1.0")
+    row = TaskRow("dense", (task,), {"length": 16}, 1, "sha256:1", {"lm_eval": "0.4"})
+    path = _write(tmp_path / "tasks.json", [row.to_json()])
+    report = inspect_path(path)
+    assert report.kind == "task results"
+    assert report.tables[0].rows == [
+        ("dense", "arc_easy", "acc", 0.5, 0.1, 4),
+        ("dense", "arc_easy", "acc_norm", 0.75, None, 4),
+    ]
+    assert verify_path(path).sound
 
 
 def test_broken_json(tmp_path: Path) -> None:

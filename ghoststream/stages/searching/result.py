@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,24 @@ class SearchResult:
             msg = f"{path} exists and is not the plan of this request; choose another name, or move it away"
             raise OutputExistsError(msg)
         return found
+
+
+def candidate_table(candidates: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Return headers and rows of what a search measured."""
+    columns = {"loss": "loss", "gap": "above dense", "gap_standard_error": "standard error", "score": "score"}
+    shown = list(candidates)
+    present = [name for name in columns if any(name in row for row in shown)]
+    repaired = any("repair" in row for row in shown)
+    headers = ["removed", *(["repaired by"] if repaired else []), *(columns[name] for name in present)]
+    rows = [
+        [
+            " ".join(f"[{start},{stop})" for start, stop in row["plan"]["spans"]),
+            *(["; ".join(row["repair"])] if repaired else []),
+            *(row.get(name) for name in present),
+        ]
+        for row in shown
+    ]
+    return headers, rows
 
 
 def read_repair(path: Path) -> Repair | None:

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from ghoststream.cli.options import (
-    ExampleCommand,
     calibration_option,
     compute_options,
     debug_option,
@@ -21,6 +20,7 @@ from ghoststream.cli.options import (
     store_dtype_option,
 )
 from ghoststream.cli.output import human_bytes, print_facts, print_json
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

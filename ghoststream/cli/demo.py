@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from ghoststream.cli.options import ExampleCommand, debug_option, json_option
+from ghoststream.cli.options import debug_option, json_option
 from ghoststream.cli.output import print_json
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

@@ -7,15 +7,9 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import (
-    SPEC_HELP,
-    ExampleCommand,
-    compute_options,
-    debug_option,
-    length_option,
-    packing_options,
-)
+from ghoststream.cli.options import SPEC_HELP, compute_options, debug_option, length_option, packing_options
 from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

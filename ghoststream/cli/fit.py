@@ -9,7 +9,6 @@ import click
 
 from ghoststream.cli.method_options import method_options, take_options
 from ghoststream.cli.options import (
-    ExampleCommand,
     calibration_option,
     compute_options,
     debug_option,
@@ -22,6 +21,7 @@ from ghoststream.cli.options import (
     sequences_option,
 )
 from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ghoststream.cli.options import ExampleCommand, debug_option, json_option, path_argument
+from ghoststream.cli.options import debug_option, json_option, path_argument
 from ghoststream.cli.output import print_facts, print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 
 
 @click.command(

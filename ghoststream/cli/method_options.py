@@ -6,15 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ghoststream.cli.options import (
-    CRITERIA,
-    OPERATORS,
-    SEARCH_CRITERIA,
-    Ridge,
-    combined,
-    features_option,
-    weights_option,
-)
+from ghoststream.cli.options import CRITERIA, OPERATORS, SEARCH_CRITERIA, features_option, weights_option
+from ghoststream.cli.parameters import Ridge, combined
 
 if TYPE_CHECKING:
     from ghoststream.operators import OperatorOptions

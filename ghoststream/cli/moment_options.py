@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ghoststream.cli.options import ByteSize, combined
+from ghoststream.cli.parameters import ByteSize, combined
 
 store_solver_option = click.option(
     "--solver",

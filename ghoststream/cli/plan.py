@@ -14,7 +14,6 @@ from ghoststream.cli.moment_options import (
     store_solver_option,
 )
 from ghoststream.cli.options import (
-    ExampleCommand,
     compute_options,
     debug_option,
     features_option,
@@ -30,6 +29,7 @@ from ghoststream.cli.options import (
     workers_option,
 )
 from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 
 if TYPE_CHECKING:
     from ghoststream.stages.planning.plan import RunPlan

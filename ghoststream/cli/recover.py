@@ -8,7 +8,6 @@ import click
 
 from ghoststream.cli.method_options import criterion_or_measured_option, method_options, take_options
 from ghoststream.cli.options import (
-    ExampleCommand,
     calibration_option,
     compute_options,
     debug_option,
@@ -25,6 +24,7 @@ from ghoststream.cli.options import (
     store_dtype_option,
 )
 from ghoststream.cli.output import print_json
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

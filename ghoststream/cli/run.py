@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from ghoststream.cli.options import (
-    ExampleCommand,
     debug_option,
     device_option,
     json_option,
@@ -17,6 +16,7 @@ from ghoststream.cli.options import (
     trust_option,
 )
 from ghoststream.cli.output import print_facts, print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import click
 
 from ghoststream.cli.options import (
-    ByteSize,
-    ExampleCommand,
     criterion_option,
     debug_option,
     json_option,
@@ -22,6 +20,7 @@ from ghoststream.cli.options import (
     workers_option,
 )
 from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.parameters import ByteSize, ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

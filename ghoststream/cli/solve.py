@@ -15,7 +15,6 @@ from ghoststream.cli.moment_options import (
     store_solver_option,
 )
 from ghoststream.cli.options import (
-    ExampleCommand,
     debug_option,
     device_option,
     features_option,
@@ -30,6 +29,7 @@ from ghoststream.cli.options import (
     workers_option,
 )
 from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import ExampleCommand, compute_options, debug_option
+from ghoststream.cli.options import compute_options, debug_option
 from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 

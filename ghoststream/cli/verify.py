@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ghoststream.cli.options import ExampleCommand, debug_option, json_option, path_argument
+from ghoststream.cli.options import debug_option, json_option, path_argument
 from ghoststream.cli.output import print_json
+from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 from ghoststream.errors import DataError
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from ghoststream.cli import main
 from ghoststream.cli.main import COMMANDS
-from ghoststream.cli.options import ByteSize, IndexList
+from ghoststream.cli.parameters import ByteSize, IndexList
 from ghoststream.errors import CheckpointError, GhoststreamError, PlanError
 from ghoststream.stages import inspect as inspect_stage
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ghoststream.cli.options import Ridge
+from ghoststream.cli.parameters import Ridge
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID

@@ -11,7 +11,8 @@ import torch
 
 from ghoststream.errors import InputNotFoundError, PlanError, RequestError
 from ghoststream.stages.planning import plan as stage
-from ghoststream.stages.planning.costs import Need, StageCost, describe_problem
+from ghoststream.stages.planning.costs import describe_problem
+from ghoststream.stages.planning.figures import Need, StageCost
 from ghoststream.stages.planning.machine import free_disk, free_host_memory, measure_rates
 from ghoststream.stages.planning.plan import RunPlan
 from ghoststream.testing.models import tiny_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ghoststream.stages.planning.costs import Request
+from ghoststream.stages.planning.figures import Request
 from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.planning.search_costs import HELD_OUT, pass_loads
 from ghoststream.stages.searching.search import search

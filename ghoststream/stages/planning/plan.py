@@ -16,15 +16,8 @@ from ghoststream.operators import OperatorOptions, features_of, make_operator
 from ghoststream.recovery.folding import require_foldable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width, taps_width
-from ghoststream.stages.planning.costs import (
-    ModelSizes,
-    Need,
-    Request,
-    StageCost,
-    all_needs,
-    describe_problem,
-    stage_costs,
-)
+from ghoststream.stages.planning.costs import all_needs, describe_problem, stage_costs
+from ghoststream.stages.planning.figures import ModelSizes, Need, Request, StageCost
 from ghoststream.stages.planning.machine import Rates, measure_rates
 from ghoststream.stages.planning.search_costs import (
     fitted_by_passes,

@@ -12,10 +12,6 @@ from pathlib import Path
 import torch
 
 from ghoststream.stages.planning.costs import (
-    ModelSizes,
-    Need,
-    Request,
-    StageCost,
     cost_of,
     export_cost,
     export_needs,
@@ -24,6 +20,7 @@ from ghoststream.stages.planning.costs import (
     pass_needs,
     solve_flops,
 )
+from ghoststream.stages.planning.figures import ModelSizes, Need, Request, StageCost
 from ghoststream.stages.planning.machine import Rates, free_host_memory
 from ghoststream.stages.repair.auto import AUTO, METHODS
 from ghoststream.stages.searching.search import CANDIDATES, MAX_SPANS, REFINED, SEARCH_CRITERIA, UNFITTED

@@ -14,7 +14,7 @@ from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.capturing.tap_store import BaseModel, wanted_taps
 from ghoststream.stages.repair.auto import AUTO, require_no_options
 from ghoststream.stages.repair.fit import fit
-from ghoststream.stages.repair.fitting import FitMethod
+from ghoststream.stages.repair.methods import FitMethod
 from ghoststream.stages.searching.search import SEARCH_CRITERIA, search
 from ghoststream.stages.select import select
 from ghoststream.stages.session import ComputeRequest, ModelSession

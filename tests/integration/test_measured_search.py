@@ -21,8 +21,9 @@ from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.repair.auto import METHODS
 from ghoststream.stages.repair.fit import fit
-from ghoststream.stages.repair.fitting import FitMethod, Repair, StreamedFit
+from ghoststream.stages.repair.fitting import StreamedFit
 from ghoststream.stages.repair.measured import measure_repairs
+from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.searching.growth import extended, fewest_spans, finalists
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.search import search

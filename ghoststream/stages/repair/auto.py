@@ -9,7 +9,7 @@ from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.operators import OperatorOptions
 from ghoststream.recovery.folding import require_foldable
 from ghoststream.spans import Span
-from ghoststream.stages.repair.fitting import FitMethod, Repair
+from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import UNIFORM, taps_of
 

@@ -12,8 +12,9 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
-from ghoststream.stages.repair.fitting import DENSE, Repair, StreamedFit, fitted_lane
+from ghoststream.stages.repair.fitting import DENSE, StreamedFit, fitted_lane
 from ghoststream.stages.repair.measured import divide
+from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.searching.result import read_repair
 from ghoststream.stages.searching.steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan

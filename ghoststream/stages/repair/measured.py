@@ -17,7 +17,8 @@ from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_t
 from ghoststream.progress import Progress
 from ghoststream.recovery.folding import require_exportable
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.repair.fitting import DENSE, Fits, Repair, TappedStreamedFit, fitted_lane
+from ghoststream.stages.repair.fitting import DENSE, Fits, TappedStreamedFit, fitted_lane
+from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches

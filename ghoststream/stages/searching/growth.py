@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import preference
-from ghoststream.stages.repair.fitting import FitMethod, Repair
+from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.searching.steps import MeasuredSteps, Row
 from ghoststream.statistics import candidate_spans
 

@@ -10,7 +10,7 @@ from typing import Any
 from ghoststream.errors import ArtifactError, OutputExistsError, PlanError
 from ghoststream.files import json_digest, read_json
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.repair.fitting import FitMethod, Repair
+from ghoststream.stages.repair.methods import FitMethod, Repair
 
 _ENCODING = {"encoding-type": "ghoststream-measured-plan", "encoding-version": "1.1"}
 
@@ -21,7 +21,7 @@ class SearchResult:
 
     Attributes:
         plan: The plan.
-        methods: JSON data of how each boundary was fitted, as :class:`~ghoststream.stages.repair.fitting.FitMethod` gives it; empty
+        methods: JSON data of how each boundary was fitted, as :class:`~ghoststream.stages.repair.methods.FitMethod` gives it; empty
             where nothing was repaired.
         criterion: What it was chosen by.
         candidates: JSON data of what was measured last, best first: plan and ``gap``, the loss above the dense model's, with

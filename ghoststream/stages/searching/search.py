@@ -14,8 +14,8 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
-from ghoststream.stages.repair.fitting import FitMethod, Repair
 from ghoststream.stages.repair.measured import divide
+from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial

@@ -11,8 +11,8 @@ from ghoststream.errors import ArtifactError
 from ghoststream.files import atomic_write_json, json_digest, read_json
 from ghoststream.progress import Progress
 from ghoststream.stages.repair.auto import choose_methods, preference
-from ghoststream.stages.repair.fitting import Repair
 from ghoststream.stages.repair.measured import measure_repairs
+from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan
 from ghoststream.text import TokenSet

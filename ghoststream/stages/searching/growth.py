@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import preference
@@ -34,7 +34,12 @@ class _Branch:
     """Plans of one number of spans, on their way: those to go on with, and their loss above the dense model's."""
 
     sizes: Sequence[int]
-    best: dict[PruningPlan, float] = field(default_factory=dict)
+    best: dict[PruningPlan, float]
+
+
+def span_sizes(n_remove: int, n_spans: int) -> list[int]:
+    """Return the sizes of the spans of a plan, as equal as they can be, larger ones first."""
+    return [n_remove // n_spans + (index < n_remove % n_spans) for index in range(n_spans)]
 
 
 def grow(

@@ -16,7 +16,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
 from ghoststream.stages.repair.measured import divide
 from ghoststream.stages.repair.methods import FitMethod, Repair
-from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow
+from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow, span_sizes
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial
 from ghoststream.stages.searching.taylor import taylor_scores
@@ -193,10 +193,7 @@ class _Wanted:
             raise RequestError(msg)
         if self.criterion != "measured":
             return [[1] * n_remove]
-        return [
-            [n_remove // parts + (index < n_remove % parts) for index in range(parts)]
-            for parts in range(1, most + 1)
-        ]
+        return [span_sizes(n_remove, n_spans) for n_spans in range(1, most + 1)]
 
     def width(self, beam: int, candidates: int | None) -> Width:
         """Return how much is measured in a step; greedy methods of others measure all."""

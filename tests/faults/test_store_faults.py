@@ -182,8 +182,9 @@ def test_memory_of_writing_and_reading_is_that_of_a_few_shards(tmp_path: Path) -
         assert all_shards.bytes <= (16 + 2 * 4) * shard + slack
         with Peak() as wide:
             store.read_numpy(0, 8, 16, np.float64)
-        # The stored values, four times as much in float64, one row in float32.
-        assert wide.bytes <= 5 * shard + slack
+        # The stored values, four times as much in float64, one row in float32, and the encoded copy: zarr's thread
+        # may let go of it a moment after the values are there.
+        assert wide.bytes <= 6 * shard + slack
 
 
 def test_a_writer_to_an_object_store_that_fails_leaves_what_was_committed() -> None:

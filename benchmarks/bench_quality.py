@@ -24,6 +24,7 @@ from typing import Any
 
 from quality_cells import TIERS, Cell
 from quality_report import DENSE, write_reports
+from quality_seeds import seeds_table
 from quality_tasks import run_tasks, task_tables
 from quality_workshop import LENGTH, Workshop
 
@@ -65,7 +66,9 @@ def main() -> None:
             fill(shop, cells, figures, options)
             if options.tasks is not None:
                 run_tasks(shop, _asked(TIERS[3](), options), options.tasks, options.limit)
-    write_reports(options.work, figures.data, cells, task_tables(options.work, list(TIERS[3]())))
+    seeded = list(TIERS[3]())
+    more = [*seeds_table(figures.data, seeded), *task_tables(options.work, seeded)]
+    write_reports(options.work, figures.data, cells, more)
 
 
 def fill(shop: Workshop, cells: Sequence[Cell], figures: Figures, options: argparse.Namespace) -> None:
@@ -93,19 +96,24 @@ def _made(shop: Workshop, cells: Iterable[Cell]) -> Iterable[tuple[Cell, Path]]:
 def _measure(
     shop: Workshop, text: str, path: str, made: dict[Cell, Path], figures: Figures, sequences: int
 ) -> None:
-    wanted = {cell: file for cell, file in made.items() if figures.lacks(text, cell.key)}
+    wanted: dict[Path, list[Cell]] = {}
+    for cell, file in made.items():
+        if figures.lacks(text, cell.key):
+            wanted.setdefault(file, []).append(cell)
     if not wanted:
         return
     report = gs.evaluate(
-        [shop.model, *wanted.values()],
+        [shop.model, *wanted],
         text=f"file:{path}",
         length=LENGTH,
         sequences=sequences,
         part="all",
         progress=shop.progress,
     )
-    for key, row in zip([DENSE, *(cell.key for cell in wanted)], report.rows, strict=True):
-        figures.add(text, key, row.to_json())
+    keys = [[DENSE], *([cell.key for cell in cells] for cells in wanted.values())]
+    for names, row in zip(keys, report.rows, strict=True):
+        for name in names:
+            figures.add(text, name, row.to_json())
 
 
 def _asked(cells: Iterable[Cell], options: argparse.Namespace) -> list[Cell]:

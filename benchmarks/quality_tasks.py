@@ -21,10 +21,11 @@ DENSE = "dense"
 
 
 def run_tasks(shop: Workshop, cells: Sequence[Cell], data: Path, limit: int | None) -> None:
-    """Run all tasks over the files in ``data`` for the cells of one seed and one number of layers, a pass for each."""
+    """Run all tasks over the files in ``data`` for the cells of one seed together, once."""
     tasks = write_task_files(data, shop.folder / "tasks")
-    for group in _groups(cells):
-        out = shop.folder / "tasks" / f"{group[0].remove}-{group[0].seed}.json"
+    for seed in dict.fromkeys(cell.seed for cell in cells):
+        group = [cell for cell in cells if cell.seed == seed]
+        out = _results(shop.folder, seed)
         evaluate_tasks(
             [shop.model, *(shop.operators(cell) for cell in group)],
             tasks=tasks,
@@ -40,12 +41,15 @@ def run_tasks(shop: Workshop, cells: Sequence[Cell], data: Path, limit: int | No
 def task_tables(folder: Path, cells: Sequence[Cell]) -> list[str]:
     """Return a Markdown table for each number of layers and seed that was run."""
     tables = []
-    for group in _groups(cells):
-        path = folder / "tasks" / f"{group[0].remove}-{group[0].seed}.json"
+    for seed, remove in dict.fromkeys((cell.seed, cell.remove) for cell in cells):
+        path = _results(folder, seed)
         names = path.with_suffix(".names.json")
-        if path.is_file() and names.is_file():
-            rows = dict(zip(json.loads(names.read_text()), json.loads(path.read_text()), strict=True))
-            tables.append(_table(rows, group))
+        if not (path.is_file() and names.is_file()):
+            continue
+        rows = dict(zip(json.loads(names.read_text()), json.loads(path.read_text()), strict=True))
+        group = [cell for cell in cells if (cell.seed, cell.remove) == (seed, remove) and cell.key in rows]
+        if group:
+            tables.append(_table({key: rows[key] for key in (DENSE, *(cell.key for cell in group))}, group))
     return tables
 
 
@@ -75,8 +79,5 @@ def _items(row: Mapping[str, Any]) -> list[float]:
     return [score for task in row["tasks"].values() for score in task["items"]["acc"]]
 
 
-def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
-    found: dict[tuple[int, int], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell.seed, cell.remove), []).append(cell)
-    return list(found.values())
+def _results(folder: Path, seed: int) -> Path:
+    return folder / "tasks" / f"seed-{seed}.json"

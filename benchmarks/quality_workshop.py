@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,16 +34,16 @@ class Workshop:
     progress: Progress
 
     def operators(self, cell: Cell) -> Path:
-        """Return the operator file of a cell."""
+        """Return the operator file of a cell: the same one wherever the same layers are repaired in the same way."""
         variant = VARIANTS[cell.variant]
+        plan = self.plan(cell)
+        # A plan that was searched with `auto` says itself how its boundaries are repaired.
+        where = f"{cell.remove}-{cell.selection}" if variant.operator == DEFAULT else _spans(plan)
+        name = f"{where}-{_plain(cell.variant)}"
         if cell.ridge is not None:
             variant = replace(variant, options=replace(variant.options, ridge=cell.ridge))
-        plan = self.plan(cell)
-        out = self._place(
-            "operators", cell, f"{cell.remove}-{cell.selection}-{_plain(cell.variant)}", ".safetensors"
-        )
-        if cell.ridge is not None:
-            out = out.with_name(f"{out.stem}-ridge-{cell.ridge:g}.safetensors")
+            name = f"{name}-ridge-{cell.ridge:g}"
+        out = self._place("operators", cell, name, ".safetensors")
         if not out.exists():
             self._fit(cell, variant, plan, out)
         return out
@@ -124,6 +125,10 @@ class Workshop:
         out = self.folder / kind / f"{cell.calibration}-{cell.sequences}-{cell.seed}" / f"{name}{suffix}"
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
+
+
+def _spans(plan: Path) -> str:
+    return "+".join(f"{start}-{stop}" for start, stop in json.loads(plan.read_text())["spans"])
 
 
 def _plain(name: str) -> str:

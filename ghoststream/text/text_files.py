@@ -15,6 +15,7 @@ from ghoststream.text.documents import Document
 
 _JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 _BOM = b"\xef\xbb\xbf"
+_NUMPY_MAGIC = b"\x93NUMPY"
 
 
 def file_documents(path: Path, *, max_bytes: int | None = None) -> Iterator[Document]:
@@ -133,5 +134,8 @@ def _decode(data: bytes, place: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
+        if data.startswith(_NUMPY_MAGIC):
+            msg = f"{place} is a numpy array, not text; token ids are given as ids:FILE"
+            raise TextError(msg) from error
         msg = f"{place} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); convert it to UTF-8"
         raise TextError(msg) from error

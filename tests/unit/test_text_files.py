@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ghoststream.errors import InputNotFoundError, TextError
@@ -104,6 +105,14 @@ def test_other_encodings_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xe9"}\n')
     with pytest.raises(TextError, match=r"a\.jsonl line 2 is not UTF-8"):
         load(tmp_path / "a.jsonl")
+
+
+def test_token_ids_given_as_text_are_told_their_form(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(6))
+    with pytest.raises(
+        TextError, match=r"ids\.npy is a numpy array, not text; token ids are given as ids:FILE"
+    ):
+        load(tmp_path / "ids.npy")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ from ghoststream.cli.progress import show_progress
 @sequences_option
 @length_option
 @method_options
+@click.option(
+    "--inputs",
+    type=click.Choice(["repaired", "dense"]),
+    default="repaired",
+    show_default=True,
+    help="Whose states the operators behind the first are fitted on: the model's as it is repaired so far, or the dense "
+    "model's, as `ghoststream solve` does; `auto` tries both.",
+)
 @held_out_option
 @packing_options
 @compute_options

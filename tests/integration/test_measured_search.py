@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.repair.auto import METHODS
+from ghoststream.stages.repair.auto import LATER_METHODS, METHODS
 from ghoststream.stages.repair.fit import fit
 from ghoststream.stages.repair.fitting import StreamedFit
 from ghoststream.stages.repair.measured import measure_repairs
@@ -167,6 +168,60 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
     assert [one.losses for one in together] == [one.losses for one in alone]
 
 
+@pytest.mark.parametrize("features", ["hidden", "hidden+mlp"])
+def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_makes_it(
+    features: str, model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[Span] = []
+
+    def counted(self: StreamedFit, pairs: Any) -> Any:
+        fits.append(self.span)
+        return original(self, pairs)
+
+    original = StreamedFit._moments
+    monkeypatch.setattr(StreamedFit, "_moments", counted)
+    session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
+    tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
+    method = FitMethod("least-squares", OperatorOptions(features=features), inputs="dense")
+    plans = ["1:2 4:5", "2:3 4:5", "4:5"]
+    repairs = [Repair.alike(PruningPlan.parse(L, plan), method) for plan in plans]
+    sequential = repairs[0].changed(1, replace(method, inputs="repaired"))
+    dense, found = measure_repairs(
+        session,
+        tokens,
+        [*repairs, sequential],
+        ranges=RangePlan.make(S - HELD, folds=5),
+        micro_batch=MICRO_BATCH,
+        progress=SilentProgress(),
+    )
+    assert sorted(fits) == [Span(1, 2), Span(2, 3), Span(4, 5), Span(4, 5)], "once, and once more in sequence"
+    wanted = {"operator": "least-squares", "features": features}
+    assert [dense.loss, *(one.losses.loss for one in found[:3])] == _one_by_one(
+        model, ids, tmp_path, plans, **wanted
+    )
+    assert found[3].losses.loss != found[0].losses.loss
+
+
+def test_auto_tries_both_kinds_of_inputs_behind_another_boundary(
+    model: Path, ids: Path, tmp_path: Path
+) -> None:
+    operators = fit(
+        model,
+        "1:2 3:4",
+        calibration=f"ids:{ids / 'all.npy'}",
+        sequences=S,
+        length=T,
+        held_out=HELD,
+        micro_batch=MICRO_BATCH,
+        out=tmp_path / "operators.safetensors",
+    )
+    rows = operators.metadata["chosen"]
+    behind = {row["repair"][1] for row in rows if row["repair"][0] == rows[0]["repair"][0]}
+    assert behind == {method.label for method in LATER_METHODS}
+    assert sum(label.endswith("on dense states") for label in behind) == 2
+    assert not any(row["repair"][0].endswith("on dense states") for row in rows)
+
+
 def _removed(result: SearchResult) -> set[tuple[int, ...]]:
     return {PruningPlan.from_json(row["plan"]).removed for row in result.candidates}
 
@@ -290,7 +345,7 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
         (2, {"held_out": S}, "cannot be parted"),
         (2, {"beam": 0}, "must be at least 1"),
         (2, {"operator": "nobody"}, "nobody"),
-        (2, {"operator": "auto", "weights": "relative"}, "chooses weights and features itself"),
+        (2, {"operator": "auto", "weights": "relative"}, "chooses weights, features and inputs itself"),
         (2, {"criterion": "cosine"}, "no criterion 'cosine' that runs the model"),
         (2, {"criterion": "sleb", "max_spans": 2}, "removes single layers"),
         (1, {"criterion": "taylor-plus"}, "keeps the first 4 and the last 2"),

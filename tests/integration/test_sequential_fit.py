@@ -53,6 +53,38 @@ def test_one_span_is_what_solve_fits(model: Path, text: str, tmp_path: Path) -> 
     assert fitted.diagnostics == solved.diagnostics
 
 
+@pytest.mark.parametrize("features", ["hidden", "hidden+mlp"])
+def test_on_dense_states_all_operators_are_those_of_solve(
+    features: str, model: Path, text: str, tmp_path: Path
+) -> None:
+    capture(model, calibration=text, sequences=S, length=T, micro_batch=2, store=tmp_path / "store")
+    solved = solve(
+        tmp_path / "store",
+        "1:2 3:5",
+        operator="least-squares",
+        features=features,
+        model=model,
+        out=tmp_path / "solved.safetensors",
+    )
+    fitted = fit(
+        model,
+        "1:2 3:5",
+        calibration=text,
+        sequences=S,
+        length=T,
+        micro_batch=2,
+        operator="least-squares",
+        options=OperatorOptions(features=features),
+        inputs="dense",
+        out=tmp_path / "fitted.safetensors",
+    )
+    for one, other in zip(fitted.boundaries, solved.boundaries, strict=True):
+        assert one.weight is not None
+        assert other.weight is not None
+        assert np.array_equal(one.weight, other.weight)
+        assert one.diagnostics == other.diagnostics
+
+
 def _resident_states(
     text: str, removed: tuple[int, ...], edits: dict[int, torch.nn.Module]
 ) -> dict[int, np.ndarray]:

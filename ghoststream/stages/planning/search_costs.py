@@ -22,7 +22,7 @@ from ghoststream.stages.planning.costs import (
 )
 from ghoststream.stages.planning.figures import ModelSizes, Need, Request, StageCost
 from ghoststream.stages.planning.machine import Rates, free_host_memory
-from ghoststream.stages.repair.auto import AUTO, METHODS
+from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, METHODS
 from ghoststream.stages.searching.growth import span_sizes
 from ghoststream.stages.searching.search import CANDIDATES, MAX_SPANS, REFINED, SEARCH_CRITERIA, UNFITTED
 from ghoststream.statistics import taps_of
@@ -114,15 +114,19 @@ def _choosing(n_layers: int, removed: int, hidden: int, request: Request) -> lis
 def _refining(n_layers: int, removed: int, hidden: int, request: Request) -> list[PassLoad]:
     """Return a pass for each boundary at which ways to repair are compared."""
     spans, plans = _most_spans(request), REFINED if in_passes(request) else 1
-    repairs = plans * len(METHODS)
-    tapped = sum(bool(taps_of(method.features)) for method in METHODS)
     stretch = (n_layers - removed) / (spans + 1) / n_layers
     loads = []
     for decided in range(spans):
         later = spans - 1 - decided
+        tried = LATER_METHODS if decided else METHODS
+        repairs = plans * len(tried)
+        tapped = sum(bool(taps_of(method.features)) for method in tried)
         lanes = 1.0 + stretch * (plans * decided + repairs * (later + HELD_OUT))
         states = hidden * (1 + plans + repairs * (1.0 if later else HELD_OUT))
         states += plans * tapped * (hidden + request.intermediate)
+        if decided:
+            # What fits on dense states waits at the boundary too, once with taps and once without.
+            states += plans * (2 * hidden + request.intermediate)
         loads.append(
             PassLoad("search" if in_passes(request) else "fit", states, lanes, repairs * (later + 1))
         )

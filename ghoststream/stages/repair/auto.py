@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.operators import OperatorOptions
 from ghoststream.recovery.folding import require_foldable
 from ghoststream.spans import Span
-from ghoststream.stages.repair.methods import FitMethod, Repair
+from ghoststream.stages.repair.methods import FitMethod, Inputs, Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import UNIFORM, taps_of
 
@@ -30,36 +31,43 @@ METHODS = (
 )
 """What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
 
+LATER_METHODS = (*METHODS, replace(SCREEN, inputs="dense"), replace(METHODS[-1], inputs="dense"))
+"""What is tried behind another boundary, where the inputs make a difference."""
+
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""
 
 
-def require_no_options(weights: str, options: OperatorOptions | None) -> None:
+def require_no_options(weights: str, options: OperatorOptions | None, inputs: Inputs = "repaired") -> None:
     """Check that nothing is asked that :data:`METHODS` say themselves.
 
     Raises:
         RequestError: If something is.
     """
-    if weights != UNIFORM or options not in (None, OperatorOptions()):
-        msg = f"the operator {AUTO} chooses weights and features itself; leave them out, or name an operator"
+    if weights != UNIFORM or options not in (None, OperatorOptions()) or inputs != "repaired":
+        msg = f"the operator {AUTO} chooses weights, features and inputs itself; leave them out, or name an operator"
         raise RequestError(msg)
 
 
-def named_method(operator: str, weights: str, options: OperatorOptions | None) -> FitMethod | None:
+def named_method(
+    operator: str, weights: str, options: OperatorOptions | None, inputs: Inputs = "repaired"
+) -> FitMethod | None:
     """Return how boundaries are fitted where an operator is named; None for :data:`AUTO`.
 
     Raises:
         RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
     """
     if operator != AUTO:
-        return FitMethod(operator, options or OperatorOptions(), weights)
-    require_no_options(weights, options)
+        return FitMethod(operator, options or OperatorOptions(), weights, inputs=inputs)
+    require_no_options(weights, options, inputs)
     return None
 
 
-def methods_for(session: ModelSession, span: Span) -> tuple[FitMethod, ...]:
-    """Return those of :data:`METHODS` that the model allows at a boundary."""
-    return tuple(method for method in METHODS if _is_possible(session, span, method))
+def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[FitMethod, ...]:
+    """Return what is tried at one boundary of a repair, as far as the model allows it."""
+    span = repair.plan.spans[index]
+    tried = LATER_METHODS if index else METHODS
+    return tuple(method for method in tried if _is_possible(session, span, method))
 
 
 def choose_methods(session: ModelSession, repairs: Sequence[Repair], measure: Measure) -> tuple[Repair, ...]:
@@ -93,7 +101,7 @@ def preference(row: Mapping[str, Any]) -> tuple[bool, float]:
 def _variants(session: ModelSession, repair: Repair, index: int) -> list[Repair]:
     if index >= len(repair.methods):
         return [repair]
-    return [repair.changed(index, method) for method in methods_for(session, repair.plan.spans[index])]
+    return [repair.changed(index, method) for method in methods_for(session, repair, index)]
 
 
 def _is_possible(session: ModelSession, span: Span, method: FitMethod) -> bool:

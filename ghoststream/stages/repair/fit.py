@@ -11,10 +11,10 @@ from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
-from ghoststream.stages.repair.fitting import DENSE, StreamedFit, fitted_lane
+from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, SCREEN, named_method
+from ghoststream.stages.repair.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.repair.measured import divide
-from ghoststream.stages.repair.methods import Repair
+from ghoststream.stages.repair.methods import Inputs, Repair
 from ghoststream.stages.searching.result import read_repair
 from ghoststream.stages.searching.steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan
@@ -37,6 +37,7 @@ def fit(
     operator: str = AUTO,
     weights: str = UNIFORM,
     options: OperatorOptions | None = None,
+    inputs: Inputs = "repaired",
     folds: int = DEFAULT_FOLDS,
     pack: bool = True,
     bos: Bos = "auto",
@@ -47,10 +48,11 @@ def fit(
 
     The inputs of an operator are the states of the model repaired so far, the targets those of the dense model. For the
     first span that is what :func:`ghoststream.solve` fits; with several spans the later ones make up for what the earlier
-    ones left, which is mostly, but not always, better.
+    ones left, which is mostly, but not always, better (``inputs``).
 
     With ``auto`` each boundary is fitted as a search chose it, where the plan is the file of one; otherwise in each of the
-    ways of :data:`~ghoststream.stages.repair.auto.METHODS`, of which the one is taken that leaves the lowest loss on held-out
+    ways of :data:`~ghoststream.stages.repair.auto.METHODS` (behind another boundary
+    :data:`~ghoststream.stages.repair.auto.LATER_METHODS`), of which the one is taken that leaves the lowest loss on held-out
     windows of the text: a pass more for each span. Then all windows serve to fit.
 
     Nothing is kept of a run that is killed but the figures of ``auto``.
@@ -66,6 +68,8 @@ def fit(
         operator: Operator family, or ``auto``.
         weights: Token weights; ``auto`` has its own.
         options: Options of the operator; ``auto`` has its own.
+        inputs: Whose states later operators are fitted on: ``repaired``, the model's repaired so far, or ``dense``, as
+            :func:`ghoststream.solve` does. ``auto`` tries both.
         folds: Folds of whole sequences for the residual out of sample; 0 or 1 for none.
         pack: Whether documents are joined before they are cut into windows.
         bos: When the beginning-of-sequence token is put in front.
@@ -90,7 +94,7 @@ def fit(
     :func:`~ghoststream.stages.repair.measured.measure_repairs`.
     """
     out = Path(out)
-    given = named_method(operator, weights, options)
+    given = named_method(operator, weights, options, inputs)
     session = ModelSession(model, ModelOptions(**compute))
     wanted = read_plan(plan, session.skeleton.n_layers)
     repair = _given_repair(plan, wanted) if given is None else Repair.alike(wanted, given)
@@ -112,7 +116,7 @@ def fit(
         "range_sequences": ranges.range_sequences,
         "folds": ranges.n_folds,
         "operator": operator,
-        "methods": [method.to_json() for method in (METHODS if repair is None else repair.methods)],
+        "methods": [method.to_json() for method in (LATER_METHODS if repair is None else repair.methods)],
         "chosen_on": None if fitting is None else {"from": fitting.n_sequences, "screen": SCREEN.to_json()},
     }
     digest = json_digest({"recipe": recipe, "plan": wanted.to_json(), "model": session.fingerprint["digest"]})
@@ -166,8 +170,9 @@ def _run(
     plan = repair.plan
     last = plan.spans[-1].stop
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    lane = fitted_lane("repaired", repair, ranges, tokens.mask, session, until=last)
-    lanes = [Lane(DENSE, PruningPlan(plan.n_layers), until=last), lane]
+    fitted = FittedLanes(ranges, tokens.mask, session)
+    lane = fitted.lane("repaired", repair, until=last)
+    lanes = [Lane(DENSE, PruningPlan(plan.n_layers), until=last), *fitted.helpers(), lane]
     factory = session.memory(tokens.length).states_factory(batches)
     options = PassOptions(last_layer=last, progress=progress)
     StreamedPass(session.skeleton, batches, lanes, factory, options).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ghoststream.operators import (
 )
 from ghoststream.recovery import build_ghost
 from ghoststream.recovery.folding import require_foldable
-from ghoststream.spans import Span
+from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
 from ghoststream.stages.lanes import TappedOperator
 from ghoststream.stages.repair.methods import FitMethod, Repair
@@ -35,7 +36,7 @@ class StreamedFit:
 
     With the first boundary of a plan that is the operator that ``solve`` gives, bit for bit (the same sequences,
     ranges and folds; fp32 on CPU). At later boundaries it is the sequential fit: the inputs are those of the model
-    repaired so far.
+    repaired so far; unless it takes over what another one fitted that comes by before it.
 
     Args:
         span: The removed span.
@@ -43,6 +44,7 @@ class StreamedFit:
         ranges: How the sequences that serve to fit are divided; they are the first ``ranges.n_sequences``.
         mask: True at tokens that count, bool ``(S, T)``, ``S >= ranges.n_sequences``.
         session: The model.
+        source: Whose operator it takes in the place of a fit of its own.
 
     Memory: while fitting what ``solve`` states for one boundary, afterwards ``p C`` elements at compute dtype, until the
     map was applied.
@@ -57,6 +59,7 @@ class StreamedFit:
         ranges: RangePlan,
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
+        source: StreamedFit | None = None,
     ) -> None:
         self.span = span
         self.operator: BoundaryOperator | None = None
@@ -64,15 +67,20 @@ class StreamedFit:
         self._ranges = ranges
         self._mask = mask
         self._session = session
+        self._source = source
         self._map: BoundaryMap | None = None
 
     def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
-        """Reduce the pairs that serve to fit, and solve.
+        """Reduce the pairs that serve to fit, and solve; or take what the source fitted.
 
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        self.operator = self._method.family().fit(self._moments(pairs))
+        if self._source is None:
+            self.operator = self._method.family().fit(self._moments(pairs))
+        else:
+            self.operator = self._source.operator
+        assert self.operator is not None
         self._map = self._as_map(self.operator)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
@@ -143,8 +151,9 @@ class TappedStreamedFit(StreamedFit):
         ranges: RangePlan,
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
+        source: StreamedFit | None = None,
     ) -> None:
-        super().__init__(span, method, ranges, mask, session)
+        super().__init__(span, method, ranges, mask, session, source)
         skeleton, read = session.skeleton, taps_of(method.features)
         require_foldable(skeleton, span, method.features, constant=method.options.intercept)
         self._with_states = read[0] == STATE_TAP
@@ -178,41 +187,74 @@ def _rows(states: torch.Tensor) -> npt.NDArray[Any]:
     return rows
 
 
-Fits = dict[tuple[tuple[Span, FitMethod], ...], StreamedFit]
-"""Fitted maps by what was removed and fitted up to them, themselves included: the same inputs, the same operator."""
+_Path = tuple[tuple[Span, FitMethod], ...]
 
 
-def fitted_lane(
-    name: str,
-    repair: Repair,
-    ranges: RangePlan | None,
-    mask: npt.NDArray[np.bool_],
-    session: ModelSession,
-    *,
-    shared: Fits | None = None,
-    logits: LogitsObserver | None = None,
-    until: int | None = None,
-    goes_on: tuple[int, int] | None = None,
-) -> Lane:
-    """Return a lane whose boundaries are fitted one after another to the dense lane of the same pass.
+class FittedLanes:
+    """The lanes of one pass whose boundaries are fitted one after another to its dense lane.
 
-    Its maps are :class:`StreamedFit` objects, whose operators can be read after the pass. Without ``ranges`` nothing is
-    fitted: the spans are just cut. Lanes that are given the same ``shared`` have their first maps in common, as far as their
-    repairs are the same, and do that part of the way together.
+    Maps are made once for all that was removed and fitted up to them, themselves included: lanes that begin alike have their
+    first maps in common, and do that part of the way together. An operator with dense inputs is fitted once for all lanes, by a
+    helper that goes over its boundary alone.
 
-    Raises:
-        RequestError: If features of the layer before are asked for where there is none.
-        UnsupportedModelError: If the model does not allow them.
+    Args:
+        ranges: How the sequences that serve to fit are divided; ``None`` if nothing is fitted: the spans are just cut.
+        mask: True at tokens that count, bool ``(S, T)``.
+        session: The model.
+        goes_on: What the dense lane and all others go on with; see :class:`~ghoststream.streaming.Lane`.
     """
-    if ranges is None:
-        return Lane(name, repair.plan, logits=logits, until=until, goes_on=goes_on)
-    known = {} if shared is None else shared
-    maps: dict[Span, StreamedFit] = {}
-    so_far: tuple[tuple[Span, FitMethod], ...] = ()
-    for span, method in repair.by_span.items():
-        so_far = (*so_far, (span, method))
-        if so_far not in known:
+
+    def __init__(
+        self,
+        ranges: RangePlan | None,
+        mask: npt.NDArray[np.bool_],
+        session: ModelSession,
+        goes_on: tuple[int, int] | None = None,
+    ) -> None:
+        self._ranges = ranges
+        self._mask = mask
+        self._session = session
+        self._goes_on = goes_on
+        self._maps: dict[_Path, StreamedFit] = {}
+        self._helpers: dict[_Path, Lane] = {}
+
+    def lane(
+        self,
+        name: str,
+        repair: Repair,
+        *,
+        logits: LogitsObserver | None = None,
+        until: int | None = None,
+    ) -> Lane:
+        """Return the lane of a repair; its maps are :class:`StreamedFit` objects, whose operators can be read after the pass.
+
+        Raises:
+            RequestError: If features of the layer before are asked for where there is none.
+            UnsupportedModelError: If the model does not allow them.
+        """
+        maps: dict[Span, StreamedFit] = {}
+        so_far: _Path = ()
+        for span, method in repair.by_span.items():
+            so_far = (*so_far, (span, method if so_far else replace(method, inputs="repaired")))
+            if self._ranges is not None:
+                maps[span] = self._map(so_far, self._ranges)
+        return Lane(name, repair.plan, maps, logits=logits, until=until, goes_on=self._goes_on)
+
+    def helpers(self) -> list[Lane]:
+        """Return the lanes that fit for others; they go before them."""
+        return list(self._helpers.values())
+
+    def _map(self, path: _Path, ranges: RangePlan) -> StreamedFit:
+        if path not in self._maps:
+            span, method = path[-1]
             kind = TappedStreamedFit if taps_of(method.features) else StreamedFit
-            known[so_far] = kind(span, method, ranges, mask, session)
-        maps[span] = known[so_far]
-    return Lane(name, repair.plan, maps, logits=logits, until=until, goes_on=goes_on)
+            source = self._alone(span, method, ranges) if method.inputs == "dense" else None
+            self._maps[path] = kind(span, method, ranges, self._mask, self._session, source)
+        return self._maps[path]
+
+    def _alone(self, span: Span, method: FitMethod, ranges: RangePlan) -> StreamedFit:
+        path: _Path = ((span, replace(method, inputs="repaired")),)
+        fit = self._map(path, ranges)
+        plan = PruningPlan(self._session.skeleton.n_layers, (span,))
+        self._helpers[path] = Lane(f"{span} alone", plan, {span: fit}, until=span.stop, goes_on=self._goes_on)
+        return fit

@@ -17,7 +17,7 @@ from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_t
 from ghoststream.progress import Progress
 from ghoststream.recovery.folding import require_exportable
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.repair.fitting import DENSE, Fits, TappedStreamedFit, fitted_lane
+from ghoststream.stages.repair.fitting import DENSE, FittedLanes, TappedStreamedFit
 from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import RangePlan
@@ -74,7 +74,7 @@ def measure_repairs(
     Args:
         session: The model.
         tokens: Sequences to fit on, then sequences to measure on.
-        repairs: What to try; any number. Later spans of a plan are fitted on the model repaired so far.
+        repairs: What to try; any number.
         ranges: How the sequences to fit on are divided; all others are measured on, in whole micro-batches. ``None`` if
             nothing is fitted, whatever the methods: all are measured on.
         micro_batch: Sequences in one forward; divides ``ranges.n_sequences``.
@@ -90,10 +90,11 @@ def measure_repairs(
         BudgetError: If two layers and a micro-batch do not fit the memory given.
 
     Repairs that begin alike, with the same first spans fitted in the same way, go together up to where they part: these
-    are fitted once.
+    are fitted once. So is each operator with dense inputs, for all repairs that have it.
 
     Memory: that of the pass; the states of all sequences once for each distinct ``start`` that waits for its ``stop`` (at
-    most as many as the longest span has layers; with their taps once for each distinct fit that reads taps), once for the
+    most as many as the longest span has layers, and those of later boundaries with dense inputs; with their taps once for
+    each distinct map that reads taps), once for the
     dense lane and for each distinct beginning that is between two spans; of the held-out sequences once for each candidate
     that is behind its last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense pass:
     ``1 + sum over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share of the layers
@@ -104,25 +105,16 @@ def measure_repairs(
     held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
     accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
     dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], goes_on=held)
-    shared: Fits = {}
+    fitted = FittedLanes(ranges, tokens.mask, session, goes_on=held)
     lanes = [
-        fitted_lane(
-            repair.name,
-            repair,
-            ranges,
-            tokens.mask,
-            session,
-            shared=shared,
-            logits=losses,
-            goes_on=held,
-        )
+        fitted.lane(repair.name, repair, logits=losses)
         for repair, losses in zip(repairs, accumulators[1:], strict=True)
     ]
     factory = session.memory(tokens.length).states_factory(batches)
     options = PassOptions(
         logit_tokens=default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes), progress=progress
     )
-    StreamedPass(skeleton, batches, [dense, *lanes], factory, options).run()
+    StreamedPass(skeleton, batches, [dense, *fitted.helpers(), *lanes], factory, options).run()
     reference, *found = [losses.summary() for losses in accumulators]
     return reference, tuple(
         _candidate(repair, losses, reference, _refusal(lane, session))

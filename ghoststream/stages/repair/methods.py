@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import OperatorFamily, OperatorOptions, features_of, make_operator
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics import UNIFORM, Precision
 
+Inputs = Literal["repaired", "dense"]
+"""Whose states an operator is fitted on: the model's as it was repaired so far, or the dense model's. Equal at a first boundary."""
+
 
 @dataclass(frozen=True)
 class FitMethod:
     """How boundaries are fitted; the fields are the options of :func:`ghoststream.solve` of the same names.
+
+    Attributes:
+        operator: Operator family.
+        options: Its options.
+        weights: Token weights.
+        precision: Of the moments.
+        inputs: See :data:`Inputs`; :func:`ghoststream.solve` fits on the dense model's.
 
     Raises:
         RequestError: If there is no such operator, it is defined without an option, or needs a store.
@@ -24,6 +34,7 @@ class FitMethod:
     options: OperatorOptions = field(default_factory=OperatorOptions)
     weights: str = UNIFORM
     precision: Precision = "float64"
+    inputs: Inputs = "repaired"
 
     def __post_init__(self) -> None:
         family = make_operator(self.operator, self.options)
@@ -44,7 +55,7 @@ class FitMethod:
             RequestError: If it is none.
         """
         options = dict(data)
-        own = {key: options.pop(key, None) for key in ("operator", "weights", "precision")}
+        own = {key: options.pop(key, None) for key in ("operator", "weights", "precision", "inputs")}
         try:
             return cls(options=OperatorOptions(**options), **{k: v for k, v in own.items() if v is not None})
         except TypeError as error:
@@ -58,8 +69,9 @@ class FitMethod:
 
     @property
     def label(self) -> str:
-        """What a reader calls it: operator, features and weights."""
-        return ", ".join((self.operator, self.features, self.weights))
+        """What a reader calls it: operator, features and weights, and its inputs where they are not the usual ones."""
+        unusual = ("on dense states",) if self.inputs == "dense" else ()
+        return ", ".join((self.operator, self.features, self.weights, *unusual))
 
     def family(self) -> OperatorFamily:
         """Return the operator family."""
@@ -73,6 +85,7 @@ class FitMethod:
             "ridge": getattr(self.family(), "ridge", None),
             "weights": self.weights,
             "precision": self.precision,
+            "inputs": self.inputs,
         }
 
 

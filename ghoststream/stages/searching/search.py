@@ -13,7 +13,7 @@ from ghoststream.operators import OperatorOptions
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.repair.auto import AUTO, METHODS, SCREEN, named_method
+from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, SCREEN, named_method
 from ghoststream.stages.repair.measured import divide
 from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow, span_sizes
@@ -101,8 +101,8 @@ def search(
         lanes: Most candidates in one pass; ``None`` is all of a step.
         operator: Operator family that repairs, or ``auto``: candidates are compared with
             :data:`~ghoststream.stages.repair.auto.SCREEN`, and four of the best plans, the best of each number of spans
-            among them, with every one of :data:`~ghoststream.stages.repair.auto.METHODS` at each boundary, one pass more for
-            each span.
+            among them, with every one of :data:`~ghoststream.stages.repair.auto.METHODS` at the first boundary and of
+            :data:`~ghoststream.stages.repair.auto.LATER_METHODS` at others, one pass more for each span.
         weights: Token weights of the fit; ``auto`` has its own.
         options: Options of the operator; ``auto`` has its own.
         folds: Folds of the sequences that serve to fit, for ridges that folds choose.
@@ -213,7 +213,7 @@ class _Wanted:
         """Return what decides the figures."""
         if self.method is not None:
             return {"criterion": self.criterion, **self.method.to_json()}
-        tried = {"screen": SCREEN.to_json(), "methods": [method.to_json() for method in METHODS]}
+        tried = {"screen": SCREEN.to_json(), "methods": [method.to_json() for method in LATER_METHODS]}
         return {"criterion": self.criterion, "operator": AUTO, **tried, "refined": REFINED}
 
 

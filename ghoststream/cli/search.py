@@ -57,15 +57,15 @@ _MOST_ROWS = 20
     default=1,
     show_default=True,
     metavar="B",
-    help="How many of the best plans of each number of spans are gone on with.",
+    help="How many of the best plans of each way to share out the layers are gone on with.",
 )
 @click.option(
     "--candidates",
     type=click.IntRange(min=1),
     default=None,
     metavar="M",
-    help="How many plans of each number of spans are measured once a span stands, those whose spans cost least alone; "
-    "default 8.",
+    help="How many plans of each way to share out the layers are measured once a span stands, those whose spans cost least "
+    "alone; default 8.",
 )
 @click.option(
     "--lanes",

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from ghoststream.cli import main
@@ -25,7 +27,7 @@ from ghoststream.stages.repair.fit import fit
 from ghoststream.stages.repair.fitting import StreamedFit
 from ghoststream.stages.repair.measured import measure_repairs
 from ghoststream.stages.repair.methods import FitMethod, Repair
-from ghoststream.stages.searching.growth import extended, fewest_spans, finalists
+from ghoststream.stages.searching.growth import extended, fewest_spans, finalists, partitions
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.search import search
 from ghoststream.stages.select import read_plan
@@ -239,6 +241,42 @@ def test_plans_of_several_spans_grow_beside_those_of_one(model: Path, ids: Path)
     beam = _search(model, ids, 2, max_spans=2, beam=4)
     assert _removed(beam) == {(a, b) for a in range(1, L - 1) for b in range(a + 1, L - 1)}
     assert beam.candidates[0]["gap"] <= greedy.candidates[0]["gap"] <= one_span.candidates[0]["gap"]
+
+
+def test_one_span_may_be_twice_as_long_as_the_other(ids: Path, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=8)
+    found = _search(model, ids, 4, max_spans=2)
+    assert found.recipe["spans"] == [[4], [2, 2], [3, 1]]
+    best_of_three = SearchResult.to_json(_search(model, ids, 3, max_spans=1))["spans"][0]
+    uneven = {
+        tuple(map(tuple, row["plan"]["spans"]))
+        for row in found.candidates
+        if sorted(stop - start for start, stop in row["plan"]["spans"]) == [1, 3]
+    }
+    assert uneven
+    assert all(tuple(best_of_three) in spans for spans in uneven), "one layer is added to the best three"
+
+
+def test_where_no_room_is_left_for_a_second_span_one_is_removed(model: Path, ids: Path) -> None:
+    # The best two of the four layers that may go are the middle ones: no other two stand beside each other.
+    best = _search(model, ids, 2, max_spans=1).plan
+    found = _search(model, ids, L - 2, max_spans=2)
+    assert [span.start for span in best.spans] == [2]
+    assert found.plan.removed == tuple(range(1, L - 1))
+
+
+@settings(max_examples=200)
+@given(n_remove=st.integers(1, 60), max_spans=st.integers(1, 6))
+def test_the_layers_are_shared_out_whole(n_remove: int, max_spans: int) -> None:
+    found = partitions(n_remove, min(max_spans, n_remove))
+    assert all(sum(sizes) == n_remove and min(sizes) > 0 for sizes in found)
+    assert all(sizes == sorted(sizes, reverse=True) for sizes in found)
+    assert len({tuple(sizes) for sizes in found}) == len(found)
+    assert {len(sizes) for sizes in found} == set(range(1, min(max_spans, n_remove) + 1))
+    for sizes in found:
+        equal = sizes[0] - sizes[-1] <= 1
+        assert equal or len(set(sizes[1:])) == 1
+        assert equal or abs(sizes[0] - 2 * sizes[-1]) <= len(sizes)
 
 
 def _ranked(*found: tuple[str, float, float | None]) -> list[tuple[Repair, dict[str, Any]]]:

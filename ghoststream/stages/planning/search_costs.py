@@ -23,7 +23,7 @@ from ghoststream.stages.planning.costs import (
 from ghoststream.stages.planning.figures import ModelSizes, Need, Request, StageCost
 from ghoststream.stages.planning.machine import Rates, free_host_memory
 from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, METHODS
-from ghoststream.stages.searching.growth import span_sizes
+from ghoststream.stages.searching.growth import partitions
 from ghoststream.stages.searching.search import CANDIDATES, MAX_SPANS, REFINED, SEARCH_CRITERIA, UNFITTED
 from ghoststream.statistics import taps_of
 
@@ -76,21 +76,21 @@ def _most_spans(request: Request) -> int:
 
 
 def _growing(n_layers: int, removed: int, hidden: int, most: int) -> list[PassLoad]:
-    """Return a pass for each span that is added; plans of every number of spans grow in the same passes."""
+    """Return a pass for each span that is added; plans of all partitions grow in the same passes."""
     loads = []
     for step in range(most):
         lanes, states, fits = 1.0, float(hidden), 0
-        for spans in range(step + 1, most + 1):
-            size = span_sizes(removed, spans)[step]
+        for sizes in (sizes for sizes in partitions(removed, most) if step < len(sizes)):
+            size = sizes[step]
             if step == 0:
                 candidates = max(1, n_layers - 1 - size)
                 # They stop one layer after the other: their tails make a triangle.
                 lanes += HELD_OUT * candidates * (candidates + 1) / (2 * n_layers)
                 states += hidden * (min(size, candidates) + HELD_OUT * candidates)
             else:
-                standing = removed // spans
-                candidates = max(1, min(CANDIDATES, n_layers - 1 - size - step * (standing + size - 1)))
-                stretch = max(0.0, n_layers - size - step * standing) / (step + 2) / n_layers
+                standing = sum(sizes[:step])
+                candidates = max(1, min(CANDIDATES, n_layers - 1 - size - standing - step * (size - 1)))
+                stretch = max(0.0, n_layers - size - standing) / (step + 2) / n_layers
                 # All sequences between the first and the last span, the held-out ones behind that.
                 lanes += candidates * stretch * (step + HELD_OUT)
                 states += hidden * candidates * (1 + HELD_OUT)

@@ -21,8 +21,8 @@ class Width:
     """How much is measured in a step.
 
     Attributes:
-        beam: How many plans of each number of spans are gone on with.
-        candidates: How many plans of each number of spans are measured in a step after the first; all if ``None``.
+        beam: How many plans of each partition are gone on with.
+        candidates: How many plans of each partition are measured in a step after the first; all if ``None``.
     """
 
     beam: int = 1
@@ -31,21 +31,32 @@ class Width:
 
 @dataclass
 class _Branch:
-    """Plans of one number of spans, on their way: those to go on with, and their loss above the dense model's."""
+    """Plans of one partition, on their way: those to go on with, and their loss above the dense model's."""
 
     sizes: Sequence[int]
     best: dict[PruningPlan, float]
 
 
-def span_sizes(n_remove: int, n_spans: int) -> list[int]:
-    """Return the sizes of the spans of a plan, as equal as they can be, larger ones first."""
-    return [n_remove // n_spans + (index < n_remove % n_spans) for index in range(n_spans)]
+def partitions(n_remove: int, max_spans: int) -> list[list[int]]:
+    """Return the sizes of the spans of the plans that are tried, larger ones first.
+
+    For each number of spans up to ``max_spans``: as equal as they can be, and one twice as long as the others.
+    """
+    found = []
+    for n_spans in range(1, max_spans + 1):
+        equal = [n_remove // n_spans + (index < n_remove % n_spans) for index in range(n_spans)]
+        found.append(equal)
+        small = round(n_remove / (n_spans + 1))
+        large = n_remove - (n_spans - 1) * small
+        if n_spans > 1 and small > 0 and large > equal[0]:
+            found.append([large] + [small] * (n_spans - 1))
+    return found
 
 
 def grow(
-    steps: MeasuredSteps, n_layers: int, partitions: Sequence[Sequence[int]], width: Width, method: FitMethod
+    steps: MeasuredSteps, n_layers: int, tried: Sequence[Sequence[int]], width: Width, method: FitMethod
 ) -> Ranked:
-    """Make plans of spans of these sizes, for each partition by itself, but in the same passes.
+    """Make plans of spans of these sizes, for each of :func:`partitions` by itself, but in the same passes.
 
     The first step measures every span of each first size. In each later one a span is added to the best plans so far, where
     spans that cost least alone come first: the loss of a plan is nearly that of its spans together.
@@ -53,10 +64,10 @@ def grow(
     Returns:
         What the last step of each partition measured, all of it, best first.
     """
-    branches = [_Branch(sizes, {PruningPlan(n_layers): 0.0}) for sizes in partitions]
+    branches = [_Branch(sizes, {PruningPlan(n_layers): 0.0}) for sizes in tried]
     alone: dict[Span, float] = {}
     finished: dict[str, tuple[Repair, Row]] = {}
-    for step in range(max(map(len, partitions))):
+    for step in range(max(map(len, tried))):
         growing = [branch for branch in branches if step < len(branch.sizes)]
         limit = width.candidates if step else None
         repairs = [
@@ -65,6 +76,10 @@ def grow(
         ]
         steps.measure(list({one.name: one for own in repairs for one in own}.values()))
         for branch, own in zip(growing, repairs, strict=True):
+            if not own:
+                # No room is left for a span of this size beside the best ones.
+                branch.best = {}
+                continue
             ranked = steps.rank(own)
             branch.best = {repair.plan: float(row["gap"]) for repair, row in ranked[: width.beam]}
             if step == 0:

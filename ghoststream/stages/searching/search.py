@@ -16,7 +16,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, SCREEN, named_method
 from ghoststream.stages.repair.measured import divide
 from ghoststream.stages.repair.methods import FitMethod, Repair
-from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow, span_sizes
+from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, grow, partitions
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial
 from ghoststream.stages.searching.taylor import taylor_scores
@@ -37,7 +37,7 @@ MAX_SPANS = 2
 """Spans that ``measured`` removes at most, by default."""
 
 CANDIDATES = 8
-"""Plans of each number of spans that ``measured`` measures in each step after the first, by default."""
+"""Plans of each partition that ``measured`` measures in each step after the first, by default."""
 
 _KEPT_FIRST, _KEPT_LAST = 4, 2
 
@@ -71,8 +71,8 @@ def search(
 
     - ``measured``: every candidate is repaired and measured on held-out windows; those of one step share passes over the
       weights (see :func:`~ghoststream.stages.repair.measured.measure_repairs` for memory and arithmetic). Plans of one span, of two
-      and so on up to ``max_spans`` are made side by side: of ``k``, spans of ``n_remove / k`` layers are added one at a time to
-      the ``beam`` best so far; after the first step those are measured whose spans cost least alone. That is one pass for each of
+      and so on up to ``max_spans`` are made side by side, with spans of equal lengths and with one twice as long as the others
+      (:func:`~ghoststream.stages.searching.growth.partitions`): spans are added one at a time to the ``beam`` best so far; after the first step those are measured whose spans cost least alone. That is one pass for each of
       ``max_spans`` steps. Fewer spans are preferred where they are not
       worse by more than the standard error of the best plan's loss above the dense model's.
     - ``prune-and-repair``: the same, layer by layer (neighbours make one span).
@@ -96,8 +96,8 @@ def search(
             whole micro-batches. Where nothing is repaired, all are measured on.
         max_spans: How many spans ``measured`` removes at most, each with an operator of its own; two if ``None``. The first
             and the last layer are always kept.
-        beam: How many plans of each number of spans are kept from step to step.
-        candidates: How many plans of each number of spans ``measured`` measures in a step after the first; eight if ``None``.
+        beam: How many plans of each partition are kept from step to step.
+        candidates: How many plans of each partition ``measured`` measures in a step after the first; eight if ``None``.
         lanes: Most candidates in one pass; ``None`` is all of a step.
         operator: Operator family that repairs, or ``auto``: candidates are compared with
             :data:`~ghoststream.stages.repair.auto.SCREEN`, and four of the best plans, the best of each number of spans
@@ -122,7 +122,7 @@ def search(
     out = None if out is None else Path(out)
     wanted = _Wanted.make(criterion, operator, weights, options)
     session = ModelSession(model, ModelOptions(**compute))
-    partitions = wanted.partitions(n_remove, max_spans, session.skeleton.n_layers)
+    tried = wanted.partitions(n_remove, max_spans, session.skeleton.n_layers)
     if any(number is not None and number < 1 for number in (beam, candidates, lanes)):
         msg = f"beam {beam}, candidates {candidates} and lanes {lanes} must be at least 1"
         raise RequestError(msg)
@@ -139,7 +139,7 @@ def search(
         "dtype": dtype_name(session.skeleton.dtype),
         "attention": session.skeleton.attention,
         "micro_batch": micro_batch,
-        "spans": partitions,
+        "spans": tried,
         **asdict(width),
         **wanted.to_json(),
     }
@@ -150,7 +150,7 @@ def search(
         require_writable(out)
     trial = Trial(session, tokens, ranges, micro_batch, progress or SilentProgress())
     steps = MeasuredSteps(trial, recipe, out, lanes)
-    result = _run(wanted, trial, steps, partitions, width, recipe)
+    result = _run(wanted, trial, steps, tried, width, recipe)
     if out is not None:
         atomic_write_json(out, result.to_json())
         steps.forget()
@@ -193,7 +193,7 @@ class _Wanted:
             raise RequestError(msg)
         if self.criterion != "measured":
             return [[1] * n_remove]
-        return [span_sizes(n_remove, n_spans) for n_spans in range(1, most + 1)]
+        return partitions(n_remove, most)
 
     def width(self, beam: int, candidates: int | None) -> Width:
         """Return how much is measured in a step; greedy methods of others measure all."""
@@ -221,11 +221,11 @@ def _run(
     wanted: _Wanted,
     trial: Trial,
     steps: MeasuredSteps,
-    partitions: Sequence[Sequence[int]],
+    tried: Sequence[Sequence[int]],
     width: Width,
     recipe: Mapping[str, Any],
 ) -> SearchResult:
-    n_layers, n_remove = trial.session.skeleton.n_layers, sum(partitions[0])
+    n_layers, n_remove = trial.session.skeleton.n_layers, sum(tried[0])
     if wanted.criterion in ("perplexity", "taylor", "taylor-plus"):
         rows = _one_by_one(wanted, trial, steps)
         plan = PruningPlan(n_layers, tuple(_span(row) for row in rows[:n_remove]))
@@ -233,7 +233,7 @@ def _run(
         passes = steps.passes if measured else 2
         dense = steps.dense_loss if measured else None
         return SearchResult(plan, (), wanted.criterion, tuple(rows), dense, recipe, passes)
-    ranked = grow(steps, n_layers, partitions, width, wanted.method or SCREEN)
+    ranked = grow(steps, n_layers, tried, width, wanted.method or SCREEN)
     rows = [row for _, row in ranked]
     if wanted.method is None:
         ranked = steps.refine(finalists(ranked, REFINED))

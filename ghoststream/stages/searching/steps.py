@@ -59,7 +59,7 @@ class MeasuredSteps:
 
     def measure(self, repairs: Sequence[Repair]) -> list[Row]:
         """Return the figures of repairs, in their order."""
-        size = self._lanes or len(repairs)
+        size = self._lanes or max(1, len(repairs))
         # As many as an undisturbed search takes, whatever was measured before.
         self.passes += -(-len({repair.name for repair in repairs} - self._asked) // size)
         self._asked |= {repair.name for repair in repairs}

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
-
-Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
+from quality_report import Figures
 
 
 def seeds_table(figures: Figures, cells: Sequence[Cell]) -> list[str]:

@@ -59,8 +59,8 @@ from ghoststream.cli.progress import show_progress
 def command(model: str, plan: str, *, as_json: bool, out: Path, **options: Any) -> None:
     """Fit one operator per removed span of MODEL to the dense model, without a store.
 
-    Unlike `ghoststream solve`, every operator sees the hidden states that the repairs before it give. With one span
-    the two are the same.
+    Unlike with `ghoststream solve`, every operator sees the hidden states that the repairs before it give, unless
+    `--inputs dense` is given. With one span the two are the same.
 
     With `--operator auto` each boundary is fitted as the search that wrote PLAN chose it, or in each of several ways, of
     which the one is taken that is best on held-out windows.

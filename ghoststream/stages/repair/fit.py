@@ -1,4 +1,4 @@
-"""Sequential fit: the operators of a plan, each fitted on the model repaired so far, in one pass."""
+"""The operators of a plan fitted in one pass, by default each on the model repaired so far: the sequential fit."""
 
 from __future__ import annotations
 

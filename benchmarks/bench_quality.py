@@ -10,20 +10,19 @@ so the same command goes on where it was stopped, and no group of cells is begun
 
 ``--tasks FOLDER`` runs zero-shot tasks for the models of tier 3 (see ``local_tasks.py`` for the files).
 
-Writes ``cells.json``, ``cells.csv``, ``tables.md`` and ``gaps.png`` there; ``--render`` only writes these again.
+Writes ``cells.json``, ``cells.csv``, ``tables.md`` and pictures there; ``--render`` only writes these again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from quality_cells import TIERS, Cell
-from quality_report import DENSE, write_reports
+from quality_figures import DENSE, FigureFile
+from quality_report import write_reports
 from quality_seeds import seeds_table
 from quality_tasks import run_tasks, task_tables
 from quality_workshop import LENGTH, Workshop
@@ -33,30 +32,11 @@ from ghoststream.cli.progress import show_progress
 from ghoststream.errors import GhoststreamError
 
 
-class Figures:
-    """Losses by text and cell, kept in a file as they come."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def lacks(self, text: str, key: str) -> bool:
-        """Say whether a cell was not measured on a text yet."""
-        return key not in self.data.get(text, {})
-
-    def add(self, text: str, key: str, row: dict[str, Any]) -> None:
-        """Keep one figure."""
-        self.data.setdefault(text, {})[key] = row
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1))
-        partial.replace(self._path)
-
-
 def main() -> None:
     """Make and measure what is missing, until the time is over, and write the tables."""
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
-    figures = Figures(options.work / "cells.json")
+    figures = FigureFile(options.work / "cells.json")
     cells = _asked((cell for tier in options.tiers for cell in TIERS[tier]()), options)
     if not options.render:
         with show_progress() as progress:
@@ -71,7 +51,7 @@ def main() -> None:
     write_reports(options.work, figures.data, cells, more)
 
 
-def fill(shop: Workshop, cells: Sequence[Cell], figures: Figures, options: argparse.Namespace) -> None:
+def fill(shop: Workshop, cells: Sequence[Cell], figures: FigureFile, options: argparse.Namespace) -> None:
     """Measure the cells that are missing, some lanes at a time."""
     end = time.monotonic() + 60 * options.minutes
     reports = dict(entry.split("=", 1) for entry in options.report)
@@ -94,7 +74,7 @@ def _made(shop: Workshop, cells: Iterable[Cell]) -> Iterable[tuple[Cell, Path]]:
 
 
 def _measure(
-    shop: Workshop, text: str, path: str, made: dict[Cell, Path], figures: Figures, sequences: int
+    shop: Workshop, text: str, path: str, made: dict[Cell, Path], figures: FigureFile, sequences: int
 ) -> None:
     wanted: dict[Path, list[Cell]] = {}
     for cell, file in made.items():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
-from quality_report import Figures
+from quality_figures import Figures
 
 
 def seeds_table(figures: Figures, cells: Sequence[Cell]) -> list[str]:

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from local_tasks import write_task_files
 from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
+from quality_figures import DENSE
 from quality_workshop import Workshop
 
 from ghoststream.evaluation import paired_bootstrap
 from ghoststream.stages.tasks import evaluate_tasks
 
 Rows = Sequence[Mapping[str, Any]]
-
-DENSE = "dense"
 
 
 def run_tasks(shop: Workshop, cells: Sequence[Cell], data: Path, limit: int | None) -> None:

@@ -38,7 +38,8 @@ class Workshop:
         variant = VARIANTS[cell.variant]
         plan = self.plan(cell)
         # A plan that was searched with `auto` says itself how its boundaries are repaired.
-        where = f"{cell.remove}-{cell.selection}" if variant.operator == DEFAULT else _spans(plan)
+        says_how = variant.operator == DEFAULT and cell.selection in SEARCH_CRITERIA
+        where = f"{cell.remove}-{cell.selection}" if says_how else _spans(plan)
         name = f"{where}-{_plain(cell.variant)}"
         if cell.ridge is not None:
             variant = replace(variant, options=replace(variant.options, ridge=cell.ridge))

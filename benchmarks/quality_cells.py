@@ -9,6 +9,7 @@ from ghoststream.operators import OperatorOptions
 
 PAPER = "ghost"
 DEFAULT = "auto"
+JOINT = "hidden+mlp, sinks dropped"
 STREAMLINE, MEASURED = "streamline", "measured"
 
 _DROP = "drop_sinks"
@@ -40,7 +41,7 @@ VARIANTS: dict[str, Variant] = {
     "hidden+normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="hidden+normed")),
     "mlp, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp")),
     "mlp_output, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp_output")),
-    "hidden+mlp, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp")),
+    JOINT: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp")),
     "diagonal": Variant("diagonal"),
     "scalar": Variant("scalar"),
     "symmetric": Variant("symmetric"),
@@ -132,14 +133,14 @@ def tier_two() -> Iterator[Cell]:
     rows = ("pruned", PAPER, DEFAULT)
     for criterion in CRITERIA:
         with_few = CHOSEN_WITH.get(criterion)
-        yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in rows)
+        yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in (*rows, JOINT))
     yield from (Cell(3, selection, variant) for selection in (STREAMLINE, MEASURED) for variant in rows)
     for remove in (6, 9, 12):
         for selection, variant in ((STREAMLINE, "pruned"), (STREAMLINE, PAPER), (MEASURED, DEFAULT)):
             yield Cell(remove, selection, variant, calibration="wikitext")
     base = Cell(9, MEASURED, "least squares, sinks dropped", selected_with=STORED)
     for size in SIZES:
-        for variant in ("least squares, sinks dropped", "ghost, sinks dropped", "hidden+mlp, sinks dropped"):
+        for variant in ("least squares, sinks dropped", "ghost, sinks dropped", JOINT):
             yield replace(base, variant=variant, sequences=size)
     yield from (replace(base, ridge=ridge) for ridge in RIDGES)
 

@@ -10,6 +10,7 @@ from ghoststream.operators import OperatorOptions
 PAPER = "ghost"
 DEFAULT = "auto"
 JOINT = "hidden+mlp, sinks dropped"
+SEQUENTIAL = f"{JOINT}, sequential"
 STREAMLINE, MEASURED = "streamline", "measured"
 
 _DROP = "drop_sinks"
@@ -18,11 +19,15 @@ _LS = "least-squares"
 
 @dataclass(frozen=True)
 class Variant:
-    """How boundaries are fitted; ``operator`` may be ``auto``."""
+    """How boundaries are fitted; ``operator`` may be ``auto``.
+
+    With ``sequential``, on the stream repaired so far in a pass of its own, not on the dense states of a store.
+    """
 
     operator: str
     weights: str = "uniform"
     options: OperatorOptions = field(default_factory=OperatorOptions)
+    sequential: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
@@ -42,6 +47,7 @@ VARIANTS: dict[str, Variant] = {
     "mlp, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp")),
     "mlp_output, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp_output")),
     JOINT: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp")),
+    SEQUENTIAL: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp"), sequential=True),
     "diagonal": Variant("diagonal"),
     "scalar": Variant("scalar"),
     "symmetric": Variant("symmetric"),
@@ -71,7 +77,7 @@ CRITERIA = (
 )
 """Of tier 2, beside the two of tier 1."""
 
-CHOSEN_WITH = {"perplexity": 32, "taylor-plus": 32, "sleb": 16, "prune-and-repair": 32}
+CHOSEN_WITH = {"perplexity": 32, "taylor-plus": 32, "sleb": 8, "prune-and-repair": 16}
 """Windows that those criteria choose with that run the whole text through every candidate, or go layer by layer."""
 
 STORED = 128
@@ -133,7 +139,7 @@ def tier_two() -> Iterator[Cell]:
     rows = ("pruned", PAPER, DEFAULT)
     for criterion in CRITERIA:
         with_few = CHOSEN_WITH.get(criterion)
-        yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in (*rows, JOINT))
+        yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in (*rows, SEQUENTIAL))
     yield from (Cell(3, selection, variant) for selection in (STREAMLINE, MEASURED) for variant in rows)
     for remove in (6, 9, 12):
         for selection, variant in ((STREAMLINE, "pruned"), (STREAMLINE, PAPER), (MEASURED, DEFAULT)):

@@ -60,7 +60,7 @@ def _draw(path: Path, panels: Mapping[str, Panel], label: str, *, logarithmic: b
             axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-        axis.set_ylim(bottom=0.0)
+        axis.set_ylim(0.0, 1.06 * max(axis.dataLim.y1, 0.1))
         axis.grid(alpha=0.3)
     if axes[0][0].lines:
         axes[0][0].legend(fontsize=8)

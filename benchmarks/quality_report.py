@@ -7,7 +7,17 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from quality_cells import CHOSEN_WITH, CRITERIA, DEFAULT, JOINT, MEASURED, PAPER, STREAMLINE, VARIANTS, Cell
+from quality_cells import (
+    CHOSEN_WITH,
+    CRITERIA,
+    DEFAULT,
+    MEASURED,
+    PAPER,
+    SEQUENTIAL,
+    STREAMLINE,
+    VARIANTS,
+    Cell,
+)
 from quality_figures import DENSE, Curve, Figures, curves, gap
 from quality_plots import plot
 
@@ -80,7 +90,7 @@ def _table(figures: Figures, cells: Sequence[Cell], title: str) -> Iterable[str]
 def _criteria_table(figures: Figures, cells: Sequence[Cell], title: str) -> Iterable[str]:
     """Rows are ways to choose, columns ways to repair and texts."""
     by_place = {(cell.selection, cell.variant): cell for cell in cells}
-    columns = [(variant, text) for variant in ("pruned", PAPER, JOINT, DEFAULT) for text in figures]
+    columns = [(variant, text) for variant in ("pruned", PAPER, SEQUENTIAL, DEFAULT) for text in figures]
     lines = [
         f"### {title}, by criterion",
         "",

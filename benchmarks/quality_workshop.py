@@ -78,7 +78,7 @@ class Workshop:
 
     def _fit(self, cell: Cell, variant: Variant, plan: Path, out: Path) -> None:
         keywords: dict[str, Any] = {"out": out, "progress": self.progress}
-        if variant.operator == DEFAULT or cell.sequences != STORED:
+        if variant.operator == DEFAULT or variant.sequential or cell.sequences != STORED:
             gs.fit(
                 self.model,
                 plan,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from quality_cells import (
@@ -25,7 +25,7 @@ from quality_plots import plot
 def write_reports(folder: Path, figures: Figures, cells: Sequence[Cell], more: Sequence[str] = ()) -> None:
     """Write ``cells.csv``, ``tables.md`` and the pictures of what is there; ``more`` tables come last."""
     _write_csv(folder / "cells.csv", figures, cells)
-    tables = [_curve_table(figures, curve) for curve in curves(figures, cells)]
+    tables = [table for curve in curves(figures, cells) for table in _curve_table(figures, curve)]
     parts = [*_tables(figures, cells), *tables, *more]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plot(folder, figures, cells)
@@ -67,41 +67,29 @@ def _table(figures: Figures, cells: Sequence[Cell], title: str) -> Iterable[str]
     selections = list(dict.fromkeys(cell.selection for cell in cells))
     by_place = {(cell.variant, cell.selection): cell for cell in cells}
     columns = [(selection, text) for selection in selections for text in figures]
-    lines = [
-        f"### {title}",
-        "",
-        "| | " + " | ".join(f"{selection}, {text}" for selection, text in columns) + " |",
-        "| --- |" + " --- |" * len(columns),
-    ]
-    n_rows = 0
-    for variant in VARIANTS:
-        found = [_entry(figures, by_place.get((variant, selection)), text) for selection, text in columns]
-        if any(found):
-            n_rows += 1
-            lines.append(f"| {variant} | " + " | ".join(entry or "" for entry in found) + " |")
-    if n_rows:
-        dense = ", ".join(
-            f"{rows[DENSE]['perplexity']:.1f} on {text}" for text, rows in figures.items() if DENSE in rows
-        )
-        note = f"Perplexity, and in brackets the share of the gap that {PAPER} with {STREAMLINE} leaves. Dense: {dense}."
-        yield "\n".join([*lines, "", note])
+    rows = {
+        variant: [_entry(figures, by_place.get((variant, selection)), text) for selection, text in columns]
+        for variant in VARIANTS
+    }
+    dense = ", ".join(
+        f"{own[DENSE]['perplexity']:.1f} on {text}" for text, own in figures.items() if DENSE in own
+    )
+    note = f"Perplexity, and in brackets the share of the gap that {PAPER} with {STREAMLINE} leaves. Dense: {dense}."
+    for table in _markdown(title, "", [f"{selection}, {text}" for selection, text in columns], rows):
+        yield f"{table}\n\n{note}"
 
 
 def _criteria_table(figures: Figures, cells: Sequence[Cell], title: str) -> Iterable[str]:
     """Rows are ways to choose, columns ways to repair and texts."""
     by_place = {(cell.selection, cell.variant): cell for cell in cells}
     columns = [(variant, text) for variant in ("pruned", PAPER, SEQUENTIAL, DEFAULT) for text in figures]
-    lines = [
-        f"### {title}, by criterion",
-        "",
-        "| | " + " | ".join(f"{variant}, {text}" for variant, text in columns) + " |",
-        "| --- |" + " --- |" * len(columns),
-    ]
-    for selection in (STREAMLINE, *CRITERIA, MEASURED):
-        found = [_entry(figures, by_place.get((selection, variant)), text) for variant, text in columns]
-        if any(found):
-            lines.append(f"| {selection} | " + " | ".join(entry or "" for entry in found) + " |")
-    yield "\n".join(lines)
+    rows = {
+        selection: [_entry(figures, by_place.get((selection, variant)), text) for variant, text in columns]
+        for selection in (STREAMLINE, *CRITERIA, MEASURED)
+    }
+    yield from _markdown(
+        f"{title}, by criterion", "", [f"{variant}, {text}" for variant, text in columns], rows
+    )
 
 
 def _entry(figures: Figures, cell: Cell | None, text: str) -> str | None:
@@ -120,19 +108,32 @@ def _entry(figures: Figures, cell: Cell | None, text: str) -> str | None:
     return f"{perplexity:.1f}{share}" if perplexity < 1e5 else f"{perplexity:.1e}{share}"
 
 
-def _curve_table(figures: Figures, curve: Curve) -> str:
+def _curve_table(figures: Figures, curve: Curve) -> Iterable[str]:
     columns = [(variant, text) for variant in curve.variants for text in figures]
-    lines = [
-        f"### Perplexity by {curve.title}, 9 layers removed by {MEASURED}",
-        "",
-        f"| {curve.name} | " + " | ".join(f"{variant}: {text}" for variant, text in columns) + " |",
-        "| --- |" + " --- |" * len(columns),
+    rows = {
+        f"{value:g}": [
+            _perplexity(figures, curve.cells.get((variant, value)), text) for variant, text in columns
+        ]
+        for value in curve.values
+    }
+    title = f"Perplexity by {curve.title}, 9 layers removed by {MEASURED}"
+    yield from _markdown(title, curve.name, [f"{variant}: {text}" for variant, text in columns], rows)
+
+
+def _perplexity(figures: Figures, cell: Cell | None, text: str) -> str | None:
+    row = None if cell is None else figures[text].get(cell.key)
+    return None if row is None else f"{math.exp(float(row['loss'])):.1f}"
+
+
+def _markdown(
+    title: str, corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str | None]]
+) -> Iterable[str]:
+    """Yield a table of the rows that have an entry; nothing if none has."""
+    filled = [
+        f"| {name} | " + " | ".join(entry or "" for entry in entries) + " |"
+        for name, entries in rows.items()
+        if any(entries)
     ]
-    for value in curve.values:
-        found = []
-        for variant, text in columns:
-            cell = curve.cells.get((variant, value))
-            row = None if cell is None else figures[text].get(cell.key)
-            found.append("" if row is None else f"{math.exp(float(row['loss'])):.1f}")
-        lines.append(f"| {value:g} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
+    if filled:
+        head = f"| {corner}".rstrip() + " | " + " | ".join(columns) + " |"
+        yield "\n".join([f"### {title}", "", head, "| --- |" + " --- |" * len(columns), *filled])

@@ -38,7 +38,7 @@ class Workshop:
         variant = VARIANTS[cell.variant]
         plan = self.plan(cell)
         # A plan that was searched with `auto` says itself how its boundaries are repaired.
-        says_how = variant.operator == DEFAULT and cell.selection in SEARCH_CRITERIA
+        says_how = variant.operator == DEFAULT and json.loads(plan.read_text()).get("methods")
         where = f"{cell.remove}-{cell.selection}" if says_how else _spans(plan)
         name = f"{where}-{_plain(cell.variant)}"
         if cell.ridge is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markdown_tables import markdown_table
 
 import ghoststream as gs
 from ghoststream.errors import GhoststreamError
@@ -47,10 +48,13 @@ def main() -> None:
     ][1:]
     rows = {name: _row(models[name], name, rounds) for name in models}
     options.json.write_text(json.dumps({"rows": rows, "rounds": rounds}, indent=1), encoding="utf-8")
-    print(f"| | weights | prompt of {options.prompt} tokens | a generated token |\n| --- | --- | --- | --- |")
     base = rows[_DENSE]["parameters"]
-    for name, row in rows.items():
-        print(f"| {name} | {row['parameters'] / base:.3f} | {row['prompt']:.2f} | {row['token']:.2f} |")
+    headers = ("", "weights", f"prompt of {options.prompt} tokens", "a generated token")
+    lines = [
+        (name, f"{row['parameters'] / base:.3f}", f"{row['prompt']:.2f}", f"{row['token']:.2f}")
+        for name, row in rows.items()
+    ]
+    print(markdown_table(headers, lines))
 
 
 def make_checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from markdown_tables import markdown_table
 from quality_cells import (
     CHOSEN_WITH,
     CRITERIA,
@@ -129,11 +130,6 @@ def _markdown(
     title: str, corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str | None]]
 ) -> Iterable[str]:
     """Yield a table of the rows that have an entry; nothing if none has."""
-    filled = [
-        f"| {name} | " + " | ".join(entry or "" for entry in entries) + " |"
-        for name, entries in rows.items()
-        if any(entries)
-    ]
+    filled = [(name, *entries) for name, entries in rows.items() if any(entries)]
     if filled:
-        head = f"| {corner}".rstrip() + " | " + " | ".join(columns) + " |"
-        yield "\n".join([f"### {title}", "", head, "| --- |" + " --- |" * len(columns), *filled])
+        yield f"### {title}\n\n{markdown_table([corner, *columns], filled)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from markdown_tables import markdown_table
 from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
 from quality_figures import Figures
 
@@ -18,13 +19,14 @@ def seeds_table(figures: Figures, cells: Sequence[Cell]) -> list[str]:
     The difference is the mean over seeds and windows. Its standard error is that of the windows, each the mean of its
     seeds: all models of a text are measured on the same windows.
     """
-    lines = [
-        "### Default and paper over orders of the calibration text",
-        "",
-        f"| removed, text | seeds | {PAPER} by {STREAMLINE} | {DEFAULT} by {MEASURED} | default less paper, nats a token |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    head = len(lines)
+    headers = (
+        "removed, text",
+        "seeds",
+        f"{PAPER} by {STREAMLINE}",
+        f"{DEFAULT} by {MEASURED}",
+        "default less paper, nats a token",
+    )
+    lines = []
     for remove in sorted({cell.remove for cell in cells}):
         for text, rows in figures.items():
             pairs = _pairs(rows, cells, remove)
@@ -37,10 +39,9 @@ def seeds_table(figures: Figures, cells: Sequence[Cell]) -> list[str]:
             by_window = np.mean([default - before for before, default in pairs.values()], axis=0)
             error = by_window.std(ddof=1) / math.sqrt(len(by_window))
             seeds = ", ".join(str(seed) for seed in pairs)
-            lines.append(
-                f"| {remove}, {text} | {seeds} | {paper} | {own} | {by_window.mean():+.3f} +- {error:.3f} |"
-            )
-    return ["\n".join(lines)] if len(lines) > head else []
+            lines.append((f"{remove}, {text}", seeds, paper, own, f"{by_window.mean():+.3f} +- {error:.3f}"))
+    title = "### Default and paper over orders of the calibration text"
+    return [f"{title}\n\n{markdown_table(headers, lines)}"] if lines else []
 
 
 def _pairs(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from local_tasks import write_task_files
+from markdown_tables import markdown_table
 from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
 from quality_figures import DENSE
 from quality_workshop import Workshop
@@ -54,24 +55,19 @@ def task_tables(folder: Path, cells: Sequence[Cell]) -> list[str]:
 
 def _table(rows: Mapping[str, Mapping[str, Any]], group: Sequence[Cell]) -> str:
     tasks = list(rows[DENSE]["tasks"])
-    lines = [
-        f"### Accuracy, {group[0].remove} layers removed, calibration in order {group[0].seed}",
-        "",
-        "| | " + " | ".join(task.removeprefix("local_") for task in tasks) + " | all items |",
-        "| --- |" + " --- |" * (len(tasks) + 1),
-    ]
+    title = f"### Accuracy, {group[0].remove} layers removed, calibration in order {group[0].seed}"
+    lines = []
     for name, row in rows.items():
-        scores = [f"{np.mean(row['tasks'][task]['items']['acc']):.3f}" for task in tasks]
-        lines.append(f"| {name.split(' | ')[0]} | " + " | ".join(scores) + f" | {np.mean(_items(row)):.3f} |")
+        scores = [np.mean(row["tasks"][task]["items"]["acc"]) for task in tasks] + [np.mean(_items(row))]
+        lines.append([name.split(" | ")[0], *(f"{score:.3f}" for score in scores)])
+    headers = ["", *(task.removeprefix("local_") for task in tasks), "all items"]
+    parts = [title, markdown_table(headers, lines)]
     by_place = {(cell.selection, cell.variant): rows[cell.key] for cell in group}
     paper, own = by_place.get((STREAMLINE, PAPER)), by_place.get((MEASURED, DEFAULT))
     if paper is not None and own is not None:
         difference = paired_bootstrap(_items(paper), _items(own), seed=0)
-        lines += [
-            "",
-            f"Default less paper over {difference.items:,} items, paired bootstrap: {difference}.",
-        ]
-    return "\n".join(lines)
+        parts.append(f"Default less paper over {difference.items:,} items, paired bootstrap: {difference}.")
+    return "\n\n".join(parts)
 
 
 def _items(row: Mapping[str, Any]) -> list[float]:

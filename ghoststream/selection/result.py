@@ -103,6 +103,6 @@ class SelectionResult:
             raise ArtifactError(msg)
         try:
             return cls.from_json(data)
-        except PlanError as error:
+        except (PlanError, ArtifactError) as error:
             msg = f"{path}: {error}"
             raise ArtifactError(msg) from error

@@ -416,8 +416,8 @@ def test_selections_that_were_edited_are_refused(tmp_path: Path) -> None:
         SelectionResult.load(path)
     for text, message in (
         ("[]", "does not hold a JSON object"),
-        ("{}", "not a pruning plan"),
-        ('{"n_layers": 8, "spans": [[1, 2]]}', "lacks a part"),
+        ("{}", "plan.json: .*not a pruning plan"),
+        ('{"n_layers": 8, "spans": [[1, 2]]}', "plan.json: the selection lacks a part"),
     ):
         path.write_text(text)
         with pytest.raises(ArtifactError, match=message):

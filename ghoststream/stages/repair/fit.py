@@ -107,7 +107,7 @@ def fit(
         micro_batch, n_fit = divide(session, tokens, held_out)
         fitting = RangePlan.make(n_fit, folds=folds)
     recipe = {
-        "fit": "sequential",
+        "stage": "fit",
         "text": text.recipe().to_json(),
         "tokens_digest": tokens.digest,
         "dtype": dtype_name(session.skeleton.dtype),

@@ -89,14 +89,13 @@ class Workshop:
                 **self._text(cell),
             )
             return
-        options = {name: getattr(variant.options, name) for name in variant.options.__dataclass_fields__}
         gs.solve(
             self._store(cell),
             plan,
             operator=variant.operator,
+            options=variant.options,
             weights=variant.weights,
             model=self.model,
-            **options,
             **keywords,
         )
 

@@ -12,8 +12,6 @@ from ghoststream.cli.parameters import Ridge, combined
 if TYPE_CHECKING:
     from ghoststream.operators import OperatorOptions
 
-_NAMES = ("features", "ridge", "shrink", "intercept", "rank", "solver")
-
 criterion_or_measured_option = click.option(
     "--criterion",
     type=click.Choice((*SEARCH_CRITERIA, *CRITERIA)),
@@ -70,11 +68,11 @@ method_options = combined(
         "ghost as the paper's equation is written.",
     ),
 )
-"""Of ``fit``, ``search`` and ``recover``; give what they say to :func:`take_options`."""
+"""Of ``fit``, ``search`` and ``recover``."""
 
 
 def take_options(options: dict[str, Any]) -> OperatorOptions:
-    """Take what belongs to the operator out of a command's options."""
+    """Take what belongs to the operator out of a command's options, as many of them as it has."""
     from ghoststream.operators import OperatorOptions
 
-    return OperatorOptions(**{name: options.pop(name) for name in _NAMES})
+    return OperatorOptions.take(options)

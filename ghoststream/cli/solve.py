@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.method_options import intercept_option, rank_option, ridge_options
+from ghoststream.cli.method_options import intercept_option, rank_option, ridge_options, take_options
 from ghoststream.cli.moment_options import (
     folds_option,
     moments_memory_option,
@@ -115,7 +115,10 @@ def command(
     if folds is not None:
         options["folds"] = folds
     with show_progress() as progress:
-        operators = solve(store, plan_source, operator=operator, out=out, progress=progress, **options)
+        method = take_options(options)
+        operators = solve(
+            store, plan_source, operator=operator, options=method, out=out, progress=progress, **options
+        )
     diagnostics = {str(item.span): dict(item.diagnostics) for item in operators.boundaries}
     if as_json:
         print_json({"out": str(out), "plan": operators.plan.to_json(), "boundaries": diagnostics})

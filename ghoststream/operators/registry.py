@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, TypeVar
 
 from ghoststream.errors import RequestError
@@ -31,19 +31,25 @@ class OperatorOptions:
     """Options that families read; each takes what concerns it and refuses what it cannot honour.
 
     Attributes:
-        ridge: Ridge on the Gram's diagonal, in the family's own measure; None for its default; ``auto`` and ``gcv``
-            choose it by held-out folds and by generalised cross-validation.
-        shrink: What the ridge draws the map ``y = x W`` towards, ``W = I + M``: ``identity`` (``M`` to zero), or
-            ``zero`` (``W`` to zero).
-        features: Name of the feature that the moments are of.
+        ridge: Ridge on the Gram's diagonal: absolute for ``ghost`` (1e-6 by default, as in the paper), relative to the mean
+            of the diagonal for ``least-squares`` (by default ``auto``: what predicts held-out folds best; ``gcv``: by
+            generalised cross-validation, without folds).
+        shrink: What the ridge of ``least-squares`` draws the map ``y = x W``, ``W = I + M``, towards: ``identity`` (``M`` to
+            zero) or ``zero`` (``W`` to zero).
+        features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``; or, of the layer before
+            the boundary, ``mlp`` (what enters ``down_proj``) or ``mlp_output`` (what the MLP adds): such operators are
+            folded into that ``down_proj`` by the export; or ``hidden+mlp``, of which the part on ``mlp`` is.
         intercept: Whether a constant is fitted.
         rank: Rank of the map; None for full rank.
-        solver: ``gram`` (normal equations), ``tsqr`` (triangular factors, for ill-conditioned features) or ``svd``
-            (pseudo-inverse by truncated singular values); or a sketch (see
-            :mod:`ghoststream.operators.sketched`).
-        per_layer: Whether each removed layer is fitted for itself on the dense model, and the maps are chained.
-        sketch_size: Columns of ``sketch-range`` and ``sketch-features``, rows of ``sketch-rows``; None for a default.
-        power_iterations: Steps of subspace iteration of ``sketch-features``.
+        solver: ``gram`` (normal equations), or ``tsqr`` (triangular factors merged by QR) for ill-conditioned features, at
+            twice the arithmetic; ``svd`` is for ``ghost``: the pseudo-inverse, singular values below 1e-6 of the largest left
+            out. Sketches of ``least-squares`` (see :mod:`ghoststream.operators.sketched`): ``sketch-features``,
+            ``sketch-range``, ``sketch-rows``.
+        per_layer: Whether each removed layer is fitted for itself on the dense model and the maps of a span are multiplied,
+            as the paper's code does where removals are not contiguous; by default a span is fitted as one. Not for
+            ``least-squares`` and its special forms.
+        sketch_size: Columns of the first two sketches, by default ``2 rank + 10``; rows of the third, by default 4 a feature.
+        power_iterations: Steps of subspace iteration of ``sketch-features``, one more sweep over the store each.
         seed: Seed of a sketch.
     """
 
@@ -57,6 +63,12 @@ class OperatorOptions:
     sketch_size: int | None = None
     power_iterations: int = 0
     seed: int = 0
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> OperatorOptions:
+        """Make them of what a dictionary has of them, and take that out of it."""
+        names = [field.name for field in fields(cls) if field.name in options]
+        return cls(**{name: options.pop(name) for name in names})
 
     @property
     def asks_sketch(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -90,8 +89,7 @@ class SolvePart(_Part):
     @property
     def options(self) -> OperatorOptions:
         """The options of the operator."""
-        names = [field.name for field in fields(OperatorOptions)]
-        return OperatorOptions(**self.model_dump(include=set(names)))
+        return OperatorOptions.take(self.model_dump())
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -196,6 +196,7 @@ class RecoveryFlow:
             str(self.captured),
             plan,
             operator=self.repair.operator,
+            options=self.repair.options,
             weights=self.repair.weights,
             out=out,
             model=self.session.root,
@@ -203,7 +204,6 @@ class RecoveryFlow:
             device=self.session.options.device,
             scheduler=self.scheduler,
             progress=self.progress,
-            **asdict(self.repair.options),
         )
         return operators, out
 

@@ -170,14 +170,18 @@ class _Run:
                 **self._text(),
                 **self._model_options(),
             )
+        part = self._pipeline.solve
         return solve(
             self._workdir / "store",
             plan,
+            operator=part.operator,
+            options=part.options,
+            weights=part.weights,
             out=out,
             model=self._root,
+            precision=part.precision,
             scheduler=self._options.scheduler,
             progress=self._progress,
-            **self._pipeline.solve.model_dump(),
         )
 
     def export(self, operators: OperatorSet) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ghoststream.errors import ArtifactError, GhoststreamError, OutputExistsError, RequestError
-from ghoststream.files import FileLock, fsync_folder
+from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.files import fsync_folder
 from ghoststream.operators import (
     BoundaryOperator,
     OperatorFamily,
     OperatorOptions,
     OperatorSet,
-    Solver,
     features_of,
     fit_per_layer,
     make_operator,
@@ -28,6 +28,7 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import BaseModel, require_fit_memory, store_taps, wanted_taps
 from ghoststream.stages.evidence import Engine
+from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
 from ghoststream.stages.planning.sweep_costs import span_groups
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.solve_request import SolveMethod, SolveRequest, single_layers
@@ -49,18 +50,9 @@ def solve(
     plan: PruningPlan | str | Path,
     *,
     operator: str = "ghost",
-    out: str | Path,
-    ridge: float | Literal["auto", "gcv"] | None = None,
-    shrink: Literal["identity", "zero"] = "identity",
-    per_layer: bool = False,
+    options: OperatorOptions | None = None,
     weights: str = UNIFORM,
-    features: str = "hidden",
-    intercept: bool = False,
-    rank: int | None = None,
-    solver: Solver = "gram",
-    sketch_size: int | None = None,
-    power_iterations: int = 0,
-    seed: int = 0,
+    out: str | Path,
     model: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -83,34 +75,14 @@ def solve(
     Args:
         store_uri: Path or URL of the store.
         plan: The plan, its file, or spans such as ``13:19``.
-        operator: Name of an operator family: ``ghost`` (the paper's), ``least-squares`` (which takes all options
-            below but ``per_layer`` and ``svd``), ``diagonal``, ``scalar``, ``symmetric`` and ``orthogonal`` (least squares
-            over such maps), ``linear-patch-diagonal``, ``linear-patch-rotated``, ``prune-and-comp``, ``none``.
-        out: Operator file (safetensors) to write.
-        ridge: Ridge on the Gram's diagonal: absolute for ``ghost`` (1e-6 by default, as in the paper), relative to the
-            mean of the diagonal for ``least-squares`` (by default ``auto``: what predicts held-out folds best; ``gcv``:
-            by generalised cross-validation, without folds).
-        shrink: What the ridge of ``least-squares`` draws ``y = x (I + M)`` towards: ``identity`` (``M`` to zero) or
-            ``zero`` (``I + M`` to zero).
-        per_layer: Whether each removed layer is fitted for itself on the dense model and the maps of a span are multiplied,
-            as the paper's code does where removals are not contiguous; by default a span is fitted as one. Not for
-            ``least-squares`` and its special forms.
+        operator: Name of an operator family: ``ghost`` (the paper's), ``least-squares`` (which takes all options but
+            ``per_layer`` and ``svd``), ``diagonal``, ``scalar``, ``symmetric`` and ``orthogonal`` (least squares over such
+            maps), ``linear-patch-diagonal``, ``linear-patch-rotated``, ``prune-and-comp``, ``none``.
+        options: Options of the operator. Taps that its features read are computed again from the store and kept in
+            ``<out>.partial`` while the operators are fitted.
         weights: How much each token counts: ``uniform`` (the paper's), ``drop_sinks`` (tokens whose massive
             activation is born inside a span do not count) or ``relative`` (``1 / |target|^2``).
-        features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``; or, of the layer before the
-            boundary, ``mlp`` (what enters ``down_proj``) or ``mlp_output`` (what the MLP adds): such operators are folded into
-            that ``down_proj`` by the export; or ``hidden+mlp``, of which the part on ``mlp`` is. Taps of that layer are computed
-            again from the store and kept in ``<out>.partial`` while the operators are fitted.
-        intercept: Whether a constant is fitted.
-        rank: Rank of the map; None for full rank.
-        solver: ``gram`` (normal equations), or ``tsqr`` (triangular factors merged by QR) for ill-conditioned features,
-            at twice the arithmetic; ``svd`` is for ``ghost``: the pseudo-inverse, singular values below 1e-6 of the largest
-            left out.
-            Sketches of ``least-squares`` (see :mod:`ghoststream.operators.sketched`): ``sketch-features``, ``sketch-range``,
-            ``sketch-rows``.
-        sketch_size: Columns of the first two sketches, by default ``2 rank + 10``; rows of the third, by default 4 a feature.
-        power_iterations: Steps of subspace iteration of ``sketch-features``, one more sweep over the store each.
-        seed: Seed of a sketch.
+        out: Operator file (safetensors) to write.
         model: The model of the store, local folder or hub id; needed for features of the layer before a boundary only.
         revision, trust_remote_code: How that model is opened.
         device: Where that layer is computed.
@@ -152,26 +124,9 @@ def solve(
     other, so that there is one state; disk: ``S T p`` elements of compute dtype a span.
     Sketches: states and fits as :mod:`ghoststream.operators.sketched` says, in the place of ``8 (p^2 + p C)``.
     """
-    out = Path(out)
-    if isinstance(ridge, float | int):
-        require_ridge(ridge)
+    out = Path(out).absolute()
     get_weight(weights)
-    options = OperatorOptions(
-        ridge=ridge,
-        shrink=shrink,
-        features=features,
-        intercept=intercept,
-        rank=rank,
-        solver=solver,
-        per_layer=per_layer,
-        sketch_size=sketch_size,
-        power_iterations=power_iterations,
-        seed=seed,
-    )
-    family = make_operator(operator, options)
-    if per_layer:
-        require_chainable(family)
-    options = replace(options, features=features_of(family, options))
+    family, options = _family(operator, options or OperatorOptions())
     source = open_source(str(store_uri))
     request = SolveRequest.make(
         source,
@@ -186,53 +141,77 @@ def solve(
         ),
         RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
     )
-    out = out.absolute()
     found = existing_operators(out, request.digest)
     if found is not None:
         clear_leftovers(out)
         return found
     base = None if model is None else BaseModel(model, revision, trust_remote_code, device)
-    wanted = wanted_taps(options.features, request.spans, base, intercept=intercept)
-    if wanted is not None and solver not in SKETCH_SOLVERS:
+    wanted = wanted_taps(options.features, request.spans, base, intercept=options.intercept)
+    if wanted is not None and options.solver not in SKETCH_SOLVERS:
         require_fit_memory(wanted, options.features, source.hidden)
-    with _lock(out):  # which makes the folder
-        reduce = getattr(family, "reduce", reduce_boundaries)
-        given = needed_statistics(family, options) if reduce is reduce_boundaries else {}
-        given |= _on_device(family, reduce_device, is_remote=scheduler is not None)
-        told, work = progress or SilentProgress(), _work_folder(out)
-        groups = span_groups(request.spans, reads_taps=wanted is not None)
+    engine = Engine(scheduler, workers, memory, progress or SilentProgress())
+    with output_lock(out):  # which makes the folder
+        given = _statistics(family, options, reduce_device, is_remote=scheduler is not None)
         if wanted is not None:
-            given["taps"] = store_taps(wanted, store_uri, work, progress=told)
-        moments: dict[Span, FoldedMoments] = {}
-        for spans in groups:
-            moments |= reduce(
-                str(store_uri),
-                spans,
-                feature=options.features,
-                weights=weights,
-                precision=precision,
-                folds=request.ranges.n_folds,
-                range_sequences=request.ranges.range_sequences,
-                scheduler=scheduler,
-                workers=workers,
-                workdir=work,
-                memory=Engine(scheduler, workers, memory, told).budget,
-                progress=progress,
-                **given,
-            )
-        return _write(family, moments, request, out, told)
+            given["taps"] = store_taps(wanted, store_uri, work_folder(out), progress=engine.progress)
+        moments = _reduce(str(store_uri), family, request, given, engine, work_folder(out))
+        return _write(family, moments, request, out, engine.progress)
 
 
-def _on_device(family: OperatorFamily, device: str | None, *, is_remote: bool) -> dict[str, Any]:
-    """Return the device as an argument of ``reduce_boundaries``, checked here if the work is done here."""
-    if device is None:
-        return {}
+def _family(name: str, options: OperatorOptions) -> tuple[OperatorFamily, OperatorOptions]:
+    """Return the family, and its options with the features that it reads."""
+    if isinstance(options.ridge, float | int):
+        require_ridge(options.ridge)
+    family = make_operator(name, options)
+    if options.per_layer:
+        require_chainable(family)
+    return family, replace(options, features=features_of(family, options))
+
+
+def _statistics(
+    family: OperatorFamily, options: OperatorOptions, device: str | None, *, is_remote: bool
+) -> dict[str, Any]:
+    """Return what of the moments the family wants and where it is computed, as arguments of its reduction."""
     if hasattr(family, "reduce"):
-        msg = f"this operator or solver gathers more than Grams, on the host; leave --reduce-device {device} out"
-        raise RequestError(msg)
+        if device is not None:
+            msg = f"this operator or solver gathers more than Grams, on the host; leave --reduce-device {device} out"
+            raise RequestError(msg)
+        return {}
+    if device is None:
+        return needed_statistics(family, options)
     if not is_remote:
         require_device(device)
-    return {"device": device}
+    return {**needed_statistics(family, options), "device": device}
+
+
+def _reduce(
+    store_uri: str,
+    family: OperatorFamily,
+    request: SolveRequest,
+    given: Mapping[str, Any],
+    engine: Engine,
+    work: Path,
+) -> dict[Span, FoldedMoments]:
+    """Return the moments of all spans, of as many at a time as are reduced together."""
+    reduce = getattr(family, "reduce", reduce_boundaries)
+    moments: dict[Span, FoldedMoments] = {}
+    for spans in span_groups(request.spans, reads_taps="taps" in given):
+        moments |= reduce(
+            store_uri,
+            spans,
+            feature=request.recipe.features,
+            weights=request.recipe.weights,
+            precision=request.recipe.precision,
+            folds=request.ranges.n_folds,
+            range_sequences=request.ranges.range_sequences,
+            scheduler=engine.scheduler,
+            workers=engine.workers,
+            workdir=work,
+            memory=engine.budget,
+            progress=engine.progress,
+            **given,
+        )
+    return moments
 
 
 def _write(
@@ -242,7 +221,7 @@ def _write(
     out: Path,
     progress: Progress,
 ) -> OperatorSet:
-    work = _work_folder(out)
+    work = work_folder(out)
     boundaries = _fit_all(family, moments, request, work, progress)
     operators = OperatorSet(request.plan, request.operator, boundaries, request.hidden, request.metadata)
     operators.save(out, temporary=work / "operators.safetensors")
@@ -289,42 +268,3 @@ def _fit(
     plan = PruningPlan(request.plan.n_layers, (span,))
     OperatorSet(plan, request.operator, (operator,), request.hidden, request.metadata).save(path)
     return operator
-
-
-def _work_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
-
-
-def _lock(out: Path) -> FileLock:
-    return FileLock(out.with_name(f".{out.name}.lock"), guarded=out)
-
-
-def existing_operators(out: Path, digest: str) -> OperatorSet | None:
-    """Return the operators that a request has left at ``out``; ``None`` if nothing is there.
-
-    Args:
-        out: The operator file.
-        digest: The request's ``recipe_digest``.
-
-    Raises:
-        OutputExistsError: If something else is there.
-    """
-    if not out.exists():
-        return None
-    try:
-        found = OperatorSet.load(out)
-    except (ArtifactError, IsADirectoryError, FileNotFoundError):
-        found = None
-    if found is None or found.metadata.get("recipe_digest") != digest:
-        msg = f"{out} exists and is not the result of this request; choose another name, or move it away"
-        raise OutputExistsError(msg)
-    return found
-
-
-def clear_leftovers(out: Path) -> None:
-    """Remove what a run left that was killed after its rename; nothing happens if that cannot be done now."""
-    work, lock = _work_folder(out), _lock(out)
-    if work.is_dir() or lock.path.exists():
-        with suppress(GhoststreamError), lock:
-            if work.is_dir():
-                shutil.rmtree(work)

@@ -11,6 +11,7 @@ import pytest
 
 from ghoststream.activations import StoreRef
 from ghoststream.errors import NumericsError, StoreError
+from ghoststream.operators import OperatorOptions, Solver
 from ghoststream.stages.solve import solve
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.cluster import Needs, _problem_of
@@ -92,15 +93,13 @@ def test_a_fold_without_tokens_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("solver", ["gram", "tsqr"])
-def test_a_rank_beyond_the_tokens_is_warned_of_and_finite(tmp_path: Path, solver: str) -> None:
+def test_a_rank_beyond_the_tokens_is_warned_of_and_finite(tmp_path: Path, solver: Solver) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (2, 3, 12)))
     found = solve(
         uri,
         "0:1",
         operator="least-squares",
-        rank=8,
-        ridge=1e-6,
-        solver=solver,  # type: ignore[arg-type]
+        options=OperatorOptions(rank=8, ridge=1e-6, solver=solver),
         out=tmp_path / "operators.safetensors",
     )
     assert any("6 tokens for 12 features" in text for text in found.warnings)

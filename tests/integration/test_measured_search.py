@@ -102,9 +102,8 @@ def test_one_pass_finds_what_candidates_one_by_one_find(
 ) -> None:
     result = _search(model, ids, 2, **method)
     starts = [1, 2, 3]
-    plans, asked = [f"{s}:{s + 2}" for s in starts], dict(method)
-    features = asked.pop("options", OperatorOptions()).features
-    dense, *losses = _one_by_one(model, ids, tmp_path, plans, features=features, **asked)
+    plans = [f"{s}:{s + 2}" for s in starts]
+    dense, *losses = _one_by_one(model, ids, tmp_path, plans, **method)
     found = {row["plan"]["spans"][0][0]: row["loss"] for row in result.candidates}
     assert found == dict(zip(starts, losses, strict=True))
     assert result.dense_loss == dense
@@ -197,9 +196,8 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
         progress=SilentProgress(),
     )
     assert sorted(fits) == [Span(1, 2), Span(2, 3), Span(4, 5), Span(4, 5)], "once, and once more in sequence"
-    wanted = {"operator": "least-squares", "features": features}
     assert [dense.loss, *(one.losses.loss for one in found[:3])] == _one_by_one(
-        model, ids, tmp_path, plans, **wanted
+        model, ids, tmp_path, plans, operator="least-squares", options=OperatorOptions(features=features)
     )
     assert found[3].losses.loss != found[0].losses.loss
 

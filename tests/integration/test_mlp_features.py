@@ -17,7 +17,7 @@ from torch import nn
 import ghoststream
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
-from ghoststream.operators import OperatorSet
+from ghoststream.operators import OperatorOptions, OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.lanes import operator_lane
@@ -99,8 +99,8 @@ def seen(folder: Path, store: Path) -> Seen:
 
 
 def fit(store: Path, folder: Path, out: Path, features: str, plan: Any = PLAN, **options: Any) -> OperatorSet:
-    options = {"operator": "least-squares", "ridge": 1e-3, "folds": 3, **options}
-    return solve(store, plan, model=folder, features=features, out=out, **options)
+    options = {"operator": "least-squares", "features": features, "ridge": 1e-3, "folds": 3, **options}
+    return solve(store, plan, model=folder, options=OperatorOptions.take(options), out=out, **options)
 
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output", "hidden+mlp"])
@@ -331,9 +331,9 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     expected, out = tmp_path / "expected", tmp_path / "out"
     fit(store, folder, expected, "mlp")
     script = (
-        "import sys; from pathlib import Path; from ghoststream.stages.solve import solve\n"
-        "solve(sys.argv[1], '2:4 5:6', model=sys.argv[2], features='mlp', operator='least-squares',"
-        " ridge=1e-3, folds=3, out=Path(sys.argv[3]))"
+        "import sys; from pathlib import Path; from ghoststream import OperatorOptions, solve\n"
+        "solve(sys.argv[1], '2:4 5:6', model=sys.argv[2], options=OperatorOptions(features='mlp', ridge=1e-3),"
+        " operator='least-squares', folds=3, out=Path(sys.argv[3]))"
     )
     command = [sys.executable, "-c", script, str(store), str(folder), str(out)]
     with subprocess.Popen(command) as process:
@@ -373,7 +373,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 ) -> None:
     out = tmp_path / "new" / "out"
     with pytest.raises(RequestError, match="give the model"):
-        solve(store, PLAN, features="mlp", operator="least-squares", out=out)
+        solve(store, PLAN, options=OperatorOptions(features="mlp"), operator="least-squares", out=out)
     with pytest.raises(RequestError, match=r"\[0,2\) begins with the first layer"):
         fit(store, folder, out, "mlp", "0:2")
     with pytest.raises(RequestError, match=r"\[0,2\) begins with the first layer"):

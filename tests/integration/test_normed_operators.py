@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghoststream.checkpoint import family_of
-from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan
@@ -152,9 +152,8 @@ def test_from_text_to_a_lane_that_equals_the_export(
         tmp_path / "store",
         PLAN,
         operator="least-squares",
-        features=features,
+        options=OperatorOptions(features=features, intercept=True),
         weights="relative",
-        intercept=True,
         out=tmp_path / "operators.safetensors",
     )
     assert made.metadata["recipe"]["features"] == features

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ghoststream.operators import operator_names
+from ghoststream.operators import OperatorOptions, operator_names
 from ghoststream.stages.solve import solve
 from ghoststream.statistics import feature_names, weight_names
 from ghoststream.testing.states import random_states, store_of
@@ -36,7 +36,11 @@ def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
     x, y = (states[layer][:, 3:].reshape(-1, 5).astype(np.float64) for layer in (1, 2))
     np.testing.assert_allclose(made.boundaries[0].apply(x), x + (y - x).mean(0), rtol=1e-5)
     fitted = solve(
-        uri, "1:2", operator="least-squares", features="magnitudes", ridge=0.0, out=tmp_path / "o.safetensors"
+        uri,
+        "1:2",
+        operator="least-squares",
+        options=OperatorOptions(features="magnitudes", ridge=0.0),
+        out=tmp_path / "o.safetensors",
     )
     x, y = (states[layer].reshape(-1, 5).astype(np.float64) for layer in (1, 2))
     best = np.linalg.lstsq(np.abs(x), y - x)[0]

@@ -62,7 +62,7 @@ def test_on_dense_states_all_operators_are_those_of_solve(
         tmp_path / "store",
         "1:2 3:5",
         operator="least-squares",
-        features=features,
+        options=OperatorOptions(features=features),
         model=model,
         out=tmp_path / "solved.safetensors",
     )

@@ -37,8 +37,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(uri: str, solver: Any, out: Path, **options: Any) -> OperatorSet:
     plan = options.pop("plan", "1:3 4:5")
-    chosen = {"operator": "least-squares", "folds": 2, "range_sequences": 2, **SKETCHES[solver], **options}
-    return solve(uri, plan, out=out, solver=solver, **chosen)
+    chosen = {"folds": 2, "range_sequences": 2, "solver": solver, **SKETCHES[solver], **options}
+    method = OperatorOptions.take(chosen)
+    return solve(uri, plan, operator="least-squares", options=method, out=out, **chosen)
 
 
 @pytest.mark.parametrize("solver", SKETCHES)

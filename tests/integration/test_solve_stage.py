@@ -19,9 +19,10 @@ from ghoststream.errors import (
     StoreError,
 )
 from ghoststream.files import FileLock
-from ghoststream.operators import OperatorSet
+from ghoststream.operators import OperatorOptions, OperatorSet
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.operators_file import work_folder
 from ghoststream.stages.select import select
 from ghoststream.stages.solve import solve
 from ghoststream.statistics import SumState, open_source
@@ -163,9 +164,9 @@ def test_a_solved_boundary_that_the_disk_damaged_is_solved_again(
 
 
 def _stop_after_fitting(family: Any, moments: Any, request: Any, out: Path, progress: Any) -> None:
-    from ghoststream.stages.solve import _fit_all, _work_folder
+    from ghoststream.stages.solve import _fit_all
 
-    _fit_all(family, moments, request, _work_folder(out), progress)
+    _fit_all(family, moments, request, work_folder(out), progress)
     raise OSError("stopped on purpose")
 
 
@@ -240,7 +241,11 @@ def test_what_exists_is_never_overwritten(uri: str, tmp_path: Path) -> None:
     out.unlink()
     solve(uri, PLAN, out=out)
     before = out.read_bytes()
-    for plan, options in ((PLAN, {"ridge": 1e-3}), (PLAN, {"folds": 2}), ("2:4", {})):
+    for plan, options in (
+        (PLAN, {"options": OperatorOptions(ridge=1e-3)}),
+        (PLAN, {"folds": 2}),
+        ("2:4", {}),
+    ):
         with pytest.raises(OutputExistsError, match="not the result of this request"):
             solve(uri, plan, out=out, **options)
     with pytest.raises(OutputExistsError):
@@ -277,7 +282,7 @@ def test_requests_that_cannot_be_met_end_before_anything_is_written(uri: str, tm
     with pytest.raises(PlanError, match="model of 7 layers, this model has 6"):
         solve(uri, PruningPlan(7, (Span(1, 2),)), out=out)
     with pytest.raises(RequestError, match="the ridge is -1"):
-        solve(uri, PLAN, out=out, ridge=-1, operator="none")
+        solve(uri, PLAN, out=out, options=OperatorOptions(ridge=-1), operator="none")
     with pytest.raises(RequestError, match="no operator 'nonsense'"):
         solve(uri, PLAN, out=out, operator="nonsense")
     with pytest.raises(RequestError, match="folds empty"):

@@ -62,7 +62,7 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
 ) -> None:
     plan = PruningPlan(L, (Span(0, 1), Span(2, 5)))
     out = tmp_path / "operators.safetensors"
-    made = solve(uri, plan, per_layer=True, folds=FOLDS, out=out)
+    made = solve(uri, plan, options=OperatorOptions(per_layer=True), folds=FOLDS, out=out)
     for operator in made.boundaries:
         x = rows(states, operator.span.start)
         np.testing.assert_allclose(
@@ -78,7 +78,7 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
     assert residuals[0] > residuals[1] * (1 + 1e-6)
     assert made.metadata["recipe"]["per_layer"] is True
     before = out.read_bytes()
-    again = solve(uri, plan, per_layer=True, folds=FOLDS, out=out)
+    again = solve(uri, plan, options=OperatorOptions(per_layer=True), folds=FOLDS, out=out)
     assert out.read_bytes() == before
     assert again.diagnostics == made.diagnostics == OperatorSet.load(out).diagnostics
 
@@ -123,7 +123,13 @@ def ratios(states: list[Hidden], layer: int, turn: Array) -> Array:
 
 @pytest.mark.parametrize("name", ["linear-patch-diagonal", "linear-patch-rotated", "prune-and-comp"])
 def test_baselines_can_be_chained_too(uri: str, states: list[Hidden], tmp_path: Path, name: str) -> None:
-    made = solve(uri, "1:4", operator=name, per_layer=True, out=tmp_path / "operators.safetensors")
+    made = solve(
+        uri,
+        "1:4",
+        operator=name,
+        options=OperatorOptions(per_layer=True),
+        out=tmp_path / "operators.safetensors",
+    )
     turn = hadamard_matrix(SHAPE[2]) if name == "linear-patch-rotated" else np.eye(SHAPE[2])
     x = rows(states, 1)
     expected = x
@@ -152,7 +158,13 @@ def test_a_family_without_a_product_is_refused_before_the_work(uri: str, tmp_pat
         fit_per_layer(Alone(), moments[SPAN], layers)
     register_operator("alone-for-a-test")(lambda _: Alone())
     with pytest.raises(RequestError, match="Alone cannot be fitted layer by layer"):
-        solve(uri, "1:4", operator="alone-for-a-test", per_layer=True, out=tmp_path / "operators.safetensors")
+        solve(
+            uri,
+            "1:4",
+            operator="alone-for-a-test",
+            options=OperatorOptions(per_layer=True),
+            out=tmp_path / "operators.safetensors",
+        )
     assert list(tmp_path.iterdir()) == []
     for name in ("none", "symmetric"):
         with pytest.raises(
@@ -166,7 +178,7 @@ def test_a_fold_without_tokens_is_refused(tmp_path: Path) -> None:
     mask[1] = False
     uri = store_of(tmp_path / "store", random_states(3, (4, 6, 3)), mask=mask)
     with pytest.raises(NumericsError, match=r"fold 1 of 4 .* holds no tokens"):
-        solve(uri, "0:2", per_layer=True, out=tmp_path / "operators.safetensors")
+        solve(uri, "0:2", options=OperatorOptions(per_layer=True), out=tmp_path / "operators.safetensors")
 
 
 def degenerate(share: float) -> list[Hidden]:
@@ -187,7 +199,9 @@ def test_svd_is_the_pseudo_inverse_with_small_singular_values_left_out(
     if dropped:
         states[0][..., 5] = states[0][..., 4]  # exactly singular, whatever float32 rounds
     uri = store_of(tmp_path / "store", states, n_layers=2)
-    (operator,) = solve(uri, "0:1", solver="svd", folds=2, out=tmp_path / "o.safetensors").boundaries
+    (operator,) = solve(
+        uri, "0:1", options=OperatorOptions(solver="svd"), folds=2, out=tmp_path / "o.safetensors"
+    ).boundaries
     x, y = (part.reshape(-1, 6).astype(np.float64) for part in states)
     best = np.linalg.pinv(x, rcond=1e-6) @ (y - x)
     assert operator.weight is not None

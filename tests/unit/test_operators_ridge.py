@@ -245,20 +245,14 @@ def test_solve_takes_and_keeps_the_options(uri: str, states: list[Hidden], tmp_p
         uri,
         "1:3",
         operator="least-squares",
-        solver="tsqr",
-        intercept=True,
-        shrink="zero",
-        ridge="gcv",
+        options=OperatorOptions(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
         out=out,
     )
     again = solve(
         uri,
         "1:3",
         operator="least-squares",
-        solver="tsqr",
-        intercept=True,
-        shrink="zero",
-        ridge="gcv",
+        options=OperatorOptions(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
         out=out,
     )
     recipe = made.metadata["recipe"]

@@ -69,9 +69,8 @@ def test_the_sweeps_of_solve_are_those_that_it_makes(
     given = dict(fit)
     operator, weights = given.pop("operator"), given.pop("weights", "uniform")
     folds = given.pop("folds", 4)
-    request = MomentRequest(
-        PLAN.spans, operator, OperatorOptions(**given), weights, folds=folds, memory=10**9, workers=1
-    )
+    options = OperatorOptions(**given)
+    request = MomentRequest(PLAN.spans, operator, options, weights, folds=folds, memory=10**9, workers=1)
     shape = StoreShape(*SHAPE)
     spacious = solve_sweeps(request, shape)
     assert [cost.sweeps for cost in spacious] == [1] * len(spacious)
@@ -84,13 +83,13 @@ def test_the_sweeps_of_solve_are_those_that_it_makes(
         uri,
         PLAN,
         operator=operator,
+        options=options,
         weights=weights,
         folds=folds,
         out=tmp_path / "operators.safetensors",
         memory=memory,
         workers=1,
         progress=told,
-        **given,
     )
     assert {cost.statistic: cost.sweeps for cost in costs} == told.sweeps()
     assert all(cost.task_bytes <= memory and cost.problem is None for cost in costs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ghoststream.errors import RequestError
+from ghoststream.operators import OperatorOptions
 from ghoststream.spans import Span
 from ghoststream.stages.solve import solve
 from ghoststream.statistics import FoldedMoments, Precision
@@ -84,9 +85,10 @@ def test_operators_solved_from_a_device_are_those_of_the_host(
     uri: str, tmp_path: Path, precision: Precision
 ) -> None:
     there, again, here = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "here"))
-    options: dict[str, Any] = {"operator": "least-squares", "ridge": 1e-3, "precision": precision}
+    method = OperatorOptions(ridge=1e-3)
+    options: dict[str, Any] = {"operator": "least-squares", "options": method, "precision": precision}
     found = solve(uri, "0:2", out=there, reduce_device="cpu", range_sequences=2, **options)
-    exact = solve(uri, "0:2", out=here, range_sequences=2, operator="least-squares", ridge=1e-3)
+    exact = solve(uri, "0:2", out=here, range_sequences=2, operator="least-squares", options=method)
     assert found.metadata["recipe"]["reduce_device"] == "cpu"
     assert exact.metadata["recipe"]["reduce_device"] is None
     one, other = (operators.boundaries[0].weight for operators in (found, exact))
@@ -103,11 +105,11 @@ def test_what_is_no_gram_is_not_reduced_on_a_device(uri: str, tmp_path: Path) ->
     for refused in (
         {"operator": "diagonal"},
         {"operator": "linear-patch-rotated"},
-        {"operator": "least-squares", "solver": "tsqr"},
-        {"operator": "least-squares", "solver": "sketch-rows"},
+        {"operator": "least-squares", "options": OperatorOptions(solver="tsqr")},
+        {"operator": "least-squares", "options": OperatorOptions(solver="sketch-rows")},
     ):
         with pytest.raises(RequestError, match=r"leave (--reduce-device )?cpu out"):
-            solve(uri, "0:2", out=tmp_path / "o.safetensors", reduce_device="cpu", **refused)  # type: ignore[arg-type]
+            solve(uri, "0:2", out=tmp_path / "o.safetensors", reduce_device="cpu", **refused)
     assert not (tmp_path / "o.safetensors").exists()
 
 

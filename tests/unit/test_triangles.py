@@ -164,7 +164,11 @@ def test_a_solve_by_the_qr_route_ends_in_an_operator_file(
     uri: str, states: list[Hidden], tmp_path: Path
 ) -> None:
     made = solve(
-        uri, "1:3", operator="least-squares", solver="tsqr", ridge=0.0, out=tmp_path / "o.safetensors"
+        uri,
+        "1:3",
+        operator="least-squares",
+        options=OperatorOptions(solver="tsqr", ridge=0.0),
+        out=tmp_path / "o.safetensors",
     )
     x, gap = data(states)
     best = np.linalg.lstsq(x, gap)[0]

@@ -25,8 +25,8 @@ from ghoststream.stages.distillation.distilling import (
     trained_boundaries,
 )
 from ghoststream.stages.distillation.teacher import Teacher
+from ghoststream.stages.operators_file import clear_leftovers, existing_operators
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.stages.solve import clear_leftovers, existing_operators
 from ghoststream.streaming.backward import require_gradient_dtype
 from ghoststream.text import TokenSet
 

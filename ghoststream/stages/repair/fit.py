@@ -11,6 +11,7 @@ from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.operators_file import existing_operators
 from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, SCREEN, named_method
 from ghoststream.stages.repair.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.repair.measured import divide
@@ -19,7 +20,6 @@ from ghoststream.stages.searching.result import read_repair
 from ghoststream.stages.searching.steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.stages.solve import existing_operators
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet

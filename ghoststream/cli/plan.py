@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ghoststream.cli.method_options import criterion_or_measured_option, operator_or_auto_option, rank_option
+from ghoststream.cli.method_options import (
+    criterion_or_measured_option,
+    operator_or_auto_option,
+    rank_option,
+    take_options,
+)
 from ghoststream.cli.moment_options import (
     folds_option,
     moments_memory_option,
@@ -80,14 +85,13 @@ def command(model: str, remove: int, *, as_json: bool, **options: Any) -> None:
 
     The table of sweeps says how often the store is read for moments within --memory, and what is kept on disk meanwhile.
     """
-    from ghoststream.operators import OperatorOptions
     from ghoststream.stages.planning.plan import MomentOptions, plan_run
 
-    fit = {name: options.pop(name) for name in ("rank", "solver", "sketch_size", "power_iterations")}
+    method = take_options(options)
     bounds = {name: options.pop(name) for name in ("weights", "folds", "memory", "workers")}
     given = {name: value for name, value in bounds.items() if value is not None}
-    moments = MomentOptions(options.pop("plan_source"), OperatorOptions(**fit), **given)
-    plan = plan_run(model, n_remove=remove, moments=moments, **options)
+    moments = MomentOptions(options.pop("plan_source"), **given)
+    plan = plan_run(model, n_remove=remove, options=method, moments=moments, **options)
     if as_json:
         print_json(plan.to_json())
     else:

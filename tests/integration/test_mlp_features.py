@@ -354,7 +354,9 @@ def test_plan_counts_taps_and_folded_operators(folder: Path, tmp_path: Path) -> 
         "criterion": "streamline",
     }
     plans = {
-        features: plan_run(folder, operator="least-squares", features=features, **asked).needs
+        features: plan_run(
+            folder, operator="least-squares", options=OperatorOptions(features=features), **asked
+        ).needs
         for features in ("hidden", "mlp", "mlp_output", "hidden+mlp")
     }
     assert "disk, taps" not in plans["hidden"]

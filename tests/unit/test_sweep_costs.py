@@ -169,11 +169,11 @@ def test_the_plan_of_a_run_has_them(tiny_llama: Path) -> None:
     assert several.sweeps[0].sweeps == 0
     assert any(problem.startswith("select: the moments of") for problem in several.problems)
     assert several.to_json()["sweeps"][1]["sweeps"] == 2
-    wide = STORED | {"operator": "least-squares", "features": "mlp"}
-    taps = plan_run(tiny_llama, **wide, **request).sweeps[0]
+    fitted = STORED | {"operator": "least-squares"}
+    taps = plan_run(tiny_llama, options=OperatorOptions(features="mlp"), **fitted, **request).sweeps[0]
     assert taps.task_bytes > one.sweeps[0].task_bytes
-    sketch = MomentOptions(options=OperatorOptions(solver="sketch-range", rank=2))
-    sketched = plan_run(tiny_llama, moments=sketch, **wide | {"features": "hidden"}, **request)
+    sketch = OperatorOptions(solver="sketch-range", rank=2)
+    sketched = plan_run(tiny_llama, options=sketch, **fitted, **request)
     assert [cost.statistic for cost in sketched.sweeps] == ["range finder", "projected moments"]
     assert "24 p^2 + 16 p C, as p = 32 to fit" in sketched.needs["memory, solve"].formula
     with pytest.raises(PlanError, match="removes 1 layers, and 2 were asked for"):
@@ -193,7 +193,12 @@ def test_the_plan_of_a_run_has_them(tiny_llama: Path) -> None:
 )
 def test_solving_takes_what_a_task_takes(tiny_llama: Path, operator: str, features: str) -> None:
     plan = plan_run(
-        tiny_llama, n_remove=2, criterion="streamline", operator=operator, features=features, measure=False
+        tiny_llama,
+        n_remove=2,
+        criterion="streamline",
+        operator=operator,
+        options=OperatorOptions(features=features),
+        measure=False,
     )
     (cost,) = plan.sweeps
     # The model is so small that blocks of hidden states outweigh any fit.

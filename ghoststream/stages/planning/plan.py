@@ -7,7 +7,7 @@ size ``C``, widest matrix of a layer ``I``, ``S`` sequences of ``T`` tokens, mic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -43,16 +43,14 @@ from ghoststream.streaming.budget import work_bytes_per_token
 
 @dataclass(frozen=True, slots=True)
 class MomentOptions:
-    """How boundaries would be solved, as :func:`ghoststream.solve` takes it.
+    """Of which spans moments would be gathered and how, as :func:`ghoststream.solve` takes it.
 
     Attributes:
         plan: The plan, its file, or spans such as ``13:19``; by default one span.
-        options: Options of the operator, but its features.
         weights, precision, folds, memory, workers: See there.
     """
 
     plan: PruningPlan | str | Path | None = None
-    options: OperatorOptions = field(default_factory=OperatorOptions)
     weights: str = UNIFORM
     precision: Precision = "float64"
     folds: int = DEFAULT_FOLDS
@@ -112,7 +110,7 @@ def plan_run(
     criterion: str = "measured",
     max_spans: int | None = None,
     operator: str = AUTO,
-    features: str = "hidden",
+    options: OperatorOptions | None = None,
     layers: tuple[int, ...] | None = None,
     store_dtype: str | None = None,
     store: str | None = None,
@@ -131,7 +129,7 @@ def plan_run(
         criterion: How layers are chosen (``docs/selection.md``); those of :func:`ghoststream.search` make no store.
         max_spans: As :func:`ghoststream.search` takes it.
         operator: What is fitted, see :func:`ghoststream.solve`, or ``auto``.
-        features: What ``least-squares`` reads, see there.
+        options: Options of the operator.
         layers: Positions whose hidden states are stored; ``None`` is all of ``0..L``.
         store_dtype: Dtype of the store; ``None`` is the compute dtype.
         store: Where the store would go; its disk is checked if it is a local path.
@@ -151,6 +149,7 @@ def plan_run(
 
     Memory: headers of the checkpoint and three matrices of 8 MiB.
     """
+    options = options or OperatorOptions()
     session = ModelSession(model, ModelOptions(**compute))
     skeleton = session.skeleton
     sizes = _model_sizes(skeleton, length)
@@ -163,7 +162,7 @@ def plan_run(
             session.options.micro_batch or session.memory(length).choose_micro_batch(), sequences
         ),
         operator=operator,
-        features=features,
+        features=options.features,
         criterion=criterion,
         device_memory=session.options.device_memory,
         host_memory=session.options.host_memory,
@@ -173,15 +172,17 @@ def plan_run(
         n_stored=sizes.n_layers + 1 if layers is None else len(layers),
     )
     if operator == AUTO or request.reads_taps:
-        request = replace(request, intermediate=_intermediate(skeleton, features, required=operator != AUTO))
+        request = replace(
+            request, intermediate=_intermediate(skeleton, options.features, required=operator != AUTO)
+        )
     shards = [skeleton.root / shard for shard in skeleton.index.shards]
     rates = measure_rates(shards, skeleton.dtype, session.device) if measure else None
     if in_passes(request):
         needs = pass_route_needs(sizes, request, session.device, Path(out or "."))
         return RunPlan(sizes, request, needs, pass_route_stages(sizes, request, rates), rates)
     moments = moments or MomentOptions()
-    stored = replace(stored_request(request), solver=moments.options.solver)
-    sweeps = _sweeps(skeleton, stored, moments)
+    stored = replace(stored_request(request), solver=options.solver)
+    sweeps = _sweeps(skeleton, stored, replace(options, features=stored.features), moments)
     store_path = None if store is not None and "://" in store else Path(store or ".")
     needs = all_needs(sizes, stored, sweeps, device=session.device, store=store_path, out=Path(out or "."))
     stages = stage_costs(sizes, stored, rates, sweeps)
@@ -191,7 +192,9 @@ def plan_run(
     return RunPlan(sizes, request, needs, stages, rates, sweeps)
 
 
-def _sweeps(skeleton: Skeleton, request: Request, moments: MomentOptions) -> tuple[SweepCost, ...]:
+def _sweeps(
+    skeleton: Skeleton, request: Request, options: OperatorOptions, moments: MomentOptions
+) -> tuple[SweepCost, ...]:
     spans: tuple[Span, ...] = (Span(1, 1 + request.n_remove),)
     if moments.plan is not None:
         plan = read_plan(moments.plan, skeleton.n_layers)
@@ -199,7 +202,6 @@ def _sweeps(skeleton: Skeleton, request: Request, moments: MomentOptions) -> tup
             msg = f"the plan {plan} removes {plan.n_removed} layers, and {request.n_remove} were asked for; give one number"
             raise PlanError(msg)
         spans = plan.spans
-    options = replace(moments.options, features=request.features)
     taps = taps_of(features_of(make_operator(request.operator, options), options))
     wanted = MomentRequest(
         spans,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation.objectives import default_loss_tokens
-from ghoststream.files import FileLock, bytes_digest, disk_errors, fsync_folder, json_digest, require_writable
+from ghoststream.files import bytes_digest, disk_errors, fsync_folder, json_digest, require_writable
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
@@ -25,7 +25,7 @@ from ghoststream.stages.distillation.distilling import (
     trained_boundaries,
 )
 from ghoststream.stages.distillation.teacher import Teacher
-from ghoststream.stages.operators_file import clear_leftovers, existing_operators
+from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
 from ghoststream.streaming.backward import require_gradient_dtype
 from ghoststream.text import TokenSet
@@ -123,9 +123,9 @@ def distill(
         return found
     require_writable(out)
     told = progress or SilentProgress()
-    work = out.with_name(f"{out.name}.partial")
+    work = work_folder(out)
     folder = work / str(metadata["recipe_digest"]).removeprefix("sha256:")[:16]
-    with FileLock(out.with_name(f".{out.name}.lock"), guarded=out):
+    with output_lock(out):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         teacher = Teacher(folder, session, given.plan.spans[0].start, top)

@@ -15,7 +15,8 @@ from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.convoy import Convoy, Traveller
 from ghoststream.streaming.flow import StatesFlow
-from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, LogitsObserver, TappedFit, TappedMap
+from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, TappedFit, TappedMap
+from ghoststream.streaming.output_head import OutputHead
 from ghoststream.streaming.prefetch import WeightPrefetcher
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
@@ -109,7 +110,7 @@ class StreamedPass:
         first, progress = self._options.first_layer, self._options.progress
         layers = [n for n in range(first, self._last) if any(lane.runs(n) for lane in self._lanes)]
         with_head = self._last == self._skeleton.n_layers and any(lane.logits for lane in self._lanes)
-        progress.start("streaming layers", len(layers) + int(with_head), "layers")
+        progress.start("streaming layers", len(layers), "layers")
         with WeightPrefetcher(self._reads(layers, with_head=with_head)) as weights:
             convoy = self._depart(first)
             for layer in range(first, self._last):
@@ -118,8 +119,8 @@ class StreamedPass:
                     progress.advance(1)
                 self._arrive(layer + 1, convoy)
             if with_head:
-                self._through_head(convoy, weights.take())
-                progress.advance(1)
+                head = OutputHead(self._skeleton, self._calls, self._options.logit_tokens, progress)
+                head.run(convoy, weights.take())
         convoy.disband()
         progress.finish()
 
@@ -220,33 +221,6 @@ class StreamedPass:
                         observer.finished(position)
         convoy.retire(position)
         convoy.enter_spans(position)
-
-    def _through_head(self, convoy: Convoy, weights: Weights) -> None:
-        with self._skeleton.loaded_head(weights):
-            for traveller in convoy.travellers:
-                if traveller.lane.logits is not None:
-                    traveller.narrow()
-                    with self._flow(convoy, [traveller]) as flow:
-                        for batch, states in flow:
-                            finished = self._finished(traveller.lane, batch, states)
-                            self._show_logits(traveller.lane.logits, batch, finished)
-                            return_free_memory()
-
-    def _finished(self, lane: Lane, batch: Batch, states: torch.Tensor) -> torch.Tensor:
-        """Return what the head receives: of all tokens, or of those that the lane scores."""
-        finished = self._calls.finish(batch, states)
-        if lane.scored is None:
-            return finished
-        return finished.flatten(0, 1)[None, lane.scored(batch).to(finished.device)]
-
-    def _show_logits(self, observer: LogitsObserver, batch: Batch, finished: torch.Tensor) -> None:
-        if self._options.logit_tokens is None:
-            observer.observe_logits(batch, 0, self._calls.logits(finished).flatten(0, 1))
-            return
-        flat = finished.flatten(0, 1)[None]
-        for begin in range(0, flat.shape[1], self._options.logit_tokens):
-            logits = self._calls.logits(flat[:, begin : begin + self._options.logit_tokens], in_blocks=True)
-            observer.observe_logits(batch, begin, logits[0])
 
     def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[Traveller]) -> None:
         for traveller in group:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ghoststream.errors import RequestError
+from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming import (
     Batch,
@@ -195,6 +196,46 @@ def test_lanes_that_share_a_map_go_together_until_they_part(tmp_path: Path) -> N
     assert [tuple(states.shape) for states in together[0].seen] == [(2, 20, 32)]
     assert torch.equal(together[0].seen[0], alone[0].seen[1])
     assert torch.equal(torch.cat(together[1].seen), torch.cat(alone[1].seen))
+
+
+class Logits:
+    """Counts the tokens whose logits it sees."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
+        self.tokens += logits.shape[0]
+
+
+class Told(SilentProgress):
+    """Counts what each task said to be its whole, and what it told of."""
+
+    def __init__(self) -> None:
+        self.wholes: list[tuple[str, int]] = []
+        self.done: list[int] = []
+
+    def start(self, task: str, total: int, unit: str) -> None:
+        self.wholes.append((task, total))
+        self.done.append(0)
+
+    def advance(self, amount: int) -> None:
+        self.done[-1] += amount
+
+
+def test_the_head_tells_of_every_sequence_of_every_lane_that_asks_for_logits(tmp_path: Path) -> None:
+    """Over many lanes it is the longest part of a pass over a small model: as one more layer it would seem to hang."""
+    folder, told = save_tiny("llama", tmp_path / "model"), Told()
+    whole, part, plan = Logits(), Logits(), PruningPlan(N_LAYERS, (SECOND,))
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS), logits=whole),
+        Lane("part", plan, {SECOND: LeastSquares("dense")}, logits=part, goes_on=(4, 6)),
+        Lane("silent", plan, {SECOND: LeastSquares("dense")}),
+    ]
+    _run(folder, lanes, PassOptions(progress=told))
+    assert told.wholes == [("streaming layers", N_LAYERS), ("output head of 2 lanes", 6 + 2)]
+    assert told.done == [N_LAYERS, 6 + 2]
+    assert (whole.tokens, part.tokens) == (6 * 20, 2 * 20)
 
 
 @pytest.mark.parametrize("goes_on", [(3, 6), (4, 4), (4, 7)])

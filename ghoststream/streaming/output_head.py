@@ -1,0 +1,77 @@
+"""The end of a pass: final norm and head, over what the lanes carry that are asked for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ghoststream.progress import Progress
+from ghoststream.streaming.allocator import return_free_memory
+from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.calls import ModelCalls
+from ghoststream.streaming.convoy import Convoy, Traveller
+from ghoststream.streaming.flow import StatesFlow
+from ghoststream.streaming.lanes import Lane, LogitsObserver
+from ghoststream.streaming.skeleton import Skeleton
+from ghoststream.streaming.weights import Weights
+
+
+class OutputHead:
+    """Takes the lanes of a pass through the head, one after the other.
+
+    It has a task of its own to tell of: over many lanes and a large vocabulary it takes longer than all layers of a small model.
+
+    Args:
+        skeleton: The model.
+        calls: How its parts are called.
+        logit_tokens: Tokens whose logits are held at once; ``None`` is a whole batch.
+        progress: Who is told how far it is.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, calls: ModelCalls, logit_tokens: int | None, progress: Progress
+    ) -> None:
+        self._skeleton, self._calls = skeleton, calls
+        self._logit_tokens, self._progress = logit_tokens, progress
+
+    def run(self, convoy: Convoy, weights: Weights) -> None:
+        """Show their logits to all lanes that want them."""
+        asked = [traveller for traveller in convoy.travellers if traveller.lane.logits is not None]
+        for traveller in asked:
+            traveller.narrow()
+        n_sequences = sum(batch.stop - batch.start for traveller in asked for batch in traveller.batches)
+        self._progress.start(f"output head of {_lanes(asked)}", n_sequences, "sequences")
+        with self._skeleton.loaded_head(weights):
+            for traveller in asked:
+                self._through(traveller, convoy)
+
+    def _through(self, traveller: Traveller, convoy: Convoy) -> None:
+        observer = traveller.lane.logits
+        assert observer is not None
+        batches = convoy.batches_of([traveller])
+        with StatesFlow(traveller.states, None, batches, self._skeleton.device) as flow:
+            for batch, states in flow:
+                self._show(observer, batch, self._finished(traveller.lane, batch, states))
+                return_free_memory()
+                self._progress.advance(batch.stop - batch.start)
+
+    def _finished(self, lane: Lane, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """Return what the head receives: of all tokens, or of those that the lane scores."""
+        finished = self._calls.finish(batch, states)
+        if lane.scored is None:
+            return finished
+        return finished.flatten(0, 1)[None, lane.scored(batch).to(finished.device)]
+
+    def _show(self, observer: LogitsObserver, batch: Batch, finished: torch.Tensor) -> None:
+        if self._logit_tokens is None:
+            observer.observe_logits(batch, 0, self._calls.logits(finished).flatten(0, 1))
+            return
+        flat = finished.flatten(0, 1)[None]
+        for begin in range(0, flat.shape[1], self._logit_tokens):
+            logits = self._calls.logits(flat[:, begin : begin + self._logit_tokens], in_blocks=True)
+            observer.observe_logits(batch, begin, logits[0])
+
+
+def _lanes(travellers: Sequence[Traveller]) -> str:
+    return "1 lane" if len(travellers) == 1 else f"{len(travellers)} lanes"

@@ -5,7 +5,7 @@ of its own (forked, so that the libraries are imported once), each in its own fo
 of ``{work}`` in the arguments. First undisturbed; then for each chosen operation once until SIGKILL strikes before it,
 and once more to the end. CHOICE is ``{"every": N, "first": M}``, or ``{"count": N}`` for so many operations of each kind and stage.
 
-Operations are layers of a pass, writes of zarr and of checkpoint shards (killed when half of it is written), renames,
+Operations are layers of a pass, closing of scratch files for its states, writes of zarr and of checkpoint shards (killed when half of it is written), renames,
 removals and syncs. Prints one JSON object: for each job the files and the layers that each run left and computed.
 """
 
@@ -33,6 +33,7 @@ from ghoststream.checkpoint import writer as checkpoint_writer
 from ghoststream.cli import main as command_line
 from ghoststream.stages import recover, recovery_flow
 from ghoststream.streaming import StreamedPass
+from ghoststream.streaming.states import FileStates
 
 _STAGES = {"capture": recovery_flow, "select": recovery_flow, "solve": recovery_flow, "export": recover}
 
@@ -55,6 +56,7 @@ class Saboteur:
             (pathlib.Path, "unlink"),
             (shutil, "rmtree"),
             (StreamedPass, "_through_layer"),
+            (FileStates, "close"),
         ):
             setattr(owner, name, self._counted(name, getattr(owner, name)))
         # SIGKILL leaves the page cache alone: syncing would only cost time here.

@@ -19,8 +19,10 @@ _VARIANTS = {
     "all": (),
     "narrower": ("--store-dtype", "bfloat16"),
     "some": ("--layers", "2,5"),
-    "some-narrower-on-disk": ("--layers", "1,4", "--store-dtype", "float16", "--host-memory", "0"),
+    # 6.5 KiB more than the pass itself needs, where its states take 10 KiB.
+    "some-narrower-on-disk": ("--layers", "1,4", "--store-dtype", "float16", "--host-memory", "200KiB"),
 }
+_FAST = ("all", "narrower", "some-narrower-on-disk")
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +74,18 @@ def _require_survived(result: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def killed(tiny_llama: Path, ids: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of commands that were killed at one operation of every kind, and at the very last."""
-    jobs = {variant: _capture(tiny_llama, ids, variant) for variant in ("all", "narrower", "some")}
+    jobs = {variant: _capture(tiny_llama, ids, variant) for variant in _FAST}
     jobs["recover"] = _recover(tiny_llama, ids)
     return _kill(tmp_path_factory.mktemp("killed") / "runs", {"count": 1}, **jobs)
 
 
-@pytest.mark.parametrize("variant", ["all", "narrower", "some"])
+@pytest.mark.parametrize("variant", _FAST)
 def test_killed_capture_ends_with_identical_files(variant: str, killed: dict[str, Any]) -> None:
     result = killed[variant]
     _require_survived(result)
-    assert {run["operation"][1] for run in result["killed"]} >= {"_through_layer", "put", "replace", "fsync"}
+    kinds = {run["operation"][1] for run in result["killed"]}
+    assert kinds >= {"_through_layer", "put", "replace", "fsync"}
+    assert ("close" in kinds) == variant.endswith("on-disk")
     assert "store/manifest.json" in result["whole"]
     assert not any("scratch" in name for name in result["whole"])
 

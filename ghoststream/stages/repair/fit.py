@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -100,24 +101,16 @@ def fit(
     repair = _given_repair(plan, wanted) if given is None else Repair.alike(wanted, given)
     text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
     tokens = session.tokens(text)
-    ranges = RangePlan.make(tokens.n_sequences, folds=folds)
-    micro_batch = session.options.micro_batch or session.memory(length).choose_micro_batch()
-    fitting = None
-    if repair is None:
-        micro_batch, n_fit = divide(session, tokens, held_out)
-        fitting = RangePlan.make(n_fit, folds=folds)
+    division = _Division.make(session, tokens, folds, held_out=held_out, choosing=repair is None)
     recipe = {
         "stage": "fit",
         "text": text.recipe().to_json(),
         "tokens_digest": tokens.digest,
         "dtype": dtype_name(session.skeleton.dtype),
         "attention": session.skeleton.attention,
-        "micro_batch": micro_batch,
-        "range_sequences": ranges.range_sequences,
-        "folds": ranges.n_folds,
+        **division.to_json(),
         "operator": operator,
         "methods": [method.to_json() for method in (LATER_METHODS if repair is None else repair.methods)],
-        "chosen_on": None if fitting is None else {"from": fitting.n_sequences, "screen": SCREEN.to_json()},
     }
     digest = json_digest({"recipe": recipe, "plan": wanted.to_json(), "model": session.fingerprint["digest"]})
     found = existing_operators(out, digest)
@@ -132,17 +125,49 @@ def fit(
     }
     tell = progress or SilentProgress()
     if repair is None:
-        trial = Trial(session, tokens, fitting, micro_batch, tell)
+        trial = Trial(session, tokens, division.fitting, division.micro_batch, tell)
         steps = MeasuredSteps(trial, {"digest": digest}, out, None)
         repair, metadata["chosen"] = _choose(wanted, steps, tell)
     else:
         steps = None
-    fits = _run(session, tokens, repair, ranges, micro_batch, tell)
+    fits = _run(session, tokens, repair, division, tell)
     operators = OperatorSet(wanted, operator, tuple(fits), session.skeleton.hidden_size, metadata)
     operators.save(out)
     if steps is not None:
         steps.forget()
     return operators
+
+
+@dataclass(frozen=True)
+class _Division:
+    """How the sequences are divided: all of them to fit on, and those that ``auto`` fits on to measure on the others."""
+
+    micro_batch: int
+    ranges: RangePlan
+    fitting: RangePlan | None
+
+    @classmethod
+    def make(
+        cls, session: ModelSession, tokens: TokenSet, folds: int, *, held_out: int | None, choosing: bool
+    ) -> _Division:
+        ranges = RangePlan.make(tokens.n_sequences, folds=folds)
+        if choosing:
+            micro_batch, n_fit = divide(session, tokens, held_out)
+            return cls(micro_batch, ranges, RangePlan.make(n_fit, folds=folds))
+        chosen = session.options.micro_batch or session.memory(tokens.length).choose_micro_batch()
+        return cls(chosen, ranges, None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what of it can change a bit of the operators."""
+        chosen_on = (
+            None if self.fitting is None else {"from": self.fitting.n_sequences, "screen": SCREEN.to_json()}
+        )
+        return {
+            "micro_batch": self.micro_batch,
+            "range_sequences": self.ranges.range_sequences,
+            "folds": self.ranges.n_folds,
+            "chosen_on": chosen_on,
+        }
 
 
 def _given_repair(plan: PruningPlan | str | Path, wanted: PruningPlan) -> Repair | None:
@@ -163,14 +188,13 @@ def _run(
     session: ModelSession,
     tokens: TokenSet,
     repair: Repair,
-    ranges: RangePlan,
-    micro_batch: int,
+    division: _Division,
     progress: Progress,
 ) -> list[BoundaryOperator]:
     plan = repair.plan
     last = plan.spans[-1].stop
-    batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    fitted = FittedLanes(ranges, tokens.mask, session)
+    batches = make_batches(tokens.ids, tokens.mask, division.micro_batch)
+    fitted = FittedLanes(division.ranges, tokens.mask, session)
     lane = fitted.lane("repaired", repair, until=last)
     lanes = [Lane(DENSE, PruningPlan(plan.n_layers), until=last), *fitted.helpers(), lane]
     factory = session.memory(tokens.length).states_factory(batches)

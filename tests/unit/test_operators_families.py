@@ -192,6 +192,12 @@ def test_a_users_operator_is_a_class_of_their_own(moments: FoldedMoments) -> Non
         register_operator("halved-for-a-test")(lambda options: Halved(options))
 
 
+def test_options_take_what_is_theirs_of_a_dictionary_and_leave_the_rest() -> None:
+    given = {"ridge": 0.5, "weights": "uniform", "per_layer": True, "folds": 2}
+    assert OperatorOptions.take(given) == OperatorOptions(ridge=0.5, per_layer=True)
+    assert given == {"weights": "uniform", "folds": 2}
+
+
 def test_unknown_names_say_what_is_known() -> None:
     with pytest.raises(RequestError, match=r"no operator 'ghots'; known are ") as raised:
         make_operator("ghots")

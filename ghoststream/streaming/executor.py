@@ -120,7 +120,7 @@ class StreamedPass:
                 self._arrive(layer + 1, convoy)
             if with_head:
                 head = OutputHead(self._skeleton, self._calls, self._options.logit_tokens, progress)
-                head.run(convoy, weights.take())
+                head.run(convoy.travellers, weights.take())
         convoy.disband()
         progress.finish()
 

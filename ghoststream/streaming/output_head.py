@@ -10,7 +10,7 @@ from ghoststream.progress import Progress
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
-from ghoststream.streaming.convoy import Convoy, Traveller
+from ghoststream.streaming.convoy import Traveller
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lanes import Lane, LogitsObserver
 from ghoststream.streaming.skeleton import Skeleton
@@ -35,22 +35,21 @@ class OutputHead:
         self._skeleton, self._calls = skeleton, calls
         self._logit_tokens, self._progress = logit_tokens, progress
 
-    def run(self, convoy: Convoy, weights: Weights) -> None:
+    def run(self, travellers: Sequence[Traveller], weights: Weights) -> None:
         """Show their logits to all lanes that want them."""
-        asked = [traveller for traveller in convoy.travellers if traveller.lane.logits is not None]
+        asked = [traveller for traveller in travellers if traveller.lane.logits is not None]
         for traveller in asked:
             traveller.narrow()
         n_sequences = sum(batch.stop - batch.start for traveller in asked for batch in traveller.batches)
         self._progress.start(f"output head of {_lanes(asked)}", n_sequences, "sequences")
         with self._skeleton.loaded_head(weights):
             for traveller in asked:
-                self._through(traveller, convoy)
+                self._through(traveller)
 
-    def _through(self, traveller: Traveller, convoy: Convoy) -> None:
+    def _through(self, traveller: Traveller) -> None:
         observer = traveller.lane.logits
         assert observer is not None
-        batches = convoy.batches_of([traveller])
-        with StatesFlow(traveller.states, None, batches, self._skeleton.device) as flow:
+        with StatesFlow(traveller.states, None, traveller.batches, self._skeleton.device) as flow:
             for batch, states in flow:
                 self._show(observer, batch, self._finished(traveller.lane, batch, states))
                 return_free_memory()

@@ -208,9 +208,9 @@ def main() -> None:
 
 
 def _n_ranges(store: Path) -> int:
-    from ghoststream.statistics import DEFAULT_FOLDS, RangePlan, open_source
+    from ghoststream.statistics import DEFAULT_FOLDS, Ranges, open_source
 
-    return RangePlan.make(open_source(str(store)).n_sequences, folds=DEFAULT_FOLDS).n_ranges
+    return Ranges.make(open_source(str(store)).n_sequences, folds=DEFAULT_FOLDS).n_ranges
 
 
 if __name__ == "__main__":

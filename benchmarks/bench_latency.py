@@ -26,9 +26,9 @@ from ghoststream.operators import OperatorOptions
 
 REPAIRS: dict[str, tuple[str, OperatorOptions]] = {
     "pruned": ("none", OperatorOptions()),
-    "least squares on mlp, folded": ("least-squares", OperatorOptions(features="mlp")),
+    "least squares on mlp, absorbed": ("least-squares", OperatorOptions(features="mlp")),
     "ghost (the paper)": ("ghost", OperatorOptions()),
-    "least squares on hidden+mlp, half of it folded": (
+    "least squares on hidden+mlp, half of it absorbed": (
         "least-squares",
         OperatorOptions(features="hidden+mlp"),
     ),

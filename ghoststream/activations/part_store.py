@@ -14,7 +14,7 @@ from ghoststream.activations.manifest import MANIFEST_KEY, Manifest
 from ghoststream.activations.parts import (
     Part,
     clear_part_leftovers,
-    fold_parts,
+    join_parts,
     load_parts,
     new_part,
     own_shards,
@@ -32,7 +32,7 @@ _PATIENCE_S = 60.0
 class PartStore(WritableStore):
     """The sequences ``[start, stop)`` of a store, written by one worker while others write the rest.
 
-    What it commits is in a marker of its own until :meth:`finish` of the last worker folds all markers into the store's
+    What it commits is in a marker of its own until :meth:`finish` of the last worker joins all markers into the store's
     manifest. The files are then those that a single worker would have left, byte for byte. Killed at any moment,
     the layers that this part committed stay.
 
@@ -106,9 +106,9 @@ class PartStore(WritableStore):
         with opening.WriterLock(self._location, patience_s=_PATIENCE_S):
             # Inside of the store's lock, as parts are removed only there.
             self.close()
-            folded = fold_parts(self._location, opening.load_manifest(self._location))
-            if folded.complete:
-                opening.clear_leftovers(self._location, folded)
+            joined = join_parts(self._location, opening.load_manifest(self._location))
+            if joined.complete:
+                opening.clear_leftovers(self._location, joined)
 
     def listed(self) -> Manifest:
         """Return the manifest of what concerns this part: metadata, tokens, and its own shards of each layer."""

@@ -1,4 +1,4 @@
-"""Parts: what each worker of a capture that is split has finished, until all of it is folded into the manifest.
+"""Parts: what each worker of a capture that is split has finished, until all of it is joined into the manifest.
 
 A worker owns a run of whole shards and commits its layers in a marker of its own, ``parts/<start>-<stop>/part.json``.
 When the markers cover every sequence of every layer, whoever notices writes one manifest from them, the very bytes that
@@ -138,7 +138,7 @@ def load_parts(location: Location, manifest: Manifest) -> tuple[Part, ...]:
     keys = [f"{PARTS_FOLDER}/{name}/{_MARKER}" for name in location.list_names(PARTS_FOLDER)]
     store = json_digest(manifest.identity())
     parts = []
-    # A marker that is gone was folded meanwhile, or was never written.
+    # A marker that is gone was joined meanwhile, or was never written.
     for key, content in zip(keys, location.read_many(keys), strict=True):
         if content is None:
             continue
@@ -153,7 +153,7 @@ def load_parts(location: Location, manifest: Manifest) -> tuple[Part, ...]:
     return tuple(sorted(parts, key=lambda part: part.start))
 
 
-def fold_parts(location: Location, manifest: Manifest) -> Manifest:
+def join_parts(location: Location, manifest: Manifest) -> Manifest:
     """Write one manifest from the parts if together they are the whole store; else do nothing.
 
     Call with the store's lock. Where there are no locks, two may do this at once: both write the same bytes. The parts

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, Unpack
 from ghoststream.activations import opening
 from ghoststream.activations.location import Location, StoreLike, locate
 from ghoststream.activations.manifest import MANIFEST_KEY, Manifest
-from ghoststream.activations.parts import Part, fold_parts, load_parts
+from ghoststream.activations.parts import Part, join_parts, load_parts
 from ghoststream.activations.request import StoreRequest, manifest_of, place_of, require_same
 from ghoststream.activations.tokens import TokenArrays
 from ghoststream.activations.writable import WritableStore
@@ -178,8 +178,8 @@ class ActivationStore(WritableStore):
 
 def _without_parts(location: Location, manifest: Manifest) -> Manifest:
     """Take up the parts of workers that have all finished; refuse while some have not."""
-    folded = fold_parts(location, manifest)
-    parts = () if folded.complete else load_parts(location, folded)
+    joined = join_parts(location, manifest)
+    parts = () if joined.complete else load_parts(location, joined)
     if parts:
         names = ", ".join(part.name for part in parts)
         msg = (
@@ -187,4 +187,4 @@ def _without_parts(location: Location, manifest: Manifest) -> Manifest:
             " `ghoststream capture` with --worker again for each of them, or delete the store and begin anew"
         )
         raise RequestError(msg)
-    return folded
+    return joined

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from ghoststream.checkpoint.architecture import FAMILIES, Family, family_of
+from ghoststream.checkpoint.architecture import ARCHITECTURES, Architecture, architecture_of
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
 
 __all__ = [
-    "FAMILIES",
+    "ARCHITECTURES",
     "CheckpointIndex",
-    "Family",
+    "Architecture",
     "KeyMap",
     "TensorEntry",
     "TensorReader",
     "checkpoint_fingerprint",
-    "family_of",
+    "architecture_of",
     "match_keys",
 ]

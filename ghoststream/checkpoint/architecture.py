@@ -1,6 +1,6 @@
 """What the streamer must know of an architecture: where the decoder layers, the norms and the embeddings are.
 
-Architectures are data. A family is listed once its streamed pass was seen to equal the resident model bit for
+Architectures are data. An architecture is listed once its streamed pass was seen to equal the resident model bit for
 bit; anything else is refused by name.
 """
 
@@ -38,8 +38,8 @@ class LayerParts:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """Module paths of one architecture family inside its ``...ForCausalLM`` class.
+class Architecture:
+    """Module paths of one architecture inside its ``...ForCausalLM`` class.
 
     ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its children.
     ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns; ``parts`` says what is
@@ -63,28 +63,28 @@ class Family:
         return f"{self.decoder}.{self.final_norm}"
 
 
-_STANDARD = Family("model")
-_POST_NORMED = Family(
+_STANDARD = Architecture("model")
+_POST_NORMED = Architecture(
     "model",
     parts=LayerParts(
         attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
     ),
 )
-_BLOOM = Family(
+_BLOOM = Architecture(
     "transformer",
     layers="h",
     final_norm="ln_f",
     layers_return_tuples=True,
     parts=LayerParts("self_attention", "self_attention.dense", mlp_projection="mlp.dense_4h_to_h"),
 )
-_GPT2 = Family(
+_GPT2 = Architecture(
     "transformer",
     layers="h",
     final_norm="ln_f",
     parts=LayerParts("attn", "attn.c_proj", mlp_projection="mlp.c_proj"),
 )
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "apertus": _STANDARD,
         "bloom": _BLOOM,
@@ -99,7 +99,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gemma2": _POST_NORMED,
         "gemma3_text": _POST_NORMED,
         "glm": _STANDARD,
-        "glm4": Family(
+        "glm4": Architecture(
             "model",
             parts=LayerParts(
                 attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"
@@ -108,28 +108,28 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "glm4_moe": _STANDARD,
         "gpt2": _GPT2,
         "gpt_bigcode": _GPT2,
-        "gpt_neo": Family(
+        "gpt_neo": Architecture(
             "transformer",
             layers="h",
             final_norm="ln_f",
             layers_return_tuples=True,
             parts=LayerParts("attn", "attn.attention.out_proj", mlp_projection="mlp.c_proj"),
         ),
-        "gpt_neox": Family(
+        "gpt_neox": Architecture(
             "gpt_neox",
             final_norm="final_layer_norm",
             parts=LayerParts("attention", "attention.dense", mlp_projection="mlp.dense_4h_to_h"),
         ),
         "gpt_oss": _STANDARD,
-        "gptj": Family(
+        "gptj": Architecture(
             "transformer",
             layers="h",
             final_norm="ln_f",
             layers_return_tuples=True,
             parts=LayerParts("attn", "attn.out_proj", mlp_projection="mlp.fc_out"),
         ),
-        "granite": Family("model", parts=LayerParts(multiplier="residual_multiplier")),
-        "granitemoe": Family(
+        "granite": Architecture("model", parts=LayerParts(multiplier="residual_multiplier")),
+        "granitemoe": Architecture(
             "model", parts=LayerParts(mlp="block_sparse_moe", multiplier="residual_multiplier")
         ),
         "hunyuan_v1_dense": _STANDARD,
@@ -142,12 +142,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "olmo2": _POST_NORMED,
         "olmo3": _POST_NORMED,
         "olmoe": _STANDARD,
-        "opt": Family(
+        "opt": Architecture(
             "model.decoder",
             final_norm="final_layer_norm",
             parts=LayerParts(attention_projection="self_attn.out_proj", mlp="fc1", mlp_projection="fc2"),
         ),
-        "phi": Family(
+        "phi": Architecture(
             "model",
             final_norm="final_layernorm",
             parts=LayerParts(attention_projection="self_attn.dense", mlp_projection="mlp.fc2"),
@@ -161,7 +161,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "seed_oss": _STANDARD,
         "smollm3": _STANDARD,
         "stablelm": _STANDARD,
-        "starcoder2": Family("model", parts=LayerParts(mlp_projection="mlp.c_proj")),
+        "starcoder2": Architecture("model", parts=LayerParts(mlp_projection="mlp.c_proj")),
     }
 )
 
@@ -200,10 +200,10 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 )
 
 
-def family_of(config: Any) -> Family:
-    """Return the family of a transformers configuration.
+def architecture_of(config: Any) -> Architecture:
+    """Return the architecture of a transformers configuration.
 
-    A recovered model (``ghosted_<base>``) belongs to the family of its base.
+    A recovered model (``ghosted_<base>``) belongs to the architecture of its base.
 
     Raises:
         UnsupportedModelError: If the architecture is unknown, composite, known not to work, or has no final norm of
@@ -211,14 +211,14 @@ def family_of(config: Any) -> Family:
     """
     model_type = str(config.model_type)
     base = model_type.removeprefix("ghosted_")
-    if base not in FAMILIES:
+    if base not in ARCHITECTURES:
         msg = f"models of type {model_type!r} cannot be streamed: {_reason(config, base)}"
         raise UnsupportedModelError(msg)
     if base == "opt" and not (config.do_layer_norm_before and not config._remove_final_layer_norm):
         msg = "OPT models without a final layer norm (opt-350m) cannot be streamed: an operator may need one"
         raise UnsupportedModelError(msg)
     require_unquantised(config)
-    return FAMILIES[base]
+    return ARCHITECTURES[base]
 
 
 def require_unquantised(config: Any) -> None:
@@ -249,7 +249,7 @@ def _reason(config: Any, base: str) -> str:
             f"it is a composite model ({', '.join(parts)}); write its text part as a checkpoint of its own, with "
             "ghoststream.recovery.write_text_part(folder, out)"
         )
-    return f"supported are {', '.join(sorted(FAMILIES))}"
+    return f"supported are {', '.join(sorted(ARCHITECTURES))}"
 
 
 def _quantization_method(quantization: Any) -> str:

@@ -113,7 +113,7 @@ features_option = click.option(
     default="hidden",
     show_default=True,
     help="What least-squares reads: the hidden state, the hidden state over its root mean square, both; or of the layer "
-    "before what enters its down_proj, or what its MLP adds, which is then folded into that weight; or the hidden state and "
+    "before what enters its down_proj, or what its MLP adds, which is then absorbed into that weight; or the hidden state and "
     "what enters that down_proj.",
 )
 weights_option = click.option(

@@ -21,7 +21,7 @@ from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP
 Array = npt.NDArray[np.float64]
 
 GROWTH_OF_BFLOAT16 = 512.0
-"""Growth (see :func:`folded_part`) at which what is folded is as large as its own rounding in bfloat16: one over the unit roundoff."""
+"""Growth (see :func:`absorbed_part`) at which what is absorbed is as large as its own rounding in bfloat16: one over the unit roundoff."""
 
 _ADVICE = "give a larger ridge, or use the features hidden"
 
@@ -41,8 +41,8 @@ def mlp_part(operator: BoundaryOperator) -> BoundaryOperator:
     return BoundaryOperator(operator.span, "linear", MLP.name, _of_mlp(operator))
 
 
-def folded_part(operator: BoundaryOperator, standing: BoundaryOperator | None = None) -> BoundaryOperator:
-    """Return ``y = x + a B'``: what is folded into the weight of the layer before.
+def absorbed_part(operator: BoundaryOperator, standing: BoundaryOperator | None = None) -> BoundaryOperator:
+    """Return ``y = x + a B'``: what is absorbed into the weight of the layer before.
 
     Its diagnostics have ``growth``, ``g = sqrt(sum_j |B'_j|^2 |N_j|^2) / |B|`` with ``N = I + A``, ``B'_j`` a column and ``N_j`` a row:
     entries of ``B'`` that are rounded independently by a share ``u`` of their size are off by about ``u g / sqrt(3)`` of ``B`` once
@@ -70,35 +70,35 @@ def folded_part(operator: BoundaryOperator, standing: BoundaryOperator | None = 
     return BoundaryOperator(operator.span, "linear", MLP.name, weight, diagnostics={"growth": growth})
 
 
-def joined(standing: BoundaryOperator, folded: BoundaryOperator) -> BoundaryOperator:
+def joined(standing: BoundaryOperator, absorbed: BoundaryOperator) -> BoundaryOperator:
     """Return the operator whose parts these are, with the diagnostics of ``standing``: ``B = B' (I + A)``.
 
     Memory: ``8 C^2 + 16 I C`` bytes beside the result.
     """
     own = _state_map(_of_state(standing))
-    whole = np.asarray(folded.weight, dtype=np.float64)
+    whole = np.asarray(absorbed.weight, dtype=np.float64)
     weight = np.concatenate([_of_state(standing), (own @ whole).astype(np.float32)], axis=1)
     return BoundaryOperator(
         standing.span, "linear", HIDDEN_AND_MLP.name, weight, standing.bias, standing.diagnostics
     )
 
 
-def describe_fold(operator: BoundaryOperator) -> BoundaryOperator:
-    """Note in the diagnostics of an operator of two parts its ``fold_growth``, and warn where little can be folded.
+def describe_absorption(operator: BoundaryOperator) -> BoundaryOperator:
+    """Note in the diagnostics of an operator of two parts its ``absorption_growth``, and warn where little can be absorbed.
 
-    ``fold_growth`` is the growth of :func:`folded_part`; None where there is no such part. Memory is as there.
+    ``absorption_growth`` is the growth of :func:`absorbed_part`; None where there is no such part. Memory is as there.
     """
     if not is_joint(operator):
         return operator
     found = dict(operator.diagnostics)
     warnings = list(found.get("warnings", ()))
     try:
-        growth = float(folded_part(operator).diagnostics["growth"])
+        growth = float(absorbed_part(operator).diagnostics["growth"])
     except NumericsError as error:
-        found["fold_growth"] = None
+        found["absorption_growth"] = None
         warnings.append(str(error.args[0]))
     else:
-        found["fold_growth"] = growth
+        found["absorption_growth"] = growth
         if growth > GROWTH_OF_BFLOAT16:
             warnings.append(
                 lost_in_rounding(operator, growth, "a checkpoint in bfloat16", GROWTH_OF_BFLOAT16)
@@ -108,10 +108,10 @@ def describe_fold(operator: BoundaryOperator) -> BoundaryOperator:
 
 
 def lost_in_rounding(operator: BoundaryOperator, growth: float, place: str, largest: float) -> str:
-    """Return the message for an operator whose folded part is lost in the rounding of a weight."""
+    """Return the message for an operator whose absorbed part is lost in the rounding of a weight."""
     return (
-        f"boundary {operator.span}: the operator on {operator.features} cannot be folded into {place}, where more than "
-        f"the fold itself is rounded away: it grows by {growth:.1e}, and {largest:.1e} is the most; {_ADVICE}"
+        f"boundary {operator.span}: the operator on {operator.features} cannot be absorbed into {place}, where more than "
+        f"the part itself is rounded away: it grows by {growth:.1e}, and {largest:.1e} is the most; {_ADVICE}"
     )
 
 
@@ -122,7 +122,7 @@ def _factors(matrix: Array, operator: BoundaryOperator) -> tuple[Array, npt.NDAr
     reciprocal, _ = dgecon(factors, norm)
     if not reciprocal > np.finfo(np.float64).eps:
         msg = (
-            f"boundary {operator.span}: the operator on {operator.features} cannot be folded, as I + A is singular; "
+            f"boundary {operator.span}: the operator on {operator.features} cannot be absorbed, as I + A is singular; "
             f"{_ADVICE}"
         )
         raise NumericsError(msg)

@@ -12,7 +12,7 @@ import scipy.linalg
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
-from ghoststream.operators.joint import describe_fold
+from ghoststream.operators.joint import describe_absorption
 from ghoststream.operators.registry import OperatorOptions
 from ghoststream.operators.ridge import (
     Centre,
@@ -61,7 +61,7 @@ class LeastSquares:
     ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of sample; of
     ``gcv``: and what is estimated for it), ``ridge_chosen_by``, ``shrink``,
     ``effective_dof`` = ``trace(G (G + r I)^-1)``, ``intercept``, ``rank`` (None: full). Residuals out of sample
-    were also what ``auto`` chose by, among 17 values. Of ``hidden+mlp`` also ``fold_growth`` (see
+    were also what ``auto`` chose by, among 17 values. Of ``hidden+mlp`` also ``absorption_growth`` (see
     :mod:`ghoststream.operators.joint`).
 
     Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; while ``auto`` chooses, ``48 p^2 + 32 p C`` bytes:
@@ -111,7 +111,7 @@ class LeastSquares:
             diagnostics,
             norm_epsilon=None if moments.feature in _WITHOUT_NORM else moments.facts.norm_epsilon,
         )
-        return describe_fold(operator)
+        return describe_absorption(operator)
 
     def _choose(self, moments: FoldedMoments, total: BoundaryMoments) -> RidgeChoice:
         if isinstance(self.ridge, float | int):

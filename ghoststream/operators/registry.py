@@ -38,7 +38,7 @@ class OperatorOptions:
             zero) or ``zero`` (``W`` to zero).
         features: What the operator reads: ``hidden`` (the paper's), ``normed`` or ``hidden+normed``; or, of the layer before
             the boundary, ``mlp`` (what enters ``down_proj``) or ``mlp_output`` (what the MLP adds): such operators are
-            folded into that ``down_proj`` by the export; or ``hidden+mlp``, of which the part on ``mlp`` is.
+            absorbed into that ``down_proj`` by the export; or ``hidden+mlp``, of which the part on ``mlp`` is.
         intercept: Whether a constant is fitted.
         rank: Rank of the map; None for full rank.
         solver: ``gram`` (normal equations), or ``tsqr`` (triangular factors merged by QR) for ill-conditioned features, at

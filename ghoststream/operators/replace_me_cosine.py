@@ -15,7 +15,7 @@ from ghoststream.operators.diagnostics import held_fold, report, require_tokens
 from ghoststream.operators.registry import OperatorOptions, register_operator
 from ghoststream.operators.replace_me import require_replace_me
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, RangePlan, open_source, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, Ranges, open_source, reduce_boundaries
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import StateRef
 from ghoststream.statistics.features import MLP_OUTPUT
@@ -82,7 +82,7 @@ class ReplaceMeCosine:
     def reduce(self, store_uri: str, spans: Iterable[Span], **run: Any) -> dict[Span, FoldedMoments]:
         """Reduce the boundaries; arguments are those of :func:`~ghoststream.statistics.reduce_boundaries`."""
         moments = reduce_boundaries(store_uri, spans, **run)
-        plan = RangePlan.make(
+        plan = Ranges.make(
             open_source(store_uri).n_sequences,
             folds=next(iter(moments.values())).n_folds,
             range_sequences=run.get("range_sequences"),

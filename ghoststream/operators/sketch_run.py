@@ -18,7 +18,7 @@ from ghoststream.statistics import (
     BoundaryMoments,
     FoldedMoments,
     ModelFacts,
-    RangePlan,
+    Ranges,
     open_source,
 )
 from ghoststream.statistics.boundary import BoundaryReducer
@@ -74,7 +74,7 @@ class SketchRun:
             raise RequestError(msg)
         source = open_source(store_uri)
         statistic = {name: run[name] for name in _STATISTIC if name in run}
-        plan = RangePlan.make(
+        plan = Ranges.make(
             source.n_sequences,
             folds=run.get("folds", DEFAULT_FOLDS),
             range_sequences=run.get("range_sequences"),

@@ -35,7 +35,7 @@ import scipy.linalg
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
-from ghoststream.operators.joint import describe_fold
+from ghoststream.operators.joint import describe_absorption
 from ghoststream.operators.least_squares import RIDGE_WITHOUT_FOLDS, LeastSquares
 from ghoststream.operators.registry import SKETCH_SOLVERS, OperatorFamily, OperatorOptions, register_operator
 from ghoststream.operators.sketch_run import SketchRun, project_by_features, project_by_range
@@ -144,7 +144,7 @@ class ProjectedLeastSquares:
             diagnostics=diagnostics,
             norm_epsilon=None if moments.feature == "hidden" else moments.facts.norm_epsilon,
         )
-        return describe_fold(operator)
+        return describe_absorption(operator)
 
     def columns(self, n_features: int, n_channels: int) -> int:
         """Return the columns of the sketch for so many features and channels.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ghoststream.files.json_data import pretty_json
 from ghoststream.operators import OperatorSet
-from ghoststream.recovery.folding import is_folded, standing_operator
+from ghoststream.recovery.absorbing import is_absorbed, standing_operator
 from ghoststream.recovery.layout import standing_operators
 
 _FRONT = """---
@@ -44,7 +44,7 @@ Layers were removed from this model; nothing stands in for them. It is an ordina
 
 _FOLDED = """
 Layers were removed from this model, and at each place where they were one operator, found in closed form, stands in for
-them; it is folded into the last weight of the MLP before. Nothing was trained and no parameter was added. It is an
+them; it is absorbed into the last weight of the MLP before. Nothing was trained and no parameter was added. It is an
 ordinary checkpoint of type `{model_type}` and loads like any other.
 """
 
@@ -106,8 +106,8 @@ def _operator_table(operators: OperatorSet) -> str:
         place = "final norm" if operator.span.stop == operators.plan.n_layers else str(layer)
         values = [_figure(operator.diagnostics.get(name)) for name in figures]
         form: str = operator.form
-        if is_folded(operator):
-            share = "folded" if standing_operator(operator) is None else "its part on mlp is folded"
+        if is_absorbed(operator):
+            share = "absorbed" if standing_operator(operator) is None else "its part on mlp is absorbed"
             form = f"{operator.form} on {operator.features} ({share})"
         lines.append("| " + " | ".join([str(operator.span), place, form, *values]) + " |")
     return "\n".join(lines) + "\n"

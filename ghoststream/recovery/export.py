@@ -30,7 +30,7 @@ from ghoststream.progress import Progress
 from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.card import model_card
 from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
-from ghoststream.recovery.folding import Fold, find_folds
+from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.layout import (
     LayerNames,
     leaf_names,
@@ -85,7 +85,7 @@ class _Job:
     config: Mapping[str, Any]
     shards: tuple[Shard, ...]
     origins: Mapping[str, str]
-    folds: Mapping[Span, Fold]
+    absorptions: Mapping[Span, Absorption]
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -114,8 +114,8 @@ def export_recovered(
     """Write a checkpoint without the removed layers and with the operators in their place.
 
     With operators the checkpoint has a ``model_type`` of its own and carries its modelling file. Operators on the features
-    ``mlp`` and ``mlp_output`` are folded into a weight of the layer before (see :mod:`ghoststream.recovery.folding`): with
-    such only, or without any, it is an ordinary checkpoint of the base's type. Those on ``hidden+mlp`` are folded in part, the rest
+    ``mlp`` and ``mlp_output`` are absorbed into a weight of the layer before (see :mod:`ghoststream.recovery.absorbing`): with
+    such only, or without any, it is an ordinary checkpoint of the base's type. Those on ``hidden+mlp`` are absorbed in part, the rest
     stands in the model. A killed export goes on when it is called again, and the files are then the same. Nothing is at ``out`` until everything is there; the same call after that returns the same
     report and writes nothing.
 
@@ -130,7 +130,7 @@ def export_recovered(
 
     Raises:
         UnsupportedModelError: If the architecture, or the plan for it, cannot be expressed.
-        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is folded would be lost in rounding.
+        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed would be lost in rounding.
         PlanError: If the plan is for another number of layers.
         MismatchError: If the operators are for another model, or ``out`` has unfinished work of another request.
         OutputExistsError: If ``out`` holds anything but the result of this very call.
@@ -140,8 +140,8 @@ def export_recovered(
         DiskFullError: If it is full all the same.
 
     Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights; where an operator on
-    ``mlp_output`` is folded, also the weight as it is stored; for each on ``hidden+mlp`` what
-    :func:`~ghoststream.operators.joint.folded_part` states, and its result.
+    ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
+    :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
     skeleton = Skeleton(model_root, trust_remote_code=trust_remote_code)
     _require_exportable(skeleton)
@@ -180,23 +180,23 @@ def _prepare(
     )
     names = LayerNames.find(
         skeleton.keys.names,
-        layers_path=skeleton.family.layers_path,
-        final_norm_path=skeleton.family.final_norm_path,
+        layers_path=skeleton.architecture.layers_path,
+        final_norm_path=skeleton.architecture.final_norm_path,
         base_prefix=skeleton.model.base_model_prefix,
     )
     dtype = operator_dtype or prevailing_dtype(skeleton.index)
-    folds = find_folds(skeleton, operators, dtype)
+    absorptions = find_absorptions(skeleton, operators, dtype)
     tensors, origins = recovered_tensors(
         skeleton.index,
         skeleton.keys.sources(),
         operators,
         names,
         dtype,
-        folds.values(),
+        absorptions.values(),
     )
     config = _recovered_config(skeleton, operators, names)
     shards = plan_shards(tensors, max_shard_bytes)
-    return _Job(skeleton, operators, fingerprint, names, config, shards, origins, folds)
+    return _Job(skeleton, operators, fingerprint, names, config, shards, origins, absorptions)
 
 
 def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNa
     data = prune_config(base, operators.plan)
     with torch.device("meta"):
         pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
-    check_pruned_model(model, pruned, skeleton.family.layers_path, operators.plan)
+    check_pruned_model(model, pruned, skeleton.architecture.layers_path, operators.plan)
     written = type(base)(**data).to_diff_dict()
     data = {key: value for key, value in written.items() if key in data}
     if not standing_operators(operators):
@@ -243,7 +243,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
     provenance = describe_recovered(
         job.operators,
         job.names,
-        folds=job.folds,
+        absorptions=job.absorptions,
         base=job.fingerprint,
         base_model_type=str(job.skeleton.config.model_type),
         tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},

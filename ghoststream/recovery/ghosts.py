@@ -6,7 +6,7 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator
-from ghoststream.recovery.folding import is_folded
+from ghoststream.recovery.absorbing import is_absorbed
 from ghoststream.recovery.layout import leaf_names
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 
@@ -25,7 +25,7 @@ def build_ghost(
         A module in evaluation mode that maps ``(..., C)`` to ``(..., C)``.
 
     Raises:
-        RequestError: If the operator is the identity, or one that is folded into a weight, be it in part.
+        RequestError: If the operator is the identity, or one that is absorbed into a weight, be it in part.
 
     Memory: ``C * p`` elements of ``dtype`` for a linear operator.
     """
@@ -33,8 +33,8 @@ def build_ghost(
     if not arrays:
         msg = f"the operator of span {operator.span} is the identity: a lane needs no map there"
         raise RequestError(msg)
-    if is_folded(operator):
-        msg = f"the operator of span {operator.span} on {operator.features} is folded into a weight: it has no module"
+    if is_absorbed(operator):
+        msg = f"the operator of span {operator.span} on {operator.features} is absorbed into a weight: it has no module"
         raise RequestError(msg)
     width = next(iter(arrays.values())).shape[0]
     with torch.device("meta"):

@@ -14,10 +14,10 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.recovery.folding import FOLDED, Fold, standing_operator
+from ghoststream.recovery.absorbing import ABSORBED, Absorption, standing_operator
 from ghoststream.spans import PruningPlan, Span
 
-FEATURES = ("hidden", "normed", "hidden+normed", *FOLDED)
+FEATURES = ("hidden", "normed", "hidden+normed", *ABSORBED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,12 @@ def leaf_names(operator: BoundaryOperator) -> dict[str, Any]:
 
 
 def operator_entries(operators: OperatorSet, names: LayerNames) -> list[dict[str, Any]]:
-    """Describe the operators that stand in the model, the folded ones left out, as ``config.ghost_operators`` does."""
+    """Describe the operators that stand in the model, the absorbed ones left out, as ``config.ghost_operators`` does."""
     return [operator_entry(operator, operators.plan, names) for operator in standing_operators(operators)]
 
 
 def standing_operators(operators: OperatorSet) -> tuple[BoundaryOperator, ...]:
-    """Return the operators that stand in the model as modules: all but identities, without what is folded."""
+    """Return the operators that stand in the model as modules: all but identities, without what is absorbed."""
     found = (standing_operator(operator) for operator in operators.operators)
     return tuple(operator for operator in found if operator is not None)
 
@@ -148,11 +148,11 @@ def recovered_tensors(
     operators: OperatorSet,
     names: LayerNames,
     dtype: torch.dtype,
-    folds: Iterable[Fold] = (),
+    absorptions: Iterable[Absorption] = (),
 ) -> tuple[list[TensorSource], dict[str, str]]:
     """List what to write: the surviving tensors in the order in which they lie on disk, then the operators.
 
-    Tensors that an operator is folded into are in the place of the base's.
+    Tensors that an operator is absorbed into are in the place of the base's.
 
     Args:
         index: The base checkpoint.
@@ -160,7 +160,7 @@ def recovered_tensors(
         operators: The plan and its operators.
         names: How the checkpoint names its layers.
         dtype: Dtype in which operators are written.
-        folds: Where operators are folded.
+        absorptions: Where operators are absorbed.
 
     Returns:
         The tensors, and for each copied one the name it has in the base.
@@ -170,7 +170,7 @@ def recovered_tensors(
     origins: dict[str, str] = {}
     renamed = {name: names.renumbered(name, operators.plan) for name in wanted}
     kept = {name: new for name, new in renamed.items() if new is not None}
-    changed = {name: source for fold in folds for name, source in fold.tensors(index, kept).items()}
+    changed = {name: source for absorption in absorptions for name, source in absorption.tensors(index, kept).items()}
     for entry in sorted(index.tensors.values(), key=_place):
         if entry.name in changed:
             tensors.append(changed[entry.name])

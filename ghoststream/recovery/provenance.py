@@ -16,7 +16,7 @@ from ghoststream.errors import ArtifactError, CheckpointError, OutputExistsError
 from ghoststream.files import missing_files, read_json
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import joined
-from ghoststream.recovery.folding import Fold, standing_operator, unfolded
+from ghoststream.recovery.absorbing import Absorption, standing_operator, absorbed_operator
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP
@@ -53,7 +53,7 @@ class RecoveredInfo:
         """The operators as they are in the checkpoint (rounded to its dtype, here in float32).
 
         Raises:
-            RequestError: If some are folded into weights: they can be told from these with the base only.
+            RequestError: If some are absorbed into weights: they can be told from these with the base only.
             ArtifactError: If ``ghoststream.json`` is damaged.
             CheckpointError: If an operator's tensor is missing or damaged.
 
@@ -62,7 +62,7 @@ class RecoveredInfo:
         return self._read(None)
 
     def operators_over(self, base: Path) -> OperatorSet:
-        """Return the operators, the folded ones as what was added to the weights of the base.
+        """Return the operators, the absorbed ones as what was added to the weights of the base.
 
         Args:
             base: Folder of the base checkpoint.
@@ -71,7 +71,7 @@ class RecoveredInfo:
             ArtifactError: If ``ghoststream.json`` is damaged.
             CheckpointError: If a tensor is missing or damaged.
 
-        Memory: The operators in float32, and two weights that one is folded into.
+        Memory: The operators in float32, and two weights that one is absorbed into.
         """
         return self._read(base)
 
@@ -89,26 +89,26 @@ class RecoveredInfo:
             raise _damaged(self.folder / PROVENANCE_NAME, error) from error
 
     def _boundary(self, entry: Mapping[str, Any], base: Path | None) -> BoundaryOperator:
-        if "folded" not in entry:
+        if "absorbed" not in entry:
             return _read_boundary(self.folder, entry)
         if base is None:
             msg = (
-                f"the operator of {Span(*entry['span'])} is folded into the weights of {self.folder}; "
+                f"the operator of {Span(*entry['span'])} is absorbed into the weights of {self.folder}; "
                 "give the base checkpoint too, from which it can be told"
             )
             raise RequestError(msg)
-        folded = unfolded(self.folder, base, entry)
+        absorbed = absorbed_operator(self.folder, base, entry)
         if entry["features"] != HIDDEN_AND_MLP.name:
-            return folded
+            return absorbed
         own = {leaf: name for leaf, name in entry["tensors"].items() if leaf.startswith("linear.")}
-        return joined(_read_boundary(self.folder, {**entry, "features": "hidden", "tensors": own}), folded)
+        return joined(_read_boundary(self.folder, {**entry, "features": "hidden", "tensors": own}), absorbed)
 
 
 def describe_recovered(
     operators: OperatorSet,
     names: LayerNames,
     *,
-    folds: Mapping[Span, Fold],
+    absorptions: Mapping[Span, Absorption],
     base: Mapping[str, Any],
     base_model_type: str,
     tensors: Mapping[str, Mapping[str, str | None]],
@@ -119,7 +119,7 @@ def describe_recovered(
     boundaries = [
         {
             **operator_entry(operator, operators.plan, names),
-            **_place(operator, operators.plan, names, folds.get(operator.span)),
+            **_place(operator, operators.plan, names, absorptions.get(operator.span)),
             "diagnostics": dict(operator.diagnostics),
         }
         for operator in operators.boundaries
@@ -143,17 +143,17 @@ def describe_recovered(
 
 
 def _place(
-    operator: BoundaryOperator, plan: PruningPlan, names: LayerNames, fold: Fold | None
+    operator: BoundaryOperator, plan: PruningPlan, names: LayerNames, absorption: Absorption | None
 ) -> dict[str, Any]:
-    """Say which tensors an operator is in, and for a folded one also which of the base they come from."""
+    """Say which tensors an operator is in, and for an absorbed one also which of the base they come from."""
     standing = standing_operator(operator)
     leaves = {} if standing is None else leaf_names(standing)
     own = {leaf: names.tensor(operator.span, plan, leaf) for leaf in leaves}
-    if fold is None:
+    if absorption is None:
         return {"tensors": own}
-    sources = {"weight": fold.weight, **({} if fold.changed_bias is None else {"bias": fold.changed_bias})}
+    sources = {"weight": absorption.weight, **({} if absorption.changed_bias is None else {"bias": absorption.changed_bias})}
     changed = {leaf: names.renumbered(source, plan) for leaf, source in sources.items()}
-    return {"tensors": {**own, **changed}, "folded": fold.to_json()}
+    return {"tensors": {**own, **changed}, "absorbed": absorption.to_json()}
 
 
 def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 _AUTO_MODULE = "transformers.models.auto.configuration_auto"
 _MODELING = "ghoststream.recovery.modeling_ghosted"
 _PREFIX = "ghosted_"
-_FAMILIES = "ghoststream.checkpoint.architecture"
+_ARCHITECTURES = "ghoststream.checkpoint.architecture"
 
 
 def register_auto_classes() -> None:
@@ -68,8 +68,8 @@ class _RegisteringLoader(Loader):
 
 
 def _register_stand_ins(auto: ModuleType) -> None:
-    families = importlib.import_module(_FAMILIES).FAMILIES
-    for base in families:
+    architectures = importlib.import_module(_ARCHITECTURES).ARCHITECTURES
+    for base in architectures:
         base_class = auto.CONFIG_MAPPING_NAMES.get(base)
         if base_class is not None:
             stand_in = _stand_in(f"{_PREFIX}{base}", f"Ghosted{base_class}")

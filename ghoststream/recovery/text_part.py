@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ghoststream.checkpoint.architecture import family_of, require_unquantised
+from ghoststream.checkpoint.architecture import architecture_of, require_unquantised
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.keys import match_keys
@@ -69,7 +69,7 @@ def write_text_part(
         msg = f"{root} is not a composite model but a {config.model_type}: use it as it is"
         raise UnsupportedModelError(msg)
     require_unquantised(config)
-    family_of(text)
+    architecture_of(text)
     index = CheckpointIndex.open(root)
     named = {name: entry for entry in _on_disk(index) if (name := _text_name(entry.name)) is not None}
     data = _text_config(config, text, tied="lm_head.weight" not in named)

@@ -11,7 +11,7 @@ from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import is_joint, mlp_part, standing_part
 from ghoststream.recovery import build_ghost
-from ghoststream.recovery.folding import FOLDED, find_fold
+from ghoststream.recovery.absorbing import ABSORBED, find_absorption
 from ghoststream.recovery.layout import FEATURES
 from ghoststream.spans import Span
 from ghoststream.statistics.features import STATE_TAP
@@ -25,7 +25,7 @@ class TappedOperator:
     of ``a`` inside a weight: it adds the product with that sum, this adds two products. In fp32 the two differ by rounding.
 
     Args:
-        operator: An operator on features that are folded.
+        operator: An operator on features that are absorbed.
         skeleton: The base; the operator is rounded to its compute dtype and goes to its device.
 
     Raises:
@@ -35,7 +35,7 @@ class TappedOperator:
     """
 
     def __init__(self, operator: BoundaryOperator, skeleton: Skeleton) -> None:
-        if operator.weight is None or operator.features not in FOLDED:
+        if operator.weight is None or operator.features not in ABSORBED:
             msg = (
                 f"the operator of {operator.span} on {operator.features} is no map of taps as they are; "
                 "a lane cannot run it"
@@ -45,10 +45,10 @@ class TappedOperator:
         # Of two parts the one that stands is computed by the module of a recovered checkpoint.
         joint = is_joint(operator)
         self._ghost = build_ghost(standing_part(operator), dtype=dtype, device=device) if joint else None
-        folded = mlp_part(operator) if joint else operator
+        absorbed = mlp_part(operator) if joint else operator
         (self._tap,) = (tap for tap in operator.taps if tap != STATE_TAP)
-        self._weight = torch.from_numpy(folded.weight).to(device, dtype)
-        self._bias = None if folded.bias is None else torch.from_numpy(folded.bias).to(device, dtype)
+        self._weight = torch.from_numpy(absorbed.weight).to(device, dtype)
+        self._bias = None if absorbed.bias is None else torch.from_numpy(absorbed.bias).to(device, dtype)
 
     @property
     def taps(self) -> Sequence[str]:
@@ -79,7 +79,7 @@ def operator_lane(
 
     Raises:
         RequestError: If an operator reads features of the user's own.
-        UnsupportedModelError: If an operator is to be folded where the architecture does not allow it.
+        UnsupportedModelError: If an operator is to be absorbed where the architecture does not allow it.
 
     Memory: ``p C`` elements a linear operator.
     """
@@ -104,8 +104,8 @@ def _boundary_map(operator: BoundaryOperator, skeleton: Skeleton) -> BoundaryMap
             f"{', '.join(FEATURES)}"
         )
         raise RequestError(msg)
-    if operator.features in FOLDED:
-        find_fold(skeleton, operator)
+    if operator.features in ABSORBED:
+        find_absorption(skeleton, operator)
         return TappedOperator(operator, skeleton)
     ghost: BoundaryMap = build_ghost(operator, dtype=skeleton.dtype, device=skeleton.device)
     return ghost

@@ -128,7 +128,7 @@ class ModelSession:
     @cached_property
     def norm_epsilon(self) -> float | None:
         """Epsilon of the model's final norm; None if the norm names none."""
-        norm = self.skeleton.model.get_submodule(self.skeleton.family.final_norm_path)
+        norm = self.skeleton.model.get_submodule(self.skeleton.architecture.final_norm_path)
         names = ("variance_epsilon", "eps", "epsilon")
         found = next((getattr(norm, name) for name in names if hasattr(norm, name)), None)
         return None if found is None else float(found)

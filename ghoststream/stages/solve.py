@@ -37,7 +37,7 @@ from ghoststream.statistics import (
     UNIFORM,
     FoldedMoments,
     Precision,
-    RangePlan,
+    Ranges,
     get_weight,
     open_source,
     reduce_boundaries,
@@ -109,7 +109,7 @@ def solve(
         BusyError: If another process is writing it.
         StoreError: If a hidden state that is needed is not in the store (``per_layer`` needs those inside the spans).
         NumericsError: If a hidden state or a solution is not finite.
-        UnsupportedModelError: If an operator on features of the layer before could not be folded into the model.
+        UnsupportedModelError: If an operator on features of the layer before could not be absorbed into the model.
         MismatchError: If the store is of another model than the one given.
         BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the moments of one span or the fit of
             a wide feature not the memory.
@@ -139,7 +139,7 @@ def solve(
             precision,
             None if reduce_device is None else device_kind(reduce_device),
         ),
-        RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
+        Ranges.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
     )
     found = existing_operators(out, request.digest)
     if found is not None:

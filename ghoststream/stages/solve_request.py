@@ -15,7 +15,7 @@ from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
     HiddenStateSource,
     Precision,
-    RangePlan,
+    Ranges,
     store_digest,
 )
 
@@ -39,14 +39,14 @@ class SolveRequest:
 
     plan: PruningPlan
     operator: str
-    ranges: RangePlan
+    ranges: Ranges
     recipe: SolveRecipe
     base: dict[str, Any]
     hidden: int
 
     @classmethod
     def make(
-        cls, source: HiddenStateSource, plan: PruningPlan, method: SolveMethod, ranges: RangePlan
+        cls, source: HiddenStateSource, plan: PruningPlan, method: SolveMethod, ranges: Ranges
     ) -> SolveRequest:
         """Put together what a store, a plan, a method and a division into ranges decide."""
         recipe = SolveRecipe(

@@ -16,7 +16,7 @@ from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.moments import BoundaryMoments
 from ghoststream.statistics.norms import NormProfile, NormReducer, norm_profile
 from ghoststream.statistics.pairs import AllPairsReducer, PairTables, pairwise_similarity
-from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan
+from ghoststream.statistics.ranges import DEFAULT_FOLDS, Ranges
 from ghoststream.statistics.reduction import reduce_boundaries
 from ghoststream.statistics.rotation import hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.similarity import CosineReducer, mean_cosine, reduce_whole
@@ -48,7 +48,7 @@ __all__ = [
     "NormReducer",
     "PairTables",
     "Precision",
-    "RangePlan",
+    "Ranges",
     "Reducer",
     "SumState",
     "Sweep",

@@ -24,7 +24,7 @@ from ghoststream.files import json_digest
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.cluster import Needs, connect, explained, require_able
-from ghoststream.statistics.ranges import RangePlan, SequenceRange, TreeNode, tree_root
+from ghoststream.statistics.ranges import Ranges, SequenceRange, TreeNode, tree_root
 from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
 
@@ -62,7 +62,7 @@ class ReductionJob:
 
     store_uri: str
     reducer: Reducer
-    plan: RangePlan
+    plan: Ranges
     folder: Path | None = None
 
     def digest(self, store_digest: str) -> str:

@@ -28,7 +28,7 @@ class SequenceRange:
 
 
 @dataclass(frozen=True, slots=True)
-class RangePlan:
+class Ranges:
     """Ranges of ``range_sequences`` sequences, dealt out to ``n_folds`` folds in turn (whole sequences).
 
     Range ``i`` belongs to fold ``i % n_folds``; the last range may be shorter.
@@ -39,7 +39,7 @@ class RangePlan:
     n_folds: int
 
     @classmethod
-    def make(cls, n_sequences: int, *, folds: int, range_sequences: int | None = None) -> RangePlan:
+    def make(cls, n_sequences: int, *, folds: int, range_sequences: int | None = None) -> Ranges:
         """Divide ``n_sequences``; without ``range_sequences`` about four ranges a fold.
 
         ``folds`` of 0 or 1 means no held-out figures. More folds than sequences are reduced to one a sequence.

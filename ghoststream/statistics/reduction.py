@@ -16,7 +16,7 @@ from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReduce
 from ghoststream.statistics.engines import ReductionJob, StateRef, run_job
 from ghoststream.statistics.features import ModelFacts, require_feature
 from ghoststream.statistics.folds import FoldedMoments
-from ghoststream.statistics.ranges import DEFAULT_FOLDS, RangePlan
+from ghoststream.statistics.ranges import DEFAULT_FOLDS, Ranges
 from ghoststream.statistics.rotation import RotatedReducer, hadamard_factors
 from ghoststream.statistics.source import (
     Taps,
@@ -197,7 +197,7 @@ def reduce_spans(
     source = reopen_source(store_uri)
     require_layers(source, reducer.layers, store_uri)
     require_feature(reducer.phi, source.hidden, ModelFacts.of(source.fingerprint))
-    plan = RangePlan.make(source.n_sequences, folds=folds, range_sequences=range_sequences)
+    plan = Ranges.make(source.n_sequences, folds=folds, range_sequences=range_sequences)
     sweeps, workers = fit_sweeps(
         reducer,
         hidden=source.hidden,

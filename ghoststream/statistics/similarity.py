@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress
 from ghoststream.statistics.engines import Reducer, ReductionJob, run_job
-from ghoststream.statistics.ranges import RangePlan
+from ghoststream.statistics.ranges import Ranges
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite, require_layers
 from ghoststream.statistics.sums import SumState
 
@@ -162,7 +162,7 @@ def reduce_whole(
     """
     source = reopen_source(store_uri)
     require_layers(source, reducer.layers, store_uri)
-    plan = RangePlan.make(source.n_sequences, folds=1, range_sequences=1)
+    plan = Ranges.make(source.n_sequences, folds=1, range_sequences=1)
     job = ReductionJob(store_uri, reducer, plan)
     (state,) = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task=task)
     if not isinstance(state, SumState):

@@ -17,7 +17,7 @@ from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.folds import FoldedMoments
-from ghoststream.statistics.ranges import RangePlan, SequenceRange
+from ghoststream.statistics.ranges import Ranges, SequenceRange
 from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
 
@@ -72,7 +72,7 @@ class SpanReducer(Protocol):
 
 def streamed_moments(
     reducer: SpanReducer,
-    plan: RangePlan,
+    plan: Ranges,
     pairs: Iterable[tuple[Rows, Rows]],
     *,
     mask: npt.NDArray[np.bool_],
@@ -133,7 +133,7 @@ def streamed_moments(
 
 
 def _by_range(
-    plan: RangePlan, pairs: Iterable[tuple[Rows, Rows]]
+    plan: Ranges, pairs: Iterable[tuple[Rows, Rows]]
 ) -> Iterator[tuple[SequenceRange, Rows, Rows]]:
     """Cut what comes in batches into ranges."""
     ranges = iter(plan.ranges())

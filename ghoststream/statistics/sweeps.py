@@ -9,7 +9,7 @@ from ghoststream.errors import BudgetError
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import default_workers
-from ghoststream.statistics.ranges import RangePlan, tree_root
+from ghoststream.statistics.ranges import Ranges, tree_root
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def fit_sweeps(
     return plan_sweeps(reducer, hidden=hidden, length=length, task_budget=budget), workers
 
 
-def spilled_bytes(plan: RangePlan, sweeps: Sequence[Sweep]) -> int:
+def spilled_bytes(plan: Ranges, sweeps: Sequence[Sweep]) -> int:
     """Return the bytes of disk that the states of some sweeps take at most.
 
     Finished sweeps keep one state a fold; the one at work also some of every level of its merge tree.

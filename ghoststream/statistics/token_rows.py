@@ -11,7 +11,7 @@ from ghoststream.spans import Span
 from ghoststream.statistics.block import TokenBlock
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.features import ModelFacts
-from ghoststream.statistics.ranges import RangePlan
+from ghoststream.statistics.ranges import Ranges
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_layers
 from ghoststream.statistics.weights import BoundaryTokens, get_weight
 
@@ -60,7 +60,7 @@ class BoundaryRows:
 
     store_uri: str
     reducer: BoundaryReducer
-    plan: RangePlan
+    plan: Ranges
     _open: dict[str, HiddenStateSource] = field(default_factory=dict, repr=False, compare=False)
 
     @property

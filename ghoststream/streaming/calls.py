@@ -135,7 +135,7 @@ class ModelCalls:
         return logits
 
     def _as_layer_result(self, states: torch.Tensor) -> Any:
-        return (states,) if self.skeleton.family.layers_return_tuples else states
+        return (states,) if self.skeleton.architecture.layers_return_tuples else states
 
 
 def _linear_in_blocks(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ghoststream.checkpoint.architecture import Family, family_of
+from ghoststream.checkpoint.architecture import Architecture, architecture_of
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
@@ -54,14 +54,14 @@ class Skeleton:
         self.device = torch.device(device)
         self.index = CheckpointIndex.open(root)
         self.config = load_config(root, trust_remote_code=trust_remote_code)
-        self.family: Family = family_of(self.config)
+        self.architecture: Architecture = architecture_of(self.config)
         self.dtype = dtype or _checkpoint_dtype(self.config, self.index)
         self.model = _build(self.config, self.dtype, attention, trust_remote_code=trust_remote_code)
         self.attention: str = self.config._attn_implementation
         self.keys: KeyMap = match_keys(self.model, self.index)
         self.reader = TensorReader(self.index)
-        self.decoder: nn.Module = self.model.get_submodule(self.family.decoder)
-        self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers_path)
+        self.decoder: nn.Module = self.model.get_submodule(self.architecture.decoder)
+        self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers_path)
         self._tensors = _described(self.model, self.dtype)
         self._embedding_name = _module_path(self.model, self.model.get_input_embeddings())
         self._head_name = _module_path(self.model, self.model.get_output_embeddings())
@@ -122,7 +122,7 @@ class Skeleton:
     @contextmanager
     def loaded_frame(self) -> Iterator[None]:
         """Load everything but layers, token embedding and head; the embedding gathers rows from disk."""
-        elsewhere = (f"{self.family.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}.")
+        elsewhere = (f"{self.architecture.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}.")
         weights = {
             spec.key: read_weight(self.reader, spec)
             for spec in self._specs()
@@ -171,7 +171,7 @@ class Skeleton:
             release_weights(module, weights)
 
     def _layer_name(self, layer: int) -> str:
-        return f"{self.family.layers_path}.{layer}"
+        return f"{self.architecture.layers_path}.{layer}"
 
     def _specs(self, prefix: str = "") -> list[WeightSpec]:
         start = f"{prefix}." if prefix else ""

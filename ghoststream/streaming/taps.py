@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ghoststream.checkpoint.architecture import Family, LayerParts
+from ghoststream.checkpoint.architecture import Architecture, LayerParts
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.skeleton import Skeleton
@@ -50,9 +50,9 @@ class TapPoint:
 
 @dataclass(frozen=True, slots=True)
 class MlpProjection:
-    """The last linear map of a layer's MLP, and whether a map of its input can be folded into it.
+    """The last linear map of a layer's MLP, and whether a map of its input can be absorbed into it.
 
-    Where it folds, ``h[l + 1]`` contains ``scale * (a W + bias)`` as a term, ``a`` being the tap ``mlp_intermediate``:
+    Where it absorbs, ``h[l + 1]`` contains ``scale * (a W + bias)`` as a term, ``a`` being the tap ``mlp_intermediate``:
     adding ``A / scale`` to ``W`` adds ``a A`` to ``h[l + 1]``.
 
     Attributes:
@@ -60,22 +60,22 @@ class MlpProjection:
         transposed: Whether its ``weight`` is ``W^T``, of shape ``(C, I)`` (``nn.Linear``), and not ``W``, ``(I, C)``
             (transformers' ``Conv1D``).
         scale: The multiplier between it and the residual stream.
-        folds: Whether maps can be folded into it.
+        absorbs: Whether maps can be absorbed into it.
         reason: Why not; empty where they can.
     """
 
     path: str
     transposed: bool
     scale: float
-    folds: bool
+    absorbs: bool
     reason: str
 
 
-def tap_point(family: Family, module: nn.Module, name: str) -> TapPoint:
+def tap_point(architecture: Architecture, module: nn.Module, name: str) -> TapPoint:
     """Find a tap in a decoder layer.
 
     Args:
-        family: The layer's family.
+        architecture: The layer's architecture.
         module: The layer, with or without weights.
         name: One of :data:`TAPS`.
 
@@ -86,7 +86,7 @@ def tap_point(family: Family, module: nn.Module, name: str) -> TapPoint:
     if name not in TAPS:
         msg = f"there is no tap {name!r}; choose from {', '.join(TAPS)}"
         raise RequestError(msg)
-    parts = family.parts
+    parts = architecture.parts
     mixture = _is_mixture(parts, module)
     if name == "mlp_intermediate" and mixture:
         msg = (
@@ -112,13 +112,13 @@ def tap_point(family: Family, module: nn.Module, name: str) -> TapPoint:
     return points[name]
 
 
-def mlp_projection(family: Family, module: nn.Module) -> MlpProjection:
+def mlp_projection(architecture: Architecture, module: nn.Module) -> MlpProjection:
     """Describe the last linear map of a decoder layer's MLP; ``module`` may be without weights."""
-    parts, kind = family.parts, type(module).__name__
+    parts, kind = architecture.parts, type(module).__name__
     scale = _multiplier(parts, module)
     if _is_mixture(parts, module):
         reason = f"a {kind} with experts has no single last linear map of its MLP"
-        return MlpProjection("", transposed=True, scale=scale, folds=False, reason=reason)
+        return MlpProjection("", transposed=True, scale=scale, absorbs=False, reason=reason)
     transposed = not isinstance(module.get_submodule(parts.mlp_projection), Conv1D)
     reason = ""
     if parts.mlp_post_norm is not None:
@@ -153,7 +153,7 @@ class LayerTaps:
     def __init__(self, skeleton: Skeleton, layer: int, names: Iterable[str]) -> None:
         self._module: nn.Module = skeleton.layers[layer]
         self._where = f"layer {layer} ({type(self._module).__name__})"
-        self._points = {name: tap_point(skeleton.family, self._module, name) for name in names}
+        self._points = {name: tap_point(skeleton.architecture, self._module, name) for name in names}
         self._taken: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.checkpoint import family_of
+from ghoststream.checkpoint import architecture_of
 from ghoststream.spans import PruningPlan
 from ghoststream.streaming import (
     Batch,
@@ -168,13 +168,13 @@ def resident_pass(model: Any, batch: Batch) -> tuple[list[torch.Tensor], torch.T
     Returns:
         ``h[0]`` to ``h[L]``, each ``(n, T, C)``, and logits ``(n, T, V)``.
     """
-    family = family_of(model.config)
+    architecture = architecture_of(model.config)
     seen: list[torch.Tensor] = []
 
     def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-    modules = [*model.get_submodule(family.layers_path), model.get_submodule(family.final_norm_path)]
+    modules = [*model.get_submodule(architecture.layers_path), model.get_submodule(architecture.final_norm_path)]
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
         with torch.inference_mode():
@@ -187,13 +187,13 @@ def resident_pass(model: Any, batch: Batch) -> tuple[list[torch.Tensor], torch.T
 
 def skip_layers(model: Any, layers: Iterable[int]) -> None:
     """Make layers of a resident model return their input, in the form in which its layers return."""
-    family = family_of(model.config)
+    architecture = architecture_of(model.config)
 
     def skip(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states,) if family.layers_return_tuples else hidden_states
+        return (hidden_states,) if architecture.layers_return_tuples else hidden_states
 
     for layer in layers:
-        model.get_submodule(f"{family.layers_path}.{layer}").forward = skip
+        model.get_submodule(f"{architecture.layers_path}.{layer}").forward = skip
 
 
 def random_tokens(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ghoststream.checkpoint import family_of
+from ghoststream.checkpoint import architecture_of
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.testing.conformance import skip_layers
@@ -147,7 +147,7 @@ def examine(folders: list[Path], home: Path) -> dict[str, Any]:
 def reference_model(root: Path, operators: OperatorSet) -> Any:
     """The resident original: removed layers return their input, hooks apply the operators."""
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    family = family_of(model.config)
+    family = architecture_of(model.config)
     layers = model.get_submodule(family.layers_path)
     skip_layers(model, operators.plan.removed)
     for operator in operators.boundaries:

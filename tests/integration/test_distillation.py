@@ -301,9 +301,9 @@ def test_operators_that_cannot_be_trained_are_refused(
     nothing: Forms = (("identity", "hidden", False), ("identity", "hidden", False))
     with pytest.raises(RequestError, match="there is nothing to train"):
         run(tiny_llama, make_operators(tiny_llama, nothing), text, out)
-    folded: Forms = (("linear", "mlp_output", False), FORMS[0])
+    absorbed: Forms = (("linear", "mlp_output", False), FORMS[0])
     with pytest.raises(RequestError, match=r"operator of \[1,2\) \(linear on mlp_output\) changes a weight"):
-        run(tiny_llama, make_operators(tiny_llama, folded), text, out)
+        run(tiny_llama, make_operators(tiny_llama, absorbed), text, out)
     with pytest.raises(MismatchError, match="made for another checkpoint"):
         run(tiny_checkpoint("mistral"), make_operators(tiny_llama), text, out)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Operators on ``hidden+mlp``: one part stands at the boundary, the other is folded; against hooks on resident models and numpy."""
+"""Operators on ``hidden+mlp``: one part stands at the boundary, the other is absorbed; against hooks on resident models and numpy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ghoststream
-from ghoststream.checkpoint import checkpoint_fingerprint, family_of
+from ghoststream.checkpoint import checkpoint_fingerprint, architecture_of
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, NumericsError, RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
@@ -30,7 +30,7 @@ from ghoststream.streaming import Skeleton, make_batches
 from ghoststream.testing.conformance import random_tokens, skip_layers
 from ghoststream.testing.models import save_tiny
 from tests.integration.resident_taps import LLAMA, MODULES
-from tests.integration.test_folded_operators import WIDE, lane_logits
+from tests.integration.test_absorbed_operators import WIDE, lane_logits
 
 L, C, INTERMEDIATE, T = 6, 32, 64, 20
 PLAN = PruningPlan.parse(L, "2:3 4:6")
@@ -55,7 +55,7 @@ def draw(plan: PruningPlan = PLAN, intermediate: int = INTERMEDIATE, *, bias: bo
 def resident(root: Path, operators: OperatorSet) -> Any:
     """The original, removed layers cut, where the layer before each boundary gives ``x + x A + a B + c`` in the place of ``x``."""
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    layers = model.get_submodule(family_of(model.config).layers_path)
+    layers = model.get_submodule(architecture_of(model.config).layers_path)
     skip_layers(model, operators.plan.removed)
     last_map = MODULES.get(model.config.model_type, LLAMA)[3]
     for operator in operators.boundaries:
@@ -119,7 +119,7 @@ def test_the_recovered_checkpoint_computes_what_the_operator_says(
 
     recovered = load_recovered(out)
     assert recovered is not None
-    with pytest.raises(RequestError, match="folded into the weights"):
+    with pytest.raises(RequestError, match="absorbed into the weights"):
         _ = recovered.operators
     told = recovered.operators_over(root)
     for found, made in zip(told.boundaries, operators.boundaries, strict=True):
@@ -136,7 +136,7 @@ def _without_mlp(operator: BoundaryOperator) -> BoundaryOperator:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_in_bf16_the_folded_weight_makes_up_for_the_rounded_ghost(model_type: str, tmp_path: Path) -> None:
+def test_in_bf16_the_absorbed_weight_makes_up_for_the_rounded_ghost(model_type: str, tmp_path: Path) -> None:
     root = save_tiny(model_type, tmp_path / "model", dtype=torch.bfloat16)
     operators, out = draw(PruningPlan.parse(L, "2:4"), bias=False), tmp_path / "out"
     export(root, operators, out)
@@ -205,12 +205,12 @@ def test_both_parts_are_written_down(tiny_checkpoint: Callable[[str], Path], tmp
         "linear.bias": "model.layers.2.ghost.linear.bias",
         "weight": "model.layers.1.mlp.down_proj.weight",
     }
-    assert entry["folded"]["weight"] == "model.layers.1.mlp.down_proj.weight"
-    assert entry["folded"]["bias"] is None
+    assert entry["absorbed"]["weight"] == "model.layers.1.mlp.down_proj.weight"
+    assert entry["absorbed"]["bias"] is None
     boundaries = next(table for table in inspect_path(out).tables if table.title == "boundaries")
     assert ("features", "hidden+mlp", "hidden+mlp") in [tuple(row) for row in boundaries.rows]
     card = (out / "README.md").read_text()
-    assert "linear on hidden+mlp (its part on mlp is folded)" in card
+    assert "linear on hidden+mlp (its part on mlp is absorbed)" in card
     assert "trust_remote_code=True" in card
 
 
@@ -232,15 +232,15 @@ def test_recover_does_all_of_it(tiny_checkpoint: Callable[[str], Path], tmp_path
     (operator,) = found.operators_over(root).boundaries
     assert np.asarray(operator.weight).shape == (C, C + INTERMEDIATE)
     assert operator.diagnostics["relative_residual"] < 1
-    assert 0 < operator.diagnostics["fold_growth"] < 512
+    assert 0 < operator.diagnostics["absorption_growth"] < 512
 
 
-def test_what_cannot_be_folded_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_cannot_be_absorbed_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     root, out, drawn = tiny_checkpoint("llama"), tmp_path / "out", draw()
     with pytest.raises(MismatchError, match="has 72 features, and 96 enter"):
         export(root, draw(intermediate=40), out)
     for model_type, reason in (("gemma2", "the norm post_feedforward_layernorm"), ("mixtral", "experts")):
-        with pytest.raises(UnsupportedModelError, match=rf"hidden\+mlp cannot be folded .*{reason}"):
+        with pytest.raises(UnsupportedModelError, match=rf"hidden\+mlp cannot be absorbed .*{reason}"):
             export(tiny_checkpoint(model_type), drawn, out)
     with pytest.raises(UnsupportedModelError, match="no layer before"):
         export(root, draw(PruningPlan.parse(L, "0:2")), out)
@@ -252,7 +252,7 @@ def test_what_cannot_be_folded_is_refused(tiny_checkpoint: Callable[[str], Path]
 def test_what_rounding_would_undo_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     root, out = tiny_checkpoint("llama"), tmp_path / "out"
     drawn = draw(PruningPlan.parse(L, "4:6"))
-    # I + A has equal rows but for 2 / 1000: what is folded into the first two channels grows a thousandfold.
+    # I + A has equal rows but for 2 / 1000: what is absorbed into the first two channels grows a thousandfold.
     weight = np.array(drawn.boundaries[0].weight)
     weight[:, :C], weight[2:, C:] = 0, 0
     weight[:2, :2] = [[0, 1], [1, 0.002]]

@@ -272,7 +272,7 @@ def test_a_map_of_the_mlp_before_the_boundary_is_a_change_of_its_down_proj(tmp_p
     tapped, at_start, at_end = FromMlp(), Watcher(SECOND.start), Watcher(N_LAYERS)
     lanes = [
         Lane("dense", PruningPlan(N_LAYERS), observers=(plain := Watcher(N_LAYERS),)),
-        Lane("folded", PruningPlan(N_LAYERS, (SECOND,)), {SECOND: tapped}, observers=(at_start, at_end)),
+        Lane("absorbed", PruningPlan(N_LAYERS, (SECOND,)), {SECOND: tapped}, observers=(at_start, at_end)),
     ]
     _run(folder, lanes)
     # Before the span the lane is the dense model.
@@ -294,6 +294,6 @@ def test_a_map_of_the_mlp_before_the_boundary_is_a_change_of_its_down_proj(tmp_p
 
 def test_a_map_of_a_layer_that_the_pass_does_not_run_is_refused(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
-    lane = Lane("folded", PruningPlan(N_LAYERS, (Span(0, 1),)), {Span(0, 1): FromMlp()})
+    lane = Lane("absorbed", PruningPlan(N_LAYERS, (Span(0, 1),)), {Span(0, 1): FromMlp()})
     with pytest.raises(RequestError, match="which this pass does not run"):
         _run(folder, [lane])

@@ -33,7 +33,7 @@ from ghoststream.stages.searching.search import search
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import DEFAULT_FOLDS, RangePlan
+from ghoststream.statistics import DEFAULT_FOLDS, Ranges
 from ghoststream.testing.models import save_tiny
 
 L, S, HELD, T = 6, 14, 4, 24
@@ -156,7 +156,7 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
     ]
     repairs.append(repairs[1].changed(1, FitMethod("ghost")))
     wanted: dict[str, Any] = {
-        "ranges": RangePlan.make(S - HELD, folds=5),
+        "ranges": Ranges.make(S - HELD, folds=5),
         "micro_batch": MICRO_BATCH,
         "progress": SilentProgress(),
     }
@@ -191,7 +191,7 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
         session,
         tokens,
         [*repairs, sequential],
-        ranges=RangePlan.make(S - HELD, folds=5),
+        ranges=Ranges.make(S - HELD, folds=5),
         micro_batch=MICRO_BATCH,
         progress=SilentProgress(),
     )
@@ -490,7 +490,7 @@ def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
     session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
     tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
     wanted: dict[str, Any] = {
-        "ranges": RangePlan.make(S - HELD, folds=DEFAULT_FOLDS),
+        "ranges": Ranges.make(S - HELD, folds=DEFAULT_FOLDS),
         "micro_batch": MICRO_BATCH,
     }
     plan = PruningPlan(L)

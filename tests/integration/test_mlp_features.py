@@ -155,7 +155,7 @@ def test_state_and_mlp_take_every_option_of_least_squares(
     ).boundaries[0]
     missed = [np.linalg.norm(both @ np.asarray(one.weight).T - gap) for one in (plain, sketched)]
     assert missed[1] == pytest.approx(missed[0], rel=1e-3)
-    assert all(one.diagnostics["fold_growth"] > 0 for one in (joined, factored, sketched))
+    assert all(one.diagnostics["absorption_growth"] > 0 for one in (joined, factored, sketched))
 
     chosen = fit(
         store, folder, tmp_path / "auto", "hidden+mlp", "2:4", ridge="auto", weights="drop_sinks"
@@ -344,7 +344,7 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
 
-def test_plan_counts_taps_and_folded_operators(folder: Path, tmp_path: Path) -> None:
+def test_plan_counts_taps_and_absorbed_operators(folder: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {
         "n_remove": 2,
         "sequences": S,

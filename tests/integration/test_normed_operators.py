@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ghoststream.checkpoint import family_of
+from ghoststream.checkpoint import architecture_of
 from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.recovery.modeling_ghosted import GhostOperator
@@ -110,7 +110,7 @@ def test_the_export_loads_strictly_without_ghoststream_and_equals_hooks_on_the_o
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(model_type), dtype=torch.float32).eval()
-    family = family_of(model.config)
+    family = architecture_of(model.config)
     layers = model.get_submodule(family.layers_path)
     for layer in PLAN.removed:
         layers[layer].forward = lambda hidden_states, *_, **__: hidden_states

@@ -86,10 +86,10 @@ def test_a_map_of_the_intermediate_folds_exactly_where_it_is_said_to(
         load_resident(tiny_checkpoint(model_type)),
     )
     batch, layer = _batches(skeleton)[0], 0
-    module = model.get_submodule(f"{skeleton.family.layers_path}.{layer}")
-    projection = mlp_projection(skeleton.family, module)
+    module = model.get_submodule(f"{skeleton.architecture.layers_path}.{layer}")
+    projection = mlp_projection(skeleton.architecture, module)
     if not projection.path:
-        assert not projection.folds
+        assert not projection.absorbs
         return
     before = see(model, model_type, batch)[layer]
     width = before["mlp_intermediate"].shape[-1]
@@ -101,7 +101,7 @@ def test_a_map_of_the_intermediate_folds_exactly_where_it_is_said_to(
     wanted = before["mlp_intermediate"] @ change
     difference = after["output"] - before["output"] - wanted
     error = float(difference.norm() / wanted.norm())
-    assert error < 1e-5 if projection.folds else error > 0.1
+    assert error < 1e-5 if projection.absorbs else error > 0.1
 
 
 class TakingObserver:
@@ -196,7 +196,7 @@ def test_only_that_layer_and_the_frame_are_read_and_once(
             work.taps(batch, torch.ones(*batch.ids.shape, C), ["mlp_output"])
         loaded = {name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta}
     assert skeleton.reader.bytes_read == _tensor_bytes(folder, *prefixes)
-    embedding = f"{skeleton.family.decoder}.{'wte' if model_type == 'gpt2' else 'embed_tokens'}.weight"
+    embedding = f"{skeleton.architecture.decoder}.{'wte' if model_type == 'gpt2' else 'embed_tokens'}.weight"
     elsewhere = {name for name in loaded if not name.startswith(prefixes)}
     assert elsewhere <= {embedding, "lm_head.weight"}  # which has no rows
     assert not any(".layers." in name or ".h." in name for name in elsewhere)

@@ -213,11 +213,11 @@ def test_a_scheduler_that_does_not_answer_is_named(
 
 
 def test_workers_that_do_not_share_the_folder_are_named(uri: str, tmp_path: Path) -> None:
-    from ghoststream.statistics import RangePlan
+    from ghoststream.statistics import Ranges
     from ghoststream.statistics.boundary import BoundaryReducer
     from ghoststream.statistics.engines import ReductionJob, _require_shared
 
-    job = ReductionJob(uri, BoundaryReducer(PLAN.spans), RangePlan.make(4, folds=1), tmp_path)
+    job = ReductionJob(uri, BoundaryReducer(PLAN.spans), Ranges.make(4, folds=1), tmp_path)
     with pytest.raises(RequestError, match="choose an output folder that all workers share"):
         _require_shared((tmp_path / "absent.safetensors",), job)
 

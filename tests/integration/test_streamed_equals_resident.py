@@ -94,9 +94,9 @@ def _resident_repaired(
 
         return hook
 
-    norm = model.get_submodule(skeleton.family.final_norm_path)
+    norm = model.get_submodule(skeleton.architecture.final_norm_path)
     for span, operator in maps.items():
-        layer = f"{skeleton.family.layers_path}.{span.stop}"
+        layer = f"{skeleton.architecture.layers_path}.{span.stop}"
         target = norm if span.stop == N_LAYERS else model.get_submodule(layer)
         target.register_forward_pre_hook(repair(operator), with_kwargs=True)
     with torch.inference_mode():

@@ -102,7 +102,7 @@ def test_weight_gradients_are_those_of_the_resident_model(
     value = streamed(tiny_checkpoint(family), ids, mask, weights=collected)
     assert value == pytest.approx(loss.item(), rel=1e-6)
     skeleton = Skeleton(tiny_checkpoint(family))
-    layers = model.get_submodule(skeleton.family.layers_path)
+    layers = model.get_submodule(skeleton.architecture.layers_path)
     expected = {
         f"{number}.{name}": parameter.grad
         for number, layer in enumerate(layers)
@@ -309,7 +309,7 @@ def test_taylor_scores_are_those_of_the_formula(
     scores = taylor_scores(session, tokens, micro_batch=MICRO, progress=SilentProgress())
     model = tiny_model(family).requires_grad_(requires_grad=True)
     resident_loss(model, ids, mask).backward()
-    layers = model.get_submodule(session.skeleton.family.layers_path)
+    layers = model.get_submodule(session.skeleton.architecture.layers_path)
     expected = [
         sum(
             float((weight.grad * weight).detach().double().abs().sum())

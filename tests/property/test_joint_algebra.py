@@ -13,8 +13,8 @@ from ghoststream.errors import NumericsError
 from ghoststream.operators import BoundaryOperator
 from ghoststream.operators.joint import (
     GROWTH_OF_BFLOAT16,
-    describe_fold,
-    folded_part,
+    describe_absorption,
+    absorbed_part,
     joined,
     mlp_part,
     standing_part,
@@ -54,11 +54,11 @@ def test_the_parts_one_after_the_other_are_the_operator(operator: BoundaryOperat
     x = generator.standard_normal((4, len(whole)))
     a = generator.standard_normal((4, len(b)))
     expected = x @ whole + a @ b + c
-    standing, folded = standing_part(operator), folded_part(operator)
-    assert (standing.features, folded.features, folded.bias) == ("hidden", "mlp", None)
-    assert folded.weight is not None
-    new = folded.weight.T.astype(np.float64)
-    found = standing.apply(folded.apply(x, a))
+    standing, absorbed = standing_part(operator), absorbed_part(operator)
+    assert (standing.features, absorbed.features, absorbed.bias) == ("hidden", "mlp", None)
+    assert absorbed.weight is not None
+    new = absorbed.weight.T.astype(np.float64)
+    found = standing.apply(absorbed.apply(x, a))
     # B' is rounded once to float32; what float64 rounds is far smaller.
     bound = UNIT * np.abs(a) @ np.abs(new) @ np.abs(whole)
     slack = 1e-13 * (np.abs(x) @ np.abs(whole) + 1e3 * np.abs(a) @ np.abs(new) @ np.abs(whole) + np.abs(c))
@@ -72,15 +72,15 @@ def test_the_parts_one_after_the_other_are_the_operator(operator: BoundaryOperat
 def test_parts_are_put_together_again(operator: BoundaryOperator) -> None:
     whole, b, _ = maps(operator)
     assume(np.linalg.cond(whole, 1) < 1e4)
-    folded = folded_part(operator)
-    again = joined(standing_part(operator), folded)
+    absorbed = absorbed_part(operator)
+    again = joined(standing_part(operator), absorbed)
     hidden = len(whole)
     assert again.weight is not None
     assert operator.weight is not None
     assert (again.span, again.features) == (SPAN, "hidden+mlp")
     np.testing.assert_array_equal(again.weight[:, :hidden], operator.weight[:, :hidden])
     assert (again.bias is None) == (operator.bias is None)
-    bound = UNIT * (np.abs(np.asarray(folded.weight, dtype=np.float64).T) @ np.abs(whole) + np.abs(b))
+    bound = UNIT * (np.abs(np.asarray(absorbed.weight, dtype=np.float64).T) @ np.abs(whole) + np.abs(b))
     assert (np.abs(again.weight[:, hidden:].T - b) <= 1.01 * bound + 1e-30).all()
 
 
@@ -93,9 +93,9 @@ def test_a_rounded_part_that_stands_is_made_up_for(operator: BoundaryOperator) -
     whole = np.eye(len(coarse)) + coarse.view(np.float32).T.astype(np.float64)
     assume(np.linalg.cond(whole, 1) < 1e4)
     _, b, _ = maps(operator)
-    folded = np.asarray(folded_part(operator, rough).weight, dtype=np.float64).T
-    bound = UNIT * np.abs(folded) @ np.abs(whole)
-    assert (np.abs(folded @ whole - b) <= 1.01 * bound + 1e-10 * np.abs(folded) @ np.abs(whole) + 1e-30).all()
+    absorbed = np.asarray(absorbed_part(operator, rough).weight, dtype=np.float64).T
+    bound = UNIT * np.abs(absorbed) @ np.abs(whole)
+    assert (np.abs(absorbed @ whole - b) <= 1.01 * bound + 1e-10 * np.abs(absorbed) @ np.abs(whole) + 1e-30).all()
 
 
 @given(SEEDS)
@@ -105,9 +105,9 @@ def test_the_growth_says_what_rounding_costs(seed: int) -> None:
     operator = BoundaryOperator(SPAN, "linear", "hidden+mlp", weight)
     whole, b, _ = maps(operator)
     assume(np.linalg.cond(whole, 1) < 1e4)
-    folded = folded_part(operator)
-    new = np.asarray(folded.weight, dtype=np.float64).T
-    growth = folded.diagnostics["growth"]
+    absorbed = absorbed_part(operator)
+    new = np.asarray(absorbed.weight, dtype=np.float64).T
+    growth = absorbed.diagnostics["growth"]
     # Errors drawn as rounding makes them, uniform within a share of each entry.
     share = 2.0**-8
     errors = [new * generator.uniform(-share, share, new.shape) @ whole for _ in range(20)]
@@ -125,19 +125,19 @@ def nearly_singular(epsilon: float) -> BoundaryOperator:
 
 def test_where_a_direction_is_hidden_there_is_no_part_to_fold() -> None:
     with pytest.raises(
-        NumericsError, match=r"\[2,5\).*cannot be folded, as I \+ A is singular; give a larger"
+        NumericsError, match=r"\[2,5\).*cannot be absorbed, as I \+ A is singular; give a larger"
     ):
-        folded_part(nearly_singular(0.0))
-    noted = describe_fold(nearly_singular(0.0)).diagnostics
-    assert noted["fold_growth"] is None
+        absorbed_part(nearly_singular(0.0))
+    noted = describe_absorption(nearly_singular(0.0)).diagnostics
+    assert noted["absorption_growth"] is None
     assert noted["warnings"][0] == "another"
     assert "I + A is singular" in noted["warnings"][1]
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_there_is_a_warning_from_where_bfloat16_loses_the_fold(factor: float) -> None:
-    noted = describe_fold(nearly_singular(2.0 / (factor * GROWTH_OF_BFLOAT16))).diagnostics
-    assert noted["fold_growth"] == pytest.approx(factor * GROWTH_OF_BFLOAT16, rel=0.01)
+    noted = describe_absorption(nearly_singular(2.0 / (factor * GROWTH_OF_BFLOAT16))).diagnostics
+    assert noted["absorption_growth"] == pytest.approx(factor * GROWTH_OF_BFLOAT16, rel=0.01)
     assert len(noted["warnings"]) == (2 if factor > 1 else 1)
     assert ("rounded away" in noted["warnings"][-1]) == (factor > 1)
 
@@ -147,5 +147,5 @@ def test_a_diagonal_map_loses_nothing_however_small() -> None:
     weight[:, 3:] = 0.1
     weight[1, 1] = 1e-5 - 1.0
     operator = BoundaryOperator(SPAN, "linear", "hidden+mlp", weight)
-    assert folded_part(operator).diagnostics["growth"] == pytest.approx(1.0, rel=1e-6)
-    np.testing.assert_allclose(np.asarray(folded_part(operator).weight)[1], 0.1 / 1e-5, rtol=0.01)
+    assert absorbed_part(operator).diagnostics["growth"] == pytest.approx(1.0, rel=1e-6)
+    np.testing.assert_allclose(np.asarray(absorbed_part(operator).weight)[1], 0.1 / 1e-5, rtol=0.01)

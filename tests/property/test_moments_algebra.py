@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, RangePlan, SumState
+from ghoststream.statistics import BoundaryMoments, Ranges, SumState
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sums import merge_states
 
@@ -95,7 +95,7 @@ def test_range_and_block_size_change_nothing_where_arithmetic_is_exact(
 ) -> None:
     source = ArraySource(seed, n_sequences, integers)
     whole = moments(source, 0, n_sequences, block_tokens=1000)
-    plan = RangePlan.make(n_sequences, folds=1, range_sequences=range_sequences)
+    plan = Ranges.make(n_sequences, folds=1, range_sequences=range_sequences)
     parts = [moments(source, part.start, part.stop, block_tokens) for part in plan.ranges()]
     merged = merge_states(part.state for part in parts).arrays
     exact = set(merged) - {"ratio_sum"}  # the only one that divides
@@ -104,7 +104,7 @@ def test_range_and_block_size_change_nothing_where_arithmetic_is_exact(
 
 @given(st.integers(1, 200), st.integers(0, 9))
 def test_ranges_divide_sequences_and_leave_no_fold_empty(n_sequences: int, folds: int) -> None:
-    plan = RangePlan.make(n_sequences, folds=folds)
+    plan = Ranges.make(n_sequences, folds=folds)
     covered = [i for part in plan.ranges() for i in range(part.start, part.stop)]
     assert covered == list(range(n_sequences))
     leaves = [plan.fold_leaves(fold) for fold in range(plan.n_folds)]

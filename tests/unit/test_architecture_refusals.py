@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from ghoststream.checkpoint import FAMILIES, family_of
+from ghoststream.checkpoint import ARCHITECTURES, architecture_of
 from ghoststream.checkpoint.architecture import REFUSED
 from ghoststream.errors import UnsupportedModelError
 from ghoststream.testing.models import tiny_config
@@ -34,11 +34,11 @@ def test_refused_by_name_with_the_reason(model_type: str) -> None:
     with pytest.raises(
         UnsupportedModelError, match=f"models of type '{model_type}' cannot.*{_REASONS[model_type]}"
     ):
-        family_of(CONFIG_MAPPING[model_type]())
+        architecture_of(CONFIG_MAPPING[model_type]())
 
 
 def test_no_model_is_both_supported_and_refused() -> None:
-    assert not set(FAMILIES) & set(REFUSED)
+    assert not set(ARCHITECTURES) & set(REFUSED)
     assert set(REFUSED) <= set(CONFIG_MAPPING)
 
 
@@ -46,7 +46,7 @@ def test_the_table_in_the_documentation_lists_every_family() -> None:
     text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.split("## What is refused")[0].splitlines() if "|" in line]
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(listed) == sorted([*FAMILIES, "model_type"])
+    assert sorted(listed) == sorted([*ARCHITECTURES, "model_type"])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_table_in_the_documentation_lists_every_family() -> None:
 )
 def test_quantised_weights_are_refused_by_their_method(quantization: dict[str, Any], name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"is quantised \({name}\).* unquantised safetensors"):
-        family_of(tiny_config("llama", quantization_config=quantization))
+        architecture_of(tiny_config("llama", quantization_config=quantization))
 
 
 def test_a_quantisation_object_is_named_too() -> None:
@@ -73,18 +73,18 @@ def test_a_quantisation_object_is_named_too() -> None:
     config.quantization_config = GPTQConfig.__new__(GPTQConfig)
     config.quantization_config.quant_method = "gptq"
     with pytest.raises(UnsupportedModelError, match=r"is quantised \(gptq\)"):
-        family_of(config)
+        architecture_of(config)
 
 
 def test_opt_without_a_final_norm() -> None:
     with pytest.raises(UnsupportedModelError, match="opt-350m"):
-        family_of(tiny_config("opt", do_layer_norm_before=False))
+        architecture_of(tiny_config("opt", do_layer_norm_before=False))
 
 
 def test_a_recovered_model_belongs_to_the_family_of_its_base() -> None:
     config = tiny_config("gpt2")
     type(config).model_type, before = "ghosted_gpt2", type(config).model_type
     try:
-        assert family_of(config) == FAMILIES["gpt2"]
+        assert architecture_of(config) == ARCHITECTURES["gpt2"]
     finally:
         type(config).model_type = before

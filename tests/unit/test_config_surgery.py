@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from ghoststream.checkpoint import FAMILIES, family_of
+from ghoststream.checkpoint import ARCHITECTURES, architecture_of
 from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.recovery import check_pruned_model, prune_config
 from ghoststream.spans import PruningPlan
@@ -74,7 +74,7 @@ def _prune_and_check(config: Any, plan: PruningPlan, layers_path: str) -> Any:
 def test_surviving_layers_of_every_family(model_type: str, text: str) -> None:
     config = tiny_config(model_type)
     plan = PruningPlan.parse(6, text)
-    pruned = _prune_and_check(config, plan, family_of(config).layers_path)
+    pruned = _prune_and_check(config, plan, architecture_of(config).layers_path)
     assert pruned.num_hidden_layers == len(plan.kept)
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -82,7 +82,7 @@ def test_surviving_layers_of_every_family(model_type: str, text: str) -> None:
 
 
 def test_every_streamed_family_has_a_tiny_model() -> None:
-    assert set(TINY_CONFIGS) == set(FAMILIES)
+    assert set(TINY_CONFIGS) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("text", _PLANS)

@@ -15,7 +15,7 @@ from ghoststream.spans import Span
 from ghoststream.statistics import (
     FoldedMoments,
     ModelFacts,
-    RangePlan,
+    Ranges,
     feature_names,
     reduce_boundaries,
     register_feature,
@@ -109,7 +109,7 @@ def test_auto_takes_the_ridge_that_predicts_the_folds_left_out_best(
 ) -> None:
     features = "hidden+normed"
     operator = fit(reduced(uri, features), features=features, intercept=intercept)
-    plan = RangePlan.make(SHAPE[0], folds=FOLDS)
+    plan = Ranges.make(SHAPE[0], folds=FOLDS)
     folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
     curve = []
     for ratio in RIDGE_GRID:

@@ -18,7 +18,7 @@ from ghoststream.errors import (
 from ghoststream.spans import Span
 from ghoststream.statistics import (
     BoundaryMoments,
-    RangePlan,
+    Ranges,
     SumState,
     get_feature,
     mean_cosine,
@@ -96,13 +96,13 @@ def test_folds_are_whole_sequences_and_sum_to_the_total(
     uri: str, states: list[Hidden], mask: npt.NDArray[np.bool_]
 ) -> None:
     span = Span(0, 2)
-    folded = reduce_boundaries(uri, [span], folds=3, range_sequences=2)[span]
-    plan = RangePlan.make(SHAPE[0], folds=3, range_sequences=2)
+    absorbed = reduce_boundaries(uri, [span], folds=3, range_sequences=2)[span]
+    plan = Ranges.make(SHAPE[0], folds=3, range_sequences=2)
     for index in range(3):
         mine = np.array([plan.fold_of(i) == index for i in range(SHAPE[0])])
         x = states[0][mine][mask[mine]].astype(np.float64)
-        np.testing.assert_allclose(folded.fold(index).gram, x.T @ x, rtol=1e-12, atol=1e-10)
-    assert folded.total().n_tokens == mask.sum()
+        np.testing.assert_allclose(absorbed.fold(index).gram, x.T @ x, rtol=1e-12, atol=1e-10)
+    assert absorbed.total().n_tokens == mask.sum()
 
 
 def test_residuals_from_moments_are_the_residuals_on_the_data(
@@ -210,7 +210,7 @@ def test_requests_that_make_no_sense_are_refused(uri: str) -> None:
     with pytest.raises(RequestError, match="at most 3 sequences a range"):
         reduce_boundaries(uri, SPANS, folds=4, range_sequences=4)
     with pytest.raises(RequestError, match="no sequences"):
-        RangePlan.make(0, folds=1)
+        Ranges.make(0, folds=1)
     with pytest.raises(RequestError, match="no feature 'nonsense'"):
         reduce_boundaries(uri, SPANS, feature="nonsense")
     with pytest.raises(RequestError, match="no pairs"):
@@ -218,8 +218,8 @@ def test_requests_that_make_no_sense_are_refused(uri: str) -> None:
 
 
 def test_more_folds_than_sequences_become_one_a_sequence() -> None:
-    assert RangePlan.make(3, folds=5).n_folds == 3
-    assert RangePlan.make(3, folds=0).n_folds == 1
+    assert Ranges.make(3, folds=5).n_folds == 3
+    assert Ranges.make(3, folds=0).n_folds == 1
 
 
 def test_the_merge_tree_covers_every_leaf_once() -> None:

@@ -14,7 +14,7 @@ from ghoststream.operators import (
     register_operator,
 )
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, RangePlan, SumState, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, Ranges, SumState, reduce_boundaries
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
 SHAPE = (12, 16, 6)
@@ -77,7 +77,7 @@ def test_diagnostics_of_ghost_are_those_of_the_data(moments: FoldedMoments, stat
 def test_residual_out_of_sample_leaves_whole_sequences_out(
     moments: FoldedMoments, states: list[Hidden]
 ) -> None:
-    plan = RangePlan.make(SHAPE[0], folds=3)
+    plan = Ranges.make(SHAPE[0], folds=3)
     folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
     residual = 0.0
     for fold in range(3):

@@ -19,7 +19,7 @@ from ghoststream.operators import (
 )
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import FoldedMoments, RangePlan, hadamard_matrix, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, Ranges, hadamard_matrix, reduce_boundaries
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
 SHAPE = (12, 16, 8)
@@ -91,7 +91,7 @@ def test_diagnostics_are_those_of_the_product(uri: str, states: list[Hidden]) ->
     x, gap = rows(states, 1), rows(states, 4) - rows(states, 1)
     inside = np.linalg.norm(x @ official(states, SPAN) - x - gap)
     assert found["relative_residual"] == pytest.approx(inside / np.linalg.norm(gap), rel=1e-8)
-    plan = RangePlan.make(SHAPE[0], folds=FOLDS)
+    plan = Ranges.make(SHAPE[0], folds=FOLDS)
     folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
     outside = 0.0
     for fold in range(FOLDS):
@@ -211,7 +211,7 @@ def test_svd_is_the_pseudo_inverse_with_small_singular_values_left_out(
     assert found["effective_dof"] == 6 - dropped
     outside = 0.0
     for fold in range(2):
-        plan = RangePlan.make(8, folds=2)
+        plan = Ranges.make(8, folds=2)
         left = np.repeat([plan.fold_of(i) == fold for i in range(8)], 16)
         missed = x[left] @ np.linalg.pinv(x[~left], rcond=1e-6) @ (y - x)[~left] - (y - x)[left]
         outside += (missed**2).sum()

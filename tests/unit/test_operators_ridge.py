@@ -16,7 +16,7 @@ from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operat
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.spans import Span
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import FoldedMoments, RangePlan, get_weight, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, Ranges, get_weight, reduce_boundaries
 from ghoststream.statistics.weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
@@ -193,7 +193,7 @@ def test_either_route_chooses_by_refitting_without_each_fold(
     uri: str, states: list[Hidden], intercept: bool, shrink: str, solver: str
 ) -> None:
     found = fit(uri, solver=solver, intercept=intercept, shrink=shrink).diagnostics
-    plan = RangePlan.make(SHAPE[0], folds=FOLDS)
+    plan = Ranges.make(SHAPE[0], folds=FOLDS)
     folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
     curve = []
     for ratio in RIDGE_GRID:

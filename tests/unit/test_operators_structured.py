@@ -15,7 +15,7 @@ from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operat
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.spans import Span
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import RangePlan, reduce_boundaries
+from ghoststream.statistics import Ranges, reduce_boundaries
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
 SHAPE = (9, 12, 5)
@@ -118,7 +118,7 @@ def test_auto_is_the_ridge_that_predicts_left_out_folds_best(
     uri: str, states: list[Hidden], name: str, intercept: bool
 ) -> None:
     found = fit(uri, name, ridge="auto", intercept=intercept).diagnostics
-    plan = RangePlan.make(SHAPE[0], folds=FOLDS)
+    plan = Ranges.make(SHAPE[0], folds=FOLDS)
     folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
     curve = []
     for ratio in RIDGE_GRID:

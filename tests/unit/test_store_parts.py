@@ -16,7 +16,7 @@ from zarr.storage import MemoryStore
 from ghoststream.activations import ActivationStore, PartStore, StoreLike, StoreRequest, opening, verify_store
 from ghoststream.activations.location import Location, locate
 from ghoststream.activations.opening import load_manifest
-from ghoststream.activations.parts import fold_parts, load_parts
+from ghoststream.activations.parts import join_parts, load_parts
 from ghoststream.errors import (
     BudgetError,
     BusyError,
@@ -111,7 +111,7 @@ def test_parts_make_the_same_store_wherever_it_is(place: StoreLike, whole: dict[
     assert verify_store(place) == []
 
 
-def test_a_reader_sees_what_was_folded_and_nothing_else(place: StoreLike) -> None:
+def test_a_reader_sees_what_was_absorbed_and_nothing_else(place: StoreLike) -> None:
     work(place, (0, 4))
     work(place, (8, 10), layers=(0, 1))
     store = ActivationStore.open(place)
@@ -287,7 +287,7 @@ def test_damage_in_a_part_is_found(tmp_path: Path) -> None:
     part_store(tmp_path, (0, 4)).close()
 
 
-def test_damaged_parts_are_not_folded(tmp_path: Path) -> None:
+def test_damaged_parts_are_not_absorbed(tmp_path: Path) -> None:
     work(tmp_path, (0, 4))
     (tmp_path / "hidden/2/c.0.0.0").unlink()
     with pytest.raises(StoreError, match=r"hidden/2/c.0.0.0 is missing.*delete parts/0-4/ in it and run"):
@@ -351,12 +351,12 @@ def test_two_that_fold_at_once_leave_the_same_bytes(place: StoreLike, whole: dic
                 write_rows(part, layer)
     location = locate(place, writable=True)
     stale = load_manifest(location)
-    first = fold_parts(location, load_manifest(location))
+    first = join_parts(location, load_manifest(location))
     # The other one began before, and comes to write after.
-    assert fold_parts(location, stale) == first
+    assert join_parts(location, stale) == first
     opening.clear_leftovers(location, first)
     # One that began before and comes after the parts are gone folds nothing, and the store stays complete.
-    assert not fold_parts(location, stale).complete
+    assert not join_parts(location, stale).complete
     assert load_parts(location, stale) == ()
     assert files_only(objects(place)) == files_only(whole)
 

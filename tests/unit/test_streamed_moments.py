@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, ModelFacts, RangePlan, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, reduce_boundaries
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.streamed import streamed_moments
 from ghoststream.statistics.triangle_boundary import TriangleReducer
@@ -53,7 +53,7 @@ def test_they_are_those_of_the_store(
     )[SPAN]
     found = streamed_moments(
         kind((SPAN,), **options),
-        RangePlan.make(S, folds=folds, range_sequences=range_sequences),
+        Ranges.make(S, folds=folds, range_sequences=range_sequences),
         _batches(states, batch),
         mask=mask,
         facts=ModelFacts(EPSILON),
@@ -64,7 +64,7 @@ def test_they_are_those_of_the_store(
 
 def test_states_that_do_not_come_are_missed() -> None:
     states = random_states(4, (S, T, C))
-    plan = RangePlan.make(S, folds=2)
+    plan = Ranges.make(S, folds=2)
     with pytest.raises(ValueError, match="did not come"):
         streamed_moments(
             BoundaryReducer((SPAN,)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ghoststream.checkpoint import FAMILIES, family_of
+from ghoststream.checkpoint import ARCHITECTURES, architecture_of
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.streaming import TAPS, LayerTaps, Replay, Skeleton, make_batches, mlp_projection, tap_point
 from ghoststream.testing.conformance import random_tokens
@@ -34,14 +34,14 @@ PROJECTIONS = {
 
 
 def _layers(model: Any) -> Any:
-    return model.get_submodule(family_of(model.config).layers_path)
+    return model.get_submodule(architecture_of(model.config).layers_path)
 
 
 @pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
 def test_every_layer_has_each_tap_or_refuses_it_by_name(model_type: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(model_type))
-    family = family_of(model.config)
+    family = architecture_of(model.config)
     for number, layer in enumerate(_layers(model)):
         for name in TAPS:
             if name == "mlp_intermediate" and number in MIXTURES.get(model_type, ()):
@@ -52,20 +52,20 @@ def test_every_layer_has_each_tap_or_refuses_it_by_name(model_type: str) -> None
         projection = mlp_projection(family, layer)
         mixture = number in MIXTURES.get(model_type, ())
         assert projection.path == ("" if mixture else PROJECTIONS.get(model_type, "mlp.down_proj"))
-        assert projection.folds == (not mixture and model_type not in POST_NORMED)
-        assert projection.folds == (projection.reason == "")
+        assert projection.absorbs == (not mixture and model_type not in POST_NORMED)
+        assert projection.absorbs == (projection.reason == "")
         assert projection.transposed == (model_type != "gpt2")
         assert projection.scale == (0.7 if model_type.startswith("granite") else 1.0)
 
 
 def test_every_supported_family_is_among_the_tiny_models() -> None:
-    assert set(TINY_CONFIGS) == set(FAMILIES)
+    assert set(TINY_CONFIGS) == set(ARCHITECTURES)
 
 
 def test_why_nothing_folds_is_said() -> None:
     def reason(model_type: str, **overrides: Any) -> str:
         model = tiny_model(model_type, **overrides)
-        return mlp_projection(family_of(model.config), _layers(model)[0]).reason
+        return mlp_projection(architecture_of(model.config), _layers(model)[0]).reason
 
     assert re.search("GptOssDecoderLayer with experts has no single last linear map", reason("gpt_oss"))
     assert re.search("the norm post_feedforward_layernorm is between mlp.down_proj", reason("gemma2"))

@@ -131,7 +131,7 @@ class _Opened:
     base: str | None
 
     def over(self, base: ModelSession) -> OperatorSet | None:
-        """Return the operators, those that are folded into weights told from the base's."""
+        """Return the operators, those that are absorbed into weights told from the base's."""
         if isinstance(self.operators, RecoveredInfo):
             return self.operators.operators_over(base.root)
         return self.operators

@@ -80,7 +80,7 @@ def replay(
     _require_same_model(session, source)
     work = Replay(session.skeleton, layer)
     for name in taps:
-        tap_point(session.skeleton.family, session.skeleton.layers[layer], name)
+        tap_point(session.skeleton.architecture, session.skeleton.layers[layer], name)
     start, stop = _range(source, sequences)
     source.read(layer, start, start + 1)  # absent or unfinished states are found before any work
     tokens = source.tokens()

@@ -16,7 +16,7 @@ from ghoststream.errors import BudgetError, DataError, InputNotFoundError, Reque
 from ghoststream.files import disk_errors, format_bytes, json_digest
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
-from ghoststream.recovery.folding import FOLDED, require_foldable
+from ghoststream.recovery.absorbing import ABSORBED, require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.capturing.replay import replay
 from ghoststream.stages.planning.machine import free_host_memory
@@ -75,7 +75,7 @@ def wanted_taps(
 
     Raises:
         RequestError: If the model is needed and not given, or a span begins with the first layer, or taps differ in width.
-        UnsupportedModelError: If a layer does not have a tap, or an operator on them could not be folded.
+        UnsupportedModelError: If a layer does not have a tap, or an operator on them could not be absorbed.
         GhoststreamError: What opening the model raises.
 
     Memory: the model without weights.
@@ -104,8 +104,8 @@ def wanted_taps(
     if layers[-1] >= skeleton.n_layers:
         msg = f"there is no layer {layers[-1]}: {base.model} has {skeleton.n_layers}; give the model of the store"
         raise RequestError(msg)
-    for span in spans if features in FOLDED else ():
-        require_foldable(skeleton, span, features, constant=intercept)
+    for span in spans if features in ABSORBED else ():
+        require_absorbable(skeleton, span, features, constant=intercept)
     widths = {taps_width(skeleton, layer, taps) for layer in layers}
     if len(widths) > 1:
         msg = (
@@ -153,7 +153,7 @@ def tap_width(skeleton: Skeleton, layer: int, tap: str) -> int:
         UnsupportedModelError: If the layer does not have it.
     """
     module = skeleton.layers[layer]
-    point = tap_point(skeleton.family, module, tap)
+    point = tap_point(skeleton.architecture, module, tap)
     if tap not in _BEFORE_A_MAP:
         return skeleton.hidden_size
     linear = module.get_submodule(point.path)

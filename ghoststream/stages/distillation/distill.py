@@ -88,7 +88,7 @@ def distill(
         the held-out divergence did not fall.
 
     Raises:
-        RequestError: If there is nothing to train, an operator is folded into a weight, or the numbers do not fit the text.
+        RequestError: If there is nothing to train, an operator is absorbed into a weight, or the numbers do not fit the text.
         MismatchError: If the operators are for another model.
         OutputExistsError: If ``out`` holds something else.
         BudgetError: If two layers and a micro-batch do not fit the memory given, or the disk has too little space.

@@ -245,7 +245,7 @@ def _tap_bytes(sizes: ModelSizes, request: Request) -> int:
 def _export_bytes(sizes: ModelSizes, request: Request) -> int:
     operator = 0 if request.reads_taps else operator_bytes(request, sizes.hidden)
     if request.features == "hidden+mlp":
-        operator = 4 * sizes.hidden**2  # the rest is folded
+        operator = 4 * sizes.hidden**2  # the rest is absorbed
     return sizes.checkpoint_bytes - request.n_remove * sizes.stored_layer_bytes + operator
 
 

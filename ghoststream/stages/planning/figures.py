@@ -68,7 +68,7 @@ class Request:
 
     @property
     def reads_taps(self) -> bool:
-        """Whether the layer before a boundary is run again for its taps, and the operator folded into it, all or in part."""
+        """Whether the layer before a boundary is run again for its taps, and the operator absorbed into it, all or in part."""
         return self.is_replace_me or bool(taps_of(self.features))
 
     def width(self, hidden: int) -> int:

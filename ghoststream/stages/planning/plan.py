@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.operators import OperatorOptions, features_of, make_operator
-from ghoststream.recovery.folding import require_foldable
+from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width, taps_width
 from ghoststream.stages.planning.costs import all_needs, describe_problem, stage_costs
@@ -145,7 +145,7 @@ def plan_run(
         PlanError: If the model has not enough layers, or the spans are others than ``n_remove`` layers.
         RequestError: If options of the operator do not go together.
         GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators on features of the
-            layer before cannot be folded into.
+            layer before cannot be absorbed into.
 
     Memory: headers of the checkpoint and three matrices of 8 MiB.
     """
@@ -223,10 +223,10 @@ def _intermediate(skeleton: Skeleton, features: str, *, required: bool) -> int:
     """Return the width of the features ``mlp``, as far as the first layer says; 0 where they are not required and do not fold.
 
     Raises:
-        UnsupportedModelError: If they are required, and operators cannot be folded.
+        UnsupportedModelError: If they are required, and operators cannot be absorbed.
     """
     try:
-        require_foldable(skeleton, Span(1, 2), features if required else "mlp")
+        require_absorbable(skeleton, Span(1, 2), features if required else "mlp")
     except UnsupportedModelError:
         if required:
             raise
@@ -247,7 +247,7 @@ def _model_sizes(skeleton: Skeleton, length: int) -> ModelSizes:
     itemsize = skeleton.dtype.itemsize
     tensors, model = skeleton.index.tensors, skeleton.model
     largest = max(range(skeleton.n_layers), key=skeleton.layer_bytes)
-    layer_sources = skeleton.keys.sources(f"{skeleton.family.layers_path}.{largest}")
+    layer_sources = skeleton.keys.sources(f"{skeleton.architecture.layers_path}.{largest}")
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     sources = {
         part: skeleton.keys.names[f"{name}.weight"]

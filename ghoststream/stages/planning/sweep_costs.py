@@ -21,7 +21,7 @@ from ghoststream.selection.residual import RepairResidual
 from ghoststream.spans import Span
 from ghoststream.stages.evidence import Engine
 from ghoststream.stages.solve_request import single_layers
-from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan, TapSource, candidate_spans
+from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Ranges, TapSource, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer, Precision
 from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.reduction import boundary_reducer
@@ -155,7 +155,7 @@ def _reducers_of_solve(
         )
         return
     n_features = BoundaryReducer(spans, **statistic).phi.width(shape.hidden)
-    n_folds = RangePlan.make(shape.sequences, folds=request.folds).n_folds
+    n_folds = Ranges.make(shape.sequences, folds=request.folds).n_folds
     if isinstance(family, ProjectedLeastSquares):
         columns = family.columns(n_features, shape.hidden)
         found = _projections(options, columns, n_folds)
@@ -197,7 +197,7 @@ def _cost(
     request: MomentRequest,
 ) -> SweepCost:
     cost = SweepCost(stage, name, sum(len(reducer.spans) for reducer in reducers))
-    plan = RangePlan.make(shape.sequences, folds=request.folds)
+    plan = Ranges.make(shape.sequences, folds=request.folds)
     memory = Engine(None, request.workers, request.memory, SilentProgress()).budget
     for reducer in reducers:
         try:

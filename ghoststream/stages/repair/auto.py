@@ -8,7 +8,7 @@ from typing import Any
 
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.operators import OperatorOptions
-from ghoststream.recovery.folding import require_foldable
+from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.repair.methods import FitMethod, Inputs, Repair
 from ghoststream.stages.session import ModelSession
@@ -107,7 +107,7 @@ def _variants(session: ModelSession, repair: Repair, index: int) -> list[Repair]
 def _is_possible(session: ModelSession, span: Span, method: FitMethod) -> bool:
     if taps_of(method.features):
         try:
-            require_foldable(session.skeleton, span, method.features, constant=method.options.intercept)
+            require_absorbable(session.skeleton, span, method.features, constant=method.options.intercept)
         except UnsupportedModelError:
             return False
     return method.features != "normed" or session.norm_epsilon is not None

@@ -21,7 +21,7 @@ from ghoststream.stages.searching.result import read_repair
 from ghoststream.stages.searching.steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan
+from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
 
@@ -143,17 +143,17 @@ class _Division:
     """How the sequences are divided: all of them to fit on, and those that ``auto`` fits on to measure on the others."""
 
     micro_batch: int
-    ranges: RangePlan
-    fitting: RangePlan | None
+    ranges: Ranges
+    fitting: Ranges | None
 
     @classmethod
     def make(
         cls, session: ModelSession, tokens: TokenSet, folds: int, *, held_out: int | None, choosing: bool
     ) -> _Division:
-        ranges = RangePlan.make(tokens.n_sequences, folds=folds)
+        ranges = Ranges.make(tokens.n_sequences, folds=folds)
         if choosing:
             micro_batch, n_fit = divide(session, tokens, held_out)
-            return cls(micro_batch, ranges, RangePlan.make(n_fit, folds=folds))
+            return cls(micro_batch, ranges, Ranges.make(n_fit, folds=folds))
         chosen = session.options.micro_batch or session.memory(tokens.length).choose_micro_batch()
         return cls(chosen, ranges, None)
 

@@ -15,13 +15,13 @@ from ghoststream.operators import (
     needed_statistics,
 )
 from ghoststream.recovery import build_ghost
-from ghoststream.recovery.folding import require_foldable
+from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
 from ghoststream.stages.lanes import TappedOperator
 from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import FoldedMoments, ModelFacts, RangePlan, taps_of
+from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, taps_of
 from ghoststream.statistics.features import STATE_TAP
 from ghoststream.statistics.reduction import boundary_reducer
 from ghoststream.statistics.streamed import StreamedTaps, streamed_moments
@@ -56,7 +56,7 @@ class StreamedFit:
         self,
         span: Span,
         method: FitMethod,
-        ranges: RangePlan,
+        ranges: Ranges,
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
         source: StreamedFit | None = None,
@@ -139,7 +139,7 @@ class TappedStreamedFit(StreamedFit):
 
     Raises:
         RequestError: If the span begins with the first layer.
-        UnsupportedModelError: If the layer has no such taps, or an operator on them could not be folded into it.
+        UnsupportedModelError: If the layer has no such taps, or an operator on them could not be absorbed into it.
 
     Memory: the taps besides, of all sequences, while the pass is inside the span.
     """
@@ -148,14 +148,14 @@ class TappedStreamedFit(StreamedFit):
         self,
         span: Span,
         method: FitMethod,
-        ranges: RangePlan,
+        ranges: Ranges,
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
         source: StreamedFit | None = None,
     ) -> None:
         super().__init__(span, method, ranges, mask, session, source)
         skeleton, read = session.skeleton, taps_of(method.features)
-        require_foldable(skeleton, span, method.features, constant=method.options.intercept)
+        require_absorbable(skeleton, span, method.features, constant=method.options.intercept)
         self._with_states = read[0] == STATE_TAP
         self.taps = read[1:] if self._with_states else read
         self._widths = [tap_width(skeleton, span.start - 1, tap) for tap in self.taps]
@@ -206,7 +206,7 @@ class FittedLanes:
 
     def __init__(
         self,
-        ranges: RangePlan | None,
+        ranges: Ranges | None,
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
         goes_on: tuple[int, int] | None = None,
@@ -244,7 +244,7 @@ class FittedLanes:
         """Return the lanes that fit for others; they go before them."""
         return list(self._helpers.values())
 
-    def _map(self, path: _Path, ranges: RangePlan) -> StreamedFit:
+    def _map(self, path: _Path, ranges: Ranges) -> StreamedFit:
         if path not in self._maps:
             span, method = path[-1]
             kind = TappedStreamedFit if taps_of(method.features) else StreamedFit
@@ -252,7 +252,7 @@ class FittedLanes:
             self._maps[path] = kind(span, method, ranges, self._mask, self._session, source)
         return self._maps[path]
 
-    def _alone(self, span: Span, method: FitMethod, ranges: RangePlan) -> StreamedFit:
+    def _alone(self, span: Span, method: FitMethod, ranges: Ranges) -> StreamedFit:
         path: _Path = ((span, replace(method, inputs="repaired")),)
         fit = self._map(path, ranges)
         plan = PruningPlan(self._session.skeleton.n_layers, (span,))

@@ -15,12 +15,12 @@ from typing import Any
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.progress import Progress
-from ghoststream.recovery.folding import require_exportable
+from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.repair.fitting import DENSE, FittedLanes, TappedStreamedFit
 from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import RangePlan
+from ghoststream.statistics import Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
 
@@ -65,7 +65,7 @@ def measure_repairs(
     tokens: TokenSet,
     repairs: Sequence[Repair],
     *,
-    ranges: RangePlan | None,
+    ranges: Ranges | None,
     micro_batch: int,
     progress: Progress,
 ) -> tuple[LossSummary, tuple[Candidate, ...]]:
@@ -148,7 +148,7 @@ def divide(session: ModelSession, tokens: TokenSet, held_out: int | None) -> tup
 
 
 def _refusal(lane: Lane, session: ModelSession) -> str:
-    """Say why what was fitted cannot be folded into the model; lanes do not need that."""
+    """Say why what was fitted cannot be absorbed into the model; lanes do not need that."""
     for fitted in lane.maps.values():
         operator = fitted.operator if isinstance(fitted, TappedStreamedFit) else None
         if operator is not None:

@@ -21,7 +21,7 @@ from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial
 from ghoststream.stages.searching.taylor import taylor_scores
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, RangePlan
+from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Ranges
 from ghoststream.text import TokenSet
 
 SEARCH_CRITERIA = ("measured", "prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")
@@ -201,13 +201,13 @@ class _Wanted:
 
     def division(
         self, session: ModelSession, tokens: TokenSet, held_out: int | None, folds: int
-    ) -> tuple[int, RangePlan | None]:
+    ) -> tuple[int, Ranges | None]:
         """Return the micro-batch, and how the sequences to fit on are divided; None if nothing is fitted."""
         if self.criterion in UNFITTED:
             chosen = session.memory(tokens.length).choose_micro_batch()
             return session.options.micro_batch or chosen, None
         micro_batch, n_fit = divide(session, tokens, held_out)
-        return micro_batch, RangePlan.make(n_fit, folds=folds)
+        return micro_batch, Ranges.make(n_fit, folds=folds)
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides the figures."""

@@ -14,7 +14,7 @@ from ghoststream.stages.repair.auto import choose_methods, preference
 from ghoststream.stages.repair.measured import measure_repairs
 from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import RangePlan
+from ghoststream.statistics import Ranges
 from ghoststream.text import TokenSet
 
 Row = Mapping[str, Any]
@@ -26,7 +26,7 @@ class Trial:
 
     session: ModelSession
     tokens: TokenSet
-    ranges: RangePlan | None
+    ranges: Ranges | None
     micro_batch: int
     progress: Progress
 

@@ -1,4 +1,4 @@
-"""Operators folded into the last map of the MLP before: plain checkpoints, lanes, provenance; against resident models."""
+"""Operators absorbed into the last map of the MLP before: plain checkpoints, lanes, provenance; against resident models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ghoststream
-from ghoststream.checkpoint import checkpoint_fingerprint, family_of
+from ghoststream.checkpoint import checkpoint_fingerprint, architecture_of
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
@@ -34,7 +34,7 @@ from tests.integration.resident_taps import LLAMA, MODULES
 L, C, INTERMEDIATE, T = 6, 32, 64, 20
 PLAN = PruningPlan.parse(L, "2:3 4:6")
 # Where attention and MLP are side by side, where weights lie the other way round, where there is a multiplier, a bias.
-FAMILIES = ("llama", "gpt2", "granite", "phi", "falcon", "opt")
+ARCHITECTURES = ("llama", "gpt2", "granite", "phi", "falcon", "opt")
 WITH_BIAS = ("gpt2", "phi", "opt")
 WIDE = {"falcon": 4 * C}
 
@@ -59,7 +59,7 @@ def draw(
 def resident(root: Path, operators: OperatorSet) -> Any:
     """The original, removed layers cut, with hooks on the last map of each MLP before a boundary that add the operator."""
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    layers = model.get_submodule(family_of(model.config).layers_path)
+    layers = model.get_submodule(architecture_of(model.config).layers_path)
     skip_layers(model, operators.plan.removed)
     path = MODULES.get(model.config.model_type, LLAMA)[3]
     scale = getattr(model.config, "residual_multiplier", 1.0)
@@ -93,7 +93,7 @@ class Logits:
 
 def lane_logits(skeleton: Skeleton, operators: OperatorSet, batches: Any) -> torch.Tensor:
     seen = Logits(batches[-1].stop, skeleton.vocab_size)
-    lanes = [operator_lane("folded", operators, skeleton, seen), Lane("dense", PruningPlan(L))]
+    lanes = [operator_lane("absorbed", operators, skeleton, seen), Lane("dense", PruningPlan(L))]
     factory = StatesFactory(batches, C, skeleton.dtype, device=skeleton.device)
     StreamedPass(skeleton, batches, lanes, factory).run()
     return seen.values
@@ -107,8 +107,8 @@ def without_effect(operators: OperatorSet) -> OperatorSet:
 
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output"])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_folded_checkpoint_is_plain_and_computes_what_the_operators_say(
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_absorbed_checkpoint_is_plain_and_computes_what_the_operators_say(
     model_type: str, features: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root, out = tiny_checkpoint(model_type), tmp_path / "out"
@@ -137,7 +137,7 @@ def test_a_folded_checkpoint_is_plain_and_computes_what_the_operators_say(
 
     recovered = load_recovered(out)
     assert recovered is not None
-    with pytest.raises(RequestError, match="folded into the weights"):
+    with pytest.raises(RequestError, match="absorbed into the weights"):
         _ = recovered.operators
     told = recovered.operators_over(root)
     assert [one.features for one in told.boundaries] == ["mlp", "mlp"]
@@ -146,7 +146,7 @@ def test_a_folded_checkpoint_is_plain_and_computes_what_the_operators_say(
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_only_the_folded_weight_differs_and_it_is_rounded_once(
+def test_only_the_absorbed_weight_differs_and_it_is_rounded_once(
     model_type: str, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A few rows and columns at a time, as with large models.
@@ -183,11 +183,11 @@ def test_a_mixed_plan_keeps_the_other_operators(
 ) -> None:
     root, out = tiny_checkpoint("llama"), tmp_path / "out"
     drawn = draw("mlp")
-    folded, without = drawn.boundaries[0], without_effect(drawn).boundaries[1]
+    absorbed, without = drawn.boundaries[0], without_effect(drawn).boundaries[1]
     weight = (np.random.default_rng(3).standard_normal((C, C)) * 0.05).astype(np.float32)
     standing = BoundaryOperator(Span(4, 6), "linear", weight=weight)
-    assert export(root, replace(drawn, boundaries=(folded, standing)), out).model_type == "ghosted_llama"
-    model = resident(root, replace(drawn, boundaries=(folded, without)))
+    assert export(root, replace(drawn, boundaries=(absorbed, standing)), out).model_type == "ghosted_llama"
+    model = resident(root, replace(drawn, boundaries=(absorbed, without)))
     change = torch.from_numpy(weight).T
     model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + args[0] @ change,))
     loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
@@ -199,16 +199,16 @@ def test_a_mixed_plan_keeps_the_other_operators(
     assert recovered is not None
     told = recovered.operators_over(root).boundaries
     assert [one.features for one in told] == ["mlp", "hidden"]
-    for found, made in zip(told, (folded, standing), strict=True):
+    for found, made in zip(told, (absorbed, standing), strict=True):
         assert found.weight is not None
         assert made.weight is not None
         np.testing.assert_allclose(found.weight, made.weight, atol=1e-6)
-    assert "linear on mlp (folded)" in (out / "README.md").read_text()
+    assert "linear on mlp (absorbed)" in (out / "README.md").read_text()
     boundaries = next(table for table in inspect_path(out).tables if table.title == "boundaries")
     assert ("features", "mlp", "hidden") in [tuple(row) for row in boundaries.rows]
 
 
-def test_a_folded_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
+def test_a_absorbed_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = tiny_checkpoint("llama")
@@ -235,7 +235,7 @@ def test_a_folded_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
     assert [row.losses.perplexity for row in continued.rows] == [report.rows[0].losses.perplexity, file]
 
 
-def test_what_cannot_be_folded_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_cannot_be_absorbed_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="no bias that could take up the constant"):
         export(tiny_checkpoint("llama"), draw("mlp", bias=True), tmp_path / "out")
     with pytest.raises(MismatchError, match="has 40 features, and 64 enter"):

@@ -23,14 +23,14 @@ from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.checkpoint.writer import TensorSource
 from ghoststream.errors import MismatchError, NumericsError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.operators.joint import folded_part, is_joint, lost_in_rounding, standing_part
+from ghoststream.operators.joint import absorbed_part, is_joint, lost_in_rounding, standing_part
 from ghoststream.spans import Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP, MLP_OUTPUT
 from ghoststream.streaming import mlp_projection
 from ghoststream.streaming.skeleton import Skeleton
 
-FOLDED = (MLP.name, MLP_OUTPUT.name, HIDDEN_AND_MLP.name)
-"""Features whose operators are folded, the last in part."""
+ABSORBED = (MLP.name, MLP_OUTPUT.name, HIDDEN_AND_MLP.name)
+"""Features whose operators are absorbed, the last in part."""
 
 _PANEL = 1024
 _BLOCK_ELEMENTS = 2**22
@@ -38,7 +38,7 @@ _BLOCK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
-class Fold:
+class Absorption:
     """Where an operator disappears, or the part of it that does.
 
     Attributes:
@@ -76,7 +76,7 @@ class Fold:
             names: Name in the new checkpoint by name in the base.
 
         Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored; of ``hidden+mlp``
-        what :func:`~ghoststream.operators.joint.folded_part` states, and from then on its result.
+        what :func:`~ghoststream.operators.joint.absorbed_part` states, and from then on its result.
         """
         found = {self.weight: self._source(index, self.weight, names[self.weight], self._weight_blocks)}
         bias = self.changed_bias
@@ -95,16 +95,16 @@ class Fold:
 
     @cached_property
     def part(self) -> BoundaryOperator:
-        """What is folded: the operator, or a part of it.
+        """What is absorbed: the operator, or a part of it.
 
         Raises:
             NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart.
         """
         whole = self.operator
-        return folded_part(whole, rounded(standing_part(whole), self.dtype)) if is_joint(whole) else whole
+        return absorbed_part(whole, rounded(standing_part(whole), self.dtype)) if is_joint(whole) else whole
 
     def require_precise(self, index: CheckpointIndex) -> None:
-        """Check that what is folded of an operator of two parts is larger than its own rounding to the weight's dtype.
+        """Check that what is absorbed of an operator of two parts is larger than its own rounding to the weight's dtype.
 
         Raises:
             NumericsError: If it is not, or cannot be made.
@@ -159,8 +159,8 @@ def rounded(operator: BoundaryOperator, dtype: torch.dtype | None) -> BoundaryOp
     return replace(operator, weight=weight.float().numpy())
 
 
-def find_fold(skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None) -> Fold:
-    """Find where an operator on :data:`FOLDED` features goes.
+def find_absorption(skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None) -> Absorption:
+    """Find where an operator on :data:`ABSORBED` features goes.
 
     Args:
         skeleton: The base.
@@ -171,31 +171,31 @@ def find_fold(skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype
         UnsupportedModelError: If the architecture has a norm or a mixture there, or no bias for the operator's constant.
         MismatchError: If the operator is of another width.
     """
-    fold = require_foldable(
+    absorption = require_absorbable(
         skeleton, operator.span, operator.features, constant=operator.bias is not None, operator=operator
     )
-    shape = skeleton.index.tensors[fold.weight].shape
-    wide, hidden = shape[::-1] if fold.transposed else shape
+    shape = skeleton.index.tensors[absorption.weight].shape
+    wide, hidden = shape[::-1] if absorption.transposed else shape
     widths = {MLP.name: wide, MLP_OUTPUT.name: hidden, HIDDEN_AND_MLP.name: hidden + wide}
     asked, found = widths[operator.features], _array(operator.weight).shape[1]
     if found != asked:
         msg = (
             f"the operator on {operator.features} at {operator.span} has {found} features, and {asked} enter or leave "
-            f"{fold.weight}; solve operators for this model"
+            f"{absorption.weight}; solve operators for this model"
         )
         raise MismatchError(msg)
-    return replace(fold, dtype=dtype)
+    return replace(absorption, dtype=dtype)
 
 
-def require_foldable(
+def require_absorbable(
     skeleton: Skeleton,
     span: Span,
     features: str,
     *,
     constant: bool = False,
     operator: BoundaryOperator | None = None,
-) -> Fold:
-    """Check that an operator on :data:`FOLDED` features can be folded at a boundary, before it is fitted.
+) -> Absorption:
+    """Check that an operator on :data:`ABSORBED` features can be absorbed at a boundary, before it is fitted.
 
     Args:
         skeleton: The base.
@@ -208,15 +208,15 @@ def require_foldable(
         UnsupportedModelError: If there is no layer before, or the architecture has a norm or a mixture there, or no bias
             for the constant.
     """
-    place = f"operators on the features {features} cannot be folded at {span}"
+    place = f"operators on the features {features} cannot be absorbed at {span}"
     if span.start == 0:
         msg = f"{place}: there is no layer before it; use features of the hidden state, or another span"
         raise UnsupportedModelError(msg)
-    found = mlp_projection(skeleton.family, skeleton.layers[span.start - 1])
-    if not found.folds:
+    found = mlp_projection(skeleton.architecture, skeleton.layers[span.start - 1])
+    if not found.absorbs:
         msg = f"{place}: {found.reason}; use features of the hidden state"
         raise UnsupportedModelError(msg)
-    path = f"{skeleton.family.layers_path}.{span.start - 1}.{found.path}"
+    path = f"{skeleton.architecture.layers_path}.{span.start - 1}.{found.path}"
     names = skeleton.keys.names
     if f"{path}.weight" not in names:
         msg = f"{place}: the checkpoint does not hold {path}.weight as one tensor; use features of the hidden state"
@@ -226,53 +226,53 @@ def require_foldable(
         msg = f"{place}: {path} has no bias that could take up the constant; fit without an intercept"
         raise UnsupportedModelError(msg)
     fitted = operator or BoundaryOperator(span, "identity")
-    return Fold(fitted, names[f"{path}.weight"], bias, found.transposed, found.scale)
+    return Absorption(fitted, names[f"{path}.weight"], bias, found.transposed, found.scale)
 
 
-def find_folds(
+def find_absorptions(
     skeleton: Skeleton, operators: OperatorSet, dtype: torch.dtype | None = None
-) -> dict[Span, Fold]:
-    """Return the folds of a plan's operators, by span, as :func:`find_fold` does; those on other features are left out.
+) -> dict[Span, Absorption]:
+    """Return the absorptions of a plan's operators, by span, as :func:`find_absorption` does; those on other features are left out.
 
     Raises:
-        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is folded is lost in rounding.
+        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed is lost in rounding.
     """
-    folds = {
-        operator.span: find_fold(skeleton, operator, dtype)
+    absorptions = {
+        operator.span: find_absorption(skeleton, operator, dtype)
         for operator in operators.operators
-        if operator.features in FOLDED
+        if operator.features in ABSORBED
     }
-    for fold in folds.values():
-        if is_joint(fold.operator):
-            fold.require_precise(skeleton.index)
-    return folds
+    for absorption in absorptions.values():
+        if is_joint(absorption.operator):
+            absorption.require_precise(skeleton.index)
+    return absorptions
 
 
 def require_exportable(skeleton: Skeleton, operator: BoundaryOperator) -> None:
-    """Check that an operator on :data:`FOLDED` features can be written with the precision of the weight it is folded into.
+    """Check that an operator on :data:`ABSORBED` features can be written with the precision of the weight it is absorbed into.
 
     Raises:
         NumericsError: If it cannot.
-        UnsupportedModelError, MismatchError: What :func:`find_fold` raises.
+        UnsupportedModelError, MismatchError: What :func:`find_absorption` raises.
     """
     if is_joint(operator):
-        find_fold(skeleton, operator).require_precise(skeleton.index)
+        find_absorption(skeleton, operator).require_precise(skeleton.index)
 
 
-def is_folded(operator: BoundaryOperator) -> bool:
-    """Say whether an operator is one that is folded, whole or in part."""
-    return operator.form != "identity" and operator.features in FOLDED
+def is_absorbed(operator: BoundaryOperator) -> bool:
+    """Say whether an operator is one that is absorbed, whole or in part."""
+    return operator.form != "identity" and operator.features in ABSORBED
 
 
 def standing_operator(operator: BoundaryOperator) -> BoundaryOperator | None:
     """Return what of an operator stands at its boundary as a module; None if nothing does."""
     if is_joint(operator):
         return standing_part(operator)
-    return None if operator.form == "identity" or is_folded(operator) else operator
+    return None if operator.form == "identity" or is_absorbed(operator) else operator
 
 
-def unfolded(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
-    """Return what was folded as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
+def absorbed_operator(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
+    """Return what was absorbed as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
 
     It is what the checkpoint computes, roundings included, also where it was fitted on ``mlp_output``.
 
@@ -283,7 +283,7 @@ def unfolded(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOper
 
     Memory: ``4 I C`` bytes for the operator, and twice as much while it is read.
     """
-    place, tensors = entry["folded"], entry["tensors"]
+    place, tensors = entry["absorbed"], entry["tensors"]
     with TensorReader(CheckpointIndex.open(folder)) as new, TensorReader(CheckpointIndex.open(base)) as old:
 
         def difference(leaf: str) -> np.ndarray[Any, np.dtype[np.float32]]:

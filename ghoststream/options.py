@@ -1,0 +1,356 @@
+"""Every option that a user can give, declared once.
+
+The command line, the Python API and pipeline files use these very objects: the text of a field is its ``--help`` and its
+documentation, its constraint is checked everywhere, and a recipe embeds it. What was given can be told from what is a
+default, so that a stage refuses by name what it would not use (:meth:`Options.refuse`).
+
+A new option is one field here and the line that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, ValidationError
+
+from ghoststream.errors import RequestError
+
+AUTO = "auto"
+"""In the place of an operator's name: several ways to repair are tried, and held-out text decides."""
+
+UNIFORM = "uniform"
+"""Name of the token weight of the paper: every token counts the same."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Bos = Literal["auto", "always", "never"]
+TextPart = Literal["all", "fit", "heldout"]
+Inputs = Literal["repaired", "dense"]
+Precision = Literal["float64", "float32-blocked"]
+Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
+
+SPEC_FORMS = (
+    "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], "
+    "wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
+)
+
+
+def parse_layers(value: Any) -> Any:
+    """Turn ``"0,10:20,30"`` into numbers, ascending and each once; ``A:B`` is half-open like every span.
+
+    Raises:
+        ValueError: If it names no layer.
+    """
+    if not isinstance(value, str):
+        return value
+    numbers: set[int] = set()
+    try:
+        for part in value.split(","):
+            start, colon, stop = part.partition(":")
+            numbers.update(range(int(start), int(stop) if colon else int(start) + 1))
+    except ValueError:
+        numbers = set()
+    if not numbers or min(numbers) < 0:
+        msg = f"{value!r} names no layer; write for example 0,10:20,30"
+        raise ValueError(msg)
+    return tuple(sorted(numbers))
+
+
+def _parse_ridge(value: Any) -> Any:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0 if value in (None, "auto", "gcv") else -1.0
+    if not 0.0 <= number < float("inf"):
+        msg = f"{value!r} is no ridge; give a number of at least 0, for example 1e-6, auto or gcv"
+        raise ValueError(msg)
+    return value if value in (None, "auto", "gcv") else number
+
+
+def _parse_bytes(value: Any) -> Any:
+    # pydantic reads the units; it takes any text that begins with a number and names none of the others.
+    if isinstance(value, str) and not value.strip()[:1].isdigit():
+        msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
+        raise ValueError(msg)
+    return value
+
+
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+Ridge = Annotated[float | Literal["auto", "gcv"] | None, BeforeValidator(_parse_ridge)]
+Bytes = Annotated[ByteSize, BeforeValidator(_parse_bytes), PlainSerializer(int)]
+Layers = Annotated[tuple[Number, ...], BeforeValidator(parse_layers)]
+
+
+def option(default: Any, text: str, *, usual: bool = False, metavar: str | None = None) -> Any:
+    """Declare a field: its default, the text that help and documentation show, and whether a short help shows it."""
+    extra = {"usual": usual, **({} if metavar is None else {"metavar": metavar})}
+    return Field(default, description=text, json_schema_extra=extra)
+
+
+class Options(BaseModel):
+    """Base of all groups of options: frozen, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @classmethod
+    def make(cls, values: dict[str, Any], *, where: str = "") -> Self:
+        """Make the options of plain data.
+
+        Args:
+            values: What was given, by field.
+            where: Where it was read, for the message.
+
+        Raises:
+            RequestError: If a field is unknown, missing or out of range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            msg = f"{where}{': ' if where else ''}{'; '.join(problems(error))}"
+            raise RequestError(msg) from error
+
+    def given(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
+        """Return which of some fields (of all, without names) were given, in the order of declaration."""
+        wanted = None if names is None else set(names)
+        fields = type(self).model_fields
+        return tuple(n for n in fields if n in self.model_fields_set and (wanted is None or n in wanted))
+
+    def refuse(self, names: Iterable[str] | None, because: str) -> None:
+        """Check that none of some fields (of all, with None) was given, since nothing would read it.
+
+        Raises:
+            RequestError: If one was: names it as the command line does.
+        """
+        found = self.given(names)
+        if found:
+            msg = f"{', '.join(map(flag, found))} would not be used: {because}; leave it out"
+            raise RequestError(msg)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON data, for recipes."""
+        return self.model_dump(mode="json")
+
+
+def flag(name: str) -> str:
+    """Write a field's name as the command line does."""
+    return f"--{name.replace('_', '-')}"
+
+
+def problems(error: ValidationError) -> list[str]:
+    """Say what pydantic found, one line a field."""
+    return [
+        f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    ]
+
+
+class Text(Options):
+    """Which token windows are cut from which text.
+
+    Padding and the account of what was read are in :mod:`ghoststream.text`.
+    """
+
+    spec: str = Field(description=f"Text: {SPEC_FORMS}, or a source of an installed package.")
+    sequences: Count | None = option(128, "Windows of text. Default of an evaluation: all that the text gives.", usual=True, metavar="S")
+    length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
+    pack: bool = option(True, "Join documents into full windows, or one document a window.")
+    bos: Bos = option("auto", "When a window begins with the begin-of-text token; auto does as the tokenizer.")
+    part: TextPart = option("all", "Which part of a text with a standard split, e.g. heldout of python-docs.")
+
+    @classmethod
+    def of(cls, text: Text | str) -> Text:
+        """Return the text of a specification, or the text itself."""
+        return cls(spec=text) if isinstance(text, str) else text
+
+
+class Method(Options):
+    """How a boundary is fitted.
+
+    Operators read what concerns them and refuse what they cannot honour.
+    """
+
+    operator: str = option(
+        AUTO,
+        "What repairs a boundary. auto tries several and keeps the best on held-out windows; ghost is the paper's. Others: "
+        "least-squares, diagonal, scalar, symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, prune-and-comp, "
+        "replace-me-ls, replace-me-cosine, replace-me-cosine-whole, none.",
+        usual=True,
+        metavar="NAME",
+    )
+    features: str = option(
+        "hidden",
+        "What least-squares reads: hidden, normed (over its root mean square), hidden+normed; of the layer before, mlp (what "
+        "enters down_proj), mlp_output (what the MLP adds) or hidden+mlp, which are absorbed into that weight.",
+        usual=True,
+        metavar="NAME",
+    )
+    token_weights: str = option(
+        UNIFORM,
+        "How much a token counts: uniform; drop_sinks (massive activations born in a span not at all); relative (1/|target|^2).",
+        usual=True,
+        metavar="NAME",
+    )
+    ridge: Ridge = option(
+        None,
+        "Added to the diagonal of the Gram matrix: as it is by ghost (default 1e-6); times the diagonal's mean by least-squares, "
+        "where auto, the default, takes what predicts held-out folds best, and gcv needs no folds.",
+        usual=True,
+        metavar="RIDGE",
+    )
+    shrink: Literal["identity", "zero"] = option(
+        "identity", "What the ridge of least-squares draws the map towards: one that changes nothing, or zero."
+    )
+    intercept: bool = option(False, "Let least-squares fit a constant too.")
+    rank: Count | None = option(None, "Best map of this rank, by least-squares. Default: full rank.", metavar="R")
+    solver: Solver = option(
+        "gram",
+        "gram: normal equations. tsqr: QR, for features that are nearly dependent. svd: singular values, the paper's equation as "
+        "it is written, for ghost. Sketches from a store: see docs/operators.md.",
+    )
+    per_layer: bool = option(
+        False,
+        "Fit each removed layer for itself and multiply the maps, as the paper's code does where removed layers are apart.",
+    )
+    sketch_size: Count | None = option(None, "Columns of a sketch. Default: 2 R + 10.", metavar="K")
+    power_iterations: Number = option(
+        0, "Steps of subspace iteration of sketch-features, one more read of the store each.", metavar="Q"
+    )
+    seed: Number = option(0, "Seed of a sketch.", metavar="N")
+    precision: Precision = option(
+        "float64", "Of the products that are summed; float32-blocked adds up blocks of 256 tokens in float64."
+    )
+    inputs: Inputs = option(
+        "repaired",
+        "Whose states an operator behind another one is fitted on: the model's as it is repaired so far, or the dense model's.",
+    )
+
+
+class Search(Options):
+    """How the layers to remove are chosen, and what is held out for it."""
+
+    criterion: str = option(
+        "measured",
+        "How layers are chosen. measured repairs and runs candidates. By running: prune-and-repair, sleb, perplexity, taylor, "
+        "taylor-plus. From hidden states: streamline, shortgpt (by their formulas), streamline-published, shortgpt-published "
+        "(as the paper's published code computes them), uidl, uidl-all, lorp, residual, residual-in-sample. "
+        "From weights: magnitude, magnitude-plus, magnitude-l2. reverse, reverse-last.",
+        usual=True,
+        metavar="NAME",
+    )
+    max_spans: Count = option(
+        2, "Spans that measured removes at most, each with an operator; one pass for each.", usual=True, metavar="K"
+    )
+    held_out: Count | None = option(
+        None, "Windows held out for measuring, taken from the end. Default: a quarter.", usual=True, metavar="S"
+    )
+    beam: Count = option(1, "Best plans of each partition that measured goes on with.", metavar="B")
+    candidates: Count = option(
+        8, "Plans of each partition that measured measures once a span stands: those whose spans cost least alone.", metavar="M"
+    )
+    lanes: Count | None = option(None, "Most candidates in one pass. Default: all.", metavar="N")
+    folds: Number = option(
+        4, "Parts of the text, each left out once for the figures out of sample; 0 for none.", metavar="K"
+    )
+
+
+class Compute(Options):
+    """How a model is opened and run. Device, memory and scratch change no bit of a result on one kind of device."""
+
+    dtype: Dtype | None = option(None, "Compute type. Default: the checkpoint's.", usual=True)
+    attention: str | None = option(
+        None, "Attention implementation, e.g. eager or sdpa. Default: transformers' choice.", metavar="NAME"
+    )
+    micro_batch: Count | None = option(
+        None,
+        "Sequences computed at once. Default: what half of the largest layer's bytes holds, at most 2,048 tokens.",
+        metavar="B",
+    )
+    device: str = option(
+        "auto", "cpu, cuda or cuda:N; auto is CUDA where there is one.", usual=True, metavar="NAME"
+    )
+    device_memory: Bytes | None = option(
+        None, "Accelerator memory that a pass may take, e.g. 20GiB. Default: nine tenths of what is free.", metavar="SIZE"
+    )
+    host_memory: Bytes | None = option(
+        None,
+        "Host memory that a pass may take; hidden states that do not fit go to scratch. Default: nine tenths of what is free.",
+        usual=True,
+        metavar="SIZE",
+    )
+    scratch: Path | None = option(
+        None,
+        "Folder for hidden states that do not fit. Default: beside the store, or the temporary folder.",
+        metavar="DIR",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model on the hub.", metavar="REV")
+    trust_remote_code: bool = option(False, "Allow code that comes with the model to run.")
+
+
+class Reduction(Options):
+    """Where statistics of a store are reduced, and what that may take; changes no bit but by ``reduce_device``."""
+
+    scheduler: Any = option(
+        None, "Address of a Dask scheduler, e.g. tcp://host:8786. Default: this process.", metavar="ADDRESS"
+    )
+    workers: Count | None = option(
+        None, "Threads in this process. Default: as many as there are processors, and memory for.", metavar="W"
+    )
+    memory: Bytes | None = option(
+        None,
+        "Memory of all statistics at a time, e.g. 8GiB; less takes more sweeps over the store. Default: half of what is free.",
+        metavar="SIZE",
+    )
+    reduce_device: str | None = option(
+        None,
+        "Sum products by torch on cuda or cuda:1, here or on each worker of --scheduler. Default: numpy. It changes the last "
+        "bits.",
+        metavar="NAME",
+    )
+
+
+class Storage(Options):
+    """What an activation store keeps."""
+
+    layers: Layers | None = option(
+        None, "Hidden states h[l] to keep, e.g. 10:20 or 0,13,19. Default: all of h[0..L].", metavar="LIST"
+    )
+    store_dtype: Dtype | None = option(None, "Type of the stored hidden states. Default: the compute type.")
+
+
+class Training(Options):
+    """How operators are trained towards the dense model."""
+
+    epochs: Count = option(1, "How often every training window is seen.", metavar="N")
+    steps: Count | None = option(None, "Steps of the optimiser, in the place of --epochs.", metavar="N")
+    batch: Count = option(
+        8, "Windows of a step; each step reads the layers behind the first span twice.", metavar="B"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = option(
+        1e-3, "Learning rate of Adam; it falls to zero along half a cosine.", metavar="RATE"
+    )
+    top: Count = option(100, "Logits of the dense model that count for a token.", metavar="K")
+    held_out: Count | None = option(
+        None, "Windows held out for measuring, taken from the end. Default: a quarter.", metavar="S"
+    )
+    seed: Number = option(0, "Order of the windows.", metavar="N")
+
+
+class Recovery(Options):
+    """A whole job: what a pipeline file holds, what ``recover`` builds of its options, and what ``estimate`` prices."""
+
+    name: str = Field("recovery", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the job.")
+    description: str = Field("", description="What it is for.")
+    model: str | None = Field(None, description="Checkpoint folder or hub id.")
+    remove: Count | str = Field(
+        description="Layers to remove: how many, chosen by the criterion; or which: a plan file, or spans such as 13:19."
+    )
+    calibration: Text = Field(description="Text to calibrate on.")
+    search: Search = Search()
+    method: Method = Method()
+    compute: Compute = Compute()
+    store: str | None = Field(None, description="Activation store to write, where one is needed. Default: in the work folder.")
+    storage: Storage = Storage()
+    reduction: Reduction = Reduction()
+    evaluate: Text | None = Field(None, description="Text to measure the base and the recovered model on.")

@@ -3,67 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from ghoststream.errors import RequestError, UnsupportedModelError
-from ghoststream.operators import OperatorOptions
+from ghoststream.errors import UnsupportedModelError
+from ghoststream.options import AUTO, Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
-from ghoststream.stages.repair.methods import FitMethod, Inputs, Repair
+from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import UNIFORM, taps_of
+from ghoststream.statistics import taps_of
 
-AUTO = "auto"
-"""Name by which this is asked for in the place of an operator."""
 
-_WITHOUT_SINKS = "drop_sinks"
+def _without_sinks(features: str) -> Method:
+    return passing_method(Method(operator="least-squares", features=features, token_weights="drop_sinks"))
 
-SCREEN = FitMethod("least-squares", OperatorOptions(), _WITHOUT_SINKS)
+
+SCREEN = _without_sinks("hidden")
 """What spans are compared with, before ways to repair are."""
 
 METHODS = (
-    FitMethod("ghost"),
+    passing_method(Method(operator="ghost")),
     SCREEN,
-    FitMethod("least-squares", OperatorOptions(features="normed"), _WITHOUT_SINKS),
-    FitMethod("least-squares", OperatorOptions(features="mlp"), _WITHOUT_SINKS),
-    FitMethod("least-squares", OperatorOptions(features="hidden+mlp"), _WITHOUT_SINKS),
+    *(_without_sinks(features) for features in ("normed", "mlp", "hidden+mlp")),
 )
 """What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
 
-LATER_METHODS = (*METHODS, replace(SCREEN, inputs="dense"), replace(METHODS[-1], inputs="dense"))
+LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
 """What is tried behind another boundary, where the inputs make a difference."""
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""
 
 
-def require_no_options(weights: str, options: OperatorOptions | None, inputs: Inputs = "repaired") -> None:
-    """Check that nothing is asked that :data:`METHODS` say themselves.
-
-    Raises:
-        RequestError: If something is.
-    """
-    if weights != UNIFORM or options not in (None, OperatorOptions()) or inputs != "repaired":
-        msg = f"the operator {AUTO} chooses weights, features and inputs itself; leave them out, or name an operator"
-        raise RequestError(msg)
-
-
-def named_method(
-    operator: str, weights: str, options: OperatorOptions | None, inputs: Inputs = "repaired"
-) -> FitMethod | None:
-    """Return how boundaries are fitted where an operator is named; None for :data:`AUTO`.
+def named_method(method: Method) -> Method | None:
+    """Return how boundaries are fitted where an operator is named; None for ``auto``, which is the default.
 
     Raises:
         RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
     """
-    if operator != AUTO:
-        return FitMethod(operator, options or OperatorOptions(), weights, inputs=inputs)
-    require_no_options(weights, options, inputs)
-    return None
+    if method.operator in (None, AUTO):
+        others = set(Method.model_fields) - {"operator"}
+        method.refuse(others, f"the operator {AUTO} chooses it at each boundary; name an operator")
+        return None
+    return passing_method(method)
 
 
-def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[FitMethod, ...]:
+def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[Method, ...]:
     """Return what is tried at one boundary of a repair, as far as the model allows it."""
     span = repair.plan.spans[index]
     tried = LATER_METHODS if index else METHODS
@@ -104,10 +89,10 @@ def _variants(session: ModelSession, repair: Repair, index: int) -> list[Repair]
     return [repair.changed(index, method) for method in methods_for(session, repair, index)]
 
 
-def _is_possible(session: ModelSession, span: Span, method: FitMethod) -> bool:
+def _is_possible(session: ModelSession, span: Span, method: Method) -> bool:
     if taps_of(method.features):
         try:
-            require_absorbable(session.skeleton, span, method.features, constant=method.options.intercept)
+            require_absorbable(session.skeleton, span, method.features, constant=method.intercept)
         except UnsupportedModelError:
             return False
     return method.features != "normed" or session.norm_epsilon is not None

@@ -7,14 +7,15 @@ from typing import Any
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.options import Text
 from ghoststream.progress import Progress
-from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
-from ghoststream.stages.capturing.members import Member, SharedPass
+from ghoststream.recipe import CaptureRecipe, EvaluateRecipe
+from ghoststream.stages.measuring.models import Member, SharedPass
 from ghoststream.stages.lanes import first_needed
-from ghoststream.stages.session import ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ModelSession
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
-from ghoststream.text import TokenSet
+from ghoststream.text import TokenSet, recipe_of
 
 
 class Measurement:
@@ -29,7 +30,7 @@ class Measurement:
         MismatchError: If the store is of another model, was computed in another way, or holds rounded states.
     """
 
-    def __init__(self, shared: SharedPass, text: TextOptions | ActivationStore) -> None:
+    def __init__(self, shared: SharedPass, text: Text | ActivationStore) -> None:
         self._session, self._members = shared.session, shared.members
         if isinstance(text, ActivationStore):
             self._store: ActivationStore | None = text
@@ -37,9 +38,9 @@ class Measurement:
             tokens, asked, micro_batch = TokenSet(*text.tokens()), captured.text, captured.micro_batch
             self._memory = shared.session.memory(tokens.length)
         else:
-            self._store, tokens, asked = None, shared.session.tokens(text), text.recipe()
+            self._store, tokens, asked = None, shared.session.tokens(text), recipe_of(text)
             self._memory = shared.session.memory(tokens.length)
-            micro_batch = shared.session.options.micro_batch or self._memory.choose_micro_batch()
+            micro_batch = shared.session.micro_batch(tokens.length)
         self._recipe = self._make_recipe(asked, tokens.digest, micro_batch)
         self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
         self._losses = [LossAccumulator(tokens.n_sequences) for _ in self._members]
@@ -84,8 +85,7 @@ class Measurement:
             {
                 "text": text,
                 "tokens_digest": tokens_digest,
-                "dtype": dtype_name(skeleton.dtype),
-                "attention": skeleton.attention,
+                **self._session.describe(),
                 "micro_batch": micro_batch,
                 "loss_chunk_tokens": default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes),
             }
@@ -102,9 +102,8 @@ def _usable_capture(store: ActivationStore, session: ModelSession) -> CaptureRec
         )
         raise MismatchError(msg)
     asked = {
-        "dtype": dtype_name(session.skeleton.dtype),
-        "attention": session.skeleton.attention,
-        "micro_batch": session.options.micro_batch or captured.micro_batch,
+        **session.describe(),
+        "micro_batch": session.compute.micro_batch or captured.micro_batch,
     }
     changed = [
         f"{key} {getattr(captured, key)}, not {value}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation import (
@@ -16,16 +16,17 @@ from ghoststream.evaluation import (
     task_results,
 )
 from ghoststream.files import atomic_write_json
+from ghoststream.options import Compute
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import TaskRecipe, library_versions
-from ghoststream.stages.capturing.members import (
+from ghoststream.stages.measuring.models import (
     Member,
     SharedPass,
     open_members,
     pass_notes,
     require_free_or_same,
 )
-from ghoststream.stages.session import ComputeRequest, ModelOptions, dtype_name, load_tokenizer
+from ghoststream.stages.session import load_tokenizer
 from ghoststream.streaming import PassOptions, StreamedPass
 
 if TYPE_CHECKING:
@@ -40,15 +41,15 @@ def evaluate_tasks(
     tasks: Sequence[str],
     include_path: str | Path | None = None,
     limit: int | None = None,
-    json_path: str | Path | None = None,
+    compute: Compute | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
-    **compute: Unpack[ComputeRequest],
 ) -> TaskReport:
     """Measure models on tasks of lm-evaluation-harness, streamed.
 
     The harness gives all requests of all tasks; these go through the layers together, for every model that shares the
     weights, and the harness makes metrics of the answers. Models share a pass as in
-    :func:`~ghoststream.stages.evaluate.evaluate`.
+    :func:`~ghoststream.stages.measuring.evaluate.evaluate`.
 
     Log-probabilities are taken in float32 whatever the compute dtype, as by the harness with
     ``softmax_dtype="float32"``; no chat template is applied.
@@ -58,38 +59,37 @@ def evaluate_tasks(
         tasks: Tasks, groups or tags by name.
         include_path: Folder of task files (YAML) of the user's own, which come before the harness's.
         limit: Only the first items of each task; all if ``None``.
-        json_path: Where to write the rows as JSON; may hold the rows of just this request.
+        compute: How models are opened and run.
+        out: Where to write the rows as JSON; may hold the rows of just this request.
         progress: Who is told how far it is.
-        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Raises:
         RequestError: If the extra ``tasks`` is not installed, no model is given or an operator file without its base, a
-            task is unknown, cannot be loaded or lets the model generate text, or ``json_path`` cannot be written.
+            task is unknown, cannot be loaded or lets the model generate text, or ``out`` cannot be written.
         InputNotFoundError: If ``include_path`` or a model does not exist, or a model has no tokenizer.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
-        OutputExistsError: If ``json_path`` holds anything else.
+        OutputExistsError: If ``out`` holds anything else.
         GhoststreamError: What opening models raises.
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and tokens.
     """
-    json_path = None if json_path is None else Path(json_path)
-    shown = progress or SilentProgress()
-    passes = open_members(models, ModelOptions(**compute))
-    suite = _load_suite(tasks, include_path, limit, shown)
+    progress = progress or SilentProgress()
+    passes = open_members(models, compute or Compute())
+    suite = _load_suite(tasks, include_path, limit, progress)
     runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in passes]
-    if json_path is not None:
-        require_free_or_same(json_path, [asked for one in runs for asked in one.requests()])
+    if out is not None:
+        require_free_or_same(Path(out), [asked for one in runs for asked in one.requests()])
     versions = {**library_versions(), **library_versions([_HARNESS, "datasets"])}
     rows: dict[int, TaskRow] = {}
     for number, run in enumerate(runs):
-        for member, scores in run.run(shown):
+        for member, scores in run.run(progress):
             results = task_results(suite.judge(suite.answers(scores.results())))
             rows[member.position] = TaskRow(
                 member.name, results, run.recipe, number, member.fingerprint, versions
             )
     report = TaskReport(tuple(rows[position] for position in sorted(rows)), pass_notes(passes))
-    if json_path is not None:
-        atomic_write_json(json_path, report.to_json())
+    if out is not None:
+        atomic_write_json(Path(out), report.to_json())
     return report
 
 
@@ -125,8 +125,7 @@ class _TaskPass:
             {
                 **request,
                 "requests_digest": self._batches.digest(),
-                "dtype": dtype_name(skeleton.dtype),
-                "attention": skeleton.attention,
+                **self._session.describe(),
                 "loss_chunk_tokens": default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes),
             }
         )
@@ -157,7 +156,7 @@ class _TaskPass:
         from ghoststream.evaluation.harness import model_length
 
         session = self._session
-        tokenizer = load_tokenizer(session.root, session.options)
+        tokenizer = load_tokenizer(session.root, session.compute)
         max_length = model_length(session.skeleton.config, tokenizer)
         windows = suite.windows(tokenizer, max_length, name=session.name)
         self._longest = max(len(window.inputs) for window in windows)
@@ -166,5 +165,5 @@ class _TaskPass:
             len(suite.requests),
             max_length=max_length,
             forward_tokens=session.memory(self._longest).choose_micro_batch() * self._longest,
-            micro_batch=session.options.micro_batch,
+            micro_batch=session.compute.micro_batch,
         )

@@ -1,21 +1,22 @@
-"""Explains any artifact from its headers and metadata."""
+"""What each kind of artifact is, from its headers and metadata."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_header, read_metadata
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
+from ghoststream.options import Method
 from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.selection import Selection, candidate_table
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.artifacts import OPERATORS_KEY, Kind, identify
-from ghoststream.stages.searching.result import SearchResult, candidate_table
+from ghoststream.stages.artifacts.identify import OPERATORS_KEY
 
 _MOST_CANDIDATES = 10
 
@@ -29,44 +30,8 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class InspectReport:
-    """What an artifact is: facts in reading order, and tables."""
-
-    path: str
-    kind: str
-    facts: Mapping[str, Any]
-    tables: tuple[Table, ...] = field(default=())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {**asdict(self), "facts": dict(self.facts)}
-
-
-def inspect_path(path: str | Path) -> InspectReport:
-    """Explain the artifact at ``path``: a local path, or the URL of a store.
-
-    Raises:
-        InputNotFoundError: If there is nothing.
-        RequestError: If it is nothing that ghoststream knows.
-        DataError: If its headers or metadata are broken.
-
-    Memory: headers and metadata.
-    """
-    explainers: dict[Kind, Callable[[str], tuple[dict[str, Any], tuple[Table, ...]]]] = {
-        Kind.STORE: _store,
-        Kind.CHECKPOINT: _checkpoint,
-        Kind.RECOVERED: _recovered,
-        Kind.OPERATORS: _operators,
-        Kind.TENSORS: _tensors,
-        Kind.PLAN: _plan,
-        Kind.RUN_PLAN: _run_plan,
-        Kind.EVALUATION: _evaluation,
-        Kind.TASKS: _tasks,
-    }
-    kind = identify(path)
-    facts, tables = explainers[kind](str(path))
-    return InspectReport(str(path), kind.value, facts, tables)
+Explanation = tuple[dict[str, Any], tuple[Table, ...]]
+"""Facts in reading order, and tables."""
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,7 +53,8 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _store(uri: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_store(uri: str) -> Explanation:
+    """Say what a store holds, and what is still to be captured."""
     from ghoststream.activations import ActivationStore
 
     store = ActivationStore.open(uri)
@@ -113,14 +79,16 @@ def _store(uri: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     return facts, (_facts_table("recipe", store.recipe), _facts_table("made from", store.fingerprint))
 
 
-def _checkpoint(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_checkpoint(path: str) -> Explanation:
+    """Say what a checkpoint is."""
     root = Path(path)
     index = CheckpointIndex.open(root)
     return {**_config_facts(root), **_tensor_facts(index.tensors.values()), "shards": len(index.shards)}, ()
 
 
-def _recovered(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
-    facts, _ = _checkpoint(path)
+def explain_recovered(path: str) -> Explanation:
+    """Say what a recovered checkpoint was made of."""
+    facts, _ = explain_checkpoint(path)
     provenance = read_json(Path(path) / PROVENANCE_NAME)
     if not isinstance(provenance, dict):
         msg = f"{Path(path) / PROVENANCE_NAME} does not hold a JSON object; export the checkpoint again"
@@ -136,12 +104,13 @@ def _recovered(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     return facts, (origin, boundaries) if boundaries else (origin,)
 
 
-def _operators(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_operators(path: str) -> Explanation:
+    """Say what an operators file holds."""
     place = Path(path)
     try:
         data = json.loads(read_metadata(place)[OPERATORS_KEY])
     except ValueError as error:
-        msg = f"{place}: the metadata is not JSON ({error}); run `ghoststream solve` again"
+        msg = f"{place}: the metadata is not JSON ({error}); run `ghoststream fit` again"
         raise ArtifactError(msg) from error
     boundaries = data.pop("boundaries", [])
     facts: dict[str, Any] = {"operator": data.pop("kind", "unknown")}
@@ -173,53 +142,41 @@ def _tensor_table(place: Path) -> Table:
     return Table("tensors", ("tensor", "dtype", "shape", "bytes"), rows)
 
 
-def _tensors(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_tensors(path: str) -> Explanation:
+    """Count the tensors of a safetensors file."""
     return _tensor_facts(read_header(Path(path))), ()
 
 
-def _plan(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
-    data = read_json(Path(path))
-    if "candidates" in data:
-        return _measured_plan(SearchResult.load(Path(path)))
-    plan = PruningPlan.from_json(data.get("plan", data))
-    facts = _plan_facts(plan)
-    scores = data.get("scores", [])
-    rest = {key: value for key, value in data.items() if key not in {"plan", "spans", "n_layers", "scores"}}
-    tables = (_facts_table("how it was chosen", rest),) if rest else ()
-    return facts, (*tables, _scores_table(scores)) if scores else tables
-
-
-def _plan_facts(plan: PruningPlan) -> dict[str, Any]:
-    return {
+def explain_plan(path: str) -> Explanation:
+    """Say which layers a plan removes, and how it came about."""
+    found = Selection.load(Path(path))
+    plan = found.plan
+    facts = {
         "removes": f"{plan} ({plan.n_removed} of {plan.n_layers} layers)",
         "keeps": ", ".join(str(layer) for layer in plan.kept),
-    }
-
-
-def _measured_plan(found: SearchResult) -> tuple[dict[str, Any], tuple[Table, ...]]:
-    repair = found.repair
-    facts = {
-        **_plan_facts(found.plan),
-        "repaired by": None if repair is None else repair.label,
-        "criterion": found.criterion,
+        "repaired by": "; ".join(_label(method) for method in found.methods) or None,
+        "criterion": found.criterion or None,
+        "figures": found.meaning or None,
         "loss of the dense model": found.dense_loss,
-        "passes": found.passes,
+        "passes": found.passes or None,
     }
-    recipe = {key: value for key, value in found.recipe.items() if key not in {"screen", "methods"}}
-    shown = found.candidates[:_MOST_CANDIDATES]
-    title = f"best {len(shown)} of {len(found.candidates)} candidates"
-    return {key: value for key, value in facts.items() if value is not None}, (
-        Table(title, *candidate_table(shown)),
-        _facts_table("recipe", recipe),
-    )
+    tables = []
+    if found.candidates:
+        shown = found.candidates[:_MOST_CANDIDATES] if found.passes else found.candidates
+        title = f"{len(shown)} of {len(found.candidates)} candidates"
+        tables.append(Table(title, *candidate_table(shown)))
+    if found.recipe:
+        recipe = {key: value for key, value in found.recipe.items() if key not in {"screen", "methods"}}
+        tables.append(_facts_table("recipe", {**recipe, **found.details}))
+    return {key: value for key, value in facts.items() if value is not None}, tuple(tables)
 
 
-def _scores_table(scores: Sequence[Mapping[str, Any]]) -> Table:
-    rows = [(str(Span(*row["span"])), row["score"], "removed" if row["chosen"] else "") for row in scores]
-    return Table("scores", ("layers", "score", ""), rows)
+def _label(method: Method) -> str:
+    return ", ".join((str(method.operator), method.features, method.token_weights))
 
 
-def _run_plan(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_estimate(path: str) -> Explanation:
+    """Say what an estimate found."""
     data = read_json(Path(path))
     needs = [
         (name, format_bytes(need["n_bytes"]), "yes" if need["fits"] else "no")
@@ -230,7 +187,8 @@ def _run_plan(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     )
 
 
-def _evaluation(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_evaluation(path: str) -> Explanation:
+    """Show the perplexities of an evaluation."""
     data = read_json(Path(path))
     models = data if isinstance(data, list) else data["models"]
     names = ("model", "perplexity", "loss", "standard_error", "tokens")
@@ -239,7 +197,8 @@ def _evaluation(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
     return flatten(rest), (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
 
 
-def _tasks(path: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
+def explain_tasks(path: str) -> Explanation:
+    """Show the results of tasks."""
     rows = [
         (row["model"], task, name, figure["value"], figure["standard_error"], result["n_items"])
         for row in read_json(Path(path))

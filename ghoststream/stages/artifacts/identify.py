@@ -26,7 +26,7 @@ class Kind(StrEnum):
     OPERATORS = "operators file"
     TENSORS = "safetensors file"
     PLAN = "pruning plan"
-    RUN_PLAN = "run plan"
+    ESTIMATE = "estimate"
     EVALUATION = "evaluation"
     TASKS = "task results"
 
@@ -68,8 +68,8 @@ def identify_json(data: Any, place: Path) -> Kind:
     if isinstance(data, list) and data and all(_has(row, "tasks") for row in data):
         return Kind.TASKS
     if _has(data, "needs") and _has(data, "stages"):
-        return Kind.RUN_PLAN
-    if _has(data, "spans") or (_has(data, "plan") and _has(data["plan"], "spans")):
+        return Kind.ESTIMATE
+    if _has(data, "spans"):
         return Kind.PLAN
     return _refuse(place)
 

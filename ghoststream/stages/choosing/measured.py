@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ghoststream.errors import NumericsError, RequestError
+from ghoststream.errors import NumericsError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.repair.fitting import DENSE, FittedLanes, TappedStreamedFit
-from ghoststream.stages.repair.methods import Repair
+from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, TappedStreamedFit
+from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
@@ -51,8 +51,8 @@ class Candidate:
     def to_json(self) -> dict[str, Any]:
         """Return the figures as JSON data."""
         return {
-            "plan": self.plan.to_json(),
-            "repair": [method.label for method in self.repair.methods],
+            "spans": [[span.start, span.stop] for span in self.plan.spans],
+            "repair": labels(self.repair.methods),
             "loss": self.losses.loss,
             "gap": self.gap,
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
@@ -120,31 +120,6 @@ def measure_repairs(
         _candidate(repair, losses, reference, _refusal(lane, session))
         for repair, losses, lane in zip(repairs, found, lanes, strict=True)
     )
-
-
-def divide(session: ModelSession, tokens: TokenSet, held_out: int | None) -> tuple[int, int]:
-    """Return the micro-batch, and how many sequences serve to fit, the others to measure on: both in whole micro-batches.
-
-    Args:
-        session: The model.
-        tokens: All sequences.
-        held_out: How many are to be measured on, at least; a quarter if ``None``.
-
-    Raises:
-        RequestError: If one of the two parts would be empty.
-    """
-    n_sequences = tokens.n_sequences
-    wanted = n_sequences // 4 if held_out is None else held_out
-    chosen = min(session.memory(tokens.length).choose_micro_batch(), max(1, wanted))
-    micro_batch = session.options.micro_batch or chosen
-    n_fit = (n_sequences - wanted) // micro_batch * micro_batch
-    if wanted < 1 or n_fit < 1:
-        msg = (
-            f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to fit and"
-            f" {wanted} to measure on; give more sequences, or a smaller micro-batch"
-        )
-        raise RequestError(msg)
-    return micro_batch, n_fit
 
 
 def _refusal(lane: Lane, session: ModelSession) -> str:

@@ -6,27 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.repair.auto import preference
-from ghoststream.stages.repair.methods import FitMethod, Repair
-from ghoststream.stages.searching.steps import MeasuredSteps, Row
+from ghoststream.stages.choosing.auto import preference
+from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.statistics import candidate_spans
 
 Ranked = Sequence[tuple[Repair, Row]]
 """Repairs and their figures, best first."""
-
-
-@dataclass(frozen=True)
-class Width:
-    """How much is measured in a step.
-
-    Attributes:
-        beam: How many plans of each partition are gone on with.
-        candidates: How many plans of each partition are measured in a step after the first; all if ``None``.
-    """
-
-    beam: int = 1
-    candidates: int | None = None
 
 
 @dataclass
@@ -54,39 +42,47 @@ def partitions(n_remove: int, max_spans: int) -> list[list[int]]:
 
 
 def grow(
-    steps: MeasuredSteps, n_layers: int, tried: Sequence[Sequence[int]], width: Width, method: FitMethod
+    trial: Trial, tried: Sequence[Sequence[int]], method: Method, *, beam: int = 1, candidates: int | None = None
 ) -> Ranked:
     """Make plans of spans of these sizes, for each of :func:`partitions` by itself, but in the same passes.
 
     The first step measures every span of each first size. In each later one a span is added to the best plans so far, where
     spans that cost least alone come first: the loss of a plan is nearly that of its spans together.
 
+    Args:
+        trial: Measures plans.
+        tried: The sizes of the spans, for each partition.
+        method: How boundaries are fitted meanwhile.
+        beam: How many plans of each partition are gone on with.
+        candidates: How many plans of each partition are measured in a step after the first; all if ``None``.
+
     Returns:
         What the last step of each partition measured, all of it, best first.
     """
+    n_layers = trial.session.skeleton.n_layers
     branches = [_Branch(sizes, {PruningPlan(n_layers): 0.0}) for sizes in tried]
     alone: dict[Span, float] = {}
     finished: dict[str, tuple[Repair, Row]] = {}
     for step in range(max(map(len, tried))):
         growing = [branch for branch in branches if step < len(branch.sizes)]
-        limit = width.candidates if step else None
+        limit = candidates if step else None
         repairs = [
             [Repair.alike(plan, method) for plan in extended(branch.best, branch.sizes[step], alone)[:limit]]
             for branch in growing
         ]
-        steps.measure(list({one.name: one for own in repairs for one in own}.values()))
+        trial.measure(list({one.name: one for own in repairs for one in own}.values()))
         for branch, own in zip(growing, repairs, strict=True):
             if not own:
                 # No room is left for a span of this size beside the best ones.
                 branch.best = {}
                 continue
-            ranked = steps.rank(own)
-            branch.best = {repair.plan: float(row["gap"]) for repair, row in ranked[: width.beam]}
+            ranked = trial.rank(own)
+            branch.best = {repair.plan: float(row["gap"]) for repair, row in ranked[:beam]}
             if step == 0:
                 alone |= {repair.plan.spans[0]: float(row["gap"]) for repair, row in ranked}
             if step + 1 == len(branch.sizes):
                 finished |= {repair.name: (repair, row) for repair, row in ranked}
-            steps.tell(*ranked[0])
+            trial.tell(*ranked[0])
     return sorted(finished.values(), key=lambda pair: preference(pair[1]))
 
 

@@ -13,10 +13,11 @@ import torch
 from ghoststream.errors import ArtifactError, OutputExistsError, RequestError
 from ghoststream.files import differences, file_digest, read_json, require_writable
 from ghoststream.operators import OperatorSet
+from ghoststream.options import Compute
 from ghoststream.recovery import RecoveredInfo, load_recovered
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.lanes import operator_lane
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import Batch, Lane, LogitsObserver
 
 
@@ -49,7 +50,9 @@ class SharedPass:
     members: list[Member] = field(default_factory=list)
 
 
-def open_members(models: Sequence[str | Path], options: ModelOptions) -> list[SharedPass]:
+def open_members(
+    models: Sequence[str | Path], compute: Compute, opened: Sequence[ModelSession] = ()
+) -> list[SharedPass]:
     """Open models and find out which are lanes of which.
 
     A recovered folder or an operator file that is given together with its base becomes a lane of the base's pass
@@ -57,21 +60,22 @@ def open_members(models: Sequence[str | Path], options: ModelOptions) -> list[Sh
 
     Args:
         models: Local folders, hub ids or operator files.
-        options: How models are opened.
+        compute: How models are opened.
+        opened: Models that are open already; they come first.
 
     Raises:
         RequestError: If no model is given, or an operator file without its base.
         GhoststreamError: What opening a model raises.
     """
-    if not models:
+    if not models and not opened:
         msg = "no model to evaluate; give at least one folder or hub id"
         raise RequestError(msg)
-    opened = [_open(model, options) for model in models]
+    everything = [*map(_of_session, opened), *(_open(model, compute) for model in models)]
     bases = {
-        one.digest: SharedPass(one.session) for one in reversed(opened) if one.base is None and one.session
+        one.digest: SharedPass(one.session) for one in reversed(everything) if one.base is None and one.session
     }
     passes = list(reversed(bases.values()))
-    for position, one in enumerate(opened):
+    for position, one in enumerate(everything):
         home = bases.get(one.base or one.digest)
         operators = one.over(home.session) if home is not None else None
         if home is None:
@@ -137,13 +141,16 @@ class _Opened:
         return self.operators
 
 
-def _open(model: str | Path, options: ModelOptions) -> _Opened:
+def _open(model: str | Path, compute: Compute) -> _Opened:
     path = Path(model)
     if path.is_file() and path.suffix == ".safetensors":
         operators = OperatorSet.load(path)
         base = str(operators.metadata.get("base", {}).get("digest"))
         return _Opened(str(model), file_digest(path), None, operators, base)
-    session = ModelSession(model, options)
+    return _of_session(ModelSession(model, compute))
+
+
+def _of_session(session: ModelSession) -> _Opened:
     digest = str(session.fingerprint["digest"])
     info = load_recovered(session.root)
     if info is None:

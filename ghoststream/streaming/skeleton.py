@@ -230,6 +230,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return known[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what recipes, files and options call a dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _module_path(model: nn.Module, module: nn.Module | None) -> str:
     for name, candidate in model.named_modules():
         if candidate is module:

@@ -27,7 +27,7 @@ from ghoststream.stages.distillation.distilling import (
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.streaming.backward import require_gradient_dtype
+from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet
 
 _MOST_RATE = 100.0
@@ -143,7 +143,7 @@ def distill(
         figures = _diagnostics(*training.run(told))
         for warning in figures["warnings"]:
             told.log(f"warning: {warning}")
-        boundaries = trained_boundaries(given, training.modules, figures)
+        boundaries = trained_boundaries(given, training.operators, figures)
         trained = OperatorSet(given.plan, given.kind, boundaries, given.hidden, metadata)
         trained.save(out, temporary=folder / "operators.safetensors")
         shutil.rmtree(work)

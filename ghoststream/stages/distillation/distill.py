@@ -122,14 +122,14 @@ def distill(
         clear_leftovers(out)
         return found
     require_writable(out)
-    told = progress or SilentProgress()
+    progress = progress or SilentProgress()
     work = work_folder(out)
     folder = work / str(metadata["recipe_digest"]).removeprefix("sha256:")[:16]
     with output_lock(out):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         teacher = Teacher(folder, session, given.plan.spans[0].start, top)
-        teacher.prepare(tokens, micro_batch, told)
+        teacher.prepare(tokens, micro_batch, progress)
         training = Distillation(
             session,
             tokens,
@@ -140,9 +140,9 @@ def distill(
             micro_batch,
             folder / "training.safetensors",
         )
-        figures = _diagnostics(*training.run(told))
+        figures = _diagnostics(*training.run(progress))
         for warning in figures["warnings"]:
-            told.log(f"warning: {warning}")
+            progress.log(f"warning: {warning}")
         boundaries = trained_boundaries(given, training.operators, figures)
         trained = OperatorSet(given.plan, given.kind, boundaries, given.hidden, metadata)
         trained.save(out, temporary=folder / "operators.safetensors")

@@ -7,11 +7,12 @@ from typing import Any
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
 from ghoststream.stages.capturing.model_groups import MeasuredModel, ModelGroup
 from ghoststream.stages.lanes import first_needed
-from ghoststream.stages.session import ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ModelSession, TextOptions
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet

@@ -16,6 +16,7 @@ from ghoststream.evaluation import (
     task_results,
 )
 from ghoststream.files import atomic_write_json
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import TaskRecipe, library_versions
 from ghoststream.stages.capturing.model_groups import (
@@ -25,7 +26,7 @@ from ghoststream.stages.capturing.model_groups import (
     group_notes,
     require_free_or_same,
 )
-from ghoststream.stages.session import ComputeRequest, ModelOptions, dtype_name, load_tokenizer
+from ghoststream.stages.session import ComputeRequest, ModelOptions, load_tokenizer
 from ghoststream.streaming import PassOptions, StreamedPass
 
 if TYPE_CHECKING:

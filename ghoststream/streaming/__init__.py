@@ -13,7 +13,7 @@ from ghoststream.streaming.budget import MemoryBudget, PassMemory
 from ghoststream.streaming.executor import PassOptions, StreamedPass
 from ghoststream.streaming.lanes import Lane, LogitsObserver, Observer
 from ghoststream.streaming.replay import Replay
-from ghoststream.streaming.skeleton import Skeleton, dtype_name, load_config, parse_dtype
+from ghoststream.streaming.skeleton import Skeleton, load_config, parse_dtype
 from ghoststream.streaming.states import FileStates, HiddenStates, MemoryStates, StatesFactory
 from ghoststream.streaming.taps import TAPS, LayerTaps, MlpProjection, TapPoint, mlp_projection, tap_point
 
@@ -41,7 +41,6 @@ __all__ = [
     "StatesFactory",
     "StreamedPass",
     "TapPoint",
-    "dtype_name",
     "load_config",
     "make_batches",
     "mlp_projection",

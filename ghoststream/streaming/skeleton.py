@@ -218,6 +218,8 @@ def load_config(root: Path, *, trust_remote_code: bool = False) -> Any:
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """Return the torch dtype called ``float32``, ``bfloat16`` or ``float16``; ``None`` stays ``None``.
 
+    The other way round is :func:`~ghoststream.options.dtype_name`.
+
     Raises:
         RequestError: If it is none of these.
     """
@@ -228,11 +230,6 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
         msg = f"unknown dtype {name!r}; choose {', '.join(known)}"
         raise RequestError(msg)
     return known[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return what recipes, files and options call a dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _module_path(model: nn.Module, module: nn.Module | None) -> str:

@@ -19,7 +19,7 @@ from ghoststream.checkpoint import checkpoint_fingerprint, architecture_of
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.recovery import build_ghost, folding, load_recovered
+from ghoststream.recovery import absorbing, build_ghost, load_recovered
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
@@ -150,8 +150,8 @@ def test_only_the_absorbed_weight_differs_and_it_is_rounded_once(
     model_type: str, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A few rows and columns at a time, as with large models.
-    monkeypatch.setattr(folding, "_BLOCK_ELEMENTS", 200)
-    monkeypatch.setattr(folding, "_PANEL", 7)
+    monkeypatch.setattr(absorbing, "_BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr(absorbing, "_PANEL", 7)
     root = save_tiny(model_type, tmp_path / "model", dtype=torch.bfloat16)
     operators, out = draw(features, plan=PruningPlan.parse(L, "2:4")), tmp_path / features
     export(root, operators, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -364,3 +365,18 @@ def test_a_map_of_another_kind_is_refused(tmp_path: Path) -> None:
         RequestError, match=r"map at \[3,5\) of lane own is a Identity and no BoundaryMap; wrap"
     ):
         _run(save_tiny("llama", tmp_path / "model"), [lane])
+
+
+def test_the_map_of_the_guide_corrects_the_mean_of_every_channel(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class Shift" in block]
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    at_stop, dense = Watcher(SECOND.stop), Watcher(SECOND.stop)
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS), observers=(dense,)),
+        Lane("own", PruningPlan(N_LAYERS, (SECOND,)), {SECOND: names["Shift"]()}, observers=(at_stop,)),
+    ]
+    _run(save_tiny("llama", tmp_path / "model"), lanes)
+    means = [torch.cat(watcher.seen).double().mean((0, 1)) for watcher in (at_stop, dense)]
+    torch.testing.assert_close(*means, rtol=0, atol=1e-6)

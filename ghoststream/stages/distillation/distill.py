@@ -14,6 +14,7 @@ from ghoststream.errors import RequestError
 from ghoststream.evaluation.objectives import default_loss_tokens
 from ghoststream.files import bytes_digest, disk_errors, fsync_folder, json_digest, require_writable
 from ghoststream.operators import OperatorSet
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.recovery.layout import require_operators_fit
@@ -26,7 +27,7 @@ from ghoststream.stages.distillation.distilling import (
 )
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
 from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet
 

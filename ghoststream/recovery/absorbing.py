@@ -158,7 +158,9 @@ def rounded(operator: BoundaryOperator, dtype: torch.dtype | None) -> BoundaryOp
     return replace(operator, weight=weight.float().numpy())
 
 
-def find_absorption(skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None) -> Absorption:
+def find_absorption(
+    skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None
+) -> Absorption:
     """Find where an operator on :data:`ABSORBED` features goes.
 
     Args:

@@ -152,7 +152,10 @@ def _place(
     own = {leaf: names.tensor(operator.span, plan, leaf) for leaf in leaves}
     if absorption is None:
         return {"tensors": own}
-    sources = {"weight": absorption.weight, **({} if absorption.changed_bias is None else {"bias": absorption.changed_bias})}
+    sources = {
+        "weight": absorption.weight,
+        **({} if absorption.changed_bias is None else {"bias": absorption.changed_bias}),
+    }
     changed = {leaf: names.renumbered(source, plan) for leaf, source in sources.items()}
     return {"tensors": {**own, **changed}, "absorbed": absorption.to_json()}
 

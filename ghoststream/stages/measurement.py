@@ -49,8 +49,7 @@ class Measurement:
         """Return what decides the figures of each model, with its place in the request."""
         recipe = self._recipe.to_json()
         return [
-            (model.position, {"fingerprint": model.fingerprint, "recipe": recipe})
-            for model in self._models
+            (model.position, {"fingerprint": model.fingerprint, "recipe": recipe}) for model in self._models
         ]
 
     def run(self, progress: Progress) -> list[tuple[MeasuredModel, LossSummary, dict[str, Any]]]:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-
 # On CUDA the host runs ahead: a call returns when work is launched, not when it is done. The computation launches on one
 # stream, each background thread on another, and what must come after what is said three times:
 #   mark() ... beside(mark)  a copy begins behind what was launched up to the mark: it reads that work's result, or

@@ -11,7 +11,6 @@ from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.streaming.copies import Copies
 from ghoststream.streaming.weights import Weights, WeightSpec
 
-
 # The two places take turns. While layer l computes from one, the prefetcher's thread reads l + 1 into the other:
 #     place 0:  read 0 | compute 0 | read 2    | compute 2 | ...
 #     place 1:         | read 1    | compute 1 | read 3    | ...

@@ -369,9 +369,11 @@ def test_a_map_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_the_map_of_the_guide_corrects_the_mean_of_every_channel(tmp_path: Path) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class Shift" in block]
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class Shift" in block
+    ]
     names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     at_stop, dense = Watcher(SECOND.stop), Watcher(SECOND.stop)
     lanes = [
         Lane("dense", PruningPlan(N_LAYERS), observers=(dense,)),

@@ -21,8 +21,8 @@ from ghoststream.errors import (
     UnsupportedModelError,
 )
 from ghoststream.files import read_json
+from ghoststream.machine import free_device_memory, free_host_memory
 from ghoststream.recipe import Bos, TextPart, TextRecipe
-from ghoststream.stages.planning.machine import free_device_memory, free_host_memory
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TextSpec, TokenSet, prepare_tokens
 

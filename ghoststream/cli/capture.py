@@ -11,7 +11,7 @@ from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, grouped, json_option, model_argument
 from ghoststream.cli.output import human_bytes, print_facts, print_json
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Storage, Text
+from ghoststream.options import Compute, Storage, Text, dtype_name
 
 
 class WorkerShare(click.ParamType[tuple[int, int]]):
@@ -70,7 +70,7 @@ def command(model: str, *, calibration: Text | None, as_json: bool, **given: Any
         "sequences": store.n_sequences,
         "length": store.length,
         "hidden": store.hidden,
-        "dtype": str(store.dtype).removeprefix("torch."),
+        "dtype": dtype_name(store.dtype),
         "complete": store.complete,
     }
     if given["worker"] is not None:

@@ -21,7 +21,7 @@ from ghoststream.errors import (
 )
 from ghoststream.files import read_json
 from ghoststream.machine import free_device_memory, free_host_memory
-from ghoststream.options import Compute, Text
+from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TokenSet, prepare_tokens
 
@@ -190,8 +190,3 @@ def _given_or_most(given: int | None, free: int | None) -> int | None:
     if given is None and free is not None:
         return free * 9 // 10
     return given
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

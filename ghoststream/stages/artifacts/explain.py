@@ -12,7 +12,7 @@ from typing import Any
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_header, read_metadata
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
-from ghoststream.options import Method
+from ghoststream.options import Method, dtype_name
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.selection import Selection, candidate_table
 from ghoststream.spans import PruningPlan, Span
@@ -65,7 +65,7 @@ def explain_store(uri: str) -> Explanation:
         "sequences": store.n_sequences,
         "length": store.length,
         "hidden size": store.hidden,
-        "dtype": str(store.dtype).removeprefix("torch."),
+        "dtype": dtype_name(store.dtype),
     }
     missing = [layer for layer in store.layers if layer not in done]
     if missing:

@@ -27,7 +27,7 @@ from ghoststream.stages.distillation.distilling import (
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
-from ghoststream.streaming.backward import require_gradient_dtype
+from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet, recipe_of
 
 

@@ -13,7 +13,7 @@ from ghoststream.options import Compute, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.stages.measuring.measurement import Measurement
-from ghoststream.stages.measuring.models import SharedPass, open_members, pass_notes, require_free_or_same
+from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes, require_free_or_same
 from ghoststream.stages.session import ModelSession
 
 
@@ -54,18 +54,18 @@ def evaluate(
         msg = "give either a text to measure on, or a store whose text and states are taken"
         raise RequestError(msg)
     wanted = Text.of(text).to_evaluate() if text is not None else ActivationStore.open(str(store))
-    return _evaluate(open_members(models, compute or Compute()), wanted, out, progress or SilentProgress())
+    return _evaluate(group_models(models, compute or Compute()), wanted, out, progress or SilentProgress())
 
 
 def evaluate_session(
     session: ModelSession, others: Sequence[str | Path], text: Text, *, out: str | Path, progress: Progress
 ) -> EvaluationReport:
     """Measure a model that is open, and others; see :func:`evaluate`."""
-    return _evaluate(open_members(others, session.compute, [session]), text, out, progress)
+    return _evaluate(group_models(others, session.compute, [session]), text, out, progress)
 
 
 def _evaluate(
-    passes: Sequence[SharedPass], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
+    passes: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
 ) -> EvaluationReport:
     measurements = [Measurement(one, wanted) for one in passes]
     if out is not None:
@@ -76,7 +76,7 @@ def _evaluate(
             rows[member.position] = EvaluationRow(
                 member.name, losses, recipe, number, member.fingerprint, library_versions()
             )
-    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), pass_notes(passes))
+    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(passes))
     if out is not None:
         atomic_write_json(Path(out), report.to_json())
     return report

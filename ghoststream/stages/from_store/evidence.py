@@ -16,7 +16,6 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.files import atomic_write_json, json_digest, read_json
-from ghoststream.machine import free_host_memory
 from ghoststream.operators import make_operator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.ridge import mean_diagonal
@@ -44,13 +43,6 @@ Opener = Callable[[], ModelSession]
 """Opens the model that a store was captured from, when it is needed, to compute as the capture did."""
 
 
-def bounded(reduction: Reduction) -> Reduction:
-    """Return where to reduce with the memory that acts: in this process half of what is free, unless it was given."""
-    if reduction.memory is not None or reduction.scheduler is not None:
-        return reduction
-    return reduction.model_copy(update={"memory": free_host_memory() // 2})
-
-
 class StoreEvidence:
     """A store, the model that it was made of, and a place for partial results; see :class:`~ghoststream.selection.Evidence`.
 
@@ -73,7 +65,7 @@ class StoreEvidence:
         progress: Progress,
     ) -> None:
         self._uri, self._store, self._model = store_uri, store, model
-        self._reduction, self._work, self._progress = bounded(reduction), work, progress
+        self._reduction, self._work, self._progress = reduction, work, progress
 
     @property
     def n_layers(self) -> int:

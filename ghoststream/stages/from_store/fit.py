@@ -16,7 +16,6 @@ from ghoststream.operators import (
     OperatorSet,
     fit_per_layer,
     make_operator,
-    require_chainable,
 )
 from ghoststream.options import Method, Reduction
 from ghoststream.progress import Progress
@@ -24,7 +23,7 @@ from ghoststream.recipe import StoreFitRecipe, library_versions
 from ghoststream.selection import read_plan
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import WantedTaps, require_fit_memory, store_taps, wanted_taps
-from ghoststream.stages.from_store.evidence import Opener, bounded
+from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.output import Output
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
@@ -32,7 +31,6 @@ from ghoststream.statistics import (
     HiddenStateSource,
     Ranges,
     TapSource,
-    get_weight,
     open_source,
     store_digest,
     taps_of,
@@ -83,7 +81,7 @@ def fit_from_store(
     kind = make_store_kind(method)
     store = open_source(store_uri)
     ranges = Ranges.make(store.n_sequences, folds=folds)
-    job = _Job(store_uri, store, read_plan(plan, store.n_layers).plan, kind, ranges, bounded(reduction), progress)
+    job = _Job(store_uri, store, read_plan(plan, store.n_layers).plan, kind, ranges, reduction, progress)
     output = Output(out, job.request)
     found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
     if found is not None:
@@ -210,11 +208,7 @@ def make_store_kind(method: Method) -> OperatorKind:
         RequestError: If a name is unknown, or the operator is defined without an option.
     """
     method.refuse(("inputs",), "from a store every operator is fitted on the dense model's states")
-    get_weight(method.token_weights)
-    kind = make_operator(method.model_copy(update={"operator": method.operator or PAPER}))
-    if method.per_layer:
-        require_chainable(kind)
-    return kind
+    return make_operator(method.model_copy(update={"operator": method.operator or PAPER}))
 
 
 def _taps(job: _Job, model: Opener | None) -> WantedTaps | None:

@@ -91,7 +91,9 @@ def _left_in_group(folder: Path, limit: str, used: str, cached: tuple[str, ...])
     try:
         most = (folder / limit).read_text(encoding="ascii").strip()
         taken = int((folder / used).read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        stat = dict(
+            line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
         given_back = sum(int(stat.get(name, 0)) for name in cached)
         return None if most == "max" else max(0, int(most) - taken + given_back)
     except (OSError, ValueError):

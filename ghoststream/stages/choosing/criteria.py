@@ -69,9 +69,7 @@ class SearchCriterion:
         unread = {"max_spans", "beam", "candidates", "lanes"} - set(self.reads)
         search.refuse(unread, f"the criterion {search.criterion} does not read it")
         if not 1 <= remove <= n_layers - 2:
-            msg = (
-                f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept, and at least one must go"
-            )
+            msg = f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept, and at least one must go"
             raise RequestError(msg)
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
@@ -225,8 +223,8 @@ class Taylor(SearchCriterion):
         micro_batch = trial.division.micro_batch
         scores = taylor_scores(trial.session, trial.tokens, micro_batch=micro_batch, progress=trial.progress)
         layers = range(self.keep_first, n_layers - self.keep_last)
-        rows = [{"spans": [[layer, layer + 1]], "score": scores[layer]} for layer in layers]
-        rows.sort(key=lambda row: row["score"])
+        ordered = sorted(layers, key=lambda layer: scores[layer])
+        rows: list[Row] = [{"spans": [[layer, layer + 1]], "score": scores[layer]} for layer in ordered]
         return Chosen(_lowest(rows, remove, n_layers), rows, None, 2)
 
 

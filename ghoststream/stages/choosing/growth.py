@@ -42,7 +42,12 @@ def partitions(n_remove: int, max_spans: int) -> list[list[int]]:
 
 
 def grow(
-    trial: Trial, tried: Sequence[Sequence[int]], method: Method, *, beam: int = 1, candidates: int | None = None
+    trial: Trial,
+    tried: Sequence[Sequence[int]],
+    method: Method,
+    *,
+    beam: int = 1,
+    candidates: int | None = None,
 ) -> Ranked:
     """Make plans of spans of these sizes, for each of :func:`partitions` by itself, but in the same passes.
 

@@ -96,7 +96,12 @@ def _repairing(rule: SearchCriterion, method: Method | None) -> dict[str, Any]:
 
 
 def _choose(
-    rule: SearchCriterion, trial: Trial, remove: int, search: Search, method: Method | None, recipe: dict[str, Any]
+    rule: SearchCriterion,
+    trial: Trial,
+    remove: int,
+    search: Search,
+    method: Method | None,
+    recipe: dict[str, Any],
 ) -> Selection:
     chosen = rule.choose(trial, remove, search, method)
     rows = [{**row, "chosen": _is_chosen(row, chosen.repair)} for row in chosen.rows]

@@ -17,7 +17,7 @@ from ghoststream.statistics.sketch_rows import CHECK_ROWS, RowSketches, RowSketc
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 from tests.helpers.sketch_problems import DECAYS, SPAN, Problem, make_problem
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 Array = npt.NDArray[np.float64]
 ONE_RANGE = {"folds": 1, "range_sequences": 32, "workers": 1}
 

@@ -14,7 +14,7 @@ from ghoststream.spans import Span
 from ghoststream.statistics import FoldedMoments, TapSource
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 S, T, C = 10, 12, 6
 SPAN = Span(2, 4)
 MASK = ragged_mask(S, T)

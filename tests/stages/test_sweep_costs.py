@@ -20,7 +20,7 @@ from ghoststream.statistics import BoundaryMoments
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import random_states, store_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 L, SHAPE = 9, (8, 32, 12)
 STORED: dict[str, Any] = {"criterion": "streamline", "operator": "ghost"}
 PLAN = PruningPlan.parse(L, "1:2 3:4 5:6 7:8")

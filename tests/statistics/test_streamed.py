@@ -15,7 +15,7 @@ from ghoststream.statistics.streamed import streamed_moments
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 S, T, C = 23, 6, 8
 SPAN = Span(1, 3)
 EPSILON = 1e-5

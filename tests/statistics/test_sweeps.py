@@ -13,7 +13,7 @@ from ghoststream.statistics import candidate_spans, open_source, plan_sweeps, re
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 L, SHAPE = 9, (8, 6, 16)
 CANDIDATES = candidate_spans(L, 3)
 ALL_PAIRS = tuple(Span(a, b) for a in range(L) for b in range(a + 1, L + 1))

@@ -16,7 +16,8 @@ from ghoststream.recovery.registration import register_auto_classes
 if TYPE_CHECKING:
     from ghoststream.activations import ActivationStore
     from ghoststream.errors import GhoststreamError
-    from ghoststream.operators import OperatorOptions, OperatorSet
+    from ghoststream.operators import OperatorSet
+    from ghoststream.options import Method
     from ghoststream.spans import PruningPlan, Span
     from ghoststream.stages.capturing.capture import capture
     from ghoststream.stages.capturing.replay import replay
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationStore": "ghoststream.activations",
     "GhoststreamError": "ghoststream.errors",
-    "OperatorOptions": "ghoststream.operators",
+    "Method": "ghoststream.options",
     "OperatorSet": "ghoststream.operators",
     "PruningPlan": "ghoststream.spans",
     "Span": "ghoststream.spans",
@@ -59,7 +60,7 @@ _HOMES = {
 __all__ = [
     "ActivationStore",
     "GhoststreamError",
-    "OperatorOptions",
+    "Method",
     "OperatorSet",
     "PruningPlan",
     "Span",

@@ -120,18 +120,18 @@ class SolveRecipe(Recipe):
     """What decides every bit of the operators.
 
     Attributes:
-        operator: Name of the operator family (``ghost``).
-        eps: Ridge that was asked for, in the measure of the operator family (``ghost``: absolute, on the Gram's
-            diagonal; ``least-squares``: relative to its mean), or ``auto`` or ``gcv``; ``None`` is the family's default.
+        operator: Name of the operator kind (``ghost``).
+        ridge: Ridge that acts, in the measure of the operator kind (``ghost``: absolute, on the Gram's
+            diagonal; ``least-squares``: relative to its mean), or ``auto`` or ``gcv``; ``None`` is the kind's default.
         shrink: What the ridge draws the map towards: ``identity`` or ``zero``.
         features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``, ``mlp``, ``mlp_output``,
             ``hidden+mlp``).
-        weights: Token weights (``uniform``, ``drop_sinks``, ``relative``).
+        token_weights: Token weights (``uniform``, ``drop_sinks``, ``relative``).
         intercept: Whether a constant is fitted.
         rank: Rank of the map; ``None`` is full rank.
-        solver: ``gram``, ``tsqr``, ``svd`` or a sketch: ``sketch-features``, ``sketch-range``, ``sketch-rows``.
+        solver: ``gram``, ``tsqr``, ``svd`` or a sketch: ``sketch-features``, ``sketch-range``.
         per_layer: Whether each removed layer was fitted for itself.
-        sketch_size: Columns or rows of a sketch; ``None`` is the solver's default.
+        sketch_size: Columns of a sketch; ``None`` is the solver's default.
         power_iterations: Steps of subspace iteration of ``sketch-features``.
         precision: Of the products that moments are sums of: ``float64`` or ``float32-blocked``.
         reduce_device: Kind of the torch device that those products were computed on; ``None`` is the host, by numpy.
@@ -142,13 +142,13 @@ class SolveRecipe(Recipe):
     """
 
     operator: str
-    eps: Annotated[float, Field(ge=0)] | Literal["auto", "gcv"] | None = None
+    ridge: Annotated[float, Field(ge=0)] | Literal["auto", "gcv"] | None = None
     shrink: Literal["identity", "zero"] = "identity"
     features: str = "hidden"
-    weights: str = "uniform"
+    token_weights: str = "uniform"
     intercept: bool = False
     rank: _Count | None = None
-    solver: Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range", "sketch-rows"] = "gram"
+    solver: Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"] = "gram"
     per_layer: bool = False
     sketch_size: _Count | None = None
     power_iterations: Annotated[int, Field(ge=0)] = 0

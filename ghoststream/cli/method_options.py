@@ -10,7 +10,7 @@ from ghoststream.cli.options import CRITERIA, OPERATORS, SEARCH_CRITERIA, featur
 from ghoststream.cli.parameters import Ridge, combined
 
 if TYPE_CHECKING:
-    from ghoststream.operators import OperatorOptions
+    from ghoststream.options import Method
 
 criterion_or_measured_option = click.option(
     "--criterion",
@@ -71,8 +71,10 @@ method_options = combined(
 """Of ``fit``, ``search`` and ``recover``."""
 
 
-def take_options(options: dict[str, Any]) -> OperatorOptions:
+def take_options(options: dict[str, Any]) -> Method:
     """Take what belongs to the operator out of a command's options, as many of them as it has."""
-    from ghoststream.operators import OperatorOptions
+    from ghoststream.options import Method
 
-    return OperatorOptions.take(options)
+    beside = {"operator", "token_weights", "precision", "inputs"}
+    names = [name for name in Method.model_fields if name in options and name not in beside]
+    return Method(**{name: options.pop(name) for name in names})

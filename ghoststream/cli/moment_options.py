@@ -8,7 +8,7 @@ from ghoststream.cli.parameters import ByteSize, combined
 
 store_solver_option = click.option(
     "--solver",
-    type=click.Choice(["gram", "tsqr", "svd", "sketch-features", "sketch-range", "sketch-rows"]),
+    type=click.Choice(["gram", "tsqr", "svd", "sketch-features", "sketch-range"]),
     default="gram",
     show_default=True,
     help="By normal equations; by QR, for least-squares with features that are nearly dependent; by singular values, for "
@@ -20,7 +20,7 @@ sketch_options = combined(
         type=click.IntRange(min=1),
         default=None,
         metavar="K",
-        help="Columns of sketch-features and sketch-range, default 2 R + 10; rows of sketch-rows, default 4 a feature.",
+        help="Columns of a sketch, default 2 R + 10.",
     ),
     click.option(
         "--power-iterations",

@@ -7,10 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,43 +17,26 @@ import torch
 
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.files import FileLock, atomic_write_json, json_digest, read_json
+from ghoststream.operators import make_operator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.ridge import mean_diagonal
 from ghoststream.operators.solver import solve_ridge
+from ghoststream.options import Method, Reduction
 from ghoststream.progress import Progress
-from ghoststream.selection import Repair, Residual
+from ghoststream.selection import Residual
 from ghoststream.spans import Span
-from ghoststream.stages.planning.machine import free_host_memory
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
     BoundaryMoments,
     FoldedMoments,
     HiddenStateSource,
+    Ranges,
     Reducer,
     SumState,
-    reduce_boundaries,
     reduce_whole,
     store_digest,
 )
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Where reductions run, and how much they may take; see :func:`ghoststream.select`."""
-
-    scheduler: Any
-    workers: int | None
-    memory: int | None
-    progress: Progress
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes for moments: what was given, else half of what is free here; None for no bound."""
-        if self.memory is not None or self.scheduler is not None:
-            return self.memory
-        free = free_host_memory()
-        return None if free is None else free // 2
 
 
 class StoreEvidence:
@@ -64,8 +46,9 @@ class StoreEvidence:
         store_uri: Path or URL of the store.
         source: The same, open.
         model: The checkpoint and how to open it; None if none was given.
-        engine: Where reductions run.
+        reduction: Where reductions run.
         out: The plan file, beside which partial moments are kept; None for a temporary folder.
+        progress: Who is told how far it is.
     """
 
     def __init__(
@@ -73,11 +56,12 @@ class StoreEvidence:
         store_uri: str,
         source: HiddenStateSource,
         model: tuple[str | Path, ModelOptions] | None,
-        engine: Engine,
+        reduction: Reduction,
         out: Path | None,
+        progress: Progress,
     ) -> None:
         self._store_uri, self._source, self._model = store_uri, source, model
-        self._engine, self._out = engine, out
+        self._reduction, self._out, self._progress = reduction, out, progress
 
     @property
     def n_layers(self) -> int:
@@ -86,41 +70,31 @@ class StoreEvidence:
 
     def reduce(self, reducer: Reducer) -> SumState:
         """Return a statistic over all sequences."""
-        engine = self._engine
-        return reduce_whole(
-            self._store_uri,
-            reducer,
-            scheduler=engine.scheduler,
-            workers=engine.workers,
-            progress=engine.progress,
-        )
+        return reduce_whole(self._store_uri, reducer, self._reduction, progress=self._progress)
 
-    def residuals(self, spans: tuple[Span, ...], repair: Repair) -> Mapping[Span, Residual]:
+    def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> Mapping[Span, Residual]:
         """Return what a repair leaves at each span.
 
-        Memory: what :func:`~ghoststream.statistics.reduce_boundaries` states, within the budget; then, for one span at a
+        Memory: what :func:`~ghoststream.statistics.reduce` states, within the budget; then, for one span at a
         time, ``56 C^2`` bytes: its moments, one fold, the total without it, and a solution.
         """
-        engine = self._engine
+        kind = make_operator(method)
+        ridge = kind.method.ridge
+        if method.operator != "least-squares" or not isinstance(ridge, float):
+            msg = f"candidates are repaired by least-squares at a ridge that is a number, not {method.operator} at {ridge}"
+            raise RequestError(msg)
+        ranges = Ranges.make(self._source.n_sequences, folds=folds)
+        progress = self._progress
         with self._work_folder() as work:
-            moments = reduce_boundaries(
-                self._store_uri,
-                spans,
-                feature=repair.features,
-                weights=repair.weights,
-                folds=repair.folds,
-                scheduler=engine.scheduler,
-                workers=engine.workers,
-                workdir=work,
-                memory=engine.budget,
-                progress=engine.progress,
+            moments = kind.reduce(
+                self._store_uri, spans, ranges, self._reduction, workdir=work, progress=progress
             )
-            engine.progress.start("residuals", len(spans), "candidates")
+            progress.start("residuals", len(spans), "candidates")
             found = {}
             for span in spans:
-                found[span] = self._residual(moments[span], repair, work)
-                engine.progress.advance(1)
-            engine.progress.finish()
+                found[span] = self._residual(moments[span], kind.method, work)
+                progress.advance(1)
+            progress.finish()
         return found
 
     def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
@@ -144,17 +118,18 @@ class StoreEvidence:
             raise MismatchError(msg)
         return session
 
-    def _residual(self, moments: FoldedMoments, repair: Repair, work: Path) -> Residual:
+    def _residual(self, moments: FoldedMoments, method: Method, work: Path) -> Residual:
         request = {
             "store": store_digest(self._source),
-            "repair": asdict(repair),
+            "method": method.to_json(),
+            "folds": moments.n_folds,
             "block_tokens": DEFAULT_BLOCK_TOKENS,
         }
         name = json_digest(request).removeprefix("sha256:")[:16]
         path = work / f"residual-{name}-{moments.span.start}-{moments.span.stop}.json"
         if path.is_file():
             return Residual(**read_json(path))
-        residual = _fit(moments, repair.ridge)
+        residual = _fit(moments, float(method.ridge or 0.0))
         atomic_write_json(path, asdict(residual))
         return residual
 

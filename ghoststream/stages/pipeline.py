@@ -9,13 +9,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ghoststream.errors import InputNotFoundError, RequestError
-from ghoststream.operators import OperatorOptions, make_operator
-from ghoststream.operators.registry import Solver
+from ghoststream.operators import make_operator
+from ghoststream.options import Method, Solver
 from ghoststream.recipe import Bos, StoreDtype, TextPart
 from ghoststream.selection import make_criterion
 from ghoststream.stages.repair.auto import AUTO, require_no_options
 from ghoststream.stages.searching.search import SEARCH_CRITERIA
-from ghoststream.statistics import Precision, get_feature, get_weight
+from ghoststream.stages.solve_request import asked_method
+from ghoststream.statistics import Precision, get_feature, get_token_weight
 
 
 class _Part(BaseModel):
@@ -87,18 +88,18 @@ class SolvePart(_Part):
     weights: str = "uniform"
 
     @property
-    def options(self) -> OperatorOptions:
+    def options(self) -> Method:
         """The options of the operator."""
-        return OperatorOptions.take(self.model_dump())
+        return Method(**self.model_dump(exclude={"operator", "precision", "weights"}))
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         get_feature(self.features)
-        get_weight(self.weights)
+        get_token_weight(self.weights)
         if self.operator == AUTO:
             require_no_options(self.weights, self.options)
         else:
-            make_operator(self.operator, self.options)
+            make_operator(asked_method(self.operator, self.options, self.weights))
         return self
 
 

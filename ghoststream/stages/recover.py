@@ -9,7 +9,8 @@ from typing import Any, Unpack
 
 from ghoststream.errors import OutputExistsError, RequestError
 from ghoststream.files import differences, disk_errors
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Method
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.recovery import ExportReport, load_recovered
@@ -101,7 +102,7 @@ def recover(
     max_spans: int | None = None,
     held_out: int | None = None,
     operator: str = AUTO,
-    options: OperatorOptions | None = None,
+    options: Method | None = None,
     weights: str = UNIFORM,
     store: str | Path | None = None,
     scheduler: Any = None,
@@ -151,7 +152,7 @@ def recover(
     """
     out = Path(out) if Path(out).name else Path(out).resolve()
     work = out.with_name(f"{out.name}.work")
-    repair = RepairRequest(operator, options or OperatorOptions(), weights)
+    repair = RepairRequest(operator, options or Method(), weights)
     text = CalibrationRequest(calibration, sequences, length, pack, bos)
     session = ModelSession(model, ModelOptions(**compute))
     choice = ChoiceRequest(criterion, max_spans, held_out)

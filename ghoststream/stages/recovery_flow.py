@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.operators import OperatorOptions, OperatorSet, features_of, make_operator
+from ghoststream.operators import OperatorSet, make_operator
+from ghoststream.options import Method
 from ghoststream.progress import Progress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
@@ -19,6 +20,7 @@ from ghoststream.stages.searching.search import SEARCH_CRITERIA, search
 from ghoststream.stages.select import select
 from ghoststream.stages.session import ComputeRequest, ModelSession
 from ghoststream.stages.solve import solve
+from ghoststream.stages.solve_request import asked_method
 from ghoststream.statistics import UNIFORM, taps_of
 
 
@@ -47,13 +49,13 @@ class RepairRequest:
     """How boundaries are repaired; the fields are those of :func:`ghoststream.recover`."""
 
     operator: str
-    options: OperatorOptions
+    options: Method
     weights: str
 
     @property
     def features(self) -> str:
         """Name of the features that the operator reads."""
-        return features_of(make_operator(self.operator, self.options), self.options)
+        return make_operator(asked_method(self.operator, self.options, self.weights)).features
 
     @property
     def name(self) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 from ghoststream.errors import ArtifactError, InputNotFoundError, OutputExistsError, PlanError
 from ghoststream.files import read_json, require_writable
+from ghoststream.options import Reduction
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.selection import SelectionResult, make_criterion
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.evidence import Engine, StoreEvidence, discard_work
+from ghoststream.stages.evidence import StoreEvidence, discard_work
 from ghoststream.stages.session import ModelOptions
 from ghoststream.statistics import open_source, store_digest
 
@@ -70,9 +71,9 @@ def select(
     if out is not None:
         require_writable(out)
     options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
-    engine = Engine(scheduler, workers, memory, progress or SilentProgress())
+    reduction = Reduction.make({"scheduler": scheduler, "workers": workers, "memory": memory})
     made_of = None if model is None else (model, options)
-    evidence = StoreEvidence(str(store_uri), source, made_of, engine, out)
+    evidence = StoreEvidence(str(store_uri), source, made_of, reduction, out, progress or SilentProgress())
     choice = rule.choose(evidence, n_remove)
     plan = PruningPlan(n_layers, choice.chosen)
     result = SelectionResult(
@@ -125,7 +126,7 @@ def _existing(out: Path, criterion: str, n_remove: int, digest: str) -> Selectio
         found = SelectionResult.load(out)
     except (ArtifactError, InputNotFoundError):
         found = None
-    if found is None or (found.criterion, found.n_remove, found.store_digest) != (
+    if found is None or (found.criterion, found.remove, found.store_digest) != (
         criterion,
         n_remove,
         digest,

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.errors import ArtifactError
 from ghoststream.files import fsync_folder
-from ghoststream.operators import (
-    BoundaryOperator,
-    OperatorFamily,
-    OperatorOptions,
-    OperatorSet,
-    features_of,
-    fit_per_layer,
-    make_operator,
-    needed_statistics,
-    require_chainable,
-    require_ridge,
-)
-from ghoststream.operators.registry import SKETCH_SOLVERS
+from ghoststream.operators import BoundaryOperator, OperatorKind, OperatorSet, fit_per_layer, make_operator
+from ghoststream.options import Method, Precision, Reduction
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import BaseModel, require_fit_memory, store_taps, wanted_taps
-from ghoststream.stages.evidence import Engine
 from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
 from ghoststream.stages.planning.sweep_costs import span_groups
 from ghoststream.stages.select import read_plan
-from ghoststream.stages.solve_request import SolveMethod, SolveRequest, single_layers
-from ghoststream.statistics import (
-    DEFAULT_FOLDS,
-    UNIFORM,
-    FoldedMoments,
-    Precision,
-    Ranges,
-    get_weight,
-    open_source,
-    reduce_boundaries,
-)
+from ghoststream.stages.solve_request import SolveRequest, asked_method, single_layers
+from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, FoldedMoments, Ranges, TapSource, open_source
 from ghoststream.statistics.devices import device_kind, require_device
 
 
@@ -50,7 +27,7 @@ def solve(
     plan: PruningPlan | str | Path,
     *,
     operator: str = "ghost",
-    options: OperatorOptions | None = None,
+    options: Method | None = None,
     weights: str = UNIFORM,
     out: str | Path,
     model: str | Path | None = None,
@@ -75,7 +52,7 @@ def solve(
     Args:
         store_uri: Path or URL of the store.
         plan: The plan, its file, or spans such as ``13:19``.
-        operator: Name of an operator family: ``ghost`` (the paper's), ``least-squares`` (which takes all options but
+        operator: Name of an operator kind: ``ghost`` (the paper's), ``least-squares`` (which takes all options but
             ``per_layer`` and ``svd``), ``diagonal``, ``scalar``, ``symmetric`` and ``orthogonal`` (least squares over such
             maps), ``linear-patch-diagonal``, ``linear-patch-rotated``, ``prune-and-comp``, ``none``.
         options: Options of the operator. Taps that its features read are computed again from the store and kept in
@@ -118,111 +95,71 @@ def solve(
     state of ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span and 4 blocks of
     2,048 tokens in float64 (8 for such weights, ``2 p / C`` more for such features); while solving,
     ``24 p^2 + 32 p C`` bytes (``16 p^2`` more where the Gram is ill-conditioned, ``24 p^2`` where folds choose the
-    ridge); the operators, ``4 p C`` bytes each. ``O(C)`` where the family needs no Gram. Disk: at most ``log2(ranges) + 2``
+    ridge); the operators, ``4 p C`` bytes each. ``O(C)`` where the kind needs no Gram. Disk: at most ``log2(ranges) + 2``
     states for each fold. ``per_layer`` multiplies the state by the layers of a span, and adds two ``8 p C`` while solving.
     With features of the layer before, ``p = I`` for ``mlp`` and ``C + I`` for ``hidden+mlp``, spans are reduced one after the
     other, so that there is one state; disk: ``S T p`` elements of compute dtype a span.
     Sketches: states and fits as :mod:`ghoststream.operators.sketched` says, in the place of ``8 (p^2 + p C)``.
     """
     out = Path(out).absolute()
-    get_weight(weights)
-    family, options = _family(operator, options or OperatorOptions())
+    kind = make_operator(asked_method(operator, options, weights, precision))
+    if reduce_device is not None:  # found before any work that it cannot be used
+        kind.reducer((Span(1, 2),), hidden=1, device=reduce_device)
+        if scheduler is None:
+            require_device(reduce_device)
     source = open_source(str(store_uri))
     request = SolveRequest.make(
         source,
         read_plan(plan, source.n_layers),
-        SolveMethod(
-            operator,
-            weights,
-            getattr(family, "ridge", None),
-            options,
-            precision,
-            None if reduce_device is None else device_kind(reduce_device),
-        ),
+        kind,
         Ranges.make(source.n_sequences, folds=folds, range_sequences=range_sequences),
+        None if reduce_device is None else device_kind(reduce_device),
     )
     found = existing_operators(out, request.digest)
     if found is not None:
         clear_leftovers(out)
         return found
     base = None if model is None else BaseModel(model, revision, trust_remote_code, device)
-    wanted = wanted_taps(options.features, request.spans, base, intercept=options.intercept)
-    if wanted is not None and options.solver not in SKETCH_SOLVERS:
-        require_fit_memory(wanted, options.features, source.hidden)
-    engine = Engine(scheduler, workers, memory, progress or SilentProgress())
+    wanted = wanted_taps(kind.features, request.spans, base, intercept=kind.method.intercept)
+    if wanted is not None:
+        require_fit_memory(wanted, kind, source.hidden)
+    told = progress or SilentProgress()
+    where = {"scheduler": scheduler, "workers": workers, "memory": memory, "reduce_device": reduce_device}
+    reduction = Reduction.make(where)
     with output_lock(out):  # which makes the folder
-        given = _statistics(family, options, reduce_device, is_remote=scheduler is not None)
+        work, taps = work_folder(out), None
         if wanted is not None:
-            given["taps"] = store_taps(wanted, store_uri, work_folder(out), progress=engine.progress)
-        moments = _reduce(str(store_uri), family, request, given, engine, work_folder(out))
-        return _write(family, moments, request, out, engine.progress)
-
-
-def _family(name: str, options: OperatorOptions) -> tuple[OperatorFamily, OperatorOptions]:
-    """Return the family, and its options with the features that it reads."""
-    if isinstance(options.ridge, float | int):
-        require_ridge(options.ridge)
-    family = make_operator(name, options)
-    if options.per_layer:
-        require_chainable(family)
-    return family, replace(options, features=features_of(family, options))
-
-
-def _statistics(
-    family: OperatorFamily, options: OperatorOptions, device: str | None, *, is_remote: bool
-) -> dict[str, Any]:
-    """Return what of the moments the family wants and where it is computed, as arguments of its reduction."""
-    if hasattr(family, "reduce"):
-        if device is not None:
-            msg = f"this operator or solver gathers more than Grams, on the host; leave --reduce-device {device} out"
-            raise RequestError(msg)
-        return {}
-    if device is None:
-        return needed_statistics(family, options)
-    if not is_remote:
-        require_device(device)
-    return {**needed_statistics(family, options), "device": device}
+            taps = store_taps(wanted, store_uri, work, progress=told)
+        moments = _reduce(str(store_uri), kind, request, taps, reduction, (work, told))
+        return _write(kind, moments, request, out, told)
 
 
 def _reduce(
-    store_uri: str,
-    family: OperatorFamily,
+    store: str,
+    kind: OperatorKind,
     request: SolveRequest,
-    given: Mapping[str, Any],
-    engine: Engine,
-    work: Path,
+    taps: TapSource | None,
+    reduction: Reduction,
+    run: tuple[Path, Progress],
 ) -> dict[Span, FoldedMoments]:
     """Return the moments of all spans, of as many at a time as are reduced together."""
-    reduce = getattr(family, "reduce", reduce_boundaries)
     moments: dict[Span, FoldedMoments] = {}
-    for spans in span_groups(request.spans, reads_taps="taps" in given):
-        moments |= reduce(
-            store_uri,
-            spans,
-            feature=request.recipe.features,
-            weights=request.recipe.weights,
-            precision=request.recipe.precision,
-            folds=request.ranges.n_folds,
-            range_sequences=request.ranges.range_sequences,
-            scheduler=engine.scheduler,
-            workers=engine.workers,
-            workdir=work,
-            memory=engine.budget,
-            progress=engine.progress,
-            **given,
+    for spans in span_groups(request.spans, reads_taps=taps is not None):
+        moments |= kind.reduce(
+            store, spans, request.ranges, reduction, taps=taps, workdir=run[0], progress=run[1]
         )
     return moments
 
 
 def _write(
-    family: OperatorFamily,
+    kind: OperatorKind,
     moments: dict[Span, FoldedMoments],
     request: SolveRequest,
     out: Path,
     progress: Progress,
 ) -> OperatorSet:
     work = work_folder(out)
-    boundaries = _fit_all(family, moments, request, work, progress)
+    boundaries = _fit_all(kind, moments, request, work, progress)
     operators = OperatorSet(request.plan, request.operator, boundaries, request.hidden, request.metadata)
     operators.save(out, temporary=work / "operators.safetensors")
     shutil.rmtree(work)
@@ -231,7 +168,7 @@ def _write(
 
 
 def _fit_all(
-    family: OperatorFamily,
+    kind: OperatorKind,
     moments: dict[Span, FoldedMoments],
     request: SolveRequest,
     work: Path,
@@ -240,7 +177,7 @@ def _fit_all(
     progress.start("solve", len(request.plan.spans), "boundaries")
     solved = []
     for span in request.plan.spans:
-        solved.append(_fit(family, moments, span, request, work))
+        solved.append(_fit(kind, moments, span, request, work))
         progress.advance(1)
     progress.finish()
     for operator in solved:
@@ -250,7 +187,7 @@ def _fit_all(
 
 
 def _fit(
-    family: OperatorFamily,
+    kind: OperatorKind,
     moments: dict[Span, FoldedMoments],
     span: Span,
     request: SolveRequest,
@@ -262,9 +199,9 @@ def _fit(
         with suppress(ArtifactError):  # the disk has damaged it: fitted again, it is the same
             return OperatorSet.load(path).boundaries[0]
     if request.recipe.per_layer:
-        operator = fit_per_layer(family, moments[span], [moments[layer] for layer in single_layers(span)])
+        operator = fit_per_layer(kind, moments[span], [moments[layer] for layer in single_layers(span)])
     else:
-        operator = family.fit(moments[span])
+        operator = kind.fit(moments[span])
     plan = PruningPlan(request.plan.n_layers, (span,))
     OperatorSet(plan, request.operator, (operator,), request.hidden, request.metadata).save(path)
     return operator

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import scipy
 
 from ghoststream.files import json_digest
-from ghoststream.operators import OperatorOptions
+from ghoststream.operators import OperatorKind
+from ghoststream.options import Method
 from ghoststream.recipe import SolveRecipe, library_versions
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics import (
@@ -20,17 +21,12 @@ from ghoststream.statistics import (
 )
 
 
-@dataclass(frozen=True)
-class SolveMethod:
-    """How boundaries are fitted."""
-
-    operator: str
-    weights: str
-    ridge: float | Literal["auto", "gcv"] | None
-    options: OperatorOptions
-    precision: Precision
-    reduce_device: str | None = None
-    """Kind of the device that products are computed on; ``None`` is the host."""
+def asked_method(
+    operator: str, options: Method | None, weights: str, precision: Precision = "float64"
+) -> Method:
+    """Return options of an operator with what is given beside them."""
+    given = {"operator": operator, "token_weights": weights, "precision": precision}
+    return (options or Method()).model_copy(update=given)
 
 
 @dataclass(frozen=True)
@@ -46,24 +42,18 @@ class SolveRequest:
 
     @classmethod
     def make(
-        cls, source: HiddenStateSource, plan: PruningPlan, method: SolveMethod, ranges: Ranges
+        cls,
+        source: HiddenStateSource,
+        plan: PruningPlan,
+        kind: OperatorKind,
+        ranges: Ranges,
+        device: str | None,
     ) -> SolveRequest:
-        """Put together what a store, a plan, a method and a division into ranges decide."""
+        """Put together what a store, a plan, a method, ranges and a kind of device decide."""
+        method = kind.method
         recipe = SolveRecipe(
-            operator=method.operator,
-            eps=method.ridge,
-            shrink=method.options.shrink,
-            features=method.options.features,
-            weights=method.weights,
-            intercept=method.options.intercept,
-            rank=method.options.rank,
-            solver=method.options.solver,
-            per_layer=method.options.per_layer,
-            sketch_size=method.options.sketch_size,
-            power_iterations=method.options.power_iterations,
-            seed=method.options.seed,
-            precision=method.precision,
-            reduce_device=method.reduce_device,
+            **{name: value for name, value in method.to_json().items() if name != "inputs"},
+            reduce_device=device,
             range_sequences=ranges.range_sequences,
             folds=ranges.n_folds,
             store_digest=store_digest(source),

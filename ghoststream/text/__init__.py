@@ -5,6 +5,7 @@ from __future__ import annotations
 from ghoststream.text.documents import Document
 from ghoststream.text.encoding import tokenizer_fingerprint
 from ghoststream.text.prepare import prepare_tokens
+from ghoststream.text.registry import register_text_source, text_source_names
 from ghoststream.text.sources import load_documents
 from ghoststream.text.spec import TextSpec
 from ghoststream.text.token_set import TokenSet
@@ -15,5 +16,7 @@ __all__ = [
     "TokenSet",
     "load_documents",
     "prepare_tokens",
+    "register_text_source",
+    "text_source_names",
     "tokenizer_fingerprint",
 ]

@@ -12,14 +12,16 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ghoststream.activations import ActivationStore, StoreRequest
+from ghoststream.costs import FitShape
 from ghoststream.errors import BudgetError, DataError, InputNotFoundError, RequestError
 from ghoststream.files import disk_errors, format_bytes, json_digest
+from ghoststream.machine import free_host_memory
+from ghoststream.operators import OperatorKind
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.recovery.absorbing import ABSORBED, require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.capturing.replay import replay
-from ghoststream.stages.planning.machine import free_host_memory
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.statistics import TapSource, get_feature, store_digest, taps_of
 from ghoststream.streaming import Skeleton, tap_point
@@ -116,20 +118,19 @@ def wanted_taps(
     return WantedTaps(base, taps, layers, widths.pop())
 
 
-def require_fit_memory(wanted: WantedTaps, features: str, hidden: int) -> None:
-    """Check that this machine can hold a fit by Grams before anything is computed for it.
+def require_fit_memory(wanted: WantedTaps, kind: OperatorKind, hidden: int) -> None:
+    """Check that this machine can hold a fit before anything is computed for it, by what the operator kind says it takes.
 
-    With ``p`` features ``48 p^2 + 32 p C`` bytes: what ``least-squares`` states while folds choose its ridge (47 GB for
-    28,672 features of a hidden size of 8,192).
+    That is 47 GB for least squares on 28,672 features of a hidden size of 8,192.
 
     Raises:
         BudgetError: If it cannot.
     """
-    width = get_feature(features).width(wanted.width)
-    needed, free = 48 * width * width + 32 * width * hidden, free_host_memory()
-    if free is not None and needed > free:
+    width = get_feature(kind.features).width(wanted.width)
+    needed, free = kind.cost(FitShape(hidden, width, 0)).memory.n_bytes, free_host_memory()
+    if needed > free:
         msg = (
-            f"fitting {width:,} features ({features}) takes {format_bytes(needed)} of memory, {format_bytes(free)} are "
+            f"fitting {width:,} features ({kind.features}) takes {format_bytes(needed)} of memory, {format_bytes(free)} are "
             "free; use --solver sketch-features with --rank, or --features mlp_output"
         )
         raise BudgetError(msg)

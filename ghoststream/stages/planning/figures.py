@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghoststream.operators import Solver
+from ghoststream.options import Solver
 from ghoststream.statistics import taps_of
 
 STRUCTURED = ("symmetric", "orthogonal")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ghoststream.errors import PlanError, UnsupportedModelError
-from ghoststream.operators import OperatorOptions, features_of, make_operator
+from ghoststream.operators import make_operator
+from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width, taps_width
@@ -36,6 +37,7 @@ from ghoststream.stages.planning.sweep_costs import (
 from ghoststream.stages.repair.auto import AUTO
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
+from ghoststream.stages.solve_request import asked_method
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Precision, taps_of
 from ghoststream.streaming import Skeleton
 from ghoststream.streaming.budget import work_bytes_per_token
@@ -110,7 +112,7 @@ def plan_run(
     criterion: str = "measured",
     max_spans: int | None = None,
     operator: str = AUTO,
-    options: OperatorOptions | None = None,
+    options: Method | None = None,
     layers: tuple[int, ...] | None = None,
     store_dtype: str | None = None,
     store: str | None = None,
@@ -149,7 +151,7 @@ def plan_run(
 
     Memory: headers of the checkpoint and three matrices of 8 MiB.
     """
-    options = options or OperatorOptions()
+    options = options or Method()
     session = ModelSession(model, ModelOptions(**compute))
     skeleton = session.skeleton
     sizes = _model_sizes(skeleton, length)
@@ -182,7 +184,7 @@ def plan_run(
         return RunPlan(sizes, request, needs, pass_route_stages(sizes, request, rates), rates)
     moments = moments or MomentOptions()
     stored = replace(stored_request(request), solver=options.solver)
-    sweeps = _sweeps(skeleton, stored, replace(options, features=stored.features), moments)
+    sweeps = _sweeps(skeleton, stored, options.model_copy(update={"features": stored.features}), moments)
     store_path = None if store is not None and "://" in store else Path(store or ".")
     needs = all_needs(sizes, stored, sweeps, device=session.device, store=store_path, out=Path(out or "."))
     stages = stage_costs(sizes, stored, rates, sweeps)
@@ -193,7 +195,7 @@ def plan_run(
 
 
 def _sweeps(
-    skeleton: Skeleton, request: Request, options: OperatorOptions, moments: MomentOptions
+    skeleton: Skeleton, request: Request, options: Method, moments: MomentOptions
 ) -> tuple[SweepCost, ...]:
     spans: tuple[Span, ...] = (Span(1, 1 + request.n_remove),)
     if moments.plan is not None:
@@ -202,7 +204,7 @@ def _sweeps(
             msg = f"the plan {plan} removes {plan.n_removed} layers, and {request.n_remove} were asked for; give one number"
             raise PlanError(msg)
         spans = plan.spans
-    taps = taps_of(features_of(make_operator(request.operator, options), options))
+    taps = taps_of(make_operator(asked_method(request.operator, options, moments.weights)).features)
     wanted = MomentRequest(
         spans,
         request.operator,

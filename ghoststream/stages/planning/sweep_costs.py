@@ -7,28 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 from ghoststream.errors import BudgetError
-from ghoststream.operators import OperatorOptions, features_of, make_operator, needed_statistics
-from ghoststream.operators.registry import SKETCH_SOLVERS
-from ghoststream.operators.sketched import ProjectedLeastSquares
-from ghoststream.operators.sketched_rows import ROWS_PER_FEATURE
-from ghoststream.progress import SilentProgress
+from ghoststream.operators import make_operator
+from ghoststream.options import Method, Precision, Reduction
 from ghoststream.selection import make_criterion
 from ghoststream.selection.residual import RepairResidual
 from ghoststream.spans import Span
-from ghoststream.stages.evidence import Engine
-from ghoststream.stages.solve_request import single_layers
-from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Ranges, TapSource, candidate_spans
-from ghoststream.statistics.boundary import BoundaryReducer, Precision
+from ghoststream.stages.solve_request import asked_method, single_layers
+from ghoststream.statistics import (
+    DEFAULT_FOLDS,
+    UNIFORM,
+    BoundaryReducer,
+    Ranges,
+    TapSource,
+    budgeted,
+    candidate_spans,
+)
 from ghoststream.statistics.engines import default_workers
-from ghoststream.statistics.reduction import boundary_reducer
-from ghoststream.statistics.sketch_projection import ProjectionReducer
-from ghoststream.statistics.sketch_range import PowerReducer, RangeReducer
-from ghoststream.statistics.sketch_rows import RowSketchReducer
-from ghoststream.statistics.sketches import N_PROBES, Bases
 from ghoststream.statistics.sweeps import fit_sweeps, spilled_bytes
 
 
@@ -59,7 +55,7 @@ class MomentRequest:
 
     spans: tuple[Span, ...]
     operator: str = "ghost"
-    options: OperatorOptions = field(default_factory=OperatorOptions)
+    options: Method = field(default_factory=Method)
     weights: str = UNIFORM
     precision: Precision = "float64"
     folds: int = DEFAULT_FOLDS
@@ -121,11 +117,11 @@ def select_sweeps(
     rule = make_criterion(criterion)
     if not isinstance(rule, RepairResidual):
         return ()
-    repair, spans = rule.repair, candidate_spans(n_layers, n_remove)
+    spans = candidate_spans(n_layers, n_remove)
     if not spans:
         return ()
-    reducer = boundary_reducer(spans, hidden=shape.hidden, feature=repair.features, weights=repair.weights)
-    return (_cost("select", "moments", [reducer], shape, replace(bounds, folds=repair.folds)),)
+    reducer = make_operator(rule.method).reducer(spans, hidden=shape.hidden)
+    return (_cost("select", "moments", [reducer], shape, replace(bounds, folds=rule.folds)),)
 
 
 def span_groups(spans: tuple[Span, ...], *, reads_taps: bool) -> list[tuple[Span, ...]]:
@@ -136,57 +132,17 @@ def span_groups(spans: tuple[Span, ...], *, reads_taps: bool) -> list[tuple[Span
 def _reducers_of_solve(
     request: MomentRequest, shape: StoreShape
 ) -> Iterator[tuple[str, list[BoundaryReducer]]]:
-    family = make_operator(request.operator, request.options)
-    options = replace(request.options, features=features_of(family, request.options))
-    layers = [layer for span in request.spans for layer in single_layers(span)] if options.per_layer else []
-    spans = tuple(sorted({*request.spans, *layers}))
-    statistic: dict[str, Any] = {
-        "feature": options.features,
-        "weights": request.weights,
-        "precision": request.precision,
-        "taps": TapSource("", request.tap_width) if request.tap_width else None,
-    }
-    groups = span_groups(spans, reads_taps=bool(request.tap_width))
-    if options.solver not in SKETCH_SOLVERS:
-        given = needed_statistics(family, options)
-        yield (
-            "moments",
-            [boundary_reducer(group, hidden=shape.hidden, **given, **statistic) for group in groups],
-        )
-        return
-    n_features = BoundaryReducer(spans, **statistic).phi.width(shape.hidden)
+    method = asked_method(request.operator, request.options, request.weights, request.precision)
+    kind = make_operator(method)
+    layers = [layer for span in request.spans for layer in single_layers(span)] if method.per_layer else []
+    taps = TapSource("", request.tap_width) if request.tap_width else None
     n_folds = Ranges.make(shape.sequences, folds=request.folds).n_folds
-    if isinstance(family, ProjectedLeastSquares):
-        columns = family.columns(n_features, shape.hidden)
-        found = _projections(options, columns, n_folds)
-    else:
-        rows = options.sketch_size or ROWS_PER_FEATURE * n_features
-        found = [("row sketch", RowSketchReducer, {"rows": -(-rows // n_folds), "seed": options.seed})]
-    for name, kind, given in found:
-        yield name, [kind(group, **statistic, **given) for group in groups]
-
-
-def _projections(
-    options: OperatorOptions, columns: int, n_folds: int
-) -> list[tuple[str, type[BoundaryReducer], dict[str, Any]]]:
-    if options.solver == "sketch-range":
-        of_folds = [columns] * n_folds if n_folds > 1 else []
-        drawn = {"columns": columns + N_PROBES, "seed": options.seed}
-        return [
-            ("range finder", RangeReducer, drawn),
-            ("projected moments", ProjectionReducer, {"bases": _bases(columns + N_PROBES, *of_folds)}),
-        ]
-    steps = options.power_iterations
-    powers = [
-        (f"power iteration {step + 1} of {steps}", PowerReducer, {"bases": _bases(columns)})
-        for step in range(steps)
+    groups = [
+        kind.reducers(spans, hidden=shape.hidden, n_folds=n_folds, taps=taps)
+        for spans in span_groups(tuple(sorted({*request.spans, *layers})), reads_taps=taps is not None)
     ]
-    return [*powers, ("projected moments", ProjectionReducer, {"bases": _bases(columns + N_PROBES)})]
-
-
-def _bases(*widths: int) -> Bases:
-    # Where they would be kept does not matter here, only that they would be.
-    return Bases(Path("bases"), "", widths)
+    for one in zip(*groups, strict=True):
+        yield one[0][0], [reducer for _, reducer in one]
 
 
 def _cost(
@@ -198,12 +154,10 @@ def _cost(
 ) -> SweepCost:
     cost = SweepCost(stage, name, sum(len(reducer.spans) for reducer in reducers))
     plan = Ranges.make(shape.sequences, folds=request.folds)
-    memory = Engine(None, request.workers, request.memory, SilentProgress()).budget
+    reduction = budgeted(Reduction.make({"workers": request.workers, "memory": request.memory}))
     for reducer in reducers:
         try:
-            sweeps, workers = fit_sweeps(
-                reducer, hidden=shape.hidden, length=shape.length, memory=memory, workers=request.workers
-            )
+            sweeps, workers = fit_sweeps(reducer, reduction, hidden=shape.hidden, length=shape.length)
         except BudgetError as error:
             return replace(cost, problem=f"{stage}: {error}")
         largest = max(sweep.task_bytes for sweep in sweeps)

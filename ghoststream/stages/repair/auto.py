@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ghoststream.errors import RequestError, UnsupportedModelError
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.repair.methods import FitMethod, Inputs, Repair
@@ -19,15 +19,15 @@ AUTO = "auto"
 
 _WITHOUT_SINKS = "drop_sinks"
 
-SCREEN = FitMethod("least-squares", OperatorOptions(), _WITHOUT_SINKS)
+SCREEN = FitMethod("least-squares", Method(), _WITHOUT_SINKS)
 """What spans are compared with, before ways to repair are."""
 
 METHODS = (
     FitMethod("ghost"),
     SCREEN,
-    FitMethod("least-squares", OperatorOptions(features="normed"), _WITHOUT_SINKS),
-    FitMethod("least-squares", OperatorOptions(features="mlp"), _WITHOUT_SINKS),
-    FitMethod("least-squares", OperatorOptions(features="hidden+mlp"), _WITHOUT_SINKS),
+    FitMethod("least-squares", Method(features="normed"), _WITHOUT_SINKS),
+    FitMethod("least-squares", Method(features="mlp"), _WITHOUT_SINKS),
+    FitMethod("least-squares", Method(features="hidden+mlp"), _WITHOUT_SINKS),
 )
 """What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
 
@@ -38,19 +38,19 @@ Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""
 
 
-def require_no_options(weights: str, options: OperatorOptions | None, inputs: Inputs = "repaired") -> None:
+def require_no_options(weights: str, options: Method | None, inputs: Inputs = "repaired") -> None:
     """Check that nothing is asked that :data:`METHODS` say themselves.
 
     Raises:
         RequestError: If something is.
     """
-    if weights != UNIFORM or options not in (None, OperatorOptions()) or inputs != "repaired":
+    if weights != UNIFORM or options not in (None, Method()) or inputs != "repaired":
         msg = f"the operator {AUTO} chooses weights, features and inputs itself; leave them out, or name an operator"
         raise RequestError(msg)
 
 
 def named_method(
-    operator: str, weights: str, options: OperatorOptions | None, inputs: Inputs = "repaired"
+    operator: str, weights: str, options: Method | None, inputs: Inputs = "repaired"
 ) -> FitMethod | None:
     """Return how boundaries are fitted where an operator is named; None for :data:`AUTO`.
 
@@ -58,7 +58,7 @@ def named_method(
         RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
     """
     if operator != AUTO:
-        return FitMethod(operator, options or OperatorOptions(), weights, inputs=inputs)
+        return FitMethod(operator, options or Method(), weights, inputs=inputs)
     require_no_options(weights, options, inputs)
     return None
 

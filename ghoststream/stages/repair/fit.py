@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ghoststream.files import json_digest, require_writable
-from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Method
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
@@ -37,7 +38,7 @@ def fit(
     held_out: int | None = None,
     operator: str = AUTO,
     weights: str = UNIFORM,
-    options: OperatorOptions | None = None,
+    options: Method | None = None,
     inputs: Inputs = "repaired",
     folds: int = DEFAULT_FOLDS,
     pack: bool = True,

@@ -10,10 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.operators import (
-    BoundaryOperator,
-    needed_statistics,
-)
+from ghoststream.operators import BoundaryOperator
 from ghoststream.recovery import build_ghost
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
@@ -23,7 +20,6 @@ from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, taps_of
 from ghoststream.statistics.features import STATE_TAP
-from ghoststream.statistics.reduction import boundary_reducer
 from ghoststream.statistics.streamed import StreamedTaps, streamed_moments
 from ghoststream.streaming import Batch, BoundaryMap, Lane, LogitsObserver
 
@@ -77,7 +73,7 @@ class StreamedFit:
             NumericsError: If a state or a solution is not finite.
         """
         if self._source is None:
-            self.operator = self._method.family().fit(self._moments(pairs))
+            self.operator = self._method.kind().fit(self._moments(pairs))
         else:
             self.operator = self._source.operator
         assert self.operator is not None
@@ -101,15 +97,7 @@ class StreamedFit:
 
     def _moments(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> FoldedMoments:
         method, skeleton, taps = self._method, self._session.skeleton, self._streamed_taps()
-        reducer = boundary_reducer(
-            (self.span,),
-            hidden=skeleton.hidden_size,
-            **needed_statistics(method.family(), method.options),
-            feature=method.features,
-            weights=method.weights,
-            precision=method.precision,
-            taps=taps,
-        )
+        reducer = method.kind().reducer((self.span,), hidden=skeleton.hidden_size, taps=taps)
         return streamed_moments(
             reducer,
             self._ranges,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ghoststream.errors import RequestError
-from ghoststream.operators import OperatorFamily, OperatorOptions, features_of, make_operator
+from ghoststream.operators import OperatorKind, make_operator
+from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics import UNIFORM, Precision
 
@@ -20,7 +21,7 @@ class FitMethod:
     """How boundaries are fitted; the fields are the options of :func:`ghoststream.solve` of the same names.
 
     Attributes:
-        operator: Operator family.
+        operator: Operator kind.
         options: Its options.
         weights: Token weights.
         precision: Of the moments.
@@ -31,15 +32,14 @@ class FitMethod:
     """
 
     operator: str = "ghost"
-    options: OperatorOptions = field(default_factory=OperatorOptions)
+    options: Method = field(default_factory=Method)
     weights: str = UNIFORM
     precision: Precision = "float64"
     inputs: Inputs = "repaired"
 
     def __post_init__(self) -> None:
-        family = make_operator(self.operator, self.options)
         reasons = {
-            f"the solver {self.options.solver}": hasattr(family, "reduce"),
+            f"the solver {self.options.solver}": self.kind().needs_store,
             "one map a removed layer": self.options.per_layer,
         }
         found = next((what for what, asked in reasons.items() if asked), None)
@@ -54,18 +54,13 @@ class FitMethod:
         Raises:
             RequestError: If it is none.
         """
-        options = dict(data)
-        own = {key: options.pop(key, None) for key in ("operator", "weights", "precision", "inputs")}
-        try:
-            return cls(options=OperatorOptions(**options), **{k: v for k, v in own.items() if v is not None})
-        except TypeError as error:
-            msg = f"{dict(data)} does not say how a boundary is fitted ({error}); search or fit again"
-            raise RequestError(msg) from error
+        method = Method.make(dict(data), where="the method of a boundary")
+        return cls(method.operator, method, method.token_weights, method.precision, method.inputs)
 
     @property
     def features(self) -> str:
         """Name of the features that it reads."""
-        return features_of(self.architecture(), self.options)
+        return self.kind().features
 
     @property
     def label(self) -> str:
@@ -73,20 +68,24 @@ class FitMethod:
         unusual = ("on dense states",) if self.inputs == "dense" else ()
         return ", ".join((self.operator, self.features, self.weights, *unusual))
 
-    def family(self) -> OperatorFamily:
-        """Return the operator family."""
-        return make_operator(self.operator, self.options)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what decides the bits of a fit, as JSON data."""
-        return {
+    @property
+    def method(self) -> Method:
+        """All of it as one object."""
+        whole = {
             "operator": self.operator,
-            **asdict(self.options),
-            "ridge": getattr(self.architecture(), "ridge", None),
-            "weights": self.weights,
+            "token_weights": self.weights,
             "precision": self.precision,
             "inputs": self.inputs,
         }
+        return self.options.model_copy(update=whole)
+
+    def kind(self) -> OperatorKind:
+        """Return the operator kind."""
+        return make_operator(self.method)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides the bits of a fit, as JSON data."""
+        return self.kind().method.to_json()
 
 
 @dataclass(frozen=True)

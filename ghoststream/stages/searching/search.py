@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from ghoststream.errors import RequestError
 from ghoststream.files import atomic_write_json, require_writable
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
@@ -57,7 +57,7 @@ def search(
     lanes: int | None = None,
     operator: str = AUTO,
     weights: str = UNIFORM,
-    options: OperatorOptions | None = None,
+    options: Method | None = None,
     folds: int = DEFAULT_FOLDS,
     pack: bool = True,
     bos: Bos = "auto",
@@ -165,7 +165,7 @@ class _Wanted:
     method: FitMethod | None
 
     @classmethod
-    def make(cls, criterion: str, operator: str, weights: str, options: OperatorOptions | None) -> _Wanted:
+    def make(cls, criterion: str, operator: str, weights: str, options: Method | None) -> _Wanted:
         if criterion not in SEARCH_CRITERIA:
             msg = f"there is no criterion {criterion!r} that runs the model; choose from {', '.join(SEARCH_CRITERIA)}"
             raise RequestError(msg)

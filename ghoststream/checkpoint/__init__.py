@@ -10,12 +10,12 @@ from ghoststream.checkpoint.reader import TensorReader
 
 __all__ = [
     "ARCHITECTURES",
-    "CheckpointIndex",
     "Architecture",
+    "CheckpointIndex",
     "KeyMap",
     "TensorEntry",
     "TensorReader",
-    "checkpoint_fingerprint",
     "architecture_of",
+    "checkpoint_fingerprint",
     "match_keys",
 ]

@@ -28,9 +28,9 @@ from ghoststream.files import (
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery import modeling_ghosted
+from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.card import model_card
 from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
-from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.layout import (
     LayerNames,
     leaf_names,

@@ -59,7 +59,7 @@ class SolveRequest:
             store_digest=store_digest(source),
         )
         base = dict(source.fingerprint.get("checkpoint", {}))
-        return cls(plan, method.operator, ranges, recipe, base, source.hidden)
+        return cls(plan, str(method.operator), ranges, recipe, base, source.hidden)
 
     @property
     def spans(self) -> tuple[Span, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ghoststream.errors import BudgetError, DiskFullError, OutputExistsError, RequestError, StoreError
-from ghoststream.files import disk_errors, format_bytes, free_bytes, require_free_space, require_writable
+from ghoststream.files import disk_errors, format_bytes, require_free_space, require_writable
 
 pytestmark = pytest.mark.unit
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024  (the shape of shutil's own)
@@ -32,10 +32,6 @@ Usage = namedtuple("Usage", "total used free")  # noqa: PYI024  (the shape of sh
 )
 def test_bytes_in_words(n_bytes: int, text: str) -> None:
     assert format_bytes(n_bytes) == text
-
-
-def test_free_space_of_a_place_that_is_not_made_yet(tmp_path: Path) -> None:
-    assert free_bytes(tmp_path / "a" / "b") > 0
 
 
 def test_too_little_space_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from ghoststream.errors import NumericsError, RequestError
-from ghoststream.operators.solver import antisymmetric_share, require_ridge, solve_ridge, spectrum
+from ghoststream.operators.solver import (
+    antisymmetric_share,
+    require_ridge,
+    smallest_reciprocal,
+    solve_ridge,
+    spectrum,
+)
 
 pytestmark = pytest.mark.unit
 Array = npt.NDArray[np.float64]
@@ -79,6 +85,21 @@ def test_nearly_dependent_channels_still_predict_as_well_as_least_squares() -> N
     assert solution.method == "eigh"
     assert solution.n_dropped == 1
     assert np.linalg.norm(x @ solution.matrix - gap) == pytest.approx(best, rel=1e-6)
+    # A direction that is rounding only would get entries of 1e6, which cancel in float64 and not in bfloat16.
+    assert np.abs(solution.matrix).max() < 10
+
+
+@pytest.mark.parametrize("size", [2, 20, 600])
+@pytest.mark.parametrize(("share", "method"), [(0.5, "eigh"), (8.0, "cholesky")])
+def test_how_alike_channels_may_be_depends_on_their_number(size: int, share: float, method: str) -> None:
+    gap = share * smallest_reciprocal(size)
+    # Exact in float64 whatever the kernel: the smallest eigenvalue is `gap`, the largest 2 less that.
+    gram = np.eye(size)
+    gram[0, 1] = gram[1, 0] = 1.0 - gap
+    expected = np.ones((size, 1))
+    solution = solve_ridge(gram.copy(), gram @ expected, 0.0)
+    assert (solution.method, solution.n_dropped) == (method, int(method == "eigh"))
+    np.testing.assert_allclose(solution.matrix, expected, rtol=1.0 / share)
 
 
 def test_zero_moments_give_the_zero_operator() -> None:

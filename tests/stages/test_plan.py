@@ -13,7 +13,7 @@ from ghoststream.errors import InputNotFoundError, PlanError, RequestError
 from ghoststream.stages.planning import plan as stage
 from ghoststream.stages.planning.costs import describe_problem
 from ghoststream.stages.planning.figures import Need, StageCost
-from ghoststream.stages.planning.machine import free_disk, free_host_memory, measure_rates
+from ghoststream.stages.planning.machine import measure_rates
 from ghoststream.stages.planning.plan import RunPlan
 from ghoststream.testing.models import tiny_model
 
@@ -183,25 +183,6 @@ def test_missing_accelerator(tiny_llama: Path) -> None:
 def test_no_such_model(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="no model folder at"):
         plan_run(tmp_path / "nothing", n_remove=1)
-
-
-def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n", encoding="ascii")
-    assert free_host_memory(meminfo, tmp_path) == 1000 * 1024
-    (tmp_path / "memory.max").write_text("500000\n", encoding="ascii")
-    (tmp_path / "memory.current").write_text("300000\n", encoding="ascii")
-    (tmp_path / "memory.stat").write_text(
-        "anon 200000\nactive_file 60000\ninactive_file 40000\n", encoding="ascii"
-    )
-    assert free_host_memory(meminfo, tmp_path) == 300_000
-    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
-    assert free_host_memory(meminfo, tmp_path) == 1000 * 1024
-    assert free_host_memory(tmp_path / "none", tmp_path / "none") is None
-
-
-def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
-    assert free_disk(tmp_path / "a" / "b") > 0
 
 
 def test_the_criterion_decides_what_selecting_takes(tiny_llama: Path) -> None:

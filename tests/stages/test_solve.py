@@ -298,7 +298,7 @@ def test_requests_that_cannot_be_met_end_before_anything_is_written(uri: str, tm
 def test_a_disk_too_small_is_found_before_the_work(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghoststream.files.space.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("ghoststream.files.space.free_disk", lambda _: 1000)
     with pytest.raises(BudgetError, match="partial statistics of the boundaries needs"):
         solve(uri, PLAN, out=tmp_path / "operators.safetensors")
 

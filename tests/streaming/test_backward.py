@@ -18,7 +18,15 @@ from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.searching.taylor import taylor_scores
 from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.streaming import MemoryBudget, PassMemory, PassOptions, Skeleton, make_batches
+from ghoststream.streaming import (
+    BoundaryMap,
+    MemoryBudget,
+    ModuleMap,
+    PassMemory,
+    PassOptions,
+    Skeleton,
+    make_batches,
+)
 from ghoststream.streaming.backward import BackwardPass
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.testing.models import tiny_model
@@ -100,7 +108,7 @@ def test_weight_gradients_are_those_of_the_resident_model(
     loss = resident_loss(model, ids, mask)
     loss.backward()
     collected = Collected()
-    value = streamed(tiny_checkpoint(family), ids, mask, weights=collected)
+    value = streamed(tiny_checkpoint(family), ids, mask, gradients=collected)
     assert value == pytest.approx(loss.item(), rel=1e-6)
     skeleton = Skeleton(tiny_checkpoint(family))
     layers = model.get_submodule(skeleton.architecture.layers_path)
@@ -126,6 +134,18 @@ def make_maps(plan: PruningPlan, *, seed: int = 0) -> dict[Span, GhostOperator]:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
         maps[span] = module
     return maps
+
+
+def mapped(modules: dict[Span, GhostOperator]) -> dict[Span, ModuleMap]:
+    return {span: ModuleMap(module) for span, module in modules.items()}
+
+
+class Fitted(BoundaryMap):
+    target = "dense"
+
+
+class Tapped(BoundaryMap):
+    taps = ("mlp_output",)
 
 
 def repaired_resident(plan: PruningPlan, maps: dict[Span, GhostOperator]) -> Any:
@@ -155,7 +175,7 @@ def test_operator_gradients_are_those_of_the_resident_model(
     maps, same = make_maps(plan), make_maps(plan)
     loss = resident_loss(repaired_resident(plan, same), ids, mask)
     loss.backward()
-    value = streamed(tiny_llama, ids, mask, plan=plan, maps=maps)
+    value = streamed(tiny_llama, ids, mask, plan=plan, maps=mapped(maps))
     assert value == pytest.approx(loss.item(), rel=1e-6)
     for span in plan.spans:
         for found, expected in zip(maps[span].parameters(), same[span].parameters(), strict=True):
@@ -171,7 +191,7 @@ def test_a_span_without_a_map_is_cut_on_the_way_back_too(
     plan = PruningPlan(L, (Span(1, 2), Span(4, 5)))
     maps, same = ({span: made for span, made in make_maps(plan).items() if span.start == 1} for _ in range(2))
     resident_loss(repaired_resident(plan, same), ids, mask).backward()
-    streamed(tiny_llama, ids, mask, plan=plan, maps=maps)
+    streamed(tiny_llama, ids, mask, plan=plan, maps=mapped(maps))
     for found, expected in zip(maps[Span(1, 2)].parameters(), same[Span(1, 2)].parameters(), strict=True):
         assert found.grad is not None
         assert expected.grad is not None
@@ -182,11 +202,11 @@ def test_a_start_from_kept_states_and_scratch_change_no_bit(
     ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], tiny_llama: Path, tmp_path: Path
 ) -> None:
     whole, scratched, later = Collected(), Collected(), Collected()
-    streamed(tiny_llama, ids, mask, weights=whole)
+    streamed(tiny_llama, ids, mask, gradients=whole)
     skeleton = Skeleton(tiny_llama)
     tight = 2 * skeleton.unit_bytes + 2 * MICRO * T * 4 * (4 * 64 + 8 * C)
     streamed(
-        tiny_llama, ids, mask, weights=scratched, budget=MemoryBudget(host_bytes=tight, scratch=tmp_path)
+        tiny_llama, ids, mask, gradients=scratched, budget=MemoryBudget(host_bytes=tight, scratch=tmp_path)
     )
     model = tiny_model("llama")
     seen: dict[int, torch.Tensor] = {}
@@ -203,7 +223,7 @@ def test_a_start_from_kept_states_and_scratch_change_no_bit(
         tiny_llama,
         ids,
         mask,
-        weights=later,
+        gradients=later,
         options=PassOptions(first_layer=3, initial=initial, logit_tokens=7),
     )
     assert set(whole.gradients) == set(scratched.gradients)
@@ -226,7 +246,7 @@ def test_weights_are_read_once_each_way_and_no_further_down_than_wanted(
 
     monkeypatch.setattr(Skeleton, "read_layer", counted)
     collected = Collected(lambda layer, name: layer == 2 and name.endswith("down_proj.weight"))
-    streamed(tiny_llama, ids, mask, weights=collected)
+    streamed(tiny_llama, ids, mask, gradients=collected)
     assert read == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
     assert list(collected.gradients) == ["2.mlp.down_proj.weight"]
 
@@ -235,8 +255,8 @@ def test_bfloat16_gradients_are_near_the_float32_ones(
     ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], tiny_llama: Path
 ) -> None:
     exact, rounded = Collected(), Collected()
-    streamed(tiny_llama, ids, mask, weights=exact)
-    streamed(tiny_llama, ids, mask, weights=rounded, dtype=torch.bfloat16)
+    streamed(tiny_llama, ids, mask, gradients=exact)
+    streamed(tiny_llama, ids, mask, gradients=rounded, dtype=torch.bfloat16)
     for name, gradient in exact.gradients.items():
         assert rounded.gradients[name].dtype == torch.float32
         # Eight bits of mantissa, six layers: directions agree, digits do not.
@@ -256,15 +276,23 @@ def test_what_cannot_be_done_is_refused(
     with pytest.raises(RequestError, match="nothing asks for a gradient"):
         streamed(tiny_llama, ids, mask)
     with pytest.raises(RequestError, match="nothing asks for a gradient"):
-        streamed(tiny_llama, ids, mask, plan=plan, maps=frozen)
+        streamed(tiny_llama, ids, mask, plan=plan, maps=mapped(frozen))
     with pytest.raises(RequestError, match="vanish in float16"):
-        streamed(tiny_llama, ids, mask, weights=Collected(), dtype=torch.float16)
+        streamed(tiny_llama, ids, mask, gradients=Collected(), dtype=torch.float16)
     with pytest.raises(RequestError, match="ends before layer 3"):
-        streamed(tiny_llama, ids, mask, weights=Collected(), options=PassOptions(last_layer=3))
-    with pytest.raises(RequestError, match=r"map at \[1,2\) is no module"):
+        streamed(tiny_llama, ids, mask, gradients=Collected(), options=PassOptions(last_layer=3))
+    with pytest.raises(
+        RequestError, match=r"map at \[1,2\) of this pass is a function and no BoundaryMap; wrap"
+    ):
         streamed(tiny_llama, ids, mask, plan=plan, maps={Span(1, 2): lambda states: states})
+    for kind, says in ((Fitted, "is fitted while a pass runs"), (Tapped, "reads the layer before it")):
+        with pytest.raises(RequestError, match=rf"map at \[1,2\) {says}: it cannot be differentiated"):
+            streamed(tiny_llama, ids, mask, plan=plan, maps={Span(1, 2): kind()})
+    detached = ModuleMap(lambda states: states.detach())
+    with pytest.raises(RequestError, match=r"map at \[1,2\) returns states without a gradient"):
+        streamed(tiny_llama, ids, mask, plan=plan, maps={Span(1, 2): detached}, gradients=Collected())
     with pytest.raises(RequestError, match=r"not at a boundary of the plan"):
-        streamed(tiny_llama, ids, mask, maps=make_maps(plan))
+        streamed(tiny_llama, ids, mask, maps=mapped(make_maps(plan)))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +311,7 @@ def test_overflow_is_an_error(
     factory = PassMemory(skeleton, MemoryBudget(), T).states_factory(batches)
     wanted = Collected(lambda layer, _name: layer == L - 1)
     with pytest.raises(NumericsError, match=says):
-        BackwardPass(skeleton, batches, Steep(1), factory, weights=wanted).run()
+        BackwardPass(skeleton, batches, Steep(1), factory, gradients=wanted).run()
     assert factory.live_bytes == 0
 
 
@@ -295,7 +323,7 @@ def test_a_layer_that_cannot_be_differentiated_is_refused(
     with pytest.raises(
         UnsupportedModelError, match=r"layer 5 \(LlamaDecoderLayer\) returns states without a gradient"
     ):
-        streamed(tiny_llama, ids, mask, weights=Collected())
+        streamed(tiny_llama, ids, mask, gradients=Collected())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

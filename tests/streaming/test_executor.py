@@ -12,6 +12,7 @@ import torch
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming import (
     Batch,
+    BoundaryMap,
     Lane,
     PassOptions,
     Skeleton,
@@ -70,13 +71,13 @@ def test_a_pass_shows_each_position_once_and_in_order(tiny_llama: Path) -> None:
     assert recorder.finished_positions == list(range(N_LAYERS + 1))
 
 
-class Linear:
+class Linear(BoundaryMap):
     """An operator for tests: ``x + x A``."""
 
     def __init__(self, seed: int, width: int = 32) -> None:
         self.matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) * 0.1
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
         return states + states @ self.matrix
 
 
@@ -90,8 +91,8 @@ def _resident_repaired(
     def repair(operator: Linear) -> object:
         def hook(_module: object, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> object:
             if args:
-                return (operator(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": operator(kwargs["hidden_states"])}
+                return (operator.apply(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": operator.apply(kwargs["hidden_states"])}
 
         return hook
 

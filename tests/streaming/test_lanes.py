@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming import (
     Batch,
+    BoundaryMap,
     Lane,
+    ModuleMap,
+    Pairs,
     PassOptions,
     Skeleton,
     StatesFactory,
@@ -28,7 +33,7 @@ N_LAYERS = 6
 FIRST, SECOND = Span(1, 2), Span(3, 5)
 
 
-class LeastSquares:
+class LeastSquares(BoundaryMap):
     """Fits ``x + x A`` to another lane when the pass reaches the boundary."""
 
     def __init__(self, target: str) -> None:
@@ -36,13 +41,13 @@ class LeastSquares:
         self.matrix = torch.zeros(0)
         self.released = False
 
-    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
+    def fit(self, pairs: Pairs) -> None:
         seen = list(pairs)
         inputs = torch.cat([x.flatten(0, 1) for _, x, _ in seen]).double()
         targets = torch.cat([y.flatten(0, 1) for _, _, y in seen]).double()
         self.matrix = torch.linalg.lstsq(inputs, targets - inputs).solution.float()
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
         return states + states @ self.matrix
 
     def release(self) -> None:
@@ -54,13 +59,13 @@ class Counted(LeastSquares):
 
     fits = calls = 0
 
-    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
+    def fit(self, pairs: Pairs) -> None:
         self.fits += 1
         super().fit(pairs)
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return super().__call__(states)
+        return super().apply(states)
 
 
 class Watcher:
@@ -106,7 +111,7 @@ def _resident_inputs(edit: dict[int, LeastSquares], removed: tuple[int, ...]) ->
             module.forward = lambda states, *_a, **_k: states
 
         def hook(_module: object, args: tuple[torch.Tensor, ...], position: int = position) -> object:
-            states = edit[position](args[0]) if position in edit else args[0]
+            states = edit[position].apply(args[0]) if position in edit else args[0]
             seen[position].append(states.clone())
             return (states, *args[1:])
 
@@ -161,7 +166,7 @@ def test_a_map_fitted_to_a_lane_without_states_there_is_refused(target: str, tmp
         _run(folder, lanes)
 
 
-def test_a_lane_goes_on_with_a_part_of_the_sequences(tmp_path: Path) -> None:
+def test_a_lane_carries_a_part_of_the_sequences_on(tmp_path: Path) -> None:
     """Fitted on all sequences, carried on with the last two: their states are those of a lane that carries all."""
     folder = save_tiny("llama", tmp_path / "model")
     plan = PruningPlan(N_LAYERS, (SECOND,))
@@ -170,7 +175,7 @@ def test_a_lane_goes_on_with_a_part_of_the_sequences(tmp_path: Path) -> None:
     lanes = [
         Lane("dense", PruningPlan(N_LAYERS)),
         Lane("whole", plan, {SECOND: fits["whole"]}, observers=(whole,)),
-        Lane("part", plan, {SECOND: fits["part"]}, observers=(part,), goes_on=(4, 6)),
+        Lane("part", plan, {SECOND: fits["part"]}, observers=(part,), carried=(4, 6)),
     ]
     _run(folder, lanes)
     assert torch.equal(fits["part"].matrix, fits["whole"].matrix)
@@ -189,7 +194,7 @@ def test_lanes_that_share_a_map_go_together_until_they_part(tmp_path: Path) -> N
     shared, together = Counted("dense"), [Watcher(N_LAYERS), Watcher(N_LAYERS)]
     lanes = [
         Lane("dense", PruningPlan(N_LAYERS)),
-        Lane("one", one, {FIRST: shared}, observers=(together[0],), goes_on=(4, 6)),
+        Lane("one", one, {FIRST: shared}, observers=(together[0],), carried=(4, 6)),
         Lane("two", two, {FIRST: shared, SECOND: LeastSquares("dense")}, observers=(together[1],)),
     ]
     _run(folder, lanes)
@@ -230,7 +235,7 @@ def test_the_head_tells_of_every_sequence_of_every_lane_that_asks_for_logits(tmp
     whole, part, plan = Logits(), Logits(), PruningPlan(N_LAYERS, (SECOND,))
     lanes = [
         Lane("dense", PruningPlan(N_LAYERS), logits=whole),
-        Lane("part", plan, {SECOND: LeastSquares("dense")}, logits=part, goes_on=(4, 6)),
+        Lane("part", plan, {SECOND: LeastSquares("dense")}, logits=part, carried=(4, 6)),
         Lane("silent", plan, {SECOND: LeastSquares("dense")}),
     ]
     _run(folder, lanes, PassOptions(progress=told))
@@ -239,24 +244,24 @@ def test_the_head_tells_of_every_sequence_of_every_lane_that_asks_for_logits(tmp
     assert (whole.tokens, part.tokens) == (6 * 20, 2 * 20)
 
 
-@pytest.mark.parametrize("goes_on", [(3, 6), (4, 4), (4, 7)])
-def test_a_part_that_is_not_whole_batches_is_refused(goes_on: tuple[int, int], tmp_path: Path) -> None:
-    lane = Lane("part", PruningPlan(N_LAYERS, (SECOND,)), goes_on=goes_on)
+@pytest.mark.parametrize("carried", [(3, 6), (4, 4), (4, 7)])
+def test_a_part_that_is_not_whole_batches_is_refused(carried: tuple[int, int], tmp_path: Path) -> None:
+    lane = Lane("part", PruningPlan(N_LAYERS, (SECOND,)), carried=carried)
     with pytest.raises(RequestError, match="not whole micro-batches"):
         _run(save_tiny("llama", tmp_path / "model"), [lane])
 
 
-def test_a_target_that_goes_on_with_other_sequences_is_refused(tmp_path: Path) -> None:
+def test_a_target_that_carries_other_sequences_on_is_refused(tmp_path: Path) -> None:
     plan = PruningPlan(N_LAYERS, (SECOND,))
     lanes = [
-        Lane("dense", PruningPlan(N_LAYERS), goes_on=(0, 4)),
-        Lane("part", plan, {SECOND: LeastSquares("dense")}, goes_on=(4, 6)),
+        Lane("dense", PruningPlan(N_LAYERS), carried=(0, 4)),
+        Lane("part", plan, {SECOND: LeastSquares("dense")}, carried=(4, 6)),
     ]
-    with pytest.raises(RequestError, match="goes on with other sequences"):
+    with pytest.raises(RequestError, match="carries other sequences on"):
         _run(save_tiny("llama", tmp_path / "model"), lanes)
 
 
-class FromMlp:
+class FromMlp(BoundaryMap):
     """Adds a linear map of the activations that enter ``down_proj`` of the layer before the boundary."""
 
     taps = ("mlp_intermediate",)
@@ -264,7 +269,7 @@ class FromMlp:
     def __init__(self) -> None:
         self.matrix = torch.from_numpy(np.random.default_rng(3).normal(size=(64, 32), scale=0.1)).float()
 
-    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return states + taps["mlp_intermediate"] @ self.matrix
 
 
@@ -298,3 +303,83 @@ def test_a_map_of_a_layer_that_the_pass_does_not_run_is_refused(tmp_path: Path) 
     lane = Lane("absorbed", PruningPlan(N_LAYERS, (Span(0, 1),)), {Span(0, 1): FromMlp()})
     with pytest.raises(RequestError, match="which this pass does not run"):
         _run(folder, [lane])
+
+
+class FittedFromMlp(LeastSquares):
+    """Fits what is kept of states and taps to another lane; knows what it was given."""
+
+    taps = ("mlp_intermediate", "mlp_output")
+    width = 32 + 64
+
+    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        assert set(taps) == set(self.taps)
+        return torch.cat([states, taps["mlp_intermediate"]], dim=-1)
+
+    def fit(self, pairs: Pairs) -> None:
+        self.shapes = [(tuple(x.shape), tuple(y.shape)) for _, x, y in pairs]
+
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
+        return states[..., :32] + 0.5 * states[..., 32:64]
+
+
+def test_what_a_map_keeps_of_its_taps_is_what_it_is_fitted_on_and_applied_to(tmp_path: Path) -> None:
+    """At the stop of the span the kept inputs are there, wider than a state; behind it the lane carries states again."""
+    fitted, kept, at_stop = FittedFromMlp("dense"), FromMlp(), Watcher(SECOND.stop)
+    kept.matrix = torch.zeros(64, 32)
+    kept.matrix[range(32), range(32)] = 0.5
+    reference = Watcher(SECOND.stop)
+    plan = PruningPlan(N_LAYERS, (SECOND,))
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS)),
+        Lane("fitted", plan, {SECOND: fitted}, observers=(at_stop,), carried=(4, 6)),
+        Lane("kept", plan, {SECOND: kept}, observers=(reference,)),
+    ]
+    _run(save_tiny("llama", tmp_path / "model"), lanes)
+    assert fitted.shapes == [((4, 20, 96), (4, 20, 32)), ((2, 20, 96), (2, 20, 32))]
+    assert fitted.released
+    torch.testing.assert_close(at_stop.seen[0], reference.seen[1])
+
+
+def test_a_map_of_the_base_class_cuts_and_modules_and_functions_can_be_maps(tmp_path: Path) -> None:
+    plan = PruningPlan(N_LAYERS, (FIRST, SECOND))
+    linear = torch.nn.Linear(32, 32).requires_grad_(requires_grad=False)
+    variants: dict[str, dict[Span, BoundaryMap]] = {
+        "cut": {},
+        "base": {span: BoundaryMap() for span in plan.spans},
+        "module": {span: ModuleMap(linear) for span in plan.spans},
+        "function": {span: ModuleMap(lambda states: linear(states)) for span in plan.spans},
+    }
+    seen = {name: Watcher(N_LAYERS) for name in variants}
+    lanes = [Lane(name, plan, maps, observers=(seen[name],)) for name, maps in variants.items()]
+    _run(save_tiny("llama", tmp_path / "model"), lanes)
+    states = {name: torch.cat(watcher.seen) for name, watcher in seen.items()}
+    assert torch.equal(states["base"], states["cut"])
+    assert torch.equal(states["cut"], _resident_inputs({}, (1, 3, 4))[N_LAYERS])
+    assert torch.equal(states["function"], states["module"])
+    assert not torch.equal(states["module"], states["cut"])
+
+
+def test_a_map_of_another_kind_is_refused(tmp_path: Path) -> None:
+    maps: dict[Span, Any] = {SECOND: torch.nn.Identity()}
+    lane = Lane("own", PruningPlan(N_LAYERS, (SECOND,)), maps)
+    with pytest.raises(
+        RequestError, match=r"map at \[3,5\) of lane own is a Identity and no BoundaryMap; wrap"
+    ):
+        _run(save_tiny("llama", tmp_path / "model"), [lane])
+
+
+def test_the_map_of_the_guide_corrects_the_mean_of_every_channel(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "class Shift" in block
+    ]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    at_stop, dense = Watcher(SECOND.stop), Watcher(SECOND.stop)
+    lanes = [
+        Lane("dense", PruningPlan(N_LAYERS), observers=(dense,)),
+        Lane("own", PruningPlan(N_LAYERS, (SECOND,)), {SECOND: names["Shift"]()}, observers=(at_stop,)),
+    ]
+    _run(save_tiny("llama", tmp_path / "model"), lanes)
+    means = [torch.cat(watcher.seen).double().mean((0, 1)) for watcher in (at_stop, dense)]
+    torch.testing.assert_close(*means, rtol=0, atol=1e-6)

@@ -55,7 +55,7 @@ class FitMethod:
             RequestError: If it is none.
         """
         method = Method.make(dict(data), where="the method of a boundary")
-        return cls(method.operator, method, method.token_weights, method.precision, method.inputs)
+        return cls(str(method.operator), method, method.token_weights, method.precision, method.inputs)
 
     @property
     def features(self) -> str:

@@ -21,8 +21,15 @@ from ghoststream.streaming import Batch, Lane, LogitsObserver
 
 
 @dataclass(frozen=True)
-class Member:
-    """One model to measure: its place in the request, its identity, and its operators if it is a lane."""
+class MeasuredModel:
+    """One model to measure.
+
+    Attributes:
+        position: Its place in the request.
+        name: What a reader calls it.
+        fingerprint: Digest of its folder, or of its operator file.
+        operators: What makes it a lane of the group's base; ``None`` if it is the base.
+    """
 
     position: int
     name: str
@@ -42,18 +49,23 @@ class Member:
 
 
 @dataclass
-class SharedPass:
-    """Models that share one read of the weights: a base and what was recovered from it."""
+class ModelGroup:
+    """Models that are measured in one pass over the weights: a base, and what was recovered from it.
+
+    Attributes:
+        session: The base.
+        models: The models, in the order of the request.
+    """
 
     session: ModelSession
-    members: list[Member] = field(default_factory=list)
+    models: list[MeasuredModel] = field(default_factory=list)
 
 
-def open_members(models: Sequence[str | Path], options: ModelOptions) -> list[SharedPass]:
+def group_models(models: Sequence[str | Path], options: ModelOptions) -> list[ModelGroup]:
     """Open models and find out which are lanes of which.
 
     A recovered folder or an operator file that is given together with its base becomes a lane of the base's pass
-    (known by the base's fingerprint); any other model is a pass of its own.
+    (known by the base's fingerprint); any other model is a group of its own.
 
     Args:
         models: Local folders, hub ids or operator files.
@@ -68,30 +80,30 @@ def open_members(models: Sequence[str | Path], options: ModelOptions) -> list[Sh
         raise RequestError(msg)
     opened = [_open(model, options) for model in models]
     bases = {
-        one.digest: SharedPass(one.session) for one in reversed(opened) if one.base is None and one.session
+        one.digest: ModelGroup(one.session) for one in reversed(opened) if one.base is None and one.session
     }
-    passes = list(reversed(bases.values()))
+    groups = list(reversed(bases.values()))
     for position, one in enumerate(opened):
-        home = bases.get(one.base or one.digest)
-        operators = one.over(home.session) if home is not None else None
-        if home is None:
+        group = bases.get(one.base or one.digest)
+        operators = one.over(group.session) if group is not None else None
+        if group is None:
             if one.session is None:
                 msg = f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before or after it"
                 raise RequestError(msg)
-            home = SharedPass(one.session)
-            passes.append(home)
-        home.members.append(Member(position, one.name, one.digest, operators))
-    return passes
+            group = ModelGroup(one.session)
+            groups.append(group)
+        group.models.append(MeasuredModel(position, one.name, one.digest, operators))
+    return groups
 
 
-def pass_notes(passes: Sequence[SharedPass]) -> tuple[str, ...]:
+def group_notes(groups: Sequence[ModelGroup]) -> tuple[str, ...]:
     """Say which models were measured together, and which needed a pass of their own."""
     notes = []
-    for one in passes:
-        names = ", ".join(member.name for member in one.members)
-        if len(one.members) > 1:
-            notes.append(f"one pass over the weights of {one.session.name} measured {names}")
-        elif len(passes) > 1:
+    for group in groups:
+        names = ", ".join(model.name for model in group.models)
+        if len(group.models) > 1:
+            notes.append(f"one pass over the weights of {group.session.name} measured {names}")
+        elif len(groups) > 1:
             notes.append(f"{names} needed a pass of its own")
     return tuple(notes)
 

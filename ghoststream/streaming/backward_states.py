@@ -1,4 +1,4 @@
-"""What the way back of a pass needs of the way there: inputs of layers that were kept, and gradients beside them."""
+"""Kept inputs of layers and their gradients, for the way back of a pass."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Self
 
 import torch
 
-from ghoststream.errors import NumericsError
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.flow import StatesFlow
+from ghoststream.streaming.gradients import require_finite_gradient
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
 
 
-class StatesKeeper:
-    """An observer that keeps the states of a lane at the positions that the way back needs."""
+class InputKeeper:
+    """An observer that keeps the inputs of the layers that the way back goes through."""
 
     def __init__(self, positions: set[int], factory: StatesFactory, skeleton: Skeleton) -> None:
         self._positions = positions
@@ -63,9 +63,17 @@ class StatesKeeper:
 
 
 class GradientFlow:
-    """The kept inputs of a step with the gradients at its output, batch by batch; gradients go on to its input.
+    """The kept inputs of a step with the gradients at its output, batch by batch.
 
-    Iterating gives ``(batch, inputs, gradient)``: inputs in memory of their own, and leaves of autograd if ``goes_on``.
+    Iterating gives ``(batch, inputs, gradient)``, both in memory of their own. :meth:`put` replaces the gradient at the
+    output by that at the input, so that one place serves all steps.
+
+    Args:
+        states: The kept inputs.
+        gradients: The gradients at the output of the step.
+        batches: The micro-batches, in order.
+        device: Where the step is computed.
+        to_inputs: Whether the gradient at the inputs is wanted: a further step is below.
     """
 
     def __init__(
@@ -75,11 +83,11 @@ class GradientFlow:
         batches: Sequence[Batch],
         device: torch.device,
         *,
-        goes_on: bool,
+        to_inputs: bool,
     ) -> None:
         self._inputs = StatesFlow(states, None, batches, device)
         self._gradients = StatesFlow(gradients, gradients, batches, device)
-        self._goes_on = goes_on
+        self._to_inputs = to_inputs
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -93,25 +101,11 @@ class GradientFlow:
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         for (batch, states), (_, above) in zip(self._inputs, self._gradients, strict=True):
             # Copies: the threads that fetch make tensors that autograd must not keep, and views are overwritten.
-            yield batch, states.clone().requires_grad_(self._goes_on), above.clone()
+            yield batch, states.clone().requires_grad_(self._to_inputs), above.clone()
 
     def put(self, batch: Batch, states: torch.Tensor, position: int) -> None:
-        """Keep the gradient that autograd left at the inputs of a batch, if the way goes on below."""
-        if self._goes_on:
+        """Keep the gradient that autograd left at the inputs of a batch, if it is wanted."""
+        if self._to_inputs:
             assert states.grad is not None
             require_finite_gradient(states.grad, position, batch)
             self._gradients.put(batch, states.grad)
-
-
-def require_finite_gradient(gradient: torch.Tensor, position: int, batch: Batch) -> None:
-    """Check the gradient of a batch at a position.
-
-    Raises:
-        NumericsError: If it is not finite.
-    """
-    if not bool(torch.isfinite(gradient).all()):
-        msg = (
-            f"the gradient at position {position} of sequences [{batch.start},{batch.stop}) is not finite;"
-            " use --dtype float32, or check the weights of the model"
-        )
-        raise NumericsError(msg)

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghoststream.spans import Span
-from ghoststream.statistics.engines import Reducer
+from ghoststream.statistics import MomentSpec, Reducer
 from ghoststream.statistics.sketch_projection import ProjectionReducer
 from ghoststream.statistics.sketch_range import PowerReducer
-from ghoststream.statistics.sketch_rows import RowSketchReducer
 from ghoststream.statistics.sketches import Bases
 from tests.statistics.test_moments_algebra import ArraySource, integers
 
@@ -23,9 +22,8 @@ def reducers(seed: int, block_tokens: int) -> list[Reducer]:
     rng = np.random.default_rng(seed)
     bases = Bases.make({span: [rng.integers(-3, 4, (4, 3)).astype(np.float64)] for span in SPANS}, None)
     return [
-        RowSketchReducer(SPANS, block_tokens=block_tokens, rows=1 + seed % 9, seed=seed),
-        ProjectionReducer(SPANS, block_tokens=block_tokens, bases=bases),
-        PowerReducer(SPANS, block_tokens=block_tokens, bases=bases),
+        ProjectionReducer(SPANS, MomentSpec(block_tokens=block_tokens), bases=bases),
+        PowerReducer(SPANS, MomentSpec(block_tokens=block_tokens), bases=bases),
     ]
 
 

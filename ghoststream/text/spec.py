@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from ghoststream.errors import TextError
-from ghoststream.options import TextPart
 from ghoststream.text.registry import text_source_names
 
 NAMED_SETS = ("wikitext2", "ptb", "c4")

@@ -1,7 +1,10 @@
-"""Things known by name, which users add to: features, token weights, operators, criteria."""
+"""Things known by name, which users and installed packages add to: features, token weights, operators, criteria, texts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from ghoststream.errors import RequestError
@@ -12,12 +15,24 @@ _Entry = TypeVar("_Entry")
 class Registry(Generic[_Entry]):
     """Entries of one kind by name; a name stays with the entry that took it first.
 
+    Entries of installed packages are found by their entry points when a name is asked for that is not registered, or all
+    names are; only the package that is asked for is imported. The object that an entry point names is the entry itself, as
+    :meth:`register` takes it::
+
+        [project.entry-points."ghoststream.operators"]
+        shrunk = "my_package.shrunk:Shrunk"
+
     Args:
         kind: What the entries are, in the singular, for messages (``"token weight"``).
+        group: Group of entry points of installed packages; None for no entries but registered ones.
+        name_of: Returns the name that an entry calls itself by, which must be the name of its entry point; None where
+            entries have no name.
     """
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
+    def __init__(
+        self, kind: str, *, group: str | None = None, name_of: Callable[[_Entry], str] | None = None
+    ) -> None:
+        self._kind, self._group, self._name_of = kind, group, name_of
         self._entries: dict[str, _Entry] = {}
 
     def register(self, name: str, entry: _Entry) -> None:
@@ -35,14 +50,45 @@ class Registry(Generic[_Entry]):
         """Return the entry of this name.
 
         Raises:
-            RequestError: If there is none.
+            RequestError: If there is none, or the package that has it cannot be imported.
         """
-        try:
-            return self._entries[name]
-        except KeyError:
-            msg = f"there is no {self._kind} {name!r}; known are {', '.join(self.names())}"
-            raise RequestError(msg) from None
+        if name not in self._entries:
+            offered = self._offered.get(name, ())
+            if not offered:
+                msg = f"there is no {self._kind} {name!r}; known are {', '.join(self.names())}"
+                raise RequestError(msg)
+            self.register(name, self._load(offered))
+        return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
-        """Return the known names, sorted."""
-        return tuple(sorted(self._entries))
+        """Return the known names, sorted, those of installed packages among them."""
+        return tuple(sorted({*self._entries, *self._offered}))
+
+    @cached_property
+    def _offered(self) -> dict[str, tuple[EntryPoint, ...]]:
+        """The entry points of installed packages by name, none of them loaded."""
+        found: dict[str, tuple[EntryPoint, ...]] = {}
+        for point in () if self._group is None else entry_points(group=self._group):
+            found[point.name] = (*found.get(point.name, ()), point)
+        return found
+
+    def _load(self, offered: tuple[EntryPoint, ...]) -> _Entry:
+        first = offered[0]
+        packages = sorted({_package(point) for point in offered})
+        if len({point.value for point in offered}) > 1:
+            msg = f"the {self._kind} {first.name!r} is in several packages: {', '.join(packages)}; uninstall all but one"
+            raise RequestError(msg)
+        what = f"the {self._kind} {first.name!r} of the installed package {packages[0]}"
+        try:
+            entry: _Entry = first.load()
+        except Exception as error:
+            msg = f"{what} ({first.value}) cannot be imported: {error!r}; correct, update or uninstall that package"
+            raise RequestError(msg) from error
+        if self._name_of is not None and self._name_of(entry) != first.name:
+            msg = f"{what} calls itself {self._name_of(entry)!r}; give its entry point that name"
+            raise RequestError(msg)
+        return entry
+
+
+def _package(point: EntryPoint) -> str:
+    return "unknown" if point.dist is None else point.dist.name

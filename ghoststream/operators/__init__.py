@@ -1,4 +1,4 @@
-"""How to repair a boundary: one file a family, one solver underneath, one artifact."""
+"""How to repair a boundary: one file a kind, one solver underneath, one artifact."""
 
 from __future__ import annotations
 
@@ -16,34 +16,22 @@ from ghoststream.operators import (
     symmetric,
 )
 from ghoststream.operators.artifact import BoundaryOperator, OperatorSet
-from ghoststream.operators.per_layer import fit_per_layer, require_chainable
-from ghoststream.operators.registry import (
-    OperatorFamily,
-    OperatorOptions,
-    Solver,
-    features_of,
-    make_operator,
-    needed_statistics,
-    operator_names,
-    register_operator,
-)
+from ghoststream.operators.kind import OperatorKind
+from ghoststream.operators.per_layer import fit_per_layer
+from ghoststream.operators.registry import make_operator, operator_names, register_operator
 from ghoststream.operators.solver import Solution, require_ridge, solve_ridge
 
 __all__ = [
     "BoundaryOperator",
-    "OperatorFamily",
-    "OperatorOptions",
+    "OperatorKind",
     "OperatorSet",
     "Solution",
-    "Solver",
     "diagonal",
-    "features_of",
     "fit_per_layer",
     "ghost",
     "least_squares",
     "linear_patch",
     "make_operator",
-    "needed_statistics",
     "none",
     "operator_names",
     "orthogonal",
@@ -51,7 +39,6 @@ __all__ = [
     "register_operator",
     "replace_me",
     "replace_me_cosine",
-    "require_chainable",
     "require_ridge",
     "sketched",
     "solve_ridge",

@@ -123,7 +123,7 @@ class OperatorSet:
 
     Attributes:
         plan: The plan.
-        kind: Name of the operator family.
+        kind: Name of the operator kind.
         boundaries: One operator for each span of the plan, in its order; ``identity`` ones included.
         hidden: Hidden size C.
         metadata: JSON data: ``base`` (fingerprint of the dense model), ``recipe``, ``recipe_digest``,

@@ -37,7 +37,7 @@ def describe(
         (Frobenius) on the data that was fitted, ``relative_residual_out_of_sample`` the same over all folds, each
         predicted by the fit without it (None with one fold); ``r2`` and ``r2_out_of_sample`` against the mean
         gap; ``relative_gap_energy`` = ``|d|^2 / |y|^2``; ``position_energy``, ``n_tokens``, ``dropped_share``
-        (unmasked tokens that the weights leave out, over all unmasked ones), ``weights``, ``n_sequences``, ``folds``,
+        (unmasked tokens that the weights leave out, over all unmasked ones), ``token_weights``, ``n_sequences``, ``folds``,
         ``warnings``. All sums are weighted by the token weights.
 
     Raises:
@@ -95,10 +95,10 @@ def report(
         "position_energy": positions,
         "n_tokens": total.n_tokens,
         "dropped_share": total.n_dropped / (total.n_tokens + total.n_dropped),
-        "weights": moments.weights,
+        "token_weights": moments.token_weights,
         "n_sequences": total.n_sequences,
         "folds": moments.n_folds,
-        "warnings": _warnings(total, positions, moments.weights),
+        "warnings": _warnings(total, positions, moments.token_weights),
     }
 
 
@@ -124,13 +124,13 @@ def _position_energy(total: BoundaryMoments) -> dict[str, Any]:
     return shares
 
 
-def _warnings(total: BoundaryMoments, positions: dict[str, Any], weights: str) -> list[str]:
+def _warnings(total: BoundaryMoments, positions: dict[str, Any], token_weights: str) -> list[str]:
     found = []
     decides = (
-        "it decides an unweighted fit; --weights drop_sinks leaves such tokens out where they are born in the span, "
-        "--weights relative counts them like others"
-        if weights == UNIFORM
-        else f"it weighs in the fit with the weights {weights} too"
+        "it decides an unweighted fit; --token-weights drop_sinks leaves such tokens out where they are born in the span, "
+        "--token-weights relative counts them like others"
+        if token_weights == UNIFORM
+        else f"it weighs in the fit with the weights {token_weights} too"
     )
     if total.position_energy.shape[1] >= _MIN_POSITIONS:
         found += [

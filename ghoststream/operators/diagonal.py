@@ -18,8 +18,6 @@ class Diagonal(StructuredLeastSquares):
     Memory: ``O(C + T)``.
     """
 
-    name = "diagonal"
-
     def problem(self, moments: BoundaryMoments) -> Problem:
         """Return the problem of some moments."""
         energy, product = self._sums(moments)
@@ -50,8 +48,6 @@ class Scalar(Diagonal):
 
     Memory: ``O(C + T)``.
     """
-
-    name = "scalar"
 
     def problem(self, moments: BoundaryMoments) -> Problem:
         """Return the problem of some moments."""

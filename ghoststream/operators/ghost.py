@@ -7,21 +7,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
-from ghoststream.operators.registry import OperatorOptions, register_operator
+from ghoststream.operators.kind import OperatorKind, linear_cost
+from ghoststream.operators.registry import register_operator
 from ghoststream.operators.solver import (
     Solution,
     Spectrum,
     antisymmetric_share,
-    require_ridge,
     solve_ridge,
     spectrum,
 )
 from ghoststream.operators.triangular import solve_pseudo_inverse, triangle_spectrum
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, FoldedMoments
+from ghoststream.statistics import BoundaryMoments, BoundaryReducer, FoldedMoments
+from ghoststream.statistics.source import Taps
+from ghoststream.statistics.triangle_boundary import TriangleReducer
 
 Array = npt.NDArray[np.float64]
 
@@ -33,7 +37,7 @@ PAPER_TRUNCATION = 1e-6
 
 
 @register_operator("ghost")
-class GhostOperator:
+class Ghost(OperatorKind):
     """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, no intercept; the weights are uniform in the paper.
 
     With ``solver`` ``svd``, ``M* = X^+ delta`` in its place, the paper's equation as it is written: singular values of ``X``
@@ -41,25 +45,41 @@ class GhostOperator:
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number`` and
     ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F`` (the symmetric share is
-    ``sqrt(1 - antisymmetric_share^2)``), ``effective_dof`` = ``trace(G (G + eps I)^-1)``, ``ridge`` (None with ``svd``), ``solver``, ``solver_fallback`` (why not Cholesky,
-    or None), ``dropped_directions``.
+    ``sqrt(1 - antisymmetric_share^2)``), ``effective_dof`` = ``trace(G (G + eps I)^-1)``, ``ridge`` (None with ``svd``),
+    ``solver``, ``solver_fallback`` (why not Cholesky, or None), ``dropped_directions``.
 
     Memory: three pairs of Gram and cross-moment and one solution, ``24 p^2 + 32 p C`` bytes, with folds held out
     (two pairs without); the eigendecomposition of an ill-conditioned Gram adds ``16 p^2``, singular values ``48 p^2``.
     """
 
+    takes = ("per_layer",)
+    ridges = ("number",)
+    solvers = ("gram", "svd")
     needs_gram = True
 
-    def __init__(self, options: OperatorOptions) -> None:
-        options.require_plain("ghost", but=("per_layer", *(["solver"] if options.solver == "svd" else [])))
-        self.needs_triangle = options.solver == "svd"
-        if self.needs_triangle and options.ridge is not None:
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        self.by_svd = method.solver == "svd"
+        if self.by_svd and method.ridge is not None:
             msg = "the solver svd leaves small singular values out and takes no ridge; leave one of the two away"
             raise RequestError(msg)
         self.ridge: float | None = None
-        if not self.needs_triangle:
-            self.ridge = PAPER_RIDGE if options.ridge is None else float(options.ridge)
-            require_ridge(self.ridge)
+        if not self.by_svd:
+            self.ridge = PAPER_RIDGE if method.ridge is None else float(method.ridge)
+        self._resolve(ridge=self.ridge)
+
+    def reducer(
+        self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
+    ) -> BoundaryReducer:
+        """Return what builds Grams, or triangular factors for singular values.
+
+        Raises:
+            RequestError: If a device is asked for triangular factors.
+        """
+        if not self.by_svd:
+            return super().reducer(spans, hidden=hidden, taps=taps, device=device)
+        self.require_host(device)
+        return TriangleReducer(spans, self.spec, taps=taps)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.
@@ -68,7 +88,7 @@ class GhostOperator:
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
-        eigenvalues = triangle_spectrum(total) if self.needs_triangle else spectrum(total.gram.copy())
+        eigenvalues = triangle_spectrum(total) if self.by_svd else spectrum(total.gram.copy())
         solution, diagnostics = describe(moments, total, self._solve, _residual)
         diagnostics |= {
             "condition_number": eigenvalues.condition_number,
@@ -95,6 +115,10 @@ class GhostOperator:
         """Return the operator of a span that applies ``M``."""
         weight: npt.NDArray[np.float32] = np.ascontiguousarray(change.T, dtype=np.float32)
         return BoundaryOperator(span, "linear", "hidden", weight, None, diagnostics)
+
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of the class docstring; the ridge is given, so nothing is chosen."""
+        return linear_cost(shape, square=72 if self.by_svd else 24, n_cubes=0)
 
     def _dof(self, eigenvalues: Spectrum, solution: Solution) -> float:
         if self.ridge is None:

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.joint import describe_absorption
-from ghoststream.operators.registry import OperatorOptions
+from ghoststream.operators.kind import OperatorKind, linear_cost
 from ghoststream.operators.ridge import (
     Centre,
     RidgeChoice,
@@ -24,9 +25,13 @@ from ghoststream.operators.ridge import (
     require_folds,
     retarget_in_place,
 )
-from ghoststream.operators.solver import Solution, antisymmetric_share, require_ridge, solve_ridge, spectrum
+from ghoststream.operators.solver import Solution, antisymmetric_share, solve_ridge, spectrum
 from ghoststream.operators.triangular import own_factors, solve_triangle, triangle_spectrum
-from ghoststream.statistics import BoundaryMoments, FoldedMoments
+from ghoststream.options import Method
+from ghoststream.spans import Span
+from ghoststream.statistics import BoundaryMoments, BoundaryReducer, FoldedMoments
+from ghoststream.statistics.source import Taps
+from ghoststream.statistics.triangle_boundary import TriangleReducer
 
 Array = npt.NDArray[np.float64]
 
@@ -46,7 +51,7 @@ class _Fit:
     ridge: float
 
 
-class LeastSquares:
+class LeastSquares(OperatorKind):
     """``min sum w |phi M + b - d|^2 + r |M|^2`` with ``r`` relative to ``trace(G) / p``, of full or of reduced rank.
 
     ``ridge`` is ``auto`` by default: the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out
@@ -54,8 +59,9 @@ class LeastSquares:
     ``y = x W = x (I + M)`` to the identity (``M`` to zero); with ``shrink`` ``zero``, ``r |W|^2`` takes the place of
     ``r |M|^2`` and draws ``W`` to zero. ``solver`` ``tsqr`` finds the same from triangular factors, at the condition of the
     data instead of its square. Of rank ``k`` the solution is ``M V V^T``, ``V`` the ``k`` leading eigenvectors
-    of ``K^T M`` (``(K - r I)^T M`` with ``shrink`` ``zero``): the best of that rank for this very objective (reduced-rank regression: Izenman 1975, eq. 2.9, with
-    the identity as the weighting of the outputs), not a truncated SVD of ``M``. The weight is kept whole.
+    of ``K^T M`` (``(K - r I)^T M`` with ``shrink`` ``zero``): the best of that rank for this very objective (reduced-rank
+    regression: Izenman 1975, eq. 2.9, with the identity as the weighting of the outputs), not a truncated SVD of ``M``.
+    The weight is kept whole.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: those of ``ghost``, and
     ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of sample; of
@@ -68,20 +74,35 @@ class LeastSquares:
     the total, one fold, the total without it, and what :func:`choose_ridge` states; with ``tsqr`` ``60 p^2 + 60 p C``.
     """
 
+    takes = ("features", "intercept", "rank", "shrink")
+    ridges = ("number", "auto", "gcv")
+    solvers = ("gram", "tsqr")
     needs_gram = True
 
-    def __init__(self, options: OperatorOptions) -> None:
-        self.needs_triangle = options.solver == "tsqr"
-        _require_options(options)
-        if isinstance(options.ridge, float | int):
-            require_ridge(options.ridge)
-        if options.rank is not None and options.rank < 1:
-            msg = f"the rank is {options.rank}; give a number of at least 1, or none for full rank"
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        self.by_factors = method.solver == "tsqr"
+        self.towards_zero = method.shrink == "zero"
+        self.ridge, self.intercept, self.rank = method.ridge, method.intercept, method.rank
+        if self.towards_zero and method.features not in _BEGIN_WITH_HIDDEN:
+            msg = (
+                f"a ridge towards zero is on the map of the hidden state, which the features {method.features} do not "
+                f"hold; use the features {' or '.join(_BEGIN_WITH_HIDDEN)}"
+            )
             raise RequestError(msg)
-        self.ridge = options.ridge
-        self.intercept = options.intercept
-        self.rank = options.rank
-        self.towards_zero = options.shrink == "zero"
+
+    def reducer(
+        self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
+    ) -> BoundaryReducer:
+        """Return what builds Grams, or triangular factors for ``tsqr``.
+
+        Raises:
+            RequestError: If a device is asked for triangular factors.
+        """
+        if not self.by_factors:
+            return super().reducer(spans, hidden=hidden, taps=taps, device=device)
+        self.require_host(device)
+        return TriangleReducer(spans, self.spec, taps=taps, constant=self.intercept)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.
@@ -113,6 +134,12 @@ class LeastSquares:
         )
         return describe_absorption(operator)
 
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of the class docstring while folds choose the ridge."""
+        if self.by_factors:
+            return linear_cost(shape, square=60, cross=60)
+        return linear_cost(shape)
+
     def _choose(self, moments: FoldedMoments, total: BoundaryMoments) -> RidgeChoice:
         if isinstance(self.ridge, float | int):
             return RidgeChoice(float(self.ridge), ())
@@ -127,7 +154,7 @@ class LeastSquares:
 
     def _solve(self, moments: BoundaryMoments, ratio: float) -> _Fit:
         centre = Centre.of(moments)
-        if self.needs_triangle:
+        if self.by_factors:
             return self._solve_triangle(moments, ratio, centre)
         if self.intercept:
             centre_in_place(moments, centre)
@@ -163,7 +190,7 @@ class LeastSquares:
         return _Fit(matrix, bias, solution, ridge)
 
     def _more_diagnostics(self, total: BoundaryMoments, fitted: _Fit, choice: RidgeChoice) -> dict[str, Any]:
-        if self.needs_triangle:
+        if self.by_factors:
             eigenvalues = triangle_spectrum(total)
         else:
             own = BoundaryMoments(total.span, total.state.copy())
@@ -196,19 +223,6 @@ class LeastSquares:
                 f"{min(n_features, n_channels)} at most"
             )
             raise RequestError(msg)
-
-
-def _require_options(options: OperatorOptions) -> None:
-    if options.per_layer or options.solver == "svd":
-        asked = "one map a removed layer" if options.per_layer else "the solver svd"
-        msg = f"least-squares is defined without {asked}; use the operator ghost"
-        raise RequestError(msg)
-    if options.shrink == "zero" and options.features not in _BEGIN_WITH_HIDDEN:
-        msg = (
-            f"a ridge towards zero is on the map of the hidden state, which the features {options.features} do not hold; "
-            f"use the features {' or '.join(_BEGIN_WITH_HIDDEN)}"
-        )
-        raise RequestError(msg)
 
 
 def reduce_rank(matrix: Array, explained: Array, rank: int) -> Array:

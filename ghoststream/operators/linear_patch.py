@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.costs import Cost, FitShape, Need
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
-from ghoststream.operators.registry import OperatorOptions, register_operator
+from ghoststream.operators.kind import OperatorKind, vector_cost
+from ghoststream.operators.registry import register_operator
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, FoldedMoments, hadamard_matrix
+from ghoststream.statistics import (
+    BoundaryMoments,
+    BoundaryReducer,
+    FoldedMoments,
+    hadamard_factors,
+    hadamard_matrix,
+)
+from ghoststream.statistics.rotation import RotatedReducer
+from ghoststream.statistics.source import Taps
 
 Array = npt.NDArray[np.float64]
 
 
 @register_operator("linear-patch-diagonal")
-class LinearPatchDiagonal:
+class LinearPatchDiagonal(OperatorKind):
     """``y = x * d``, ``d_k`` = mean over sequences of ``mean_t |y_tk| / mean_t |x_tk|``.
 
-    Token weights do not enter the scales, only the residuals that are reported. A channel that is zero throughout a sequence counts there as ratio 1 (``zero_ratios`` in the diagnostics).
+    Token weights do not enter the scales, only the residuals that are reported. A channel that is zero throughout a
+    sequence counts there as ratio 1 (``zero_ratios`` in the diagnostics).
 
     Memory: ``O(C + T)``.
     """
 
-    name = "linear-patch-diagonal"
-    needs_gram = False
-
-    def __init__(self, options: OperatorOptions) -> None:
-        options.require_plain(self.name, but=("per_layer",))
+    takes = ("per_layer",)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Return the operator of one boundary.
@@ -63,11 +71,25 @@ class LinearPatchRotated(LinearPatchDiagonal):
     Memory: ``O(C + T)`` for the scales, ``24 C^2`` bytes while the matrix is made.
     """
 
-    name = "linear-patch-rotated"
-    needs_rotation = True
+    def reducer(
+        self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
+    ) -> BoundaryReducer:
+        """Return what builds statistics in the rotated basis.
+
+        Raises:
+            RequestError: If no Hadamard matrix of the hidden size is known, or a device is asked for.
+        """
+        self.require_host(device)
+        hadamard_factors(hidden)
+        return RotatedReducer(spans, self.spec, taps=taps)
 
     def operator(self, span: Span, change: Array, diagnostics: dict[str, Any]) -> BoundaryOperator:
         """Return the operator of a span that applies scales ``1 + change`` in the rotated basis."""
         rotation = hadamard_matrix(len(change))
         weight = ((rotation * change) @ rotation.T).astype(np.float32)
         return BoundaryOperator(span, "linear", "hidden", weight, None, diagnostics)
+
+    def cost(self, shape: FitShape) -> Cost:
+        """Return what the matrix takes while it is made."""
+        c = shape.hidden
+        return replace(vector_cost(shape), memory=Need(24 * c**2, "24 C^2"), write_bytes=4 * c**2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.linalg
 
-from ghoststream.errors import NumericsError, RequestError
-from ghoststream.operators.registry import OperatorOptions, register_operator
+from ghoststream.costs import Cost, FitShape, Need
+from ghoststream.errors import NumericsError
+from ghoststream.operators.kind import linear_cost
+from ghoststream.operators.registry import register_operator
 from ghoststream.operators.ridge import Centre, centre_in_place
 from ghoststream.operators.structured import Array, Problem, StructuredLeastSquares
 from ghoststream.statistics import BoundaryMoments
@@ -16,20 +20,14 @@ from ghoststream.statistics import BoundaryMoments
 class Orthogonal(StructuredLeastSquares):
     """``y = x W`` with ``W^T W = I``, reflections among them: ``W = U V^T`` of ``X^T Y = G + K = U S V^T``.
 
-    The orthogonal Procrustes problem (Schoenemann, Psychometrika 31, 1966); what is written is ``M = W - I``. It keeps every norm, so it takes no ridge. Degrees of freedom: ``C (C - 1) / 2`` in all.
+    The orthogonal Procrustes problem (Schoenemann, Psychometrika 31, 1966); what is written is ``M = W - I``. It keeps every
+    norm, so it takes no ridge. Degrees of freedom: ``C (C - 1) / 2`` in all.
 
     Memory: that of ``ghost`` and ``48 C^2`` bytes.
     """
 
-    name = "orthogonal"
-    takes = ("intercept",)
+    ridges = ()
     needs_gram = True
-
-    def __init__(self, options: OperatorOptions) -> None:
-        super().__init__(options)
-        if options.ridge is not None:
-            msg = f"the operator {self.name} keeps every norm and takes no ridge; leave it away"
-            raise RequestError(msg)
 
     def problem(self, moments: BoundaryMoments) -> Problem:
         """Return the problem of some moments; Gram and cross-moment are overwritten."""
@@ -51,3 +49,7 @@ class Orthogonal(StructuredLeastSquares):
             return turned
 
         return Problem(0.0, solve, lambda _: (size - 1) / 2.0)
+
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of a linear map, but for memory."""
+        return replace(linear_cost(shape), memory=Need(104 * shape.hidden**2, "104 C^2"))

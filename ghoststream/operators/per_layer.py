@@ -8,7 +8,6 @@ written: the same function, at the cost of one map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +15,14 @@ import numpy.typing as npt
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import held_fold, report, require_tokens
-from ghoststream.operators.registry import OperatorFamily
-from ghoststream.spans import Span
+from ghoststream.operators.kind import OperatorKind
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 
 Array = npt.NDArray[np.float64]
 
 
-class ChainableFamily(Protocol):
-    """A family whose maps ``y = x (I + M)`` can be multiplied."""
-
-    def change(self, moments: BoundaryMoments) -> Array:
-        """Return ``M``, ``(C, C)``, or its diagonal, ``(C,)``; the arrays of ``moments`` may be overwritten."""
-
-    def operator(self, span: Span, change: Array, diagnostics: dict[str, Any]) -> BoundaryOperator:
-        """Return the operator of a span that applies ``M``."""
-
-
 def fit_per_layer(
-    family: OperatorFamily, moments: FoldedMoments, layers: Sequence[FoldedMoments]
+    kind: OperatorKind, moments: FoldedMoments, layers: Sequence[FoldedMoments]
 ) -> BoundaryOperator:
     """Fit each layer of a span for itself, and return the operator of the span that does what all do in turn.
 
@@ -42,19 +30,18 @@ def fit_per_layer(
     sample, and ``layers``: for each layer its span and the relative residual of its own map.
 
     Args:
-        family: Fits one layer.
+        kind: Fits one layer.
         moments: Moments of the span.
         layers: Moments of the spans ``[l, l + 1)`` in it, ascending.
 
     Raises:
-        RequestError: If the family's maps cannot be multiplied.
+        RequestError: If maps of this kind cannot be multiplied.
         NumericsError: If moments or a solution are not finite, or a fold is empty.
 
     Memory: the total of the span, total, one fold and the total without it of one layer, and two maps: ``104 C^2`` bytes.
     """
-    chain = require_chainable(family)
     if len(layers) == 1:
-        return family.fit(layers[0])
+        return kind.fit(layers[0])
     total = moments.total()
     require_tokens(total)
     product: Array | None = None
@@ -62,7 +49,7 @@ def fit_per_layer(
     for layer in layers:
         own = layer.total()
         require_tokens(own)
-        change = chain.change(BoundaryMoments(own.span, own.state.copy()))
+        change = kind.change(BoundaryMoments(own.span, own.state.copy()))
         gap = float(own.gap_energy.sum())
         relative = float(np.sqrt(residual(own, change) / gap)) if gap > 0 else 0.0
         found.append({"span": [own.span.start, own.span.stop], "relative_residual": relative})
@@ -71,9 +58,9 @@ def fit_per_layer(
     if product is None:
         msg = f"there are no layers in {moments.span}; give the moments of each"
         raise RequestError(msg)
-    outside = _held_out(chain, moments, layers) if moments.n_folds > 1 else None
+    outside = _held_out(kind, moments, layers) if moments.n_folds > 1 else None
     diagnostics = report(moments, total, residual(total, product), outside)
-    return chain.operator(moments.span, product, {**diagnostics, "layers": found})
+    return kind.operator(moments.span, product, {**diagnostics, "layers": found})
 
 
 def chained(first: Array | None, second: Array) -> Array:
@@ -91,29 +78,13 @@ def residual(moments: BoundaryMoments, change: Array) -> float:
     return moments.linear_residual(change) if change.ndim == 2 else moments.diagonal_residual(change)
 
 
-def _held_out(chain: ChainableFamily, moments: FoldedMoments, layers: Sequence[FoldedMoments]) -> float:
+def _held_out(kind: OperatorKind, moments: FoldedMoments, layers: Sequence[FoldedMoments]) -> float:
     energy = 0.0
     for index in range(moments.n_folds):
         product: Array | None = None
         for layer in layers:
             training = layer.without(index, layer.total(), held_fold(layer, index))
-            product = chained(product, chain.change(training))
+            product = chained(product, kind.change(training))
         if product is not None:
             energy += residual(held_fold(moments, index), product)
     return energy
-
-
-def require_chainable(family: Any) -> ChainableFamily:
-    """Check that a family can be fitted layer by layer, and return it.
-
-    Raises:
-        RequestError: If it has not both methods.
-    """
-    if not (hasattr(family, "change") and hasattr(family, "operator")):
-        msg = (
-            f"{type(family).__name__} cannot be fitted layer by layer: it has no methods `change` and `operator`, by which maps "
-            "are multiplied; fit each span as one"
-        )
-        raise RequestError(msg)
-    chain: ChainableFamily = family
-    return chain

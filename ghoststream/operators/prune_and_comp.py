@@ -19,8 +19,6 @@ class PruneAndComp(LinearPatchDiagonal):
     Memory: ``O(C + T)``.
     """
 
-    name = "prune-and-comp"
-
     def change(self, moments: BoundaryMoments) -> Array:
         """Return ``a - 1`` for each channel, ``(C,)``."""
         scales = super().change(moments)

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
-from ghoststream.operators.registry import OperatorOptions, register_operator
-from ghoststream.operators.solver import Solution, require_ridge, solve_ridge, spectrum
+from ghoststream.operators.kind import OperatorKind, linear_cost
+from ghoststream.operators.registry import register_operator
+from ghoststream.operators.solver import Solution, solve_ridge, spectrum
+from ghoststream.options import Method
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 from ghoststream.statistics.features import MLP_OUTPUT
 
 Array = npt.NDArray[np.float64]
 
 
-def require_replace_me(name: str, options: OperatorOptions) -> None:
-    """Check that nothing is asked that ReplaceMe is defined without; its features need not be named.
+class ReplaceMeKind(OperatorKind):
+    """What ReplaceMe's operators share: they read what the MLP adds; their features need not be named.
 
     Raises:
-        RequestError: If something is.
+        RequestError: If other features are named.
     """
-    options.require_plain(name, but=("features", "sketch"))
-    if options.features not in ("hidden", MLP_OUTPUT.name):
-        msg = f"the operator {name} reads the features {MLP_OUTPUT.name}, not {options.features}; leave them out"
-        raise RequestError(msg)
-    if options.sketch_size is not None or options.power_iterations:
-        msg = f"the operator {name} is defined without a sketch; leave its size and power iterations out"
-        raise RequestError(msg)
+
+    takes: ClassVar[tuple[str, ...]] = ("features",)
+    needs_gram = True
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        if method.features not in ("hidden", MLP_OUTPUT.name):
+            msg = (
+                f"the operator {method.operator} reads the features {MLP_OUTPUT.name}, not {method.features}; "
+                "leave them out"
+            )
+            raise RequestError(msg)
+        self._resolve(features=MLP_OUTPUT.name)
 
 
 @register_operator("replace-me-ls")
-class ReplaceMe:
+class ReplaceMe(ReplaceMeKind):
     """``T = (M^T M + alpha I)^-1 M^T (h[stop] - Y)`` with ``Y = h[start] - M``, ``M`` what the MLP before adds (equation 5).
 
     The layer then adds ``M T`` in the place of ``M``: ``y = h[start] + M A`` with ``A = T - I``. As ``h[stop] - Y`` is the gap
@@ -45,16 +56,12 @@ class ReplaceMe:
     Memory: that of ``ghost``.
     """
 
-    needs_gram = True
-    features = MLP_OUTPUT.name
+    ridges = ("number",)
 
-    def __init__(self, options: OperatorOptions) -> None:
-        require_replace_me("replace-me-ls", options)
-        if options.seed:
-            msg = "the operator replace-me-ls has nothing random; leave the seed out"
-            raise RequestError(msg)
-        self.ridge = 0.0 if options.ridge is None else float(options.ridge)
-        require_ridge(self.ridge)
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        self.ridge = float(method.ridge or 0.0)
+        self._resolve(ridge=self.ridge)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.
@@ -76,6 +83,10 @@ class ReplaceMe:
         }
         weight: npt.NDArray[np.float32] = np.ascontiguousarray(solution.matrix.T, dtype=np.float32)
         return BoundaryOperator(moments.span, "linear", moments.feature, weight, None, diagnostics)
+
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of ``ghost`` for these features."""
+        return linear_cost(shape, square=24, n_cubes=0)
 
     def _solve(self, moments: BoundaryMoments) -> Solution:
         np.fill_diagonal(moments.cross, moments.cross.diagonal() - self.ridge)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import held_fold, report, require_tokens
-from ghoststream.operators.registry import OperatorOptions, register_operator
-from ghoststream.operators.replace_me import require_replace_me
+from ghoststream.operators.kind import linear_cost
+from ghoststream.operators.registry import register_operator
+from ghoststream.operators.replace_me import ReplaceMeKind
+from ghoststream.options import Reduction
+from ghoststream.progress import Progress
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, Ranges, open_source, reduce_boundaries
-from ghoststream.statistics.boundary import BoundaryReducer
-from ghoststream.statistics.engines import StateRef
-from ghoststream.statistics.features import MLP_OUTPUT
+from ghoststream.statistics import HERE, BoundaryReducer, FoldedMoments, Ranges
+from ghoststream.statistics.source import Taps
 from ghoststream.statistics.token_rows import BoundaryRows, Rows
 
 EPOCHS = 10
@@ -34,25 +36,19 @@ class RowMoments(FoldedMoments):
         rows: Reads the tokens.
     """
 
-    def __init__(self, span: Span, folds: Sequence[StateRef], *, rows: BoundaryRows, **options: Any) -> None:
-        super().__init__(span, folds, **options)
-        self.rows = rows
-
-    @classmethod
-    def of(cls, moments: FoldedMoments, rows: BoundaryRows) -> RowMoments:
-        """Add to moments where the tokens are."""
-        return cls(
+    def __init__(self, moments: FoldedMoments, rows: BoundaryRows) -> None:
+        super().__init__(
             moments.span,
             moments.states,
-            rows=rows,
             feature=moments.feature,
-            weights=moments.weights,
+            token_weights=moments.token_weights,
             facts=moments.facts,
         )
+        self.rows = rows
 
 
 @register_operator("replace-me-cosine")
-class ReplaceMeCosine:
+class ReplaceMeCosine(ReplaceMeKind):
     """``min mean(1 - cos(M T, h[stop] - Y))`` over ``T``, ``M`` and ``Y`` as in :class:`~ghoststream.operators.replace_me.ReplaceMe`.
 
     Adam from ``T = I`` at rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that is drawn anew each
@@ -66,30 +62,37 @@ class ReplaceMeCosine:
     of a batch.
     """
 
-    name = "replace-me-cosine"
-    needs_gram = True
-    features = MLP_OUTPUT.name
+    takes = ("features", "seed")
+    needs_store = True
     whole = False
     """Whether ``h[stop]`` itself is compared."""
 
-    def __init__(self, options: OperatorOptions) -> None:
-        require_replace_me(self.name, options)
-        if options.ridge is not None:
-            msg = f"the operator {self.name} has no ridge; leave it out"
-            raise RequestError(msg)
-        self.seed = options.seed
+    def reducer(
+        self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
+    ) -> BoundaryReducer:
+        """Return what builds Grams, by which residuals are reported; on the host, where the tokens are read too."""
+        self.require_host(device)
+        return super().reducer(spans, hidden=hidden, taps=taps)
 
-    def reduce(self, store_uri: str, spans: Iterable[Span], **run: Any) -> dict[Span, FoldedMoments]:
-        """Reduce the boundaries; arguments are those of :func:`~ghoststream.statistics.reduce_boundaries`."""
-        moments = reduce_boundaries(store_uri, spans, **run)
-        plan = Ranges.make(
-            open_source(store_uri).n_sequences,
-            folds=next(iter(moments.values())).n_folds,
-            range_sequences=run.get("range_sequences"),
+    def reduce(
+        self,
+        store: str,
+        spans: Iterable[Span],
+        ranges: Ranges,
+        reduction: Reduction = HERE,
+        *,
+        taps: Taps | None = None,
+        workdir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> dict[Span, FoldedMoments]:
+        """Reduce the boundaries, and note where the tokens are."""
+        moments = super().reduce(
+            store, spans, ranges, reduction, taps=taps, workdir=workdir, progress=progress
         )
-        options = {name: run[name] for name in ("feature", "weights", "taps") if name in run}
         return {
-            span: RowMoments.of(found, BoundaryRows(store_uri, BoundaryReducer((span,), **options), plan))
+            span: RowMoments(
+                found, BoundaryRows(store, BoundaryReducer((span,), self.spec, taps=taps), ranges)
+            )
             for span, found in moments.items()
         }
 
@@ -101,7 +104,7 @@ class ReplaceMeCosine:
             NumericsError: If the search diverges, or fold 0 is empty.
         """
         if not isinstance(moments, RowMoments):
-            msg = f"the operator {self.name} reads the tokens of {moments.span} themselves; reduce with it"
+            msg = f"the operator {self.method.operator} reads the tokens of {moments.span} themselves; reduce with it"
             raise RequestError(msg)
         total, rows = moments.total(), moments.rows
         require_tokens(total)
@@ -112,7 +115,7 @@ class ReplaceMeCosine:
             "epochs": EPOCHS,
             "learning_rate": LEARNING_RATE,
             "batch_tokens": BATCH_TOKENS,
-            "seed": self.seed,
+            "seed": self.method.seed,
         }
         if moments.n_folds > 1:
             diagnostics |= self._held_out(moments)
@@ -131,6 +134,10 @@ class ReplaceMeCosine:
             weight += float(part.weights.sum())
         return lost / weight
 
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of least squares, and of ten epochs over all tokens, twice."""
+        return linear_cost(shape, square=24, n_cubes=0, tokens=80.0)
+
     def _held_out(self, moments: RowMoments) -> dict[str, float]:
         rows, held = moments.rows, held_fold(moments, 0)
         matrix = self._search(rows, rows.sequences(without=0))
@@ -147,7 +154,7 @@ class ReplaceMeCosine:
         size = rows.read(int(sequences[0])).inputs.shape[1]
         change = torch.zeros(size, size, requires_grad=True)
         adam = torch.optim.Adam([change], lr=LEARNING_RATE)
-        order = np.random.default_rng(self.seed)
+        order = np.random.default_rng(self.method.seed)
         for _ in range(EPOCHS):
             for part in _batches(rows, order.permutation(sequences)):
                 adam.zero_grad()
@@ -155,7 +162,7 @@ class ReplaceMeCosine:
                 adam.step()
         found: npt.NDArray[np.float64] = change.detach().double().numpy()
         if not np.isfinite(found).all():
-            msg = f"the search of {self.name} at {rows.span} diverged; use replace-me-ls"
+            msg = f"the search of {self.method.operator} at {rows.span} diverged; use replace-me-ls"
             raise NumericsError(msg)
         return found
 
@@ -178,7 +185,6 @@ class ReplaceMeCosine:
 class ReplaceMeCosineWhole(ReplaceMeCosine):
     """``min mean(1 - cos(Y + M T, h[stop]))``: the objective of the paper's equation 4 (``accurate`` in the published code)."""
 
-    name = "replace-me-cosine-whole"
     whole = True
 
 

@@ -2,135 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.errors import RequestError
 from ghoststream.operators.ridge import mean_diagonal
 from ghoststream.operators.solver import solve_ridge
+from ghoststream.options import Reduction
+from ghoststream.progress import Progress
 from ghoststream.spans import Span
-from ghoststream.statistics import (
-    DEFAULT_FOLDS,
-    BoundaryMoments,
-    FoldedMoments,
-    ModelFacts,
-    Ranges,
-    open_source,
-)
-from ghoststream.statistics.boundary import BoundaryReducer
-from ghoststream.statistics.reduction import reduce_spans
+from ghoststream.statistics import BoundaryMoments, BoundaryReducer, FoldedMoments, MomentSpec, Ranges, reduce
 from ghoststream.statistics.sketch_projection import ProjectedMoments, ProjectionReducer
 from ghoststream.statistics.sketch_range import PowerReducer, RangeReducer
 from ghoststream.statistics.sketches import FEATURES, N_PROBES, PROBES, Bases, gaussian
+from ghoststream.statistics.source import Taps
 
 Array = npt.NDArray[np.float64]
 
-_STATISTIC = ("feature", "weights", "block_tokens", "precision", "taps")
-_ENGINE = ("range_sequences", "scheduler", "workers", "workdir", "memory", "progress")
+
+@dataclass(frozen=True)
+class Sketch:
+    """Which statistics a sketch is of, and its size.
+
+    Attributes:
+        spans: The spans, in order.
+        spec: Features, token weights and precision.
+        taps: Where the taps are, for features that read them.
+        n_features: ``p``.
+        columns: ``k``.
+        seed: Seed of the random numbers.
+    """
+
+    spans: tuple[Span, ...]
+    spec: MomentSpec
+    taps: Taps | None
+    n_features: int
+    columns: int
+    seed: int
+
+    def finding(self) -> RangeReducer:
+        """Return what finds the range of the best map of a sketched gap."""
+        return RangeReducer(
+            self.spans, self.spec, taps=self.taps, columns=self.columns + N_PROBES, seed=self.seed
+        )
+
+    def powering(self, bases: Bases) -> PowerReducer:
+        """Return what takes a step of subspace iteration."""
+        return PowerReducer(self.spans, self.spec, taps=self.taps, bases=bases)
+
+    def projecting(self, bases: Bases) -> ProjectionReducer:
+        """Return what projects to subspaces."""
+        return ProjectionReducer(self.spans, self.spec, taps=self.taps, bases=bases)
 
 
 @dataclass(frozen=True)
 class SketchRun:
-    """What all sweeps of a sketch share.
+    """Where all sweeps of a sketch run; the fields are arguments of :func:`ghoststream.statistics.reduce`."""
 
-    Attributes:
-        store_uri: The store.
-        spans: The spans, in order.
-        statistic: Arguments of reducers: feature, weights and so on.
-        engine: Arguments of :func:`~ghoststream.statistics.reduction.reduce_spans`.
-        moments: Arguments of :class:`FoldedMoments`.
-        n_features: ``p``.
-        n_channels: ``C``.
-        n_folds: Folds, at least 1.
-    """
+    store: str
+    ranges: Ranges
+    reduction: Reduction
+    workdir: Path | None
+    progress: Progress | None
 
-    store_uri: str
-    spans: tuple[Span, ...]
-    statistic: Mapping[str, Any]
-    engine: Mapping[str, Any]
-    moments: Mapping[str, Any]
-    n_features: int
-    n_channels: int
-    n_folds: int
-
-    @classmethod
-    def of(cls, store_uri: str, spans: Iterable[Span], run: Mapping[str, Any]) -> SketchRun:
-        """Take apart the arguments of :func:`~ghoststream.statistics.reduce_boundaries`.
-
-        Raises:
-            RequestError: If there are no spans, no such feature, or folds and ranges do not fit the store.
-        """
-        unknown = set(run) - {*_STATISTIC, *_ENGINE, "folds"}
-        if unknown:
-            msg = f"sketches take no {', '.join(sorted(unknown))}"
-            raise TypeError(msg)
-        ordered = tuple(sorted(set(spans)))
-        if not ordered:
-            msg = "there are no spans to reduce; give at least one"
-            raise RequestError(msg)
-        source = open_source(store_uri)
-        statistic = {name: run[name] for name in _STATISTIC if name in run}
-        plan = Ranges.make(
-            source.n_sequences,
-            folds=run.get("folds", DEFAULT_FOLDS),
-            range_sequences=run.get("range_sequences"),
-        )
-        engine = {name: run[name] for name in _ENGINE if name in run}
-        feature = statistic.get("feature", "hidden")
-        moments = {"feature": feature, "facts": ModelFacts.of(source.fingerprint)}
-        return cls(
-            store_uri,
-            ordered,
-            statistic,
-            {**engine, "folds": plan.n_folds},
-            moments | {name: run[name] for name in ("weights",) if name in run},
-            BoundaryReducer(ordered, **statistic).phi.width(source.hidden),
-            source.hidden,
-            plan.n_folds,
+    def reduce(self, reducer: BoundaryReducer, label: str) -> dict[Span, FoldedMoments]:
+        """Run one reducer over the store."""
+        return reduce(
+            self.store,
+            reducer,
+            self.ranges,
+            self.reduction,
+            workdir=self.workdir,
+            progress=self.progress,
+            label=label,
         )
 
     def keep(self, bases: Mapping[Span, list[Array]]) -> Bases:
         """Put bases where the workers find them."""
-        folder = self.engine.get("workdir")
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        return Bases.make(bases, folder)
+        if self.workdir is not None:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        return Bases.make(bases, self.workdir)
 
 
-def project_by_features(
-    run: SketchRun, columns: int, seed: int, power_iterations: int
-) -> dict[Span, ProjectedMoments]:
+def feature_sweeps(sketch: Sketch, power_iterations: int) -> tuple[tuple[str, BoundaryReducer], ...]:
+    """Return what :func:`project_by_features` runs, with bases of their sizes that are not there yet."""
+    powers = [
+        (_power_label(step, power_iterations), sketch.powering(_expected(sketch.columns)))
+        for step in range(power_iterations)
+    ]
+    return (*powers, ("projected moments", sketch.projecting(_expected(sketch.columns + N_PROBES))))
+
+
+def range_sweeps(sketch: Sketch, n_folds: int) -> tuple[tuple[str, BoundaryReducer], ...]:
+    """Return what :func:`project_by_range` runs, with bases of their sizes that are not there yet."""
+    of_folds = [sketch.columns] * n_folds if n_folds > 1 else []
+    projecting = sketch.projecting(_expected(sketch.columns + N_PROBES, *of_folds))
+    return (("range finder", sketch.finding()), ("projected moments", projecting))
+
+
+def project_by_features(run: SketchRun, sketch: Sketch, power_iterations: int) -> dict[Span, FoldedMoments]:
     """Project to a random subspace of ``columns`` dimensions, after some steps of subspace iteration (one sweep each).
 
     Memory: ``16 p k`` bytes a span, and that of the sweeps.
     """
-    start = _orthonormal(gaussian(seed, FEATURES, run.n_features, columns))
-    found = dict.fromkeys(run.spans, start)
+    start = _orthonormal(gaussian(sketch.seed, FEATURES, sketch.n_features, sketch.columns))
+    found = dict.fromkeys(sketch.spans, start)
     for step in range(power_iterations):
-        reducer = PowerReducer(run.spans, **run.statistic, bases=run.keep({s: [w] for s, w in found.items()}))
-        label = f"power iteration {step + 1} of {power_iterations}"
-        states = reduce_spans(run.store_uri, reducer, **run.engine, label=label)
-        for span, refs in states.items():
-            total = FoldedMoments(span, refs, **run.moments).total()
-            found[span] = _orthonormal(total.state.arrays["image"])
-    probes = gaussian(seed, PROBES, run.n_features, N_PROBES)
-    return _project(run, {span: [np.hstack([basis, probes])] for span, basis in found.items()})
+        bases = run.keep({span: [basis] for span, basis in found.items()})
+        images = run.reduce(sketch.powering(bases), _power_label(step, power_iterations))
+        for span, moments in images.items():
+            found[span] = _orthonormal(moments.total().state.arrays["image"])
+    probes = gaussian(sketch.seed, PROBES, sketch.n_features, N_PROBES)
+    return _project(run, sketch, {span: [np.hstack([basis, probes])] for span, basis in found.items()})
 
 
-def project_by_range(run: SketchRun, columns: int, seed: int, ratio: float) -> dict[Span, ProjectedMoments]:
+def project_by_range(run: SketchRun, sketch: Sketch, ratio: float) -> dict[Span, FoldedMoments]:
     """Project to the range of the best map of a sketched gap: of all tokens and, for each fold, of all others.
 
     Memory: two Grams and one factor, ``8 p k`` bytes for each span and subspace, and that of the two sweeps.
     """
-    reducer = RangeReducer(run.spans, **run.statistic, columns=columns + N_PROBES, seed=seed)
-    states = reduce_spans(run.store_uri, reducer, **run.engine, label="range finder")
+    columns = sketch.columns
     bases = {}
-    for span, refs in states.items():
-        moments = FoldedMoments(span, refs, **run.moments)
+    for span, moments in run.reduce(sketch.finding(), "range finder").items():
         total = moments.total()
         found = []
         for index in range(moments.n_folds if moments.n_folds > 1 else 0):
@@ -138,17 +134,13 @@ def project_by_range(run: SketchRun, columns: int, seed: int, ratio: float) -> d
             found.append(_orthonormal(_range(part, ratio)[:, :columns]))
         image = _range(total, ratio)
         bases[span] = [np.hstack([_orthonormal(image[:, :columns]), image[:, columns:]]), *found]
-    return _project(run, bases)
+    return _project(run, sketch, bases)
 
 
-def _project(run: SketchRun, bases: Mapping[Span, list[Array]]) -> dict[Span, ProjectedMoments]:
+def _project(run: SketchRun, sketch: Sketch, bases: Mapping[Span, list[Array]]) -> dict[Span, FoldedMoments]:
     kept = run.keep(bases)
-    reducer = ProjectionReducer(run.spans, **run.statistic, bases=kept)
-    states = reduce_spans(run.store_uri, reducer, **run.engine, label="projected moments")
-    return {
-        span: ProjectedMoments(span, refs, bases=kept, n_probes=N_PROBES, **run.moments)
-        for span, refs in states.items()
-    }
+    projected = run.reduce(sketch.projecting(kept), "projected moments")
+    return {span: ProjectedMoments(moments, kept, N_PROBES) for span, moments in projected.items()}
 
 
 def _range(moments: BoundaryMoments, ratio: float) -> Array:
@@ -164,3 +156,12 @@ def _range(moments: BoundaryMoments, ratio: float) -> Array:
 def _orthonormal(columns: Array) -> Array:
     basis, _ = np.linalg.qr(columns)
     return basis
+
+
+def _power_label(step: int, steps: int) -> str:
+    return f"power iteration {step + 1} of {steps}"
+
+
+def _expected(*widths: int) -> Bases:
+    # Where they would be kept does not matter for an estimate, only that it is a file.
+    return Bases(Path("bases"), "", widths)

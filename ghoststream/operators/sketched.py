@@ -1,6 +1,6 @@
 """Least squares from sketches: the problem of ``least-squares``, with less work or less memory and an error that is measured.
 
-Three solvers, each seeded, merged by addition over ranges, and exact where a sketch is as large as the problem. ``J`` is the
+Two solvers, each seeded, merged by addition over ranges, and exact where a sketch is as large as the problem. ``J`` is the
 objective ``sum w |phi A - d|^2 + r |A|^2``, and ``F = (Phi; sqrt(r) I) A*`` what the best map ``A*`` of any rank fits.
 
 ``sketch-features``: one sweep, memory ``O((p + C) k)``. Features are projected to ``Phi W``, where least squares is exact; ``W`` is an
@@ -15,55 +15,57 @@ second is exact least squares on ``Phi W``: ``E J(A) <= J(A*) + (1 + t / (k - t 
 the best map of rank ``t`` leaves above ``J(A*)`` (reduced-rank regression). Cut to rank ``r``, the map is the best of that rank
 within the subspace, and exceeds the best of that rank anywhere by no more than the subspace misses of ``F``.
 
-``sketch-rows``: one sweep, see :mod:`ghoststream.statistics.sketch_rows`.
-
-States of a span and fold, in bytes: ``8 (k^2 + k C)`` for ``sketch-features`` (``8 p k`` in a power iteration), ``8 (p^2 + p k)`` (the Gram
-shared by spans that start together) and then ``8 (folds + 1) (k^2 + k C)`` for ``sketch-range``, ``8 (s / folds + 512) (p + C)``
-for ``sketch-rows`` of ``s`` rows. Bases take ``8 p k`` each (``folds + 1`` a span for ``sketch-range``). The operator is written whole, ``4 p C``.
+States of a span and fold, in bytes: ``8 (k^2 + k C)`` for ``sketch-features`` (``8 p k`` in a power iteration),
+``8 (p^2 + p k)`` (the Gram shared by spans that start together) and then ``8 (folds + 1) (k^2 + k C)`` for ``sketch-range``.
+Bases take ``8 p k`` each (``folds + 1`` a span for ``sketch-range``). The operator is written whole, ``4 p C``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.joint import describe_absorption
+from ghoststream.operators.kind import OperatorKind, linear_cost, ordered
 from ghoststream.operators.least_squares import RIDGE_WITHOUT_FOLDS, LeastSquares
-from ghoststream.operators.registry import SKETCH_SOLVERS, OperatorFamily, OperatorOptions, register_operator
-from ghoststream.operators.sketch_run import SketchRun, project_by_features, project_by_range
-from ghoststream.operators.sketched_rows import RowSketchedLeastSquares
-from ghoststream.operators.solver import Solution, require_ridge, solve_ridge
+from ghoststream.operators.registry import register_operator
+from ghoststream.operators.sketch_run import (
+    Sketch,
+    SketchRun,
+    feature_sweeps,
+    project_by_features,
+    project_by_range,
+    range_sweeps,
+)
+from ghoststream.operators.solver import Solution, solve_ridge
+from ghoststream.options import Method, Reduction
+from ghoststream.progress import Progress
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, FoldedMoments
+from ghoststream.statistics import HERE, BoundaryMoments, BoundaryReducer, FoldedMoments, Ranges
 from ghoststream.statistics.sketch_projection import ProjectedMoments
+from ghoststream.statistics.source import Taps, reopen_source
 
 Array = npt.NDArray[np.float64]
 
 
 @register_operator("least-squares")
-def least_squares_family(options: OperatorOptions) -> OperatorFamily:
-    """Return the family that solves least squares by ``options.solver``.
+def least_squares(method: Method) -> OperatorKind:
+    """Return the kind that solves least squares by ``method.solver``.
 
     Raises:
         RequestError: If the options do not go together.
     """
-    if options.solver not in SKETCH_SOLVERS:
-        if options.asks_sketch:
-            msg = f"size, power iterations and seed are those of a sketch; use a solver among {', '.join(SKETCH_SOLVERS)}"
-            raise RequestError(msg)
-        return LeastSquares(options)
-    ratio = _require_sketchable(options)
-    if options.solver == "sketch-rows":
-        return RowSketchedLeastSquares(options, ratio)
-    return ProjectedLeastSquares(options, ratio)
+    kind = ProjectedLeastSquares if method.solver in ProjectedLeastSquares.solvers else LeastSquares
+    return kind(method)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class _Fit:
     ridge: float
 
 
-class ProjectedLeastSquares:
+class ProjectedLeastSquares(OperatorKind):
     """Least squares on projected features: ``least-squares`` with the solvers ``sketch-features`` and ``sketch-range``.
 
     Residuals are exact, those of the map that is written. Out of sample they are so without reserve for ``sketch-range``, whose
@@ -91,24 +93,59 @@ class ProjectedLeastSquares:
     Memory: ``O(k^2 + k C)`` for the fit, ``8 p k`` for the basis, ``8 p C`` for the operator.
     """
 
+    takes = ("features", "rank", "sketch_size", "power_iterations", "seed")
+    ridges = ("number",)
+    solvers = ("sketch-features", "sketch-range")
     needs_gram = True
+    needs_store = True
 
-    def __init__(self, options: OperatorOptions, ratio: float) -> None:
-        self.options, self.ridge = options, ratio
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        if method.power_iterations and method.solver != "sketch-features":
+            msg = f"the solver {method.solver} takes no power iterations; use the solver sketch-features"
+            raise RequestError(msg)
+        if method.rank is None and method.sketch_size is None:
+            msg = f"the solver {method.solver} needs a rank or a sketch size; give one of the two"
+            raise RequestError(msg)
+        self.by_range = method.solver == "sketch-range"
+        self.ridge = RIDGE_WITHOUT_FOLDS if method.ridge is None else float(method.ridge)
+        self._resolve(ridge=self.ridge)
 
-    def reduce(self, store_uri: str, spans: Iterable[Span], **run: Any) -> dict[Span, FoldedMoments]:
-        """Sketch the boundaries; arguments are those of :func:`~ghoststream.statistics.reduce_boundaries`.
+    def reducers(
+        self, spans: tuple[Span, ...], *, hidden: int, n_folds: int, taps: Taps | None = None
+    ) -> tuple[tuple[str, BoundaryReducer], ...]:
+        """Return the sweeps of the sketch, with bases of their sizes that are not there yet.
 
         Raises:
             RequestError: If the sketch is larger than the problem, or smaller than the rank.
         """
-        how = SketchRun.of(store_uri, spans, run)
-        columns = self.columns(how.n_features, how.n_channels)
-        if self.options.solver == "sketch-range":
-            found = project_by_range(how, columns, self.options.seed, self.ridge)
-        else:
-            found = project_by_features(how, columns, self.options.seed, self.options.power_iterations)
-        return dict(found)
+        sketch = self._sketch(spans, hidden, taps)
+        if self.by_range:
+            return range_sweeps(sketch, n_folds)
+        return feature_sweeps(sketch, self.method.power_iterations)
+
+    def reduce(
+        self,
+        store: str,
+        spans: Iterable[Span],
+        ranges: Ranges,
+        reduction: Reduction = HERE,
+        *,
+        taps: Taps | None = None,
+        workdir: Path | None = None,
+        progress: Progress | None = None,
+    ) -> dict[Span, FoldedMoments]:
+        """Sketch the boundaries.
+
+        Raises:
+            RequestError: If the sketch is larger than the problem, or smaller than the rank.
+        """
+        self.require_host(reduction.reduce_device)
+        run = SketchRun(store, ranges, reduction, workdir, progress)
+        sketch = self._sketch(ordered(spans), reopen_source(store).hidden, taps)
+        if self.by_range:
+            return project_by_range(run, sketch, self.ridge)
+        return project_by_features(run, sketch, self.method.power_iterations)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Solve one boundary.
@@ -118,7 +155,7 @@ class ProjectedLeastSquares:
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         if not isinstance(moments, ProjectedMoments):
-            msg = f"the solver {self.options.solver} needs moments of its own sketch at {moments.span}; reduce with it"
+            msg = f"the solver {self.method.solver} needs moments of its own sketch at {moments.span}; reduce with it"
             raise RequestError(msg)
         basis, _ = moments.basis()
         fitted, diagnostics = describe(
@@ -126,12 +163,12 @@ class ProjectedLeastSquares:
         )
         diagnostics |= {
             "sketch_columns": basis.shape[1],
-            "seed": self.options.seed,
-            "power_iterations": self.options.power_iterations,
-            "rank": self.options.rank,
+            "seed": self.method.seed,
+            "power_iterations": self.method.power_iterations,
+            "rank": self.method.rank,
             "ridge": fitted.ridge,
             "ridge_relative": self.ridge,
-            "solver": self.options.solver,
+            "solver": self.method.solver,
             "solver_fallback": fitted.solution.reason,
             "dropped_directions": fitted.solution.n_dropped,
             **self._error(moments, fitted.ridge),
@@ -152,8 +189,8 @@ class ProjectedLeastSquares:
         Raises:
             RequestError: If the sketch is larger than the problem, or smaller than the rank.
         """
-        most, rank = min(n_features, n_channels), self.options.rank
-        columns = self.options.sketch_size or min(most, 2 * (rank or 0) + 10)
+        most, rank = min(n_features, n_channels), self.method.rank
+        columns = self.method.sketch_size or min(most, 2 * (rank or 0) + 10)
         if columns > most or (rank or 0) > columns:
             msg = (
                 f"a sketch of {columns} columns and rank {rank} were asked for; {n_features} features and "
@@ -162,14 +199,23 @@ class ProjectedLeastSquares:
             raise RequestError(msg)
         return columns
 
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of a map that is written whole, and of the Gram by which the range is found."""
+        return linear_cost(shape, square=24 if self.by_range else 0, cross=16)
+
+    def _sketch(self, spans: tuple[Span, ...], hidden: int, taps: Taps | None) -> Sketch:
+        n_features = BoundaryReducer(spans, self.spec, taps=taps).phi.width(hidden)
+        columns = self.columns(n_features, hidden)
+        return Sketch(spans, self.spec, taps, n_features, columns, self.method.seed)
+
     def _solve(self, part: BoundaryMoments, n_features: int) -> _Fit:
         ridge = self.ridge * float(part.state.arrays["feature_energy"][0]) / n_features
         gram = part.gram.copy()
         solution = solve_ridge(part.gram, part.cross, ridge, what=f"boundary {part.span}")
         matrix = solution.matrix
-        if self.options.rank is not None:
+        if self.method.rank is not None:
             gram[np.diag_indices_from(gram)] += ridge
-            matrix = reduce_rank_thin(matrix, gram, self.options.rank)
+            matrix = reduce_rank_thin(matrix, gram, self.method.rank)
         return _Fit(matrix, solution, ridge)
 
     def _error(self, moments: ProjectedMoments, ridge: float) -> dict[str, float]:
@@ -177,7 +223,7 @@ class ProjectedLeastSquares:
         missed = missed_energies(total.gram, np.hstack(moments.basis()), moments.n_probes, ridge)
         features = float(total.state.arrays["feature_energy"][0]) + ridge * len(moments.basis()[0])
         name, whole = "lost_features", features
-        if self.options.solver == "sketch-range":
+        if self.by_range:
             name, whole = "excess", float(total.gap_energy.sum())
         shares = missed / whole if whole > 0 else missed
         return {
@@ -230,31 +276,3 @@ def missed_energies(gram: Array, columns: Array, n_probes: int, ridge: float) ->
 
 def _residual(moments: BoundaryMoments, fitted: _Fit) -> float:
     return moments.linear_residual(fitted.matrix)
-
-
-def _require_sketchable(options: OperatorOptions) -> float:
-    """Return the relative ridge of a sketch, checked with the other options."""
-    found = {
-        "no intercept": options.intercept,
-        "no ridge by folds or gcv": isinstance(options.ridge, str),
-        "no ridge towards zero": options.shrink != "identity",
-        "not one map a removed layer": options.per_layer,
-        "without power iterations": bool(options.power_iterations) and options.solver != "sketch-features",
-    }
-    refused = [what for what, is_asked in found.items() if is_asked]
-    if refused:
-        msg = f"the solver {options.solver} fits {', '.join(refused)}; leave that out, or use the solver gram"
-        raise RequestError(msg)
-    small = [value for value in (options.rank, options.sketch_size) if value is not None and value < 1]
-    if small or options.power_iterations < 0 or options.seed < 0:
-        msg = (
-            f"rank {options.rank}, sketch size {options.sketch_size}, {options.power_iterations} power iterations and seed "
-            f"{options.seed} were asked for; give at least 1 as rank and size, 0 as the others"
-        )
-        raise RequestError(msg)
-    if options.solver != "sketch-rows" and options.rank is None and options.sketch_size is None:
-        msg = f"the solver {options.solver} needs a rank or a sketch size; give one of the two"
-        raise RequestError(msg)
-    ratio = RIDGE_WITHOUT_FOLDS if options.ridge is None else float(options.ridge)
-    require_ridge(ratio)
-    return ratio

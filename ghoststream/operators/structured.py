@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from ghoststream.operators.artifact import BoundaryOperator, Form
 from ghoststream.operators.diagnostics import describe, held_fold, require_tokens
-from ghoststream.operators.registry import OperatorOptions
+from ghoststream.operators.kind import OperatorKind
 from ghoststream.operators.ridge import RIDGE_GRID, RidgeChoice, require_folds
-from ghoststream.operators.solver import antisymmetric_share, require_ridge
+from ghoststream.operators.solver import antisymmetric_share
+from ghoststream.options import Method
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 
 Array = npt.NDArray[np.float64]
@@ -56,7 +57,7 @@ class _Fit:
     condition_number: float | None = None
 
 
-class StructuredLeastSquares:
+class StructuredLeastSquares(OperatorKind):
     """``min sum w |x M + b - d|^2 + r |M|_F^2`` over maps ``M`` of a structure, with ``r`` relative to ``trace(G) / C``.
 
     The ridge draws ``y = x (I + M)`` to the identity, and is 0 unless it is given; ``auto`` is the one of
@@ -67,16 +68,17 @@ class StructuredLeastSquares:
     ``antisymmetric_share`` (None for a diagonal).
     """
 
-    name: ClassVar[str]
-    takes: ClassVar[tuple[str, ...]] = ("intercept", "ridge")
-    needs_gram = False
+    takes: ClassVar[tuple[str, ...]] = ("intercept",)
+    ridges: ClassVar[tuple[str, ...]] = ("number", "auto")
 
-    def __init__(self, options: OperatorOptions) -> None:
-        options.require_plain(self.name, but=() if options.ridge == "gcv" else self.takes)
-        if isinstance(options.ridge, float | int):
-            require_ridge(options.ridge)
-        self.ridge = options.ridge
-        self.intercept = options.intercept
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        self._resolve(ridge=0.0 if method.ridge is None and "number" in self.ridges else method.ridge)
+
+    @property
+    def intercept(self) -> bool:
+        """Whether a constant is fitted."""
+        return self.method.intercept
 
     def problem(self, moments: BoundaryMoments) -> Problem:
         """Return the problem of some moments, whose arrays may be overwritten."""
@@ -116,8 +118,9 @@ class StructuredLeastSquares:
         return BoundaryOperator(moments.span, form, "hidden", weight, bias, diagnostics)
 
     def _choose(self, moments: FoldedMoments, total: BoundaryMoments) -> RidgeChoice:
-        if self.ridge != "auto":
-            return RidgeChoice(0.0 if self.ridge is None else float(self.ridge), ())
+        ridge = self.method.ridge
+        if ridge != "auto":
+            return RidgeChoice(float(ridge or 0.0), ())
         require_folds(moments)
         residuals = np.zeros(len(RIDGE_GRID))
         for index in range(moments.n_folds):

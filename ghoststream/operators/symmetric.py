@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from ghoststream.costs import Cost, FitShape, Need
+from ghoststream.operators.kind import linear_cost
 from ghoststream.operators.registry import register_operator
 from ghoststream.operators.ridge import Centre, centre_in_place, eigen_of_gram, mean_diagonal
 from ghoststream.operators.structured import Array, Problem, StructuredLeastSquares
@@ -16,14 +20,14 @@ _EPSILON = float(np.finfo(np.float64).eps)
 class Symmetric(StructuredLeastSquares):
     """``M = M^T``, by the Lyapunov equation ``(G + r I) M + M (G + r I) = K + K^T``.
 
-    The symmetric Procrustes problem (Higham, BIT 28, 1988). With ``G = V diag(l) V^T``, ``M = V B V^T`` and ``B_ij = (V^T (K + K^T) V)_ij / (l_i + l_j + 2 r)``; entries whose denominator float64 cannot tell
-    from zero are left at zero.
+    The symmetric Procrustes problem (Higham, BIT 28, 1988). With ``G = V diag(l) V^T``, ``M = V B V^T`` and
+    ``B_ij = (V^T (K + K^T) V)_ij / (l_i + l_j + 2 r)``; entries whose denominator float64 cannot tell from zero are left
+    at zero.
 
     Memory: that of ``ghost`` and ``40 C^2`` bytes; while ``auto`` chooses, three products of ``C x C`` matrices for each
     fold and each of 17 ridges.
     """
 
-    name = "symmetric"
     needs_gram = True
 
     def problem(self, moments: BoundaryMoments) -> Problem:
@@ -49,3 +53,7 @@ class Symmetric(StructuredLeastSquares):
             return float(shares.sum() + np.trace(shares)) / 2.0 / len(values)
 
         return Problem(unit, solve, dof, values)
+
+    def cost(self, shape: FitShape) -> Cost:
+        """Return that of a linear map, but for memory."""
+        return replace(linear_cost(shape), memory=Need(104 * shape.hidden**2, "104 C^2"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ghoststream.selection.evidence import Evidence, Repair, Residual
+from ghoststream.selection.evidence import Evidence, Residual
 from ghoststream.selection.lorp import LoRP
 from ghoststream.selection.magnitude import Magnitude
 from ghoststream.selection.registry import (
@@ -27,7 +27,6 @@ __all__ = [
     "Evidence",
     "LoRP",
     "Magnitude",
-    "Repair",
     "RepairResidual",
     "Residual",
     "ReverseOrder",

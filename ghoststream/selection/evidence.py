@@ -6,28 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import DEFAULT_FOLDS, Reducer, SumState
+from ghoststream.statistics import Reducer, SumState
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Repair:
-    """The least-squares repair ``d ~ phi(x) M`` that is tried at every candidate span.
-
-    Attributes:
-        features: What it reads.
-        weights: Token weights.
-        ridge: Relative to ``trace(G) / p``.
-        folds: Folds of whole sequences; 1 for nothing held out.
-    """
-
-    features: str = "hidden"
-    weights: str = "drop_sinks"
-    ridge: float = 1e-4
-    folds: int = DEFAULT_FOLDS
 
 
 @dataclass(frozen=True)
@@ -60,10 +44,16 @@ class Evidence(Protocol):
             NumericsError: If one is not finite.
         """
 
-    def residuals(self, spans: tuple[Span, ...], repair: Repair) -> Mapping[Span, Residual]:
+    def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> Mapping[Span, Residual]:
         """Return what a repair would leave at each of the spans, from as few sweeps over the store as memory allows.
 
+        Args:
+            spans: The candidates.
+            method: ``least-squares`` at a ridge that is a number, of any features and token weights.
+            folds: Folds of whole sequences; 1 for nothing held out.
+
         Raises:
+            RequestError: If the method is another one.
             StoreError: If a hidden state is not in the store.
             NumericsError: If a hidden state or a solution is not finite, or no token counts.
             BudgetError: If the moments of one span do not fit the memory, or all of them the disk.

@@ -14,7 +14,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.sparse.csgraph import laplacian
 
 from ghoststream.selection.evidence import Evidence
-from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
 from ghoststream.statistics import AllPairsReducer
 
@@ -27,7 +27,7 @@ _ITERATIONS = 50
 
 
 @register_criterion("lorp")
-class LoRP:
+class LoRP(Criterion):
     """One layer of every cluster, then the rest where the redundancy that is left is largest.
 
     With ``S_ij`` the mean cosine of the inputs ``h[i]`` and ``h[j]`` of layers ``i`` and ``j`` (eq. 3 and 4):
@@ -48,15 +48,15 @@ class LoRP:
 
     meaning = "mean cosine with the other layers of its cluster; the highest are removed, from every cluster"
 
-    def check(self, n_layers: int, n_remove: int) -> None:
+    def check(self, n_layers: int, remove: int) -> None:
         """Check the request.
 
         Raises:
             RequestError: If more layers than those between the first and the last are to go.
         """
-        require_count(n_remove, n_layers - 2, n_layers, "lorp keeps the first and the last layer")
+        require_count(remove, n_layers - 2, n_layers, "lorp keeps the first and the last layer")
 
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Cluster the layers and choose.
 
         Raises:
@@ -66,7 +66,7 @@ class LoRP:
         similarity = reducer.tables(evidence.reduce(reducer)).cosine
         locality = representation_locality(similarity)
         clusters = depth_clusters(similarity, n_clusters(locality))
-        removed = allocate(similarity, clusters, n_remove)
+        removed = allocate(similarity, clusters, remove)
         redundancy = {
             layer: _redundancy(similarity, layer, members) for members in clusters for layer in members
         }
@@ -115,17 +115,17 @@ def depth_clusters(similarity: Array, count: int) -> Clusters:
     return tuple(tuple(np.flatnonzero(labels == label).tolist()) for label in first_seen)
 
 
-def allocate(similarity: Array, clusters: Clusters, n_remove: int) -> tuple[int, ...]:
+def allocate(similarity: Array, clusters: Clusters, remove: int) -> tuple[int, ...]:
     """Return the layers that go, ascending: first the most redundant of each cluster, then by what is left.
 
     Args:
         similarity: ``S``, ``(N, N)``.
         clusters: The layers of each cluster.
-        n_remove: At most ``N - 2``, as the first and the last layer are kept.
+        remove: At most ``N - 2``, as the first and the last layer are kept.
     """
     waiting = [_by_redundancy(similarity, members) for members in clusters]
-    removed = [candidates.pop(0) for candidates in waiting if candidates][:n_remove]
-    while len(removed) < n_remove:
+    removed = [candidates.pop(0) for candidates in waiting if candidates][:remove]
+    while len(removed) < remove:
         left = [
             _mean_similarity(similarity, [layer for layer in members if layer not in removed])
             for members in clusters

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.selection.evidence import Evidence
-from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 2**20
 
 
-class Magnitude:
+class Magnitude(Criterion):
     """The ``n`` layers of lowest ``sum_k sum_ij |W_k,ij|^p`` over the weight matrices ``k`` of a layer.
 
     Matrices are the tensors of at least two dimensions: norms and biases do not count (the paper's formula; its code
@@ -36,7 +36,7 @@ class Magnitude:
         norm = "absolute" if power == 1 else "squared"
         self.meaning = f"sum of the {norm} weights of a layer's matrices; the lowest are removed"
 
-    def check(self, n_layers: int, n_remove: int) -> None:
+    def check(self, n_layers: int, remove: int) -> None:
         """Check the request.
 
         Raises:
@@ -45,11 +45,11 @@ class Magnitude:
         kept = self.keep_first + self.keep_last
         if kept:
             why = f"the first {self.keep_first} and the last {self.keep_last} are kept"
-            require_count(n_remove, n_layers - kept, n_layers, why)
+            require_count(remove, n_layers - kept, n_layers, why)
         else:
-            require_count(n_remove, n_layers - 1, n_layers, "at least one must survive")
+            require_count(remove, n_layers - 1, n_layers, "at least one must survive")
 
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Choose the layers of smallest weights.
 
         Raises:
@@ -57,7 +57,7 @@ class Magnitude:
         """
         layers = range(self.keep_first, evidence.n_layers - self.keep_last)
         scores = [(Span(layer, layer + 1), self._size(evidence.layer_weights(layer))) for layer in layers]
-        return Choice.lowest(scores, n_remove)
+        return Choice.lowest(scores, remove)
 
     def _size(self, weights: Iterator[torch.Tensor]) -> float:
         measure = np.abs if self.power == 1 else np.square

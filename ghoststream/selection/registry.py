@@ -3,22 +3,21 @@
 ::
 
     @register_criterion("last")
-    class Last:
+    class Last(Criterion):
         meaning = "the number of the layer; the highest are removed"
 
-        def check(self, n_layers: int, n_remove: int) -> None:
-            require_count(n_remove, n_layers - 1, n_layers, "at least one must survive")
-
-        def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+        def choose(self, evidence: Evidence, remove: int) -> Choice:
             layers = [Span(layer, layer + 1) for layer in range(evidence.n_layers)]
-            return Choice(tuple((span, float(span.start)) for span in layers), tuple(layers[-n_remove:]))
+            return Choice(tuple((span, float(span.start)) for span in layers), tuple(layers[-remove:]))
+
+An installed package names such a class as an entry point of the group ``ghoststream.criteria``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ghoststream.errors import RequestError
 from ghoststream.registry import Registry
@@ -59,29 +58,34 @@ class Choice:
         return cls(rows, tuple(sorted(span for span, _ in best)), details or {})
 
 
-class Criterion(Protocol):
-    """A rule that chooses layers."""
+class Criterion:
+    """A rule that chooses layers.
+
+    Attributes:
+        meaning: What the score says, in one line.
+    """
 
     meaning: str
-    """What the score says, in one line."""
 
-    def check(self, n_layers: int, n_remove: int) -> None:
-        """Check the request before anything is read.
+    def check(self, n_layers: int, remove: int) -> None:
+        """Check the request before anything is read; by default, any layers may go but all.
 
         Raises:
             RequestError: If so many layers cannot be removed.
         """
+        require_count(remove, n_layers - 1, n_layers, "at least one must survive")
 
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Score the candidates and choose, always the same for the same evidence.
 
         Raises:
             GhoststreamError: What the evidence raises.
         """
+        raise NotImplementedError
 
 
 _Factory = TypeVar("_Factory", bound=Callable[[], Criterion])
-_CRITERIA: Registry[Callable[[], Criterion]] = Registry("criterion")
+_CRITERIA: Registry[Callable[[], Criterion]] = Registry("criterion", group="ghoststream.criteria")
 
 
 def register_criterion(name: str) -> Callable[[_Factory], _Factory]:
@@ -112,15 +116,15 @@ def make_criterion(name: str) -> Criterion:
     return _CRITERIA.get(name)()
 
 
-def require_count(n_remove: int, most: int, n_layers: int, why: str) -> None:
+def require_count(remove: int, most: int, n_layers: int, why: str) -> None:
     """Check how many layers are to be removed.
 
     Raises:
         RequestError: If it is less than 1 or more than ``most``.
     """
     if most < 1:
-        msg = f"cannot remove {n_remove} of {n_layers} layers: {why}; use another criterion"
+        msg = f"cannot remove {remove} of {n_layers} layers: {why}; use another criterion"
         raise RequestError(msg)
-    if not 1 <= n_remove <= most:
-        msg = f"cannot remove {n_remove} of {n_layers} layers: {why}; give a number from 1 to {most}"
+    if not 1 <= remove <= most:
+        msg = f"cannot remove {remove} of {n_layers} layers: {why}; give a number from 1 to {most}"
         raise RequestError(msg)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from ghoststream.errors import NumericsError
-from ghoststream.selection.evidence import Evidence, Repair, Residual
-from ghoststream.selection.registry import Choice, register_criterion, require_count
-from ghoststream.statistics import candidate_spans
+from ghoststream.options import Method
+from ghoststream.selection.evidence import Evidence, Residual
+from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
+from ghoststream.statistics import DEFAULT_FOLDS, candidate_spans
+
+REPAIR = Method(operator="least-squares", token_weights="drop_sinks", ridge=1e-4)
+"""What is fitted at every candidate."""
 
 
-class RepairResidual:
+class RepairResidual(Criterion):
     """``argmin_l sqrt(sum w |d - phi(x) M|^2 / sum w |y|^2)``, ``x = h[l]``, ``y = h[l + n]``, ``d = y - x``.
 
     ``M`` is fitted at every candidate ``1 <= l <= L - n - 1`` (first and last layer are kept): ``phi`` is ``hidden``, the ridge
-    ``1e-4 trace(G) / C``, the weights ``drop_sinks``. The score is what is left when the repaired state enters the next
+    ``1e-4 trace(G) / C``, the token weights ``drop_sinks``. The score is what is left when the repaired state enters the next
     layer, relative to that state. Every other criterion asks what hurts unrepaired; this one what a linear map cannot
     repair. It is not the share of the gap that is left unexplained, which is small where the gap is large, and chose
     badly where both were measured (``docs/selection.md``); that share is in the details. Scores at different depths are
@@ -25,37 +29,37 @@ class RepairResidual:
 
     Args:
         held_out: Whether each fold of whole sequences is predicted by the fit without it, or by the fit on all.
-        repair: What is fitted; by default as above, with 4 folds if something is held out, else 1.
+        method: What is fitted.
     """
 
-    def __init__(self, *, held_out: bool, repair: Repair | None = None) -> None:
-        self.held_out, self.repair = held_out, repair or (Repair() if held_out else Repair(folds=1))
+    def __init__(self, *, held_out: bool, method: Method = REPAIR) -> None:
+        self.held_out, self.method, self.folds = held_out, method, DEFAULT_FOLDS if held_out else 1
         where = "on held-out folds" if held_out else "on the fitted tokens"
         self.meaning = (
             f"error of the least-squares repair relative to the target, {where}; the lowest is removed"
         )
 
-    def check(self, n_layers: int, n_remove: int) -> None:
+    def check(self, n_layers: int, remove: int) -> None:
         """Check the request.
 
         Raises:
             RequestError: If no candidate keeps the first and the last layer.
         """
-        require_count(n_remove, n_layers - 2, n_layers, "residual keeps the first and the last layer")
+        require_count(remove, n_layers - 2, n_layers, "residual keeps the first and the last layer")
 
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Choose the candidate of the least residual.
 
         Raises:
             NumericsError: If nothing can be held out, or a hidden state or a solution is not finite.
         """
-        spans = candidate_spans(evidence.n_layers, n_remove)
-        found = evidence.residuals(spans, self.repair)
+        spans = candidate_spans(evidence.n_layers, remove)
+        found = evidence.residuals(spans, self.method, self.folds)
         details = {
-            "features": self.repair.features,
-            "weights": self.repair.weights,
-            "ridge": self.repair.ridge,
-            "folds": self.repair.folds,
+            "features": self.method.features,
+            "token_weights": self.method.token_weights,
+            "ridge": self.method.ridge,
+            "folds": self.folds,
             "explained_gap": [found[span].explained for span in spans],
         }
         return Choice.lowest(((span, self._score(found[span])) for span in spans), 1, details)

@@ -21,7 +21,7 @@ class SelectionResult:
     Attributes:
         plan: The layers to remove.
         criterion: Name of the criterion.
-        n_remove: How many layers were asked for.
+        remove: How many layers were asked for.
         meaning: What the scores say.
         scores: Every candidate and its score, in order of layers.
         chosen: The candidates that the plan consists of.
@@ -31,7 +31,7 @@ class SelectionResult:
 
     plan: PruningPlan
     criterion: str
-    n_remove: int
+    remove: int
     meaning: str
     scores: tuple[tuple[Span, float], ...]
     chosen: tuple[Span, ...]
@@ -45,7 +45,7 @@ class SelectionResult:
             **_ENCODING,
             **self.plan.to_json(),
             "criterion": self.criterion,
-            "n_remove": self.n_remove,
+            "remove": self.remove,
             "meaning": self.meaning,
             "scores": [
                 {"span": [span.start, span.stop], "score": score, "chosen": span in chosen}
@@ -69,7 +69,7 @@ class SelectionResult:
             return cls(
                 plan=plan,
                 criterion=str(data["criterion"]),
-                n_remove=int(data["n_remove"]),
+                remove=int(data["remove"]),
                 meaning=str(data["meaning"]),
                 scores=tuple((span, score) for span, score, _ in rows),
                 chosen=tuple(span for span, _, chosen in rows if chosen),

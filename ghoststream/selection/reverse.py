@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ghoststream.selection.evidence import Evidence
-from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
 
 
-class ReverseOrder:
+class ReverseOrder(Criterion):
     """Layers from deep to shallow.
 
     Cost: nothing is read.
@@ -21,7 +21,7 @@ class ReverseOrder:
         self.keep_last = keep_last
         self.meaning = f"number of the layer; the highest are removed{', but the last' if keep_last else ''}"
 
-    def check(self, n_layers: int, n_remove: int) -> None:
+    def check(self, n_layers: int, remove: int) -> None:
         """Check the request.
 
         Raises:
@@ -29,12 +29,12 @@ class ReverseOrder:
         """
         most = n_layers - (2 if self.keep_last else 1)
         kept = "reverse keeps the first and the last layer" if self.keep_last else "at least one must survive"
-        require_count(n_remove, most, n_layers, kept)
+        require_count(remove, most, n_layers, kept)
 
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Choose the deepest layers."""
         layers = range(evidence.n_layers - (1 if self.keep_last else 0))
-        return Choice.highest(((Span(layer, layer + 1), float(layer)) for layer in layers), n_remove)
+        return Choice.highest(((Span(layer, layer + 1), float(layer)) for layer in layers), remove)
 
 
 @register_criterion("reverse")

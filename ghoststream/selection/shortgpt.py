@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ghoststream.selection.evidence import Evidence
-from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.selection.registry import Choice, Criterion, register_criterion
 from ghoststream.spans import Span
 from ghoststream.statistics import CosineReducer
 
 
 @register_criterion("shortgpt")
-class ShortGPT:
+class ShortGPT(Criterion):
     """The ``n`` layers of lowest Block Influence ``BI_l = 1 - mean_t cos(h[l], h[l + 1])``; any layer may go.
 
     Cost: one read of the store; 3 hidden states of 1,024 tokens in float32 at a time. Ties go to the lowest layer.
@@ -17,15 +17,7 @@ class ShortGPT:
 
     meaning = "Block Influence, 1 - mean cosine of a layer's input and output; the lowest are removed"
 
-    def check(self, n_layers: int, n_remove: int) -> None:
-        """Check the request.
-
-        Raises:
-            RequestError: If no layer would be left.
-        """
-        require_count(n_remove, n_layers - 1, n_layers, "at least one must survive")
-
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Choose the layers of lowest Block Influence.
 
         Raises:
@@ -33,4 +25,4 @@ class ShortGPT:
         """
         reducer = CosineReducer(tuple((layer, layer + 1) for layer in range(evidence.n_layers)))
         means = reducer.means(evidence.reduce(reducer))
-        return Choice.lowest(((Span(*pair), 1.0 - value) for pair, value in means.items()), n_remove)
+        return Choice.lowest(((Span(*pair), 1.0 - value) for pair, value in means.items()), remove)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ghoststream.selection.evidence import Evidence
-from ghoststream.selection.registry import Choice, register_criterion, require_count
+from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
 from ghoststream.statistics import CosineReducer
 
 
-class AngularDistance:
+class AngularDistance(Criterion):
     """``argmin_l mean arccos(cos(h[l], h[l + n])) / pi`` over ``0 <= l < L - n`` (eq. 6 and 7).
 
     Both ends are inputs of layers, so that the last layer is kept, which the paper found essential; the first may go.
@@ -23,21 +23,21 @@ class AngularDistance:
         tokens = "the last token of each sequence" if last_only else "all tokens"
         self.meaning = f"mean angular distance, arccos(cosine) / pi, over {tokens}; the lowest is removed"
 
-    def check(self, n_layers: int, n_remove: int) -> None:
+    def check(self, n_layers: int, remove: int) -> None:
         """Check the request.
 
         Raises:
             RequestError: If no candidate keeps the last layer.
         """
-        require_count(n_remove, n_layers - 1, n_layers, "uidl keeps the last layer")
+        require_count(remove, n_layers - 1, n_layers, "uidl keeps the last layer")
 
-    def choose(self, evidence: Evidence, n_remove: int) -> Choice:
+    def choose(self, evidence: Evidence, remove: int) -> Choice:
         """Choose the candidate of the least angular distance.
 
         Raises:
             NumericsError: If no token counts.
         """
-        pairs = tuple((start, start + n_remove) for start in range(evidence.n_layers - n_remove))
+        pairs = tuple((start, start + remove) for start in range(evidence.n_layers - remove))
         reducer = CosineReducer(pairs, angles=True, last_only=self.last_only)
         means = reducer.means(evidence.reduce(reducer))
         return Choice.lowest(((Span(*pair), value) for pair, value in means.items()), 1)

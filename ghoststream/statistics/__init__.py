@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, Precision
-from ghoststream.statistics.engines import Reducer
+from ghoststream.options import UNIFORM, Precision
+from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReducer, MomentSpec
+from ghoststream.statistics.engines import HERE
 from ghoststream.statistics.features import (
     Feature,
     ModelFacts,
@@ -17,33 +18,36 @@ from ghoststream.statistics.moments import BoundaryMoments
 from ghoststream.statistics.norms import NormProfile, NormReducer, norm_profile
 from ghoststream.statistics.pairs import AllPairsReducer, PairTables, pairwise_similarity
 from ghoststream.statistics.ranges import DEFAULT_FOLDS, Ranges
-from ghoststream.statistics.reduction import reduce_boundaries
+from ghoststream.statistics.reducers import Reducer
+from ghoststream.statistics.reduction import reduce, store_ranges
 from ghoststream.statistics.rotation import hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.similarity import CosineReducer, mean_cosine, reduce_whole
 from ghoststream.statistics.source import HiddenStateSource, TapSource, open_source, store_digest
 from ghoststream.statistics.sums import SumState
-from ghoststream.statistics.sweeps import Sweep, candidate_spans, plan_sweeps
-from ghoststream.statistics.weights import (
-    UNIFORM,
+from ghoststream.statistics.sweeps import Sweep, budgeted, candidate_spans, divide_sweeps
+from ghoststream.statistics.token_weights import (
     BoundaryTokens,
     TokenWeight,
-    get_weight,
-    register_weight,
-    weight_names,
+    get_token_weight,
+    register_token_weight,
+    token_weight_names,
 )
 
 __all__ = [
     "DEFAULT_BLOCK_TOKENS",
     "DEFAULT_FOLDS",
+    "HERE",
     "UNIFORM",
     "AllPairsReducer",
     "BoundaryMoments",
+    "BoundaryReducer",
     "BoundaryTokens",
     "CosineReducer",
     "Feature",
     "FoldedMoments",
     "HiddenStateSource",
     "ModelFacts",
+    "MomentSpec",
     "NormProfile",
     "NormReducer",
     "PairTables",
@@ -54,23 +58,25 @@ __all__ = [
     "Sweep",
     "TapSource",
     "TokenWeight",
+    "budgeted",
     "candidate_spans",
+    "divide_sweeps",
     "feature_names",
     "get_feature",
-    "get_weight",
+    "get_token_weight",
     "hadamard_factors",
     "hadamard_matrix",
     "mean_cosine",
     "norm_profile",
     "open_source",
     "pairwise_similarity",
-    "plan_sweeps",
-    "reduce_boundaries",
+    "reduce",
     "reduce_whole",
     "register_feature",
-    "register_weight",
+    "register_token_weight",
     "rotate",
     "store_digest",
+    "store_ranges",
     "taps_of",
-    "weight_names",
+    "token_weight_names",
 ]

@@ -21,7 +21,6 @@ class TokenBlock:
 
     Attributes:
         positions: Of each token, within its sequence.
-        numbers: Of each token, within the store: sequence times length plus position.
 
     Memory: one array of ``(n_tokens, C)`` float64 a layer that was asked for and not given up again, and one more
     while a layer is read.
@@ -34,8 +33,7 @@ class TokenBlock:
         self.taps = taps
         self._mask = source.mask(first, last)
         self._cache: dict[int, Array] = {}
-        rows, self.positions = np.nonzero(self._mask)
-        self.numbers = (first + rows) * source.length + self.positions
+        _, self.positions = np.nonzero(self._mask)
         ends = np.cumsum(self._mask.sum(axis=1))
         self.sequences = tuple(
             slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import RequestError
+from ghoststream.options import UNIFORM, Precision
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import (
     add_cross,
@@ -21,20 +22,37 @@ from ghoststream.statistics.blas import (
 from ghoststream.statistics.block import TokenBlock
 from ghoststream.statistics.features import Feature, ModelFacts, SizedFeature, get_feature, taps_of
 from ghoststream.statistics.moments import gram_prefix, span_prefix
+from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.source import HiddenStateSource, Taps
 from ghoststream.statistics.sums import SumState
-from ghoststream.statistics.weights import UNIFORM, BoundaryTokens, TokenWeight, Weighting, get_weight
+from ghoststream.statistics.token_weights import BoundaryTokens, TokenWeight, Weighting, get_token_weight
 
 Array = npt.NDArray[np.float64]
-Numbers = npt.NDArray[np.int64]
 
 DEFAULT_BLOCK_TOKENS = 2048
 
-Precision = Literal["float64", "float32-blocked"]
+
+@dataclass(frozen=True)
+class MomentSpec:
+    """Of which features moments are, how tokens count in them, and how they are summed.
+
+    Attributes:
+        feature: Name of the feature ``phi``.
+        token_weights: Name of the token weight.
+        precision: ``float64``, or ``float32-blocked``: products of Gram and cross-moment in float32 over blocks of
+            256 tokens, sums of blocks in float64 (see :func:`~ghoststream.statistics.blas.add_gram_upper_float32`).
+        block_tokens: Tokens that are read at a time (at least one sequence). It changes the order of additions,
+            so it belongs to the recipe.
+    """
+
+    feature: str = "hidden"
+    token_weights: str = UNIFORM
+    precision: Precision = "float64"
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
-class BoundaryReducer:
+class BoundaryReducer(Reducer):
     """Builds the moments of ``spans`` over a range of sequences, every needed layer read once.
 
     With uniform weights Grams are kept per start (spans that start together share one), with other weights, which
@@ -42,13 +60,8 @@ class BoundaryReducer:
 
     Args:
         spans: The spans, in any number; they may overlap.
+        spec: Features, token weights and precision.
         grams: Whether Gram and cross-moment are built; without them only statistics per channel.
-        feature: Name of the feature ``phi``.
-        weights: Name of the token weight.
-        block_tokens: Tokens that are read at a time (at least one sequence). It changes the order of additions,
-            so it belongs to the recipe.
-        precision: ``float64``, or ``float32-blocked``: products of Gram and cross-moment in float32 over blocks of
-            256 tokens, sums of blocks in float64 (see :func:`~ghoststream.statistics.blas.add_gram_upper_float32`).
         taps: Where the taps are, for features that read those of the layer before a boundary.
 
     Raises:
@@ -57,11 +70,8 @@ class BoundaryReducer:
     """
 
     spans: tuple[Span, ...]
+    spec: MomentSpec = MomentSpec()
     grams: bool = True
-    feature: str = "hidden"
-    weights: str = UNIFORM
-    block_tokens: int = DEFAULT_BLOCK_TOKENS
-    precision: Precision = "float64"
     taps: Taps | None = None
     # The rules travel with the reducer: a worker elsewhere has not run the user's registrations.
     _phi: Feature = field(init=False, repr=False, compare=False)
@@ -69,9 +79,9 @@ class BoundaryReducer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_phi", self._sized_feature())
-        object.__setattr__(self, "_weight", get_weight(self.weights))
-        if self.precision not in get_args(Precision):
-            msg = f"there is no precision {self.precision!r}; known are {', '.join(get_args(Precision))}"
+        object.__setattr__(self, "_weight", get_token_weight(self.spec.token_weights))
+        if self.spec.precision not in get_args(Precision):
+            msg = f"there is no precision {self.spec.precision!r}; known are {', '.join(get_args(Precision))}"
             raise RequestError(msg)
 
     @property
@@ -95,10 +105,7 @@ class BoundaryReducer:
             "statistic": self.kind,
             "spans": [[span.start, span.stop] for span in self.spans],
             "grams": self.grams,
-            "feature": self.feature,
-            "weights": self.weights,
-            "block_tokens": self.block_tokens,
-            "precision": self.precision,
+            **asdict(self.spec),
         }
 
     def state_bytes(self, hidden: int, length: int) -> int:
@@ -110,9 +117,9 @@ class BoundaryReducer:
 
     def task_bytes(self, hidden: int, length: int) -> int:
         """Peak bytes of one task: the state and the blocks of :meth:`reduce`."""
-        rows = max(1, self.block_tokens // length) * length
+        rows = max(1, self.spec.block_tokens // length) * length
         width = self._phi.width(hidden)
-        product = panel_bytes(width, hidden, 4 if self.precision == "float32-blocked" else 8)
+        product = panel_bytes(width, hidden, 4 if self.spec.precision == "float32-blocked" else 8)
         return self.state_bytes(hidden, length) + product + round(self._blocks(hidden) * rows * hidden * 8)
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
@@ -127,7 +134,7 @@ class BoundaryReducer:
             RequestError: If the store does not say what the feature needs to know of the model.
         """
         state = self._empty(source.hidden, source.length)
-        step = max(1, self.block_tokens // source.length)
+        step = max(1, self.spec.block_tokens // source.length)
         facts = ModelFacts.of(source.fingerprint)
         taps = self._open_taps()
         for first in range(start, stop, step):
@@ -140,19 +147,19 @@ class BoundaryReducer:
         return state
 
     def _sized_feature(self) -> Feature:
-        feature = get_feature(self.feature)
-        if not taps_of(self.feature) or not self.grams:
+        feature = get_feature(self.spec.feature)
+        if not taps_of(self.spec.feature) or not self.grams:
             return feature
         if self.taps is None:
             msg = (
-                f"the features {self.feature} are of the layer before the boundary, which is run again for them; "
+                f"the features {self.spec.feature} are of the layer before the boundary, which is run again for them; "
                 "use them where the model is given, as in solve with a model, or features of the hidden state"
             )
             raise RequestError(msg)
         first = next((span for span in self.spans if span.start == 0), None)
         if first is not None:
             msg = (
-                f"the features {self.feature} are of the layer before the boundary, and {first} begins with the first "
+                f"the features {self.spec.feature} are of the layer before the boundary, and {first} begins with the first "
                 "layer; use features of the hidden state there, or another span"
             )
             raise RequestError(msg)
@@ -165,14 +172,14 @@ class BoundaryReducer:
 
     def _shared(self, span: Span) -> str:
         # Prefix of what is summed once for all spans that read the same features of the same weights.
-        return gram_prefix(self.feature, self.weights, span)
+        return gram_prefix(self.spec.feature, self.spec.token_weights, span)
 
     def _blocks(self, hidden: int) -> float:
         last = {layer: max(s for s in self.spans if layer in (s.start, s.stop)) for layer in self.layers}
         first = {layer: min(s for s in self.spans if layer in (s.start, s.stop)) for layer in self.layers}
         live = max(sum(first[i] <= span <= last[i] for i in self.layers) for span in self.spans)
-        of_weights = 0 if self.weights == UNIFORM else 4
-        of_feature = 0.0 if self.feature == "hidden" else 2 * self._phi.width(hidden) / hidden
+        of_weights = 0 if self.spec.token_weights == UNIFORM else 4
+        of_feature = 0.0 if self.spec.feature == "hidden" else 2 * self._phi.width(hidden) / hidden
         if isinstance(self._phi, SizedFeature):
             of_feature += 2 * self._phi.size / hidden
         return live + 2 + of_weights + of_feature
@@ -218,13 +225,12 @@ class BoundaryReducer:
         read = inputs if block.taps is None else weighting.select(block.taps.rows(span.start - 1))
         features = self._phi.rows(read, facts)
         features = scaled if features is inputs else weighting.scale(features)
-        tokens = block.numbers[weighting.kept]
         shared = self._shared(span)
         if shared not in added:
             added.add(shared)
             state.arrays[shared + "feature_sum"] += weighting.sum(features)
-            self._add_features(state, shared, features, tokens)
-        self._add_pair(state, span, self._completed(features, weighting), gap, tokens)
+            self._add_features(state, shared, features)
+        self._add_pair(state, span, self._completed(features, weighting), gap)
 
     def _in_basis(self, rows: Array) -> Array:
         # The basis that statistics are taken in; token weights are those of the hidden states as they are.
@@ -243,14 +249,12 @@ class BoundaryReducer:
             span_prefix(span) + "cross": np.zeros((width, hidden)),
         }
 
-    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
-        del tokens
-        add = add_gram_upper if self.precision == "float64" else add_gram_upper_float32
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
+        add = add_gram_upper if self.spec.precision == "float64" else add_gram_upper_float32
         add(state.arrays[shared + "gram"], features)
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
-        del tokens
-        add = add_cross if self.precision == "float64" else add_cross_float32
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
+        add = add_cross if self.spec.precision == "float64" else add_cross_float32
         add(state.arrays[span_prefix(span) + "cross"], features, gap)
 
     def _finish(self, state: SumState) -> None:

@@ -12,7 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import dask
 from dask.callbacks import Callback
@@ -21,58 +21,40 @@ from ghoststream.activations import StoreRef
 from ghoststream.errors import RequestError
 from ghoststream.files import json_digest
 from ghoststream.machine import free_host_memory, processors
+from ghoststream.options import Reduction
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.cluster import Needs, connect, explained, require_able
 from ghoststream.statistics.ranges import Ranges, SequenceRange, TreeNode, tree_root
-from ghoststream.statistics.source import HiddenStateSource
+from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.sums import SumState
 
 StateRef = SumState | Path
 """A state, or the file that holds it."""
 
+HERE = Reduction()
+"""In this process."""
+
 _RETRIES = 2
-
-
-class Reducer(Protocol):
-    """A statistic that is a sum over sequences. Instances are small and can be sent to another process.
-
-    States are added. A reducer whose states combine otherwise has a method ``merge(left, right)``, which returns a state
-    of its own and leaves both as they are. One that computes on an accelerator names it in an attribute ``device`` and says by a
-    method ``most_tasks(hidden, length)`` how many tasks that has memory for (None for any number).
-    """
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Hidden states that are read."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return what can change a bit of the result, as JSON data."""
-
-    def task_bytes(self, hidden: int, length: int) -> int:
-        """Return the peak bytes of one task."""
-
-    def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
-        """Return the state of sequences ``[start, stop)``; always the same bits for the same range."""
 
 
 @dataclass(frozen=True)
 class ReductionJob:
-    """One statistic over one store, divided by one plan; ``folder`` keeps partial states if given."""
+    """One statistic over the ranges of one store; ``folder`` keeps partial states if given."""
 
-    store_uri: str
+    store: str
     reducer: Reducer
-    plan: Ranges
+    ranges: Ranges
     folder: Path | None = None
 
     def digest(self, store_digest: str) -> str:
         """Return the digest of what decides every bit of the states."""
-        plan = self.plan
+        ranges = self.ranges
         return json_digest(
             {
                 "store": store_digest,
                 "reducer": self.reducer.describe(),
-                "ranges": [plan.n_sequences, plan.range_sequences, plan.n_folds],
+                "ranges": [ranges.n_sequences, ranges.range_sequences, ranges.n_folds],
             }
         )
 
@@ -86,12 +68,7 @@ class _Step:
     parent: Path
 
     def join(self, state: SumState, reducer: Reducer) -> SumState:
-        merge = getattr(reducer, "merge", None)
-        if merge is None:
-            return state.add_file(self.sibling)
-        other = SumState.load(self.sibling)
-        joined: SumState = merge(other, state) if self.is_left else merge(state, other)
-        return joined
+        return reducer.merge_file(state, self.sibling, is_left=self.is_left)
 
 
 @dataclass(frozen=True)
@@ -131,20 +108,18 @@ class _Place:
 
 def run_job(
     job: ReductionJob,
+    reduction: Reduction = HERE,
     *,
-    scheduler: Any = None,
-    workers: int | None = None,
     progress: Progress | None = None,
-    task: str = "reduce",
+    label: str = "reduce",
 ) -> tuple[StateRef, ...]:
     """Run all ranges of a job and return the merged state of each fold.
 
     Args:
         job: What to do. Its folder must exist if it is given, and be visible to all workers.
-        scheduler: None for this process, else the address of a Dask scheduler or a ``distributed.Client``.
-        workers: Threads in this process; by default as many as there are processors, and memory for their tasks.
+        reduction: Where it runs; its memory and device are the caller's to keep.
         progress: Told how many sequences are done.
-        task: Name of the work for ``progress``.
+        label: Names the work for ``progress``.
 
     Raises:
         RequestError: If the scheduler does not answer or is lost, or its workers do not see the store or the folder.
@@ -154,15 +129,17 @@ def run_job(
         DiskFullError: If partial states do not fit the disk.
     """
     graph = _Graph(job)
-    roots = [graph.node(tree_root(fold, len(job.plan.fold_leaves(fold)))) for fold in range(job.plan.n_folds)]
+    roots = [
+        graph.node(tree_root(fold, len(job.ranges.fold_leaves(fold)))) for fold in range(job.ranges.n_folds)
+    ]
     reporter = progress or SilentProgress()
-    reporter.start(task, job.plan.n_sequences, "sequences")
-    reporter.advance(job.plan.n_sequences - sum(graph.leaf_sequences.values()))
+    reporter.start(label, job.ranges.n_sequences, "sequences")
+    reporter.advance(job.ranges.n_sequences - sum(graph.leaf_sequences.values()))
     try:
-        if scheduler is None:
-            done = _run_here(graph, roots, job, workers, reporter)
+        if reduction.scheduler is None:
+            done = _run_here(graph, roots, reduction.workers, reporter)
         else:
-            with connect(scheduler) as client:
+            with connect(reduction.scheduler) as client:
                 done = _run_distributed(client, graph, roots, reporter)
     finally:
         reporter.finish()
@@ -175,10 +152,10 @@ class _Graph:
 
     def __init__(self, job: ReductionJob) -> None:
         self.job = job
-        self.store = StoreRef.of(job.store_uri)
+        self.store = StoreRef.of(job.store)
         self.tasks: list[Any] = []
         self.leaf_sequences: dict[str, int] = {}
-        self._leaves = [job.plan.fold_leaves(fold) for fold in range(job.plan.n_folds)]
+        self._leaves = [job.ranges.fold_leaves(fold) for fold in range(job.ranges.n_folds)]
         # Keys of one run must not be mistaken for those of an earlier run on the same cluster.
         self._run = uuid.uuid4().hex
 
@@ -238,8 +215,7 @@ def _merge(left: StateRef, right: StateRef, reducer: Reducer, place: _Place) -> 
         return found
     if isinstance(left, SumState) and isinstance(right, SumState):
         # A task must not change what it was given: it may be run again.
-        merge = getattr(reducer, "merge", None)
-        return left.copy().add_in_place(right) if merge is None else merge(left, right)
+        return reducer.merge(left, right)
     if not (isinstance(left, Path) and isinstance(right, Path) and place.path is not None):
         msg = "the two halves of a merge must both be states or both be files"
         raise TypeError(msg)
@@ -252,17 +228,14 @@ def _merge(left: StateRef, right: StateRef, reducer: Reducer, place: _Place) -> 
 
 
 def _run_here(
-    graph: _Graph, roots: list[Any], job: ReductionJob, workers: int | None, progress: Progress
+    graph: _Graph, roots: list[Any], workers: int | None, progress: Progress
 ) -> tuple[StateRef, ...]:
     def report(key: Any, *_: Any) -> None:
         progress.advance(graph.leaf_sequences.get(key, 0))
 
-    source = graph.store.open()
-    n_threads = workers or default_workers(job.reducer.task_bytes(source.hidden, source.length))
-    most_tasks = getattr(job.reducer, "most_tasks", None)
-    n_threads = (
-        min(n_threads, most_tasks(source.hidden, source.length) or n_threads) if most_tasks else n_threads
-    )
+    source, reducer = graph.store.open(), graph.job.reducer
+    n_threads = workers or default_workers(reducer.task_bytes(source.hidden, source.length))
+    n_threads = min(n_threads, reducer.most_tasks(source.hidden, source.length) or n_threads)
     # A pool of its own, which ends here: when a range fails, the others have stopped writing before the error leaves.
     with single_blas_thread(), Callback(posttask=report), ThreadPoolExecutor(n_threads) as pool:
         done = dask.compute(*roots, scheduler="threads", pool=pool, optimize_graph=False, traverse=False)
@@ -274,10 +247,9 @@ def _run_distributed(
 ) -> tuple[StateRef, ...]:
     from distributed import as_completed
 
-    source = graph.store.open()
-    task_bytes = graph.job.reducer.task_bytes(source.hidden, source.length)
-    device = getattr(graph.job.reducer, "device", None)
-    needs = Needs(graph.store, graph.job.folder, task_bytes, device)
+    source, reducer = graph.store.open(), graph.job.reducer
+    task_bytes = reducer.task_bytes(source.hidden, source.length)
+    needs = Needs(graph.store, graph.job.folder, task_bytes, reducer.device)
     if graph.tasks:
         require_able(client, needs, progress)
     futures = client.compute(graph.tasks, optimize_graph=False, retries=_RETRIES)

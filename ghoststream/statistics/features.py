@@ -2,18 +2,17 @@
 
 A user's own is a class of a few lines::
 
-    class Magnitudes:
+    class Magnitudes(Feature):
         name = "magnitudes"
-
-        def width(self, hidden: int) -> int:
-            return hidden
 
         def rows(self, states: Array, facts: ModelFacts) -> Array:
             return np.abs(states)
 
     register_feature(Magnitudes())
 
-A feature with an attribute ``taps`` reads inner activations of the layer before the boundary (``docs/taps.md``) in the place
+An installed package names such an object as an entry point of the group ``ghoststream.features``.
+
+A feature whose ``taps`` are not empty reads inner activations of the layer before the boundary (``docs/taps.md``) in the place
 of the hidden states: ``taps`` is a tuple of their names, ``width`` is given the width of all of them together, ``rows`` the taps
 side by side in that order, ``(n, width)``.
 
@@ -24,8 +23,8 @@ judged by its residuals and applied by the user's own code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,28 +55,30 @@ class ModelFacts:
         return cls(None if value is None else float(value))
 
 
-class Feature(Protocol):
-    """A map of hidden states to features, row by row."""
+class Feature:
+    """A map of hidden states to features, row by row.
 
-    @property
-    def name(self) -> str:
-        """Name by which it is registered."""
+    Attributes:
+        name: Name by which it is registered.
+        taps: Taps of the layer before the boundary that are read in the place of the hidden states; none by default.
+    """
+
+    name: str
+    taps: tuple[str, ...] = ()
 
     def width(self, hidden: int) -> int:
-        """Return the number of features p for a hidden size C."""
+        """Return the number of features p for a hidden size C (for taps, their width together); by default as many."""
+        return hidden
 
     def rows(self, states: Array, facts: ModelFacts) -> Array:
         """Map hidden states ``(n, C)`` float64 to features ``(n, p)`` float64, C-contiguous."""
+        raise NotImplementedError
 
 
-class HiddenFeature:
+class HiddenFeature(Feature):
     """``phi(x) = x``: the feature of the paper (arXiv 2605.15491)."""
 
     name = "hidden"
-
-    def width(self, hidden: int) -> int:
-        """Return ``hidden``."""
-        return hidden
 
     def rows(self, states: Array, facts: ModelFacts) -> Array:
         """Return the states themselves."""
@@ -85,14 +86,10 @@ class HiddenFeature:
         return states
 
 
-class NormedFeature:
+class NormedFeature(Feature):
     """``phi(x) = x / sqrt(mean(x^2) + eps)``, ``eps`` that of the model's own norms; no learned scale."""
 
     name = "normed"
-
-    def width(self, hidden: int) -> int:
-        """Return ``hidden``."""
-        return hidden
 
     def rows(self, states: Array, facts: ModelFacts) -> Array:
         """Return the states divided by their root mean square.
@@ -104,7 +101,7 @@ class NormedFeature:
         return normed
 
 
-class HiddenAndNormedFeature:
+class HiddenAndNormedFeature(Feature):
     """``phi(x) = (x, x / sqrt(mean(x^2) + eps))``, of width ``2 C``: what either of the two can do, and more."""
 
     name = "hidden+normed"
@@ -127,7 +124,7 @@ class HiddenAndNormedFeature:
 
 
 @dataclass(frozen=True)
-class TapFeature:
+class TapFeature(Feature):
     """``phi = (a_1, a_2, ...)``: taps of the layer before the boundary side by side, as they are.
 
     Attributes:
@@ -137,10 +134,6 @@ class TapFeature:
 
     name: str
     taps: tuple[str, ...]
-
-    def width(self, hidden: int) -> int:
-        """Return the width of the taps together."""
-        return hidden
 
     def rows(self, states: Array, facts: ModelFacts) -> Array:
         """Return the taps."""
@@ -159,16 +152,15 @@ HIDDEN_AND_MLP = TapFeature("hidden+mlp", (STATE_TAP, "mlp_intermediate"))
 
 
 @dataclass(frozen=True)
-class SizedFeature:
+class SizedFeature(Feature):
     """A feature of taps whose width together is known: what reducers work with."""
 
     feature: Feature
     size: int
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """Name of the feature."""
-        return self.feature.name
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.feature.name)
 
     def width(self, hidden: int) -> int:
         """Return the number of features; the hidden size does not matter."""
@@ -186,7 +178,7 @@ def taps_of(name: str) -> tuple[str, ...]:
     Raises:
         RequestError: If there is no feature of this name.
     """
-    return tuple(getattr(get_feature(name), "taps", ()))
+    return get_feature(name).taps
 
 
 def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
@@ -201,7 +193,9 @@ def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
     return inverse
 
 
-_FEATURES: Registry[Feature] = Registry("feature")
+_FEATURES: Registry[Feature] = Registry(
+    "feature", group="ghoststream.features", name_of=lambda feature: feature.name
+)
 
 
 def register_feature(feature: Feature) -> Feature:

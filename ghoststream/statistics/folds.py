@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.options import UNIFORM
 from ghoststream.spans import Span
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.moments import BoundaryMoments, gram_prefix, span_prefix
 from ghoststream.statistics.sums import SumState
-from ghoststream.statistics.weights import UNIFORM
 
 Array = npt.NDArray[np.float64]
 
@@ -23,7 +23,7 @@ class FoldedMoments:
     Attributes:
         span: The removed span.
         feature: Name of the feature ``phi``.
-        weights: Name of the token weight.
+        token_weights: Name of the token weight.
         facts: What the feature knew of the model.
 
     Memory: nothing until :meth:`fold` or :meth:`total` is called, then one or two :class:`BoundaryMoments`.
@@ -35,13 +35,13 @@ class FoldedMoments:
         folds: Sequence[SumState | Path],
         *,
         feature: str = "hidden",
-        weights: str = UNIFORM,
+        token_weights: str = UNIFORM,
         facts: ModelFacts | None = None,
     ) -> None:
-        self.span, self.feature, self.weights = span, feature, weights
+        self.span, self.feature, self.token_weights = span, feature, token_weights
         self.facts = facts or ModelFacts()
         self._folds = tuple(folds)
-        self._prefixes = (gram_prefix(feature, weights, span), span_prefix(span))
+        self._prefixes = (gram_prefix(feature, token_weights, span), span_prefix(span))
 
     @property
     def states(self) -> tuple[SumState | Path, ...]:

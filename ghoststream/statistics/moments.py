@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import RequestError
+from ghoststream.options import UNIFORM
 from ghoststream.spans import Span
 from ghoststream.statistics.sums import SumState, read_metadata
 from ghoststream.statistics.triangles import merge_triangles
-from ghoststream.statistics.weights import UNIFORM
 
 Array = npt.NDArray[np.float64]
 
@@ -251,7 +251,7 @@ class BoundaryMoments:
         try:
             return self.state.arrays[name]
         except KeyError:
-            msg = f"the moments of {self.span} hold no {name}; reduce the store with grams=True"
+            msg = f"the moments of {self.span} hold no {name}; reduce the store with Grams"
             raise RequestError(msg) from None
 
     def _require_same(self, other: BoundaryMoments) -> None:
@@ -260,11 +260,11 @@ class BoundaryMoments:
             raise RequestError(msg)
 
 
-def gram_prefix(feature: str, weights: str, span: Span) -> str:
+def gram_prefix(feature: str, token_weights: str, span: Span) -> str:
     """Name prefix of a span's Gram in a reduction's state; with uniform weights all spans of one start share it."""
-    if weights == UNIFORM:
+    if token_weights == UNIFORM:
         return f"gram/{feature}/{span.start}/"
-    return f"gram/{feature}/{weights}/{span.start}-{span.stop}/"
+    return f"gram/{feature}/{token_weights}/{span.start}-{span.stop}/"
 
 
 def span_prefix(span: Span) -> str:

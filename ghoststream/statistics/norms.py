@@ -10,18 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.options import Reduction
 from ghoststream.progress import Progress
+from ghoststream.statistics.engines import HERE
+from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.similarity import reduce_whole
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite
 from ghoststream.statistics.sums import SumState
-from ghoststream.statistics.weights import SINK_FACTOR
+from ghoststream.statistics.token_weights import SINK_FACTOR
 
 Array = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class NormReducer:
+class NormReducer(Reducer):
     """Norms, massive activations and mean absolute channels of hidden states; masked tokens do not enter.
 
     A token is massive in ``h[l]`` if its norm is above ``factor`` times the median norm of its sequence there, as for
@@ -188,11 +191,10 @@ class NormProfile:
 
 
 def norm_profile(
-    store_uri: str,
+    store: str,
     layers: Iterable[int] | None = None,
+    reduction: Reduction = HERE,
     *,
-    scheduler: Any = None,
-    workers: int | None = None,
     progress: Progress | None = None,
 ) -> NormProfile:
     """Return norms, massive activations and mean absolute channels of hidden states (all stored ones by default).
@@ -207,12 +209,10 @@ def norm_profile(
 
     Memory: ``8 n (C + T)`` bytes a state and :meth:`NormReducer.reduce`, once for each worker thread.
     """
-    chosen = reopen_source(store_uri).completed_layers() if layers is None else layers
+    chosen = reopen_source(store).completed_layers() if layers is None else layers
     reducer = NormReducer(tuple(sorted(set(chosen))))
     if not reducer.layers:
-        msg = f"{store_uri} holds no hidden state completely; finish the capture first"
+        msg = f"{store} holds no hidden state completely; finish the capture first"
         raise RequestError(msg)
-    state = reduce_whole(
-        store_uri, reducer, scheduler=scheduler, workers=workers, progress=progress, task="norms"
-    )
+    state = reduce_whole(store, reducer, reduction, progress=progress, label="norms")
     return reducer.profile(state)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import BudgetError, NumericsError, RequestError
+from ghoststream.options import Reduction
 from ghoststream.progress import Progress
+from ghoststream.statistics.engines import HERE, default_workers
+from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.similarity import angular_distance, reduce_whole
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite
 from ghoststream.statistics.sums import SumState
@@ -23,7 +26,7 @@ _TABLES = ("cosine", "angle", "last_cosine", "last_angle")
 
 
 @dataclass(frozen=True)
-class AllPairsReducer:
+class AllPairsReducer(Reducer):
     """Sums of the cosine and of the angular distance between ``h[a]`` and ``h[b]`` of one token, for all pairs.
 
     Apart for all tokens and for the last token of each sequence that is not masked. The angular distance is
@@ -157,58 +160,62 @@ class _Tile:
 
 
 def pairwise_similarity(
-    store_uri: str,
+    store: str,
     layers: Iterable[int] | None = None,
+    reduction: Reduction = HERE,
     *,
-    memory: int | None = None,
-    scheduler: Any = None,
-    workers: int | None = None,
     progress: Progress | None = None,
 ) -> PairTables:
     """Return mean cosine and angular distance of all pairs of hidden states, over all and over last tokens.
 
     Args:
-        store_uri: Path or URL of the store.
+        store: Path or URL of the store.
         layers: Hidden states to compare; all stored ones by default.
-        memory: Bytes that one task may take; where all hidden states of one sequence take more, they are compared
-            tile by tile, and read more than once. None reads each once.
-        scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
-        workers: Threads in this process.
+        reduction: Where it runs. Where memory is given and all hidden states of one sequence take more, they are compared
+            tile by tile, and read more than once; by default each is read once.
         progress: Told how many sequences are done.
 
     Raises:
         RequestError: If there are fewer than two hidden states.
-        BudgetError: If even two hidden states of one sequence take more than ``memory``.
+        BudgetError: If even two hidden states of one sequence take more than the memory that is given.
         MismatchError: If a layer is beyond the model.
         StoreError: If a layer is not in the store.
         NumericsError: If a hidden state is not finite, or no token counts.
 
     Memory: see :meth:`AllPairsReducer.reduce`, once for each worker thread.
     """
-    source = reopen_source(store_uri)
+    source = reopen_source(store)
     chosen = tuple(sorted(set(source.completed_layers() if layers is None else layers)))
     if len(chosen) < 2:
-        msg = f"there are no pairs of layers to compare in {store_uri}; it needs two hidden states at least"
+        msg = f"there are no pairs of layers to compare in {store}; it needs two hidden states at least"
         raise RequestError(msg)
-    reducer = _tiled(AllPairsReducer(chosen), source, memory)
-    state = reduce_whole(store_uri, reducer, scheduler=scheduler, workers=workers, progress=progress)
+    reducer, workers = _tiled(AllPairsReducer(chosen), source, reduction)
+    reduction = reduction.model_copy(update={"workers": workers})
+    state = reduce_whole(store, reducer, reduction, progress=progress)
     return reducer.tables(state)
 
 
-def _tiled(reducer: AllPairsReducer, source: HiddenStateSource, memory: int | None) -> AllPairsReducer:
-    def fits(candidate: AllPairsReducer) -> bool:
-        return memory is None or candidate.task_bytes(source.hidden, source.length) <= memory
-
-    if fits(reducer):
-        return reducer
+def _tiled(
+    reducer: AllPairsReducer, source: HiddenStateSource, reduction: Reduction
+) -> tuple[AllPairsReducer, int | None]:
+    """Return tiles of layers that fit the memory, and the tasks at a time: fewer only if two hidden states did not fit."""
+    memory, workers = reduction.memory, reduction.workers
+    if memory is None:
+        return reducer, workers
     n = len(reducer.layers)
-    for n_tiles in range(2, n + 1):
-        tiled = AllPairsReducer(reducer.layers, tile_layers=math.ceil(n / n_tiles))
-        if fits(tiled):
-            return tiled
+    sizes = list(dict.fromkeys([n, *(math.ceil(n / n_tiles) for n_tiles in range(2, n + 1))]))
+    tried = [replace(reducer, tile_layers=None if size == n else size) for size in sizes]
+    bytes_of = [one.task_bytes(source.hidden, source.length) for one in tried]
+    if reduction.scheduler is not None:
+        workers = 1
+    elif workers is None:
+        workers = max(1, min(default_workers(0), memory // bytes_of[-1]))
+    for one, n_bytes in zip(tried, bytes_of, strict=True):
+        if n_bytes <= memory // workers:
+            return one, reduction.workers if reduction.scheduler is not None else workers
     msg = (
-        f"two hidden states of one sequence take {tiled.task_bytes(source.hidden, source.length):,} bytes a task, "
-        f"{memory:,} are allowed; give more memory"
+        f"two hidden states of one sequence take {bytes_of[-1]:,} bytes a task, {memory // workers:,} are allowed; "
+        "give more memory"
     )
     raise BudgetError(msg)
 

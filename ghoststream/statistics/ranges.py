@@ -59,15 +59,15 @@ class Ranges:
         if range_sequences < 1:
             msg = f"the range size is {range_sequences} sequences; give at least 1"
             raise RequestError(msg)
-        plan = cls(n_sequences, range_sequences, n_folds)
-        if plan.n_ranges < n_folds:
+        ranges = cls(n_sequences, range_sequences, n_folds)
+        if ranges.n_ranges < n_folds:
             most = (n_sequences - 1) // (n_folds - 1)
             msg = (
                 f"ranges of {range_sequences} of {n_sequences} sequences leave some of the {n_folds} folds empty; "
                 f"give at most {most} sequences a range, or fewer folds"
             )
             raise RequestError(msg)
-        return plan
+        return ranges
 
     @property
     def n_ranges(self) -> int:

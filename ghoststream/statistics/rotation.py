@@ -37,6 +37,8 @@ class RotatedReducer(BoundaryReducer):
     Memory: that of :class:`BoundaryReducer` without Grams, and 4 blocks more.
     """
 
+    grams: bool = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.grams:

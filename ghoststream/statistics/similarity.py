@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.options import Reduction
 from ghoststream.progress import Progress
-from ghoststream.statistics.engines import Reducer, ReductionJob, run_job
+from ghoststream.statistics.engines import HERE, ReductionJob, run_job
 from ghoststream.statistics.ranges import Ranges
+from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite, require_layers
 from ghoststream.statistics.sums import SumState
 
@@ -22,7 +24,7 @@ Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class CosineReducer:
+class CosineReducer(Reducer):
     """Sums, over tokens, of the cosine between ``h[a]`` and ``h[b]`` for pairs ``(a, b)``.
 
     A token whose hidden state is zero at either end counts as cosine 0, as in torch's ``cosine_similarity``.
@@ -114,11 +116,10 @@ class CosineReducer:
 
 
 def mean_cosine(
-    store_uri: str,
+    store: str,
     pairs: Iterable[Pair] | None = None,
+    reduction: Reduction = HERE,
     *,
-    scheduler: Any = None,
-    workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[Pair, float]:
     """Return the mean over tokens of ``cos(h[a], h[b])`` for pairs of layers (all stored ones by default).
@@ -132,39 +133,35 @@ def mean_cosine(
     Memory: see :meth:`CosineReducer.reduce`, once for each worker thread.
     """
     if pairs is None:
-        pairs = combinations(reopen_source(store_uri).completed_layers(), 2)
+        pairs = combinations(reopen_source(store).completed_layers(), 2)
     reducer = CosineReducer(tuple(dict.fromkeys(pairs)))
     if not reducer.pairs:
-        msg = f"there are no pairs of layers to compare in {store_uri}; it needs two hidden states at least"
+        msg = f"there are no pairs of layers to compare in {store}; it needs two hidden states at least"
         raise RequestError(msg)
-    return reducer.means(
-        reduce_whole(store_uri, reducer, scheduler=scheduler, workers=workers, progress=progress)
-    )
+    return reducer.means(reduce_whole(store, reducer, reduction, progress=progress))
 
 
 def reduce_whole(
-    store_uri: str,
+    store: str,
     reducer: Reducer,
+    reduction: Reduction = HERE,
     *,
-    scheduler: Any = None,
-    workers: int | None = None,
     progress: Progress | None = None,
-    task: str = "similarity",
+    label: str = "similarity",
 ) -> SumState:
     """Reduce all sequences of a store by a statistic whose state is small, sequence by sequence, in memory.
 
-    ``task`` is the name of the work for ``progress``.
+    ``label`` names the work for ``progress``.
 
     Raises:
         MismatchError: If a layer is beyond the model.
         StoreError: If a layer is not in the store.
         NumericsError: If a hidden state is not finite.
     """
-    source = reopen_source(store_uri)
-    require_layers(source, reducer.layers, store_uri)
-    plan = Ranges.make(source.n_sequences, folds=1, range_sequences=1)
-    job = ReductionJob(store_uri, reducer, plan)
-    (state,) = run_job(job, scheduler=scheduler, workers=workers, progress=progress, task=task)
+    source = reopen_source(store)
+    require_layers(source, reducer.layers, store)
+    ranges = Ranges.make(source.n_sequences, folds=1, range_sequences=1)
+    (state,) = run_job(ReductionJob(store, reducer, ranges), reduction, progress=progress, label=label)
     if not isinstance(state, SumState):
         msg = "a job without a folder must keep its states in memory"
         raise TypeError(msg)

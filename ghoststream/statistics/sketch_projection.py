@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import add_cross, add_gram_upper, mirror_upper
-from ghoststream.statistics.boundary import Numbers
-from ghoststream.statistics.engines import StateRef
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.moments import BoundaryMoments, span_prefix
 from ghoststream.statistics.sketches import Bases, BasisReducer
@@ -57,11 +54,10 @@ class ProjectionReducer(BasisReducer):
             arrays[f"{own}basis/{number}/cross"] = np.zeros((width, hidden))
         return arrays
 
-    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
         """Leave the state as it is: each span has bases of its own."""
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
-        del tokens
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
         own = state.select(span_prefix(span)).arrays
         own["feature_energy"] += np.vdot(features, features)
         for number, basis in enumerate(self.bases.load(span)):
@@ -82,15 +78,20 @@ class ProjectedMoments(FoldedMoments):
     estimates. If there are more bases, one for each fold follows, made without that fold: a fold that is held out is then
     predicted by a fit and a basis that have not seen it.
 
-    Attributes:
+    Args:
+        moments: What :class:`ProjectionReducer` gave.
         bases: The bases.
         n_probes: Columns of the first one that are probes.
     """
 
-    def __init__(
-        self, span: Span, folds: Sequence[StateRef], *, bases: Bases, n_probes: int, **options: Any
-    ) -> None:
-        super().__init__(span, folds, **options)
+    def __init__(self, moments: FoldedMoments, bases: Bases, n_probes: int) -> None:
+        super().__init__(
+            moments.span,
+            moments.states,
+            feature=moments.feature,
+            token_weights=moments.token_weights,
+            facts=moments.facts,
+        )
         self.bases, self.n_probes = bases, n_probes
 
     def basis(self) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import add_cross
-from ghoststream.statistics.boundary import BoundaryReducer, Numbers
+from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sketches import GAP, BasisReducer, gaussian, require_float64
 from ghoststream.statistics.sums import SumState
@@ -39,7 +39,7 @@ class RangeReducer(BoundaryReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_float64(self.precision)
+        require_float64(self.spec.precision)
         if self.columns < 1:
             msg = f"a sketch of {self.columns} columns was asked for; give at least 1"
             raise RequestError(msg)
@@ -70,8 +70,7 @@ class RangeReducer(BoundaryReducer):
         arrays[span_prefix(span) + "cross"] = np.zeros((self._phi.width(hidden), self.columns))
         return arrays
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
-        del tokens
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
         sketched = gap @ gaussian(self.seed, GAP, gap.shape[1], self.columns)
         add_cross(state.arrays[span_prefix(span) + "cross"], features, sketched)
 
@@ -104,11 +103,11 @@ class PowerReducer(BasisReducer):
             span_prefix(span) + "image": np.zeros((width, self.bases.widths[0])),
         }
 
-    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
         """Leave the state as it is: each span has a basis of its own."""
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
-        del gap, tokens
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
+        del gap
         (basis,) = self.bases.load(span)
         add_cross(state.arrays[span_prefix(span) + "image"], features, features @ basis)
 

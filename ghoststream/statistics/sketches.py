@@ -118,7 +118,7 @@ class BasisReducer(BoundaryReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_float64(self.precision)
+        require_float64(self.spec.precision)
 
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.spans import Span
 from ghoststream.statistics.blas import single_blas_thread
+from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.folds import FoldedMoments
@@ -48,31 +48,9 @@ class StreamedTaps:
         return source
 
 
-class SpanReducer(Protocol):
-    """The range task of one span, such as :class:`~ghoststream.statistics.BoundaryReducer`."""
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """The spans; here just one."""
-
-    @property
-    def feature(self) -> str:
-        """Name of the feature."""
-
-    @property
-    def weights(self) -> str:
-        """Name of the token weight."""
-
-    def task_bytes(self, hidden: int, length: int) -> int:
-        """Peak bytes of :meth:`reduce`."""
-
-    def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
-        """Reduce sequences ``[start, stop)``."""
-
-
 def streamed_moments(
-    reducer: SpanReducer,
-    plan: Ranges,
+    reducer: BoundaryReducer,
+    ranges: Ranges,
     pairs: Iterable[tuple[Rows, Rows]],
     *,
     mask: npt.NDArray[np.bool_],
@@ -85,7 +63,7 @@ def streamed_moments(
 
     Args:
         reducer: The range task, of one span.
-        plan: How sequences are divided into ranges and folds.
+        ranges: How sequences are divided into ranges and folds.
         pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on; with ``taps``,
             ``h[start]`` and the other taps behind it.
         mask: True at tokens that count, bool ``(S, T)``.
@@ -95,13 +73,12 @@ def streamed_moments(
         workers: Ranges that are reduced at a time; by default as many as there are processors, and memory for.
 
     Raises:
-        ValueError: If fewer sequences come than the plan divides.
+        ValueError: If fewer sequences come than the ranges divide.
         NumericsError: If a hidden state is not finite.
 
     Memory: the states of one range and one batch; for each worker the states of a range and what the reducer states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
     """
-    folds: list[list[tuple[int, SumState]]] = [[] for _ in range(plan.n_folds)]
-    merge = getattr(reducer, "merge", None)
+    folds: list[list[tuple[int, SumState]]] = [[] for _ in range(ranges.n_folds)]
     pending: deque[tuple[int, Future[SumState]]] = deque()
 
     def task(wanted: SequenceRange, inputs: Rows, targets: Rows) -> SumState:
@@ -116,27 +93,28 @@ def streamed_moments(
 
     def push() -> None:
         fold, state = pending.popleft()
-        _push(folds[fold], state.result(), merge)
+        _push(folds[fold], state.result(), reducer)
 
     with ThreadPoolExecutor() as pool:
-        for wanted, inputs, targets in _by_range(plan, pairs):
+        for wanted, inputs, targets in _by_range(ranges, pairs):
             room = workers or default_workers(reducer.task_bytes(targets.shape[2], targets.shape[1]))
             while len(pending) >= room:
                 push()
             pending.append((wanted.fold, pool.submit(task, wanted, inputs, targets)))
         while pending:
             push()
-    states = [_merged(stack, merge) for stack in folds]
+    states = [_merged(stack, reducer) for stack in folds]
+    spec = reducer.spec
     return FoldedMoments(
-        reducer.spans[0], states, feature=reducer.feature, weights=reducer.weights, facts=facts
+        reducer.spans[0], states, feature=spec.feature, token_weights=spec.token_weights, facts=facts
     )
 
 
 def _by_range(
-    plan: Ranges, pairs: Iterable[tuple[Rows, Rows]]
+    divided: Ranges, pairs: Iterable[tuple[Rows, Rows]]
 ) -> Iterator[tuple[SequenceRange, Rows, Rows]]:
     """Cut what comes in batches into ranges."""
-    ranges = iter(plan.ranges())
+    ranges = iter(divided.ranges())
     wanted = next(ranges, None)
     waiting: list[tuple[Rows, Rows]] = []
     n_waiting = 0
@@ -194,25 +172,24 @@ class _RangeSource:
         return self.rows_mask[start - self.first : stop - self.first]
 
 
-def _push(stack: list[tuple[int, SumState]], state: SumState, merge: Any) -> None:
+def _push(stack: list[tuple[int, SumState]], state: SumState, reducer: BoundaryReducer) -> None:
     """Add the next leaf of a fold, merging as the tree of :mod:`ghoststream.statistics.ranges` does."""
     level = 0
     while stack and stack[-1][0] == level:
-        state = _merge(stack.pop()[1], state, merge)
+        state = _merge(stack.pop()[1], state, reducer)
         level += 1
     stack.append((level, state))
 
 
-def _merged(stack: list[tuple[int, SumState]], merge: Any) -> SumState:
+def _merged(stack: list[tuple[int, SumState]], reducer: BoundaryReducer) -> SumState:
     state = stack.pop()[1]
     while stack:
-        state = _merge(stack.pop()[1], state, merge)
+        state = _merge(stack.pop()[1], state, reducer)
     return state
 
 
-def _merge(left: SumState, right: SumState, merge: Any) -> SumState:
-    if merge is None:
+def _merge(left: SumState, right: SumState, reducer: BoundaryReducer) -> SumState:
+    if reducer.adds:
         return left.add_in_place(right)
     with single_blas_thread():
-        merged: SumState = merge(left, right)
-    return merged
+        return reducer.merge(left, right)

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ghoststream.errors import BudgetError
+from ghoststream.machine import free_host_memory
+from ghoststream.options import Reduction
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import BoundaryReducer
-from ghoststream.statistics.engines import default_workers
+from ghoststream.statistics.engines import HERE, default_workers
 from ghoststream.statistics.ranges import Ranges, tree_root
 
 
@@ -27,7 +29,7 @@ class Sweep:
     state_bytes: int
 
 
-def plan_sweeps(
+def divide_sweeps(
     reducer: BoundaryReducer, *, hidden: int, length: int, task_budget: int | None = None
 ) -> tuple[Sweep, ...]:
     """Divide the spans of a reducer into as few sweeps as a budget for one range task allows.
@@ -60,25 +62,32 @@ def plan_sweeps(
     return (*sweeps, _sweep(reducer, group, hidden, length))
 
 
+def budgeted(reduction: Reduction) -> Reduction:
+    """Return a reduction with the memory that it may take: half of what is free here, where none is given.
+
+    On a cluster without a bound there is none.
+    """
+    if reduction.memory is not None or reduction.scheduler is not None:
+        return reduction
+    return reduction.model_copy(update={"memory": free_host_memory() // 2})
+
+
 def fit_sweeps(
     reducer: BoundaryReducer,
+    reduction: Reduction = HERE,
     *,
     hidden: int,
     length: int,
-    memory: int | None = None,
-    workers: int | None = None,
-    is_cluster: bool = False,
 ) -> tuple[tuple[Sweep, ...], int | None]:
     """Decide how a reducer runs within a memory budget: its sweeps, and how many tasks at a time.
 
     Args:
         reducer: What is to be reduced.
+        reduction: Where, with which memory for all tasks at work in this process (on a cluster: one task; None for one
+            sweep) and how many at a time; by default as many as there are processors, fewer if one span would
+            otherwise not fit.
         hidden: Hidden size C.
         length: Positions of a sequence.
-        memory: Bytes that all tasks at work in this process may take (on a cluster: one task); None for one sweep.
-        workers: Tasks at a time in this process; by default as many as there are processors, fewer if one span would
-            otherwise not fit.
-        is_cluster: Whether the tasks run elsewhere.
 
     Returns:
         The sweeps and the workers; None as workers leaves them to the engine.
@@ -86,31 +95,32 @@ def fit_sweeps(
     Raises:
         BudgetError: If a single span takes more than one task may.
     """
+    memory, workers, is_cluster = reduction.memory, reduction.workers, reduction.scheduler is not None
     if memory is None:
-        return plan_sweeps(reducer, hidden=hidden, length=length), workers
+        return divide_sweeps(reducer, hidden=hidden, length=length), workers
     if workers is None and not is_cluster:
         largest = max(replace(reducer, spans=(span,)).task_bytes(hidden, length) for span in reducer.spans)
         workers = default_workers(0)
         while workers > 1 and memory // workers < largest:
             workers -= 1
     budget = memory if is_cluster or workers is None else memory // workers
-    return plan_sweeps(reducer, hidden=hidden, length=length, task_budget=budget), workers
+    return divide_sweeps(reducer, hidden=hidden, length=length, task_budget=budget), workers
 
 
-def spilled_bytes(plan: Ranges, sweeps: Sequence[Sweep]) -> int:
+def spilled_bytes(ranges: Ranges, sweeps: Sequence[Sweep]) -> int:
     """Return the bytes of disk that the states of some sweeps take at most.
 
     Finished sweeps keep one state a fold; the one at work also some of every level of its merge tree.
     """
-    depth = tree_root(0, len(plan.fold_leaves(0))).level
+    depth = tree_root(0, len(ranges.fold_leaves(0))).level
     states = [sweep.state_bytes for sweep in sweeps]
-    return plan.n_folds * (sum(states) + (depth + 1) * max(states))
+    return ranges.n_folds * (sum(states) + (depth + 1) * max(states))
 
 
-def candidate_spans(n_layers: int, n_remove: int, *, keep_ends: bool = True) -> tuple[Span, ...]:
-    """Return every span of ``n_remove`` layers; without those that touch the first or the last layer by default."""
+def candidate_spans(n_layers: int, remove: int, *, keep_ends: bool = True) -> tuple[Span, ...]:
+    """Return every span of ``remove`` layers; without those that touch the first or the last layer by default."""
     first = 1 if keep_ends else 0
-    return tuple(Span(start, start + n_remove) for start in range(first, n_layers - n_remove + 1 - first))
+    return tuple(Span(start, start + remove) for start in range(first, n_layers - remove + 1 - first))
 
 
 def _sweep(reducer: BoundaryReducer, spans: Iterable[Span], hidden: int, length: int) -> Sweep:

@@ -13,7 +13,7 @@ from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.ranges import Ranges
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_layers
-from ghoststream.statistics.weights import BoundaryTokens, get_weight
+from ghoststream.statistics.token_weights import BoundaryTokens, get_token_weight
 
 Array = npt.NDArray[np.float64]
 
@@ -51,16 +51,16 @@ class BoundaryRows:
     """Reads the rows of one boundary from a store, and from that of its taps.
 
     Attributes:
-        store_uri: The store.
+        store: The store.
         reducer: Says span, feature, weight, and where the taps are.
-        plan: How sequences are divided into folds.
+        ranges: How sequences are divided into folds.
 
     Memory: nothing until :meth:`read` is called; then ``n (2 C + p)`` numbers in float64, a few times over.
     """
 
-    store_uri: str
+    store: str
     reducer: BoundaryReducer
-    plan: Ranges
+    ranges: Ranges
     _open: dict[str, HiddenStateSource] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -70,8 +70,8 @@ class BoundaryRows:
 
     def sequences(self, without: int | None = None) -> npt.NDArray[np.int64]:
         """Return the numbers of all sequences, or of those that are not in one fold."""
-        numbers = np.arange(self.plan.n_sequences)
-        folds = np.array([self.plan.fold_of(int(number)) for number in numbers])
+        numbers = np.arange(self.ranges.n_sequences)
+        folds = np.array([self.ranges.fold_of(int(number)) for number in numbers])
         return numbers if without is None else numbers[folds != without]
 
     def in_fold(self, fold: int) -> npt.NDArray[np.int64]:
@@ -88,7 +88,9 @@ class BoundaryRows:
         source, taps = self._sources()
         block = TokenBlock(source, number, number + 1)
         inputs, targets = block.rows(self.span.start), block.rows(self.span.stop)
-        weights = get_weight(self.reducer.weights).values(BoundaryTokens(inputs, targets, block.sequences))
+        weights = get_token_weight(self.reducer.spec.token_weights).values(
+            BoundaryTokens(inputs, targets, block.sequences)
+        )
         read = inputs
         if taps is not None:
             read = TokenBlock(taps, number, number + 1).rows(self.span.start - 1)
@@ -99,8 +101,8 @@ class BoundaryRows:
     def _sources(self) -> tuple[HiddenStateSource, HiddenStateSource | None]:
         taps = self.reducer.taps
         if not self._open:
-            source = reopen_source(self.store_uri)
-            require_layers(source, self.reducer.layers, self.store_uri)
+            source = reopen_source(self.store)
+            require_layers(source, self.reducer.layers, self.store)
             self._open["states"] = source
             if taps is not None:
                 self._open["taps"] = taps.open((self.span.start - 1,))

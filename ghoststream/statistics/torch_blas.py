@@ -13,7 +13,7 @@ import torch
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS, mirror_upper
-from ghoststream.statistics.boundary import BoundaryReducer, Numbers
+from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.devices import device_kind, device_tasks, require_device
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sums import SumState
@@ -62,8 +62,7 @@ class DeviceBoundaryReducer(BoundaryReducer):
 
     Hidden states are read, weighed and checked on the host; statistics per channel are computed there, so they have the
     same bits as everywhere. Products are those of the device's library: their bits are not the host's, and ``device`` is
-    part of what decides the result. Give it to :func:`~ghoststream.statistics.reduction.reduce_spans`; workers of a
-    cluster use their own device of that name.
+    part of what decides the result. Workers of a cluster use their own device of that name.
 
     Args:
         device: Torch device, such as ``cuda`` or ``cuda:1``.
@@ -92,26 +91,24 @@ class DeviceBoundaryReducer(BoundaryReducer):
 
     def most_tasks(self, hidden: int, length: int) -> int | None:
         """Return how many tasks the device has memory for at a time; None where it is the host."""
-        rows = max(1, self.block_tokens // length) * length
+        rows = max(1, self.spec.block_tokens // length) * length
         moved = 8 * rows * (self._phi.width(hidden) + hidden)
         return device_tasks(self.device, self.state_bytes(hidden, length) + moved)
 
     def _empty(self, hidden: int, length: int) -> SumState:
         require_device(self.device)
-        if self.precision != "float64" and torch.get_float32_matmul_precision() != "highest":
+        if self.spec.precision != "float64" and torch.get_float32_matmul_precision() != "highest":
             msg = "torch is set to compute float32 products in less (TF32); set its float32 matmul precision to highest"
             raise RequestError(msg)
         state = super()._empty(hidden, length)
         names = (name for name in state.arrays if name.endswith(("/gram", "/cross")))
         return _DeviceState(state.arrays, names, torch.device(self.device))
 
-    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
-        del tokens
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
         moved = self._moved(features)
         add_product(_sums(state)[shared + "gram"], moved, moved)
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
-        del tokens
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
         add_product(_sums(state)[span_prefix(span) + "cross"], self._moved(features), self._moved(gap))
 
     def _finish(self, state: SumState) -> None:
@@ -122,7 +119,7 @@ class DeviceBoundaryReducer(BoundaryReducer):
             mirror_upper(state.arrays[prefix + "gram"])
 
     def _moved(self, rows: Array) -> torch.Tensor:
-        dtype = torch.float64 if self.precision == "float64" else torch.float32
+        dtype = torch.float64 if self.spec.precision == "float64" else torch.float32
         return torch.from_numpy(rows).to(dtype).to(self.device)
 
 

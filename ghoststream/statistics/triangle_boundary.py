@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
-from ghoststream.statistics.boundary import BoundaryReducer, Numbers
+from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.sums import SumState
+from ghoststream.statistics.token_weights import Weighting
 from ghoststream.statistics.triangles import absorb, merge_triangles
-from ghoststream.statistics.weights import Weighting
 
 Array = npt.NDArray[np.float64]
 
@@ -41,8 +41,8 @@ class TriangleReducer(BoundaryReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.precision != "float64":
-            msg = f"triangular factors are built in float64, not {self.precision}; leave one of the two options out"
+        if self.spec.precision != "float64":
+            msg = f"triangular factors are built in float64, not {self.spec.precision}; leave one of the two options out"
             raise RequestError(msg)
 
     @property
@@ -54,8 +54,7 @@ class TriangleReducer(BoundaryReducer):
         """Return what can change a bit of the result, as JSON data."""
         return {**super().describe(), "constant": self.constant}
 
-    @staticmethod
-    def merge(left: SumState, right: SumState) -> SumState:
+    def merge(self, left: SumState, right: SumState) -> SumState:
         """Return the state over the tokens of both; neither is changed.
 
         Memory: the result, and copies of the factors of one span.
@@ -94,11 +93,10 @@ class TriangleReducer(BoundaryReducer):
         completed[:, 1:] = features
         return completed
 
-    def _add_features(self, state: SumState, shared: str, features: Array, tokens: Numbers) -> None:
+    def _add_features(self, state: SumState, shared: str, features: Array) -> None:
         """Leave the state as it is: features and gap enter together."""
 
-    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array, tokens: Numbers) -> None:
-        del tokens
+    def _add_pair(self, state: SumState, span: Span, features: Array, gap: Array) -> None:
         if len(features):
             own = state.select(span_prefix(span)).arrays
             absorb(own, np.asfortranarray(features), np.asfortranarray(gap), triangular=0)

@@ -17,7 +17,7 @@ from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.spans import Span
 from ghoststream.stages.solve import solve
 from ghoststream.statistics import FoldedMoments, Ranges, get_weight, reduce_boundaries
-from ghoststream.statistics.weights import BoundaryTokens
+from ghoststream.statistics.token_weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
 SHAPE = (12, 10, 6)

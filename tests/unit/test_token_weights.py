@@ -17,7 +17,7 @@ from ghoststream.statistics import (
     register_weight,
     weight_names,
 )
-from ghoststream.statistics.weights import SINK_FACTOR
+from ghoststream.statistics.token_weights import SINK_FACTOR
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
 SHAPE = (12, 20, 6)

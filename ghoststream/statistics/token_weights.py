@@ -8,9 +8,9 @@ A user's own is a class of a few lines::
         def values(self, tokens: BoundaryTokens) -> Array:
             return 1.0 / (1.0 + np.square(tokens.inputs).sum(axis=1))
 
-    register_weight(Quieter())
+    register_token_weight(Quieter())
 
-A weight may look at the token and at its own sequence, never at others: sums over ranges of sequences must not
+An installed package names it as an entry point of the group ``ghoststream.token_weights``. A weight may look at the token and at its own sequence, never at others: sums over ranges of sequences must not
 depend on how the sequences were divided.
 """
 
@@ -23,11 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import NumericsError
+from ghoststream.options import UNIFORM
 from ghoststream.registry import Registry
 
 Array = npt.NDArray[np.float64]
-
-UNIFORM = "uniform"
 
 SINK_FACTOR = 20.0
 """Norm of a massive activation, at least, over the median norm of its sequence.
@@ -128,8 +127,8 @@ class Weighting:
         values = weight.values(tokens)
         if values.shape != (len(tokens.inputs),) or not (np.isfinite(values).all() and (values >= 0).all()):
             msg = (
-                f"the token weight {weight.name!r} gives a weight that is negative or not finite, or not one for each "
-                "token; correct it"
+                f"the token weight {weight.name!r} gives a weight that is negative or not finite, or not one for "
+                "each token; correct it"
             )
             raise NumericsError(msg)
         self.kept = values > 0
@@ -154,10 +153,12 @@ class Weighting:
         return total
 
 
-_WEIGHTS: Registry[TokenWeight] = Registry("token weight")
+_WEIGHTS: Registry[TokenWeight] = Registry(
+    "token weight", group="ghoststream.token_weights", name_of=lambda weight: weight.name
+)
 
 
-def register_weight(weight: TokenWeight) -> TokenWeight:
+def register_token_weight(weight: TokenWeight) -> TokenWeight:
     """Make a token weight known under its name.
 
     Raises:
@@ -167,7 +168,7 @@ def register_weight(weight: TokenWeight) -> TokenWeight:
     return weight
 
 
-def get_weight(name: str) -> TokenWeight:
+def get_token_weight(name: str) -> TokenWeight:
     """Return a registered token weight.
 
     Raises:
@@ -176,10 +177,10 @@ def get_weight(name: str) -> TokenWeight:
     return _WEIGHTS.get(name)
 
 
-def weight_names() -> tuple[str, ...]:
+def token_weight_names() -> tuple[str, ...]:
     """Return the known names, sorted."""
     return _WEIGHTS.names()
 
 
 for _weight in (UniformWeight(), DropSinks(), RelativeWeight()):
-    register_weight(_weight)
+    register_token_weight(_weight)

@@ -37,6 +37,11 @@ SPEC_FORMS = (
 )
 
 
+def dtype_name(dtype: Any) -> str:
+    """Return what options, recipes and files call a torch dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_layers(value: Any) -> Any:
     """Turn ``"0,10:20,30"`` into numbers, ascending and each once; ``A:B`` is half-open like every span.
 

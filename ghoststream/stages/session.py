@@ -248,8 +248,3 @@ def _given_or_most(given: int | None, free: int | None) -> int | None:
     if given is None and free is not None:
         return free * 9 // 10
     return given
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

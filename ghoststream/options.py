@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
 from ghoststream.errors import RequestError
+from ghoststream.spans import PruningPlan
 
 AUTO = "auto"
 """In the place of an operator's name: several ways to repair are tried, and held-out text decides."""
@@ -418,7 +419,7 @@ class Recovery(Options):
     name: str = Field("recovery", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the job.")
     description: str = Field("", description="What it is for.")
     model: str | None = Field(None, description="Checkpoint folder or hub id.")
-    remove: int | str = Field(
+    remove: int | str | PruningPlan = Field(
         description="Layers to remove: how many, chosen by the criterion; or which: a plan file, or spans such as 13:19."
     )
     calibration: Text = Field(description="Text to calibrate on.")
@@ -429,3 +430,8 @@ class Recovery(Options):
     storage: Storage = Storage()
     reduction: Reduction = Reduction()
     evaluate: Text | None = Field(None, description="Text to measure the base and the recovered model on.")
+
+    @field_validator("calibration", "evaluate", mode="before")
+    @classmethod
+    def _text_of_spec(cls, value: Any) -> Any:
+        return Text.of(value) if isinstance(value, str) else value

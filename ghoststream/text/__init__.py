@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghoststream.text.documents import Document
 from ghoststream.text.encoding import tokenizer_fingerprint
-from ghoststream.text.prepare import prepare_tokens
+from ghoststream.text.prepare import prepare_tokens, recipe_of
 from ghoststream.text.sources import load_documents
 from ghoststream.text.spec import TextSpec
 from ghoststream.text.token_set import TokenSet
@@ -15,5 +15,6 @@ __all__ = [
     "TokenSet",
     "load_documents",
     "prepare_tokens",
+    "recipe_of",
     "tokenizer_fingerprint",
 ]

@@ -9,11 +9,12 @@ from ghoststream.errors import TextError
 from ghoststream.text.documents import Document
 from ghoststream.text.hub import hub_documents
 from ghoststream.text.python_docs import python_documents
-from ghoststream.text.spec import Part, TextSpec
+from ghoststream.options import TextPart
+from ghoststream.text.spec import TextSpec
 from ghoststream.text.text_files import file_documents
 
 
-def load_documents(spec: TextSpec, *, part: Part = "all", max_bytes: int | None = None) -> Iterator[Document]:
+def load_documents(spec: TextSpec, *, part: TextPart = "all", max_bytes: int | None = None) -> Iterator[Document]:
     """Yield the documents of a specification one by one.
 
     Args:
@@ -38,7 +39,7 @@ def load_documents(spec: TextSpec, *, part: Part = "all", max_bytes: int | None 
     raise TextError(msg)
 
 
-def resolve_part(spec: TextSpec, part: Part) -> Part:
+def resolve_part(spec: TextSpec, part: TextPart) -> TextPart:
     """Return which part of ``python-docs`` or of a named set is meant: what the specification says comes first."""
     if spec.kind == "python-docs" and spec.split in {"fit", "heldout"}:
         return "fit" if spec.split == "fit" else "heldout"

@@ -9,7 +9,6 @@ from typing import Literal
 
 from ghoststream.errors import TextError
 
-Part = Literal["all", "fit", "heldout"]
 NAMED_SETS = ("wikitext2", "ptb", "c4")
 _FORMS = (
     "file:PATH, ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb, c4 (each [:SPLIT]) or"

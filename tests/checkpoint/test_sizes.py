@@ -17,7 +17,7 @@ from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.capturing.tap_store import tap_width
 from ghoststream.streaming import Skeleton, parse_dtype
-from ghoststream.streaming.budget import work_bytes_per_token
+from ghoststream.streaming.budget import layer_work_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,7 +40,7 @@ def test_sizes_of_headers_are_those_of_the_skeleton(
     work = (4 * sizes.widest + 8 * sizes.hidden) * sizes.itemsize + sizes.heads * 16 * (
         2 * sizes.itemsize + 4
     )
-    assert work == work_bytes_per_token(skeleton, 16)
+    assert work == layer_work_bytes(skeleton, 16)
     assert bool(sizes.heads) == (skeleton.attention == "eager")
     try:
         require_absorbable(skeleton, Span(1, 2), "mlp")

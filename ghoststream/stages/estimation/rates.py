@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK_BYTES = 8 * 1024 * 1024
 
@@ -24,8 +26,8 @@ class Rates:
 
 def measure_rates(
     files: Sequence[Path],
-    dtype: torch.dtype,
-    device: torch.device,
+    dtype: str,
+    device: torch.device | str,
     *,
     max_bytes: int = 256 * 1024 * 1024,
     seconds: float = 0.5,
@@ -34,16 +36,19 @@ def measure_rates(
 
     Args:
         files: Files to read from, the checkpoint's shards; at most ``max_bytes`` are read.
-        dtype: Type of the matrix products that stand for the layers.
+        dtype: Name of the type of the matrix products that stand for the layers.
         device: Where these run.
         max_bytes: Bytes to read at most.
         seconds: How long each product is repeated; reading stops after twice this.
 
-    Memory: 8 MiB and three matrices of 1024 x 1024.
+    Memory: 8 MiB and three matrices of 1,024 x 1,024; on an accelerator of 8,192 x 8,192.
     """
+    import torch
+
+    place = torch.device(device)
     return Rates(
         disk=_read_rate(files, max_bytes, 2 * seconds),
-        compute=_product_rate(dtype, device, seconds),
+        compute=_product_rate(getattr(torch, dtype), place, seconds),
         float64=_product_rate(torch.float64, torch.device("cpu"), seconds),
     )
 
@@ -65,7 +70,10 @@ def _read_rate(files: Sequence[Path], max_bytes: int, seconds: float) -> float:
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
-    size = 1024
+    import torch
+
+    # Small products would measure how fast an accelerator is told what to do.
+    size = 1024 if device.type == "cpu" else 8192
     left = torch.ones(size, size, dtype=dtype, device=device)
     right, out = torch.ones_like(left), torch.empty_like(left)
     torch.mm(left, right, out=out)
@@ -81,5 +89,7 @@ def _product_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> f
 
 
 def _wait(device: torch.device) -> None:
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)

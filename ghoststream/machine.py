@@ -50,7 +50,9 @@ def free_device_memory(device: torch.device) -> int | None:
 
 def may_have_accelerator() -> bool:
     """Say whether the system shows a device that torch might call CUDA, without importing torch."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev", name).exists() for name in ("kfd", "dxg"))
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(
+        Path("/dev", name).exists() for name in ("kfd", "dxg")
+    )
 
 
 def free_disk(path: Path) -> int:
@@ -96,7 +98,9 @@ def _left_in_group(folder: Path, limit: str, used: str, cached: tuple[str, ...])
     try:
         most = (folder / limit).read_text(encoding="ascii").strip()
         taken = int((folder / used).read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        stat = dict(
+            line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
         given_back = sum(int(stat.get(name, 0)) for name in cached)
         return None if most == "max" else max(0, int(most) - taken + given_back)
     except (OSError, ValueError):

@@ -136,9 +136,7 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
         head_bytes=prod(last.shape) * itemsize,
         tied=tied,
         unit_bytes=itemsize
-        * max(
-            elements[largest], prod(embedding.shape), prod(last.shape) + (prod(bias.shape) if bias else 0)
-        ),
+        * max(elements[largest], prod(embedding.shape), prod(last.shape) + (prod(bias.shape) if bias else 0)),
         checkpoint_bytes=index.n_bytes,
         shards=tuple(root / shard for shard in index.shards),
         taps=taps,
@@ -162,9 +160,7 @@ def _parts(
     # Beyond these a checkpoint may hold layers that only predict further tokens.
     count = int(_first(config, _LAYERS) or len(layers))
     if sorted(layers)[:count] != list(range(count)) or not count:
-        msg = (
-            f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}: they do not belong together"
-        )
+        msg = f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}: they do not belong together"
         raise CheckpointError(msg)
     return {number: layers[number] for number in range(count)}, ends
 
@@ -186,7 +182,10 @@ def _taps(
             f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} and the residual stream",
         )
     if parts.multiplier is not None and getattr(config, parts.multiplier, 1.0) == 0.0:
-        return widths, f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream"
+        return (
+            widths,
+            f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream",
+        )
     return widths, ""
 
 

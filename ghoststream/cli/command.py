@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import FieldOption
-
+from ghoststream.cli.options import ALL_KEY, FieldOption
 
 
 class Command(click.Command):
@@ -39,10 +38,12 @@ class Command(click.Command):
         """Write the options: the command's own first, then each group under its title."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.get_params(ctx):
+            if isinstance(param, click.Argument):
+                continue
             section = param.section if isinstance(param, FieldOption) else "Options"
             record = param.get_help_record(ctx)
             hidden = self.is_short and isinstance(param, FieldOption) and not param.usual
-            if record is not None and not (hidden and not ctx.meta.get("ghoststream.all")):
+            if record is not None and not (hidden and not ctx.meta.get(ALL_KEY)):
                 sections.setdefault(section, []).append(record)
         # The text comes first: it is what has to be given.
         for title in sorted(sections, key=lambda name: (name != "Text", name != "Options")):
@@ -59,7 +60,7 @@ class Command(click.Command):
     def _show_all(self, ctx: click.Context, param: click.Parameter, value: Any) -> None:
         del param
         if value:
-            ctx.meta["ghoststream.all"] = True
+            ctx.meta[ALL_KEY] = True
             click.echo(self.get_help(ctx))
             ctx.exit()
 

@@ -39,7 +39,7 @@ def command(model: str, operators: Path, out: Path, revision: str | None, *, as_
     Weights are copied from shard to shard, one tensor in memory at a time. The folder loads in any transformers
     with from_pretrained(DIR, trust_remote_code=True), or without that after `import ghoststream`.
     """
-    from ghoststream.recovery.export import export
+    from ghoststream.stages.export import export
 
     with show_progress() as progress:
         report = export(model, operators, out, revision=revision, progress=progress)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import debug_option, grouped, json_option, model_option, out_option, store_option
+from ghoststream.cli.options import (
+    Part,
+    debug_option,
+    grouped,
+    json_option,
+    model_option,
+    out_option,
+    store_option,
+)
 from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Reduction, Search, Source, Text
@@ -32,7 +40,13 @@ if TYPE_CHECKING:
 @model_option
 @store_option
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
-@grouped(calibration=Text, method=Method, search=Search, compute=Compute, reduction=Reduction)
+@grouped(
+    calibration=Text,
+    method=Method,
+    search=Part(Search, ("held_out", "folds"), "Held-out windows"),
+    compute=Compute,
+    reduction=Reduction,
+)
 @json_option
 @debug_option
 def command(

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from functools import update_wrapper
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import click
 from click.core import ParameterSource
@@ -17,7 +17,8 @@ from ghoststream.errors import RequestError
 from ghoststream.options import Options, Text, flag, problems
 
 _DEBUG_KEY = "ghoststream.debug"
-_TEXT_FIELDS = ("sequences", "length", "pack", "bos", "part")
+ALL_KEY = "ghoststream.all"
+"""Set in the context where a help shows all options."""
 
 
 class FieldOption(click.Option):
@@ -34,13 +35,24 @@ class FieldOption(click.Option):
         super().__init__(*args, **kwargs)
         self.section, self.usual = section, usual
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the text of the help: its first line in a short one."""
+        text = self.help or ""
+        is_short = getattr(ctx.command, "is_short", False) and not ctx.meta.get(ALL_KEY)
+        self.help = text.partition("\n")[0] if is_short else " ".join(text.split("\n"))
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.help = text
+
 
 class FieldType(click.ParamType[Any]):
     """Values that pydantic checks as it does the field."""
 
     def __init__(self, field: FieldInfo, metavar: str) -> None:
         self.name = metavar
-        self._annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        annotation: Any = field.annotation
+        self._annotation = Annotated[annotation, *field.metadata] if field.metadata else annotation
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value of the field."""
@@ -51,7 +63,15 @@ class FieldType(click.ParamType[Any]):
             self.fail(found if repr(value) in found else f"{value!r}: {found}", param, ctx)
 
 
-def grouped(**groups: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+class Part(NamedTuple):
+    """Some fields of a group, under a title of their own."""
+
+    group: type[Options]
+    fields: tuple[str, ...]
+    title: str
+
+
+def grouped(**groups: type[Options] | Part) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the options of some groups, and hand it an object for each.
 
     Only what was given is set in the objects, so that a stage can refuse by name what it would not use. A group that
@@ -59,8 +79,9 @@ def grouped(**groups: type[Options]) -> Callable[[Callable[..., Any]], Callable[
     without it.
 
     Args:
-        **groups: The group for each parameter of the command.
+        **groups: The group, or a part of it, for each parameter of the command.
     """
+    parts = {name: _part(group) for name, group in groups.items()}
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         def run(**values: Any) -> Any:
@@ -70,18 +91,17 @@ def grouped(**groups: type[Options]) -> Callable[[Callable[..., Any]], Callable[
                 for name, value in values.items()
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT
             }
-            for name, group in groups.items():
-                own = {key: given[key] for key in group.model_fields if key in given}
-                for key in group.model_fields:
-                    values.pop(key, None)
+            for name, (group, fields, _) in parts.items():
+                own = {key: given[key] for key in fields if key in given}
+                for key in fields:
+                    del values[key]
                 values[name] = _text(name, values.pop(name), own) if group is Text else group.make(own)
             return command(**values)
 
         update_wrapper(run, command)
-        for name, group in reversed(groups.items()):
-            fields = _TEXT_FIELDS if group is Text else tuple(group.model_fields)
+        for name, (group, fields, title) in reversed(parts.items()):
             for key in reversed(fields):
-                run = _option(key, group.model_fields[key], group.title)(run)
+                run = _option(key, group.model_fields[key], title)(run)
             if group is Text:
                 run = _spec_option(name)(run)
         return run
@@ -89,15 +109,24 @@ def grouped(**groups: type[Options]) -> Callable[[Callable[..., Any]], Callable[
     return decorate
 
 
-def field_option(group: type[Options], name: str, **changes: Any) -> Callable[[Any], Any]:
+def _part(group: type[Options] | Part) -> Part:
+    if isinstance(group, Part):
+        return group
+    fields = tuple(name for name in group.model_fields if not (group is Text and name == "spec"))
+    return Part(group, fields, group.title)
+
+
+def field_option(group: type[Options], name: str, *, section: str = "") -> Callable[[Any], Any]:
     """Return the option of one field, for a command that takes a part of a group."""
-    return _option(name, group.model_fields[name], group.title, **changes)
+    return _option(name, group.model_fields[name], section or group.title)
 
 
 def _spec_option(name: str) -> Callable[[Any], Any]:
     role = "calibrate on" if name == "calibration" else "measure on"
-    text = f"Text to {role}: {str(Text.model_fields['spec'].description)}"
-    return click.option(flag(name), metavar="SPEC", help=text, cls=FieldOption, section=Text.title, usual=True)
+    text = f"Text to {role}: {Text.model_fields['spec'].description!s}"
+    return click.option(
+        flag(name), metavar="SPEC", help=text, cls=FieldOption, section=Text.title, usual=True
+    )
 
 
 def _text(name: str, spec: str | None, given: dict[str, Any]) -> Text | None:
@@ -109,10 +138,11 @@ def _text(name: str, spec: str | None, given: dict[str, Any]) -> Text | None:
     return None
 
 
-def _option(name: str, field: FieldInfo, section: str, **changes: Any) -> Callable[[Any], Any]:
+def _option(name: str, field: FieldInfo, section: str) -> Callable[[Any], Any]:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     annotation = _without_none(field.annotation)
-    names, settings = [flag(name)], {}
+    names = [flag(name)]
+    settings: dict[str, Any] = {}
     if annotation is bool:
         settings["is_flag"] = True
         if field.default:
@@ -123,7 +153,7 @@ def _option(name: str, field: FieldInfo, section: str, **changes: Any) -> Callab
         settings["type"] = FieldType(field, str(extra.get("metavar", "VALUE")))
     shown = not field.is_required() and field.default is not None and field.default is not False
     settings = {"default": None if field.is_required() else field.default, "show_default": shown, **settings}
-    settings |= {"help": field.description, "required": field.is_required(), **changes}
+    settings |= {"help": field.description, "required": field.is_required()}
     usual = bool(extra.get("usual", False))
     return click.option(*names, name, cls=FieldOption, section=section, usual=usual, **settings)
 

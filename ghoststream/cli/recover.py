@@ -51,7 +51,9 @@ def command(model: str, *, as_json: bool, out: Path, **given: Any) -> None:
 
     if given["calibration"] is None:
         raise click.MissingParameter(param_hint="'--calibration'", param_type="option")
-    recovery = Recovery.make({"model": model, **{key: value for key, value in given.items() if value is not None}})
+    recovery = Recovery.make(
+        {"model": model, **{key: value for key, value in given.items() if value is not None}}
+    )
     with show_progress() as progress:
         report = run(recovery, out, progress=progress)
     if as_json:

@@ -42,7 +42,7 @@ def _runtime(command: Any) -> Any:
 @debug_option
 @click.pass_context
 def command(
-    ctx: click.Context, pipeline: Path, *, model: str | None, out: Path | None, as_json: bool, **given: Any
+    ctx: click.Context, /, pipeline: Path, *, model: str | None, out: Path | None, as_json: bool, **given: Any
 ) -> None:
     """Do what PIPELINE, a YAML file with the options of `ghoststream recover`, describes.
 

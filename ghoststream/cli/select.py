@@ -67,7 +67,9 @@ def command(
         click.echo("it has fewer spans than the best candidate, and is within a standard error of it")
     if out is not None:
         given_source = f"--store {store}" if store else f"--model {model} --calibration SPEC"
-        click.echo(f"written to {out}; next: ghoststream fit {given_source} --plan {out} --out operators.safetensors")
+        click.echo(
+            f"written to {out}; next: ghoststream fit {given_source} --plan {out} --out operators.safetensors"
+        )
 
 
 def _print_candidates(selection: Selection) -> None:

@@ -33,9 +33,7 @@ from ghoststream.options import Compute
     metavar="DIR",
     help="Folder with task files (YAML) of your own.",
 )
-@click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task."
-)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

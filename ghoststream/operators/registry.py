@@ -47,4 +47,4 @@ def make_operator(method: Method) -> OperatorKind:
     Raises:
         RequestError: If there is none of this name, or it refuses an option.
     """
-    return _KINDS.get(method.operator)(method)
+    return _KINDS.get(str(method.operator))(method)

@@ -186,7 +186,9 @@ def require_count_or_plan(remove: int | str | Path | PruningPlan) -> int | str |
     if isinstance(remove, str) and remove.strip().lstrip("+-").isdigit():
         remove = int(remove)
     if isinstance(remove, int) and remove < 1:
-        msg = f"cannot remove {remove} layers; give a number of at least 1, a plan file, or spans such as 13:19"
+        msg = (
+            f"cannot remove {remove} layers; give a number of at least 1, a plan file, or spans such as 13:19"
+        )
         raise RequestError(msg)
     return remove
 

@@ -67,9 +67,13 @@ def fit(
     search.refuse(_OF_SEARCH, "the plan says which layers go")
     if source.store is not None:
         if method.operator == AUTO:
-            msg = "the operator auto is chosen by running the model; give --calibration in the place of --store"
+            msg = (
+                "the operator auto is chosen by running the model; give --calibration in the place of --store"
+            )
             raise RequestError(msg)
-        search.refuse(("held_out",), "from a store nothing is measured; --folds are for residuals out of sample")
+        search.refuse(
+            ("held_out",), "from a store nothing is measured; --folds are for residuals out of sample"
+        )
         if not taps_of(make_store_kind(method).features):
             compute.refuse(None, "no layer is run again for these features")
         return fit_from_store(
@@ -87,6 +91,4 @@ def fit(
     selection = read_plan(plan, session.skeleton.n_layers)
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
-    return fit_in_passes(
-        session, selection, text, method=method, search=search, out=out, progress=progress
-    )
+    return fit_in_passes(session, selection, text, method=method, search=search, out=out, progress=progress)

@@ -40,7 +40,9 @@ class Output:
         """Return the lock of whoever writes the file; taking it makes the folder."""
         return FileLock(self.path.with_name(f".{self.path.name}.lock"), guarded=self.path)
 
-    def existing(self, load: Callable[[Path], _Result], digest_of: Callable[[_Result], Any]) -> _Result | None:
+    def existing(
+        self, load: Callable[[Path], _Result], digest_of: Callable[[_Result], Any]
+    ) -> _Result | None:
         """Return what this very request has left; ``None`` if nothing is there, and the file can be written.
 
         Args:

@@ -44,7 +44,11 @@ def with_runtime(recovery: Recovery, model: str | None, given: Mapping[str, Any]
     parts = {"compute": recovery.compute, "reduction": recovery.reduction}
     changes: dict[str, Any] = {} if model is None else {"model": model}
     for name, part in parts.items():
-        own = {key: value for key, value in given.items() if (key in Reduction.model_fields) == (name == "reduction")}
+        own = {
+            key: value
+            for key, value in given.items()
+            if (key in Reduction.model_fields) == (name == "reduction")
+        }
         if own:
             changes[name] = part.model_copy(update=own)
     return recovery.model_copy(update=changes)

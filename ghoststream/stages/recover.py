@@ -90,7 +90,10 @@ class RecoveryReport:
         lines += [f"  store       {self.store}"] if self.store is not None else []
         if self.evaluation is not None:
             rows = self.evaluation.rows
-            lines += [f"  perplexity  {row.perplexity:.2f} +- {row.standard_error:.3f} (loss)  {row.model}" for row in rows]
+            lines += [
+                f"  perplexity  {row.perplexity:.2f} +- {row.standard_error:.3f} (loss)  {row.model}"
+                for row in rows
+            ]
         return "\n".join(lines)
 
 

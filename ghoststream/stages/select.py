@@ -10,8 +10,8 @@ from ghoststream.options import Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.selection import Selection, criterion_names
 from ghoststream.stages.capturing.replay import session_of
-from ghoststream.stages.choosing.criteria import search_criterion_names
-from ghoststream.stages.choosing.search import MEASURED, check_search, search_session
+from ghoststream.stages.choosing.criteria import MEASURED, search_criterion_names
+from ghoststream.stages.choosing.search import check_search, search_session
 from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.session import ModelSession
@@ -81,7 +81,9 @@ def select(
     rule, _ = check_search(session.skeleton.n_layers, remove, search, method)
     if not rule.repairs:
         method.refuse(None, f"the criterion {name} repairs nothing")
-        search.refuse(("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows")
+        search.refuse(
+            ("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows"
+        )
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
     return search_session(session, remove, text, search=search, method=method, out=out, progress=progress)
@@ -116,7 +118,9 @@ def require_criterion(name: str, *, runs_model: bool) -> str:
         msg = f"there is no criterion {name!r}; known are {', '.join(sorted((*running, *reading)))}"
         raise RequestError(msg)
     if runs_model and name not in running:
-        msg = f"the criterion {name} reads a store; capture one and give --store in the place of --calibration"
+        msg = (
+            f"the criterion {name} reads a store; capture one and give --store in the place of --calibration"
+        )
         raise RequestError(msg)
     if not runs_model and name not in reading:
         msg = f"the criterion {name} runs the model; give --calibration in the place of --store"

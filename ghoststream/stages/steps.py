@@ -12,9 +12,10 @@ from ghoststream.selection import Selection, make_criterion, read_plan, require_
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture_session
 from ghoststream.stages.capturing.tap_store import require_taps
+from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.choosing.repair import passing_method
-from ghoststream.stages.choosing.search import MEASURED, check_search, search_session
+from ghoststream.stages.choosing.search import check_search, search_session
 from ghoststream.stages.from_store.fit import fit_from_store, make_store_kind
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.select import require_criterion, runs_model
@@ -55,8 +56,10 @@ class Steps:
             msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
             raise RequestError(msg)
         self._runs_model = self.given is None and runs_model(recovery.search.criterion)
-        self._fits_in_passes = self._runs_model or recovery.method.operator in (None, AUTO) or "inputs" in (
-            recovery.method.given()
+        self._fits_in_passes = (
+            self._runs_model
+            or recovery.method.operator in (None, AUTO)
+            or "inputs" in (recovery.method.given())
         )
         self._check()
 
@@ -124,7 +127,9 @@ class Steps:
             fields = ("criterion", "max_spans", "beam", "candidates", "lanes")
             search.refuse(fields, "the plan says which layers go")
             if self.given.methods or method.operator not in (None, AUTO):
-                search.refuse(("held_out",), "nothing is measured, as it is known how each boundary is fitted")
+                search.refuse(
+                    ("held_out",), "nothing is measured, as it is known how each boundary is fitted"
+                )
         elif self._runs_model:
             check_search(skeleton.n_layers, self.n_removed, search, method)
         else:
@@ -146,7 +151,9 @@ class Steps:
             spans = (Span(1, 2),) if self.given is None else self.given.plan.spans
             require_taps(kind.features, spans, self._session.skeleton, intercept=method.intercept)
         else:
-            method.refuse(set(type(method).model_fields) - {"operator"}, f"the operator {AUTO} chooses it itself")
+            method.refuse(
+                set(type(method).model_fields) - {"operator"}, f"the operator {AUTO} chooses it itself"
+            )
         if self.given is None and not self._runs_model:
             return
         recovery.refuse(("store",), _STORE_OPTIONS)

@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ghoststream.errors import GhoststreamError, TextError
-from ghoststream.text.documents import Document
 from ghoststream.options import TextPart
+from ghoststream.text.documents import Document
 from ghoststream.text.spec import TextSpec
 from ghoststream.text.text_files import messages_or_text
 

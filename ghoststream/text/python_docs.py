@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ghoststream.errors import TextError
-from ghoststream.text.documents import Document
 from ghoststream.options import TextPart
+from ghoststream.text.documents import Document
 
 HELDOUT_SHARE = 0.25
 """Share of the groups of topics that is held out, in the mean over topic names."""

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ghoststream.errors import TextError
+from ghoststream.options import TextPart
 from ghoststream.text.documents import Document
 from ghoststream.text.hub import hub_documents
 from ghoststream.text.python_docs import python_documents
-from ghoststream.options import TextPart
 from ghoststream.text.spec import TextSpec
 from ghoststream.text.text_files import file_documents
 
 
-def load_documents(spec: TextSpec, *, part: TextPart = "all", max_bytes: int | None = None) -> Iterator[Document]:
+def load_documents(
+    spec: TextSpec, *, part: TextPart = "all", max_bytes: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of a specification one by one.
 
     Args:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.operators import OperatorOptions, operator_names
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import feature_names, weight_names
 from ghoststream.testing.states import random_states, store_of
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, OutputExistsError, RequestError
 from ghoststream.operators import OperatorOptions, OperatorSet, make_operator
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sketch_projection import ProjectionReducer
 from ghoststream.statistics.sketch_range import RangeReducer

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import reduce_boundaries
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer

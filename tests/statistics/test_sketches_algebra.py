@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from ghoststream.statistics.sketch_rows import RowSketchReducer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from ghoststream.spans import Span
 from ghoststream.statistics.engines import Reducer
 from ghoststream.statistics.sketch_projection import ProjectionReducer
 from ghoststream.statistics.sketch_range import PowerReducer
-from ghoststream.statistics.sketch_rows import RowSketchReducer
 from ghoststream.statistics.sketches import Bases
 from tests.statistics.test_moments_algebra import ArraySource, integers
 

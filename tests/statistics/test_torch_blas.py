@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import OperatorOptions
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import FoldedMoments, Precision
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer

@@ -8,11 +8,11 @@ from typing import Any
 
 from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
 from ghoststream.errors import GhoststreamError, RequestError
-from ghoststream.options import Compute, Storage, Text
+from ghoststream.options import Compute, Storage, Text, dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
-from ghoststream.stages.session import ModelSession, dtype_name
+from ghoststream.stages.session import ModelSession
 from ghoststream.text import TokenSet, recipe_of
 
 _SHARD_BYTES = 16 * 2**20

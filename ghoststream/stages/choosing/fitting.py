@@ -14,8 +14,8 @@ from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, taps_of
 from ghoststream.statistics.features import STATE_TAP

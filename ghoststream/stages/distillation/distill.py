@@ -31,7 +31,6 @@ from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet, recipe_of
 
 
-
 def distill(
     model: str | Path,
     operators: OperatorSet | str | Path,
@@ -99,7 +98,7 @@ def distill(
         for warning in figures["warnings"]:
             progress.log(f"warning: {warning}")
         metadata = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
-        boundaries = trained_boundaries(given, run.modules, figures)
+        boundaries = trained_boundaries(given, run.operators, figures)
         trained = OperatorSet(
             given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from ghoststream.checkpoint.sizes import ITEMSIZES, ModelSizes
 from ghoststream.costs import (
@@ -21,8 +20,8 @@ from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import AUTO, Method, Recovery, Text
 from ghoststream.selection import Selection, read_plan, require_count_or_plan
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.auto import LATER_METHODS, METHODS
-from ghoststream.stages.choosing.criteria import is_search_criterion
+from ghoststream.stages.choosing.criteria import search_criterion_names
+from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
 from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
 
@@ -63,9 +62,7 @@ class Job:
     def _check(self) -> None:
         sizes, layers = self.sizes, self.recovery.storage.layers
         if not 0 < self.n_removed < sizes.n_layers:
-            msg = (
-                f"cannot remove {self.n_removed} of the {sizes.n_layers} layers of {sizes.root}; at least one must survive"
-            )
+            msg = f"cannot remove {self.n_removed} of the {sizes.n_layers} layers of {sizes.root}; at least one must survive"
             raise PlanError(msg)
         if layers is not None and max(layers) > sizes.n_layers:
             msg = f"there is no hidden state h[{max(layers)}]: {sizes.root} has h[0] to h[{sizes.n_layers}]"
@@ -101,7 +98,7 @@ class Job:
     def runs_model(self) -> bool:
         """Whether layers are chosen by running the model."""
         criterion = self.recovery.search.criterion
-        return self.given is None and (criterion is None or is_search_criterion(criterion))
+        return self.given is None and (criterion is None or criterion in search_criterion_names())
 
     @property
     def reads_store(self) -> bool:

@@ -14,8 +14,8 @@ from ghoststream.costs import PASS_FORMULA, Cost, Need, PassCost
 from ghoststream.machine import free_disk, free_host_memory
 from ghoststream.selection import make_criterion
 from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion
+from ghoststream.stages.choosing.passes import last_fit, refining
 from ghoststream.stages.estimation.job import Job
-from ghoststream.stages.estimation.passes import last_fit, refining
 from ghoststream.stages.estimation.rates import Rates
 from ghoststream.stages.estimation.report import StageCost, SweepCost
 
@@ -103,7 +103,9 @@ def all_stages(route: Route, rates: Rates | None) -> tuple[StageCost, ...]:
     """
     job, stages = route.job, []
     if job.captures:
-        stages.append(_stage("capture", job.sizes.checkpoint_bytes, job.store_bytes, _dense_flops(job), rates))
+        stages.append(
+            _stage("capture", job.sizes.checkpoint_bytes, job.store_bytes, _dense_flops(job), rates)
+        )
     if route.selection is not None:
         stages.append(_selecting(route, route.selection, rates))
     if route.searching:
@@ -159,7 +161,9 @@ def _passing(
 ) -> StageCost:
     read = sum((2 if one.backward else 1) * route.job.sizes.checkpoint_bytes for one in passes)
     dense = _dense_flops(route.job)
-    return _stage(name, read, written, sum(one.lanes * dense + one.fits * route.fit.flops for one in passes), rates)
+    return _stage(
+        name, read, written, sum(one.lanes * dense + one.fits * route.fit.flops for one in passes), rates
+    )
 
 
 def _stage(

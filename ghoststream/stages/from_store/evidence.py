@@ -38,7 +38,6 @@ from ghoststream.statistics import (
     store_digest,
 )
 
-
 Opener = Callable[[], ModelSession]
 """Opens the model that a store was captured from, when it is needed, to compute as the capture did."""
 
@@ -70,7 +69,7 @@ class StoreEvidence:
     @property
     def n_layers(self) -> int:
         """Number of decoder layers."""
-        return self._source.n_layers
+        return self._store.n_layers
 
     def reduce(self, reducer: Reducer) -> SumState:
         """Return a statistic over all sequences."""
@@ -86,9 +85,7 @@ class StoreEvidence:
         ranges = Ranges.make(self._store.n_sequences, folds=folds)
         with self._work_folder() as work:
             reducer = kind.reducer(spans, hidden=self._store.hidden)
-            moments = reduce(
-                uri, reducer, ranges, self._reduction, workdir=work, progress=self._progress
-            )
+            moments = reduce(uri, reducer, ranges, self._reduction, workdir=work, progress=self._progress)
             self._progress.start("residuals", len(spans), "candidates")
             found = {}
             for span in spans:

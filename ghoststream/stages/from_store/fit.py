@@ -129,7 +129,10 @@ class _Job:
     def spans(self) -> tuple[Span, ...]:
         """Spans whose moments are needed."""
         per_layer = self.kind.method.per_layer
-        return (*self.plan.spans, *(one for span in self.plan.spans if per_layer for one in single_layers(span)))
+        return (
+            *self.plan.spans,
+            *(one for span in self.plan.spans if per_layer for one in single_layers(span)),
+        )
 
     def run(self, output: Output, taps: WantedTaps | None) -> OperatorSet:
         """Reduce, solve and write."""
@@ -152,7 +155,9 @@ class _Job:
         output.finish()
         return operators
 
-    def _reduce(self, spans: tuple[Span, ...], taps: TapSource | None, work: Path) -> dict[Span, FoldedMoments]:
+    def _reduce(
+        self, spans: tuple[Span, ...], taps: TapSource | None, work: Path
+    ) -> dict[Span, FoldedMoments]:
         return self.kind.reduce(
             self.uri,
             spans,

@@ -13,7 +13,12 @@ from ghoststream.options import Compute, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.stages.measuring.measurement import Measurement
-from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes, require_free_or_same
+from ghoststream.stages.measuring.model_groups import (
+    ModelGroup,
+    group_models,
+    group_notes,
+    require_free_or_same,
+)
 from ghoststream.stages.session import ModelSession
 
 
@@ -65,18 +70,18 @@ def evaluate_session(
 
 
 def _evaluate(
-    passes: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
+    groups: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
 ) -> EvaluationReport:
-    measurements = [Measurement(one, wanted) for one in passes]
+    measurements = [Measurement(one, wanted) for one in groups]
     if out is not None:
         require_free_or_same(Path(out), [asked for one in measurements for asked in one.requests()])
     rows: dict[int, EvaluationRow] = {}
     for number, measurement in enumerate(measurements):
-        for member, losses, recipe in measurement.run(progress):
-            rows[member.position] = EvaluationRow(
-                member.name, losses, recipe, number, member.fingerprint, library_versions()
+        for model, losses, recipe in measurement.run(progress):
+            rows[model.position] = EvaluationRow(
+                model.name, losses, recipe, number, model.fingerprint, library_versions()
             )
-    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(passes))
+    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
     if out is not None:
         atomic_write_json(Path(out), report.to_json())
     return report

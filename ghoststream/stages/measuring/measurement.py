@@ -10,8 +10,8 @@ from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_t
 from ghoststream.options import Text
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe, EvaluateRecipe
-from ghoststream.stages.measuring.model_groups import MeasuredModel, ModelGroup
 from ghoststream.stages.lanes import first_needed
+from ghoststream.stages.measuring.model_groups import MeasuredModel, ModelGroup
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
@@ -78,7 +78,7 @@ class Measurement:
         latest = min(map(first_needed, lanes), default=self._session.skeleton.n_layers)
         return max((layer for layer in self._store.completed_layers() if layer <= latest), default=0)
 
-    def _make_recipe(self, text: TextRecipe, tokens_digest: str, micro_batch: int) -> EvaluateRecipe:
+    def _make_recipe(self, text: Text, tokens_digest: str, micro_batch: int) -> EvaluateRecipe:
         skeleton = self._session.skeleton
         return EvaluateRecipe.model_validate(
             {

@@ -84,7 +84,9 @@ def group_models(
         raise RequestError(msg)
     everything = [*map(_of_session, opened), *(_open(model, compute) for model in models)]
     bases = {
-        one.digest: ModelGroup(one.session) for one in reversed(everything) if one.base is None and one.session
+        one.digest: ModelGroup(one.session)
+        for one in reversed(everything)
+        if one.base is None and one.session
     }
     groups = list(reversed(bases.values()))
     for position, one in enumerate(everything):

@@ -74,20 +74,20 @@ def evaluate_tasks(
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and tokens.
     """
     progress = progress or SilentProgress()
-    passes = group_models(models, compute or Compute())
+    groups = group_models(models, compute or Compute())
     suite = _load_suite(tasks, include_path, limit, progress)
-    runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in passes]
+    runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in groups]
     if out is not None:
         require_free_or_same(Path(out), [asked for one in runs for asked in one.requests()])
     versions = {**library_versions(), **library_versions([_HARNESS, "datasets"])}
     rows: dict[int, TaskRow] = {}
     for number, run in enumerate(runs):
-        for member, scores in run.run(progress):
+        for model, scores in run.run(progress):
             results = task_results(suite.judge(suite.answers(scores.results())))
             rows[model.position] = TaskRow(
                 model.name, results, run.recipe, number, model.fingerprint, versions
             )
-    report = TaskReport(tuple(rows[position] for position in sorted(rows)), group_notes(passes))
+    report = TaskReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
     if out is not None:
         atomic_write_json(Path(out), report.to_json())
     return report

@@ -11,6 +11,22 @@ from ghoststream.costs import PassCost, SearchShape
 from ghoststream.statistics import taps_of
 
 
+def partitions(n_remove: int, max_spans: int) -> list[list[int]]:
+    """Return the sizes of the spans of the plans that are tried, larger ones first.
+
+    For each number of spans up to ``max_spans``: as equal as they can be, and one twice as long as the others.
+    """
+    found = []
+    for n_spans in range(1, max_spans + 1):
+        equal = [n_remove // n_spans + (index < n_remove % n_spans) for index in range(n_spans)]
+        found.append(equal)
+        small = round(n_remove / (n_spans + 1))
+        large = n_remove - (n_spans - 1) * small
+        if n_spans > 1 and small > 0 and large > equal[0]:
+            found.append([large] + [small] * (n_spans - 1))
+    return found
+
+
 def growing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost, ...]:
     """Return a pass for each span that is added; plans of all partitions grow in the same passes.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from ghoststream.errors import RequestError
 from ghoststream.operators.kind import OperatorKind
 from ghoststream.options import Method
 from ghoststream.registry import Registry
@@ -45,6 +46,9 @@ def make_operator(method: Method) -> OperatorKind:
     """Return the kind that ``method`` names.
 
     Raises:
-        RequestError: If there is none of this name, or it refuses an option.
+        RequestError: If it names none, there is none of this name, or it refuses an option.
     """
-    return _KINDS.get(str(method.operator))(method)
+    if method.operator is None:
+        msg = f"no operator is named; name one of {', '.join(operator_names())}"
+        raise RequestError(msg)
+    return _KINDS.get(method.operator)(method)

@@ -10,6 +10,7 @@ from ghoststream.options import TextPart
 from ghoststream.text.documents import Document
 from ghoststream.text.hub import hub_documents
 from ghoststream.text.python_docs import python_documents
+from ghoststream.text.registry import TEXT_SOURCES
 from ghoststream.text.spec import TextSpec
 from ghoststream.text.text_files import file_documents
 
@@ -28,6 +29,7 @@ def load_documents(
     Raises:
         InputNotFoundError: If a file does not exist.
         TextError: If the text cannot be read: encoding, format, missing field, missing package, no connection.
+        RequestError: If the package of a registered source cannot be imported.
 
     Memory: One document and its bytes.
     """
@@ -35,6 +37,8 @@ def load_documents(
         return file_documents(Path(spec.source), max_bytes=max_bytes)
     if spec.kind == "python-docs":
         return python_documents(resolve_part(spec, part))
+    if spec.kind == "registered":
+        return TEXT_SOURCES.get(spec.source)(spec.rest, resolve_part(spec, part))
     if spec.kind in {"hf", "named"}:
         return hub_documents(spec, resolve_part(spec, part), max_bytes=max_bytes)
     msg = f"{spec} holds token ids, not text; name a text here"
@@ -42,9 +46,12 @@ def load_documents(
 
 
 def resolve_part(spec: TextSpec, part: TextPart) -> TextPart:
-    """Return which part of ``python-docs`` or of a named set is meant: what the specification says comes first."""
+    """Return which part of ``python-docs``, a named set or a registered source is meant.
+
+    What the specification says comes first.
+    """
     if spec.kind == "python-docs" and spec.split in {"fit", "heldout"}:
         return "fit" if spec.split == "fit" else "heldout"
-    if spec.kind in {"python-docs", "named"} and spec.split is None:
+    if spec.kind in {"python-docs", "named", "registered"} and spec.split is None:
         return part
     return "all"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ghoststream.errors import TextError
+from ghoststream.options import TextPart
+from ghoststream.text.registry import text_source_names
 
 NAMED_SETS = ("wikitext2", "ptb", "c4")
 _FORMS = (
@@ -24,18 +26,21 @@ class TextSpec:
     """A parsed text specification.
 
     Attributes:
-        kind: What sort of source it is; ``named`` is one of ``wikitext2``, ``ptb``, ``c4``.
-        source: The path, the dataset's name or folder, or the set's name.
+        kind: What sort of source it is; ``named`` is one of ``wikitext2``, ``ptb``, ``c4``, ``registered`` one of
+            :mod:`ghoststream.text.registry`.
+        source: The path, the dataset's name or folder, or the name of the set or the registered source.
         config: Configuration of an ``hf`` dataset.
         split: Split of an ``hf`` or named dataset; ``fit`` or ``heldout`` of ``python-docs``.
         field: Field of an ``hf`` dataset that holds the text.
+        rest: What stands behind the name of a registered source.
     """
 
-    kind: Literal["file", "ids", "hf", "named", "python-docs"]
+    kind: Literal["file", "ids", "hf", "named", "python-docs", "registered"]
     source: str
     config: str | None = None
     split: str | None = None
     field: str | None = None
+    rest: str = ""
 
     @classmethod
     def parse(cls, text: str) -> TextSpec:
@@ -59,7 +64,11 @@ class TextSpec:
             return cls("named", kind, split=rest or None)
         if kind == "python-docs" and (rest in {"fit", "heldout"} or text == kind):
             return cls("python-docs", kind, split=rest or None)
-        msg = f"cannot read the text specification {text!r}; write {_FORMS}"
+        others = text_source_names()
+        if kind in others:
+            return cls("registered", kind, rest=rest)
+        own = f", or a source of an installed package: {', '.join(others)}" if others else ""
+        msg = f"cannot read the text specification {text!r}; write {_FORMS}{own}"
         raise TextError(msg)
 
     @classmethod
@@ -82,6 +91,8 @@ class TextSpec:
         """The specification without folders: paths are no part of a recipe, the text's digest stands for them."""
         if self.kind in {"file", "ids"} or (self.kind == "hf" and Path(self.source).exists()):
             return self._join(Path(self.source).name)
+        if self.kind == "registered" and self.rest and Path(self.rest).exists():
+            return f"{self.source}:{Path(self.rest).name}"
         return str(self)
 
     def __str__(self) -> str:
@@ -94,6 +105,8 @@ class TextSpec:
             config = "" if self.config is None and self.field is None else f":{self.config or ''}"
             field = "" if self.field is None else f":{self.field}"
             return f"hf:{source}{config}:{self.split}{field}"
+        if self.kind == "registered":
+            return f"{source}:{self.rest}" if self.rest else source
         return source if self.split is None else f"{source}:{self.split}"
 
 

@@ -14,9 +14,9 @@ import torch
 from ghoststream.activations import ActivationStore, StoreRef, open_checked, shared
 from ghoststream.errors import MismatchError, StoreError
 from ghoststream.spans import Span
-from ghoststream.statistics import reduce_boundaries
 from ghoststream.testing.states import random_states, store_of
 from ghoststream.testing.stores import small_layout, small_request, small_states, small_store, write_layer
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHARD = "hidden/2/c.1.0.0"
@@ -118,5 +118,5 @@ def test_the_number_of_open_stores_is_bounded(tmp_path: Path, opened: list[str])
 def test_ranges_of_a_reduction_share_one_store(tmp_path: Path, opened: list[str]) -> None:
     uri = store_of(tmp_path / "store", random_states(3, (12, 4, 6)))
     for range_sequences in (1, 3):
-        reduce_boundaries(uri, [Span(1, 3)], range_sequences=range_sequences, workers=2)
+        moments_of(uri, [Span(1, 3)], range_sequences=range_sequences, workers=2)
     assert opened == ["open"]

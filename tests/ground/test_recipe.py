@@ -100,10 +100,10 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any]) -> None:
         capture(**changes)
 
 
-@pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])
-def test_the_ridge_is_finite_and_not_negative(eps: float) -> None:
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
+def test_the_ridge_is_finite_and_not_negative(ridge: float) -> None:
     with pytest.raises(ValidationError):
-        SolveRecipe(operator="ghost", range_sequences=16, store_digest=DIGEST, eps=eps)
+        SolveRecipe(operator="ghost", range_sequences=16, store_digest=DIGEST, ridge=ridge)
 
 
 def test_each_field_changes_the_digest() -> None:

@@ -8,14 +8,16 @@ import pytest
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import (
     BoundaryOperator,
-    OperatorOptions,
+    OperatorKind,
     make_operator,
     operator_names,
     register_operator,
 )
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, Ranges, SumState, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, Ranges, SumState
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 6)
@@ -30,7 +32,7 @@ def states() -> list[Hidden]:
 @pytest.fixture(scope="module")
 def moments(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> FoldedMoments:
     uri = store_of(tmp_path_factory.mktemp("families") / "store", states, mask=ragged_mask(*SHAPE[:2]))
-    return reduce_boundaries(uri, [SPAN], folds=3)[SPAN]
+    return moments_of(uri, [SPAN], folds=3)[SPAN]
 
 
 def data(states: list[Hidden], chosen: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +44,7 @@ def data(states: list[Hidden], chosen: np.ndarray | None = None) -> tuple[np.nda
 
 
 def fit(name: str, moments: FoldedMoments, ridge: float = 1e-6) -> BoundaryOperator:
-    return make_operator(name, OperatorOptions(ridge=ridge)).fit(moments)
+    return make_operator(Method(operator=name, ridge=ridge)).fit(moments)
 
 
 def test_ghost_is_least_squares_on_the_hidden_state(moments: FoldedMoments, states: list[Hidden]) -> None:
@@ -119,7 +121,7 @@ def test_linear_patch_counts_channels_that_are_zero(tmp_path: Path) -> None:
     states = random_states(2, (4, 5, 3))
     states[0][:2, :, 1] = 0
     uri = store_of(tmp_path / "store", states)
-    operator = fit("linear-patch-diagonal", reduce_boundaries(uri, [Span(0, 2)])[Span(0, 2)])
+    operator = fit("linear-patch-diagonal", moments_of(uri, [Span(0, 2)])[Span(0, 2)])
     assert operator.diagnostics["zero_ratios"] == 2
     assert operator.weight is not None
     assert np.isfinite(operator.weight).all()
@@ -137,7 +139,7 @@ def test_a_massive_activation_is_warned_about(tmp_path: Path) -> None:
     states = random_states(2, (8, 10, 4))
     states[2][:, 0, 1] += 500  # born inside the removed span
     uri = store_of(tmp_path / "store", states)
-    found = fit("ghost", reduce_boundaries(uri, [Span(1, 2)])[Span(1, 2)]).diagnostics
+    found = fit("ghost", moments_of(uri, [Span(1, 2)])[Span(1, 2)]).diagnostics
     assert found["position_energy"]["gap"]["top_position"] == 0
     assert found["position_energy"]["gap"]["share"] > 0.99
     assert any("position 0 carries" in text and "the gap" in text for text in found["warnings"])
@@ -145,7 +147,7 @@ def test_a_massive_activation_is_warned_about(tmp_path: Path) -> None:
 
 def test_too_few_tokens_and_a_singular_gram_are_warned_about(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (2, 4, 32)))
-    operator = fit("ghost", reduce_boundaries(uri, [Span(0, 1)], folds=0)[Span(0, 1)], ridge=0.0)
+    operator = fit("ghost", moments_of(uri, [Span(0, 1)], folds=0)[Span(0, 1)], ridge=0.0)
     found = operator.diagnostics
     assert any("8 tokens for 32 features" in text for text in found["warnings"])
     assert any("eigendecomposition" in text for text in found["warnings"])
@@ -157,7 +159,7 @@ def test_too_few_tokens_and_a_singular_gram_are_warned_about(tmp_path: Path) -> 
 def test_a_boundary_without_a_gap_is_repaired_by_nothing(tmp_path: Path) -> None:
     states = random_states(1, (4, 6, 3))
     uri = store_of(tmp_path / "store", [states[0], states[0], states[1]])
-    found = fit("ghost", reduce_boundaries(uri, [Span(0, 1)])[Span(0, 1)])
+    found = fit("ghost", moments_of(uri, [Span(0, 1)])[Span(0, 1)])
     assert found.weight is not None
     assert (found.weight == 0).all()
     assert (found.diagnostics["relative_residual"], found.diagnostics["r2"]) == (0.0, None)
@@ -168,8 +170,8 @@ def test_no_tokens_at_all_or_in_a_fold_are_refused(tmp_path: Path) -> None:
     mask[1] = False
     uri = store_of(tmp_path / "some", random_states(2, (4, 6, 3)), mask=mask)
     with pytest.raises(NumericsError, match=r"fold 1 of 4 .* holds no tokens"):
-        fit("ghost", reduce_boundaries(uri, [Span(0, 1)])[Span(0, 1)])
-    empty = reduce_boundaries(uri, [Span(0, 1)])[Span(0, 1)].fold(1).state
+        fit("ghost", moments_of(uri, [Span(0, 1)])[Span(0, 1)])
+    empty = moments_of(uri, [Span(0, 1)])[Span(0, 1)].fold(1).state
     prefixed = {f"span/0-1/{name}": array for name, array in empty.arrays.items()}
     with pytest.raises(NumericsError, match="no token entered"):
         fit("none", FoldedMoments(Span(0, 1), [SumState(prefixed)]))
@@ -177,12 +179,7 @@ def test_no_tokens_at_all_or_in_a_fold_are_refused(tmp_path: Path) -> None:
 
 def test_a_users_operator_is_a_class_of_their_own(moments: FoldedMoments) -> None:
     @register_operator("halved-for-a-test")
-    class Halved:
-        needs_gram = False
-
-        def __init__(self, options: OperatorOptions) -> None:
-            self.options = options
-
+    class Halved(OperatorKind):
         def fit(self, moments: FoldedMoments) -> BoundaryOperator:
             weight = np.full(moments.total().gap_sum.shape, -0.5, dtype=np.float32)
             return BoundaryOperator(moments.span, "diagonal", "hidden", weight)
@@ -190,19 +187,15 @@ def test_a_users_operator_is_a_class_of_their_own(moments: FoldedMoments) -> Non
     assert "halved-for-a-test" in operator_names()
     assert fit("halved-for-a-test", moments).apply(np.ones(SHAPE[2])) == pytest.approx(0.5)
     with pytest.raises(RequestError, match="registered already"):
-        register_operator("halved-for-a-test")(lambda options: Halved(options))
-
-
-def test_options_take_what_is_theirs_of_a_dictionary_and_leave_the_rest() -> None:
-    given = {"ridge": 0.5, "weights": "uniform", "per_layer": True, "folds": 2}
-    assert OperatorOptions.take(given) == OperatorOptions(ridge=0.5, per_layer=True)
-    assert given == {"weights": "uniform", "folds": 2}
+        register_operator("halved-for-a-test")(lambda method: Halved(method))
 
 
 def test_unknown_names_say_what_is_known() -> None:
     with pytest.raises(RequestError, match=r"no operator 'ghots'; known are ") as raised:
-        make_operator("ghots")
+        make_operator(Method(operator="ghots"))
     for name in ("ghost", "least-squares", "linear-patch-diagonal", "none"):
         assert f" {name}" in str(raised.value)
-    with pytest.raises(RequestError, match="the ridge is -1"):
-        make_operator("ghost", OperatorOptions(ridge=-1))
+    with pytest.raises(RequestError, match="no operator is named; name one of diagonal, ghost"):
+        make_operator(Method())
+    with pytest.raises(RequestError, match="-1 is no ridge"):
+        Method.make({"operator": "ghost", "ridge": -1})

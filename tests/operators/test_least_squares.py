@@ -8,20 +8,23 @@ import numpy.typing as npt
 import pytest
 
 from ghoststream.errors import NumericsError, RequestError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operator
+from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.least_squares import RIDGE_WITHOUT_FOLDS, reduce_rank
 from ghoststream.operators.ridge import RIDGE_GRID
+from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import (
+    Feature,
     FoldedMoments,
     ModelFacts,
+    MomentSpec,
     Ranges,
     feature_names,
-    reduce_boundaries,
     register_feature,
 )
 from ghoststream.statistics.features import HiddenFeature
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 6)
@@ -69,11 +72,11 @@ def ridge_fit(phi: Array, gap: Array, ratio: float, *, intercept: bool) -> tuple
 
 
 def fit(moments: FoldedMoments, **options: Any) -> BoundaryOperator:
-    return make_operator("least-squares", OperatorOptions(**options)).fit(moments)
+    return make_operator(Method(operator="least-squares", **options)).fit(moments)
 
 
 def reduced(uri: str, features: str = "hidden", **options: Any) -> FoldedMoments:
-    return reduce_boundaries(uri, [SPAN], feature=features, folds=FOLDS, **options)[SPAN]
+    return moments_of(uri, [SPAN], feature=features, folds=FOLDS, **options)[SPAN]
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -164,7 +167,7 @@ def test_reduce_rank_of_full_rank_changes_nothing() -> None:
 def test_least_squares_without_options_is_the_papers_operator(uri: str) -> None:
     mine, paper = (
         fit(reduced(uri), ridge=0.0),
-        make_operator("ghost", OperatorOptions(ridge=0.0)).fit(reduced(uri)),
+        make_operator(Method(operator="ghost", ridge=0.0)).fit(reduced(uri)),
     )
     assert mine.weight is not None
     assert paper.weight is not None
@@ -179,7 +182,7 @@ def test_least_squares_without_options_is_the_papers_operator(uri: str) -> None:
 
 
 def test_without_folds_the_ridge_is_a_fixed_one(uri: str) -> None:
-    moments = reduce_boundaries(uri, [SPAN], folds=1)[SPAN]
+    moments = moments_of(uri, [SPAN], folds=1)[SPAN]
     assert fit(moments).diagnostics["ridge_relative"] == RIDGE_WITHOUT_FOLDS
     with pytest.raises(RequestError, match="chosen by folds, and there is one only"):
         fit(moments, ridge="auto")
@@ -189,7 +192,7 @@ def test_a_gap_that_nothing_predicts_is_warned_about(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     states = [rng.standard_normal((8, 3, 16)).astype(np.float32) for _ in range(2)]
     states[1] = states[0] + rng.standard_normal((8, 3, 16)).astype(np.float32)
-    found = fit(reduce_boundaries(store_of(tmp_path / "store", states), [Span(0, 1)])[Span(0, 1)])
+    found = fit(moments_of(store_of(tmp_path / "store", states), [Span(0, 1)])[Span(0, 1)])
     assert found.diagnostics["ridge_relative"] == RIDGE_GRID[-1]
     assert any("hardly predict the gap" in text for text in found.diagnostics["warnings"])
 
@@ -203,19 +206,19 @@ def test_options_out_of_range_are_refused(uri: str) -> None:
         fit(reduced(uri), ridge=-1.0)
     for name in ("ghost", "linear-patch-diagonal", "none"):
         with pytest.raises(RequestError, match=rf"{name} is defined without an intercept, rank 3; use"):
-            make_operator(name, OperatorOptions(intercept=True, rank=3))
+            make_operator(Method(operator=name, intercept=True, rank=3))
     with pytest.raises(RequestError, match="without features normed, a ridge chosen by folds"):
-        make_operator("ghost", OperatorOptions(features="normed", ridge="auto"))
+        make_operator(Method(operator="ghost", features="normed", ridge="auto"))
 
 
 def test_normed_features_need_the_epsilon_of_the_model(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (4, 6, 5)))
     with pytest.raises(RequestError, match="does not say which epsilon the model's norms have"):
-        reduce_boundaries(uri, [Span(0, 1)], feature="normed")
+        moments_of(uri, [Span(0, 1)], feature="normed")
 
 
 def test_a_users_feature_is_a_class_of_their_own(uri: str, states: list[Hidden]) -> None:
-    class Magnitudes:
+    class Magnitudes(Feature):
         name = "magnitudes-for-a-test"
 
         def width(self, hidden: int) -> int:
@@ -252,7 +255,9 @@ def test_wide_features_stay_within_the_stated_memory(tmp_path: Path) -> None:
 
     hidden, block = 256, 512
     source = open_source(store_of(tmp_path / "store", random_states(2, (16, 128, hidden)), norm_epsilon=1e-5))
-    reducer = BoundaryReducer((Span(0, 2),), feature="hidden+normed", weights="relative", block_tokens=block)
+    reducer = BoundaryReducer(
+        (Span(0, 2),), MomentSpec(feature="hidden+normed", token_weights="relative", block_tokens=block)
+    )
     reducer.reduce(source, 0, 4)
     tracemalloc.start()
     try:
@@ -268,7 +273,7 @@ def test_choosing_the_ridge_stays_within_the_stated_memory(tmp_path: Path) -> No
 
     hidden = 256
     uri = store_of(tmp_path / "store", random_states(1, (16, 128, hidden)), norm_epsilon=1e-5)
-    moments = reduce_boundaries(uri, [Span(0, 1)], feature="hidden+normed", workdir=tmp_path)[Span(0, 1)]
+    moments = moments_of(uri, [Span(0, 1)], feature="hidden+normed", workdir=tmp_path)[Span(0, 1)]
     tracemalloc.start()
     try:
         fit(moments, features="hidden+normed", intercept=True)

@@ -8,15 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator, operator_names
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import hadamard_factors, hadamard_matrix, reduce_boundaries, rotate
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import MomentSpec, hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.rotation import RotatedReducer
 from ghoststream.statistics.source import open_source
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (6, 10, 12)  # twelve channels: no power of two
@@ -123,7 +125,7 @@ def test_rotated_statistics_are_those_of_rotated_states(
     other = store_of(tmp_path / "store", turned, mask=ragged_mask(*SHAPE[:2]))
     for weights in ("uniform", "relative"):
         found, expected = (
-            reduce_boundaries(place, [SPAN], grams=False, rotated=rotated, weights=weights)[SPAN].total()
+            moments_of(place, [SPAN], grams=False, rotated=rotated, token_weights=weights)[SPAN].total()
             for place, rotated in ((uri, True), (other, False))
         )
         for name, array in expected.state.arrays.items():
@@ -135,7 +137,7 @@ def test_rotated_statistics_stay_within_the_stated_memory(tmp_path: Path) -> Non
 
     hidden = 192
     source = open_source(store_of(tmp_path / "store", random_states(2, (16, 128, hidden))))
-    reducer = RotatedReducer((Span(0, 2),), grams=False, block_tokens=512)
+    reducer = RotatedReducer((Span(0, 2),), MomentSpec(block_tokens=512), grams=False)
     reducer.reduce(source, 0, 4)
     tracemalloc.start()
     try:
@@ -165,4 +167,4 @@ def test_the_command_line_knows_every_family_that_comes_with_the_library() -> No
     own = {name for name in operator_names() if not name.endswith("for-a-test")}
     assert own - {"mean-gap"} <= set(OPERATORS)
     for name in OPERATORS:
-        make_operator(name)
+        make_operator(Method(operator=name))

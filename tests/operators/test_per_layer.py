@@ -7,20 +7,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import (
     BoundaryOperator,
-    OperatorOptions,
+    OperatorKind,
     OperatorSet,
     fit_per_layer,
     make_operator,
     register_operator,
 )
+from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.statistics import FoldedMoments, Ranges, hadamard_matrix, reduce_boundaries
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import FoldedMoments, Ranges, hadamard_matrix
+from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 8)
@@ -63,7 +66,7 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
 ) -> None:
     plan = PruningPlan(L, (Span(0, 1), Span(2, 5)))
     out = tmp_path / "operators.safetensors"
-    made = solve(uri, plan, options=OperatorOptions(per_layer=True), folds=FOLDS, out=out)
+    made = solve(uri, plan, options=Method(per_layer=True), folds=FOLDS, out=out)
     for operator in made.boundaries:
         x = rows(states, operator.span.start)
         np.testing.assert_allclose(
@@ -79,15 +82,15 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
     assert residuals[0] > residuals[1] * (1 + 1e-6)
     assert made.metadata["recipe"]["per_layer"] is True
     before = out.read_bytes()
-    again = solve(uri, plan, options=OperatorOptions(per_layer=True), folds=FOLDS, out=out)
+    again = solve(uri, plan, options=Method(per_layer=True), folds=FOLDS, out=out)
     assert out.read_bytes() == before
     assert again.diagnostics == made.diagnostics == OperatorSet.load(out).diagnostics
 
 
 def test_diagnostics_are_those_of_the_product(uri: str, states: list[Hidden]) -> None:
-    moments = reduce_boundaries(uri, [SPAN, *LAYERS], folds=FOLDS)
+    moments = moments_of(uri, [SPAN, *LAYERS], folds=FOLDS)
     found = fit_per_layer(
-        make_operator("ghost"), moments[SPAN], [moments[layer] for layer in LAYERS]
+        make_operator(Method(operator="ghost")), moments[SPAN], [moments[layer] for layer in LAYERS]
     ).diagnostics
     x, gap = rows(states, 1), rows(states, 4) - rows(states, 1)
     inside = np.linalg.norm(x @ official(states, SPAN) - x - gap)
@@ -128,7 +131,7 @@ def test_baselines_can_be_chained_too(uri: str, states: list[Hidden], tmp_path: 
         uri,
         "1:4",
         operator=name,
-        options=OperatorOptions(per_layer=True),
+        options=Method(per_layer=True),
         out=tmp_path / "operators.safetensors",
     )
     turn = hadamard_matrix(SHAPE[2]) if name == "linear-patch-rotated" else np.eye(SHAPE[2])
@@ -146,24 +149,22 @@ def test_baselines_can_be_chained_too(uri: str, states: list[Hidden], tmp_path: 
 
 
 def test_a_family_without_a_product_is_refused_before_the_work(uri: str, tmp_path: Path) -> None:
-    moments = reduce_boundaries(uri, [SPAN, *LAYERS])
+    moments = moments_of(uri, [SPAN, *LAYERS])
     layers = [moments[layer] for layer in LAYERS]
 
-    class Alone:
-        needs_gram = False
-
+    class Alone(OperatorKind):
         def fit(self, moments: FoldedMoments) -> BoundaryOperator:
             return BoundaryOperator(moments.span, "identity")
 
     with pytest.raises(RequestError, match="no methods `change` and `operator`"):
-        fit_per_layer(Alone(), moments[SPAN], layers)
-    register_operator("alone-for-a-test")(lambda _: Alone())
-    with pytest.raises(RequestError, match="Alone cannot be fitted layer by layer"):
+        fit_per_layer(Alone(Method(operator="alone-for-a-test")), moments[SPAN], layers)
+    register_operator("alone-for-a-test")(Alone)
+    with pytest.raises(RequestError, match="alone-for-a-test is defined without one map a removed layer"):
         solve(
             uri,
             "1:4",
             operator="alone-for-a-test",
-            options=OperatorOptions(per_layer=True),
+            options=Method(per_layer=True),
             out=tmp_path / "operators.safetensors",
         )
     assert list(tmp_path.iterdir()) == []
@@ -171,7 +172,7 @@ def test_a_family_without_a_product_is_refused_before_the_work(uri: str, tmp_pat
         with pytest.raises(
             RequestError, match="defined without one map a removed layer; use the operator ghost"
         ):
-            make_operator(name, OperatorOptions(per_layer=True))
+            make_operator(Method(operator=name, per_layer=True))
 
 
 def test_a_fold_without_tokens_is_refused(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_a_fold_without_tokens_is_refused(tmp_path: Path) -> None:
     mask[1] = False
     uri = store_of(tmp_path / "store", random_states(3, (4, 6, 3)), mask=mask)
     with pytest.raises(NumericsError, match=r"fold 1 of 4 .* holds no tokens"):
-        solve(uri, "0:2", options=OperatorOptions(per_layer=True), out=tmp_path / "operators.safetensors")
+        solve(uri, "0:2", options=Method(per_layer=True), out=tmp_path / "operators.safetensors")
 
 
 def degenerate(share: float) -> list[Hidden]:
@@ -201,7 +202,7 @@ def test_svd_is_the_pseudo_inverse_with_small_singular_values_left_out(
         states[0][..., 5] = states[0][..., 4]  # exactly singular, whatever float32 rounds
     uri = store_of(tmp_path / "store", states, n_layers=2)
     (operator,) = solve(
-        uri, "0:1", options=OperatorOptions(solver="svd"), folds=2, out=tmp_path / "o.safetensors"
+        uri, "0:1", options=Method(solver="svd"), folds=2, out=tmp_path / "o.safetensors"
     ).boundaries
     x, y = (part.reshape(-1, 6).astype(np.float64) for part in states)
     best = np.linalg.pinv(x, rcond=1e-6) @ (y - x)
@@ -226,8 +227,8 @@ def test_the_threshold_of_the_pseudo_inverse_is_one_millionth(tmp_path: Path) ->
         x = np.zeros((4, 2, 2), dtype=np.float32)
         x[:, 0, 0], x[:, 1, 1] = 1.0, small  # singular values 2 and 2 small
         uri = store_of(tmp_path / f"store{number}", [x, 2 * x])
-        moments = reduce_boundaries(uri, [Span(0, 1)], triangles=True, folds=0)[Span(0, 1)]
-        operator = make_operator("ghost", OperatorOptions(solver="svd")).fit(moments)
+        moments = moments_of(uri, [Span(0, 1)], kind=TriangleReducer, folds=0)[Span(0, 1)]
+        operator = make_operator(Method(operator="ghost", solver="svd")).fit(moments)
         dropped.append(operator.diagnostics["dropped_directions"])
         assert operator.weight is not None
         np.testing.assert_allclose(operator.weight, np.diag([1.0, 1.0 - dropped[-1]]), atol=1e-6)
@@ -236,4 +237,4 @@ def test_the_threshold_of_the_pseudo_inverse_is_one_millionth(tmp_path: Path) ->
 
 def test_the_pseudo_inverse_takes_no_ridge() -> None:
     with pytest.raises(RequestError, match="takes no ridge"):
-        make_operator("ghost", OperatorOptions(solver="svd", ridge=1e-6))
+        make_operator(Method(operator="ghost", solver="svd", ridge=1e-6))

@@ -9,12 +9,14 @@ import pytest
 import scipy.optimize
 
 from ghoststream.errors import RequestError
-from ghoststream.operators import OperatorOptions, make_operator, replace_me_cosine
+from ghoststream.operators import make_operator, replace_me_cosine
+from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import FoldedMoments, TapSource
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import reduced_by
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 S, T, C = 10, 12, 6
 SPAN = Span(2, 4)
 MASK = ragged_mask(S, T)
@@ -41,13 +43,8 @@ def places(
 
 
 def reduced(name: str, places: tuple[str, TapSource], folds: int = 2, **options: object) -> FoldedMoments:
-    from ghoststream.statistics import reduce_boundaries
-
-    family = make_operator(name, OperatorOptions(**options))  # type: ignore[arg-type]
-    reduce = getattr(family, "reduce", reduce_boundaries)
-    found = reduce(places[0], [SPAN], feature="mlp_output", taps=places[1], folds=folds, range_sequences=1)
-    moments: FoldedMoments = found[SPAN]
-    return moments
+    kind = make_operator(Method(operator=name, **options))  # type: ignore[arg-type]
+    return reduced_by(kind, places[0], [SPAN], places[1], folds=folds, range_sequences=1)[SPAN]
 
 
 def problem(states: list[Hidden], contribution: Hidden) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,7 +57,7 @@ def problem(states: list[Hidden], contribution: Hidden) -> tuple[np.ndarray, np.
 def test_least_squares_is_equation_5(
     alpha: float | None, places: tuple[str, TapSource], states: list[Hidden], contribution: Hidden
 ) -> None:
-    family = make_operator("replace-me-ls", OperatorOptions(ridge=alpha))
+    family = make_operator(Method(operator="replace-me-ls", ridge=alpha))
     operator = family.fit(reduced("replace-me-ls", places))
     m, y, target = problem(states, contribution)
     ridge = alpha or 0.0
@@ -124,7 +121,7 @@ def test_cosine_takes_the_steps_of_adam_on_its_objective(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(replace_me_cosine, "LEARNING_RATE", 1e-2)
-    operator = make_operator(name).fit(reduced(name, places))
+    operator = make_operator(Method(operator=name)).fit(reduced(name, places))
     m, y, target = problem(states, contribution)
     # 1,024 tokens are more than there are: each epoch is one step on all of them.
     expected = adam(m, y, target, whole=whole, steps=10, rate=1e-2)
@@ -154,13 +151,13 @@ def test_many_small_steps_reach_the_minimum_that_lbfgs_finds(
     monkeypatch.setattr(replace_me_cosine, "BATCH_TOKENS", 32)
     name = "replace-me-cosine-whole"
     moments = reduced(name, places, folds=0)
-    first = make_operator(name, OperatorOptions(seed=1)).fit(moments)
+    first = make_operator(Method(operator=name, seed=1)).fit(moments)
     loss, gradient = flat_objective(*problem(states, contribution), whole=True)
     best = scipy.optimize.minimize(loss, np.eye(C).ravel(), jac=gradient, method="L-BFGS-B")
     assert first.diagnostics["cosine_distance"] == pytest.approx(best.fun, rel=5e-2)
     assert first.diagnostics["cosine_distance"] >= best.fun - 1e-6
     monkeypatch.setattr(replace_me_cosine, "EPOCHS", 2)
-    one, same, other = (make_operator(name, OperatorOptions(seed=seed)).fit(moments) for seed in (1, 1, 2))
+    one, same, other = (make_operator(Method(operator=name, seed=seed)).fit(moments) for seed in (1, 1, 2))
     assert one.weight is not None
     assert same.weight is not None
     assert other.weight is not None
@@ -175,16 +172,8 @@ def test_tokens_count_by_their_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(replace_me_cosine, "EPOCHS", 1)
-    family = make_operator("replace-me-cosine")
-    found = family.reduce(  # type: ignore[attr-defined]
-        places[0],
-        [SPAN],
-        feature="mlp_output",
-        taps=places[1],
-        weights="relative",
-        folds=0,
-        range_sequences=1,
-    )[SPAN]
+    kind: Any = make_operator(Method(operator="replace-me-cosine", token_weights="relative"))
+    found: Any = reduced_by(kind, places[0], [SPAN], places[1], folds=0, range_sequences=1)[SPAN]
     matrix = np.zeros((C, C))
     m, y, target = problem(states, contribution)
     weights = 1.0 / np.square(target).sum(1)
@@ -192,23 +181,24 @@ def test_tokens_count_by_their_weights(
     cosine = (m * wanted).sum(1) / np.linalg.norm(m, axis=1) / np.linalg.norm(wanted, axis=1)
     expected = float(weights @ (1.0 - cosine) / weights.sum())
     rows = found.rows
-    assert family.distance(rows, rows.sequences(), matrix) == pytest.approx(expected)  # type: ignore[attr-defined]
+    assert kind.distance(rows, rows.sequences(), matrix) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["replace-me-ls", "replace-me-cosine"])
 def test_options_that_it_is_defined_without_are_refused(name: str) -> None:
-    for options in (
-        OperatorOptions(features="mlp"),
-        OperatorOptions(intercept=True),
-        OperatorOptions(rank=3),
-        OperatorOptions(ridge="auto"),
-        OperatorOptions(solver="tsqr"),
-        OperatorOptions(sketch_size=4),
-        OperatorOptions(per_layer=True),
-    ):
+    refused: tuple[dict[str, Any], ...] = (
+        {"features": "mlp"},
+        {"intercept": True},
+        {"rank": 3},
+        {"ridge": "auto"},
+        {"solver": "tsqr"},
+        {"sketch_size": 4},
+        {"per_layer": True},
+    )
+    for options in refused:
         with pytest.raises(RequestError, match=name):
-            make_operator(name, options)
-    with pytest.raises(RequestError, match="has no ridge"):
-        make_operator("replace-me-cosine", OperatorOptions(ridge=1.0))
-    with pytest.raises(RequestError, match="has nothing random"):
-        make_operator("replace-me-ls", OperatorOptions(seed=1))
+            make_operator(Method(operator=name, **options))
+    with pytest.raises(RequestError, match="replace-me-cosine is defined without a ridge"):
+        make_operator(Method(operator="replace-me-cosine", ridge=1.0))
+    with pytest.raises(RequestError, match="replace-me-ls is defined without the seed 1"):
+        make_operator(Method(operator="replace-me-ls", seed=1))

@@ -9,16 +9,18 @@ import click
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.cli.parameters import Ridge
-from ghoststream.stages.solve import solve
 
+from ghoststream.cli.parameters import Ridge
 from ghoststream.errors import RequestError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operator
+from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, Ranges, get_weight, reduce_boundaries
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import FoldedMoments, Ranges, get_token_weight
 from ghoststream.statistics.token_weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of, reduced_by
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 10, 6)
@@ -54,11 +56,11 @@ def data(states: list[Hidden], features: str = "hidden", chosen: Array | None = 
 
 def fit(uri: str, *, solver: Any = "gram", folds: int = FOLDS, **options: Any) -> BoundaryOperator:
     moments = reduced(uri, solver, folds=folds, **options)
-    return make_operator("least-squares", OperatorOptions(solver=solver, **options)).fit(moments)
+    return make_operator(Method(operator="least-squares", solver=solver, **options)).fit(moments)
 
 
 def reduced(uri: str, solver: str, *, folds: int = FOLDS, **options: Any) -> FoldedMoments:
-    return reduce_boundaries(
+    return moments_of(
         uri,
         [SPAN],
         triangles=solver == "tsqr",
@@ -158,9 +160,9 @@ def test_gcv_is_leave_one_out_where_all_leverages_are_equal(tmp_path: Path) -> N
     x = np.tile(signs, (4, 1))[:, None, :]
     y = x + rng.standard_normal(x.shape).astype(np.float32)
     uri = store_of(tmp_path / "store", [x, y])
-    moments = reduce_boundaries(uri, [Span(0, 1)], folds=0)[Span(0, 1)]
+    moments = moments_of(uri, [Span(0, 1)], folds=0)[Span(0, 1)]
     curve = (
-        make_operator("least-squares", OperatorOptions(ridge="gcv")).fit(moments).diagnostics["ridge_curve"]
+        make_operator(Method(operator="least-squares", ridge="gcv")).fit(moments).diagnostics["ridge_curve"]
     )
     rows, gap = x[:, 0].astype(np.float64), (y - x)[:, 0].astype(np.float64)
     for ratio, found in curve[::4]:
@@ -175,10 +177,10 @@ def test_gcv_is_leave_one_out_where_all_leverages_are_equal(tmp_path: Path) -> N
 
 
 def test_gcv_counts_tokens_and_not_their_weights(uri: str, states: list[Hidden]) -> None:
-    moments = reduce_boundaries(uri, [SPAN], weights="relative")[SPAN]
-    found = make_operator("least-squares", OperatorOptions(ridge="gcv")).fit(moments).diagnostics
+    moments = moments_of(uri, [SPAN], token_weights="relative")[SPAN]
+    found = make_operator(Method(operator="least-squares", ridge="gcv")).fit(moments).diagnostics
     x, gap = data(states)
-    values = get_weight("relative").values(BoundaryTokens(x, x + gap, (slice(0, len(x)),)))
+    values = get_token_weight("relative").values(BoundaryTokens(x, x + gap, (slice(0, len(x)),)))
     rows, aims = x * np.sqrt(values)[:, None], gap * np.sqrt(values)[:, None]
     ridge = found["ridge_curve"][-1][0] * (rows**2).sum() / 6
     hat = rows @ np.linalg.inv(rows.T @ rows + ridge * np.eye(6)) @ rows.T
@@ -232,9 +234,9 @@ def test_the_qr_route_with_intercept_stays_right_where_the_gram_fails(tmp_path: 
     uri = store_of(tmp_path / "store", [x.astype(np.float32), y.astype(np.float32)])
     errors = []
     for solver in ("gram", "tsqr"):
-        moments = reduce_boundaries(uri, [Span(0, 1)], triangles=solver == "tsqr", constant=True)[Span(0, 1)]
-        options = OperatorOptions(solver=solver, intercept=True, ridge=0.0)
-        errors.append(make_operator("least-squares", options).fit(moments).diagnostics)
+        method = Method.make({"operator": "least-squares", "solver": solver, "intercept": True, "ridge": 0.0})
+        kind = make_operator(method)
+        errors.append(kind.fit(reduced_by(kind, uri, [Span(0, 1)])[Span(0, 1)]).diagnostics)
     assert errors[0]["relative_residual"] > 0.5
     assert errors[1]["relative_residual"] < 1e-3
     assert errors[1]["relative_residual_out_of_sample"] < 1e-3
@@ -246,18 +248,18 @@ def test_solve_takes_and_keeps_the_options(uri: str, states: list[Hidden], tmp_p
         uri,
         "1:3",
         operator="least-squares",
-        options=OperatorOptions(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
+        options=Method(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
         out=out,
     )
     again = solve(
         uri,
         "1:3",
         operator="least-squares",
-        options=OperatorOptions(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
+        options=Method(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
         out=out,
     )
     recipe = made.metadata["recipe"]
-    assert (recipe["eps"], recipe["shrink"], recipe["solver"], recipe["intercept"]) == (
+    assert (recipe["ridge"], recipe["shrink"], recipe["solver"], recipe["intercept"]) == (
         "gcv",
         "zero",
         "tsqr",
@@ -282,10 +284,10 @@ def test_what_cannot_be_honoured_is_refused(uri: str) -> None:
     with pytest.raises(RequestError, match="features normed do not hold"):
         fit(uri, shrink="zero", features="normed")
     with pytest.raises(RequestError, match="least-squares is defined without one map a removed layer"):
-        make_operator("least-squares", OperatorOptions(per_layer=True))
+        make_operator(Method(operator="least-squares", per_layer=True))
     with pytest.raises(RequestError, match="least-squares is defined without the solver svd"):
-        make_operator("least-squares", OperatorOptions(solver="svd"))
+        make_operator(Method(operator="least-squares", solver="svd"))
     with pytest.raises(
         RequestError, match="none is defined without a ridge chosen by gcv, a ridge towards zero"
     ):
-        make_operator("none", OperatorOptions(ridge="gcv", shrink="zero"))
+        make_operator(Method(operator="none", ridge="gcv", shrink="zero"))

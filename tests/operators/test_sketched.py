@@ -9,15 +9,17 @@ import numpy.typing as npt
 import pytest
 
 from ghoststream.errors import NumericsError, RequestError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operator
+from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.least_squares import reduce_rank
-from ghoststream.operators.sketch_run import SketchRun, project_by_features
+from ghoststream.operators.sketch_run import Sketch, SketchRun, project_by_features
 from ghoststream.operators.sketched import ProjectedLeastSquares, missed_energies, reduce_rank_thin
-from ghoststream.statistics import open_source, reduce_boundaries
-from ghoststream.statistics.sketch_projection import ProjectionReducer
+from ghoststream.options import Method, Reduction
+from ghoststream.statistics import MomentSpec, open_source, store_ranges
+from ghoststream.statistics.sketch_projection import ProjectedMoments, ProjectionReducer
 from ghoststream.statistics.sketch_range import PowerReducer, RangeReducer
 from ghoststream.statistics.sketches import FEATURES, GAP, Bases, gaussian
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.reducing import moments_of, reduced_by
 from tests.helpers.sketch_problems import DECAYS, SPAN, Problem, make_problem
 
 pytestmark = pytest.mark.unit
@@ -34,9 +36,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Problem]:
 
 
 def sketched(problem: Problem, solver: Any, *, run: Any = None, **options: Any) -> BoundaryOperator:
-    family = make_operator("least-squares", OperatorOptions(solver=solver, ridge=RATIO, **options))
+    family = make_operator(Method(operator="least-squares", solver=solver, ridge=RATIO, **options))
     assert isinstance(family, ProjectedLeastSquares)
-    return family.fit(family.reduce(problem.uri, [SPAN], **(run or ONE_RANGE))[SPAN])
+    return family.fit(reduced_by(family, problem.uri, [SPAN], **(run or ONE_RANGE))[SPAN])
 
 
 def matrix_of(operator: BoundaryOperator) -> Array:
@@ -163,8 +165,10 @@ def test_power_iterations_span_powers_of_the_gram(problems: dict[str, Problem]) 
     gram = problem.features.T @ problem.features
     lost = []
     for power in range(4):
-        run = SketchRun.of(problem.uri, [SPAN], {"folds": 2})
-        basis, _ = project_by_features(run, 5, 3, power)[SPAN].basis()
+        run = SketchRun(problem.uri, store_ranges(problem.uri, folds=2), Reduction(), None, None)
+        projected = project_by_features(run, Sketch((SPAN,), MomentSpec(), None, 24, 5, 3), power)[SPAN]
+        assert isinstance(projected, ProjectedMoments)
+        basis, _ = projected.basis()
         wanted = np.linalg.qr(np.linalg.matrix_power(gram, power) @ gaussian(3, FEATURES, 24, 5))[0]
         np.testing.assert_allclose(basis @ basis.T, wanted @ wanted.T, atol=1e-7)
         lost.append(((problem.features - problem.features @ basis @ basis.T) ** 2).sum())
@@ -211,16 +215,13 @@ def test_features_and_weights_enter_as_in_exact_moments(tmp_path: Path, weights:
     states[3][:, 0] *= 300
     uri = store_of(tmp_path / "store", states, norm_epsilon=0.1)
     spans = [SPAN, type(SPAN)(1, 3)]
-    common: dict[str, Any] = {"feature": "hidden+normed", "weights": weights, "folds": 3}
-    exact = reduce_boundaries(uri, spans, **common)
-    options = OperatorOptions(features="hidden+normed", ridge=RATIO)
-    plain = make_operator("least-squares", options)
+    method = Method(operator="least-squares", features="hidden+normed", token_weights=weights, ridge=RATIO)
+    plain = make_operator(method)
+    exact = reduced_by(plain, uri, spans, folds=3)
     for solver in BOTH:
-        family = make_operator(
-            "least-squares", OperatorOptions(**{**vars(options), "solver": solver, "sketch_size": 8})
-        )
+        family = make_operator(method.model_copy(update={"solver": solver, "sketch_size": 8}))
         assert isinstance(family, ProjectedLeastSquares)
-        moments = family.reduce(uri, spans, **common)
+        moments = reduced_by(family, uri, spans, folds=3)
         for span in spans:
             total, reference = moments[span].total(), exact[span].total()
             basis, _ = moments[span].basis()  # type: ignore[attr-defined]
@@ -275,11 +276,13 @@ def test_a_range_task_stays_within_the_stated_memory(tmp_path: Path, kind: str) 
     columns = [np.linalg.qr(gaussian(0, 1, hidden, width))[0] for width in (40, 24, 24)]
     bases = Bases.make({SPAN: columns}, None if kind == "in memory" else tmp_path)
     if kind == "range":
-        reducer: Any = RangeReducer((SPAN,), block_tokens=256, columns=40)
+        reducer: Any = RangeReducer((SPAN,), MomentSpec(block_tokens=256), columns=40)
     elif kind == "power":
-        reducer = PowerReducer((SPAN,), block_tokens=256, bases=Bases.make({SPAN: columns[:1]}, tmp_path))
+        reducer = PowerReducer(
+            (SPAN,), MomentSpec(block_tokens=256), bases=Bases.make({SPAN: columns[:1]}, tmp_path)
+        )
     else:
-        reducer = ProjectionReducer((SPAN,), block_tokens=256, bases=bases)
+        reducer = ProjectionReducer((SPAN,), MomentSpec(block_tokens=256), bases=bases)
     reducer.reduce(source, 0, 2)
     tracemalloc.start()
     try:
@@ -293,7 +296,7 @@ def test_a_range_task_stays_within_the_stated_memory(tmp_path: Path, kind: str) 
 
 def test_what_sketches_cannot_do_is_refused(problems: dict[str, Problem]) -> None:
     def make(**options: Any) -> Any:
-        return make_operator("least-squares", OperatorOptions(**options))
+        return make_operator(Method(operator="least-squares", **options))
 
     for options, message in (
         ({"rank": 2, "intercept": True}, "sketch-range fits no intercept"),
@@ -314,7 +317,7 @@ def test_what_sketches_cannot_do_is_refused(problems: dict[str, Problem]) -> Non
         with pytest.raises(RequestError, match="are those of a sketch; use a solver among sketch-features"):
             make(**options)
         with pytest.raises(RequestError, match="ghost is defined without a sketch"):
-            make_operator("ghost", OperatorOptions(**options))
+            make_operator(Method(operator="ghost", **options))
     problem = problems["slow"]
     for options in ({"sketch_size": 25}, {"sketch_size": 4, "rank": 5}, {"rank": 25}):
         with pytest.raises(RequestError, match="allow 24 columns at most, and the rank cannot exceed"):
@@ -322,7 +325,7 @@ def test_what_sketches_cannot_do_is_refused(problems: dict[str, Problem]) -> Non
     with pytest.raises(RequestError, match="sketches are built in float64, not float32-blocked"):
         sketched(problem, "sketch-features", rank=2, run={"precision": "float32-blocked"})
     with pytest.raises(RequestError, match=r"needs moments of its own sketch at \[0,1\)"):
-        make(solver="sketch-range", rank=2).fit(reduce_boundaries(problem.uri, [SPAN])[SPAN])
+        make(solver="sketch-range", rank=2).fit(moments_of(problem.uri, [SPAN])[SPAN])
 
 
 @pytest.mark.parametrize("solver", BOTH)

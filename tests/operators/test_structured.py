@@ -9,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operator
+from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import Ranges, reduce_boundaries
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import Ranges
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (9, 12, 5)
@@ -47,8 +49,8 @@ def data(states: list[Hidden], chosen: Array | None = None) -> tuple[Array, Arra
 
 
 def fit(uri: str, name: str, *, weights: str = "uniform", **options: Any) -> BoundaryOperator:
-    family = make_operator(name, OperatorOptions(**options))
-    moments = reduce_boundaries(uri, [SPAN], grams=family.needs_gram, folds=FOLDS, weights=weights)[SPAN]
+    family = make_operator(Method(operator=name, **options))
+    moments = moments_of(uri, [SPAN], grams=family.needs_gram, folds=FOLDS, token_weights=weights)[SPAN]
     return family.fit(moments)
 
 
@@ -197,13 +199,13 @@ def test_channels_without_energy_are_left_alone(tmp_path: Path, name: str) -> No
 
 def test_what_a_structure_is_defined_without_is_refused(uri: str) -> None:
     with pytest.raises(RequestError, match="diagonal is defined without features normed, rank 2"):
-        make_operator("diagonal", OperatorOptions(features="normed", rank=2))
+        make_operator(Method(operator="diagonal", features="normed", rank=2))
     with pytest.raises(RequestError, match="symmetric is defined without a ridge chosen by gcv"):
-        make_operator("symmetric", OperatorOptions(ridge="gcv"))
+        make_operator(Method(operator="symmetric", ridge="gcv"))
     with pytest.raises(RequestError, match="orthogonal keeps every norm and takes no ridge"):
-        make_operator("orthogonal", OperatorOptions(ridge=0.1))
+        make_operator(Method(operator="orthogonal", ridge=0.1))
     with pytest.raises(RequestError, match="the ridge is -1"):
-        make_operator("scalar", OperatorOptions(ridge=-1))
-    family = make_operator("scalar", OperatorOptions(ridge="auto"))
+        make_operator(Method(operator="scalar", ridge=-1))
+    family = make_operator(Method(operator="scalar", ridge="auto"))
     with pytest.raises(RequestError, match="chosen by folds, and there is one only"):
-        family.fit(reduce_boundaries(uri, [SPAN], grams=False, folds=1)[SPAN])
+        family.fit(moments_of(uri, [SPAN], grams=False, folds=1)[SPAN])

@@ -6,16 +6,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, make_operator
+from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.triangular import solve_triangle
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, FoldedMoments, SumState, open_source, reduce_boundaries
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import BoundaryMoments, FoldedMoments, MomentSpec, SumState, open_source
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.statistics.triangles import merge_triangles
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 8)
@@ -41,13 +43,11 @@ def data(states: list[Hidden]) -> tuple[Array, Array]:
 
 
 def fit(moments: FoldedMoments, solver: Any, **options: Any) -> BoundaryOperator:
-    return make_operator("least-squares", OperatorOptions(solver=solver, **options)).fit(moments)
+    return make_operator(Method(operator="least-squares", solver=solver, **options)).fit(moments)
 
 
 def both(uri: str, **options: Any) -> tuple[FoldedMoments, FoldedMoments]:
-    gram, triangle = (
-        reduce_boundaries(uri, [SPAN], triangles=route, **options)[SPAN] for route in (False, True)
-    )
+    gram, triangle = (moments_of(uri, [SPAN], triangles=route, **options)[SPAN] for route in (False, True))
     return gram, triangle
 
 
@@ -56,8 +56,8 @@ def test_merged_factors_are_those_of_the_whole_data(
     uri: str, states: list[Hidden], range_sequences: int
 ) -> None:
     x, gap = data(states)
-    total = reduce_boundaries(
-        uri, [SPAN], triangles=True, range_sequences=range_sequences, folds=2, block_tokens=20
+    total = moments_of(
+        uri, [SPAN], kind=TriangleReducer, range_sequences=range_sequences, folds=2, block_tokens=20
     )[SPAN].total()
     assert (np.tril(total.triangle, -1) == 0).all()
     np.testing.assert_allclose(total.triangle.T @ total.triangle, x.T @ x, rtol=1e-10, atol=1e-10)
@@ -114,9 +114,7 @@ def test_the_qr_route_stays_right_where_the_gram_fails(tmp_path: Path) -> None:
     assert (x.astype(np.float32) == x).all()
     assert (y.astype(np.float32) == y).all()
     uri = store_of(tmp_path / "store", [x.astype(np.float32), y.astype(np.float32)])
-    gram, triangle = (
-        reduce_boundaries(uri, [Span(0, 1)], triangles=route)[Span(0, 1)] for route in (False, True)
-    )
+    gram, triangle = (moments_of(uri, [Span(0, 1)], triangles=route)[Span(0, 1)] for route in (False, True))
     failed, sound = (
         fit(moments, solver, ridge=0.0).diagnostics
         for moments, solver in ((gram, "gram"), (triangle, "tsqr"))
@@ -131,7 +129,7 @@ def test_singular_factors_are_solved_by_singular_values(tmp_path: Path) -> None:
     states = random_states(1, (4, 8, 6))
     states[0][:, :, 5] = states[0][:, :, 4]
     uri = store_of(tmp_path / "store", states)
-    moments = reduce_boundaries(uri, [Span(0, 1)], triangles=True)[Span(0, 1)]
+    moments = moments_of(uri, [Span(0, 1)], kind=TriangleReducer)[Span(0, 1)]
     operator = fit(moments, "tsqr", ridge=0.0)
     x = states[0].reshape(-1, 6).astype(np.float64)
     gap = states[1].reshape(-1, 6) - x
@@ -144,9 +142,9 @@ def test_singular_factors_are_solved_by_singular_values(tmp_path: Path) -> None:
 
 
 def test_bits_do_not_depend_on_workers_and_states_survive_on_disk(uri: str, tmp_path: Path) -> None:
-    first = reduce_boundaries(uri, [SPAN], triangles=True, range_sequences=1, workers=1)
-    second = reduce_boundaries(
-        uri, [SPAN, Span(0, 2)], triangles=True, range_sequences=1, workers=3, workdir=tmp_path
+    first = moments_of(uri, [SPAN], kind=TriangleReducer, range_sequences=1, workers=1)
+    second = moments_of(
+        uri, [SPAN, Span(0, 2)], kind=TriangleReducer, range_sequences=1, workers=3, workdir=tmp_path
     )
     for name, array in first[SPAN].total().state.arrays.items():
         assert (second[SPAN].total().state.arrays[name] == array).all(), name
@@ -168,7 +166,7 @@ def test_a_solve_by_the_qr_route_ends_in_an_operator_file(
         uri,
         "1:3",
         operator="least-squares",
-        options=OperatorOptions(solver="tsqr", ridge=0.0),
+        options=Method(solver="tsqr", ridge=0.0),
         out=tmp_path / "o.safetensors",
     )
     x, gap = data(states)
@@ -182,11 +180,11 @@ def test_a_solve_by_the_qr_route_ends_in_an_operator_file(
 def test_what_the_route_cannot_do_is_refused(uri: str) -> None:
     triangle = both(uri)[1]
     with pytest.raises(RequestError, match="ghost is defined without solver tsqr"):
-        make_operator("ghost", OperatorOptions(solver="tsqr"))
+        make_operator(Method(operator="ghost", solver="tsqr"))
     with pytest.raises(RequestError, match="cannot be subtracted; merge those of the other folds"):
         triangle.total().subtract(triangle.fold(0))
     with pytest.raises(RequestError, match="factors are built in float64, not float32-blocked"):
-        reduce_boundaries(uri, [SPAN], triangles=True, precision="float32-blocked")
+        moments_of(uri, [SPAN], kind=TriangleReducer, precision="float32-blocked")
     broken = triangle.total().state.copy()
     broken.arrays["triangle"][0, 0] = np.nan
     with pytest.raises(NumericsError, match=r"triangular factors of boundary \[1,3\) are not finite"):
@@ -203,7 +201,7 @@ def test_a_range_task_stays_within_the_stated_memory(tmp_path: Path) -> None:
 
     hidden = 256
     source = open_source(store_of(tmp_path / "store", random_states(2, (16, 128, hidden))))
-    reducer = TriangleReducer((Span(0, 2),), block_tokens=512)
+    reducer = TriangleReducer((Span(0, 2),), MomentSpec(block_tokens=512))
     reducer.reduce(source, 0, 4)
     tracemalloc.start()
     try:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ghoststream.stages.solve import solve
 
-from ghoststream.operators import OperatorOptions, operator_names
-from ghoststream.statistics import feature_names, weight_names
+from ghoststream.operators import operator_names
+from ghoststream.options import Method
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import feature_names, token_weight_names
 from ghoststream.testing.states import random_states, store_of
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,7 @@ def test_the_guide_names_what_there_is() -> None:
     features = {"hidden", "normed", "hidden+normed", "mlp", "mlp_output", "hidden+mlp"}
     weights = {"uniform", "drop_sinks", "relative"}
     assert features <= set(feature_names())
-    assert weights <= set(weight_names())
+    assert weights <= set(token_weight_names())
     assert named - features - weights == families - {"mean-gap"}
     assert named >= features | weights
 
@@ -41,7 +42,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
         uri,
         "1:2",
         operator="least-squares",
-        options=OperatorOptions(features="magnitudes", ridge=0.0),
+        options=Method(features="magnitudes", ridge=0.0),
         out=tmp_path / "o.safetensors",
     )
     x, y = (states[layer].reshape(-1, 5).astype(np.float64) for layer in (1, 2))

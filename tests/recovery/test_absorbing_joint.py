@@ -21,7 +21,8 @@ import ghoststream
 from ghoststream.checkpoint import architecture_of, checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, NumericsError, RequestError, UnsupportedModelError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Method
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.export import export
@@ -225,7 +226,7 @@ def test_recover_does_all_of_it(tiny_checkpoint: Callable[[str], Path], tmp_path
         sequences=12,
         length=T,
         operator="least-squares",
-        options=OperatorOptions(features="hidden+mlp"),
+        options=Method(features="hidden+mlp"),
         out=out,
     )
     found = load_recovered(out)

@@ -98,7 +98,7 @@ def test_checksums_and_small_files(tmp_path: Path) -> None:
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
     (base / ".git").mkdir()
-    export(base, make_operators(metadata={"recipe": {"eps": 1e-6}}), tmp_path / "out")
+    export(base, make_operators(metadata={"recipe": {"ridge": 1e-6}}), tmp_path / "out")
     out = tmp_path / "out"
     assert verify_sums(out) == []
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == [
@@ -122,7 +122,7 @@ def test_checksums_and_small_files(tmp_path: Path) -> None:
         "[0,1) [2,3) [4,6)",
         "ghosted_llama",
         "README.base.md",
-        '"eps": 1e-06',
+        '"ridge": 1e-06',
         "| final norm | linear | 0.75 |",
     ):
         assert words in card

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghoststream.checkpoint import architecture_of
-from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Method
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan
@@ -153,7 +154,7 @@ def test_from_text_to_a_lane_that_equals_the_export(
         tmp_path / "store",
         PLAN,
         operator="least-squares",
-        options=OperatorOptions(features=features, intercept=True),
+        options=Method(features=features, intercept=True),
         weights="relative",
         out=tmp_path / "operators.safetensors",
     )
@@ -221,7 +222,7 @@ def test_the_command_line_passes_every_option_on(tiny_llama: Path, tmp_path: Pat
     )
     assert solved.exit_code == 0, solved.stderr
     recipe = OperatorSet.load(tmp_path / "o.safetensors").metadata["recipe"]
-    assert [recipe[key] for key in ("features", "eps", "intercept", "rank", "weights")] == [
+    assert [recipe[key] for key in ("features", "ridge", "intercept", "rank", "token_weights")] == [
         *("normed", 0.01, True, 4, "relative")
     ]
     for wrong in ("-1", "much", "inf", "nan"):

@@ -22,22 +22,22 @@ from ghoststream.errors import (
     RequestError,
     StoreError,
 )
+from ghoststream.options import Method
 from ghoststream.selection import (
     Choice,
+    Criterion,
     Evidence,
-    Repair,
     Residual,
     SelectionResult,
     criterion_names,
     make_criterion,
     register_criterion,
-    require_count,
 )
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages import evidence
 from ghoststream.stages.pipeline import SelectPart
 from ghoststream.stages.select import read_plan, select
-from ghoststream.statistics import FoldedMoments, Reducer, SumState, candidate_spans
+from ghoststream.statistics import FoldedMoments, MomentSpec, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
@@ -165,7 +165,7 @@ class Weights:
     def reduce(self, reducer: Reducer) -> SumState:
         raise AssertionError
 
-    def residuals(self, spans: tuple[Span, ...], repair: Repair) -> dict[Span, Residual]:
+    def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> dict[Span, Residual]:
         raise AssertionError
 
 
@@ -283,8 +283,8 @@ def test_residual_finds_the_linear_span_that_similarity_overlooks(tmp_path: Path
 def test_residual_within_a_small_budget_takes_more_sweeps_and_gives_the_same(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(L, WIDE, seed=11))
     whole = select(uri, 2, criterion="residual", workers=1)
-    reducer = BoundaryReducer(candidate_spans(L, 2), weights="drop_sinks")
-    one = BoundaryReducer((Span(1, 3),), weights="drop_sinks").task_bytes(WIDE[2], WIDE[1])
+    reducer = BoundaryReducer(candidate_spans(L, 2), MomentSpec(token_weights="drop_sinks"))
+    one = BoundaryReducer((Span(1, 3),), MomentSpec(token_weights="drop_sinks")).task_bytes(WIDE[2], WIDE[1])
     assert one < reducer.task_bytes(WIDE[2], WIDE[1])
     out = tmp_path / "plan.json"
     assert select(uri, 2, criterion="residual", memory=one, workers=1, out=out) == whole
@@ -427,14 +427,11 @@ def test_selections_that_were_edited_are_refused(tmp_path: Path) -> None:
 
 def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
     @register_criterion("last-for-a-test")
-    class Last:
+    class Last(Criterion):
         meaning = "the last layers"
 
-        def check(self, n_layers: int, n_remove: int) -> None:
-            require_count(n_remove, n_layers - 1, n_layers, "at least one must survive")
-
-        def choose(self, evidence: Evidence, n_remove: int) -> Choice:
-            span = Span(evidence.n_layers - n_remove, evidence.n_layers)
+        def choose(self, evidence: Evidence, remove: int) -> Choice:
+            span = Span(evidence.n_layers - remove, evidence.n_layers)
             return Choice(((span, 0.0),), (span,), {"seen": [1, 2]})
 
     assert "last-for-a-test" in criterion_names()
@@ -443,6 +440,8 @@ def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
     assert result.details == {"seen": [1, 2]}
     with pytest.raises(RequestError, match="registered already"):
         register_criterion("last-for-a-test")(lambda: Last())
+    with pytest.raises(RequestError, match=f"cannot remove {L} of {L} layers: at least one must survive"):
+        select(uri, L, criterion="last-for-a-test")
     with pytest.raises(RequestError, match=r"no criterion 'nearest'; known are .*shortgpt, streamline"):
         make_criterion("nearest")
 

@@ -13,7 +13,8 @@ from ghoststream.stages.repair.fit import fit
 from ghoststream.stages.solve import solve
 
 from ghoststream.errors import OutputExistsError, PlanError
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Method
 from ghoststream.recovery import build_ghost
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
@@ -63,7 +64,7 @@ def test_on_dense_states_all_operators_are_those_of_solve(
         tmp_path / "store",
         "1:2 3:5",
         operator="least-squares",
-        options=OperatorOptions(features=features),
+        options=Method(features=features),
         model=model,
         out=tmp_path / "solved.safetensors",
     )
@@ -75,7 +76,7 @@ def test_on_dense_states_all_operators_are_those_of_solve(
         length=T,
         micro_batch=2,
         operator="least-squares",
-        options=OperatorOptions(features=features),
+        options=Method(features=features),
         inputs="dense",
         out=tmp_path / "fitted.safetensors",
     )
@@ -142,7 +143,7 @@ def test_every_option_of_the_operator_makes_another_request(
 ) -> None:
     out = tmp_path / "ops.safetensors"
 
-    def fitted(options: OperatorOptions) -> OperatorSet:
+    def fitted(options: Method) -> OperatorSet:
         return fit(
             model,
             "1:2",
@@ -154,9 +155,9 @@ def test_every_option_of_the_operator_makes_another_request(
             out=out,
         )
 
-    fitted(OperatorOptions(ridge=1e-3))
+    fitted(Method(ridge=1e-3))
     with pytest.raises(OutputExistsError, match="not the result of this request"):
-        fitted(OperatorOptions(ridge=1e-3, **changed))
+        fitted(Method(ridge=1e-3, **changed))
 
 
 def test_the_file_is_used_like_any_other(model: Path, text: str, tmp_path: Path) -> None:

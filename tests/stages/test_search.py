@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from ghoststream.cli import main
 from ghoststream.errors import NumericsError, OutputExistsError, RequestError
-from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
@@ -93,8 +94,8 @@ def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **opti
         {},
         {"operator": "least-squares", "weights": "relative"},
         {"operator": "linear-patch-diagonal"},
-        {"operator": "least-squares", "options": OperatorOptions(features="mlp")},
-        {"operator": "least-squares", "options": OperatorOptions(features="hidden+mlp")},
+        {"operator": "least-squares", "options": Method(features="mlp")},
+        {"operator": "least-squares", "options": Method(features="hidden+mlp")},
     ],
     ids=["ghost", "least-squares", "linear-patch", "mlp", "hidden+mlp"],
 )
@@ -121,7 +122,7 @@ def test_one_pass_finds_what_candidates_one_by_one_find(
     [
         {},
         {"max_spans": 2, "beam": 2},
-        {"max_spans": 2, "operator": "least-squares", "options": OperatorOptions(features="hidden+mlp")},
+        {"max_spans": 2, "operator": "least-squares", "options": Method(features="hidden+mlp")},
         {"criterion": "sleb"},
     ],
     ids=["one span", "beginnings in common", "with taps", "nothing fitted"],
@@ -151,7 +152,7 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
     monkeypatch.setattr(StreamedFit, "fit", counted)
     session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
     tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
-    joint = FitMethod("least-squares", OperatorOptions(features="hidden+mlp"))
+    joint = FitMethod("least-squares", Method(features="hidden+mlp"))
     repairs = [
         Repair.alike(PruningPlan.parse(L, plan), joint) for plan in ("1:2", "1:2 3:4", "1:2 4:5", "3:4")
     ]
@@ -184,7 +185,7 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
     monkeypatch.setattr(StreamedFit, "_moments", counted)
     session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
     tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
-    method = FitMethod("least-squares", OperatorOptions(features=features), inputs="dense")
+    method = FitMethod("least-squares", Method(features=features), inputs="dense")
     plans = ["1:2 4:5", "2:3 4:5", "4:5"]
     repairs = [Repair.alike(PruningPlan.parse(L, plan), method) for plan in plans]
     sequential = repairs[0].changed(1, replace(method, inputs="repaired"))
@@ -198,7 +199,7 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
     )
     assert sorted(fits) == [Span(1, 2), Span(2, 3), Span(4, 5), Span(4, 5)], "once, and once more in sequence"
     assert [dense.loss, *(one.losses.loss for one in found[:3])] == _one_by_one(
-        model, ids, tmp_path, plans, operator="least-squares", options=OperatorOptions(features=features)
+        model, ids, tmp_path, plans, operator="least-squares", options=Method(features=features)
     )
     assert found[3].losses.loss != found[0].losses.loss
 
@@ -388,8 +389,8 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
         (1, {"criterion": "taylor-plus"}, "keeps the first 4 and the last 2"),
         (
             2,
-            {"operator": "least-squares", "options": OperatorOptions(solver="sketch-rows")},
-            "sketch-rows needs a store",
+            {"operator": "least-squares", "options": Method(solver="sketch-range", rank=2)},
+            "sketch-range needs a store",
         ),
     ],
 )
@@ -540,7 +541,7 @@ def test_what_cannot_be_written_is_measured_and_not_chosen(
             msg = "lost in rounding"
             raise NumericsError(msg)
 
-    joint = OperatorOptions(features="hidden+mlp")
+    joint = Method(features="hidden+mlp")
     settings: dict[str, Any] = {"operator": "least-squares", "weights": "drop_sinks", "options": joint}
     sound = _search(model, ids, 2, **settings)
     monkeypatch.setattr("ghoststream.stages.repair.measured.require_exportable", refuse)

@@ -13,7 +13,7 @@ from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.planning.search_costs import HELD_OUT, pass_loads
 from ghoststream.statistics import candidate_spans
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 L, S, T = 6, 8, 24
 
 

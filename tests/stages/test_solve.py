@@ -21,7 +21,8 @@ from ghoststream.errors import (
     StoreError,
 )
 from ghoststream.files import FileLock
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.select import select
@@ -92,7 +93,7 @@ def test_the_file_says_what_it_is_and_a_second_run_changes_nothing(
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert (again.kind, again.plan, again.hidden) == (operator, PLAN, SHAPE[2])
     assert again.metadata["base"] == open_source(uri).fingerprint["checkpoint"]
-    assert again.metadata["recipe"]["eps"] == (1e-6 if operator == "ghost" else None)
+    assert again.metadata["recipe"]["ridge"] == (1e-6 if operator == "ghost" else None)
     assert again.metadata["recipe"]["weights"] == "uniform"
     for key in ("relative_residual", "relative_residual_out_of_sample", "r2", "n_tokens"):
         assert all(diagnostics[key] is not None for diagnostics in again.diagnostics.values())
@@ -243,7 +244,7 @@ def test_what_exists_is_never_overwritten(uri: str, tmp_path: Path) -> None:
     solve(uri, PLAN, out=out)
     before = out.read_bytes()
     for plan, options in (
-        (PLAN, {"options": OperatorOptions(ridge=1e-3)}),
+        (PLAN, {"options": Method(ridge=1e-3)}),
         (PLAN, {"folds": 2}),
         ("2:4", {}),
     ):
@@ -283,7 +284,7 @@ def test_requests_that_cannot_be_met_end_before_anything_is_written(uri: str, tm
     with pytest.raises(PlanError, match="model of 7 layers, this model has 6"):
         solve(uri, PruningPlan(7, (Span(1, 2),)), out=out)
     with pytest.raises(RequestError, match="the ridge is -1"):
-        solve(uri, PLAN, out=out, options=OperatorOptions(ridge=-1), operator="none")
+        solve(uri, PLAN, out=out, options=Method(ridge=-1), operator="none")
     with pytest.raises(RequestError, match="no operator 'nonsense'"):
         solve(uri, PLAN, out=out, operator="nonsense")
     with pytest.raises(RequestError, match="folds empty"):

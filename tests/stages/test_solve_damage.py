@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.activations import StoreRef
 from ghoststream.errors import NumericsError, StoreError
-from ghoststream.operators import OperatorOptions, Solver
+from ghoststream.options import Method, Solver
+from ghoststream.stages.solve import solve
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.cluster import Needs, _problem_of
 from ghoststream.statistics.sums import SumState
@@ -100,7 +100,7 @@ def test_a_rank_beyond_the_tokens_is_warned_of_and_finite(tmp_path: Path, solver
         uri,
         "0:1",
         operator="least-squares",
-        options=OperatorOptions(rank=8, ridge=1e-6, solver=solver),
+        options=Method(rank=8, ridge=1e-6, solver=solver),
         out=tmp_path / "operators.safetensors",
     )
     assert any("6 tokens for 12 features" in text for text in found.warnings)

@@ -12,24 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 from torch import nn
 
 import ghoststream
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
-from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Method
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.lanes import operator_lane
 from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.recover import recover
-from ghoststream.statistics import ModelFacts, reduce_boundaries, register_feature
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import Feature, ModelFacts, register_feature
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.conformance import load_resident
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 from tests.helpers.command_bench import run
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.integration
 L, C, INTERMEDIATE, S, T = 6, 32, 64, 12, 20
@@ -101,7 +103,9 @@ def seen(folder: Path, store: Path) -> Seen:
 
 def fit(store: Path, folder: Path, out: Path, features: str, plan: Any = PLAN, **options: Any) -> OperatorSet:
     options = {"operator": "least-squares", "features": features, "ridge": 1e-3, "folds": 3, **options}
-    return solve(store, plan, model=folder, options=OperatorOptions.take(options), out=out, **options)
+    names = [name for name in Method.model_fields if name in options and name != "operator"]
+    method = Method(**{name: options.pop(name) for name in names})
+    return solve(store, plan, model=folder, options=method, out=out, **options)
 
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output", "hidden+mlp"])
@@ -172,7 +176,7 @@ def test_state_and_mlp_take_every_option_of_least_squares(
 def test_the_taps_that_are_kept_are_state_and_intermediate(
     store: Path, folder: Path, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghoststream.stages.solve.reduce_boundaries", _stop)
+    monkeypatch.setattr("ghoststream.operators.kind.reduce", _stop)
     with pytest.raises(KeyboardInterrupt):
         fit(store, folder, tmp_path / "out", "hidden+mlp", "2:4")
     (place,) = (tmp_path / "out.partial").glob("taps-*")
@@ -205,7 +209,7 @@ def test_weights_and_masks_hold_for_taps_too(folder: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(operator.weight.T, expected, rtol=5e-3, atol=5e-4)
 
 
-class HeadMagnitudes:
+class HeadMagnitudes(Feature):
     """A user's feature of a tap."""
 
     name = "head-magnitudes-for-a-test"
@@ -271,7 +275,7 @@ def test_damaged_taps_are_made_again(
     out, other = tmp_path / "out", tmp_path / "other"
     fit(store, folder, other, "mlp")
     with monkeypatch.context() as patched:
-        patched.setattr("ghoststream.stages.solve.reduce_boundaries", _stop)
+        patched.setattr("ghoststream.operators.kind.reduce", _stop)
         with pytest.raises(KeyboardInterrupt):
             fit(store, folder, out, "mlp")
     (taps,) = out.with_name("out.partial").glob("taps-*")
@@ -332,8 +336,8 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     expected, out = tmp_path / "expected", tmp_path / "out"
     fit(store, folder, expected, "mlp")
     script = (
-        "import sys; from pathlib import Path; from ghoststream import OperatorOptions, solve\n"
-        "solve(sys.argv[1], '2:4 5:6', model=sys.argv[2], options=OperatorOptions(features='mlp', ridge=1e-3),"
+        "import sys; from pathlib import Path; from ghoststream import solve\n"
+        "solve(sys.argv[1], '2:4 5:6', model=sys.argv[2], options=Method(features='mlp', ridge=1e-3),"
         " operator='least-squares', folds=3, out=Path(sys.argv[3]))"
     )
     command = [sys.executable, "-c", script, str(store), str(folder), str(out)]
@@ -355,9 +359,7 @@ def test_plan_counts_taps_and_absorbed_operators(folder: Path, tmp_path: Path) -
         "criterion": "streamline",
     }
     plans = {
-        features: plan_run(
-            folder, operator="least-squares", options=OperatorOptions(features=features), **asked
-        ).needs
+        features: plan_run(folder, operator="least-squares", options=Method(features=features), **asked).needs
         for features in ("hidden", "mlp", "mlp_output", "hidden+mlp")
     }
     assert "disk, taps" not in plans["hidden"]
@@ -376,7 +378,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 ) -> None:
     out = tmp_path / "new" / "out"
     with pytest.raises(RequestError, match="give the model"):
-        solve(store, PLAN, options=OperatorOptions(features="mlp"), operator="least-squares", out=out)
+        solve(store, PLAN, options=Method(features="mlp"), operator="least-squares", out=out)
     with pytest.raises(RequestError, match=r"\[0,2\) begins with the first layer"):
         fit(store, folder, out, "mlp", "0:2")
     with pytest.raises(RequestError, match=r"\[0,2\) begins with the first layer"):
@@ -386,7 +388,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     with pytest.raises(RequestError, match="ghost is defined without features mlp"):
         fit(store, folder, out, "mlp", operator="ghost")
     with pytest.raises(RequestError, match="layer before the boundary, which is run again"):
-        reduce_boundaries(str(store), PLAN.spans, feature="mlp")
+        moments_of(str(store), PLAN.spans, feature="mlp")
     with monkeypatch.context() as patched:
         patched.setattr(tap_store, "free_host_memory", lambda: 200_000)
         with pytest.raises(BudgetError, match=r"fitting 64 features \(mlp\) takes 256\.0 KiB"):

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, OutputExistsError, RequestError
-from ghoststream.operators import OperatorOptions, OperatorSet, make_operator
+from ghoststream.operators import OperatorSet, make_operator
+from ghoststream.operators.sketched import ProjectedLeastSquares
+from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import Span
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import MomentSpec
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sketch_projection import ProjectionReducer
 from ghoststream.statistics.sketch_range import RangeReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.reducing import reduced_by
 
 pytestmark = pytest.mark.integration
 SHAPE = (8, 24, 12)
@@ -27,7 +31,7 @@ SKETCHES: dict[str, dict[str, Any]] = {
     "sketch-rows": {"sketch_size": 60, "rank": 5},
 }
 
-BUDGETS = {"sketch-features": 30_000, "sketch-range": 32_000, "sketch-rows": 210_000}
+BUDGETS = {"sketch-features": 30_000, "sketch-range": 32_000}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(uri: str, solver: Any, out: Path, **options: Any) -> OperatorSet:
     plan = options.pop("plan", "1:3 4:5")
     chosen = {"folds": 2, "range_sequences": 2, "solver": solver, **SKETCHES[solver], **options}
-    method = OperatorOptions.take(chosen)
+    method = Method(**{name: chosen.pop(name) for name in Method.model_fields if name in chosen})
     return solve(uri, plan, operator="least-squares", options=method, out=out, **chosen)
 
 
@@ -51,7 +55,7 @@ def test_the_file_says_how_it_was_sketched(uri: str, tmp_path: Path, solver: str
     assert recipe["solver"] == solver
     assert recipe["seed"] == 7
     assert {name: recipe[name] for name in SKETCHES[solver]} == SKETCHES[solver]
-    assert recipe["eps"] == 1e-4
+    assert recipe["ridge"] == 1e-4
     for operator in OperatorSet.load(out).boundaries:
         assert operator.weight is not None
         assert np.linalg.matrix_rank(operator.weight, tol=1e-5) == SKETCHES[solver]["rank"]
@@ -109,14 +113,16 @@ def test_spans_are_sketched_in_as_many_sweeps_as_the_memory_asks(
     uri: str, tmp_path: Path, solver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = [Span(1, 3), Span(1, 4), Span(2, 4), Span(4, 5)]
-    family: Any = make_operator("least-squares", OperatorOptions(solver=solver, **SKETCHES[solver]))
+    family: Any = make_operator(Method(operator="least-squares", solver=solver, **SKETCHES[solver]))
     labels = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "start", lambda task, *_: labels.append(task))
-    run: dict[str, Any] = {"folds": 2, "block_tokens": 24}
-    whole = family.reduce(uri, spans, **run)
+    spec = MomentSpec(block_tokens=24)
+    monkeypatch.setattr(ProjectedLeastSquares, "spec", property(lambda _: spec))
+    run: dict[str, Any] = {"folds": 2}
+    whole = reduced_by(family, uri, spans, **run)
     run |= {"workdir": tmp_path, "memory": BUDGETS[solver], "workers": 1, "progress": progress}
-    parts = family.reduce(uri, spans, **run)
+    parts = reduced_by(family, uri, spans, **run)
     assert any("sweep 2 of" in label for label in labels)
     for span in spans:
         one, other = family.fit(whole[span]), family.fit(parts[span])

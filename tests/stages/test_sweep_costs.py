@@ -10,7 +10,7 @@ from ghoststream.stages.solve import solve
 
 from ghoststream.cli import main
 from ghoststream.errors import PlanError
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.planning.plan import MomentOptions, plan_run
@@ -20,7 +20,7 @@ from ghoststream.statistics import BoundaryMoments
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import random_states, store_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 L, SHAPE = 9, (8, 32, 12)
 STORED: dict[str, Any] = {"criterion": "streamline", "operator": "ghost"}
 PLAN = PruningPlan.parse(L, "1:2 3:4 5:6 7:8")
@@ -70,7 +70,7 @@ def test_the_sweeps_of_solve_are_those_that_it_makes(
     given = dict(fit)
     operator, weights = given.pop("operator"), given.pop("weights", "uniform")
     folds = given.pop("folds", 4)
-    options = OperatorOptions(**given)
+    options = Method(**given)
     request = MomentRequest(PLAN.spans, operator, options, weights, folds=folds, memory=10**9, workers=1)
     shape = StoreShape(*SHAPE)
     spacious = solve_sweeps(request, shape)
@@ -140,7 +140,7 @@ def test_the_sweeps_of_select_are_those_that_it_makes(uri: str, tmp_path: Path, 
 def test_wide_features_are_reduced_span_by_span() -> None:
     # Llama 3 70B: C = 8,192, I = 28,672; a Gram of 6.1 GiB, and 8 p C of a cross-moment beside it.
     shape = StoreShape(128, 512, 8192)
-    options = OperatorOptions(features="mlp")
+    options = Method(features="mlp")
     spans = PruningPlan.parse(80, "40:48 60:64").spans
     request = MomentRequest(spans, "least-squares", options, tap_width=28672, memory=2**36, workers=1)
     (cost,) = solve_sweeps(request, shape)
@@ -171,9 +171,9 @@ def test_the_plan_of_a_run_has_them(tiny_llama: Path) -> None:
     assert any(problem.startswith("select: the moments of") for problem in several.problems)
     assert several.to_json()["sweeps"][1]["sweeps"] == 2
     fitted = STORED | {"operator": "least-squares"}
-    taps = plan_run(tiny_llama, options=OperatorOptions(features="mlp"), **fitted, **request).sweeps[0]
+    taps = plan_run(tiny_llama, options=Method(features="mlp"), **fitted, **request).sweeps[0]
     assert taps.task_bytes > one.sweeps[0].task_bytes
-    sketch = OperatorOptions(solver="sketch-range", rank=2)
+    sketch = Method(solver="sketch-range", rank=2)
     sketched = plan_run(tiny_llama, options=sketch, **fitted, **request)
     assert [cost.statistic for cost in sketched.sweeps] == ["range finder", "projected moments"]
     assert "24 p^2 + 16 p C, as p = 32 to fit" in sketched.needs["memory, solve"].formula
@@ -198,7 +198,7 @@ def test_solving_takes_what_a_task_takes(tiny_llama: Path, operator: str, featur
         n_remove=2,
         criterion="streamline",
         operator=operator,
-        options=OperatorOptions(features=features),
+        options=Method(features=features),
         measure=False,
     )
     (cost,) = plan.sweeps

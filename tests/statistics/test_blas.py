@@ -4,15 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import reduce_boundaries
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import MomentSpec
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SPAN = Span(0, 2)
@@ -29,7 +31,7 @@ def test_errors_stay_within_the_bound_whatever_the_number_of_tokens(
         layer[:, 0, 3] += sink
     uri = store_of(tmp_path / "store", states, store_dtype="bfloat16", norm_epsilon=1e-5)
     exact, single = (
-        reduce_boundaries(uri, [SPAN], feature=feature, weights=weights, precision=precision)[SPAN].total()
+        moments_of(uri, [SPAN], feature=feature, token_weights=weights, precision=precision)[SPAN].total()
         for precision in ("float64", "float32-blocked")
     )
     # The diagonal bounds sums of absolute products: sum |a||b| <= sqrt(sum a^2 sum b^2).
@@ -45,7 +47,7 @@ def test_errors_stay_within_the_bound_whatever_the_number_of_tokens(
 def test_the_operator_predicts_as_well(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (40, 64, 24)))
     exact, single = (
-        make_operator("ghost").fit(reduce_boundaries(uri, [SPAN], precision=precision)[SPAN])
+        make_operator(Method(operator="ghost")).fit(moments_of(uri, [SPAN], precision=precision)[SPAN])
         for precision in ("float64", "float32-blocked")
     )
     x = random_states(2, (40, 64, 24))
@@ -59,4 +61,4 @@ def test_the_recipe_says_it_and_unknown_precisions_are_refused(tmp_path: Path) -
     made = solve(uri, "0:1", precision="float32-blocked", out=tmp_path / "o.safetensors")
     assert made.metadata["recipe"]["precision"] == "float32-blocked"
     with pytest.raises(RequestError, match="no precision 'float16'; known are float64, float32-blocked"):
-        BoundaryReducer((SPAN,), precision="float16")  # type: ignore[arg-type]
+        BoundaryReducer((SPAN,), MomentSpec(precision="float16"))  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, RequestError
 from ghoststream.spans import PruningPlan
-from ghoststream.statistics import register_weight
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import register_token_weight
 from ghoststream.testing.states import random_states, store_of
 
 pytestmark = pytest.mark.faults
@@ -67,10 +67,10 @@ import sys
 from pathlib import Path
 from users_rule import SlowUniform
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import register_weight
+from ghoststream.statistics import register_token_weight
 
 uri, out, log, scheduler, name = sys.argv[1:]
-rule = register_weight(SlowUniform(name, log, 0.1))
+rule = register_token_weight(SlowUniform(name, log, 0.1))
 solve(uri, "1:3 4:5", weights=rule.name, range_sequences=1, out=Path(out), scheduler=scheduler)
 """
 
@@ -161,7 +161,7 @@ def rule(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(cluster.folder)
     from users_rule import SlowUniform  # type: ignore[import-not-found]
 
-    return register_weight(SlowUniform(f"slow-{uuid.uuid4().hex}"))
+    return register_token_weight(SlowUniform(f"slow-{uuid.uuid4().hex}"))
 
 
 def _run(rule: Any, uri: str, out: Path, scheduler: Any) -> list[str]:

@@ -18,12 +18,12 @@ from ghoststream.errors import (
 from ghoststream.spans import Span
 from ghoststream.statistics import (
     BoundaryMoments,
+    MomentSpec,
     Ranges,
     SumState,
     get_feature,
     mean_cosine,
     open_source,
-    reduce_boundaries,
     register_feature,
 )
 from ghoststream.statistics.boundary import BoundaryReducer
@@ -32,6 +32,7 @@ from ghoststream.statistics.features import HiddenFeature
 from ghoststream.statistics.ranges import tree_root
 from ghoststream.statistics.sums import merge_states, read_metadata
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (10, 12, 7)
@@ -62,7 +63,7 @@ def rows(states: list[Hidden], mask: npt.NDArray[np.bool_], layer: int) -> npt.N
 def test_moments_of_overlapping_spans_are_the_sums_over_unmasked_tokens(
     uri: str, states: list[Hidden], mask: npt.NDArray[np.bool_], span: Span
 ) -> None:
-    total = reduce_boundaries(uri, SPANS, block_tokens=24)[span].total()
+    total = moments_of(uri, SPANS, block_tokens=24)[span].total()
     x, y = rows(states, mask, span.start), rows(states, mask, span.stop)
     gap = y - x
     for found, expected in (
@@ -85,7 +86,7 @@ def test_position_energy_and_ratios_are_per_position_and_per_sequence(
     uri: str, states: list[Hidden], mask: npt.NDArray[np.bool_]
 ) -> None:
     span = Span(1, 3)
-    total = reduce_boundaries(uri, [span], grams=False)[span].total()
+    total = moments_of(uri, [span], grams=False)[span].total()
     x, y = (np.where(mask[..., None], states[layer], 0).astype(np.float64) for layer in (1, 3))
     expected = [(values**2).sum(axis=(0, 2)) for values in (x, y, y - x)]
     np.testing.assert_allclose(total.position_energy, expected, rtol=1e-12)
@@ -97,7 +98,7 @@ def test_folds_are_whole_sequences_and_sum_to_the_total(
     uri: str, states: list[Hidden], mask: npt.NDArray[np.bool_]
 ) -> None:
     span = Span(0, 2)
-    absorbed = reduce_boundaries(uri, [span], folds=3, range_sequences=2)[span]
+    absorbed = moments_of(uri, [span], folds=3, range_sequences=2)[span]
     plan = Ranges.make(SHAPE[0], folds=3, range_sequences=2)
     for index in range(3):
         mine = np.array([plan.fold_of(i) == index for i in range(SHAPE[0])])
@@ -110,7 +111,7 @@ def test_residuals_from_moments_are_the_residuals_on_the_data(
     uri: str, states: list[Hidden], mask: npt.NDArray[np.bool_]
 ) -> None:
     span = Span(1, 4)
-    total = reduce_boundaries(uri, [span])[span].total()
+    total = moments_of(uri, [span])[span].total()
     x = rows(states, mask, 1)
     gap = rows(states, mask, 4) - x
     rng = np.random.default_rng(1)
@@ -120,7 +121,7 @@ def test_residuals_from_moments_are_the_residuals_on_the_data(
 
 
 def test_save_and_load_keep_every_bit(uri: str, tmp_path: Path) -> None:
-    total = reduce_boundaries(uri, [Span(1, 3)])[Span(1, 3)].total()
+    total = moments_of(uri, [Span(1, 3)])[Span(1, 3)].total()
     total.save(tmp_path / "moments.safetensors")
     loaded = BoundaryMoments.load(tmp_path / "moments.safetensors")
     assert loaded.span == total.span
@@ -130,9 +131,9 @@ def test_save_and_load_keep_every_bit(uri: str, tmp_path: Path) -> None:
 
 def test_bits_do_not_depend_on_workers_or_on_where_partial_states_are_kept(uri: str, tmp_path: Path) -> None:
     runs = [
-        reduce_boundaries(uri, SPANS, range_sequences=1, workers=1),
-        reduce_boundaries(uri, SPANS, range_sequences=1, workers=4),
-        reduce_boundaries(uri, SPANS, range_sequences=1, workers=3, workdir=tmp_path),
+        moments_of(uri, SPANS, range_sequences=1, workers=1),
+        moments_of(uri, SPANS, range_sequences=1, workers=4),
+        moments_of(uri, SPANS, range_sequences=1, workers=3, workdir=tmp_path),
     ]
     for span in SPANS:
         first, *others = [run[span].total().state.arrays for run in runs]
@@ -143,13 +144,13 @@ def test_bits_do_not_depend_on_workers_or_on_where_partial_states_are_kept(uri: 
 def test_a_second_reduction_takes_up_partial_states(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = reduce_boundaries(uri, [Span(1, 3)], workdir=tmp_path)[Span(1, 3)].total()
+    first = moments_of(uri, [Span(1, 3)], workdir=tmp_path)[Span(1, 3)].total()
 
     def never(*_: object) -> SumState:
         raise AssertionError("read again")
 
     monkeypatch.setattr(BoundaryReducer, "reduce", never)
-    again = reduce_boundaries(uri, [Span(1, 3)], workdir=tmp_path)[Span(1, 3)].total()
+    again = moments_of(uri, [Span(1, 3)], workdir=tmp_path)[Span(1, 3)].total()
     assert (again.gram == first.gram).all()
 
 
@@ -157,7 +158,7 @@ def test_reduction_memory_is_one_state_and_four_blocks(tmp_path: Path) -> None:
     # C = 256: state 8 (2 C^2 + small) = 1.0 MiB; block of 512 tokens = 1.0 MiB, four of them; panel 0.5 MiB.
     hidden, block = 256, 512
     uri = store_of(tmp_path / "store", random_states(2, (16, 128, hidden)))
-    reducer = BoundaryReducer((Span(0, 2),), block_tokens=block)
+    reducer = BoundaryReducer((Span(0, 2),), MomentSpec(block_tokens=block))
     source = open_source(uri)
     reducer.reduce(source, 0, 4)  # imports and caches
     tracemalloc.start()
@@ -187,7 +188,7 @@ def test_hidden_states_that_are_not_finite_are_named(
 
     monkeypatch.setattr(source_type, "read_numpy", broken)
     with pytest.raises(NumericsError, match=r"h\[2\] of sequences \[3,4\) holds NaN or infinity at 1 of 6"):
-        reduce_boundaries(uri, [Span(0, 2)], range_sequences=1)
+        moments_of(uri, [Span(0, 2)], range_sequences=1)
     with pytest.raises(NumericsError, match=r"h\[2\].*NaN or infinity"):
         mean_cosine(uri, [(0, 2)])
 
@@ -196,24 +197,24 @@ def test_layers_that_are_not_there_are_named_before_anything_is_read(tmp_path: P
     states = random_states(3, (4, 6, 5))
     uri = store_of(tmp_path / "store", {0: states[0], 2: states[2]}, n_layers=3)
     with pytest.raises(StoreError, match=r"does not hold h\[3\] completely"):
-        reduce_boundaries(uri, [Span(0, 3)])
+        moments_of(uri, [Span(0, 3)])
     with pytest.raises(MismatchError, match=r"h\[4\] is needed.*3 layers"):
-        reduce_boundaries(uri, [Span(2, 4)])
+        moments_of(uri, [Span(2, 4)])
 
 
 def test_requests_that_make_no_sense_are_refused(uri: str) -> None:
     with pytest.raises(RequestError, match="no spans"):
-        reduce_boundaries(uri, [])
+        moments_of(uri, [])
     with pytest.raises(RequestError, match="folds is -1"):
-        reduce_boundaries(uri, SPANS, folds=-1)
+        moments_of(uri, SPANS, folds=-1)
     with pytest.raises(RequestError, match="at least 1"):
-        reduce_boundaries(uri, SPANS, range_sequences=0)
+        moments_of(uri, SPANS, range_sequences=0)
     with pytest.raises(RequestError, match="at most 3 sequences a range"):
-        reduce_boundaries(uri, SPANS, folds=4, range_sequences=4)
+        moments_of(uri, SPANS, folds=4, range_sequences=4)
     with pytest.raises(RequestError, match="no sequences"):
         Ranges.make(0, folds=1)
     with pytest.raises(RequestError, match="no feature 'nonsense'"):
-        reduce_boundaries(uri, SPANS, feature="nonsense")
+        moments_of(uri, SPANS, feature="nonsense")
     with pytest.raises(RequestError, match="no pairs"):
         mean_cosine(uri, [])
 
@@ -235,8 +236,8 @@ def test_the_merge_tree_covers_every_leaf_once() -> None:
 
 
 def test_moments_of_different_boundaries_or_kinds_do_not_combine(uri: str) -> None:
-    full = reduce_boundaries(uri, [Span(0, 2), Span(1, 3)])
-    bare = reduce_boundaries(uri, [Span(0, 2)], grams=False)[Span(0, 2)].total()
+    full = moments_of(uri, [Span(0, 2), Span(1, 3)])
+    bare = moments_of(uri, [Span(0, 2)], grams=False)[Span(0, 2)].total()
     with pytest.raises(RequestError, match="different boundaries"):
         full[Span(0, 2)].total().merge(full[Span(1, 3)].total())
     with pytest.raises(ArtifactError, match="different layout"):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, Ranges, SumState
+from ghoststream.statistics import BoundaryMoments, MomentSpec, Ranges, SumState
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sums import merge_states
 
@@ -49,7 +49,7 @@ def normals(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def moments(source: ArraySource, start: int, stop: int, block_tokens: int = 10) -> BoundaryMoments:
-    reducer = BoundaryReducer((SPAN,), block_tokens=block_tokens)
+    reducer = BoundaryReducer((SPAN,), MomentSpec(block_tokens=block_tokens))
     state = reducer.reduce(source, start, stop)
     return BoundaryMoments(
         SPAN, SumState({**state.select("gram/hidden/0/").arrays, **state.select("span/0-2/").arrays})

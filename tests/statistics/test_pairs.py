@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 
 from ghoststream.errors import BudgetError, NumericsError, RequestError, StoreError
+from ghoststream.options import Reduction
 from ghoststream.statistics import (
     AllPairsReducer,
     CosineReducer,
@@ -110,11 +111,11 @@ def test_a_memory_budget_makes_tiles_and_changes_nothing_but_the_last_digits(uri
     least = AllPairsReducer(tuple(range(L + 1)), tile_layers=1).task_bytes(hidden, length)
     assert least < everything
     for memory in (least, (least + everything) // 2, everything):
-        tiled = pairwise_similarity(uri, memory=memory)
+        tiled = pairwise_similarity(uri, reduction=Reduction.make({"memory": memory, "workers": 1}))
         np.testing.assert_allclose(tiled.cosine, whole.cosine, rtol=0, atol=1e-14)
         np.testing.assert_allclose(tiled.last_angle, whole.last_angle, rtol=0, atol=2e-8)
     with pytest.raises(BudgetError, match=f"{least - 1:,} are allowed"):
-        pairwise_similarity(uri, memory=least - 1)
+        pairwise_similarity(uri, reduction=Reduction.make({"memory": least - 1}))
 
 
 def test_layers_are_read_once_and_with_tiles_as_often_as_said(states: list[Hidden]) -> None:

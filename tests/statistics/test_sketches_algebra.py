@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ghoststream.spans import Span
-from ghoststream.statistics.engines import Reducer
+from ghoststream.statistics import MomentSpec, Reducer
 from ghoststream.statistics.sketch_projection import ProjectionReducer
 from ghoststream.statistics.sketch_range import PowerReducer
 from ghoststream.statistics.sketches import Bases
@@ -23,9 +23,8 @@ def reducers(seed: int, block_tokens: int) -> list[Reducer]:
     rng = np.random.default_rng(seed)
     bases = Bases.make({span: [rng.integers(-3, 4, (4, 3)).astype(np.float64)] for span in SPANS}, None)
     return [
-        RowSketchReducer(SPANS, block_tokens=block_tokens, rows=1 + seed % 9, seed=seed),
-        ProjectionReducer(SPANS, block_tokens=block_tokens, bases=bases),
-        PowerReducer(SPANS, block_tokens=block_tokens, bases=bases),
+        ProjectionReducer(SPANS, MomentSpec(block_tokens=block_tokens), bases=bases),
+        PowerReducer(SPANS, MomentSpec(block_tokens=block_tokens), bases=bases),
     ]
 
 

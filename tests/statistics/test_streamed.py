@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, reduce_boundaries
+from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.streamed import streamed_moments
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 S, T, C = 23, 6, 8
 SPAN = Span(1, 3)
 EPSILON = 1e-5
@@ -44,7 +45,7 @@ def test_they_are_those_of_the_store(
     states, mask = random_states(4, (S, T, C)), ragged_mask(S, T)
     options: dict[str, Any] = {"feature": "normed", "weights": "relative", "block_tokens": 12}
     store = store_of(tmp_path / "store", states, mask=mask, norm_epsilon=EPSILON)
-    expected = reduce_boundaries(
+    expected = moments_of(
         store,
         [SPAN],
         triangles=kind is TriangleReducer,

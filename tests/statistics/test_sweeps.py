@@ -9,11 +9,12 @@ import pytest
 from ghoststream.errors import BudgetError, RequestError
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import Span
-from ghoststream.statistics import candidate_spans, open_source, plan_sweeps, reduce_boundaries
+from ghoststream.statistics import MomentSpec, candidate_spans, divide_sweeps, open_source
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
 L, SHAPE = 9, (8, 6, 16)
 CANDIDATES = candidate_spans(L, 3)
 ALL_PAIRS = tuple(Span(a, b) for a in range(L) for b in range(a + 1, L + 1))
@@ -52,18 +53,18 @@ def fewest(reducer: BoundaryReducer, budget: int) -> int:
 def test_sweeps_cover_every_span_once_within_the_budget_and_are_the_fewest(
     spans: tuple[Span, ...], weights: str
 ) -> None:
-    reducer = BoundaryReducer(spans, weights=weights, block_tokens=6)
+    reducer = BoundaryReducer(spans, MomentSpec(token_weights=weights, block_tokens=6))
     one = max(replace(reducer, spans=(span,)).task_bytes(16, 6) for span in spans)
     for factor in (1.0, 1.3, 2.0, 5.0, 1000.0):
         budget = int(one * factor)
-        sweeps = plan_sweeps(reducer, hidden=16, length=6, task_budget=budget)
+        sweeps = divide_sweeps(reducer, hidden=16, length=6, task_budget=budget)
         assert [span for sweep in sweeps for span in sweep.reducer.spans] == sorted(spans)
         assert all(sweep.task_bytes <= budget for sweep in sweeps)
         assert len(sweeps) == fewest(reducer, budget)
-    assert len(plan_sweeps(reducer, hidden=16, length=6, task_budget=one * 1000)) == 1
-    assert len(plan_sweeps(reducer, hidden=16, length=6)) == 1
+    assert len(divide_sweeps(reducer, hidden=16, length=6, task_budget=one * 1000)) == 1
+    assert len(divide_sweeps(reducer, hidden=16, length=6)) == 1
     with pytest.raises(BudgetError, match=r"the moments of \[\d,\d\) alone take [\d,]+ bytes a task"):
-        plan_sweeps(reducer, hidden=16, length=6, task_budget=one // 2)
+        divide_sweeps(reducer, hidden=16, length=6, task_budget=one // 2)
 
 
 def test_candidates_keep_the_first_and_the_last_layer() -> None:
@@ -78,14 +79,16 @@ def test_any_number_of_sweeps_gives_the_bits_of_one_reduction_a_span(
 ) -> None:
     source = open_source(uri)
     largest = max(
-        BoundaryReducer((span,), weights=weights, block_tokens=6).task_bytes(source.hidden, source.length)
+        BoundaryReducer((span,), MomentSpec(token_weights=weights, block_tokens=6)).task_bytes(
+            source.hidden, source.length
+        )
         for span in ALL_PAIRS
     )
     progress = Sweeps()
-    several = reduce_boundaries(
+    several = moments_of(
         uri,
         ALL_PAIRS,
-        weights=weights,
+        token_weights=weights,
         workdir=tmp_path,
         memory=2 * largest,
         workers=1,
@@ -94,9 +97,9 @@ def test_any_number_of_sweeps_gives_the_bits_of_one_reduction_a_span(
     )
     assert len(progress.tasks) > 2
     assert progress.tasks[0] == f"moments, sweep 1 of {len(progress.tasks)}"
-    whole = reduce_boundaries(uri, ALL_PAIRS, weights=weights, block_tokens=6)
+    whole = moments_of(uri, ALL_PAIRS, token_weights=weights, block_tokens=6)
     for span in ALL_PAIRS:
-        alone = reduce_boundaries(uri, [span], weights=weights, block_tokens=6)[span].total().state.arrays
+        alone = moments_of(uri, [span], token_weights=weights, block_tokens=6)[span].total().state.arrays
         for found in (several, whole):
             other = found[span].total().state.arrays
             assert all((other[name] == array).all() for name, array in alone.items()), span
@@ -112,7 +115,7 @@ def test_a_layer_is_read_once_a_sweep(uri: str, monkeypatch: pytest.MonkeyPatch)
         return original(self, layer, start, stop, dtype)  # type: ignore[arg-type]
 
     monkeypatch.setattr(source_type, "read_numpy", counted)
-    reduce_boundaries(uri, CANDIDATES, workers=1)
+    moments_of(uri, CANDIDATES, workers=1)
     assert len(read) == len(set(read))
     assert {layer for layer, _ in read} == {end for span in CANDIDATES for end in (span.start, span.stop)}
 
@@ -122,19 +125,19 @@ def test_sweeps_that_were_finished_are_taken_up(
 ) -> None:
     budget = 2 * BoundaryReducer((Span(1, 4),)).task_bytes(SHAPE[2], SHAPE[1])
     options: dict[str, Any] = {"workdir": tmp_path, "memory": budget, "workers": 1}
-    first = reduce_boundaries(uri, CANDIDATES, **options)
+    first = moments_of(uri, CANDIDATES, **options)
     reduced = []
     monkeypatch.setattr(BoundaryReducer, "reduce", lambda self, *_: reduced.append(self))
-    again = reduce_boundaries(uri, CANDIDATES, **options)
+    again = moments_of(uri, CANDIDATES, **options)
     assert reduced == []
     assert (again[Span(5, 8)].total().gram == first[Span(5, 8)].total().gram).all()
 
 
 def test_fewer_tasks_at_a_time_before_more_memory_is_asked_for(uri: str, tmp_path: Path) -> None:
     largest = max(BoundaryReducer((span,)).task_bytes(SHAPE[2], SHAPE[1]) for span in CANDIDATES)
-    found = reduce_boundaries(uri, CANDIDATES, workdir=tmp_path, memory=largest)
+    found = moments_of(uri, CANDIDATES, workdir=tmp_path, memory=largest)
     assert set(found) == set(CANDIDATES)
     with pytest.raises(BudgetError, match="fewer workers"):
-        reduce_boundaries(uri, CANDIDATES, workdir=tmp_path, memory=largest, workers=2)
+        moments_of(uri, CANDIDATES, workdir=tmp_path, memory=largest, workers=2)
     with pytest.raises(RequestError, match="give a work folder, where finished ones wait"):
-        reduce_boundaries(uri, CANDIDATES, memory=largest, workers=1)
+        moments_of(uri, CANDIDATES, memory=largest, workers=1)

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, Precision
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import MomentSpec, Precision, reduce, store_ranges
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer
-from ghoststream.statistics.reduction import reduce_spans
 from ghoststream.statistics.torch_blas import DeviceBoundaryReducer, add_product
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 
@@ -51,17 +50,16 @@ def test_a_product_is_that_of_numpy(n_rows: int) -> None:
 def test_moments_on_a_device_are_those_of_the_host(
     uri: str, feature: str, weights: str, precision: Precision
 ) -> None:
-    host = BoundaryReducer(SPANS, feature=feature, weights=weights, block_tokens=80)
+    host = BoundaryReducer(SPANS, MomentSpec(feature=feature, token_weights=weights, block_tokens=80))
     device = DeviceBoundaryReducer(
-        SPANS, feature=feature, weights=weights, block_tokens=80, precision=precision, device="cpu"
+        SPANS,
+        MomentSpec(feature=feature, token_weights=weights, block_tokens=80, precision=precision),
+        device="cpu",
     )
     tolerance = 1e-13 if precision == "float64" else GAMMA
-    found, expected = (reduce_spans(uri, reducer, folds=2) for reducer in (device, host))
+    found, expected = (reduce(uri, reducer, store_ranges(uri, folds=2)) for reducer in (device, host))
     for span in SPANS:
-        one, other = (
-            FoldedMoments(span, states[span], feature=feature, weights=weights).total()
-            for states in (found, expected)
-        )
+        one, other = (moments[span].total() for moments in (found, expected))
         energy, gap = np.diag(other.gram), other.gap_energy
         assert (np.abs(one.gram - other.gram) <= tolerance * np.sqrt(np.outer(energy, energy))).all()
         assert (np.abs(one.cross - other.cross) <= tolerance * np.sqrt(np.outer(energy, gap))).all()
@@ -72,12 +70,14 @@ def test_moments_on_a_device_are_those_of_the_host(
 
 def test_partial_states_of_a_device_are_its_own(uri: str, tmp_path: Path) -> None:
     for reducer in (BoundaryReducer(SPANS), DeviceBoundaryReducer(SPANS, device="cpu")):
-        reduce_spans(uri, reducer, folds=2, workdir=tmp_path)
+        reduce(uri, reducer, store_ranges(uri, folds=2), workdir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    whole = reduce_spans(uri, DeviceBoundaryReducer(SPANS, device="cpu"), folds=2)
-    kept = reduce_spans(uri, DeviceBoundaryReducer(SPANS, device="cpu"), folds=2, workdir=tmp_path)
+    whole = reduce(uri, DeviceBoundaryReducer(SPANS, device="cpu"), store_ranges(uri, folds=2))
+    kept = reduce(
+        uri, DeviceBoundaryReducer(SPANS, device="cpu"), store_ranges(uri, folds=2), workdir=tmp_path
+    )
     for span in SPANS:
-        one, other = (FoldedMoments(span, states[span]).total() for states in (whole, kept))
+        one, other = (moments[span].total() for moments in (whole, kept))
         assert np.array_equal(one.gram, other.gram)
 
 
@@ -86,7 +86,7 @@ def test_operators_solved_from_a_device_are_those_of_the_host(
     uri: str, tmp_path: Path, precision: Precision
 ) -> None:
     there, again, here = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "here"))
-    method = OperatorOptions(ridge=1e-3)
+    method = Method(ridge=1e-3)
     options: dict[str, Any] = {"operator": "least-squares", "options": method, "precision": precision}
     found = solve(uri, "0:2", out=there, reduce_device="cpu", range_sequences=2, **options)
     exact = solve(uri, "0:2", out=here, range_sequences=2, operator="least-squares", options=method)
@@ -106,8 +106,8 @@ def test_what_is_no_gram_is_not_reduced_on_a_device(uri: str, tmp_path: Path) ->
     for refused in (
         {"operator": "diagonal"},
         {"operator": "linear-patch-rotated"},
-        {"operator": "least-squares", "options": OperatorOptions(solver="tsqr")},
-        {"operator": "least-squares", "options": OperatorOptions(solver="sketch-rows")},
+        {"operator": "least-squares", "options": Method(solver="tsqr")},
+        {"operator": "least-squares", "options": Method(solver="sketch-range", rank=2)},
     ):
         with pytest.raises(RequestError, match=r"leave (--reduce-device )?cpu out"):
             solve(uri, "0:2", out=tmp_path / "o.safetensors", reduce_device="cpu", **refused)
@@ -133,7 +133,7 @@ def test_workers_without_the_device_are_named(uri: str, tmp_path: Path) -> None:
 
 
 def test_no_more_tasks_than_the_device_has_memory_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reducer = DeviceBoundaryReducer(SPANS, block_tokens=80)
+    reducer = DeviceBoundaryReducer(SPANS, MomentSpec(block_tokens=80))
     states = reducer.state_bytes(24, 40) + 8 * 80 * (24 + 24)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -149,7 +149,8 @@ def test_devices_that_are_not_there_are_refused(uri: str, monkeypatch: pytest.Mo
         DeviceBoundaryReducer(SPANS, device="gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match="the device cuda was asked for, and torch sees none"):
-        reduce_spans(uri, DeviceBoundaryReducer(SPANS))
+        reduce(uri, DeviceBoundaryReducer(SPANS), store_ranges(uri))
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    reducer = DeviceBoundaryReducer(SPANS, MomentSpec(precision="float32-blocked"), device="cpu")
     with pytest.raises(RequestError, match="matmul precision to highest"):
-        reduce_spans(uri, DeviceBoundaryReducer(SPANS, precision="float32-blocked", device="cpu"))
+        reduce(uri, reducer, store_ranges(uri))

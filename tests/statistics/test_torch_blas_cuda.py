@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 
 from ghoststream.spans import Span
-from ghoststream.statistics import Precision, reduce_boundaries
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import Precision
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,8 +29,8 @@ GAMMA = (FLOAT32_BLOCK_TOKENS + 2) * 2.0**-24 / (1 - (FLOAT32_BLOCK_TOKENS + 2) 
 def test_grams_and_cross_moments_are_those_of_numpy(tmp_path: Path, precision: Precision) -> None:
     shape = (12, 200, 96)
     uri = store_of(tmp_path / "store", random_states(3, shape), mask=ragged_mask(*shape[:2]))
-    found = reduce_boundaries(uri, SPANS, precision=precision, device=DEVICE, workers=3)
-    expected = reduce_boundaries(uri, SPANS)
+    found = moments_of(uri, SPANS, precision=precision, device=DEVICE, workers=3)
+    expected = moments_of(uri, SPANS)
     tolerance = 1e-13 if precision == "float64" else GAMMA
     for span in SPANS:
         one, other = found[span].total(), expected[span].total()

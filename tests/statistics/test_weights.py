@@ -7,18 +7,20 @@ import numpy.typing as npt
 import pytest
 
 from ghoststream.errors import NumericsError, RequestError
-from ghoststream.operators import OperatorOptions, make_operator
+from ghoststream.operators import make_operator
+from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import (
     BoundaryTokens,
     FoldedMoments,
-    get_weight,
-    reduce_boundaries,
-    register_weight,
-    weight_names,
+    MomentSpec,
+    get_token_weight,
+    register_token_weight,
+    token_weight_names,
 )
 from ghoststream.statistics.token_weights import SINK_FACTOR
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 20, 6)
@@ -61,14 +63,14 @@ def expected_weights(name: str, states: list[Hidden], mask: npt.NDArray[np.bool_
 
 
 def fitted(name: str, moments: FoldedMoments) -> dict[str, object]:
-    return make_operator(name, OperatorOptions(ridge=0.0)).fit(moments).diagnostics
+    return make_operator(Method(operator=name, ridge=0.0)).fit(moments).diagnostics
 
 
 @pytest.mark.parametrize("name", ["uniform", "drop_sinks", "relative"])
 def test_the_fit_is_weighted_least_squares_on_the_whole_data(
     uri: str, states: list[Hidden], mask: npt.NDArray[np.bool_], name: str
 ) -> None:
-    moments = reduce_boundaries(uri, [SPAN], weights=name, block_tokens=40)[SPAN]
+    moments = moments_of(uri, [SPAN], token_weights=name, block_tokens=40)[SPAN]
     total = moments.total()
     x, y = (states[layer][mask].astype(np.float64) for layer in (SPAN.start, SPAN.stop))
     gap, weights = y - x, expected_weights(name, states, mask)
@@ -86,7 +88,7 @@ def test_the_fit_is_weighted_least_squares_on_the_whole_data(
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
     assert (total.n_tokens, total.n_dropped) == ((weights > 0).sum(), (weights == 0).sum())
-    operator = make_operator("ghost", OperatorOptions(ridge=0.0)).fit(moments)
+    operator = make_operator(Method(operator="ghost", ridge=0.0)).fit(moments)
     assert operator.weight is not None
     np.testing.assert_allclose(operator.weight, best.T, rtol=1e-4, atol=1e-5)
     error, all_gap = weights @ ((x @ best - gap) ** 2), weights @ gap**2
@@ -100,9 +102,9 @@ def test_the_fit_is_weighted_least_squares_on_the_whole_data(
 
 @pytest.mark.parametrize("name", ["drop_sinks", "relative"])
 def test_weights_do_not_depend_on_how_sequences_are_divided(uri: str, tmp_path: Path, name: str) -> None:
-    whole = reduce_boundaries(uri, [SPAN], weights=name, folds=1, range_sequences=12, block_tokens=10_000)
-    parts = reduce_boundaries(uri, [SPAN], weights=name, folds=3, range_sequences=1, block_tokens=1)
-    several = reduce_boundaries(uri, [Span(1, 2), SPAN, Span(2, 3)], weights=name, workdir=tmp_path)
+    whole = moments_of(uri, [SPAN], token_weights=name, folds=1, range_sequences=12, block_tokens=10_000)
+    parts = moments_of(uri, [SPAN], token_weights=name, folds=3, range_sequences=1, block_tokens=1)
+    several = moments_of(uri, [Span(1, 2), SPAN, Span(2, 3)], token_weights=name, workdir=tmp_path)
     for other in (parts, several):
         for key, array in whole[SPAN].total().state.arrays.items():
             np.testing.assert_allclose(
@@ -126,19 +128,21 @@ def test_a_massive_activation_is_judged_by_its_own_sequence_at_either_end() -> N
     tokens = BoundaryTokens(x, y, (slice(0, 7), slice(7, 14)))
     expected = np.ones(14)
     expected[[0, 7]] = 0
-    assert get_weight("drop_sinks").values(tokens).tolist() == expected.tolist()
+    assert get_token_weight("drop_sinks").values(tokens).tolist() == expected.tolist()
     alone = BoundaryTokens(x[:1], y[:1], (slice(0, 1),))
-    assert get_weight("drop_sinks").values(alone).tolist() == [1]
+    assert get_token_weight("drop_sinks").values(alone).tolist() == [1]
 
 
 def test_a_zero_target_has_no_relative_weight() -> None:
     tokens = BoundaryTokens(np.ones((2, 3)), np.array([[0.0, 0, 0], [0, 2, 0]]), (slice(0, 2),))
-    assert get_weight("relative").values(tokens).tolist() == [0, 0.25]
+    assert get_token_weight("relative").values(tokens).tolist() == [0, 0.25]
 
 
 def test_linear_patch_keeps_its_own_definition(uri: str) -> None:
     first, second = (
-        make_operator("linear-patch-diagonal").fit(reduce_boundaries(uri, [SPAN], weights=name)[SPAN])
+        make_operator(Method(operator="linear-patch-diagonal")).fit(
+            moments_of(uri, [SPAN], token_weights=name)[SPAN]
+        )
         for name in ("uniform", "drop_sinks")
     )
     assert first.weight is not None
@@ -149,7 +153,7 @@ def test_linear_patch_keeps_its_own_definition(uri: str) -> None:
 
 def test_the_warning_of_a_massive_activation_says_what_to_do(uri: str) -> None:
     warned, calm = (
-        fitted("ghost", reduce_boundaries(uri, [SPAN], weights=name)[SPAN])["warnings"]
+        fitted("ghost", moments_of(uri, [SPAN], token_weights=name)[SPAN])["warnings"]
         for name in ("uniform", "drop_sinks")
     )
     assert isinstance(warned, list)
@@ -164,7 +168,9 @@ def test_spans_that_start_together_share_a_gram_only_where_weights_are_uniform(
     from ghoststream.statistics.boundary import BoundaryReducer
 
     spans = (Span(1, 2), Span(1, 3), Span(1, 4))
-    shared, own = (BoundaryReducer(spans, weights=name) for name in ("uniform", "drop_sinks"))
+    shared, own = (
+        BoundaryReducer(spans, MomentSpec(token_weights=name)) for name in ("uniform", "drop_sinks")
+    )
     assert own.state_bytes(100, 10) - shared.state_bytes(100, 10) == 2 * 8 * (100**2 + 100)
 
 
@@ -183,19 +189,19 @@ def test_a_users_weight_is_a_class_of_their_own(
         def values(self, tokens: BoundaryTokens) -> Array:
             return -np.ones(len(tokens.inputs))
 
-    register_weight(Later())
-    register_weight(Wrong())
-    total = reduce_boundaries(uri, [SPAN], weights="later-for-a-test")[SPAN].total()
+    register_token_weight(Later())
+    register_token_weight(Wrong())
+    total = moments_of(uri, [SPAN], token_weights="later-for-a-test")[SPAN].total()
     x = states[SPAN.start][mask].astype(np.float64)
     weights = np.nonzero(mask)[1].astype(np.float64)
     np.testing.assert_allclose(total.gram, (x.T * weights) @ x, rtol=1e-11, atol=1e-9)
     assert total.n_dropped == SHAPE[0]
     with pytest.raises(RequestError, match="registered already"):
-        register_weight(Later())
+        register_token_weight(Later())
     with pytest.raises(NumericsError, match="'wrong-for-a-test' gives a weight that is negative"):
-        reduce_boundaries(uri, [SPAN], weights="wrong-for-a-test")
+        moments_of(uri, [SPAN], token_weights="wrong-for-a-test")
     with pytest.raises(RequestError, match=r"no token weight 'nonsense'; known are drop_sinks, .*uniform"):
-        reduce_boundaries(uri, [SPAN], weights="nonsense")
+        moments_of(uri, [SPAN], token_weights="nonsense")
 
 
 def test_the_command_line_offers_the_weights_that_exist() -> None:
@@ -205,12 +211,12 @@ def test_the_command_line_offers_the_weights_that_exist() -> None:
 
     (option,) = (item for item in command.params if item.name == "weights")
     assert isinstance(option.type, Choice)
-    assert set(option.type.choices) == {"uniform", "drop_sinks", "relative"} <= set(weight_names())
+    assert set(option.type.choices) == {"uniform", "drop_sinks", "relative"} <= set(token_weight_names())
 
 
 def test_tokens_that_all_have_weight_zero_are_refused(tmp_path: Path) -> None:
     states = random_states(2, (4, 6, 3))
     states[2][:] = 0
-    found = reduce_boundaries(store_of(tmp_path / "store", states), [Span(0, 2)], weights="relative")
+    found = moments_of(store_of(tmp_path / "store", states), [Span(0, 2)], token_weights="relative")
     with pytest.raises(NumericsError, match="or every weight zero"):
         fitted("none", found[Span(0, 2)])

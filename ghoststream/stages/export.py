@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery.export import ExportReport, export_recovered
-from ghoststream.stages.session import resolve_checkpoint
 from ghoststream.streaming import Skeleton
 
 

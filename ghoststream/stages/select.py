@@ -10,8 +10,8 @@ from ghoststream.options import Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.selection import Selection, criterion_names
 from ghoststream.stages.capturing.replay import session_of
-from ghoststream.stages.choosing.criteria import search_criterion_names
-from ghoststream.stages.choosing.search import MEASURED, check_search, search_session
+from ghoststream.stages.choosing.criteria import MEASURED, search_criterion_names
+from ghoststream.stages.choosing.search import check_search, search_session
 from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.session import ModelSession

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 
 from ghoststream.checkpoint import checkpoint_fingerprint
-from ghoststream.checkpoint.hub import ResolvedModel, resolve_model
+from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.errors import (
-    ArtifactError,
-    CheckpointError,
     GhoststreamError,
     InputNotFoundError,
     RequestError,
     UnsupportedModelError,
 )
-from ghoststream.files import read_json
 from ghoststream.machine import free_device_memory, free_host_memory
 from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
@@ -109,28 +106,6 @@ class ModelSession:
     def describe(self) -> dict[str, Any]:
         """Return what of the way in which the model is computed can change a bit, for recipes."""
         return {"dtype": dtype_name(self.skeleton.dtype), "attention": self.skeleton.attention}
-
-
-def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
-    """Find a model's folder and look whether it has a configuration, as everything else begins with that.
-
-    Raises:
-        InputNotFoundError: If there is no such model.
-        CheckpointError: If its ``config.json`` is missing or not a JSON object.
-    """
-    resolved = resolve_model(model, revision=revision)
-    path = resolved.root / "config.json"
-    if not path.is_file():
-        msg = f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy it again"
-        raise CheckpointError(msg)
-    try:
-        is_config = isinstance(read_json(path), dict)
-    except ArtifactError:
-        is_config = False
-    if not is_config:
-        msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
-        raise CheckpointError(msg)
-    return resolved
 
 
 def _build_skeleton(root: Path, device: torch.device, compute: Compute) -> Skeleton:

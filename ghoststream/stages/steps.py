@@ -12,9 +12,10 @@ from ghoststream.selection import Selection, make_criterion, read_plan, require_
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture_session
 from ghoststream.stages.capturing.tap_store import require_taps
+from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.choosing.repair import passing_method
-from ghoststream.stages.choosing.search import MEASURED, check_search, search_session
+from ghoststream.stages.choosing.search import check_search, search_session
 from ghoststream.stages.from_store.fit import fit_from_store, make_store_kind
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.select import require_criterion, runs_model

@@ -10,26 +10,9 @@ from ghoststream.options import AUTO, Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.repair import Repair, passing_method
+from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
-
-
-def _without_sinks(features: str) -> Method:
-    return passing_method(Method(operator="least-squares", features=features, token_weights="drop_sinks"))
-
-
-SCREEN = _without_sinks("hidden")
-"""What spans are compared with, before ways to repair are."""
-
-METHODS = (
-    passing_method(Method(operator="ghost")),
-    SCREEN,
-    *(_without_sinks(features) for features in ("normed", "mlp", "hidden+mlp")),
-)
-"""What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
-
-LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
-"""What is tried behind another boundary, where the inputs make a difference."""
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""

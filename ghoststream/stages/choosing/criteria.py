@@ -16,17 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from ghoststream.costs import PassCost, SearchShape
 from ghoststream.errors import RequestError
 from ghoststream.options import Method, Search
 from ghoststream.registry import Registry
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.auto import SCREEN
-from ghoststream.stages.choosing.growth import Ranked, fewest_spans, finalists, grow, partitions
+from ghoststream.stages.choosing.passes import growing, one_by_one, partitions, refining, there_and_back
 from ghoststream.stages.choosing.repair import Repair
-from ghoststream.stages.choosing.taylor import taylor_scores
-from ghoststream.stages.choosing.trial import Row, Trial
+from ghoststream.stages.choosing.ways import SCREEN
+
+if TYPE_CHECKING:
+    # What runs the model is imported where it runs: an estimate asks for costs only.
+    from ghoststream.stages.choosing.growth import Ranked
+    from ghoststream.stages.choosing.trial import Row, Trial
+
+MEASURED = "measured"
+"""The criterion that is taken where none is named."""
 
 REFINED = 4
 """Plans for which ``auto`` chooses how to repair."""
@@ -82,6 +89,14 @@ class SearchCriterion:
             method: How boundaries are fitted; None for ``auto``.
         """
         raise NotImplementedError
+
+    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
+        """Return the passes that choosing takes; by default one that measures the model without any one of its layers.
+
+        With ``auto``, ways to repair are then compared for one plan of one span.
+        """
+        found = one_by_one(shape, passes=1, repairs=self.repairs)
+        return (*found, *refining(shape, n_spans=1, plans=1)) if self.repairs else found
 
 
 _Class = TypeVar("_Class", bound=Callable[[], SearchCriterion])
@@ -140,8 +155,16 @@ class Measured(SearchCriterion):
             msg = f"{remove} layers cannot be removed in {search.max_spans} spans: a span has at least one layer"
             raise RequestError(msg)
 
+    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
+        """Return a pass for each span that is added, and one for each at which ways to repair are compared."""
+        n_spans = min(shape.search.max_spans, shape.remove)
+        tried = partitions(shape.remove, n_spans)
+        return (*growing(shape, tried), *refining(shape, n_spans=n_spans, plans=REFINED))
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Grow plans span by span; see the class."""
+        from ghoststream.stages.choosing.growth import grow
+
         tried = partitions(remove, min(search.max_spans, remove))
         ranked = grow(trial, tried, method or SCREEN, beam=search.beam, candidates=search.candidates)
         return _refined(trial, ranked, remove, method, prefer_few=True)
@@ -154,8 +177,15 @@ class PruneAndRepair(SearchCriterion):
     meaning = Measured.meaning
     reads = ("beam", "lanes")
 
+    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
+        """Return a pass for each layer, and one at which ways to repair are compared if the layers touch."""
+        found = one_by_one(shape, passes=shape.remove, repairs=True)
+        return (*found, *refining(shape, n_spans=1, plans=REFINED))
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Add the layer that costs least, again and again."""
+        from ghoststream.stages.choosing.growth import grow
+
         ranked = grow(trial, [[1] * remove], method or SCREEN, beam=search.beam)
         return _refined(trial, ranked, remove, method, prefer_few=False)
 
@@ -168,8 +198,14 @@ class Sleb(SearchCriterion):
     repairs = False
     reads = ("beam", "lanes")
 
+    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
+        """Return a pass for each layer."""
+        return one_by_one(shape, passes=shape.remove, repairs=False)
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Remove the layer that costs least, again and again."""
+        from ghoststream.stages.choosing.growth import grow
+
         del method
         return Chosen.best(trial, grow(trial, [[1] * remove], NOTHING, beam=search.beam))
 
@@ -216,8 +252,14 @@ class Taylor(SearchCriterion):
             )
             raise RequestError(msg)
 
+    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
+        """Return a pass forward and one back."""
+        return there_and_back(shape)
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Score every layer; see :func:`~ghoststream.stages.choosing.taylor.taylor_scores`."""
+        from ghoststream.stages.choosing.taylor import taylor_scores
+
         del search, method
         n_layers = trial.session.skeleton.n_layers
         micro_batch = trial.division.micro_batch
@@ -235,6 +277,8 @@ def taylor_plus() -> Taylor:
 
 
 def _refined(trial: Trial, ranked: Ranked, remove: int, method: Method | None, *, prefer_few: bool) -> Chosen:
+    from ghoststream.stages.choosing.growth import fewest_spans, finalists
+
     rows: Sequence[Row] = [row for _, row in ranked]
     if method is None:
         ranked = trial.refine(finalists(ranked, REFINED))

@@ -12,10 +12,11 @@ from ghoststream.progress import Progress
 from ghoststream.recipe import library_versions
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.choosing.auto import LATER_METHODS, SCREEN, named_method
+from ghoststream.stages.choosing.auto import named_method
 from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Division, Trial
+from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges

@@ -25,22 +25,6 @@ class _Branch:
     best: dict[PruningPlan, float]
 
 
-def partitions(n_remove: int, max_spans: int) -> list[list[int]]:
-    """Return the sizes of the spans of the plans that are tried, larger ones first.
-
-    For each number of spans up to ``max_spans``: as equal as they can be, and one twice as long as the others.
-    """
-    found = []
-    for n_spans in range(1, max_spans + 1):
-        equal = [n_remove // n_spans + (index < n_remove % n_spans) for index in range(n_spans)]
-        found.append(equal)
-        small = round(n_remove / (n_spans + 1))
-        large = n_remove - (n_spans - 1) * small
-        if n_spans > 1 and small > 0 and large > equal[0]:
-            found.append([large] + [small] * (n_spans - 1))
-    return found
-
-
 def grow(
     trial: Trial,
     tried: Sequence[Sequence[int]],
@@ -49,7 +33,7 @@ def grow(
     beam: int = 1,
     candidates: int | None = None,
 ) -> Ranked:
-    """Make plans of spans of these sizes, for each of :func:`partitions` by itself, but in the same passes.
+    """Make plans of spans of these sizes, for each of :func:`~ghoststream.stages.choosing.passes.partitions` by itself, but in the same passes.
 
     The first step measures every span of each first size. In each later one a span is added to the best plans so far, where
     spans that cost least alone come first: the loss of a plan is nearly that of its spans together.

@@ -9,16 +9,14 @@ from ghoststream.options import AUTO, Method, Search, Text
 from ghoststream.progress import Progress
 from ghoststream.selection import Selection
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.auto import LATER_METHODS, SCREEN, named_method
-from ghoststream.stages.choosing.criteria import REFINED, SearchCriterion, make_search_criterion
+from ghoststream.stages.choosing.auto import named_method
+from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, make_search_criterion
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
+from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.text import recipe_of
-
-MEASURED = "measured"
-"""The criterion that is taken where none is named."""
 
 
 def search_session(

@@ -36,6 +36,7 @@ from ghoststream.statistics import (
     taps_of,
 )
 from ghoststream.statistics.devices import device_kind, require_device
+from ghoststream.statistics.sweeps import single_layers, span_groups
 
 PAPER = "ghost"
 """The operator that is taken where none is named: the paper's."""
@@ -194,16 +195,6 @@ class _Job:
         name = str(self.kind.method.operator)
         OperatorSet(plan, name, (operator,), self.store.hidden, metadata).save(path)
         return operator
-
-
-def single_layers(span: Span) -> tuple[Span, ...]:
-    """Return the removed layers of a span, each as a span of its own."""
-    return tuple(Span(layer, layer + 1) for layer in range(span.start, span.stop))
-
-
-def span_groups(spans: tuple[Span, ...], *, reads_taps: bool) -> list[tuple[Span, ...]]:
-    """Return which spans are reduced together: all, or each alone where features are wide and no layer is shared."""
-    return [(span,) for span in spans] if reads_taps else [spans]
 
 
 def make_store_kind(method: Method) -> OperatorKind:

@@ -52,7 +52,8 @@ class FieldType(click.ParamType[Any]):
     def __init__(self, field: FieldInfo, metavar: str) -> None:
         self.name = metavar
         annotation: Any = field.annotation
-        self._annotation = Annotated[annotation, *field.metadata] if field.metadata else annotation
+        constrained: Any = Annotated[annotation, *field.metadata] if field.metadata else annotation
+        self._annotation = constrained
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value of the field."""

@@ -164,7 +164,7 @@ def test_a_model_that_cannot_be_used(
     damage(model)
     line = refused("capture", model, *bench.capture, "--store", tmp_path / "store", code=code, says=says)
     assert not (tmp_path / "store").exists()
-    assert refused("plan", model, "--remove", 2, "--no-measure", code=code, says=says) == line
+    assert refused("estimate", model, "--remove", 2, "--no-measure", code=code, says=says) == line
     refused("evaluate", model, "--text", bench.text, "--length", LENGTH, code=code, says=says)
     out = ("--operators", bench.operators, "--out", tmp_path / "out")
     refused("export", model, *out, code=code, says=says)

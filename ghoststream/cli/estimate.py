@@ -36,7 +36,10 @@ _UNREAD = "ids:text-is-not-read.npy"
 @model_argument
 @remove_option
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the checkpoint would go. Default: here."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the checkpoint would go. Default: here.",
 )
 @click.option(
     "--measure/--no-measure",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, StageCost, describe_problem
 from ghoststream.testing.models import tiny_model
 
-
 pytestmark = pytest.mark.unit
 
 
@@ -32,7 +33,7 @@ def price(model: Path, remove: int | str = 1, **given: Any) -> Estimate:
     out, measure, store = given.pop("out", None), given.pop("measure", False), given.pop("store", None)
     search = own(Search, **({"criterion": "streamline"} if isinstance(remove, int) else {}))
     parts = {"search": search, "method": own(Method, operator="ghost"), "compute": own(Compute, device="cpu")}
-    text = Text(spec="ids:none.npy", **{key: given.pop(key) for key in ("sequences", "length") if key in given})
+    text = own(Text, spec="ids:none.npy")
     recovery = Recovery(remove=remove, calibration=text, storage=own(Storage), store=store, **parts)
     assert not given
     return estimate(recovery, model=model, out=out, measure=measure)
@@ -58,9 +59,7 @@ def test_sizes_are_those_of_the_resident_model(
 
 
 def test_store_and_export_sizes(tiny_llama: Path) -> None:
-    plan = price(
-        tiny_llama, remove=2, sequences=3, length=10, store_dtype="bfloat16", layers=(1, 4)
-    )
+    plan = price(tiny_llama, remove=2, sequences=3, length=10, store_dtype="bfloat16", layers=(1, 4))
     tokens = 3 * 10
     assert plan.needs["disk, store"].n_bytes == 2 * tokens * 32 * 2 + tokens * 5 + 3 * 4
     expected = plan.model.checkpoint_bytes - 2 * plan.model.layer_bytes + 4 * 32**2
@@ -202,9 +201,7 @@ def test_the_criterion_decides_what_selecting_takes(tiny_llama: Path) -> None:
         run = price(tiny_llama, remove=2, sequences=4, length=8, criterion=criterion)
         return next(stage for stage in run.stages if stage.name == "select"), dict(run.needs)
 
-    store = (
-        price(tiny_llama, remove=2, sequences=4, length=8).needs["disk, store"].n_bytes
-    )
+    store = price(tiny_llama, remove=2, sequences=4, length=8).needs["disk, store"].n_bytes
     tokens, c, candidates = 4 * 8, 32, 3
     for criterion in ("streamline", "uidl", "uidl-all"):
         cost, needs = plan(criterion)
@@ -295,3 +292,18 @@ def test_a_given_plan_needs_its_boundaries_only(tiny_llama: Path) -> None:
 def test_a_request_without_a_model() -> None:
     with pytest.raises(RequestError, match="recovery names no model"):
         estimate(Recovery(remove=1, calibration=Text(spec="c4")))
+
+
+@pytest.mark.parametrize("given", [(), ("--criterion", "streamline", "--operator", "ghost")])
+def test_neither_torch_nor_transformers_nor_zarr_is_waited_for(
+    tiny_llama: Path, given: tuple[str, ...]
+) -> None:
+    arguments = ["estimate", str(tiny_llama), "--remove", "2", "--no-measure", "--device", "cpu", *given]
+    code = (
+        "import sys\nfrom ghoststream.cli import main\n"
+        f"try:\n    main({arguments!r})\nfinally:\n"
+        "    print({'torch', 'transformers', 'zarr', 'dask'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+    assert "it fits" in done.stdout

@@ -217,10 +217,10 @@ def test_solving_takes_what_a_task_takes(tiny_llama: Path, operator: str, featur
 
 def test_the_command_prints_them(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["estimate", str(tiny_llama), "--memory", "100MB", "--no-measure"]
-    sketch = "--operator least-squares --solver sketch-features --rank 2 --power-iterations 1".split()
+    sketch = ["--solver", "sketch-features", "--rank", "2", "--power-iterations", "1"]
     for options in (
         ["--remove", "1:2 4:5", "--operator", "ghost"],
-        ["--remove", "2", "--criterion", "streamline", *sketch],
+        ["--remove", "2", "--criterion", "streamline", "--operator", "least-squares", *sketch],
     ):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, *options])

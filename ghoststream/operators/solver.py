@@ -61,11 +61,12 @@ class Spectrum:
 def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the operator") -> Solution:
     """Solve ``(G + ridge I) M = K`` (arXiv 2605.15491: ridge 1e-6, absolute), in place.
 
-    Cholesky of the float64 Gram, its rows and columns scaled by powers of two to a diagonal near 1 (exact, and the
-    condition that then counts is not that of channels of different size, of which massive activations make one
-    of 1e8). Where that fails, or the scaled condition is beyond float64 (reciprocal estimate below 2.2e-16), a
-    symmetric eigendecomposition of the scaled matrix, in which directions of eigenvalue zero to float64 precision
-    are left at zero (the solution of minimum norm in scaled coordinates).
+    Cholesky of the float64 Gram, its rows and columns scaled by powers of two to a diagonal near 1. The
+    scaling is exact. The condition that then counts is not that of channels of different size, of which
+    massive activations make one of 1e8. Where Cholesky fails, or the reciprocal of the scaled condition is
+    estimated below :func:`smallest_reciprocal`, a symmetric eigendecomposition of the scaled matrix. It
+    leaves directions of eigenvalue zero to float64 precision at zero: the solution of minimum norm in scaled
+    coordinates.
 
     Args:
         gram: ``G``, ``(p, p)`` float64, C-contiguous, symmetric; overwritten.
@@ -104,6 +105,23 @@ def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the ope
         )
         raise NumericsError(msg)
     return solution
+
+
+def smallest_reciprocal(size: int) -> float:
+    """Return ``size * 2.2e-16``, the reciprocal condition below which so many features count as dependent.
+
+    Of a positive definite matrix with unit diagonal, Cholesky is sure to succeed only while the smallest
+    eigenvalue exceeds ``p gamma_(p+1)``, about ``p^2 * 1.1e-16``. The scaled error of its solution is bounded
+    by about that over the eigenvalue (Demmel 1989, LAPACK Working Note 14; Higham 2002, *Accuracy and
+    Stability of Numerical Algorithms*, theorems 10.6 and 10.7). That is the worst case. Roundings that do not
+    conspire reach about the square root of such a constant, here ``p`` (Higham and Mary 2019, SIAM J. Sci.
+    Comput. 41, A2815).
+
+    Eigenvalues below this share of the largest count as zero too. In the 1-norm, the reciprocal condition of
+    a symmetric matrix is at most the share of its smallest eigenvalue. So Cholesky runs only where the
+    eigendecomposition would leave nothing out, as far as the reciprocal is estimated well.
+    """
+    return size * _EPSILON
 
 
 def spectrum(gram: Array) -> Spectrum:
@@ -159,8 +177,11 @@ def _equilibrate(gram: Array, cross: Array, ridge: float) -> Array:
 
 
 def _ill_conditioned(factor: Array, norm: float) -> str | None:
-    reciprocal, _ = dpocon(factor, norm, uplo="L")
-    if reciprocal < _EPSILON:
+    estimate, _ = dpocon(factor, norm, uplo="L")
+    # The estimate may miss a pair of like channels among many by a factor of p. No squared pivot is below the
+    # smallest eigenvalue, so a small one gives such a pair away.
+    reciprocal = min(estimate, float(factor.diagonal().min()) ** 2 / norm)
+    if reciprocal < smallest_reciprocal(len(factor)):
         return f"the scaled condition is beyond float64 (reciprocal estimate {reciprocal:.1e})"
     return None
 
@@ -187,7 +208,7 @@ def _solve_eigh(gram: Array, cross: Array, reason: str) -> Solution:
 
 
 def _floor(largest: float, size: int) -> float:
-    return max(0.0, largest) * size * _EPSILON
+    return max(0.0, largest) * smallest_reciprocal(size)
 
 
 def _guard(compute: Callable[[], Any], what: str) -> Any:

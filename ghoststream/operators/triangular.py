@@ -8,12 +8,11 @@ import scipy.linalg
 from scipy.linalg.lapack import dtpmqrt, dtpqrt, dtrcon, dtrtrs
 
 from ghoststream.errors import NumericsError
-from ghoststream.operators.solver import Solution, Spectrum, require_ridge
+from ghoststream.operators.solver import Solution, Spectrum, require_ridge, smallest_reciprocal
 from ghoststream.statistics import BoundaryMoments
 
 Array = npt.NDArray[np.float64]
 
-_EPSILON = float(np.finfo(np.float64).eps)
 _PANEL = 32
 
 
@@ -30,8 +29,9 @@ def solve_triangle(moments: BoundaryMoments, ridge: float) -> Solution:
     """Solve ``min |R M - Q^T D|^2 + ridge |M|^2``: what ``(G + ridge I) M = K`` says, without squaring the condition.
 
     Columns are scaled by powers of two, the ridge enters as rows ``sqrt(ridge) I`` under ``R``, and back
-    substitution gives ``M``. Where the scaled factor is singular to float64 (reciprocal condition below 2.2e-16),
-    the least-squares solution of minimum norm in scaled coordinates, by singular values.
+    substitution gives ``M``. Where the scaled factor is singular to float64, its reciprocal condition
+    estimated below :func:`~ghoststream.operators.solver.smallest_reciprocal`, the least-squares solution of
+    minimum norm in scaled coordinates, by singular values.
 
     Args:
         moments: Moments with triangular factors; not changed. With a constant before the features, ``M`` is that of the
@@ -58,13 +58,12 @@ def solve_triangle(moments: BoundaryMoments, ridge: float) -> Solution:
         zeros = np.zeros_like(rotated)
         rotated, _, _ = dtpmqrt(size, reflectors, coupling, rotated, zeros, trans="T", overwrite_a=1)
     reciprocal, _ = dtrcon(factor, uplo="U")
-    if reciprocal >= _EPSILON:
+    smallest = smallest_reciprocal(size)
+    if reciprocal >= smallest:
         matrix, _ = dtrtrs(factor, rotated)
         solution = Solution(np.ascontiguousarray(matrix), "tsqr")
     else:
-        matrix, _, rank, _ = scipy.linalg.lstsq(
-            np.triu(factor), rotated, cond=size * _EPSILON, check_finite=False
-        )
+        matrix, _, rank, _ = scipy.linalg.lstsq(np.triu(factor), rotated, cond=smallest, check_finite=False)
         reason = f"the scaled factor is singular to float64 (reciprocal estimate {reciprocal:.1e})"
         solution = Solution(np.ascontiguousarray(matrix), "svd", reason, size - int(rank))
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
@@ -121,7 +120,7 @@ def triangle_spectrum(moments: BoundaryMoments) -> Spectrum:
     Memory: ``16 p^2`` bytes.
     """
     values = scipy.linalg.svdvals(own_factors(moments)[0], check_finite=False)[::-1]
-    floor = float(values[-1]) * len(values) * _EPSILON
+    floor = float(values[-1]) * smallest_reciprocal(len(values))
     smallest = float(values[0])
     return Spectrum(
         condition_number=float((values[-1] / smallest) ** 2) if smallest > floor else None,

@@ -19,7 +19,9 @@ SPEC_HELP = (
 DTYPES = ("float32", "bfloat16", "float16")
 CRITERIA = (
     "streamline",
+    "streamline-published",
     "shortgpt",
+    "shortgpt-published",
     "uidl",
     "uidl-all",
     "lorp",

@@ -17,7 +17,9 @@ from ghoststream.selection.residual import RepairResidual
 from ghoststream.selection.result import SelectionResult
 from ghoststream.selection.reverse import ReverseOrder
 from ghoststream.selection.shortgpt import ShortGPT
+from ghoststream.selection.shortgpt_published import ShortGPTPublished
 from ghoststream.selection.streamline import Streamline
+from ghoststream.selection.streamline_published import StreamlinePublished
 from ghoststream.selection.uidl import AngularDistance
 
 __all__ = [
@@ -33,7 +35,9 @@ __all__ = [
     "ReverseOrder",
     "SelectionResult",
     "ShortGPT",
+    "ShortGPTPublished",
     "Streamline",
+    "StreamlinePublished",
     "criterion_names",
     "make_criterion",
     "register_criterion",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, Precision
+from ghoststream.statistics.channel_cosine import ChannelCosineReducer
 from ghoststream.statistics.engines import Reducer
 from ghoststream.statistics.features import (
     Feature,
@@ -39,6 +40,7 @@ __all__ = [
     "AllPairsReducer",
     "BoundaryMoments",
     "BoundaryTokens",
+    "ChannelCosineReducer",
     "CosineReducer",
     "Feature",
     "FoldedMoments",

@@ -217,6 +217,11 @@ def test_the_criterion_decides_what_selecting_takes(tiny_llama: Path) -> None:
         assert needs["memory, select"].n_bytes == 4 * 4 * 1024 * c
         assert "disk, select" not in needs
     assert plan("shortgpt")[0].flops == 6 * 6 * c * tokens
+    # Cosines of channels are taken sequence by sequence.
+    for criterion, compared, live in (("streamline-published", candidates, 4), ("shortgpt-published", 6, 3)):
+        cost, needs = plan(criterion)
+        assert (cost.read_bytes, cost.flops) == (store, 6 * compared * c * tokens)
+        assert needs["memory, select"].n_bytes == 4 * live * 8 * c
     assert plan("lorp")[0].flops == 2 * 36 * c * tokens
     assert plan("lorp")[1]["memory, select"].n_bytes == 4 * 6 * 8 * c
     assert plan("reverse")[0].read_bytes == 0

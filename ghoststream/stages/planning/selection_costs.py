@@ -52,9 +52,11 @@ def selection_work(criterion: str, shape: SelectionShape) -> SelectionWork:
         return SelectionWork(
             shape.store_bytes, 2.0 * layers**2 * c * n_tokens, (held, "4 L T C for one worker")
         )
-    live = 3 if criterion == "shortgpt" else shape.n_remove + 2
-    pairs = candidates if criterion in ("streamline", "uidl", "uidl-all") else layers
-    rows = max(_PAIR_TOKENS, shape.length)
+    live = 3 if criterion in ("shortgpt", "shortgpt-published") else shape.n_remove + 2
+    spans = ("streamline", "streamline-published", "uidl", "uidl-all")
+    pairs = candidates if criterion in spans else layers
+    # Cosines of channels are taken sequence by sequence.
+    rows = shape.length if criterion.endswith("-published") else max(_PAIR_TOKENS, shape.length)
     formula = f"4 C ({live} x {rows:,}) for one worker"
     return SelectionWork(shape.store_bytes, 6.0 * pairs * c * n_tokens, (4 * live * rows * c, formula))
 

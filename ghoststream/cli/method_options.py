@@ -17,7 +17,7 @@ criterion_or_measured_option = click.option(
     type=click.Choice((*SEARCH_CRITERIA, *CRITERIA)),
     default="measured",
     show_default=True,
-    help="How layers are chosen: `measured` repairs and runs candidates; the paper's choice is `streamline`; "
+    help="How layers are chosen: `measured` repairs and runs candidates; the paper's code chooses by `streamline-published`; "
     "see docs/selection.md.",
 )
 operator_or_auto_option = click.option(

@@ -62,7 +62,8 @@ def command(model: str, *, as_json: bool, **options: Any) -> None:
     """Remove N layers from MODEL, repair the gaps in closed form, and write a checkpoint that loads.
 
     MODEL is a local checkpoint folder or a hub id. By default the layers, and the way to repair them, are chosen by the loss of
-    the repaired model on held-out windows of the text; the paper's own method is `--criterion streamline --operator ghost`. At no time more than a few decoder layers are in memory; see
+    the repaired model on held-out windows of the text; the paper's published method is
+    `--criterion streamline-published --operator ghost`. At no time more than a few decoder layers are in memory; see
     `ghoststream plan MODEL --remove N` for what it takes. Run again after an interruption, the same command
     continues.
     """

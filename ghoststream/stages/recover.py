@@ -115,8 +115,8 @@ def recover(
 
     By default candidates are repaired and measured on held-out windows of the text (:func:`ghoststream.search`), and so are
     ways to repair (:func:`ghoststream.fit`): passes over the model, and no store. A criterion that reads hidden states
-    captures them first; an operator that is named is then solved from the same store. The paper's own method is ``criterion``
-    ``streamline`` with ``operator`` ``ghost``: one pass.
+    captures them first; an operator that is named is then solved from the same store. The paper's published method is
+    ``criterion`` ``streamline-published`` with ``operator`` ``ghost``: one pass.
 
     Everything but the checkpoint is kept in ``<out>.work`` (the store unless ``store`` names another place, the
     plan, the operators), so that the same call continues after an interruption.

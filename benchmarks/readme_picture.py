@@ -36,14 +36,14 @@ def gaps(readme: str) -> dict[str, list[float]]:
 def picture(table: Mapping[str, list[float]]) -> str:
     """Return the picture: the loss above the dense model's, a panel for each text."""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"',
         ' font-family="sans-serif" font-size="13" fill="#222222">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         '<text x="20" y="22" font-size="14">Loss above the dense model, nats a token (lower is better)</text>',
         *_legend(),
     ]
     highest = max(gap for row in table.values() for gap in row if not math.isnan(gap))
-    for index, text in enumerate(TEXTS):
+    for index in range(len(TEXTS)):
         parts += _panel(table, index, (FLOOR - TOP) / highest)
     return "\n".join([*parts, "</svg>", ""])
 

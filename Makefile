@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format soak bench clean
+.PHONY: help setup demo unit test lint format soak bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## prune and repair a 135M model, with figures
 	$(BIN)/ghoststream demo
+
+unit: $(STAMP) ## the fast tests alone, without lint
+	$(BIN)/python -m pytest -m unit $(PYTEST_ARGS)
 
 test: lint ## lint, then the main test suite
 	$(BIN)/python -m pytest -m "not soak and not gpu" $(PYTEST_ARGS)

@@ -9,11 +9,12 @@ A new option is one field here and the line that reads it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from ghoststream.errors import RequestError
 
@@ -34,6 +35,11 @@ SPEC_FORMS = (
     "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], "
     "wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
 )
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return what options, recipes and files call a torch dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def parse_layers(value: Any) -> Any:
@@ -69,8 +75,7 @@ def _parse_ridge(value: Any) -> Any:
 
 
 def _parse_bytes(value: Any) -> Any:
-    # pydantic reads the units; it takes any text that begins with a number and names none of the others.
-    if isinstance(value, str) and not value.strip()[:1].isdigit():
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None:
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
         raise ValueError(msg)
     return value
@@ -93,6 +98,9 @@ class Options(BaseModel):
     """Base of all groups of options: frozen, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    title: ClassVar[str] = "Options"
+    """Heading of the group in a help."""
 
     @classmethod
     def make(cls, values: dict[str, Any], *, where: str = "") -> Self:
@@ -140,29 +148,84 @@ def flag(name: str) -> str:
 
 def problems(error: ValidationError) -> list[str]:
     """Say what pydantic found, one line a field."""
-    return [
-        f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors()
-    ]
+    return [f"{'.'.join(map(str, item['loc'])) or 'value'}: {_problem(item)}" for item in error.errors()]
+
+
+def _problem(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return "there is no such option"
+    if item["type"] == "missing":
+        return "is missing"
+    return str(item["msg"]).removeprefix("Value error, ")
 
 
 class Text(Options):
     """Which token windows are cut from which text.
 
-    Padding and the account of what was read are in :mod:`ghoststream.text`.
+    Two defaults depend on the role of the text: :meth:`to_calibrate` and :meth:`to_evaluate`.
     """
 
-    spec: str = Field(description=f"Text: {SPEC_FORMS}, or a source of an installed package.")
-    sequences: Count | None = option(128, "Windows of text. Default of an evaluation: all that the text gives.", usual=True, metavar="S")
+    title: ClassVar[str] = "Text"
+
+    spec: str = Field(description=f"{SPEC_FORMS}, or NAME[:REST] of an installed package.")
+    sequences: Count | None = option(
+        None,
+        "Windows of text. Default: 128 to calibrate, all that the text gives to evaluate.",
+        usual=True,
+        metavar="S",
+    )
     length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
     pack: bool = option(True, "Join documents into full windows, or one document a window.")
     bos: Bos = option("auto", "When a window begins with the begin-of-text token; auto does as the tokenizer.")
-    part: TextPart = option("all", "Which part of a text with a standard split, e.g. heldout of python-docs.")
+    part: TextPart | None = option(
+        None, "Part of a text with a standard split. Default: fit to calibrate, heldout to evaluate."
+    )
 
     @classmethod
     def of(cls, text: Text | str) -> Text:
         """Return the text of a specification, or the text itself."""
         return cls(spec=text) if isinstance(text, str) else text
+
+    def to_calibrate(self) -> Text:
+        """Return the text with the defaults of one that is calibrated on."""
+        return self._with(128 if self.sequences is None else self.sequences, self.part or "fit")
+
+    def to_evaluate(self) -> Text:
+        """Return the text with the defaults of one that is measured on."""
+        return self._with(self.sequences, self.part or "heldout")
+
+    def _with(self, sequences: int | None, part: TextPart) -> Text:
+        return self.model_copy(update={"sequences": sequences, "part": part})
+
+
+class Source(Options):
+    """Where hidden states come from: an activation store, or a model that is run over a text.
+
+    With a store, ``model`` is what it was captured from, for those criteria and operators that read its weights too.
+    """
+
+    model: str | None = Field(None, description="Checkpoint folder or hub id.")
+    store: str | None = Field(None, description="Activation store.")
+    calibration: Text | None = Field(None, description="Text to calibrate on.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        paths = {name: str(value) for name, value in data.items() if isinstance(value, Path)}
+        text = data.get("calibration")
+        return {**data, **paths, **({"calibration": Text.of(text)} if isinstance(text, str) else {})}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.store is None) == (self.calibration is None):
+            msg = "give either a store, or a text to calibrate on"
+            raise ValueError(msg)
+        if self.calibration is not None and self.model is None:
+            msg = "a text to calibrate on needs the model that is run over it"
+            raise ValueError(msg)
+        return self
 
 
 class Method(Options):
@@ -171,9 +234,11 @@ class Method(Options):
     Operators read what concerns them and refuse what they cannot honour.
     """
 
-    operator: str = option(
-        AUTO,
-        "What repairs a boundary. auto tries several and keeps the best on held-out windows; ghost is the paper's. Others: "
+    title: ClassVar[str] = "Repair"
+
+    operator: str | None = option(
+        None,
+        "What repairs a boundary. Default: auto; ghost from a store. auto tries several and keeps the best on held-out windows; ghost is the paper's. Others: "
         "least-squares, diagonal, scalar, symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, prune-and-comp, "
         "replace-me-ls, replace-me-cosine, replace-me-cosine-whole, none.",
         usual=True,
@@ -230,9 +295,11 @@ class Method(Options):
 class Search(Options):
     """How the layers to remove are chosen, and what is held out for it."""
 
-    criterion: str = option(
-        "measured",
-        "How layers are chosen. measured repairs and runs candidates. By running: prune-and-repair, sleb, perplexity, taylor, "
+    title: ClassVar[str] = "Choice of layers"
+
+    criterion: str | None = option(
+        None,
+        "How layers are chosen. Default: measured; streamline-published from a store. measured repairs and runs candidates. By running: prune-and-repair, sleb, perplexity, taylor, "
         "taylor-plus. From hidden states: streamline, shortgpt (by their formulas), streamline-published, shortgpt-published "
         "(as the paper's published code computes them), uidl, uidl-all, lorp, residual, residual-in-sample. "
         "From weights: magnitude, magnitude-plus, magnitude-l2. reverse, reverse-last.",
@@ -257,6 +324,8 @@ class Search(Options):
 
 class Compute(Options):
     """How a model is opened and run. Device, memory and scratch change no bit of a result on one kind of device."""
+
+    title: ClassVar[str] = "Running the model"
 
     dtype: Dtype | None = option(None, "Compute type. Default: the checkpoint's.", usual=True)
     attention: str | None = option(
@@ -291,6 +360,8 @@ class Compute(Options):
 class Reduction(Options):
     """Where statistics of a store are reduced, and what that may take; changes no bit but by ``reduce_device``."""
 
+    title: ClassVar[str] = "Statistics of a store"
+
     scheduler: Any = option(
         None, "Address of a Dask scheduler, e.g. tcp://host:8786. Default: this process.", metavar="ADDRESS"
     )
@@ -313,6 +384,8 @@ class Reduction(Options):
 class Storage(Options):
     """What an activation store keeps."""
 
+    title: ClassVar[str] = "Activation store"
+
     layers: Layers | None = option(
         None, "Hidden states h[l] to keep, e.g. 10:20 or 0,13,19. Default: all of h[0..L].", metavar="LIST"
     )
@@ -321,6 +394,8 @@ class Storage(Options):
 
 class Training(Options):
     """How operators are trained towards the dense model."""
+
+    title: ClassVar[str] = "Training"
 
     epochs: Count = option(1, "How often every training window is seen.", metavar="N")
     steps: Count | None = option(None, "Steps of the optimiser, in the place of --epochs.", metavar="N")
@@ -343,7 +418,7 @@ class Recovery(Options):
     name: str = Field("recovery", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the job.")
     description: str = Field("", description="What it is for.")
     model: str | None = Field(None, description="Checkpoint folder or hub id.")
-    remove: Count | str = Field(
+    remove: int | str = Field(
         description="Layers to remove: how many, chosen by the criterion; or which: a plan file, or spans such as 13:19."
     )
     calibration: Text = Field(description="Text to calibrate on.")

@@ -22,6 +22,7 @@ from ghoststream.cli.options import (
 from ghoststream.cli.output import human_bytes, print_facts, print_json
 from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import dtype_name
 
 
 class WorkerShare(click.ParamType[tuple[int, int]]):
@@ -85,7 +86,7 @@ def command(model: str, *, as_json: bool, **options: Any) -> None:
         "sequences": store.n_sequences,
         "length": store.length,
         "hidden": store.hidden,
-        "dtype": str(store.dtype).removeprefix("torch."),
+        "dtype": dtype_name(store.dtype),
         "complete": store.complete,
     }
     if options["worker"] is not None:

@@ -9,7 +9,6 @@ from ghoststream.files.locks import FileLock, FolderLock
 from ghoststream.files.space import (
     disk_errors,
     format_bytes,
-    free_bytes,
     require_free_space,
     require_writable,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "file_digest",
     "format_bytes",
     "format_digest",
-    "free_bytes",
     "fsync_folder",
     "fsync_path",
     "json_digest",

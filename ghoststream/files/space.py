@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ghoststream.errors import (
     OutputExistsError,
     RequestError,
 )
+from ghoststream.machine import existing_place, free_disk
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -35,11 +35,6 @@ def format_bytes(n_bytes: int) -> str:
     return f"{n_bytes / 1024**power:.1f} {_UNITS[power - 1]}"
 
 
-def free_bytes(path: Path) -> int:
-    """Return the bytes free for this user where ``path`` is, or would be once it is made."""
-    return shutil.disk_usage(_existing(path)).free
-
-
 def require_free_space(path: Path, n_bytes: int, what: str) -> None:
     """Check before work starts that the disk can take what will be written.
 
@@ -51,7 +46,7 @@ def require_free_space(path: Path, n_bytes: int, what: str) -> None:
     Raises:
         BudgetError: If fewer bytes are free.
     """
-    free = free_bytes(path)
+    free = free_disk(path)
     if free < n_bytes:
         msg = (
             f"{what} needs {format_bytes(n_bytes)} at {path}, but only {format_bytes(free)} are free there"
@@ -80,7 +75,7 @@ def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
         if _is_full(error):
             needed = "" if n_bytes is None else f" of {format_bytes(n_bytes)} needed"
             msg = (
-                f"no space left while writing {path} ({format_bytes(free_bytes(path))} free{needed});"
+                f"no space left while writing {path} ({format_bytes(free_disk(path))} free{needed});"
                 " free space and run the same command again, finished parts are kept"
             )
             raise DiskFullError(msg) from error
@@ -105,7 +100,7 @@ def require_writable(path: Path) -> None:
     if path.is_dir():
         msg = f"cannot write the file {path}: there is a folder of that name; choose another name"
         raise OutputExistsError(msg)
-    place = _existing(path.absolute().parent)
+    place = existing_place(path.absolute().parent)
     if not place.is_dir():
         raise _refused(path, f"{place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -125,10 +120,3 @@ def _is_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

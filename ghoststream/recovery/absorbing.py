@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,7 +158,9 @@ def rounded(operator: BoundaryOperator, dtype: torch.dtype | None) -> BoundaryOp
     return replace(operator, weight=weight.float().numpy())
 
 
-def find_absorption(skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None) -> Absorption:
+def find_absorption(
+    skeleton: Skeleton, operator: BoundaryOperator, dtype: torch.dtype | None = None
+) -> Absorption:
     """Find where an operator on :data:`ABSORBED` features goes.
 
     Args:
@@ -269,37 +270,6 @@ def standing_operator(operator: BoundaryOperator) -> BoundaryOperator | None:
     if is_joint(operator):
         return standing_part(operator)
     return None if operator.form == "identity" or is_absorbed(operator) else operator
-
-
-def absorbed_operator(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
-    """Return what was absorbed as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
-
-    It is what the checkpoint computes, roundings included, also where it was fitted on ``mlp_output``.
-
-    Args:
-        folder: The recovered checkpoint.
-        base: Its base.
-        entry: What ``ghoststream.json`` says of the boundary.
-
-    Memory: ``4 I C`` bytes for the operator, and twice as much while it is read.
-    """
-    place, tensors = entry["absorbed"], entry["tensors"]
-    with TensorReader(CheckpointIndex.open(folder)) as new, TensorReader(CheckpointIndex.open(base)) as old:
-
-        def difference(leaf: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-            change = new.read(tensors[leaf], torch.float32) - old.read(place[leaf], torch.float32)
-            added: np.ndarray[Any, np.dtype[np.float32]] = (change * place["scale"]).numpy()
-            return added
-
-        weight = difference("weight")
-        return BoundaryOperator(
-            Span(*entry["span"]),
-            "linear",
-            MLP.name,
-            weight if place["transposed"] else np.ascontiguousarray(weight.T),
-            difference("bias") if "bias" in tensors else None,
-            dict(entry["diagnostics"]),
-        )
 
 
 def _product(rows: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from ghoststream.checkpoint.keys import match_keys
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, copied_tensor, plan_shards, write_shards
 from ghoststream.errors import UnsupportedModelError
 from ghoststream.files import StagingFolder, atomic_write_json, write_sums
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recovery.sidecars import CONFIG_NAME, copy_sidecars
 from ghoststream.streaming import load_config
@@ -111,7 +112,7 @@ def _text_config(config: Any, text: Any, *, tied: bool) -> dict[str, Any]:
     data: dict[str, Any] = text.to_dict()
     dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None)
     if dtype is not None:
-        data["dtype"] = str(dtype).removeprefix("torch.")
+        data["dtype"] = dtype_name(dtype)
     if tied:
         data["tie_word_embeddings"] = True
     data["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]

@@ -12,7 +12,7 @@ from ghoststream.evaluation import EvaluationReport, EvaluationRow
 from ghoststream.files import atomic_write_json
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, TextPart, library_versions
-from ghoststream.stages.capturing.members import open_members, pass_notes, require_free_or_same
+from ghoststream.stages.capturing.model_groups import group_models, group_notes, require_free_or_same
 from ghoststream.stages.measurement import Measurement
 from ghoststream.stages.session import ComputeRequest, ModelOptions, TextOptions
 
@@ -61,19 +61,20 @@ def evaluate(
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
     """
+    progress = progress or SilentProgress()
     json_path = None if json_path is None else Path(json_path)
     wanted = _wanted_text(text, store, TextOptions(text or "", sequences, length, pack, bos, part))
-    passes = open_members(models, ModelOptions(**compute))
-    measurements = [Measurement(one, wanted) for one in passes]
+    groups = group_models(models, ModelOptions(**compute))
+    measurements = [Measurement(one, wanted) for one in groups]
     if json_path is not None:
         require_free_or_same(json_path, [asked for one in measurements for asked in one.requests()])
     rows: dict[int, EvaluationRow] = {}
     for number, measurement in enumerate(measurements):
-        for member, losses, recipe in measurement.run(progress or SilentProgress()):
-            rows[member.position] = EvaluationRow(
-                member.name, losses, recipe, number, member.fingerprint, library_versions()
+        for model, losses, recipe in measurement.run(progress):
+            rows[model.position] = EvaluationRow(
+                model.name, losses, recipe, number, model.fingerprint, library_versions()
             )
-    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), pass_notes(passes))
+    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
     if json_path is not None:
         atomic_write_json(json_path, report.to_json())
     return report

@@ -18,13 +18,13 @@ import torch
 
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.files import FileLock, atomic_write_json, json_digest, read_json
+from ghoststream.machine import free_host_memory
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.ridge import mean_diagonal
 from ghoststream.operators.solver import solve_ridge
 from ghoststream.progress import Progress
 from ghoststream.selection import Repair, Residual
 from ghoststream.spans import Span
-from ghoststream.stages.planning.machine import free_host_memory
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
@@ -53,8 +53,7 @@ class Engine:
         """Bytes for moments: what was given, else half of what is free here; None for no bound."""
         if self.memory is not None or self.scheduler is not None:
             return self.memory
-        free = free_host_memory()
-        return None if free is None else free // 2
+        return free_host_memory() // 2
 
 
 class StoreEvidence:

@@ -12,6 +12,7 @@ from typing import Any
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_header, read_metadata
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
+from ghoststream.options import dtype_name
 from ghoststream.recovery.provenance import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.artifacts import OPERATORS_KEY, Kind, identify
@@ -99,7 +100,7 @@ def _store(uri: str) -> tuple[dict[str, Any], tuple[Table, ...]]:
         "sequences": store.n_sequences,
         "length": store.length,
         "hidden size": store.hidden,
-        "dtype": str(store.dtype).removeprefix("torch."),
+        "dtype": dtype_name(store.dtype),
     }
     missing = [layer for layer in store.layers if layer not in done]
     if missing:

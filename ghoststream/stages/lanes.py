@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn.functional import linear
@@ -13,16 +13,16 @@ from ghoststream.operators.joint import is_joint, mlp_part, standing_part
 from ghoststream.recovery import build_ghost
 from ghoststream.recovery.absorbing import ABSORBED, find_absorption
 from ghoststream.recovery.layout import FEATURES
-from ghoststream.spans import Span
 from ghoststream.statistics.features import STATE_TAP
-from ghoststream.streaming import Batch, BoundaryMap, Lane, LogitsObserver, Skeleton, TappedMap
+from ghoststream.streaming import CUT, Batch, BoundaryMap, Lane, LogitsObserver, ModuleMap, Skeleton
 
 
-class TappedOperator:
-    """A :class:`~ghoststream.streaming.TappedMap`: ``y = x + a A (+ b)`` with a tap ``a`` of the layer before the boundary.
+class TappedOperator(BoundaryMap):
+    """An operator ``y = x + a A (+ b)`` on a tap ``a`` of the layer before the boundary.
 
-    On ``hidden+mlp`` it is ``y = x + x A + a B (+ c)`` (:mod:`ghoststream.operators.joint`). A recovered checkpoint has the map
-    of ``a`` inside a weight: it adds the product with that sum, this adds two products. In fp32 the two differ by rounding.
+    On ``hidden+mlp`` it is ``y = x + x A + a B (+ c)`` (:mod:`ghoststream.operators.joint`). A recovered checkpoint has the
+    map of ``a`` inside a weight: it adds the product with that sum, this adds two products. In fp32 the two differ by
+    rounding. The estimate is made when the pass enters the span, where the tap is.
 
     Args:
         operator: An operator on features that are absorbed.
@@ -46,17 +46,12 @@ class TappedOperator:
         joint = is_joint(operator)
         self._ghost = build_ghost(standing_part(operator), dtype=dtype, device=device) if joint else None
         absorbed = mlp_part(operator) if joint else operator
-        (self._tap,) = (tap for tap in operator.taps if tap != STATE_TAP)
+        (self._tap,) = self.taps = tuple(tap for tap in operator.taps if tap != STATE_TAP)
         self._weight = torch.from_numpy(absorbed.weight).to(device, dtype)
         self._bias = None if absorbed.bias is None else torch.from_numpy(absorbed.bias).to(device, dtype)
 
-    @property
-    def taps(self) -> Sequence[str]:
-        """The one tap that is read; the hidden state is given anyway."""
-        return (self._tap,)
-
-    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Apply the operator."""
+    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the estimate of ``h[stop]``."""
         repaired: torch.Tensor = states if self._ghost is None else self._ghost(states)
         return repaired + linear(taps[self._tap], self._weight, self._bias)
 
@@ -83,9 +78,7 @@ def operator_lane(
 
     Memory: ``p C`` elements a linear operator.
     """
-    maps: dict[Span, BoundaryMap | TappedMap] = {
-        operator.span: _boundary_map(operator, skeleton) for operator in operators.operators
-    }
+    maps = {operator.span: operator_map(operator, skeleton) for operator in operators.operators}
     return Lane(name, operators.plan, maps, logits=logits, scored=scored)
 
 
@@ -93,11 +86,25 @@ def first_needed(lane: Lane) -> int:
     """Return the last position up to which a lane carries the dense states and reads nothing but these."""
     if not lane.plan.spans:
         return lane.plan.n_layers
-    start = lane.plan.spans[0].start
-    return start if lane.tapped(start) is None else start - 1
+    first = lane.plan.spans[0]
+    return first.start - 1 if lane.map_at(first).taps else first.start
 
 
-def _boundary_map(operator: BoundaryOperator, skeleton: Skeleton) -> BoundaryMap | TappedMap:
+def operator_map(operator: BoundaryOperator, skeleton: Skeleton) -> BoundaryMap:
+    """Return an operator as the map of a lane.
+
+    Args:
+        operator: The operator.
+        skeleton: The base; the operator is rounded to its compute dtype and goes to its device.
+
+    Raises:
+        RequestError: If it reads features of the user's own.
+        UnsupportedModelError: If it is to be absorbed where the architecture does not allow it.
+
+    Memory: ``p C`` elements.
+    """
+    if operator.form == "identity":
+        return CUT
     if operator.features not in FEATURES:
         msg = (
             f"the operator of {operator.span} reads the features {operator.features}; a lane can run operators on "
@@ -107,5 +114,5 @@ def _boundary_map(operator: BoundaryOperator, skeleton: Skeleton) -> BoundaryMap
     if operator.features in ABSORBED:
         find_absorption(skeleton, operator)
         return TappedOperator(operator, skeleton)
-    ghost: BoundaryMap = build_ghost(operator, dtype=skeleton.dtype, device=skeleton.device)
-    return ghost
+    # The module that a recovered checkpoint carries.
+    return ModuleMap(build_ghost(operator, dtype=skeleton.dtype, device=skeleton.device))

@@ -7,11 +7,12 @@ from typing import Any
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
-from ghoststream.stages.capturing.members import Member, SharedPass
+from ghoststream.stages.capturing.model_groups import MeasuredModel, ModelGroup
 from ghoststream.stages.lanes import first_needed
-from ghoststream.stages.session import ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ModelSession, TextOptions
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
@@ -21,7 +22,7 @@ class Measurement:
     """One pass over a text, or over the states of a store from where its models part.
 
     Args:
-        shared: The models.
+        group: The models.
         text: Which tokens, or the store whose tokens and states are taken.
 
     Raises:
@@ -29,34 +30,33 @@ class Measurement:
         MismatchError: If the store is of another model, was computed in another way, or holds rounded states.
     """
 
-    def __init__(self, shared: SharedPass, text: TextOptions | ActivationStore) -> None:
-        self._session, self._members = shared.session, shared.members
+    def __init__(self, group: ModelGroup, text: TextOptions | ActivationStore) -> None:
+        self._session, self._models = group.session, group.models
         if isinstance(text, ActivationStore):
             self._store: ActivationStore | None = text
-            captured = _usable_capture(text, shared.session)
+            captured = _usable_capture(text, group.session)
             tokens, asked, micro_batch = TokenSet(*text.tokens()), captured.text, captured.micro_batch
-            self._memory = shared.session.memory(tokens.length)
+            self._memory = group.session.memory(tokens.length)
         else:
-            self._store, tokens, asked = None, shared.session.tokens(text), text.recipe()
-            self._memory = shared.session.memory(tokens.length)
-            micro_batch = shared.session.options.micro_batch or self._memory.choose_micro_batch()
+            self._store, tokens, asked = None, group.session.tokens(text), text.recipe()
+            self._memory = group.session.memory(tokens.length)
+            micro_batch = group.session.options.micro_batch or self._memory.choose_micro_batch()
         self._recipe = self._make_recipe(asked, tokens.digest, micro_batch)
         self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
-        self._losses = [LossAccumulator(tokens.n_sequences) for _ in self._members]
+        self._losses = [LossAccumulator(tokens.n_sequences) for _ in self._models]
 
     def requests(self) -> list[tuple[int, dict[str, Any]]]:
-        """Return what decides the figures of each member, with its place in the request."""
+        """Return what decides the figures of each model, with its place in the request."""
         recipe = self._recipe.to_json()
         return [
-            (member.position, {"fingerprint": member.fingerprint, "recipe": recipe})
-            for member in self._members
+            (model.position, {"fingerprint": model.fingerprint, "recipe": recipe}) for model in self._models
         ]
 
-    def run(self, progress: Progress) -> list[tuple[Member, LossSummary, dict[str, Any]]]:
-        """Run the pass; one result a member, in their order."""
+    def run(self, progress: Progress) -> list[tuple[MeasuredModel, LossSummary, dict[str, Any]]]:
+        """Run the pass; one result a model, in their order."""
         skeleton = self._session.skeleton
-        pairs = list(zip(self._members, self._losses, strict=True))
-        lanes = [member.lane(self._session, losses) for member, losses in pairs]
+        pairs = list(zip(self._models, self._losses, strict=True))
+        lanes = [model.lane(self._session, losses) for model, losses in pairs]
         first = self._first_layer(lanes)
         if first:
             progress.log(f"starting from h[{first}], which is in the store")
@@ -69,7 +69,7 @@ class Measurement:
         factory = self._memory.states_factory(self._batches)
         StreamedPass(skeleton, self._batches, lanes, factory, options).run()
         recipe = self._recipe.to_json()
-        return [(member, losses.summary(), recipe) for member, losses in pairs]
+        return [(model, losses.summary(), recipe) for model, losses in pairs]
 
     def _first_layer(self, lanes: list[Lane]) -> int:
         """Return the last stored position that every lane still comes through."""

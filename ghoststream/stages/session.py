@@ -21,8 +21,8 @@ from ghoststream.errors import (
     UnsupportedModelError,
 )
 from ghoststream.files import read_json
+from ghoststream.machine import free_device_memory, free_host_memory
 from ghoststream.recipe import Bos, TextPart, TextRecipe
-from ghoststream.stages.planning.machine import free_device_memory, free_host_memory
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TextSpec, TokenSet, prepare_tokens
 
@@ -248,8 +248,3 @@ def _given_or_most(given: int | None, free: int | None) -> int | None:
     if given is None and free is not None:
         return free * 9 // 10
     return given
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

@@ -16,16 +16,17 @@ from ghoststream.evaluation import (
     task_results,
 )
 from ghoststream.files import atomic_write_json
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import TaskRecipe, library_versions
-from ghoststream.stages.capturing.members import (
-    Member,
-    SharedPass,
-    open_members,
-    pass_notes,
+from ghoststream.stages.capturing.model_groups import (
+    MeasuredModel,
+    ModelGroup,
+    group_models,
+    group_notes,
     require_free_or_same,
 )
-from ghoststream.stages.session import ComputeRequest, ModelOptions, dtype_name, load_tokenizer
+from ghoststream.stages.session import ComputeRequest, ModelOptions, load_tokenizer
 from ghoststream.streaming import PassOptions, StreamedPass
 
 if TYPE_CHECKING:
@@ -73,21 +74,21 @@ def evaluate_tasks(
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and tokens.
     """
     json_path = None if json_path is None else Path(json_path)
-    shown = progress or SilentProgress()
-    passes = open_members(models, ModelOptions(**compute))
-    suite = _load_suite(tasks, include_path, limit, shown)
-    runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in passes]
+    progress = progress or SilentProgress()
+    groups = group_models(models, ModelOptions(**compute))
+    suite = _load_suite(tasks, include_path, limit, progress)
+    runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in groups]
     if json_path is not None:
         require_free_or_same(json_path, [asked for one in runs for asked in one.requests()])
     versions = {**library_versions(), **library_versions([_HARNESS, "datasets"])}
     rows: dict[int, TaskRow] = {}
     for number, run in enumerate(runs):
-        for member, scores in run.run(shown):
+        for model, scores in run.run(progress):
             results = task_results(suite.judge(suite.answers(scores.results())))
-            rows[member.position] = TaskRow(
-                member.name, results, run.recipe, number, member.fingerprint, versions
+            rows[model.position] = TaskRow(
+                model.name, results, run.recipe, number, model.fingerprint, versions
             )
-    report = TaskReport(tuple(rows[position] for position in sorted(rows)), pass_notes(passes))
+    report = TaskReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
     if json_path is not None:
         atomic_write_json(json_path, report.to_json())
     return report
@@ -112,13 +113,13 @@ class _TaskPass:
     """One pass that answers all requests for several models.
 
     Args:
-        shared: The models.
+        group: The models.
         suite: The tasks.
         request: The part of the recipe that does not depend on the models.
     """
 
-    def __init__(self, shared: SharedPass, suite: TaskSuite, request: dict[str, Any]) -> None:
-        self._session, self._members = shared.session, shared.members
+    def __init__(self, group: ModelGroup, suite: TaskSuite, request: dict[str, Any]) -> None:
+        self._session, self._models = group.session, group.models
         self._batches = self._make_batches(suite)
         skeleton = self._session.skeleton
         self._recipe = TaskRecipe.model_validate(
@@ -133,21 +134,21 @@ class _TaskPass:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe of every member, as JSON data."""
+        """The recipe of every model, as JSON data."""
         return self._recipe.to_json()
 
     def requests(self) -> list[tuple[int, dict[str, Any]]]:
-        """Return what decides the figures of each member, with its place in the request."""
+        """Return what decides the figures of each model, with its place in the request."""
         return [
-            (member.position, {"fingerprint": member.fingerprint, "recipe": self.recipe})
-            for member in self._members
+            (model.position, {"fingerprint": model.fingerprint, "recipe": self.recipe})
+            for model in self._models
         ]
 
-    def run(self, progress: Progress) -> list[tuple[Member, RequestScores]]:
-        """Run the pass; the scores of all requests for each member, in their order."""
+    def run(self, progress: Progress) -> list[tuple[MeasuredModel, RequestScores]]:
+        """Run the pass; the scores of all requests for each model, in their order."""
         skeleton, batches = self._session.skeleton, self._batches.batches
-        pairs = [(member, RequestScores(self._batches)) for member in self._members]
-        lanes = [member.lane(self._session, scores, self._batches.scored) for member, scores in pairs]
+        pairs = [(model, RequestScores(self._batches)) for model in self._models]
+        lanes = [model.lane(self._session, scores, self._batches.scored) for model, scores in pairs]
         options = PassOptions(logit_tokens=self._recipe.loss_chunk_tokens, progress=progress)
         factory = self._session.memory(self._longest).states_factory(batches)
         StreamedPass(skeleton, batches, lanes, factory, options).run()

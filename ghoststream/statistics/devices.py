@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ghoststream.errors import RequestError
+from ghoststream.machine import free_device_memory
 
 _SHARE = 0.9
 
@@ -48,7 +49,7 @@ def device_tasks(name: str, n_bytes: int) -> int | None:
     """
     require_device(name)
     device = torch.device(name)
-    if device.type != "cuda":
+    free = free_device_memory(device)
+    if free is None:
         return None
-    free, _ = torch.cuda.mem_get_info(device)
     return max(1, int(_SHARE * free) // max(1, n_bytes))

@@ -8,7 +8,6 @@ was killed takes up every state that it finds.
 
 from __future__ import annotations
 
-import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dask.callbacks import Callback
 from ghoststream.activations import StoreRef
 from ghoststream.errors import RequestError
 from ghoststream.files import json_digest
+from ghoststream.machine import free_host_memory, processors
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.cluster import Needs, connect, explained, require_able
@@ -305,6 +305,4 @@ def _require_shared(done: tuple[StateRef, ...], job: ReductionJob) -> None:
 
 def default_workers(task_bytes: int) -> int:
     """Return how many range tasks to run at a time here: one a processor, within half of the free memory."""
-    processors = len(os.sched_getaffinity(0))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(processors, free // 2 // max(1, task_bytes)))
+    return max(1, min(processors(), free_host_memory() // 2 // max(1, task_bytes)))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,36 +14,24 @@ from torch import nn
 from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming.allocator import return_free_memory
+from ghoststream.streaming.backward_states import GradientFlow, InputKeeper
 from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.boundary_map import BoundaryMap, require_boundary_maps
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.executor import PassOptions, StreamedPass
 from ghoststream.streaming.flow import StatesFlow
-from ghoststream.streaming.kept import GradientFlow, StatesKeeper, require_finite_gradient
-from ghoststream.streaming.lanes import BoundaryMap, Lane
-from ghoststream.streaming.prefetch import WeightPrefetcher
+from ghoststream.streaming.gradients import (
+    TokenLoss,
+    WeightGradients,
+    require_finite_gradient,
+    require_gradient_dtype,
+    summed_gradients,
+)
+from ghoststream.streaming.lanes import Lane
+from ghoststream.streaming.prefetch import WeightPrefetcher, layer_reads
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
 from ghoststream.streaming.weights import Weights
-
-
-class TokenLoss(Protocol):
-    """A loss that is a sum over tokens."""
-
-    def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """Return what flattened tokens ``[first, first + k)`` of a batch add to the loss: a scalar.
-
-        ``logits`` has shape ``(k, V)`` and takes part in autograd.
-        """
-
-
-class WeightGradients(Protocol):
-    """Who asks for the gradients of layers' weights, one layer at a time."""
-
-    def wants(self, layer: int, name: str, weight: torch.Tensor) -> bool:
-        """Whether the gradient of a layer's parameter is asked for; ``weight`` may be on the meta device."""
-
-    def observe(self, layer: int, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """See a weight and its gradient over all micro-batches, float32; both are freed afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +46,18 @@ class _Step:
 class BackwardPass:
     """A forward pass that keeps the input of every layer, and the way back: each layer again, in reverse, with autograd.
 
+    In ten lines, for steps that are layers, or maps at boundaries::
+
+        for step in steps:                                      # a StreamedPass
+            inputs[step] = states
+            states = step(states)
+        loss, gradient = value and gradient of loss(head(states))
+        for step in reversed(steps):
+            for batch in batches:
+                output = step(inputs[step][batch])              # again, with autograd this time
+                output.backward(gradient[batch])                # adds up in the parameters' gradients
+                gradient[batch] = gradient at inputs[step][batch]
+
     Every layer is read once forward and once backward, whatever the number of micro-batches, the next one while this one
     computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps at boundaries, where they
     add up in ``parameter.grad`` in the order of the micro-batches, and of those weights of a layer that somebody
@@ -71,13 +70,13 @@ class BackwardPass:
         loss: What is differentiated; its value is the sum over all chunks of tokens of all batches.
         factory: Where inputs and gradients are kept.
         plan: Layers that are skipped; none if ``None``.
-        maps: Modules at the boundaries of the plan, ``(n, T, C)`` to the same shape; a span without one is just cut.
-        weights: Who sees gradients of layers' weights.
+        maps: Maps at the boundaries of the plan, whose ``apply`` is differentiated; a span without one is just cut.
+        gradients: Who sees gradients of layers' weights.
         options: Where the pass starts, and who is told how far it is; ``last_layer`` must be ``None``.
 
     Raises:
         RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in it), a
-            map is no module, or the pass does not run to the end.
+            map is fitted or reads taps, or the pass does not run to the end.
         PlanError: If the plan does not fit the model.
 
     Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way back and once for
@@ -96,18 +95,19 @@ class BackwardPass:
         *,
         plan: PruningPlan | None = None,
         maps: Mapping[Span, BoundaryMap] = MappingProxyType({}),
-        weights: WeightGradients | None = None,
+        gradients: WeightGradients | None = None,
         options: PassOptions | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._batches = batches
         self._loss = loss
         self._factory = factory
-        self._weights = weights
+        self._weight_gradients = gradients
         self._options = options or PassOptions()
         self._calls = ModelCalls(skeleton)
         self._plan = plan or PruningPlan(skeleton.n_layers)
-        self._maps = _modules(maps, self._plan)
+        self._maps = dict(maps)
+        _require_known_maps(self._maps, self._plan)
         self._require_possible()
         self._steps = self._steps_back()
 
@@ -117,11 +117,12 @@ class BackwardPass:
         Raises:
             NumericsError: If states, the loss or a gradient stop being finite.
             UnsupportedModelError: If a layer cannot be differentiated.
+            RequestError: If a map cannot.
             CheckpointError: If weights cannot be read.
         """
         end = self._skeleton.n_layers
         with ExitStack() as kept:
-            keeper = StatesKeeper(
+            keeper = InputKeeper(
                 {end, *(step.position for step in self._steps)}, self._factory, self._skeleton
             )
             kept.callback(keeper.release_all)
@@ -130,7 +131,7 @@ class BackwardPass:
             with torch.no_grad(), self._skeleton.loaded_frame():
                 return self._way_back(keeper)
 
-    def _way_back(self, keeper: StatesKeeper) -> float:
+    def _way_back(self, keeper: InputKeeper) -> float:
         skeleton, progress = self._skeleton, self._options.progress
         layers = [step.layer for step in self._steps if step.layer is not None]
         progress.start("streaming layers backward", len(layers) + 1, "layers")
@@ -140,9 +141,7 @@ class BackwardPass:
             opened.callback(self._factory.release, gradients)
             with skeleton.loaded_head(skeleton.read_head()):
                 # Not before: loading the head gives the layers' buffers back.
-                weights = opened.enter_context(
-                    WeightPrefetcher([_reading(skeleton, layer) for layer in layers])
-                )
+                weights = opened.enter_context(WeightPrefetcher(layer_reads(skeleton, layers)))
                 loss = self._through_head(keeper.place(end), gradients)
             keeper.release(end)
             progress.advance(1)
@@ -196,18 +195,21 @@ class BackwardPass:
 
     def _through_map(self, step: _Step, flow: GradientFlow) -> None:
         assert step.span is not None
-        module = self._maps[step.span]
+        boundary_map = self._maps[step.span]
         with flow:
             for batch, states, above in flow:
                 with torch.enable_grad():
-                    mapped: torch.Tensor = module(states).to(above.dtype)
+                    mapped = boundary_map.apply(states).to(above.dtype)
+                if not mapped.requires_grad:
+                    msg = f"the map at {step.span} returns states without a gradient: it cannot be differentiated"
+                    raise RequestError(msg)
                 mapped.backward(above)
                 flow.put(batch, states, step.position)
 
     def _through_layer(self, layer: int, weights: Weights, flow: GradientFlow) -> None:
         with (
             self._skeleton.loaded_layer(layer, weights) as module,
-            self._summed(layer, module) as sums,
+            summed_gradients(module, self._wanted(layer)) as sums,
             flow,
         ):
             for batch, states, above in flow:
@@ -217,30 +219,17 @@ class BackwardPass:
                 output.backward(above)
                 flow.put(batch, states, layer)
             for name, total in sums.items():
-                assert self._weights is not None
-                self._weights.observe(layer, name, module.get_parameter(name).detach(), total)
-
-    @contextmanager
-    def _summed(self, layer: int, module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-        """Add the gradients of the wanted weights up, in float32, and free each as soon as it is added."""
-        sums: dict[str, torch.Tensor] = {}
-        with ExitStack() as handles:
-            for name in self._wanted(layer):
-                parameter = module.get_parameter(name).requires_grad_()
-                total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-                sums[name] = total
-                handle = parameter.register_post_accumulate_grad_hook(_adding(total))
-                handles.callback(handle.remove)
-            yield sums
+                assert self._weight_gradients is not None
+                self._weight_gradients.observe(layer, name, module.get_parameter(name).detach(), total)
 
     def _flow(self, states: HiddenStates, gradients: HiddenStates, *, last: bool) -> GradientFlow:
-        return GradientFlow(states, gradients, self._batches, self._skeleton.device, goes_on=not last)
+        return GradientFlow(states, gradients, self._batches, self._skeleton.device, to_inputs=not last)
 
     def _wanted(self, layer: int) -> list[str]:
-        if self._weights is None:
+        if self._weight_gradients is None:
             return []
         parameters = self._skeleton.layers[layer].named_parameters()
-        return [name for name, weight in parameters if self._weights.wants(layer, name, weight)]
+        return [name for name, weight in parameters if self._weight_gradients.wants(layer, name, weight)]
 
     def _steps_back(self) -> list[_Step]:
         """Return what the way back goes through, in its order: all from the last step down to the lowest wanted."""
@@ -283,34 +272,13 @@ class BackwardPass:
             raise UnsupportedModelError(msg)
 
 
-def require_gradient_dtype(dtype: torch.dtype) -> None:
-    """Check that gradients can be computed in a dtype.
-
-    Raises:
-        RequestError: If it is float16.
-    """
-    if dtype == torch.float16:
-        msg = "small gradients vanish in float16; use --dtype bfloat16 or float32"
-        raise RequestError(msg)
-
-
-def _modules(maps: Mapping[Span, BoundaryMap], plan: PruningPlan) -> dict[Span, nn.Module]:
-    modules = {span: module for span, module in maps.items() if isinstance(module, nn.Module)}
-    other = [span for span in maps if span not in modules or span not in plan.spans]
-    if other:
-        msg = f"the map at {other[0]} is no module, or not at a boundary of the plan: it cannot be differentiated here"
-        raise RequestError(msg)
-    return modules
-
-
-def _reading(skeleton: Skeleton, layer: int) -> Callable[[], Weights]:
-    return lambda: skeleton.read_layer(layer)
-
-
-def _adding(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    def add(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            total.add_(parameter.grad)
-            parameter.grad = None
-
-    return add
+def _require_known_maps(maps: Mapping[Span, BoundaryMap], plan: PruningPlan) -> None:
+    require_boundary_maps("this pass", maps)
+    for span, found in maps.items():
+        if span not in plan.spans:
+            msg = f"the map at {span} is not at a boundary of the plan {plan}"
+            raise RequestError(msg)
+        if found.taps or found.target is not None:
+            reason = "reads the layer before it" if found.taps else "is fitted while a pass runs"
+            msg = f"the map at {span} {reason}: it cannot be differentiated here"
+            raise RequestError(msg)

@@ -1,8 +1,28 @@
-"""The layer-major pass: load each layer once, run every batch of every lane through it, free it."""
+"""The layer-major pass: load each layer once, run every batch of every lane through it, free it.
+
+The loop that everything here is about, for lanes that skip the spans of their plans::
+
+    states = {lane: embed(batches) for lane in lanes}           # one object for all until they part
+    for layer in range(n_layers):
+        load(layer)                                             # the next one is read meanwhile
+        for group in lanes with the same states, not inside a span:
+            for batch in batches:
+                states[group][batch] = layer(states[group][batch])
+                keep[group][batch] = map.enter(states, taps)    # a span starts behind and its map reads taps
+        free(layer)
+        for group in lanes whose span stops at layer + 1, with the same map:
+            map.fit(keep[group], states[target])                # where the map has a target
+            states[group] = map.apply(keep[group])              # then observers see every state
+    show(head(norm(states)))                                    # a chunk of tokens at a time
+
+``keep`` is a lane's state at ``start`` where its map reads no taps. :class:`LaneGroups` knows who carries which states,
+:class:`StatesFlow` brings them to the device and away, :class:`WeightPrefetcher` reads weights,
+:class:`~ghoststream.streaming.calls.ModelCalls` runs the model's own code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,14 +32,15 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import Span
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.boundary_map import Pairs, require_boundary_maps
 from ghoststream.streaming.calls import ModelCalls
-from ghoststream.streaming.convoy import Convoy, Traveller
 from ghoststream.streaming.flow import StatesFlow
-from ghoststream.streaming.lanes import BoundaryMap, FittedMap, Lane, TappedFit, TappedMap
+from ghoststream.streaming.lane_groups import LaneGroups, LaneState
+from ghoststream.streaming.lanes import Lane
 from ghoststream.streaming.output_head import OutputHead
-from ghoststream.streaming.prefetch import WeightPrefetcher
+from ghoststream.streaming.prefetch import WeightPrefetcher, layer_reads
 from ghoststream.streaming.skeleton import Skeleton
-from ghoststream.streaming.states import HiddenStates, StatesFactory
+from ghoststream.streaming.states import StatesFactory
 from ghoststream.streaming.taps import LayerTaps
 from ghoststream.streaming.weights import Weights
 
@@ -54,8 +75,8 @@ class StreamedPass:
     skips is not read.
 
     Memory: two parts of the model (the one in use and the one being read), the states of each distinct carried
-    variant (``S * T * C`` elements each, within the factory's budget), one batch in flight, and
-    ``logit_tokens * V`` logits.
+    variant (``S * T * C`` elements each, within the factory's budget), one batch in flight, ``logit_tokens * V`` logits,
+    and for each distinct map that reads taps the places of what it keeps (``S * T * width`` elements).
 
     Args:
         skeleton: The model.
@@ -66,8 +87,8 @@ class StreamedPass:
 
     Raises:
         PlanError: If a lane's plan is for another number of layers.
-        RequestError: If lanes would need states before ``first_layer``, or fit a map to a lane that is not
-            there.
+        RequestError: If lanes would need states before ``first_layer``, a map is no :class:`BoundaryMap`, or is fitted
+            to a lane that is not there.
     """
 
     def __init__(
@@ -110,141 +131,99 @@ class StreamedPass:
         first, progress = self._options.first_layer, self._options.progress
         layers = [n for n in range(first, self._last) if any(lane.runs(n) for lane in self._lanes)]
         with_head = self._last == self._skeleton.n_layers and any(lane.logits for lane in self._lanes)
+        reads = [*layer_reads(self._skeleton, layers), *([self._skeleton.read_head] if with_head else [])]
         progress.start("streaming layers", len(layers), "layers")
-        with WeightPrefetcher(self._reads(layers, with_head=with_head)) as weights:
-            convoy = self._depart(first)
+        with WeightPrefetcher(reads) as weights:
+            groups = self._begin(first)
             for layer in range(first, self._last):
                 if layer in layers:
-                    self._through_layer(layer, convoy, weights.take())
+                    self._through_layer(layer, groups, weights.take())
                     progress.advance(1)
-                self._arrive(layer + 1, convoy)
+                for group in groups.stopping(layer + 1):
+                    self._over_boundary(layer + 1, groups, group)
+                self._finish_position(layer + 1, groups)
             if with_head:
                 head = OutputHead(self._skeleton, self._calls, self._options.logit_tokens, progress)
-                head.run(convoy.travellers, weights.take())
-        convoy.disband()
+                head.run(groups.lanes, weights.take())
+        groups.end_all()
         progress.finish()
 
-    def _reads(self, layers: Sequence[int], *, with_head: bool) -> list[Callable[[], Weights]]:
-        def reading(layer: int) -> Callable[[], Weights]:
-            return lambda: self._skeleton.read_layer(layer)
-
-        reads = [reading(layer) for layer in layers]
-        return [*reads, self._skeleton.read_head] if with_head else reads
-
-    def _depart(self, first: int) -> Convoy:
-        convoy = Convoy(self._lanes, self._batches, self._factory)
+    def _begin(self, first: int) -> LaneGroups:
+        groups = LaneGroups(self._lanes, self._batches, self._factory)
         source = self._options.initial or self._calls.embed
         for batch in self._batches:
             value = source(batch).to(self._skeleton.device)
             _require_finite(value, first, batch)
-            convoy.first.put(batch, value)
-            self._show(first, batch, value, convoy.travellers)
-        self._leave(first, convoy)
-        return convoy
+            groups.first.put(batch, value)
+            self._show(first, batch, value, groups.lanes)
+        self._finish_position(first, groups)
+        return groups
 
-    def _through_layer(self, layer: int, convoy: Convoy, weights: Weights) -> None:
+    def _through_layer(self, layer: int, groups: LaneGroups, weights: Weights) -> None:
         with self._skeleton.loaded_layer(layer, weights):
-            for group in convoy.going():
-                self._group_through_layer(layer, convoy, group)
+            for group in groups.running():
+                self._group_through_layer(layer, groups, group)
         return_free_memory()
 
-    def _group_through_layer(self, layer: int, convoy: Convoy, group: Sequence[Traveller]) -> None:
-        maps = _tapped_maps(group, layer + 1)
-        repaired = [(tapped, convoy.prepare(ones, _kept_width(tapped))) for tapped, ones in maps]
-        names = {name for tapped, _ in maps for name in tapped.taps}
+    def _group_through_layer(self, layer: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
+        entering = groups.entering(group, layer + 1)
+        names = {name for boundary_map, _ in entering for name in boundary_map.taps}
         with LayerTaps(self._skeleton, layer, sorted(names)) as taps:
 
             def move(batch: Batch, states: torch.Tensor) -> torch.Tensor:
                 value = self._calls.layer(layer, batch, states)
                 taken = taps.take(batch)
-                for tapped, place in repaired:
-                    estimate = tapped.with_taps(value, taken).to(value.dtype)
-                    _require_finite(estimate, layer + 1, batch)
-                    place.put(batch, estimate)
+                for boundary_map, place in entering:
+                    kept = boundary_map.enter(value, taken).to(value.dtype)
+                    _require_finite(kept, layer + 1, batch)
+                    place.put(batch, kept)
                 return value
 
-            self._move(layer + 1, convoy, group, move)
+            self._move(layer + 1, groups, group, move)
 
-    def _arrive(self, position: int, convoy: Convoy) -> None:
-        for group in convoy.arriving(position):
-            self._over_boundary(position, convoy, group)
-        self._leave(position, convoy)
+    def _over_boundary(self, position: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
+        boundary_map = group[0].boundary_map
+        if boundary_map.target is not None:
+            boundary_map.fit(self._pairs(groups, group, groups.named(boundary_map.target)))
+        for one in group:
+            if one.at_last_boundary:
+                one.drop_fitting_batches()
+        self._move(position, groups, group, lambda _, states: boundary_map.apply(states).to(states.dtype))
+        boundary_map.release()
+        for one in group:
+            one.inside = None
 
-    def _over_boundary(self, position: int, convoy: Convoy, group: Sequence[Traveller]) -> None:
-        span = group[0].waiting
-        assert span is not None
-        boundary_map = group[0].lane.maps.get(span)
-        if isinstance(boundary_map, FittedMap):
-            boundary_map.fit(self._pairs(convoy, group, convoy.find(boundary_map.target)))
-        for traveller in group:
-            if traveller.at_last_boundary:
-                traveller.narrow()
-        if isinstance(boundary_map, TappedFit) or not isinstance(boundary_map, TappedMap | None):
-            self._move(position, convoy, group, _as_move(boundary_map))
-        else:
-            with self._flow(convoy, group) as flow:
-                for batch, states in flow:
-                    self._show(position, batch, states, group)
-        if isinstance(boundary_map, FittedMap):
-            boundary_map.release()
-        for traveller in group:
-            traveller.waiting = None
-
-    def _move(self, position: int, convoy: Convoy, group: Sequence[Traveller], move: Move) -> None:
+    def _move(self, position: int, groups: LaneGroups, group: Sequence[LaneState], move: Move) -> None:
         """Bring the states that a group carries to ``position``."""
-        target = convoy.target_for(group)
-        with self._flow(convoy, group, target) as flow:
+        place = groups.place_after(group)
+        batches = groups.batches_of(group)
+        with StatesFlow(group[0].states, place, batches, self._skeleton.device) as flow:
             for batch, states in flow:
                 value = move(batch, states)
                 _require_finite(value, position, batch)
                 flow.put(batch, value)
                 self._show(position, batch, value, group)
-        for traveller in group:
-            traveller.states = target
+        for one in group:
+            one.states = place
 
-    def _flow(
-        self, convoy: Convoy, group: Sequence[Traveller], target: HiddenStates | None = None
-    ) -> StatesFlow:
-        return StatesFlow(group[0].states, target, convoy.batches_of(group), self._skeleton.device)
-
-    def _pairs(
-        self, convoy: Convoy, group: Sequence[Traveller], target: Traveller
-    ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        for batch in convoy.batches_of(group):
+    def _pairs(self, groups: LaneGroups, group: Sequence[LaneState], target: LaneState) -> Pairs:
+        for batch in groups.batches_of(group):
             yield batch, group[0].states.get(batch), target.states.get(batch)
 
-    def _leave(self, position: int, convoy: Convoy) -> None:
-        for traveller in convoy.travellers:
-            if traveller.waiting is None:
-                for observer in traveller.lane.observers:
+    def _finish_position(self, position: int, groups: LaneGroups) -> None:
+        for one in groups.lanes:
+            if one.inside is None:
+                for observer in one.lane.observers:
                     if observer.wants(position):
                         observer.finished(position)
-        convoy.retire(position)
-        convoy.enter_spans(position)
+        groups.end_lanes(position)
+        groups.enter_spans(position)
 
-    def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[Traveller]) -> None:
-        for traveller in group:
-            for observer in traveller.lane.observers:
-                if observer.wants(position) and traveller.carries(batch):
+    def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[LaneState]) -> None:
+        for one in group:
+            for observer in one.lane.observers:
+                if observer.wants(position) and one.carries(batch):
                     observer.observe(position, batch, states)
-
-
-def _tapped_maps(group: Sequence[Traveller], start: int) -> list[tuple[TappedMap, list[Traveller]]]:
-    """Return the maps of a group that read taps at a boundary, each with those whose map it is."""
-    found: dict[int, tuple[TappedMap, list[Traveller]]] = {}
-    for traveller in group:
-        tapped = traveller.lane.tapped(start)
-        if tapped is not None:
-            found.setdefault(id(tapped), (tapped, []))[1].append(traveller)
-    return list(found.values())
-
-
-def _kept_width(boundary_map: TappedMap) -> int | None:
-    return boundary_map.width if isinstance(boundary_map, TappedFit) else None
-
-
-def _as_move(boundary_map: BoundaryMap) -> Move:
-    return lambda _batch, states: boundary_map(states).to(states.dtype)
 
 
 def _require_consistent(lanes: Sequence[Lane], first_layer: int, batches: Sequence[Batch]) -> None:
@@ -253,15 +232,15 @@ def _require_consistent(lanes: Sequence[Lane], first_layer: int, batches: Sequen
         if any(span.start < first_layer for span in lane.plan.spans):
             msg = f"lane {lane.name} removes layers before {first_layer}, where this pass starts"
             raise RequestError(msg)
-        if lane.goes_on is not None and not (
-            lane.goes_on[0] < lane.goes_on[1] and edges.issuperset(lane.goes_on)
-        ):
-            msg = f"lane {lane.name} goes on with the sequences {list(lane.goes_on)}, which are not whole micro-batches"
+        carried = lane.carried
+        if carried is not None and not (carried[0] < carried[1] and edges.issuperset(carried)):
+            msg = f"lane {lane.name} carries the sequences {list(carried)} on, which are not whole micro-batches"
             raise RequestError(msg)
+        require_boundary_maps(f"lane {lane.name}", lane.maps)
         for span, boundary_map in lane.maps.items():
-            if isinstance(boundary_map, FittedMap):
+            if boundary_map.target is not None:
                 _require_target(lane, span, boundary_map.target, lanes)
-            if isinstance(boundary_map, TappedMap) and span.start <= first_layer:
+            if boundary_map.taps and span.start <= first_layer:
                 msg = f"the map of lane {lane.name} at {span} reads the layer before it, which this pass does not run"
                 raise RequestError(msg)
 
@@ -275,8 +254,8 @@ def _require_target(lane: Lane, span: Span, name: str, lanes: Sequence[Lane]) ->
             f" but not exactly one lane of that name has states of its own at position {span.stop}"
         )
         raise RequestError(msg)
-    if targets[0].goes_on not in (None, lane.goes_on):
-        msg = f"lane {lane.name} fits its map at {span} to lane {name!r}, which goes on with other sequences"
+    if targets[0].carried not in (None, lane.carried):
+        msg = f"lane {lane.name} fits its map at {span} to lane {name!r}, which carries other sequences on"
         raise RequestError(msg)
 
 

@@ -1,72 +1,17 @@
-"""Lanes: the variants of a model that travel through one pass, and who watches them."""
+"""Lanes: the variants of a model that go through one pass, and who watches them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming.batches import Batch
-
-
-class BoundaryMap(Protocol):
-    """What a lane applies at a boundary."""
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Map ``h[start]`` to the estimate of ``h[stop]``, both ``(n, T, C)`` on the pass's device and dtype."""
-
-
-@runtime_checkable
-class FittedMap(BoundaryMap, Protocol):
-    """A boundary map that is made when the pass reaches its boundary.
-
-    This is how an operator is fitted on the stream of the model repaired so far: the inputs are the lane's own
-    states at ``start``, the targets those of another lane (mostly the dense one) at ``stop``.
-
-    Attributes:
-        target: Name of the lane whose states are the targets.
-    """
-
-    target: str
-
-    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
-        """Make the map from ``(batch, inputs, targets)``, states ``(n, T, C)`` each, given once and in order."""
-
-    def release(self) -> None:
-        """Know that the map was applied to every batch: what it takes to apply it may be freed."""
-
-
-@runtime_checkable
-class TappedMap(Protocol):
-    """A map that reads taps of the layer before its boundary, beside the states.
-
-    It is applied when that layer has run, so that taps are never kept for more than a micro-batch (but by a
-    :class:`TappedFit`).
-    """
-
-    @property
-    def taps(self) -> Sequence[str]:
-        """Which of :data:`~ghoststream.streaming.taps.TAPS`, of layer ``start - 1``."""
-
-    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Map ``h[start]`` and the taps to the estimate of ``h[stop]``, ``(n, T, C)`` and ``(n, T, width)``."""
-
-
-@runtime_checkable
-class TappedFit(FittedMap, TappedMap, Protocol):
-    """A fitted map that reads taps: they are kept with the states until the pass reaches its boundary.
-
-    What :meth:`with_taps` returns, ``(n, T, width)``, is what ``fit`` and the call are given as inputs.
-
-    Attributes:
-        width: Elements of a token that are kept.
-    """
-
-    width: int
+from ghoststream.streaming.boundary_map import CUT, BoundaryMap
 
 
 class Observer(Protocol):
@@ -109,26 +54,29 @@ class Lane:
         maps: What is applied at each boundary; a span without one is just cut out.
         observers: Who sees the hidden states.
         logits: Who sees the logits; without one the head is not run for this lane.
+        until: Position after which the lane ends; ``None`` is the end of the pass.
+        carried: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary, and of
+            which logits are shown; ``None`` is all. The others serve to fit maps, and cost nothing afterwards.
         scored: Gives the flattened tokens of a batch whose logits are shown, int64 ``(k,)``; ``None`` is all. The head
             is run for no others.
-        until: Position after which the lane ends; ``None`` is the end of the pass.
-        goes_on: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary, and of
-            which logits are shown; ``None`` is all. The others serve to fit maps, and cost nothing afterwards.
     """
 
     name: str
     plan: PruningPlan
-    maps: Mapping[Span, BoundaryMap | TappedMap] = field(default_factory=lambda: MappingProxyType({}))
+    maps: Mapping[Span, BoundaryMap] = field(default_factory=lambda: MappingProxyType({}))
     observers: tuple[Observer, ...] = ()
     logits: LogitsObserver | None = None
     until: int | None = None
-    goes_on: tuple[int, int] | None = None
+    carried: tuple[int, int] | None = None
     scored: Callable[[Batch], torch.Tensor] | None = None
 
-    def tapped(self, start: int) -> TappedMap | None:
-        """Return the map that reads taps at a boundary that begins at ``start``, if there is one."""
-        found = next((self.maps.get(span) for span in self.plan.spans if span.start == start), None)
-        return found if isinstance(found, TappedMap) else None
+    def map_at(self, span: Span) -> BoundaryMap:
+        """Return the map of a removed span: one that changes nothing, where it is just cut out."""
+        return self.maps.get(span, CUT)
+
+    def map_from(self, start: int) -> BoundaryMap | None:
+        """Return the map of the removed span that begins at ``start``, if there is such a span."""
+        return next((self.map_at(span) for span in self.plan.spans if span.start == start), None)
 
     def runs(self, layer: int) -> bool:
         """Whether this lane goes through ``layer``."""

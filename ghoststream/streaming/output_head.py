@@ -10,8 +10,8 @@ from ghoststream.progress import Progress
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
-from ghoststream.streaming.convoy import Traveller
 from ghoststream.streaming.flow import StatesFlow
+from ghoststream.streaming.lane_groups import LaneState
 from ghoststream.streaming.lanes import Lane, LogitsObserver
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.weights import Weights
@@ -20,7 +20,8 @@ from ghoststream.streaming.weights import Weights
 class OutputHead:
     """Takes the lanes of a pass through the head, one after the other.
 
-    It has a task of its own to tell of: over many lanes and a large vocabulary it takes longer than all layers of a small model.
+    It is a task of its own to those who are told: over many lanes and a large vocabulary it takes longer than all layers
+    of a small model.
 
     Args:
         skeleton: The model.
@@ -35,23 +36,23 @@ class OutputHead:
         self._skeleton, self._calls = skeleton, calls
         self._logit_tokens, self._progress = logit_tokens, progress
 
-    def run(self, travellers: Sequence[Traveller], weights: Weights) -> None:
+    def run(self, lanes: Sequence[LaneState], weights: Weights) -> None:
         """Show their logits to all lanes that want them."""
-        asked = [traveller for traveller in travellers if traveller.lane.logits is not None]
-        for traveller in asked:
-            traveller.narrow()
-        n_sequences = sum(batch.stop - batch.start for traveller in asked for batch in traveller.batches)
-        self._progress.start(f"output head of {_lanes(asked)}", n_sequences, "sequences")
+        asked = [one for one in lanes if one.lane.logits is not None]
+        for one in asked:
+            one.drop_fitting_batches()
+        n_sequences = sum(batch.stop - batch.start for one in asked for batch in one.batches)
+        self._progress.start(f"output head of {_count(asked)}", n_sequences, "sequences")
         with self._skeleton.loaded_head(weights):
-            for traveller in asked:
-                self._through(traveller)
+            for one in asked:
+                self._lane_through_head(one)
 
-    def _through(self, traveller: Traveller) -> None:
-        observer = traveller.lane.logits
+    def _lane_through_head(self, one: LaneState) -> None:
+        observer = one.lane.logits
         assert observer is not None
-        with StatesFlow(traveller.states, None, traveller.batches, self._skeleton.device) as flow:
+        with StatesFlow(one.states, None, one.batches, self._skeleton.device) as flow:
             for batch, states in flow:
-                self._show(observer, batch, self._finished(traveller.lane, batch, states))
+                self._show(observer, batch, self._finished(one.lane, batch, states))
                 return_free_memory()
                 self._progress.advance(batch.stop - batch.start)
 
@@ -72,5 +73,5 @@ class OutputHead:
             observer.observe_logits(batch, begin, logits[0])
 
 
-def _lanes(travellers: Sequence[Traveller]) -> str:
-    return "1 lane" if len(travellers) == 1 else f"{len(travellers)} lanes"
+def _count(lanes: Sequence[LaneState]) -> str:
+    return "1 lane" if len(lanes) == 1 else f"{len(lanes)} lanes"

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
+from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.weights import Weights
+
+
+def layer_reads(skeleton: Skeleton, layers: Sequence[int]) -> list[Callable[[], Weights]]:
+    """Return what a :class:`WeightPrefetcher` calls to read decoder layers, in the given order."""
+    return [partial(skeleton.read_layer, layer) for layer in layers]
 
 
 class WeightPrefetcher:

@@ -218,6 +218,8 @@ def load_config(root: Path, *, trust_remote_code: bool = False) -> Any:
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """Return the torch dtype called ``float32``, ``bfloat16`` or ``float16``; ``None`` stays ``None``.
 
+    The other way round is :func:`~ghoststream.options.dtype_name`.
+
     Raises:
         RequestError: If it is none of these.
     """

@@ -133,6 +133,9 @@ class FileStates:
 class StatesFactory:
     """Makes places for hidden states: on the device, then in host memory, then in scratch files, as fits.
 
+    A place is taken as a whole, first come, first served, and stays where it is until it is released: a pass overwrites it
+    from layer to layer. The factory only counts bytes, so two passes that share one share its limits.
+
     Args:
         batches: The batches of the pass.
         hidden: Width C of the residual stream.

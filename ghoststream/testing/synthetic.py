@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ghoststream.checkpoint.index import INDEX_NAME
+from ghoststream.options import dtype_name
 
 
 def save_synthetic(
@@ -80,7 +81,7 @@ def _config(hidden: int, intermediate: int, n_layers: int, vocab_size: int, dtyp
         num_key_value_heads=max(1, heads // 4),
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
     )
 
 

@@ -8,10 +8,11 @@ from typing import Any, Unpack
 
 from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
 from ghoststream.errors import GhoststreamError, RequestError
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
 from ghoststream.text import TokenSet
 
 _SHARD_BYTES = 16 * 2**20

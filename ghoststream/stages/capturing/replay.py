@@ -89,10 +89,10 @@ def replay(
         for batch in make_batches(tokens.ids, tokens.mask, recipe.micro_batch)
         if batch.start < stop and batch.stop > start
     ]
-    told = progress or SilentProgress()
+    progress = progress or SilentProgress()
     for note in notes:
-        told.log(f"warning: {note}")
-    return _run(work, session.skeleton, source, layer, tuple(taps), batches, (start, stop), told)
+        progress.log(f"warning: {note}")
+    return _run(work, session.skeleton, source, layer, tuple(taps), batches, (start, stop), progress)
 
 
 def _run(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from ghoststream.activations import LayerWriter, WritableStore
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.session import ModelSession, dtype_name
+from ghoststream.stages.session import ModelSession
 from ghoststream.stages.stored import stored_states
 from ghoststream.streaming import (
     BackgroundObserver,

@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from ghoststream.activations import ActivationStore, StoreRequest
 from ghoststream.errors import BudgetError, DataError, InputNotFoundError, RequestError
 from ghoststream.files import disk_errors, format_bytes, json_digest
+from ghoststream.machine import free_host_memory
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.recovery.absorbing import ABSORBED, require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.capturing.replay import replay
-from ghoststream.stages.planning.machine import free_host_memory
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.statistics import TapSource, get_feature, store_digest, taps_of
 from ghoststream.streaming import Skeleton, tap_point
@@ -127,7 +127,7 @@ def require_fit_memory(wanted: WantedTaps, features: str, hidden: int) -> None:
     """
     width = get_feature(features).width(wanted.width)
     needed, free = 48 * width * width + 32 * width * hidden, free_host_memory()
-    if free is not None and needed > free:
+    if needed > free:
         msg = (
             f"fitting {width:,} features ({features}) takes {format_bytes(needed)} of memory, {format_bytes(free)} are "
             "free; use --solver sketch-features with --rank, or --features mlp_output"

@@ -14,6 +14,7 @@ from ghoststream.errors import RequestError
 from ghoststream.evaluation.objectives import default_loss_tokens
 from ghoststream.files import bytes_digest, disk_errors, fsync_folder, json_digest, require_writable
 from ghoststream.operators import OperatorSet
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.recovery.layout import require_operators_fit
@@ -26,8 +27,8 @@ from ghoststream.stages.distillation.distilling import (
 )
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
-from ghoststream.streaming.backward import require_gradient_dtype
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
+from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet
 
 _MOST_RATE = 100.0
@@ -122,14 +123,14 @@ def distill(
         clear_leftovers(out)
         return found
     require_writable(out)
-    told = progress or SilentProgress()
+    progress = progress or SilentProgress()
     work = work_folder(out)
     folder = work / str(metadata["recipe_digest"]).removeprefix("sha256:")[:16]
     with output_lock(out):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         teacher = Teacher(folder, session, given.plan.spans[0].start, top)
-        teacher.prepare(tokens, micro_batch, told)
+        teacher.prepare(tokens, micro_batch, progress)
         training = Distillation(
             session,
             tokens,
@@ -140,10 +141,10 @@ def distill(
             micro_batch,
             folder / "training.safetensors",
         )
-        figures = _diagnostics(*training.run(told))
+        figures = _diagnostics(*training.run(progress))
         for warning in figures["warnings"]:
-            told.log(f"warning: {warning}")
-        boundaries = trained_boundaries(given, training.modules, figures)
+            progress.log(f"warning: {warning}")
+        boundaries = trained_boundaries(given, training.operators, figures)
         trained = OperatorSet(given.plan, given.kind, boundaries, given.hidden, metadata)
         trained.save(out, temporary=folder / "operators.safetensors")
         shutil.rmtree(work)

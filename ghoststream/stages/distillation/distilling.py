@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from ghoststream.spans import Span
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
-from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.streaming import Batch, BoundaryMap, Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.streaming.backward import BackwardPass
 from ghoststream.text import TokenSet
 
@@ -85,24 +85,27 @@ class _State:
     before: HeldOut | None = None
 
 
-class TrainedOperator(nn.Module):
+class TrainedOperator(BoundaryMap):
     """An operator whose parameters are float32 and require gradients; it computes in the dtype of the states.
 
-    The forward is that of the module in a recovered checkpoint, its parameters rounded to the dtype of the states.
+    It computes what the module in a recovered checkpoint does, its parameters rounded to the dtype of the states.
     """
 
     def __init__(self, operator: BoundaryOperator, device: torch.device) -> None:
-        super().__init__()
         self.ghost = build_ghost(operator, dtype=torch.float32, device=device)
         for parameter in self.ghost.parameters():
             parameter.data = parameter.data.clone()  # on the CPU it shares the memory of the operator's array
             parameter.requires_grad_()
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map ``(n, T, C)`` to the same shape."""
         rounded = {name: parameter.to(states.dtype) for name, parameter in self.ghost.named_parameters()}
         mapped: torch.Tensor = functional_call(self.ghost, rounded, (states,))
         return mapped
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the module."""
+        return self.ghost.parameters()
 
     def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return ``weight`` and, if there is one, ``bias``."""
@@ -144,7 +147,7 @@ class Distillation:
         self._teacher, self._settings, self._micro_batch = teacher, settings, micro_batch
         self._plan, self._path = operators.plan, path
         self._start = operators.plan.spans[0].start
-        self.modules = {one.span: TrainedOperator(one, session.device) for one in operators.operators}
+        self.operators = {one.span: TrainedOperator(one, session.device) for one in operators.operators}
         # One implementation on every device.
         self._optimizer = torch.optim.Adam(
             self._parameters().values(), lr=settings.learning_rate, foreach=False
@@ -181,7 +184,7 @@ class Distillation:
         rows = np.arange(self._n_train, self._tokens.n_sequences)
         batches, view = self._select(rows)
         figures = DivergenceAccumulator(view, len(rows))
-        lane = Lane("repaired", self._plan, self.modules, logits=figures)
+        lane = Lane("repaired", self._plan, self.operators, logits=figures)
         factory = self._session.memory(self._tokens.length, scratch=self._path.parent).states_factory(batches)
         StreamedPass(self._session.skeleton, batches, [lane], factory, self._options(view)).run()
         return HeldOut(figures.divergence(), figures.losses().loss)
@@ -201,7 +204,7 @@ class Distillation:
             loss,
             memory.states_factory(batches),
             plan=self._plan,
-            maps=self.modules,
+            maps=self.operators,
             options=self._options(view),
         ).run()
         self._optimizer.step()
@@ -217,8 +220,8 @@ class Distillation:
     def _parameters(self) -> dict[str, torch.Tensor]:
         return {
             f"{span.start}-{span.stop}.{name}": parameter
-            for span, module in self.modules.items()
-            for name, parameter in module.named_parameters()
+            for span, operator in self.operators.items()
+            for name, parameter in operator.ghost.named_parameters()
         }
 
     def _save(self, state: _State) -> None:
@@ -276,17 +279,17 @@ class _Selected:
 
 
 def trained_boundaries(
-    operators: OperatorSet, modules: Mapping[Span, TrainedOperator], diagnostics: Mapping[str, Any]
+    operators: OperatorSet, trained: Mapping[Span, TrainedOperator], diagnostics: Mapping[str, Any]
 ) -> tuple[BoundaryOperator, ...]:
     """Return the operators with the arrays that training left; figures of their fit are under ``fitted``."""
     return tuple(
         one
-        if one.span not in modules
+        if one.span not in trained
         else BoundaryOperator(
             one.span,
             one.form,
             one.features,
-            **modules[one.span].arrays(),
+            **trained[one.span].arrays(),
             diagnostics={**diagnostics, "fitted": one.diagnostics},
             norm_epsilon=one.norm_epsilon,
         )

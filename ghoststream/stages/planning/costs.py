@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ghoststream.machine import free_device_memory, free_disk, free_host_memory
 from ghoststream.stages.planning.figures import STRUCTURED, ModelSizes, Need, Request, StageCost
-from ghoststream.stages.planning.machine import Rates, free_device_memory, free_disk, free_host_memory
+from ghoststream.stages.planning.machine import Rates
 from ghoststream.stages.planning.selection_costs import SelectionShape, SelectionWork, selection_work
 from ghoststream.stages.planning.sweep_costs import SweepCost
 

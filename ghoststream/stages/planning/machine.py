@@ -1,9 +1,8 @@
-"""What this machine has and how fast it is: free memory and disk, disk reads, matrix products."""
+"""How fast this machine is: disk reads, matrix products."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from pathlib import Path
 import torch
 
 _BLOCK_BYTES = 8 * 1024 * 1024
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,56 +20,6 @@ class Rates:
     disk: float
     compute: float
     float64: float
-
-
-def free_host_memory(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
-    """Return the bytes that this process may still take: free memory of the machine, or less in a container.
-
-    ``None`` where the system does not tell.
-    """
-    limits = [_meminfo_available(meminfo), _cgroup_free(cgroup)]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _meminfo_available(meminfo: Path) -> int | None:
-    try:
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    return None
-
-
-def _cgroup_free(cgroup: Path) -> int | None:
-    try:
-        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
-        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
-        # Pages of files count as used but are given back on demand.
-        stat = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
-        cached = sum(
-            int(line.split()[1]) for line in stat if line.startswith(("inactive_file ", "active_file "))
-        )
-        return None if limit == "max" else max(0, int(limit) - used + cached)
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def free_device_memory(device: torch.device) -> int | None:
-    """Return the free bytes of an accelerator; ``None`` for the CPU."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free)
-
-
-def free_disk(path: Path) -> int:
-    """Return the bytes free where ``path`` is or would be created."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def measure_rates(

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 
 from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.operators import OperatorOptions, features_of, make_operator
+from ghoststream.options import dtype_name
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width, taps_width
@@ -258,7 +259,7 @@ def _model_sizes(skeleton: Skeleton, length: int) -> ModelSizes:
     return ModelSizes(
         root=skeleton.root,
         model_type=str(skeleton.config.model_type),
-        dtype=str(skeleton.dtype).removeprefix("torch."),
+        dtype=dtype_name(skeleton.dtype),
         n_layers=skeleton.n_layers,
         hidden=skeleton.hidden_size,
         work_bytes=work_bytes_per_token(skeleton, length),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ghoststream.machine import free_host_memory
 from ghoststream.stages.planning.costs import (
     cost_of,
     export_cost,
@@ -21,7 +22,7 @@ from ghoststream.stages.planning.costs import (
     solve_flops,
 )
 from ghoststream.stages.planning.figures import ModelSizes, Need, Request, StageCost
-from ghoststream.stages.planning.machine import Rates, free_host_memory
+from ghoststream.stages.planning.machine import Rates
 from ghoststream.stages.repair.auto import AUTO, LATER_METHODS, METHODS
 from ghoststream.stages.searching.growth import partitions
 from ghoststream.stages.searching.search import CANDIDATES, MAX_SPANS, REFINED, SEARCH_CRITERIA, UNFITTED

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from ghoststream.files import json_digest, require_writable
 from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos, library_versions
 from ghoststream.spans import PruningPlan
@@ -20,7 +21,7 @@ from ghoststream.stages.repair.methods import Inputs, Repair
 from ghoststream.stages.searching.result import read_repair
 from ghoststream.stages.searching.steps import MeasuredSteps, Trial
 from ghoststream.stages.select import read_plan
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet

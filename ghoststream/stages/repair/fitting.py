@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,33 +10,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.operators import (
-    BoundaryOperator,
-    needed_statistics,
-)
-from ghoststream.recovery import build_ghost
+from ghoststream.operators import BoundaryOperator, needed_statistics
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.lanes import TappedOperator
+from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.repair.methods import FitMethod, Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, taps_of
 from ghoststream.statistics.features import STATE_TAP
 from ghoststream.statistics.reduction import boundary_reducer
 from ghoststream.statistics.streamed import StreamedTaps, streamed_moments
-from ghoststream.streaming import Batch, BoundaryMap, Lane, LogitsObserver
+from ghoststream.streaming import CUT, BoundaryMap, Lane, LogitsObserver, Pairs
 
 DENSE = "dense"
 """Name of the lane that every fit takes its targets from."""
 
 
-class StreamedFit:
-    """A :class:`~ghoststream.streaming.FittedMap`: fits one boundary to the dense lane, as the pass comes by.
+class StreamedFit(BoundaryMap):
+    """Fits one boundary to the dense lane, as the pass comes by.
 
     With the first boundary of a plan that is the operator that ``solve`` gives, bit for bit (the same sequences,
     ranges and folds; fp32 on CPU). At later boundaries it is the sequential fit: the inputs are those of the model
-    repaired so far; unless it takes over what another one fitted that comes by before it.
+    repaired so far; unless it takes over what another one fitted that comes by before it. Taps that the features read
+    are kept beside the states until the stop of the span.
 
     Args:
         span: The removed span.
@@ -46,8 +43,12 @@ class StreamedFit:
         session: The model.
         source: Whose operator it takes in the place of a fit of its own.
 
+    Raises:
+        UnsupportedModelError: If the features read the layer before the span and there is none, it has no such taps, or
+            an operator on them could not be absorbed into it.
+
     Memory: while fitting what ``solve`` states for one boundary, afterwards ``p C`` elements at compute dtype, until the
-    map was applied.
+    map was applied; the taps of all sequences, while the pass is inside the span.
     """
 
     target = DENSE
@@ -68,9 +69,26 @@ class StreamedFit:
         self._mask = mask
         self._session = session
         self._source = source
-        self._map: BoundaryMap | None = None
+        self._map: BoundaryMap = CUT
+        skeleton, read = session.skeleton, taps_of(method.features)
+        if read:
+            require_absorbable(skeleton, span, method.features, constant=method.options.intercept)
+        self.taps = tuple(tap for tap in read if tap != STATE_TAP)
+        self._streamed: StreamedTaps | None = None
+        widths = [tap_width(skeleton, span.start - 1, tap) for tap in self.taps]
+        self._parts = [skeleton.hidden_size, *widths]
+        if read:
+            self.width = sum(self._parts)
+            with_states = len(self.taps) < len(read)
+            self._streamed = StreamedTaps(
+                sum(self._parts if with_states else widths), with_states=with_states
+            )
 
-    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
+    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return states and taps side by side."""
+        return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)
+
+    def fit(self, pairs: Pairs) -> None:
         """Reduce the pairs that serve to fit, and solve; or take what the source fitted.
 
         Raises:
@@ -81,26 +99,19 @@ class StreamedFit:
         else:
             self.operator = self._source.operator
         assert self.operator is not None
-        self._map = self._as_map(self.operator)
+        self._map = operator_map(self.operator, self._session.skeleton)
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Apply the operator."""
-        return states if self._map is None else self._map(states)
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
+        """Apply the operator to what was kept."""
+        hidden, *taps = states.split(self._parts, dim=-1)
+        return self._map.apply(self._map.enter(hidden, dict(zip(self.taps, taps, strict=True))))
 
     def release(self) -> None:
         """Free the operator's tensors: every batch has passed."""
-        self._map = None
+        self._map = CUT
 
-    def _as_map(self, operator: BoundaryOperator) -> BoundaryMap | None:
-        if operator.form == "identity":
-            return None
-        skeleton = self._session.skeleton
-        # The module that a recovered checkpoint carries.
-        ghost: BoundaryMap = build_ghost(operator, dtype=skeleton.dtype, device=skeleton.device)
-        return ghost
-
-    def _moments(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> FoldedMoments:
-        method, skeleton, taps = self._method, self._session.skeleton, self._streamed_taps()
+    def _moments(self, pairs: Pairs) -> FoldedMoments:
+        method, skeleton = self._method, self._session.skeleton
         reducer = boundary_reducer(
             (self.span,),
             hidden=skeleton.hidden_size,
@@ -108,7 +119,7 @@ class StreamedFit:
             feature=method.features,
             weights=method.weights,
             precision=method.precision,
-            taps=taps,
+            taps=self._streamed,
         )
         return streamed_moments(
             reducer,
@@ -117,68 +128,16 @@ class StreamedFit:
             mask=self._mask,
             facts=ModelFacts(self._session.norm_epsilon),
             n_layers=skeleton.n_layers,
-            taps=taps,
+            taps=self._streamed,
             # Where the memory is given, a pass counts one task.
             workers=None if self._session.options.host_memory is None else 1,
         )
 
-    def _streamed_taps(self) -> StreamedTaps | None:
-        return None
-
-    def _fitting(
-        self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    def _fitting(self, pairs: Pairs) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         for batch, inputs, targets in pairs:
             n = min(batch.stop, self._ranges.n_sequences) - batch.start
             if n > 0:
                 yield _rows(inputs[:n]), _rows(targets[:n])
-
-
-class TappedStreamedFit(StreamedFit):
-    """The same for features of the layer before the boundary: a :class:`~ghoststream.streaming.TappedFit`.
-
-    Raises:
-        RequestError: If the span begins with the first layer.
-        UnsupportedModelError: If the layer has no such taps, or an operator on them could not be absorbed into it.
-
-    Memory: the taps besides, of all sequences, while the pass is inside the span.
-    """
-
-    def __init__(
-        self,
-        span: Span,
-        method: FitMethod,
-        ranges: Ranges,
-        mask: npt.NDArray[np.bool_],
-        session: ModelSession,
-        source: StreamedFit | None = None,
-    ) -> None:
-        super().__init__(span, method, ranges, mask, session, source)
-        skeleton, read = session.skeleton, taps_of(method.features)
-        require_absorbable(skeleton, span, method.features, constant=method.options.intercept)
-        self._with_states = read[0] == STATE_TAP
-        self.taps = read[1:] if self._with_states else read
-        self._widths = [tap_width(skeleton, span.start - 1, tap) for tap in self.taps]
-        self.width = skeleton.hidden_size + sum(self._widths)
-
-    def with_taps(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return what is kept until the stop of the span: states and taps side by side."""
-        return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)
-
-    def _as_map(self, operator: BoundaryOperator) -> BoundaryMap:
-        tapped = TappedOperator(operator, self._session.skeleton)
-
-        def apply(states: torch.Tensor) -> torch.Tensor:
-            hidden, *read = states.split([self._session.skeleton.hidden_size, *self._widths], dim=-1)
-            taps = dict(zip(self.taps, read, strict=True))
-            return tapped.with_taps(hidden, {STATE_TAP: hidden, **taps})
-
-        return apply
-
-    def _streamed_taps(self) -> StreamedTaps:
-        hidden = self._session.skeleton.hidden_size
-        width = self.width if self._with_states else self.width - hidden
-        return StreamedTaps(width, with_states=self._with_states)
 
 
 def _rows(states: torch.Tensor) -> npt.NDArray[Any]:
@@ -201,7 +160,7 @@ class FittedLanes:
         ranges: How the sequences that serve to fit are divided; ``None`` if nothing is fitted: the spans are just cut.
         mask: True at tokens that count, bool ``(S, T)``.
         session: The model.
-        goes_on: What the dense lane and all others go on with; see :class:`~ghoststream.streaming.Lane`.
+        carried: Sequences that the dense lane and all others carry on; see :class:`~ghoststream.streaming.Lane`.
     """
 
     def __init__(
@@ -209,12 +168,12 @@ class FittedLanes:
         ranges: Ranges | None,
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
-        goes_on: tuple[int, int] | None = None,
+        carried: tuple[int, int] | None = None,
     ) -> None:
         self._ranges = ranges
         self._mask = mask
         self._session = session
-        self._goes_on = goes_on
+        self._carried = carried
         self._maps: dict[_Path, StreamedFit] = {}
         self._helpers: dict[_Path, Lane] = {}
 
@@ -238,7 +197,7 @@ class FittedLanes:
             so_far = (*so_far, (span, method if so_far else replace(method, inputs="repaired")))
             if self._ranges is not None:
                 maps[span] = self._map(so_far, self._ranges)
-        return Lane(name, repair.plan, maps, logits=logits, until=until, goes_on=self._goes_on)
+        return Lane(name, repair.plan, maps, logits=logits, until=until, carried=self._carried)
 
     def helpers(self) -> list[Lane]:
         """Return the lanes that fit for others; they go before them."""
@@ -247,14 +206,13 @@ class FittedLanes:
     def _map(self, path: _Path, ranges: Ranges) -> StreamedFit:
         if path not in self._maps:
             span, method = path[-1]
-            kind = TappedStreamedFit if taps_of(method.features) else StreamedFit
             source = self._alone(span, method, ranges) if method.inputs == "dense" else None
-            self._maps[path] = kind(span, method, ranges, self._mask, self._session, source)
+            self._maps[path] = StreamedFit(span, method, ranges, self._mask, self._session, source)
         return self._maps[path]
 
     def _alone(self, span: Span, method: FitMethod, ranges: Ranges) -> StreamedFit:
         path: _Path = ((span, replace(method, inputs="repaired")),)
         fit = self._map(path, ranges)
         plan = PruningPlan(self._session.skeleton.n_layers, (span,))
-        self._helpers[path] = Lane(f"{span} alone", plan, {span: fit}, until=span.stop, goes_on=self._goes_on)
+        self._helpers[path] = Lane(f"{span} alone", plan, {span: fit}, until=span.stop, carried=self._carried)
         return fit

@@ -17,7 +17,7 @@ from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_t
 from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.repair.fitting import DENSE, FittedLanes, TappedStreamedFit
+from ghoststream.stages.repair.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.repair.methods import Repair
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -104,8 +104,8 @@ def measure_repairs(
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
     held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
     accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
-    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], goes_on=held)
-    fitted = FittedLanes(ranges, tokens.mask, session, goes_on=held)
+    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], carried=held)
+    fitted = FittedLanes(ranges, tokens.mask, session, carried=held)
     lanes = [
         fitted.lane(repair.name, repair, logits=losses)
         for repair, losses in zip(repairs, accumulators[1:], strict=True)
@@ -150,7 +150,7 @@ def divide(session: ModelSession, tokens: TokenSet, held_out: int | None) -> tup
 def _refusal(lane: Lane, session: ModelSession) -> str:
     """Say why what was fitted cannot be absorbed into the model; lanes do not need that."""
     for fitted in lane.maps.values():
-        operator = fitted.operator if isinstance(fitted, TappedStreamedFit) else None
+        operator = fitted.operator if isinstance(fitted, StreamedFit) else None
         if operator is not None:
             try:
                 require_exportable(session.skeleton, operator)

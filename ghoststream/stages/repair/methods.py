@@ -65,7 +65,7 @@ class FitMethod:
     @property
     def features(self) -> str:
         """Name of the features that it reads."""
-        return features_of(self.architecture(), self.options)
+        return features_of(self.family(), self.options)
 
     @property
     def label(self) -> str:
@@ -82,7 +82,7 @@ class FitMethod:
         return {
             "operator": self.operator,
             **asdict(self.options),
-            "ridge": getattr(self.architecture(), "ridge", None),
+            "ridge": getattr(self.family(), "ridge", None),
             "weights": self.weights,
             "precision": self.precision,
             "inputs": self.inputs,

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from ghoststream.errors import RequestError
 from ghoststream.files import atomic_write_json, require_writable
 from ghoststream.operators import OperatorOptions
+from ghoststream.options import dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import Bos
 from ghoststream.spans import PruningPlan, Span
@@ -20,7 +21,7 @@ from ghoststream.stages.searching.growth import Width, fewest_spans, finalists, 
 from ghoststream.stages.searching.result import SearchResult
 from ghoststream.stages.searching.steps import MeasuredSteps, Row, Trial
 from ghoststream.stages.searching.taylor import taylor_scores
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions, dtype_name
+from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
 from ghoststream.statistics import DEFAULT_FOLDS, UNIFORM, Ranges
 from ghoststream.text import TokenSet
 

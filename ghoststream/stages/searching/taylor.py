@@ -57,7 +57,7 @@ def taylor_scores(
     options = PassOptions(
         logit_tokens=default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes), progress=progress
     )
-    BackwardPass(skeleton, batches, loss, factory, weights=salience, options=options).run()
+    BackwardPass(skeleton, batches, loss, factory, gradients=salience, options=options).run()
     return salience.scores
 
 

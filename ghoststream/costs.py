@@ -1,0 +1,157 @@
+"""What work takes: said by the class that does it, summed by the estimate, which knows no names.
+
+An operator says what fitting one boundary takes, a criterion what choosing takes, beside the method that does it::
+
+    def cost(self, shape: FitShape) -> Cost:
+        c = shape.hidden
+        return Cost(Need(56 * c**2, "56 C^2"), flops=3.0 * c**2 * shape.n_tokens, write_bytes=4 * c**2)
+
+Letters in formulas: ``L`` layers, hidden size ``C``, ``p`` features, widest matrix of a layer ``I``, ``S`` sequences of ``T``
+tokens, ``b`` bytes an element; ``U`` is the largest of one decoder layer, the embedding and the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ghoststream.options import Method, Search
+from ghoststream.spans import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that something takes, how they add up, and how many are free (``None``: not known, or nobody asked)."""
+
+    n_bytes: int
+    formula: str
+    available: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, as far as is known."""
+        return self.available is None or self.n_bytes <= self.available
+
+
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """Least squares that a criterion fits at its candidates, from moments of the store; the estimate counts their sweeps.
+
+    Attributes:
+        spans: The candidates.
+        method: What is fitted.
+        folds: Folds of whole sequences.
+    """
+
+    spans: tuple[Span, ...]
+    method: Method
+    folds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one piece of work takes on one worker.
+
+    Attributes:
+        memory: Memory at its largest.
+        disk: What it keeps on disk while it works; None for nothing.
+        read_bytes: Bytes read. An operator gives 0: its reads are the sweeps of its reducer.
+        write_bytes: Bytes of the result: of an operator, the bytes of its tensors.
+        flops: Arithmetic in float64.
+        repairs: What a criterion fits at its candidates; None where it fits nothing.
+    """
+
+    memory: Need
+    disk: Need | None = None
+    read_bytes: int = 0
+    write_bytes: int = 0
+    flops: float = 0.0
+    repairs: Repairs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FitShape:
+    """Sizes that fitting one boundary depends on.
+
+    Attributes:
+        hidden: Hidden size C, which is the number of channels that are predicted.
+        features: Number of features p that the operator reads.
+        n_tokens: Tokens of the calibration text, padding included.
+    """
+
+    hidden: int
+    features: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionShape:
+    """Sizes that choosing layers from a store, or from weights, depends on.
+
+    Attributes:
+        n_layers: Decoder layers L.
+        remove: Layers to remove.
+        hidden: Hidden size C.
+        sequences: Sequences S of the store.
+        length: Tokens T of a sequence.
+        store_bytes: Bytes of all stored hidden states.
+        layer_bytes: Bytes of one layer as the checkpoint stores it.
+        layer_elements: Weights of one layer.
+    """
+
+    n_layers: int
+    remove: int
+    hidden: int
+    sequences: int
+    length: int
+    store_bytes: int
+    layer_bytes: int
+    layer_elements: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the calibration text, padding included."""
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class SearchShape:
+    """Sizes that choosing layers in passes over the model depends on.
+
+    Attributes:
+        n_layers: Decoder layers L.
+        remove: Layers to remove.
+        hidden: Hidden size C.
+        intermediate: Width I of what enters the last map of an MLP; 0 where operators cannot be absorbed into it.
+        sequences: Sequences S.
+        search: Candidates, beam, spans and windows held out.
+    """
+
+    n_layers: int
+    remove: int
+    hidden: int
+    intermediate: int
+    sequences: int
+    search: Search = field(default_factory=Search)
+
+    @property
+    def held_out(self) -> float:
+        """Share of the sequences that candidates are measured on: as given, or a quarter."""
+        given = self.search.held_out
+        return 0.25 if given is None else min(1.0, given / self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """What one pass over the model takes.
+
+    Attributes:
+        states: Elements of a token that wait between layers, at most.
+        lanes: Work of its lanes, in dense passes over all sequences.
+        fits: Boundaries that are fitted in it.
+        backward: Whether it goes back too, which reads every layer once more.
+    """
+
+    states: float
+    lanes: float
+    fits: int = 0
+    backward: bool = False

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ghoststream.activations.bits import (
+    bits_to_float32,
+    decode_numpy,
+    decode_torch,
+    encode,
+    require_store_dtype,
+)
+from ghoststream.activations.layout import StoreLayout
+from ghoststream.errors import RequestError
+from ghoststream.testing.stores import small_layout
+
+pytestmark = pytest.mark.property
+ALL_BITS = np.arange(2**16, dtype=np.uint16)
+
+
+def test_every_bfloat16_survives_the_store_bit_for_bit() -> None:
+    tensor = decode_torch(ALL_BITS, "bfloat16")
+    np.testing.assert_array_equal(encode(tensor, "bfloat16"), ALL_BITS)
+
+
+def test_float32_of_every_bfloat16_is_torchs() -> None:
+    expected = torch.from_numpy(ALL_BITS).view(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(bits_to_float32(ALL_BITS).view(np.uint32), expected.view(np.uint32))
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_encode_rounds_to_nearest_even(values: list[float]) -> None:
+    finite = np.array([value for value in values if np.isfinite(value)] or [0.0], dtype=np.float32)
+    wide = finite.view(np.uint32).astype(np.uint64)
+    expected = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
+    np.testing.assert_array_equal(encode(torch.from_numpy(finite), "bfloat16"), expected)
+
+
+@given(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20))
+def test_decode_to_float64_is_exact(bits: list[int]) -> None:
+    stored = np.array(bits, dtype=np.uint16).reshape(-1, 1)
+    found = decode_numpy(stored, "bfloat16", np.float64)
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, bits_to_float32(stored).astype(np.float64))
+
+
+@pytest.mark.parametrize("name", ["float16", "float32"])
+def test_plain_dtypes_are_stored_as_they_are(name: str) -> None:
+    dtype = require_store_dtype(name)
+    values = torch.randn(3, 4).to(getattr(torch, name))
+    stored = encode(values.t(), dtype)
+    assert stored.dtype.name == name
+    assert torch.equal(decode_torch(stored, dtype), values.t())
+
+
+def test_unknown_store_dtype() -> None:
+    with pytest.raises(
+        RequestError, match=r"cannot be stored as 'float8'; choose one of bfloat16, float16, float32"
+    ):
+        require_store_dtype("float8")
+
+
+@given(
+    n_sequences=st.integers(1, 200),
+    chunk=st.integers(1, 8),
+    chunks_per_shard=st.integers(1, 8),
+)
+def test_shards_cover_every_sequence_once(n_sequences: int, chunk: int, chunks_per_shard: int) -> None:
+    layout = small_layout(
+        n_sequences=n_sequences, sequences_per_chunk=chunk, sequences_per_shard=chunk * chunks_per_shard
+    )
+    ranges = [layout.shard_rows(shard) for shard in range(layout.n_shards)]
+    assert [row for start, stop in ranges for row in range(start, stop)] == list(range(n_sequences))
+    assert StoreLayout.from_json(layout.to_json()) == layout

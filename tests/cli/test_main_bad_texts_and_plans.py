@@ -1,0 +1,119 @@
+"""Texts and plans that cannot be used: one clear line, and nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.command_bench import BAD_REQUEST, BROKEN_DATA, LENGTH, Bench, copy_of
+
+pytestmark = pytest.mark.integration
+
+
+def test_text_that_cannot_be_used(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "malformed.jsonl": '{"text": "good"}\n{"text": \n',
+        "fields.jsonl": '{"title": "x"}\n',
+        "types.jsonl": '{"text": 3}\n',
+        "list.jsonl": "[1]\n",
+        "empty.txt": "",
+        "latin.txt": b"caf\xe9" * 100,
+        "text.txt.gz": b"not gzip",
+        "ids.npy": b"not numpy",
+    }
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    np.save(tmp_path / "large.npy", np.full((8, LENGTH), 1000))
+    np.save(tmp_path / "floats.npy", np.zeros((8, LENGTH)))
+    cases = {
+        f"file:{bench.root}/short.txt": ("short.txt has 9 tokens", f"needs {LENGTH}", "smaller --length"),
+        f"file:{tmp_path}/missing.txt": ("no text file", "missing.txt"),
+        f"file:{tmp_path}": ("is a folder",),
+        f"file:{tmp_path}/malformed.jsonl": ("malformed.jsonl line 2 is not JSON",),
+        f"file:{tmp_path}/fields.jsonl": ("line 1 has neither a 'text' nor a 'messages' field", "title"),
+        f"file:{tmp_path}/types.jsonl": ("the field 'text'", "line 1", "not a string"),
+        f"file:{tmp_path}/list.jsonl": ("line 1", "list"),
+        f"file:{tmp_path}/empty.txt": ("empty.txt is empty",),
+        f"file:{tmp_path}/latin.txt": ("not UTF-8", "byte 3"),
+        f"file:{tmp_path}/text.txt.gz": ("not a whole gzip file",),
+        f"ids:{tmp_path}/ids.npy": ("not a readable .npy file", "numpy.save"),
+        f"ids:{tmp_path}/missing.npy": ("no file of token ids",),
+        f"ids:{tmp_path}/large.npy": ("token id 1000", "below 128"),
+        f"ids:{tmp_path}/floats.npy": ("float64", "integer"),
+        "nonsense": ("cannot read the text specification 'nonsense'", "file:PATH"),
+        "hf:": ("cannot read the text specification",),
+    }
+    for spec, says in cases.items():
+        text = ("--sequences", 8, "--length", LENGTH)
+        store = ("--store", tmp_path / "store")
+        refused("capture", bench.model, "--calibration", spec, *text, *store, code=BAD_REQUEST, says=says)
+        refused("evaluate", bench.model, "--text", spec, *text, code=BAD_REQUEST, says=says)
+        assert not (tmp_path / "store").exists()
+
+
+def test_text_that_gives_too_few_windows(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
+    text = ("--calibration", bench.text, "--sequences", 1000, "--length", LENGTH)
+    says = ("gives 40 sequences of 16", "1000 were asked for", "ask for fewer")
+    refused("capture", bench.model, *text, "--store", tmp_path / "store", code=BAD_REQUEST, says=says)
+
+
+def test_a_model_without_a_tokenizer(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
+    model = copy_of(bench, tmp_path)
+    for path in model.glob("token*"):
+        path.unlink()
+    says = ("has no tokenizer", "ids:FILE.npy")
+    refused("capture", model, *bench.capture, "--store", tmp_path / "store", code=BAD_REQUEST, says=says)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ("past_the_end", ("[4,9) reaches past the last layer",)),
+        ("of_another", ("8 layers", "6")),
+        ("of_all", ("removes 6 of 6 layers",)),
+        ("of_none", ("removes no layer",)),
+        ("malformed", ("not a pruning plan",)),
+    ],
+)
+def test_a_plan_that_does_not_fit(
+    plan: str, says: tuple[str, ...], bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    file = bench.root / f"plan_{plan}"
+    out = ("--out", tmp_path / "out")
+    refused("solve", bench.store, "--plan", file, *out, code=BAD_REQUEST, says=says)
+    refused("recover", bench.model, "--plan", file, *bench.capture, *out, code=BAD_REQUEST, says=says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spans_that_do_not_fit(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
+    cases = {
+        "4:9": "reaches past the last layer",
+        "0:6": "removes 6 of 6 layers",
+        "3:3": "empty or negative",
+        "five": "cannot read the span 'five'",
+        "no_such_plan.json": "there is no plan file no_such_plan.json",
+        str(bench.operators): "is not readable JSON",
+        str(bench.root / "mine.json"): "mine.json: not a pruning plan",
+    }
+    for plan, says in cases.items():
+        code = BROKEN_DATA if plan == str(bench.operators) else BAD_REQUEST
+        refused("solve", bench.store, "--plan", plan, "--out", tmp_path / "out", code=code, says=says)
+
+
+def test_too_many_layers_or_none(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    for number, says in ((6, "6"), (7, "7"), (0, "--remove"), (-1, "--remove"), ("x", "--remove")):
+        remove = ("--remove", number)
+        refused("plan", bench.model, *remove, "--no-measure", code=BAD_REQUEST, says=says)
+        refused("select", bench.store, *remove, code=BAD_REQUEST, says=says)
+        refused("select", bench.store, *remove, "--criterion", "shortgpt", code=BAD_REQUEST, says=says)
+        refused("recover", bench.model, *remove, *bench.capture, *out, code=BAD_REQUEST, says=says)
+    # The first and the last layer are not candidates of this criterion.
+    refused("select", bench.store, "--remove", 5, code=BAD_REQUEST, says="5")
+    both = ("--remove", 2, "--plan", "1:3")
+    refused("recover", bench.model, *both, *bench.capture, *out, code=BAD_REQUEST, says="not both")
+    refused("recover", bench.model, *bench.capture, *out, code=BAD_REQUEST, says="which plan")

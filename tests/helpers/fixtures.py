@@ -1,0 +1,55 @@
+"""Fixtures of several rooms that are expensive to make. Each is made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghoststream.stages.export import export
+from ghoststream.testing.models import TINY_CONFIGS
+from tests.helpers.command_bench import Bench, digests, last_line, make_bench, run
+from tests.helpers.recovered_models import examine, make_operators
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """What commands are given: models, stores, operators, plans. Do not write into it."""
+    return make_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def refused(bench: Bench, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Run a command that must fail as it should, and hold everything that exists against it."""
+    before = digests(bench.root)
+
+    def check(*arguments: object, code: int, says: str | tuple[str, ...]) -> str:
+        there = digests(tmp_path)
+        result = run(*arguments)
+        line = last_line(result.stderr)
+        assert result.exit_code == code, result.stderr
+        for part in (says,) if isinstance(says, str) else says:
+            assert part in line
+        after = digests(tmp_path)
+        assert {path: after.get(path) for path in there} == there, "something that existed was changed"
+        return line
+
+    yield check
+    assert digests(bench.root) == before
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> Any:
+    """Every family exported with the same operators: ``{model_type: folder}``. Do not write into them."""
+    root = tmp_path_factory.mktemp("recovered")
+    for model_type in TINY_CONFIGS:
+        export(tiny_checkpoint(model_type), make_operators(), root / model_type, max_shard_bytes=40_000)
+    return {model_type: root / model_type for model_type in TINY_CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def examined(exported: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a clean process found out about every folder; tensors are in ``FOLDER.out.safetensors``."""
+    return examine(list(exported.values()), tmp_path_factory.mktemp("home"))

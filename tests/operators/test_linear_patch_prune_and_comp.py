@@ -1,0 +1,168 @@
+"""LinearPatch in the rotated basis and Prune&Comp against their definitions; Hadamard matrices against theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import scipy.linalg
+
+from ghoststream.errors import RequestError
+from ghoststream.operators import make_operator, operator_names
+from ghoststream.spans import Span
+from ghoststream.stages.solve import solve
+from ghoststream.statistics import hadamard_factors, hadamard_matrix, reduce_boundaries, rotate
+from ghoststream.statistics.rotation import RotatedReducer
+from ghoststream.statistics.source import open_source
+from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+
+pytestmark = pytest.mark.unit
+SHAPE = (6, 10, 12)  # twelve channels: no power of two
+SPAN = Span(1, 3)
+Array = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def states() -> list[Hidden]:
+    made = random_states(4, SHAPE)
+    made[3][..., 2] *= 3.0  # a channel that grows much more than the others
+    return made
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> str:
+    folder = tmp_path_factory.mktemp("baselines") / "store"
+    return store_of(folder, states, mask=ragged_mask(*SHAPE[:2]))
+
+
+def scales(states: list[Hidden], turn: Array) -> Array:
+    """LinearPatch's code: per sequence mean_t |y H| / mean_t |x H|, mean over sequences."""
+    mask = ragged_mask(*SHAPE[:2])
+    found = [
+        np.abs(states[3][i][mask[i]].astype(np.float64) @ turn).mean(0)
+        / np.abs(states[1][i][mask[i]].astype(np.float64) @ turn).mean(0)
+        for i in range(SHAPE[0])
+    ]
+    result: Array = np.mean(found, axis=0)
+    return result
+
+
+def data(states: list[Hidden]) -> tuple[Array, Array]:
+    mask = ragged_mask(*SHAPE[:2])
+    return states[1][mask].astype(np.float64), states[3][mask].astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    "order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 48, 60, 64, 68, 76, 80, 84, 96, 144, 200, 256, 400, 576]
+)
+def test_hadamard_matrices_have_entries_of_one_size_and_orthogonal_rows(order: int) -> None:
+    found = hadamard_matrix(order) * np.sqrt(order)
+    np.testing.assert_allclose(np.abs(found), 1.0, atol=1e-12)
+    np.testing.assert_allclose(found @ found.T, order * np.eye(order), atol=1e-9)
+    whole: Array = np.eye(1)
+    for factor in hadamard_factors(order):
+        whole = np.kron(whole, factor).astype(np.float64)
+    np.testing.assert_allclose(found, whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 16, 512])
+def test_of_powers_of_two_they_are_sylvesters(order: int) -> None:
+    expected = scipy.linalg.hadamard(order) / np.sqrt(order)
+    np.testing.assert_allclose(hadamard_matrix(order), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "size", [576, 768, 896, 960, 1536, 2048, 2304, 2560, 2880, 3072, 3584, 4096, 5120, 6656, 7168, 8192]
+)
+def test_hidden_sizes_of_models_can_be_rotated(size: int) -> None:
+    states = np.random.default_rng(0).standard_normal((3, size))
+    turned = rotate(states)
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(states, axis=1))
+    np.testing.assert_allclose(turned @ turned.T, states @ states.T, atol=1e-8)
+    np.testing.assert_allclose(np.abs(rotate(np.eye(1, size))), 1 / np.sqrt(size))
+
+
+@pytest.mark.parametrize("size", [0, 3, 6, 10, 52, 92, 188])
+def test_sizes_without_a_known_matrix_are_refused_with_those_that_work(size: int) -> None:
+    with pytest.raises(
+        RequestError, match=rf"no Hadamard matrix of order {size} is known .* work are 576, 768"
+    ):
+        hadamard_factors(size)
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_before_the_work(tmp_path: Path) -> None:
+    uri = store_of(tmp_path / "store", random_states(2, (4, 5, 6)))
+    with pytest.raises(RequestError, match="no Hadamard matrix of order 6"):
+        solve(uri, "0:1", operator="linear-patch-rotated", out=tmp_path / "o.safetensors")
+    with pytest.raises(RequestError, match="reduce them without Grams"):
+        RotatedReducer((Span(0, 1),))
+
+
+def test_linear_patch_rotated_is_its_definition(uri: str, states: list[Hidden], tmp_path: Path) -> None:
+    made = solve(uri, "1:3", operator="linear-patch-rotated", out=tmp_path / "operators.safetensors")
+    (operator,) = made.boundaries
+    turn = hadamard_matrix(SHAPE[2])
+    x, y = data(states)
+    expected = x @ turn @ np.diag(scales(states, turn)) @ turn.T
+    assert (operator.form, operator.features) == ("linear", "hidden")
+    np.testing.assert_allclose(operator.apply(x), expected, rtol=1e-5, atol=1e-6)
+    residual = np.linalg.norm(expected - y) / np.linalg.norm(y - x)
+    assert operator.diagnostics["relative_residual"] == pytest.approx(residual, rel=1e-8)
+    assert operator.diagnostics["relative_residual_out_of_sample"] is not None
+    # Taking the scales in the basis of the model, as one published implementation does, is another map.
+    unturned = x @ turn @ np.diag(scales(states, np.eye(SHAPE[2]))) @ turn.T
+    assert np.linalg.norm(unturned - expected) > 0.01 * np.linalg.norm(expected)
+
+
+def test_rotated_statistics_are_those_of_rotated_states(
+    uri: str, states: list[Hidden], tmp_path: Path
+) -> None:
+    turned = [rotate(part.reshape(-1, SHAPE[2]).astype(np.float64)).reshape(SHAPE) for part in states]
+    other = store_of(tmp_path / "store", turned, mask=ragged_mask(*SHAPE[:2]))
+    for weights in ("uniform", "relative"):
+        found, expected = (
+            reduce_boundaries(place, [SPAN], grams=False, rotated=rotated, weights=weights)[SPAN].total()
+            for place, rotated in ((uri, True), (other, False))
+        )
+        for name, array in expected.state.arrays.items():
+            np.testing.assert_allclose(found.state.arrays[name], array, rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+def test_rotated_statistics_stay_within_the_stated_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    hidden = 192
+    source = open_source(store_of(tmp_path / "store", random_states(2, (16, 128, hidden))))
+    reducer = RotatedReducer((Span(0, 2),), grams=False, block_tokens=512)
+    reducer.reduce(source, 0, 4)
+    tracemalloc.start()
+    try:
+        reducer.reduce(source, 0, 16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.1 * reducer.task_bytes(hidden, 128)
+
+
+def test_prune_and_comp_is_one_scale_the_mean_of_all_ratios(
+    uri: str, states: list[Hidden], tmp_path: Path
+) -> None:
+    made = solve(uri, "1:3", operator="prune-and-comp", out=tmp_path / "operators.safetensors")
+    (operator,) = made.boundaries
+    factor = scales(states, np.eye(SHAPE[2])).mean()
+    x, y = data(states)
+    assert operator.form == "diagonal"
+    np.testing.assert_allclose(operator.apply(x), factor * x, rtol=1e-6)
+    residual = np.linalg.norm(factor * x - y) / np.linalg.norm(y - x)
+    assert operator.diagnostics["relative_residual"] == pytest.approx(residual, rel=1e-8)
+
+
+def test_the_command_line_knows_every_family_that_comes_with_the_library() -> None:
+    from ghoststream.cli.options import OPERATORS
+
+    own = {name for name in operator_names() if not name.endswith("for-a-test")}
+    assert own - {"mean-gap"} <= set(OPERATORS)
+    for name in OPERATORS:
+        make_operator(name)

@@ -1,0 +1,214 @@
+"""ReplaceMe against its definition: closed form by lstsq, gradients and steps by hand in numpy, on whole data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from ghoststream.errors import RequestError
+from ghoststream.operators import OperatorOptions, make_operator, replace_me_cosine
+from ghoststream.spans import Span
+from ghoststream.statistics import FoldedMoments, TapSource
+from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+
+pytestmark = pytest.mark.unit
+S, T, C = 10, 12, 6
+SPAN = Span(2, 4)
+MASK = ragged_mask(S, T)
+
+
+@pytest.fixture(scope="module")
+def states() -> list[Hidden]:
+    return random_states(5, (S, T, C))
+
+
+@pytest.fixture(scope="module")
+def contribution() -> Hidden:
+    return np.random.default_rng(7).standard_normal((S, T, C)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory, states: list[Hidden], contribution: Hidden
+) -> tuple[str, TapSource]:
+    root = tmp_path_factory.mktemp("replace-me")
+    uri = store_of(root / "store", states, mask=MASK)
+    taps = store_of(root / "taps", {SPAN.start - 1: contribution}, mask=MASK, n_layers=5)
+    return uri, TapSource(taps, C)
+
+
+def reduced(name: str, places: tuple[str, TapSource], folds: int = 2, **options: object) -> FoldedMoments:
+    from ghoststream.statistics import reduce_boundaries
+
+    family = make_operator(name, OperatorOptions(**options))  # type: ignore[arg-type]
+    reduce = getattr(family, "reduce", reduce_boundaries)
+    found = reduce(places[0], [SPAN], feature="mlp_output", taps=places[1], folds=folds, range_sequences=1)
+    moments: FoldedMoments = found[SPAN]
+    return moments
+
+
+def problem(states: list[Hidden], contribution: Hidden) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``M``, ``Y`` and ``h[stop]`` of the paper, for all tokens."""
+    m, x, target = (one[MASK].astype(np.float64) for one in (contribution, states[2], states[4]))
+    return m, x - m, target
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_least_squares_is_equation_5(
+    alpha: float | None, places: tuple[str, TapSource], states: list[Hidden], contribution: Hidden
+) -> None:
+    family = make_operator("replace-me-ls", OperatorOptions(ridge=alpha))
+    operator = family.fit(reduced("replace-me-ls", places))
+    m, y, target = problem(states, contribution)
+    ridge = alpha or 0.0
+    rows = np.vstack([m, np.sqrt(ridge) * np.eye(C)])
+    transform = np.linalg.lstsq(rows, np.vstack([target - y, np.zeros((C, C))]))[0]
+    assert operator.weight is not None
+    assert (operator.features, operator.bias) == ("mlp_output", None)
+    np.testing.assert_allclose(operator.weight.T + np.eye(C), transform, atol=1e-6)
+    np.testing.assert_allclose(operator.apply(m + y, m), m @ transform + y, atol=1e-5)
+    missed = np.linalg.norm(m @ transform + y - target) / np.linalg.norm(target - m - y)
+    assert operator.diagnostics["relative_residual"] == pytest.approx(missed, rel=1e-6)
+    assert operator.diagnostics["relative_residual_out_of_sample"] > missed
+
+
+def loss_and_gradient(
+    transform: np.ndarray, m: np.ndarray, y: np.ndarray, target: np.ndarray, *, whole: bool
+) -> tuple[float, np.ndarray]:
+    """``mean(1 - cos)`` and its derivative by the map, written out."""
+    predicted = m @ transform + (y if whole else 0.0)
+    wanted = target if whole else target - y
+    length = np.linalg.norm(predicted, axis=1, keepdims=True)
+    wanted = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+    direction = predicted / length
+    cosine = (direction * wanted).sum(1, keepdims=True)
+    slope = -(wanted - cosine * direction) / length / len(m)
+    return float(1.0 - cosine.mean()), m.T @ slope
+
+
+def flat_objective(m: np.ndarray, y: np.ndarray, target: np.ndarray, *, whole: bool) -> tuple[Any, Any]:
+    """The same as functions of a vector."""
+
+    def loss(flat: np.ndarray) -> float:
+        return loss_and_gradient(flat.reshape(C, C), m, y, target, whole=whole)[0]
+
+    def gradient(flat: np.ndarray) -> np.ndarray:
+        return loss_and_gradient(flat.reshape(C, C), m, y, target, whole=whole)[1].ravel()
+
+    return loss, gradient
+
+
+def adam(
+    m: np.ndarray, y: np.ndarray, target: np.ndarray, *, whole: bool, steps: int, rate: float
+) -> np.ndarray:
+    """Kingma and Ba 2015, algorithm 1, from the identity, on all tokens at once."""
+    transform, first, second = np.eye(C), np.zeros((C, C)), np.zeros((C, C))
+    for step in range(1, steps + 1):
+        _, gradient = loss_and_gradient(transform, m, y, target, whole=whole)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        transform -= rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+    return transform
+
+
+@pytest.mark.parametrize(("name", "whole"), [("replace-me-cosine", False), ("replace-me-cosine-whole", True)])
+def test_cosine_takes_the_steps_of_adam_on_its_objective(
+    name: str,
+    whole: bool,
+    places: tuple[str, TapSource],
+    states: list[Hidden],
+    contribution: Hidden,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replace_me_cosine, "LEARNING_RATE", 1e-2)
+    operator = make_operator(name).fit(reduced(name, places))
+    m, y, target = problem(states, contribution)
+    # 1,024 tokens are more than there are: each epoch is one step on all of them.
+    expected = adam(m, y, target, whole=whole, steps=10, rate=1e-2)
+    assert operator.weight is not None
+    np.testing.assert_allclose(operator.weight.T + np.eye(C), expected, atol=2e-5)
+    before, _ = loss_and_gradient(np.eye(C), m, y, target, whole=whole)
+    after, _ = loss_and_gradient(expected, m, y, target, whole=whole)
+    assert operator.diagnostics["cosine_distance"] == pytest.approx(after, abs=1e-6)
+    assert after < before
+    assert operator.diagnostics["cosine_distance_out_of_sample"] > 0
+
+
+def test_the_gradient_above_is_the_derivative(states: list[Hidden], contribution: Hidden) -> None:
+    for whole in (False, True):
+        loss, gradient = flat_objective(*problem(states, contribution), whole=whole)
+        assert scipy.optimize.check_grad(loss, gradient, np.eye(C).ravel() + 0.1) < 1e-6
+
+
+def test_many_small_steps_reach_the_minimum_that_lbfgs_finds(
+    places: tuple[str, TapSource],
+    states: list[Hidden],
+    contribution: Hidden,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replace_me_cosine, "LEARNING_RATE", 2e-2)
+    monkeypatch.setattr(replace_me_cosine, "EPOCHS", 40)
+    monkeypatch.setattr(replace_me_cosine, "BATCH_TOKENS", 32)
+    name = "replace-me-cosine-whole"
+    moments = reduced(name, places, folds=0)
+    first = make_operator(name, OperatorOptions(seed=1)).fit(moments)
+    loss, gradient = flat_objective(*problem(states, contribution), whole=True)
+    best = scipy.optimize.minimize(loss, np.eye(C).ravel(), jac=gradient, method="L-BFGS-B")
+    assert first.diagnostics["cosine_distance"] == pytest.approx(best.fun, rel=5e-2)
+    assert first.diagnostics["cosine_distance"] >= best.fun - 1e-6
+    monkeypatch.setattr(replace_me_cosine, "EPOCHS", 2)
+    one, same, other = (make_operator(name, OperatorOptions(seed=seed)).fit(moments) for seed in (1, 1, 2))
+    assert one.weight is not None
+    assert same.weight is not None
+    assert other.weight is not None
+    np.testing.assert_array_equal(one.weight, same.weight)
+    assert not np.array_equal(one.weight, other.weight)
+
+
+def test_tokens_count_by_their_weights(
+    places: tuple[str, TapSource],
+    states: list[Hidden],
+    contribution: Hidden,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replace_me_cosine, "EPOCHS", 1)
+    family = make_operator("replace-me-cosine")
+    found = family.reduce(  # type: ignore[attr-defined]
+        places[0],
+        [SPAN],
+        feature="mlp_output",
+        taps=places[1],
+        weights="relative",
+        folds=0,
+        range_sequences=1,
+    )[SPAN]
+    matrix = np.zeros((C, C))
+    m, y, target = problem(states, contribution)
+    weights = 1.0 / np.square(target).sum(1)
+    wanted = target - y
+    cosine = (m * wanted).sum(1) / np.linalg.norm(m, axis=1) / np.linalg.norm(wanted, axis=1)
+    expected = float(weights @ (1.0 - cosine) / weights.sum())
+    rows = found.rows
+    assert family.distance(rows, rows.sequences(), matrix) == pytest.approx(expected)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["replace-me-ls", "replace-me-cosine"])
+def test_options_that_it_is_defined_without_are_refused(name: str) -> None:
+    for options in (
+        OperatorOptions(features="mlp"),
+        OperatorOptions(intercept=True),
+        OperatorOptions(rank=3),
+        OperatorOptions(ridge="auto"),
+        OperatorOptions(solver="tsqr"),
+        OperatorOptions(sketch_size=4),
+        OperatorOptions(per_layer=True),
+    ):
+        with pytest.raises(RequestError, match=name):
+            make_operator(name, options)
+    with pytest.raises(RequestError, match="has no ridge"):
+        make_operator("replace-me-cosine", OperatorOptions(ridge=1.0))
+    with pytest.raises(RequestError, match="has nothing random"):
+        make_operator("replace-me-ls", OperatorOptions(seed=1))

@@ -1,0 +1,232 @@
+"""Operators on normed features: the exported checkpoint, the lane and the formula compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ghoststream.checkpoint import architecture_of
+from ghoststream.operators import BoundaryOperator, OperatorOptions, OperatorSet
+from ghoststream.recovery import build_ghost, load_recovered
+from ghoststream.recovery.modeling_ghosted import GhostOperator
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.export import export
+from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.solve import solve
+
+pytestmark = pytest.mark.integration
+HIDDEN, EPSILON = 32, 1e-5
+PLAN = PruningPlan.parse(6, "1:2 4:6")
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+CHILD = r"""
+import json, sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+assert "ghoststream" not in sys.modules
+folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32
+)
+found = [str(key) for keys in info.values() for key in (keys or ())]
+with torch.no_grad():
+    save_file({"logits": model.eval()(ids).logits.contiguous()}, folder + ".out.safetensors")
+print(json.dumps(found))
+"""
+
+
+def operators(bias: bool = True) -> OperatorSet:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Any:
+        return (rng.standard_normal(shape) * 0.1).astype(np.float32)
+
+    first, second = PLAN.spans
+    return OperatorSet(
+        PLAN,
+        "random",
+        (
+            BoundaryOperator(
+                first, "linear", "normed", draw(HIDDEN, HIDDEN), draw(HIDDEN), norm_epsilon=EPSILON
+            ),
+            BoundaryOperator(
+                second, "linear", "hidden+normed", draw(HIDDEN, 2 * HIDDEN), norm_epsilon=EPSILON
+            ),
+        ),
+        HIDDEN,
+    )
+
+
+def formula(operator: BoundaryOperator, states: torch.Tensor) -> torch.Tensor:
+    """The map in float64, by its definition."""
+    x = states.double()
+    normed = x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt()
+    read = normed if operator.features == "normed" else torch.cat((x, normed), -1)
+    assert operator.weight is not None
+    y = x + read @ torch.from_numpy(operator.weight).double().T
+    return y if operator.bias is None else y + torch.from_numpy(operator.bias)
+
+
+def test_the_module_computes_the_formula_and_so_does_numpy() -> None:
+    states = torch.randn(3, 5, HIDDEN, generator=torch.Generator().manual_seed(0)) * 3
+    for operator in operators().boundaries:
+        expected = formula(operator, states)
+        with torch.no_grad():
+            found = build_ghost(operator, dtype=torch.float32)(states)
+            coarse = build_ghost(operator, dtype=torch.bfloat16)(states.bfloat16())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(coarse.double(), expected, rtol=0.03, atol=0.1)
+        np.testing.assert_allclose(operator.apply(states.double().numpy()), expected.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_export_loads_strictly_without_ghoststream_and_equals_hooks_on_the_original(
+    model_type: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made, out = operators(), tmp_path / "out"
+    export(tiny_checkpoint(model_type), made, out)
+    home = tmp_path / "home"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", CHILD, str(out), json.dumps(IDS.tolist())],
+        env=os.environ | {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(model_type), dtype=torch.float32).eval()
+    family = architecture_of(model.config)
+    layers = model.get_submodule(family.layers_path)
+    for layer in PLAN.removed:
+        layers[layer].forward = lambda hidden_states, *_, **__: hidden_states
+    for operator, place in zip(
+        made.boundaries, (layers[2], model.get_submodule(family.final_norm_path)), strict=True
+    ):
+        place.register_forward_pre_hook(_hook(operator))
+    with torch.no_grad():
+        expected = model(IDS).logits
+    found = load_file(f"{out}.out.safetensors")["logits"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    recovered = load_recovered(out)
+    assert recovered is not None
+    for mine, theirs in zip(made.boundaries, recovered.operators.boundaries, strict=True):
+        assert mine.to_json() == theirs.to_json()
+        assert mine.weight is not None
+        assert theirs.weight is not None
+        assert (mine.weight == theirs.weight).all()
+
+
+def _hook(operator: BoundaryOperator) -> Any:
+    def apply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (formula(operator, args[0]).float(), *args[1:])
+
+    return apply
+
+
+@pytest.mark.parametrize("features", ["normed", "hidden+normed"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_from_text_to_a_lane_that_equals_the_export(
+    model_type: str, features: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tiny_checkpoint(model_type)
+    ids = np.random.default_rng(0).integers(3, 100, (8, 16)).astype(np.int32)
+    np.save(tmp_path / "ids.npy", ids)
+    text = f"ids:{tmp_path / 'ids.npy'}"
+    capture(root, calibration=text, sequences=8, length=16, store=tmp_path / "store")
+    made = solve(
+        tmp_path / "store",
+        PLAN,
+        operator="least-squares",
+        options=OperatorOptions(features=features, intercept=True),
+        weights="relative",
+        out=tmp_path / "operators.safetensors",
+    )
+    assert made.metadata["recipe"]["features"] == features
+    expected = ModelSession(root, ModelOptions()).norm_epsilon
+    assert [operator.norm_epsilon for operator in made.boundaries] == [expected, expected]
+    export(root, made, tmp_path / "out")
+    lane = evaluate([root, tmp_path / "operators.safetensors"], text=text, length=16, sequences=4)
+    alone = evaluate([tmp_path / "out"], text=text, length=16, sequences=4)
+    assert lane.rows[1].losses.sequence_losses == alone.rows[0].losses.sequence_losses
+
+
+@pytest.mark.parametrize(
+    ("model_type", "epsilon"),
+    [("llama", 1e-6), ("olmo2", 1e-5), ("gemma2", 1e-6), ("opt", 1e-5), ("gpt2", 1e-5)],
+)
+def test_the_epsilon_is_that_of_the_models_own_norm(
+    model_type: str, epsilon: float, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    assert ModelSession(tiny_checkpoint(model_type), ModelOptions()).norm_epsilon == epsilon
+
+
+def test_a_module_without_its_epsilon_or_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs norm_epsilon"):
+        GhostOperator(4, features="normed")
+    for form, features in (("diagonal", "normed"), ("linear", "mlp")):
+        with pytest.raises(ValueError, match="unknown to this modelling file"):
+            GhostOperator(4, form, features, norm_epsilon=1e-5)
+
+
+def test_the_command_line_passes_every_option_on(tiny_llama: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from ghoststream.cli import main
+
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 100, (8, 16)).astype(np.int32))
+    text = ("--calibration", f"ids:{tmp_path / 'ids.npy'}", "--sequences", 8, "--length", 16)
+    done = run(
+        *("recover", tiny_llama, "--plan", "1:3", *text, "--out", tmp_path / "out"),
+        *("--operator", "least-squares", "--features", "hidden+normed", "--weights", "drop_sinks"),
+    )
+    assert done.exit_code == 0, done.stderr
+    recovered = load_recovered(tmp_path / "out")
+    assert recovered is not None
+    assert recovered.operators.boundaries[0].features == "hidden+normed"
+    assert recovered.operators.metadata["recipe"]["weights"] == "drop_sinks"
+    assert "drop_sinks" in (tmp_path / "out" / "README.md").read_text()
+    store = tmp_path / "out.work" / "store"
+    assert (tmp_path / "out.work" / "least-squares-hidden+normed-drop_sinks-1-3.safetensors").is_file()
+    solved = run(
+        *(
+            "solve",
+            store,
+            "--plan",
+            "1:3",
+            "--out",
+            tmp_path / "o.safetensors",
+            "--operator",
+            "least-squares",
+        ),
+        *("--features", "normed", "--ridge", "0.01", "--intercept", "--rank", 4, "--weights", "relative"),
+    )
+    assert solved.exit_code == 0, solved.stderr
+    recipe = OperatorSet.load(tmp_path / "o.safetensors").metadata["recipe"]
+    assert [recipe[key] for key in ("features", "eps", "intercept", "rank", "weights")] == [
+        *("normed", 0.01, True, 4, "relative")
+    ]
+    for wrong in ("-1", "much", "inf", "nan"):
+        refused = run("solve", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", wrong)
+        assert refused.exit_code == 2
+        assert "is no ridge; give a number of at least 0, for example 1e-6, auto or gcv" in refused.stderr
+    refused = run("solve", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", "auto")
+    assert "ghost is defined without a ridge chosen by folds" in refused.stderr

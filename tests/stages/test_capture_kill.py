@@ -1,0 +1,110 @@
+"""SIGKILL while `capture` and `recover` run: the same command again ends with the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.faults
+_REPOSITORY = Path(__file__).parents[2]
+_PARTS = 10
+_KILLER = _REPOSITORY / "tests/helpers/command_killer.py"
+_VARIANTS = {
+    "all": (),
+    "narrower": ("--store-dtype", "bfloat16"),
+    "some": ("--layers", "2,5"),
+    # 6.5 KiB more than the pass itself needs, where its states take 10 KiB.
+    "some-narrower-on-disk": ("--layers", "1,4", "--store-dtype", "float16", "--host-memory", "200KiB"),
+}
+_FAST = ("all", "narrower", "some-narrower-on-disk")
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Text specification of 5 random sequences of 16 tokens: three micro-batches."""
+    path = tmp_path_factory.mktemp("text") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(3, 128, size=(5, 16), dtype=np.int32))
+    return f"ids:{path}"
+
+
+def _kill(root: Path, choice: dict[str, int], **jobs: tuple[object, ...]) -> dict[str, Any]:
+    texts = {name: [str(part) for part in arguments] for name, arguments in jobs.items()}
+    finished = subprocess.run(
+        [sys.executable, str(_KILLER), str(root), json.dumps(choice), json.dumps(texts)],
+        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    results: dict[str, Any] = json.loads(finished.stdout)
+    return results
+
+
+def _capture(model: Path, ids: str, variant: str) -> tuple[object, ...]:
+    text = ("--calibration", ids, "--sequences", 5, "--length", 16, "--micro-batch", 2)
+    return ("capture", model, *text, "--store", "{work}/store", *_VARIANTS[variant])
+
+
+PAPER = ("--criterion", "streamline", "--operator", "ghost")
+
+
+def _recover(model: Path, ids: str) -> tuple[object, ...]:
+    text = ("--calibration", ids, "--sequences", 5, "--length", 16, "--micro-batch", 2)
+    return ("recover", model, *text, "--remove", 2, *PAPER, "--out", "{work}/out")
+
+
+def _require_survived(result: dict[str, Any]) -> None:
+    for run in result["killed"]:
+        where = f"killed before {run['operation']}"
+        assert run["died"], where
+        assert run["exit_code"] == 0, where
+        assert run["files"] == result["whole"], where
+        first, second = run["layers"]
+        repeated = len(first) + len(second) - len(result["layers"])
+        assert repeated in {0, 1}, f"{where}: computed {first}, then {second}"
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_llama: Path, ids: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of commands that were killed at one operation of every kind, and at the very last."""
+    jobs = {variant: _capture(tiny_llama, ids, variant) for variant in _FAST}
+    jobs["recover"] = _recover(tiny_llama, ids)
+    return _kill(tmp_path_factory.mktemp("killed") / "runs", {"count": 1}, **jobs)
+
+
+@pytest.mark.parametrize("variant", _FAST)
+def test_killed_capture_ends_with_identical_files(variant: str, killed: dict[str, Any]) -> None:
+    result = killed[variant]
+    _require_survived(result)
+    kinds = {run["operation"][1] for run in result["killed"]}
+    assert kinds >= {"_through_layer", "put", "replace", "fsync"}
+    assert ("close" in kinds) == variant.endswith("on-disk")
+    assert "store/manifest.json" in result["whole"]
+    assert not any("scratch" in name for name in result["whole"])
+
+
+def test_killed_recovery_ends_with_identical_files(killed: dict[str, Any]) -> None:
+    result = killed["recover"]
+    _require_survived(result)
+    assert {run["operation"][0] for run in result["killed"]} == {"capture", "select", "solve", "export"}
+    assert {"out/config.json", "out/SHA256SUMS", "out.work/store/manifest.json"} <= set(result["whole"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(_PARTS))
+@pytest.mark.parametrize("variant", [*_VARIANTS, "recover"])
+def test_killed_at_every_operation(
+    variant: str, part: int, tiny_llama: Path, ids: str, tmp_path: Path
+) -> None:
+    job = _recover(tiny_llama, ids) if variant == "recover" else _capture(tiny_llama, ids, variant)
+    result = _kill(tmp_path / "runs", {"every": _PARTS, "first": part}, job=job)["job"]
+    _require_survived(result)
+    assert len(result["killed"]) >= result["operations"] // _PARTS

@@ -1,0 +1,91 @@
+"""SIGKILL at many moments of a distillation; the same request then ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ghoststream.operators import OperatorSet
+from ghoststream.stages.distillation.distill import distill
+from ghoststream.stages.repair.fit import fit
+from ghoststream.testing.models import save_tiny
+
+pytestmark = pytest.mark.faults
+STEPS = 4
+
+
+def run(root: Path, out: Path) -> OperatorSet:
+    return distill(
+        root / "model",
+        root / "operators.safetensors",
+        calibration=f"ids:{root / 'ids.npy'}",
+        out=out,
+        sequences=8,
+        length=12,
+        steps=STEPS,
+        batch=2,
+        micro_batch=2,
+        top=10,
+    )
+
+
+def die(root: Path, out: Path, number: int, when: str) -> int:
+    """Distil in a process that kills itself before or after its n-th rename; return how it ended."""
+    child = os.fork()
+    if child == 0:
+        replace, count = Path.replace, 0
+
+        def counted(self: Path, target: Path) -> Any:
+            nonlocal count
+            count += 1
+            if (count, when) == (number, "before"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = replace(self, target)
+            if (count, when) == (number, "after"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        try:
+            Path.replace = counted  # type: ignore[assignment,method-assign]
+            run(root, out)
+        except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on
+            traceback.print_exc()
+        os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.soak
+def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(8, 12)))
+    text = f"ids:{tmp_path / 'ids.npy'}"
+    fit(
+        tmp_path / "model",
+        "1:2 3:5",
+        calibration=text,
+        sequences=8,
+        length=12,
+        operator="ghost",
+        out=tmp_path / "operators.safetensors",
+    )
+    whole = tmp_path / "whole" / "trained.safetensors"
+    whole.parent.mkdir()
+    run(tmp_path, whole)
+    # What the dense model gave (1), the state before the first step (2) and after each one (3 to 6), the result (7).
+    renames = STEPS + 3
+    for number in range(1, renames + 1):
+        for when in ("before", "after"):
+            out = tmp_path / f"{number}-{when}" / whole.name
+            out.parent.mkdir()
+            assert die(tmp_path, out, number, when) == -signal.SIGKILL
+            assert out.exists() == ((number, when) == (renames, "after"))
+            run(tmp_path, out)
+            assert out.read_bytes() == whole.read_bytes()
+            assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert die(tmp_path, tmp_path / "unharmed.safetensors", renames + 1, "before") == 99

@@ -1,0 +1,175 @@
+"""Sequential fit: the first operator is solve's, later ones are fitted on the stream repaired so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ghoststream.errors import OutputExistsError, PlanError
+from ghoststream.operators import OperatorOptions, OperatorSet
+from ghoststream.recovery import build_ghost
+from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.export import export
+from ghoststream.stages.repair.fit import fit
+from ghoststream.stages.solve import solve
+from ghoststream.testing.models import save_tiny, tiny_model
+
+pytestmark = pytest.mark.integration
+S, T, C = 12, 24, 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("fit") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
+    return f"ids:{path}"
+
+
+def test_one_span_is_what_solve_fits(model: Path, text: str, tmp_path: Path) -> None:
+    capture(model, calibration=text, sequences=S, length=T, micro_batch=2, store=tmp_path / "store")
+    solved = solve(tmp_path / "store", "2:4", out=tmp_path / "solved.safetensors").boundaries[0]
+    fitted = fit(
+        model,
+        "2:4",
+        calibration=text,
+        sequences=S,
+        length=T,
+        micro_batch=2,
+        operator="ghost",
+        out=tmp_path / "fitted.safetensors",
+    ).boundaries[0]
+    assert solved.weight is not None
+    assert fitted.weight is not None
+    assert np.array_equal(fitted.weight, solved.weight)
+    assert fitted.diagnostics == solved.diagnostics
+
+
+@pytest.mark.parametrize("features", ["hidden", "hidden+mlp"])
+def test_on_dense_states_all_operators_are_those_of_solve(
+    features: str, model: Path, text: str, tmp_path: Path
+) -> None:
+    capture(model, calibration=text, sequences=S, length=T, micro_batch=2, store=tmp_path / "store")
+    solved = solve(
+        tmp_path / "store",
+        "1:2 3:5",
+        operator="least-squares",
+        options=OperatorOptions(features=features),
+        model=model,
+        out=tmp_path / "solved.safetensors",
+    )
+    fitted = fit(
+        model,
+        "1:2 3:5",
+        calibration=text,
+        sequences=S,
+        length=T,
+        micro_batch=2,
+        operator="least-squares",
+        options=OperatorOptions(features=features),
+        inputs="dense",
+        out=tmp_path / "fitted.safetensors",
+    )
+    for one, other in zip(fitted.boundaries, solved.boundaries, strict=True):
+        assert one.weight is not None
+        assert other.weight is not None
+        assert np.array_equal(one.weight, other.weight)
+        assert one.diagnostics == other.diagnostics
+
+
+def _resident_states(
+    text: str, removed: tuple[int, ...], edits: dict[int, torch.nn.Module]
+) -> dict[int, np.ndarray]:
+    """What enters each layer of a resident model without some layers, operators in front of others."""
+    resident = tiny_model("llama")
+    seen: dict[int, np.ndarray] = {}
+    for position, module in enumerate([*resident.model.layers, resident.model.norm]):
+        if position in removed:
+            module.forward = lambda states, *_a, **_k: states
+
+        def hook(_: object, args: tuple[torch.Tensor, ...], position: int = position) -> object:
+            states = edits[position](args[0]) if position in edits else args[0]
+            seen[position] = states.double().reshape(-1, C).numpy()
+            return (states, *args[1:])
+
+        module.register_forward_pre_hook(hook)
+    tokens = torch.from_numpy(np.load(text.removeprefix("ids:")))
+    with torch.inference_mode():
+        resident(input_ids=tokens, use_cache=False)
+    return seen
+
+
+def test_the_second_operator_is_the_least_squares_fit_on_the_repaired_stream(
+    model: Path, text: str, tmp_path: Path
+) -> None:
+    operators = fit(
+        model,
+        "1:2 3:5",
+        calibration=text,
+        sequences=S,
+        length=T,
+        micro_batch=S,
+        operator="ghost",
+        out=tmp_path / "ops.safetensors",
+    )
+    first, second = operators.boundaries
+    dense = _resident_states(text, (), {})
+    half = _resident_states(text, (1,), {2: build_ghost(first, dtype=torch.float32)})
+    inputs, gap = half[3], dense[5] - half[3]
+    expected = np.linalg.lstsq(inputs, gap, rcond=None)[0]
+    assert second.weight is not None
+    found = np.linalg.norm(gap - inputs @ second.weight.T.astype(np.float64))
+    assert found == pytest.approx(np.linalg.norm(gap - inputs @ expected), rel=1e-4)
+    # Fitted on the dense stream it would be another one.
+    merged = np.linalg.lstsq(dense[3], dense[5] - dense[3], rcond=None)[0]
+    assert np.linalg.norm(gap - inputs @ merged) > 1.001 * found
+
+
+@pytest.mark.parametrize(
+    "changed", [{"shrink": "zero"}, {"solver": "tsqr"}, {"intercept": True}, {"rank": 3}]
+)
+def test_every_option_of_the_operator_makes_another_request(
+    changed: dict[str, Any], model: Path, text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "ops.safetensors"
+
+    def fitted(options: OperatorOptions) -> OperatorSet:
+        return fit(
+            model,
+            "1:2",
+            calibration=text,
+            sequences=S,
+            length=T,
+            operator="least-squares",
+            options=options,
+            out=out,
+        )
+
+    fitted(OperatorOptions(ridge=1e-3))
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
+        fitted(OperatorOptions(ridge=1e-3, **changed))
+
+
+def test_the_file_is_used_like_any_other(model: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "ops.safetensors"
+    settings: dict[str, Any] = {"calibration": text, "sequences": S, "length": T, "operator": "ghost"}
+    fit(model, "1:2 3:5", out=out, **settings)
+    export(model, out, tmp_path / "recovered")
+    report = evaluate([model, out, tmp_path / "recovered"], text=text, length=T)
+    assert report.rows[1].loss == report.rows[2].loss
+    assert {row.passes for row in report.rows} == {0}
+    again = fit(model, "1:2 3:5", out=out, **settings)
+    assert again.plan.n_removed == 3
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
+        fit(model, "1:2", out=out, **settings)
+    with pytest.raises(PlanError):
+        fit(model, "4:9", out=tmp_path / "other.safetensors", **settings)

@@ -1,0 +1,227 @@
+"""``inspect`` and ``verify`` on every artifact, sound and broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ghoststream.errors import ArtifactError, CheckpointError, InputNotFoundError, RequestError
+from ghoststream.evaluation.tasks import TaskMetric, TaskResult, TaskRow
+from ghoststream.files import write_sums
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.artifacts import Kind, identify
+from ghoststream.stages.inspect import flatten, inspect_path
+from ghoststream.stages.searching.result import SearchResult
+from ghoststream.stages.verify import verify_path
+
+pytestmark = pytest.mark.unit
+PLAN = {"n_layers": 6, "spans": [[1, 3]]}
+
+
+def _write(path: Path, data: Any) -> Path:
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def checkpoint(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
+
+
+def test_checkpoint(tiny_llama: Path) -> None:
+    report = inspect_path(tiny_llama)
+    assert report.kind == "checkpoint"
+    assert report.facts["architecture"] == "llama"
+    assert report.facts["layers"] == 6
+    assert report.facts["shards"] == len(list(tiny_llama.glob("*.safetensors")))
+    assert verify_path(tiny_llama).sound
+
+
+def test_truncated_checkpoint(checkpoint: Path) -> None:
+    shard = sorted(checkpoint.glob("*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    report = verify_path(checkpoint)
+    assert not report.sound
+    assert shard.name in report.problems[0]
+    with pytest.raises(CheckpointError, match="truncated"):
+        inspect_path(checkpoint)
+
+
+def test_checkpoint_without_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    assert verify_path(checkpoint).problems == (f"{checkpoint / 'config.json'} is missing",)
+    with pytest.raises(CheckpointError, match=r"no config\.json: .* copy it again"):
+        inspect_path(checkpoint)
+
+
+def test_recovered_checkpoint(checkpoint: Path) -> None:
+    _write(checkpoint / "ghoststream.json", {"plan": PLAN, "base": {"digest": "sha256:00"}})
+    write_sums(checkpoint)
+    report = inspect_path(checkpoint)
+    assert report.kind == "recovered checkpoint"
+    assert report.facts["removed"] == "[1,3) (2 of 6 layers)"
+    assert ("base.digest", "sha256:00") in report.tables[0].rows
+    assert verify_path(checkpoint).sound
+
+
+def test_recovered_checkpoint_with_flipped_bit(checkpoint: Path) -> None:
+    _write(checkpoint / "ghoststream.json", {"plan": PLAN})
+    write_sums(checkpoint)
+    shard = min(checkpoint.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    report = verify_path(checkpoint)
+    assert [shard.name in problem for problem in report.problems] == [True]
+
+
+def test_recovered_checkpoint_with_missing_parts(checkpoint: Path) -> None:
+    _write(checkpoint / "ghoststream.json", {"plan": {"n_layers": 6}})
+    min(checkpoint.glob("*.safetensors")).unlink()
+    problems = verify_path(checkpoint).problems
+    assert len(problems) == 3
+    assert "SHA256SUMS is missing" in problems[0]
+    assert "not a pruning plan" in problems[1]
+    assert "is missing from" in problems[2]
+
+
+def test_provenance_that_is_no_object(checkpoint: Path) -> None:
+    _write(checkpoint / "ghoststream.json", [1])
+    with pytest.raises(ArtifactError, match=r"does not hold a JSON object; export the checkpoint again"):
+        inspect_path(checkpoint)
+    assert not verify_path(checkpoint).sound
+
+
+def test_plain_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(3, 4)}, path)
+    report = inspect_path(path)
+    assert report.kind == "safetensors file"
+    assert report.facts["parameters"] == 12
+    assert verify_path(path).sound
+
+
+def test_operators_metadata_that_is_no_json(tmp_path: Path) -> None:
+    path = tmp_path / "operators.safetensors"
+    save_file({"a": torch.zeros(2)}, path, metadata={"ghoststream": "{"})
+    assert identify(path) is Kind.OPERATORS
+    with pytest.raises(ArtifactError, match=r"metadata is not JSON .* run `ghoststream solve` again"):
+        inspect_path(path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_pruning_plan(tmp_path: Path, *, wrapped: bool) -> None:
+    path = _write(tmp_path / "plan.json", {"plan": PLAN, "criterion": "streamline"} if wrapped else PLAN)
+    report = inspect_path(path)
+    assert report.kind == "pruning plan"
+    assert report.facts["removes"] == "[1,3) (2 of 6 layers)"
+    assert report.facts["keeps"] == "0, 3, 4, 5"
+    assert len(report.tables) == int(wrapped)
+    assert verify_path(path).sound
+
+
+def test_pruning_plan_that_cannot_be(tmp_path: Path) -> None:
+    path = _write(tmp_path / "plan.json", {"n_layers": 2, "spans": [[0, 2]]})
+    assert "at least one must survive" in verify_path(path).problems[0]
+
+
+def test_run_plan(tiny_llama: Path, tmp_path: Path) -> None:
+    from ghoststream.stages.planning.plan import plan_run
+
+    path = _write(tmp_path / "run.json", plan_run(tiny_llama, n_remove=1, measure=False).to_json())
+    report = inspect_path(path)
+    assert report.kind == "run plan"
+    assert report.facts["model.n_layers"] == 6
+    assert verify_path(path).sound
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_evaluation(tmp_path: Path, *, as_list: bool) -> None:
+    row = {"model": "dense", "perplexity": 40.0, "loss": 3.69, "tokens": 100, "standard_error": 0.1}
+    path = _write(tmp_path / "figures.json", [row] if as_list else {"models": [row], "text": {"spec": "ptb"}})
+    report = inspect_path(path)
+    assert report.kind == "evaluation"
+    assert report.tables[0].rows == [["dense", 40.0, 3.69, 0.1, 100]]
+    assert verify_path(path).sound
+    assert json.loads(json.dumps(report.to_json()))["kind"] == "evaluation"
+
+
+def test_the_plan_of_a_search(tmp_path: Path) -> None:
+    rows = [
+        {
+            "plan": PruningPlan.parse(6, plan).to_json(),
+            "repair": ["ghost, hidden, uniform"],
+            "loss": 4 + gap,
+            "gap": gap,
+        }
+        for plan, gap in (("1:3", 0.25), ("2:4", 0.5))
+    ]
+    method = {"operator": "least-squares", "features": "hidden+mlp", "weights": "drop_sinks"}
+    recipe = {"sequences": 9, "methods": [method], "text": {"length": 16}}
+    found = SearchResult(PruningPlan.parse(6, "1:3"), (method,), "measured", tuple(rows), 4.0, recipe, 2)
+    path = _write(tmp_path / "plan.json", found.to_json())
+    report = inspect_path(path)
+    assert report.facts["removes"] == "[1,3) (2 of 6 layers)"
+    assert report.facts["repaired by"] == "least-squares, hidden+mlp, drop_sinks"
+    candidates, settings = report.tables
+    assert candidates.headers == ["removed", "repaired by", "loss", "above dense"]
+    assert candidates.rows[0] == ["[1,3)", "ghost, hidden, uniform", 4.25, 0.25]
+    assert settings.rows == [("sequences", "9"), ("text.length", "16")]
+    assert verify_path(path).sound
+
+
+def test_results_of_tasks(tmp_path: Path) -> None:
+    metrics = {"acc": TaskMetric(0.5, 0.1), "acc_norm": TaskMetric(0.75, None)}
+    task = TaskResult("arc_easy", metrics, 4, {"acc": (0.0, 1.0, 0.0, 1.0)}, "sha256:0", "1.0")
+    row = TaskRow("dense", (task,), {"length": 16}, 1, "sha256:1", {"lm_eval": "0.4"})
+    path = _write(tmp_path / "tasks.json", [row.to_json()])
+    report = inspect_path(path)
+    assert report.kind == "task results"
+    assert report.tables[0].rows == [
+        ("dense", "arc_easy", "acc", 0.5, 0.1, 4),
+        ("dense", "arc_easy", "acc_norm", 0.75, None, 4),
+    ]
+    assert verify_path(path).sound
+
+
+def test_broken_json(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"n_layers": ', encoding="utf-8")
+    report = verify_path(path)
+    assert not report.sound
+    assert "not readable JSON" in report.problems[0]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError, match=r"there is nothing at .*; check the path"):
+        inspect_path(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["folder", "notes.txt", "other.json"])
+def test_unknown_things_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    else:
+        path.write_text("{}", encoding="utf-8")
+    with pytest.raises(RequestError, match="is nothing that ghoststream knows"):
+        verify_path(path)
+
+
+def test_urls_are_stores() -> None:
+    assert identify("s3://bucket/store") is Kind.STORE
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": list(range(13))}) == {
+        "a.b": 1,
+        "a.c": "[1, 2]",
+        "d": "13 items",
+    }

@@ -1,0 +1,118 @@
+"""SIGKILL at every kind of moment of a solve; the same request then ends with the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ghoststream.stages.solve import solve
+from ghoststream.statistics.boundary import BoundaryReducer
+from ghoststream.statistics.sums import SumState
+from ghoststream.testing.states import random_states, store_of
+
+pytestmark = pytest.mark.faults
+SPANS = "1:3 4:5"
+RANGES = 16  # of one sequence; each is saved once, merged with what is there, and two boundaries follow
+
+# Kills itself before or after its n-th rename: a file is complete under its temporary name, or in place; or
+# when it would give its lock back.
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from ghoststream.files import FileLock
+from ghoststream.stages.solve import solve
+from ghoststream.statistics.boundary import BoundaryReducer
+
+store, out, number, when, log = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+replace, reduce, count = Path.replace, BoundaryReducer.reduce, 0
+
+def logged(self, source, start, stop):
+    with open(log, "a") as file:
+        print(start, stop, file=file)
+    return reduce(self, source, start, stop)
+
+BoundaryReducer.reduce = logged
+
+def counted(self, target):
+    global count
+    count += 1
+    if count == number and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = replace(self, target)
+    if count == number and when == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+Path.replace = counted
+if when == "release":
+    FileLock.release = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+solve(store, "1:3 4:5", out=out, workers=1, range_sequences=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return store_of(tmp_path_factory.mktemp("kill") / "store", random_states(5, (RANGES, 8, 12)))
+
+
+@pytest.fixture(scope="module")
+def expected(uri: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    out = tmp_path_factory.mktemp("whole") / "operators.safetensors"
+    solve(uri, SPANS, out=out, range_sequences=1)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (1, "before"),
+        (1, "after"),
+        (6, "before"),
+        (14, "after"),
+        (16, "after"),
+        (18, "before"),
+        (19, "before"),
+        (19, "after"),
+        (19, "release"),
+    ],
+)
+def test_a_killed_solve_ends_with_identical_files(
+    uri: str, expected: bytes, tmp_path: Path, number: int, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, log = tmp_path / "operators.safetensors", tmp_path / "log"
+    command = [sys.executable, "-c", SCRIPT, uri, str(out), str(number), when, str(log)]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+    is_finished = (number, when) in {(19, "after"), (19, "release")}
+    assert out.exists() == is_finished
+    assert (tmp_path / f".{out.name}.lock").exists()
+    kept = _ranges_kept(tmp_path)
+
+    reduce, reduced = BoundaryReducer.reduce, []
+
+    def counted(self: BoundaryReducer, source: object, start: int, stop: int) -> SumState:
+        reduced.append((start, stop))
+        return reduce(self, source, start, stop)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BoundaryReducer, "reduce", counted)
+    solve(uri, SPANS, out=out, workers=1, range_sequences=1)
+    assert out.read_bytes() == expected
+    if not is_finished:
+        assert len(reduced) == RANGES - kept
+        assert len(log.read_text().splitlines()) - kept <= 1, "at most one range is repeated"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [log.name, out.name]
+
+
+def _ranges_kept(folder: Path) -> int:
+    """Ranges that the states on disk stand for: a node of level k covers 2^k of them."""
+    nodes = {
+        tuple(int("".join(filter(str.isdigit, part))) for part in path.stem.split("-"))
+        for path in folder.glob("*.partial/moments-*/fold*.safetensors")
+    }
+    covered = {
+        (fold, leaf) for fold, level, index in nodes for leaf in range(index << level, (index + 1) << level)
+    }
+    return len(covered)

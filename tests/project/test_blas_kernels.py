@@ -6,6 +6,7 @@ Kernels that the processor lacks, that the libraries do not carry, or that `make
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import re
@@ -97,6 +98,8 @@ def test_units_and_properties_hold_on_other_kernels(
     if asked and found["torch"].lower() != asked:
         pytest.skip(f"torch takes {found['torch']} where {asked} is asked for")
 
+    # The limit on a test's time holds for each of those that are run here, not for all of them together.
+    faulthandler.cancel_dump_traceback_later()
     finished = _run(
         _KERNELS[name],
         *("-m", "pytest", "-m", "(unit or property) and not soak and not gpu", "-q", "--tb=short"),

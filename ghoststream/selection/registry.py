@@ -85,7 +85,7 @@ class Criterion:
         raise NotImplementedError
 
     def cost(self, shape: SelectionShape) -> Cost:
-        """Return what choosing takes; by default one read of the store that compares each layer's input with its output."""
+        """Return what choosing takes; by default one read of the store, for a pair of states of each layer."""
         return cosine_cost(shape, n_pairs=shape.n_layers, live=3)
 
 

@@ -91,7 +91,7 @@ class SearchCriterion:
         raise NotImplementedError
 
     def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
-        """Return the passes that choosing takes; by default one that measures the model without any one of its layers.
+        """Return the passes that choosing takes; by default one that measures the model without each layer.
 
         With ``auto``, ways to repair are then compared for one plan of one span.
         """

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-
-from ghoststream.errors import InputNotFoundError, PlanError, RequestError
 from ghoststream.stages.planning import plan as stage
 from ghoststream.stages.planning.costs import describe_problem
 from ghoststream.stages.planning.figures import Need, StageCost
 from ghoststream.stages.planning.machine import measure_rates
 from ghoststream.stages.planning.plan import RunPlan
+
+from ghoststream.errors import InputNotFoundError, PlanError, RequestError
 from ghoststream.testing.models import tiny_model
 
 pytestmark = pytest.mark.unit

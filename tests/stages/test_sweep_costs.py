@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ghoststream.stages.planning.plan import MomentOptions, plan_run
+from ghoststream.stages.planning.sweep_costs import MomentRequest, StoreShape, select_sweeps, solve_sweeps
 from ghoststream.stages.solve import solve
 
 from ghoststream.cli import main
@@ -13,8 +15,6 @@ from ghoststream.errors import PlanError
 from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.planning.plan import MomentOptions, plan_run
-from ghoststream.stages.planning.sweep_costs import MomentRequest, StoreShape, select_sweeps, solve_sweeps
 from ghoststream.stages.select import select
 from ghoststream.statistics import BoundaryMoments
 from ghoststream.statistics.boundary import BoundaryReducer

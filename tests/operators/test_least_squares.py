@@ -72,7 +72,7 @@ def ridge_fit(phi: Array, gap: Array, ratio: float, *, intercept: bool) -> tuple
 
 
 def fit(moments: FoldedMoments, **options: Any) -> BoundaryOperator:
-    return make_operator(Method(operator="least-squares", **options)).fit(moments)
+    return make_operator(Method.make({"operator": "least-squares", **options})).fit(moments)
 
 
 def reduced(uri: str, features: str = "hidden", **options: Any) -> FoldedMoments:

@@ -14,7 +14,7 @@ from ghoststream.operators import make_operator, operator_names
 from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.stages.solve import solve
-from ghoststream.statistics import MomentSpec, hadamard_factors, hadamard_matrix, rotate
+from ghoststream.statistics import BoundaryReducer, MomentSpec, hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.rotation import RotatedReducer
 from ghoststream.statistics.source import open_source
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_be_rotated_is_refused_before_the_work(tmp_path: Pat
     with pytest.raises(RequestError, match="no Hadamard matrix of order 6"):
         solve(uri, "0:1", operator="linear-patch-rotated", out=tmp_path / "o.safetensors")
     with pytest.raises(RequestError, match="reduce them without Grams"):
-        RotatedReducer((Span(0, 1),))
+        RotatedReducer((Span(0, 1),), grams=True)
 
 
 def test_linear_patch_rotated_is_its_definition(uri: str, states: list[Hidden], tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_rotated_statistics_are_those_of_rotated_states(
     other = store_of(tmp_path / "store", turned, mask=ragged_mask(*SHAPE[:2]))
     for weights in ("uniform", "relative"):
         found, expected = (
-            moments_of(place, [SPAN], grams=False, rotated=rotated, token_weights=weights)[SPAN].total()
-            for place, rotated in ((uri, True), (other, False))
+            moments_of(place, [SPAN], kind, grams=False, token_weights=weights)[SPAN].total()
+            for place, kind in ((uri, RotatedReducer), (other, BoundaryReducer))
         )
         for name, array in expected.state.arrays.items():
             np.testing.assert_allclose(found.state.arrays[name], array, rtol=1e-4, atol=1e-3, err_msg=name)

@@ -60,14 +60,9 @@ def fit(uri: str, *, solver: Any = "gram", folds: int = FOLDS, **options: Any) -
 
 
 def reduced(uri: str, solver: str, *, folds: int = FOLDS, **options: Any) -> FoldedMoments:
-    return moments_of(
-        uri,
-        [SPAN],
-        triangles=solver == "tsqr",
-        constant=bool(options.get("intercept")),
-        feature=options.get("features", "hidden"),
-        folds=folds,
-    )[SPAN]
+    named: dict[str, Any] = {name: options[name] for name in ("features", "intercept") if name in options}
+    kind = make_operator(Method.make({"operator": "least-squares", "solver": solver, **named}))
+    return reduced_by(kind, uri, [SPAN], folds=folds)[SPAN]
 
 
 def ridge_fit(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ghoststream.stages.tasks import evaluate_tasks
 from local_tasks import write_task_files
 from markdown_tables import markdown_table
 from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
@@ -15,7 +16,6 @@ from quality_figures import DENSE
 from quality_workshop import Workshop
 
 from ghoststream.evaluation import paired_bootstrap
-from ghoststream.stages.tasks import evaluate_tasks
 
 Rows = Sequence[Mapping[str, Any]]
 

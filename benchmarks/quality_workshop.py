@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from quality_cells import DEFAULT, STORED, VARIANTS, Cell, Variant
 
 import ghoststream as gs
 from ghoststream.progress import Progress
-from ghoststream.stages.searching.search import SEARCH_CRITERIA
 
 LENGTH = 512
 

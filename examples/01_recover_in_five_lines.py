@@ -11,9 +11,8 @@ import ghoststream
 
 def main(model: str, text: str, out: str) -> None:
     n_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-    report = ghoststream.recover(
-        model, remove=n_layers // 4, calibration=text, sequences=32, length=64, out=Path(out)
-    )
+    calibration = ghoststream.Text(spec=text, sequences=32, length=64)
+    report = ghoststream.recover(model, remove=n_layers // 4, calibration=calibration, out=out)
     print(report.to_text())
 
     # Importing ghoststream made transformers know recovered checkpoints.

@@ -17,14 +17,17 @@ OPERATORS = ("none", "linear-patch-diagonal", "ghost")
 def main(model: str, text: str, heldout: str, work: Path) -> None:
     store = work / "store"
     work.mkdir(parents=True, exist_ok=True)
-    ghoststream.capture(model, calibration=text, sequences=32, length=64, store=store)
-    plan = ghoststream.select(store, 2, criterion="streamline").plan
+    calibration = ghoststream.Text(spec=text, sequences=32, length=64)
+    ghoststream.capture(model, calibration=calibration, store=store)
+    source = ghoststream.Source(store=store)
+    plan = ghoststream.select(2, source).plan
     folders = []
     for name in OPERATORS:
-        operators = ghoststream.solve(store, plan, operator=name, out=work / f"{name}.safetensors")
+        method = ghoststream.Method(operator=name)
+        operators = ghoststream.fit(plan, source, method=method, out=work / f"{name}.safetensors")
         folders.append(work / name)
         ghoststream.export(model, operators, folders[-1])
-    report = ghoststream.evaluate([model, *folders], text=heldout, length=64)
+    report = ghoststream.evaluate([model, *folders], text=ghoststream.Text(spec=heldout, length=64))
     print(f"removed {plan}")
     for row in report.rows:
         print(f"{row.perplexity:10.3f}  {row.model}")

@@ -17,66 +17,94 @@ if TYPE_CHECKING:
     from ghoststream.activations import ActivationStore
     from ghoststream.errors import GhoststreamError
     from ghoststream.operators import OperatorSet
-    from ghoststream.options import Method
+    from ghoststream.options import (
+        Compute,
+        Method,
+        Recovery,
+        Reduction,
+        Search,
+        Source,
+        Storage,
+        Text,
+        Training,
+    )
+    from ghoststream.selection import Selection
     from ghoststream.spans import PruningPlan, Span
+    from ghoststream.stages.artifacts.inspect import inspect_path
+    from ghoststream.stages.artifacts.verify import verify_path
     from ghoststream.stages.capturing.capture import capture
     from ghoststream.stages.capturing.replay import replay
     from ghoststream.stages.distillation.distill import distill
-    from ghoststream.stages.evaluate import evaluate
+    from ghoststream.stages.estimation.estimate import estimate
     from ghoststream.stages.export import export
-    from ghoststream.stages.inspect import inspect_path
-    from ghoststream.stages.planning.plan import plan_run
-    from ghoststream.stages.recover import recover
-    from ghoststream.stages.repair.fit import fit
-    from ghoststream.stages.searching.search import search
+    from ghoststream.stages.fit import fit
+    from ghoststream.stages.measuring.evaluate import evaluate
+    from ghoststream.stages.measuring.tasks import evaluate_tasks
+    from ghoststream.stages.pipeline import load_pipeline
+    from ghoststream.stages.recover import recover, run
     from ghoststream.stages.select import select
-    from ghoststream.stages.solve import solve
-    from ghoststream.stages.tasks import evaluate_tasks
-    from ghoststream.stages.verify import verify_path
 
 _HOMES = {
     "ActivationStore": "ghoststream.activations",
+    "Compute": "ghoststream.options",
     "GhoststreamError": "ghoststream.errors",
     "Method": "ghoststream.options",
     "OperatorSet": "ghoststream.operators",
     "PruningPlan": "ghoststream.spans",
+    "Recovery": "ghoststream.options",
+    "Reduction": "ghoststream.options",
+    "Search": "ghoststream.options",
+    "Selection": "ghoststream.selection",
+    "Source": "ghoststream.options",
     "Span": "ghoststream.spans",
+    "Storage": "ghoststream.options",
+    "Text": "ghoststream.options",
+    "Training": "ghoststream.options",
     "capture": "ghoststream.stages.capturing.capture",
     "distill": "ghoststream.stages.distillation.distill",
-    "evaluate": "ghoststream.stages.evaluate",
-    "evaluate_tasks": "ghoststream.stages.tasks",
+    "estimate": "ghoststream.stages.estimation.estimate",
+    "evaluate": "ghoststream.stages.measuring.evaluate",
+    "evaluate_tasks": "ghoststream.stages.measuring.tasks",
     "export": "ghoststream.stages.export",
-    "fit": "ghoststream.stages.repair.fit",
-    "inspect_path": "ghoststream.stages.inspect",
-    "plan_run": "ghoststream.stages.planning.plan",
+    "fit": "ghoststream.stages.fit",
+    "inspect_path": "ghoststream.stages.artifacts.inspect",
+    "load_pipeline": "ghoststream.stages.pipeline",
     "recover": "ghoststream.stages.recover",
     "replay": "ghoststream.stages.capturing.replay",
-    "search": "ghoststream.stages.searching.search",
+    "run": "ghoststream.stages.recover",
     "select": "ghoststream.stages.select",
-    "solve": "ghoststream.stages.solve",
-    "verify_path": "ghoststream.stages.verify",
+    "verify_path": "ghoststream.stages.artifacts.verify",
 }
 
 __all__ = [
     "ActivationStore",
+    "Compute",
     "GhoststreamError",
     "Method",
     "OperatorSet",
     "PruningPlan",
+    "Recovery",
+    "Reduction",
+    "Search",
+    "Selection",
+    "Source",
     "Span",
+    "Storage",
+    "Text",
+    "Training",
     "capture",
     "distill",
+    "estimate",
     "evaluate",
     "evaluate_tasks",
     "export",
     "fit",
     "inspect_path",
-    "plan_run",
+    "load_pipeline",
     "recover",
     "replay",
-    "search",
+    "run",
     "select",
-    "solve",
     "verify_path",
 ]
 

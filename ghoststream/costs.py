@@ -124,6 +124,8 @@ class SearchShape:
         intermediate: Width I of what enters the last map of an MLP; 0 where operators cannot be absorbed into it.
         sequences: Sequences S.
         search: Candidates, beam, spans and windows held out.
+        tried: Ways to repair that are tried at the first boundary of a plan; empty where an operator is named.
+        tried_later: The same behind another boundary.
     """
 
     n_layers: int
@@ -132,6 +134,8 @@ class SearchShape:
     intermediate: int
     sequences: int
     search: Search = field(default_factory=Search)
+    tried: tuple[Method, ...] = ()
+    tried_later: tuple[Method, ...] = ()
 
     @property
     def held_out(self) -> float:
@@ -155,3 +159,38 @@ class PassCost:
     lanes: float
     fits: int = 0
     backward: bool = False
+
+
+PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"
+"""Memory of a pass where its layers are computed, beside hidden states that wait; eager attention takes more."""
+
+_MOST_TOKENS = 2048
+
+
+def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int, length: int) -> int:
+    """Return the bytes that a decoder layer at work holds a token: ``(4 I + 8 C) b``, and its scores where eager.
+
+    Args:
+        widest: Widest side I of a matrix of a layer.
+        hidden: Hidden size C.
+        itemsize: Bytes of an element, b.
+        heads: Attention heads whose scores are held; 0 where none are.
+        length: Tokens of a sequence.
+    """
+    return (4 * widest + 8 * hidden) * itemsize + heads * length * (2 * itemsize + 4)
+
+
+def sequences_at_work(unit_bytes: int, sequence_bytes: int, length: int, limit: int | None) -> int:
+    """Return how many sequences go through a layer together: what works within half a U and the memory given.
+
+    Args:
+        unit_bytes: U.
+        sequence_bytes: What a layer at work holds for one sequence.
+        length: Tokens of a sequence.
+        limit: Memory of the pass where layers are computed, less what others take; None for no limit.
+
+    Returns:
+        At most 2,048 tokens, at least one sequence.
+    """
+    room = unit_bytes // 2 if limit is None else min(unit_bytes // 2, limit - 2 * unit_bytes)
+    return max(1, min(_MOST_TOKENS // length, room // sequence_bytes))

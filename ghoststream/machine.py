@@ -48,6 +48,13 @@ def free_device_memory(device: torch.device) -> int | None:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def may_have_accelerator() -> bool:
+    """Say whether the system shows a device that torch might call CUDA, without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(
+        Path("/dev", name).exists() for name in ("kfd", "dxg")
+    )
+
+
 def free_disk(path: Path) -> int:
     """Return the bytes free for this user where ``path`` is, or would be once it is made."""
     return shutil.disk_usage(existing_place(path)).free
@@ -91,7 +98,9 @@ def _left_in_group(folder: Path, limit: str, used: str, cached: tuple[str, ...])
     try:
         most = (folder / limit).read_text(encoding="ascii").strip()
         taken = int((folder / used).read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        stat = dict(
+            line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
         given_back = sum(int(stat.get(name, 0)) for name in cached)
         return None if most == "max" else max(0, int(most) - taken + given_back)
     except (OSError, ValueError):

@@ -14,9 +14,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ghoststream.errors import RequestError
+from ghoststream.spans import PruningPlan
 
 AUTO = "auto"
 """In the place of an operator's name: several ways to repair are tried, and held-out text decides."""
@@ -75,7 +86,10 @@ def _parse_ridge(value: Any) -> Any:
 
 
 def _parse_bytes(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None:
+    if (
+        isinstance(value, str)
+        and re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None
+    ):
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
         raise ValueError(msg)
     return value
@@ -89,8 +103,15 @@ Layers = Annotated[tuple[Number, ...], BeforeValidator(parse_layers)]
 
 
 def option(default: Any, text: str, *, usual: bool = False, metavar: str | None = None) -> Any:
-    """Declare a field: its default, the text that help and documentation show, and whether a short help shows it."""
-    extra = {"usual": usual, **({} if metavar is None else {"metavar": metavar})}
+    """Declare a field.
+
+    Args:
+        default: Its default.
+        text: What help and documentation say. A short help shows the first line, a full one all of them.
+        usual: Whether a short help shows it.
+        metavar: How the help names a value.
+    """
+    extra: dict[str, Any] = {"usual": usual, **({} if metavar is None else {"metavar": metavar})}
     return Field(default, description=text, json_schema_extra=extra)
 
 
@@ -167,16 +188,21 @@ class Text(Options):
 
     title: ClassVar[str] = "Text"
 
-    spec: str = Field(description=f"{SPEC_FORMS}, or NAME[:REST] of an installed package.")
+    spec: str = option(
+        ...,
+        f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\n{SPEC_FORMS}, or NAME[:REST] of an installed package.",
+    )
     sequences: Count | None = option(
         None,
-        "Windows of text. Default: 128 to calibrate, all that the text gives to evaluate.",
+        "Windows of text. Default: 128 to calibrate, all to evaluate.",
         usual=True,
         metavar="S",
     )
     length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
     pack: bool = option(True, "Join documents into full windows, or one document a window.")
-    bos: Bos = option("auto", "When a window begins with the begin-of-text token; auto does as the tokenizer.")
+    bos: Bos = option(
+        "auto", "When a window begins with the begin-of-text token; auto does as the tokenizer."
+    )
     part: TextPart | None = option(
         None, "Part of a text with a standard split. Default: fit to calibrate, heldout to evaluate."
     )
@@ -204,9 +230,9 @@ class Source(Options):
     With a store, ``model`` is what it was captured from, for those criteria and operators that read its weights too.
     """
 
-    model: str | None = Field(None, description="Checkpoint folder or hub id.")
-    store: str | None = Field(None, description="Activation store.")
-    calibration: Text | None = Field(None, description="Text to calibrate on.")
+    model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
+    store: str | None = Field(default=None, description="Activation store.")
+    calibration: Text | None = Field(default=None, description="Text to calibrate on.")
 
     @model_validator(mode="before")
     @classmethod
@@ -238,37 +264,44 @@ class Method(Options):
 
     operator: str | None = option(
         None,
-        "What repairs a boundary. Default: auto; ghost from a store. auto tries several and keeps the best on held-out windows; ghost is the paper's. Others: "
-        "least-squares, diagonal, scalar, symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, prune-and-comp, "
-        "replace-me-ls, replace-me-cosine, replace-me-cosine-whole, none.",
+        "How a gap is repaired, e.g. auto, ghost or none. Default: auto; ghost from a store.\n"
+        "auto tries several and keeps the best on held-out windows; ghost is the paper's. Others: least-squares, diagonal, scalar, "
+        "symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, prune-and-comp, replace-me-ls, replace-me-cosine, "
+        "replace-me-cosine-whole.",
         usual=True,
         metavar="NAME",
     )
     features: str = option(
         "hidden",
-        "What least-squares reads: hidden, normed (over its root mean square), hidden+normed; of the layer before, mlp (what "
-        "enters down_proj), mlp_output (what the MLP adds) or hidden+mlp, which are absorbed into that weight.",
+        "States that least-squares reads, e.g. normed or hidden+mlp.\n"
+        "hidden, normed (over its root mean square), hidden+normed; of the layer before, mlp (what enters down_proj), mlp_output "
+        "(what the MLP adds) or hidden+mlp, which are absorbed into that weight.",
         usual=True,
         metavar="NAME",
     )
     token_weights: str = option(
         UNIFORM,
-        "How much a token counts: uniform; drop_sinks (massive activations born in a span not at all); relative (1/|target|^2).",
+        "Weight of a token in the fit: uniform, drop_sinks or relative.\n"
+        "drop_sinks: massive activations born in a span do not count. relative: 1/|target|^2.",
         usual=True,
         metavar="NAME",
     )
     ridge: Ridge = option(
         None,
-        "Added to the diagonal of the Gram matrix: as it is by ghost (default 1e-6); times the diagonal's mean by least-squares, "
-        "where auto, the default, takes what predicts held-out folds best, and gcv needs no folds.",
+        "Ridge of ghost (default 1e-6) or least-squares (default auto).\n"
+        "Added to the diagonal of the Gram matrix: as it is by ghost, times the diagonal's mean by least-squares, where auto takes "
+        "what predicts held-out folds best, and gcv needs no folds.",
         usual=True,
         metavar="RIDGE",
     )
     shrink: Literal["identity", "zero"] = option(
-        "identity", "What the ridge of least-squares draws the map towards: one that changes nothing, or zero."
+        "identity",
+        "What the ridge of least-squares draws the map towards: one that changes nothing, or zero.",
     )
     intercept: bool = option(False, "Let least-squares fit a constant too.")
-    rank: Count | None = option(None, "Best map of this rank, by least-squares. Default: full rank.", metavar="R")
+    rank: Count | None = option(
+        None, "Best map of this rank, by least-squares. Default: full rank.", metavar="R"
+    )
     solver: Solver = option(
         "gram",
         "gram: normal equations. tsqr: QR, for features that are nearly dependent. svd: singular values, the paper's equation as "
@@ -299,22 +332,31 @@ class Search(Options):
 
     criterion: str | None = option(
         None,
-        "How layers are chosen. Default: measured; streamline-published from a store. measured repairs and runs candidates. By running: prune-and-repair, sleb, perplexity, taylor, "
-        "taylor-plus. From hidden states: streamline, shortgpt (by their formulas), streamline-published, shortgpt-published "
-        "(as the paper's published code computes them), uidl, uidl-all, lorp, residual, residual-in-sample. "
-        "From weights: magnitude, magnitude-plus, magnitude-l2. reverse, reverse-last.",
+        "How layers are chosen. Default: measured; streamline-published from a store.\n"
+        "By running the model: measured (repairs and measures candidates), prune-and-repair, sleb, perplexity, taylor, taylor-plus. "
+        "From hidden states: streamline, shortgpt (by their formulas), streamline-published, shortgpt-published (as the paper's "
+        "published code computes them), uidl, uidl-all, lorp, residual, residual-in-sample. From weights: magnitude, magnitude-plus, "
+        "magnitude-l2. Without a look: reverse, reverse-last.",
         usual=True,
         metavar="NAME",
     )
     max_spans: Count = option(
-        2, "Spans that measured removes at most, each with an operator; one pass for each.", usual=True, metavar="K"
+        2,
+        "Spans that measured removes at most.\nEach has an operator, and takes a pass of the search.",
+        usual=True,
+        metavar="K",
     )
     held_out: Count | None = option(
-        None, "Windows held out for measuring, taken from the end. Default: a quarter.", usual=True, metavar="S"
+        None,
+        "Windows held out for measuring, taken from the end. Default: a quarter.",
+        usual=True,
+        metavar="S",
     )
     beam: Count = option(1, "Best plans of each partition that measured goes on with.", metavar="B")
     candidates: Count = option(
-        8, "Plans of each partition that measured measures once a span stands: those whose spans cost least alone.", metavar="M"
+        8,
+        "Plans of each partition that measured measures once a span stands: those whose spans cost least alone.",
+        metavar="M",
     )
     lanes: Count | None = option(None, "Most candidates in one pass. Default: all.", metavar="N")
     folds: Number = option(
@@ -340,11 +382,13 @@ class Compute(Options):
         "auto", "cpu, cuda or cuda:N; auto is CUDA where there is one.", usual=True, metavar="NAME"
     )
     device_memory: Bytes | None = option(
-        None, "Accelerator memory that a pass may take, e.g. 20GiB. Default: nine tenths of what is free.", metavar="SIZE"
+        None,
+        "Accelerator memory that a pass may take, e.g. 20GiB. Default: nine tenths of what is free.",
+        metavar="SIZE",
     )
     host_memory: Bytes | None = option(
         None,
-        "Host memory that a pass may take; hidden states that do not fit go to scratch. Default: nine tenths of what is free.",
+        "Host memory that a pass may take. Default: nine tenths of what is free.\nHidden states that do not fit go to scratch.",
         usual=True,
         metavar="SIZE",
     )
@@ -366,7 +410,9 @@ class Reduction(Options):
         None, "Address of a Dask scheduler, e.g. tcp://host:8786. Default: this process.", metavar="ADDRESS"
     )
     workers: Count | None = option(
-        None, "Threads in this process. Default: as many as there are processors, and memory for.", metavar="W"
+        None,
+        "Threads in this process. Default: as many as there are processors, and memory for.",
+        metavar="W",
     )
     memory: Bytes | None = option(
         None,
@@ -415,17 +461,29 @@ class Training(Options):
 class Recovery(Options):
     """A whole job: what a pipeline file holds, what ``recover`` builds of its options, and what ``estimate`` prices."""
 
-    name: str = Field("recovery", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the job.")
-    description: str = Field("", description="What it is for.")
-    model: str | None = Field(None, description="Checkpoint folder or hub id.")
-    remove: int | str = Field(
+    name: str = Field(
+        default="recovery", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the job."
+    )
+    description: str = Field(default="", description="What it is for.")
+    model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
+    remove: int | str | PruningPlan = Field(
         description="Layers to remove: how many, chosen by the criterion; or which: a plan file, or spans such as 13:19."
     )
     calibration: Text = Field(description="Text to calibrate on.")
     search: Search = Search()
     method: Method = Method()
     compute: Compute = Compute()
-    store: str | None = Field(None, description="Activation store to write, where one is needed. Default: in the work folder.")
+    store: str | None = Field(
+        default=None,
+        description="Activation store to write, where one is needed. Default: in the work folder.",
+    )
     storage: Storage = Storage()
     reduction: Reduction = Reduction()
-    evaluate: Text | None = Field(None, description="Text to measure the base and the recovered model on.")
+    evaluate: Text | None = Field(
+        default=None, description="Text to measure the base and the recovered model on."
+    )
+
+    @field_validator("calibration", "evaluate", mode="before")
+    @classmethod
+    def _text_of_spec(cls, value: Any) -> Any:
+        return Text.of(value) if isinstance(value, str) else value

@@ -8,24 +8,19 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ghoststream.errors import ArtifactError
 from ghoststream.files import differences as json_differences
 from ghoststream.files import json_digest
+from ghoststream.options import Count, Dtype, Method, Text
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 """A digest as it is stored everywhere: ``sha256:`` and 64 hexadecimal digits."""
 
-Dtype = Literal["bfloat16", "float16", "float32", "float64"]
-StoreDtype = Literal["bfloat16", "float16", "float32"]
-Bos = Literal["auto", "always", "never"]
-TextPart = Literal["all", "fit", "heldout"]
-
 _LIBRARIES = ("ghoststream", "torch", "transformers", "zarr", "numpy", "safetensors", "dask")
-_Count = Annotated[int, Field(ge=1)]
 
 
 class Recipe(BaseModel):
@@ -66,26 +61,6 @@ class Recipe(BaseModel):
             raise ArtifactError(msg) from error
 
 
-class TextRecipe(Recipe):
-    """Which token windows are cut from which text.
-
-    Attributes:
-        spec: The text specification without folders (``ghoststream.text.TextSpec.identity``).
-        sequences: Number of sequences; ``None`` takes all that the text gives.
-        length: Tokens of one sequence.
-        pack: Whether documents are joined into one stream that is cut in windows.
-        bos: When the beginning-of-sequence token is put in front.
-        part: Which part of the text is meant, where the text has a standard split.
-    """
-
-    spec: str
-    sequences: _Count | None = None
-    length: Annotated[int, Field(ge=2)]
-    pack: bool = True
-    bos: Bos = "auto"
-    part: TextPart = "all"
-
-
 class CaptureRecipe(Recipe):
     """What decides every bit of an activation store.
 
@@ -93,7 +68,7 @@ class CaptureRecipe(Recipe):
         model_digest: Fingerprint of the checkpoint.
         config_digest: Digest of its ``config.json``.
         revision: Hub commit, where there is one.
-        text: Which windows were asked for.
+        text: Which windows were asked for; without folders.
         tokens_digest: Digest of the token ids, lengths and mask that came of it.
         dtype: Compute dtype.
         store_dtype: Dtype of the stored hidden states.
@@ -106,57 +81,33 @@ class CaptureRecipe(Recipe):
     model_digest: Digest
     config_digest: Digest
     revision: str | None = None
-    text: TextRecipe
+    text: Text
     tokens_digest: Digest
     dtype: Dtype
-    store_dtype: StoreDtype
+    store_dtype: Dtype
     attention: str
-    micro_batch: _Count
+    micro_batch: Count
     layers: tuple[Annotated[int, Field(ge=0)], ...]
-    sequences_per_shard: _Count
+    sequences_per_shard: Count
 
 
-class SolveRecipe(Recipe):
-    """What decides every bit of the operators.
+class StoreFitRecipe(Recipe):
+    """What decides every bit of operators that are fitted from a store.
 
     Attributes:
-        operator: Name of the operator kind (``ghost``).
-        ridge: Ridge that acts, in the measure of the operator kind (``ghost``: absolute, on the Gram's
-            diagonal; ``least-squares``: relative to its mean), or ``auto`` or ``gcv``; ``None`` is the kind's default.
-        shrink: What the ridge draws the map towards: ``identity`` or ``zero``.
-        features: What the operator reads (``hidden``, ``normed``, ``hidden+normed``, ``mlp``, ``mlp_output``,
-            ``hidden+mlp``).
-        token_weights: Token weights (``uniform``, ``drop_sinks``, ``relative``).
-        intercept: Whether a constant is fitted.
-        rank: Rank of the map; ``None`` is full rank.
-        solver: ``gram``, ``tsqr``, ``svd`` or a sketch: ``sketch-features``, ``sketch-range``.
-        per_layer: Whether each removed layer was fitted for itself.
-        sketch_size: Columns of a sketch; ``None`` is the solver's default.
-        power_iterations: Steps of subspace iteration of ``sketch-features``.
-        precision: Of the products that moments are sums of: ``float64`` or ``float32-blocked``.
-        reduce_device: Kind of the torch device that those products were computed on; ``None`` is the host, by numpy.
+        method: How boundaries are fitted: features and ridge are those that act.
+        reduce_device: Kind of the torch device that products were computed on; ``None`` is the host, by numpy.
         range_sequences: Sequences that one reduction task reads.
         folds: Folds of whole sequences that moments are kept by.
-        seed: Seed of what is random, the assignment of folds among it.
+        block_tokens: Tokens that are added up at a time.
         store_digest: Digest of the activation store.
     """
 
-    operator: str
-    ridge: Annotated[float, Field(ge=0)] | Literal["auto", "gcv"] | None = None
-    shrink: Literal["identity", "zero"] = "identity"
-    features: str = "hidden"
-    token_weights: str = "uniform"
-    intercept: bool = False
-    rank: _Count | None = None
-    solver: Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"] = "gram"
-    per_layer: bool = False
-    sketch_size: _Count | None = None
-    power_iterations: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["float64", "float32-blocked"] = "float64"
+    method: Method
     reduce_device: str | None = None
-    range_sequences: _Count
-    folds: _Count = 1
-    seed: Annotated[int, Field(ge=0)] = 0
+    range_sequences: Count
+    folds: Count
+    block_tokens: Count
     store_digest: Digest
 
 
@@ -164,7 +115,7 @@ class EvaluateRecipe(Recipe):
     """What decides every bit of a perplexity, for one model.
 
     Attributes:
-        text: Which windows were asked for.
+        text: Which windows were asked for; without folders.
         tokens_digest: Digest of the token ids, lengths and mask that came of it.
         dtype: Compute dtype.
         attention: Attention implementation.
@@ -172,12 +123,12 @@ class EvaluateRecipe(Recipe):
         loss_chunk_tokens: Tokens whose logits are held at once.
     """
 
-    text: TextRecipe
+    text: Text
     tokens_digest: Digest
     dtype: Dtype
     attention: str
-    micro_batch: _Count
-    loss_chunk_tokens: _Count
+    micro_batch: Count
+    loss_chunk_tokens: Count
 
 
 class TaskRecipe(Recipe):
@@ -194,12 +145,12 @@ class TaskRecipe(Recipe):
     """
 
     tasks: tuple[str, ...]
-    limit: _Count | None = None
+    limit: Count | None = None
     requests_digest: Digest
     harness: str
     dtype: Dtype
     attention: str
-    loss_chunk_tokens: _Count
+    loss_chunk_tokens: Count
 
 
 def differences(found: Recipe | Mapping[str, Any], asked: Recipe | Mapping[str, Any]) -> list[str]:

@@ -1,21 +1,50 @@
-"""Checkpoints on disk: the safetensors index, reading single tensors, key matching, architectures, identity."""
+"""Checkpoints on disk: the safetensors index, reading single tensors, key matching, architectures, identity.
+
+Importing this package imports no torch; its names do, where they need it, when they are first used.
+"""
 
 from __future__ import annotations
 
-from ghoststream.checkpoint.architecture import ARCHITECTURES, Architecture, architecture_of
-from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
-from ghoststream.checkpoint.keys import KeyMap, match_keys
-from ghoststream.checkpoint.reader import TensorReader
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ghoststream.checkpoint.architecture import ARCHITECTURES, Architecture, architecture_of
+    from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
+    from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+    from ghoststream.checkpoint.keys import KeyMap, match_keys
+    from ghoststream.checkpoint.reader import TensorReader
+    from ghoststream.checkpoint.sizes import ModelSizes
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "CheckpointIndex",
     "KeyMap",
+    "ModelSizes",
     "TensorEntry",
     "TensorReader",
     "architecture_of",
     "checkpoint_fingerprint",
     "match_keys",
 ]
+
+_PLACES = {
+    "ARCHITECTURES": "architecture",
+    "Architecture": "architecture",
+    "CheckpointIndex": "index",
+    "KeyMap": "keys",
+    "ModelSizes": "sizes",
+    "TensorEntry": "index",
+    "TensorReader": "reader",
+    "architecture_of": "architecture",
+    "checkpoint_fingerprint": "fingerprint",
+    "match_keys": "keys",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

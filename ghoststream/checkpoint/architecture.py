@@ -7,7 +7,7 @@ bit; anything else is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -43,12 +43,16 @@ class Architecture:
 
     ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its children.
     ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns; ``parts`` says what is
-    where inside a layer.
+    where inside a layer. ``embedding`` and ``head`` are the last parts of the names that the token embedding and the output
+    head have in checkpoints. ``eager`` says that transformers computes attention eagerly unless it is told otherwise.
     """
 
     decoder: str
     layers: str = "layers"
     final_norm: str = "norm"
+    embedding: str = "embed_tokens"
+    head: str = "lm_head"
+    eager: bool = False
     layers_return_tuples: bool = False
     parts: LayerParts = LayerParts()
 
@@ -74,6 +78,7 @@ _BLOOM = Architecture(
     "transformer",
     layers="h",
     final_norm="ln_f",
+    embedding="word_embeddings",
     layers_return_tuples=True,
     parts=LayerParts("self_attention", "self_attention.dense", mlp_projection="mlp.dense_4h_to_h"),
 )
@@ -81,13 +86,14 @@ _GPT2 = Architecture(
     "transformer",
     layers="h",
     final_norm="ln_f",
+    embedding="wte",
     parts=LayerParts("attn", "attn.c_proj", mlp_projection="mlp.c_proj"),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "apertus": _STANDARD,
-        "bloom": _BLOOM,
+        "bloom": replace(_BLOOM, eager=True),
         "cohere": _STANDARD,
         "cohere2": _STANDARD,
         "deepseek_v2": _STANDARD,
@@ -96,7 +102,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "exaone4": _POST_NORMED,
         "falcon": _BLOOM,
         "gemma": _STANDARD,
-        "gemma2": _POST_NORMED,
+        "gemma2": replace(_POST_NORMED, eager=True),
         "gemma3_text": _POST_NORMED,
         "glm": _STANDARD,
         "glm4": Architecture(
@@ -112,19 +118,25 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             "transformer",
             layers="h",
             final_norm="ln_f",
+            embedding="wte",
+            eager=True,
             layers_return_tuples=True,
             parts=LayerParts("attn", "attn.attention.out_proj", mlp_projection="mlp.c_proj"),
         ),
         "gpt_neox": Architecture(
             "gpt_neox",
             final_norm="final_layer_norm",
+            embedding="embed_in",
+            head="embed_out",
             parts=LayerParts("attention", "attention.dense", mlp_projection="mlp.dense_4h_to_h"),
         ),
-        "gpt_oss": _STANDARD,
+        "gpt_oss": replace(_STANDARD, eager=True),
         "gptj": Architecture(
             "transformer",
             layers="h",
             final_norm="ln_f",
+            embedding="wte",
+            eager=True,
             layers_return_tuples=True,
             parts=LayerParts("attn", "attn.out_proj", mlp_projection="mlp.fc_out"),
         ),

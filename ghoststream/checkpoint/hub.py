@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import GhoststreamError, InputNotFoundError, UnsupportedModelError
-from ghoststream.files import require_free_space
+from ghoststream.errors import (
+    ArtifactError,
+    CheckpointError,
+    GhoststreamError,
+    InputNotFoundError,
+    UnsupportedModelError,
+)
+from ghoststream.files import read_json, require_free_space
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
@@ -52,6 +58,28 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Resolved
         msg = f"no model folder at {model}; give a folder with config.json and safetensors, or a hub id like org/name"
         raise InputNotFoundError(msg)
     return _download(text, revision)
+
+
+def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
+    """Find a model's folder and look whether it has a configuration, as everything else begins with that.
+
+    Raises:
+        InputNotFoundError: If there is no such model.
+        CheckpointError: If its ``config.json`` is missing or not a JSON object.
+    """
+    resolved = resolve_model(model, revision=revision)
+    path = resolved.root / "config.json"
+    if not path.is_file():
+        msg = f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy it again"
+        raise CheckpointError(msg)
+    try:
+        is_config = isinstance(read_json(path), dict)
+    except ArtifactError:
+        is_config = False
+    if not is_config:
+        msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
+        raise CheckpointError(msg)
+    return resolved
 
 
 def _download(model_id: str, revision: str | None) -> ResolvedModel:

@@ -13,32 +13,34 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ghoststream.errors import CheckpointError, InputNotFoundError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+ITEMSIZES: Mapping[str, int] = MappingProxyType(
     {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
+        "F64": 8,
+        "F32": 4,
+        "F16": 2,
+        "BF16": 2,
+        "I64": 8,
+        "I32": 4,
+        "I16": 2,
+        "I8": 1,
+        "U8": 1,
+        "BOOL": 1,
+        "F8_E4M3": 1,
+        "F8_E5M2": 1,
     }
 )
+"""Bytes of an element, by the names of safetensors headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,26 @@ class TensorEntry:
         Raises:
             CheckpointError: If torch here has no such dtype.
         """
-        try:
-            return DTYPES[self.dtype_name]
-        except KeyError:
+        # Not at the top: what reads headers only must not wait for torch.
+        from ghoststream.checkpoint.dtypes import DTYPES
+
+        self._require_known()
+        return DTYPES[self.dtype_name]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element.
+
+        Raises:
+            CheckpointError: If there is no such dtype here.
+        """
+        self._require_known()
+        return ITEMSIZES[self.dtype_name]
+
+    def _require_known(self) -> None:
+        if self.dtype_name not in ITEMSIZES:
             msg = f"tensor {self.name} in {self.shard} has dtype {self.dtype_name}, which cannot be read here"
-            raise CheckpointError(msg) from None
+            raise CheckpointError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +132,7 @@ def read_header(path: Path) -> list[TensorEntry]:
         if name == "__metadata__":
             continue
         entry = _entry(path, name, item, data_start)
-        expected = prod(entry.shape) * entry.dtype.itemsize
+        expected = prod(entry.shape) * entry.itemsize
         if expected != entry.n_bytes:
             msg = f"{path}: tensor {name} of shape {entry.shape} should have {expected} bytes, not {entry.n_bytes}"
             raise CheckpointError(msg)

@@ -136,8 +136,11 @@ def _renamer(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str,
 
 def _is_ignored(model: Any, entry: TensorEntry) -> bool:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    if any(re.search(pattern, entry.name) for pattern in patterns):
-        return True
+    return any(re.search(pattern, entry.name) for pattern in patterns) or is_saved_mask(entry)
+
+
+def is_saved_mask(entry: TensorEntry) -> bool:
+    """Say whether a tensor is a mask that was saved with a layer, which no model reads."""
     return any(
         pattern.search(entry.name) is not None and len(entry.shape) == n_dims
         for pattern, n_dims in _SAVED_MASKS.items()

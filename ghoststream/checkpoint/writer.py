@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ghoststream.checkpoint.index import DTYPES, INDEX_NAME, SINGLE_NAME, TensorEntry
+from ghoststream.checkpoint.dtypes import DTYPES
+from ghoststream.checkpoint.index import INDEX_NAME, ITEMSIZES, SINGLE_NAME, TensorEntry
 from ghoststream.errors import ArtifactError, CheckpointError, RequestError
 from ghoststream.files import (
     atomic_write_json,
@@ -53,7 +54,7 @@ class TensorSource:
     @property
     def n_bytes(self) -> int:
         """Bytes of the tensor."""
-        return prod(self.shape) * DTYPES[self.dtype_name].itemsize
+        return prod(self.shape) * ITEMSIZES[self.dtype_name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ def plan_shards(
         else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     )
     return tuple(
-        Shard(name, tuple(sorted(group, key=lambda tensor: -DTYPES[tensor.dtype_name].itemsize)))
+        Shard(name, tuple(sorted(group, key=lambda tensor: -ITEMSIZES[tensor.dtype_name])))
         for name, group in zip(names, groups, strict=True)
     )
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
+from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, json_option
 from ghoststream.cli.output import print_json
-from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 
 
 @click.command(
     "demo",
-    cls=ExampleCommand,
+    cls=Command,
     short_help="Prune and repair a 135M model, with figures.",
     example="ghoststream demo",
 )

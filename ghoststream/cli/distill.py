@@ -8,98 +8,39 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import (
-    calibration_option,
-    compute_options,
-    debug_option,
-    held_out_option,
-    json_option,
-    length_option,
-    model_argument,
-    out_option,
-    packing_options,
-    sequences_option,
-)
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, grouped, json_option, model_argument, out_option
 from ghoststream.cli.output import print_json, print_table
-from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import Compute, Text, Training
 
 
 @click.command(
     "distill",
-    cls=ExampleCommand,
+    cls=Command,
     short_help="Train operators towards the dense model's logits; all else is frozen.",
     example="ghoststream distill models/llama operators.safetensors --calibration wikitext2:train --out trained.safetensors",
 )
 @model_argument
 @click.argument("operators")
-@calibration_option
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
-@sequences_option
-@length_option
-@held_out_option
-@click.option(
-    "--epochs",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="How often every training window is seen.",
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="N",
-    help="Steps of the optimiser, instead of --epochs.",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    metavar="B",
-    help="Windows of a step; each step reads the layers behind the first span twice.",
-)
-@click.option(
-    "--lr",
-    "learning_rate",
-    type=click.FloatRange(min=0, max=100, min_open=True),
-    default=1e-3,
-    show_default=True,
-    metavar="RATE",
-    help="Learning rate of Adam; it falls to zero along half a cosine.",
-)
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    metavar="K",
-    help="How many of the dense model's logits count for a token.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Order of the windows.",
-)
-@packing_options
-@compute_options
+@grouped(calibration=Text, training=Training, compute=Compute)
 @json_option
 @debug_option
-def command(model: str, operators: str, *, as_json: bool, out: Path, **options: Any) -> None:
+def command(
+    model: str, operators: str, *, calibration: Text | None, as_json: bool, out: Path, **given: Any
+) -> None:
     """Train the operators in the file OPERATORS on MODEL, and write them to another file.
 
-    Only operators change. Measured on windows that are not trained on, before and after; a warning says so where they did not
-    gain. Killed, the same command goes on behind the last step.
+    Only operators change. They are measured before and after on windows that are not trained on; a warning says so where they did not
+    gain. The same command goes on behind the last step.
     """
     from ghoststream.stages.distillation.distill import distill
 
+    if calibration is None:
+        raise click.MissingParameter(param_hint="'--calibration'", param_type="option")
     with show_progress() as progress:
-        trained = distill(model, operators, out=out, progress=progress, **options)
+        trained = distill(model, operators, calibration=calibration, out=out, progress=progress, **given)
     figures = trained.operators[0].diagnostics
     if as_json:
         print_json({"out": str(out), "plan": trained.plan.to_json(), **figures})

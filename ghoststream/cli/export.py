@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from ghoststream.cli.options import debug_option, json_option, model_argument, out_option, revision_option
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, field_option, json_option, model_argument, out_option
 from ghoststream.cli.output import human_bytes, print_facts, print_json
-from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import Compute
 
 
 @click.command(
     "export",
-    cls=ExampleCommand,
+    cls=Command,
     short_help="Write the recovered checkpoint.",
     example="ghoststream export models/llama --operators operators.safetensors --out recovered/",
 )
@@ -24,12 +25,12 @@ from ghoststream.cli.progress import show_progress
     type=click.Path(path_type=Path),
     required=True,
     metavar="OPERATORS",
-    help="File from `ghoststream solve`; it also says which layers go.",
+    help="File from `ghoststream fit`; it also says which layers go.",
 )
 @out_option(
     "DIR", "Folder of the recovered checkpoint; must be empty, absent, or the result of this command."
 )
-@revision_option
+@field_option(Compute, "revision")
 @json_option
 @debug_option
 def command(model: str, operators: Path, out: Path, revision: str | None, *, as_json: bool) -> None:

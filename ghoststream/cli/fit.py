@@ -3,91 +3,102 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ghoststream.cli.method_options import method_options, take_options
+from ghoststream.cli.command import Command
 from ghoststream.cli.options import (
-    calibration_option,
-    compute_options,
+    Part,
     debug_option,
-    held_out_option,
+    grouped,
     json_option,
-    length_option,
-    model_argument,
+    model_option,
     out_option,
-    packing_options,
-    sequences_option,
+    store_option,
 )
 from ghoststream.cli.output import print_json, print_table
-from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import Compute, Method, Reduction, Search, Source, Text
+
+if TYPE_CHECKING:
+    from ghoststream.operators import OperatorSet
 
 
 @click.command(
     "fit",
-    cls=ExampleCommand,
-    short_help="Fit the operators of a plan in one pass, each on the model repaired so far.",
-    example="ghoststream fit models/llama --plan plan.json --calibration wikitext2:train --out operators.safetensors",
+    cls=Command,
+    short_help="Fit the operators of a plan.",
+    example="ghoststream fit --model models/llama --plan plan.json --calibration wikitext2:train --out operators.safetensors",
 )
-@model_argument
 @click.option(
     "--plan",
     required=True,
     metavar="PLAN",
-    help="Plan file from `ghoststream select` or `ghoststream search`, or spans such as '5:7 13:19'.",
+    help="Plan file from `ghoststream select`, or spans such as 13:19 or '5:7 13:19'.",
 )
-@calibration_option
+@model_option
+@store_option
 @out_option("OPERATORS", "Operators file (safetensors) to write.")
-@sequences_option
-@length_option
-@method_options
-@click.option(
-    "--inputs",
-    type=click.Choice(["repaired", "dense"]),
-    default="repaired",
-    show_default=True,
-    help="Whose states the operators behind the first are fitted on: the model's as it is repaired so far, or the dense "
-    "model's, as `ghoststream solve` does; `auto` tries both.",
+@grouped(
+    calibration=Text,
+    method=Method,
+    search=Part(Search, ("held_out", "folds"), "Held-out windows"),
+    compute=Compute,
+    reduction=Reduction,
 )
-@held_out_option
-@packing_options
-@compute_options
 @json_option
 @debug_option
-def command(model: str, plan: str, *, as_json: bool, out: Path, **options: Any) -> None:
-    """Fit one operator per removed span of MODEL to the dense model, without a store.
+def command(
+    *,
+    plan: str,
+    model: str | None,
+    store: str | None,
+    calibration: Text | None,
+    as_json: bool,
+    out: Path,
+    **given: Any,
+) -> None:
+    """Fit one operator for each removed span to the dense model.
 
-    Unlike with `ghoststream solve`, every operator sees the hidden states that the repairs before it give, unless
-    `--inputs dense` is given. With one span the two are the same.
+    With --calibration, MODEL is run once and every operator sees the hidden states that the repairs before it give. The operator auto
+    takes what PLAN says, or chooses on held-out windows.
 
-    With `--operator auto` each boundary is fitted as the search that wrote PLAN chose it, or in each of several ways, of
-    which the one is taken that is best on held-out windows.
+    With --store, the hidden states of a capture are read and no model is run, but for features of the layer before a span. A killed
+    command goes on; statistics can be reduced on a cluster.
     """
-    from ghoststream.stages.repair.fit import fit
+    from ghoststream.stages.fit import fit
 
+    source = Source.make({"model": model, "store": store, "calibration": calibration})
     with show_progress() as progress:
-        method = take_options(options)
-        operators = fit(model, plan, options=method, out=out, progress=progress, **options)
+        operators = fit(plan, source, out=out, progress=progress, **given)
+    diagnostics = {str(item.span): dict(item.diagnostics) for item in operators.boundaries}
     if as_json:
-        diagnostics = {str(item.span): dict(item.diagnostics) for item in operators.boundaries}
         print_json({"out": str(out), "plan": operators.plan.to_json(), "boundaries": diagnostics})
         return
-    rows = [
-        [
-            str(item.span),
-            item.features,
-            item.diagnostics.get("relative_residual"),
-            item.diagnostics.get("relative_residual_out_of_sample"),
-        ]
-        for item in operators.boundaries
-    ]
-    columns = ["removed", "features", "relative residual", "out of sample"]
-    print_table(columns, rows, title=f"{operators.kind} operators")
+    print_table(*_diagnostics_table(diagnostics), title=f"{operators.kind} operators of {operators.plan}")
+    _print_tried(operators)
+    base = model or "MODEL"
+    click.echo(f"written to {out}; next: ghoststream export {base} --operators {out} --out DIR")
+
+
+def _print_tried(operators: OperatorSet) -> None:
+    from ghoststream.selection import candidate_table
+
     tried = operators.metadata.get("chosen", ())
     if tried:
-        from ghoststream.stages.searching.result import candidate_table
-
         print_table(*candidate_table(tried), title="loss above the dense model on held-out windows")
-    click.echo(f"written to {out}; next: ghoststream export {model} --operators {out} --out DIR")
+
+
+def _diagnostics_table(diagnostics: dict[str, dict[str, object]]) -> tuple[list[str], list[list[object]]]:
+    names = sorted(
+        {name for values in diagnostics.values() for name, value in values.items() if _is_plain(value)}
+    )
+    rows = [
+        [name.replace("_", " "), *(values.get(name) for values in diagnostics.values())] for name in names
+    ]
+    return ["", *diagnostics], rows
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (int, float, str))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from ghoststream.cli.options import debug_option, json_option, path_argument
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, json_option
 from ghoststream.cli.output import print_facts, print_json, print_table
-from ghoststream.cli.parameters import ExampleCommand
 
 
 @click.command(
     "inspect",
-    cls=ExampleCommand,
+    cls=Command,
     short_help="Explain any file or folder that ghoststream reads or writes.",
     example="ghoststream inspect recovered/",
 )
-@path_argument
+@click.argument("path")
 @json_option
 @debug_option
 def command(path: str, *, as_json: bool) -> None:
@@ -23,7 +23,7 @@ def command(path: str, *, as_json: bool) -> None:
 
     Only headers and metadata are read; `ghoststream verify` reads everything.
     """
-    from ghoststream.stages.inspect import inspect_path
+    from ghoststream.stages.artifacts.inspect import inspect_path
 
     report = inspect_path(path)
     if as_json:

@@ -17,24 +17,22 @@ from ghoststream.errors import GhoststreamError
 COMMANDS = (
     "demo",
     "recover",
-    "plan",
+    "run",
+    "estimate",
     "capture",
     "select",
-    "search",
-    "solve",
     "fit",
     "distill",
     "export",
     "evaluate",
     "tasks",
-    "run",
     "inspect",
     "verify",
 )
 
 _FIRST_STEPS = (
     ("ghoststream demo", "all of it on a small model that comes along"),
-    ("ghoststream plan MODEL --remove 8", "what it would take on your model"),
+    ("ghoststream estimate MODEL --remove 8", "memory, disk and time that your model takes"),
     ("ghoststream recover MODEL --remove 8 --calibration wikitext2:train --out DIR", "do it"),
     ("ghoststream inspect PATH", "explains what was written; verify checks it"),
 )
@@ -101,7 +99,7 @@ def _report(ctx: click.Context, error: Exception) -> int:
         return error.exit_code
     line = f"error: unexpected {type(error).__name__}: {_one_line(error)}"
     if "out of memory" in str(error) or isinstance(error, MemoryError):
-        line += "; try a smaller --micro-batch, and see what `ghoststream plan` says"
+        line += "; try a smaller --micro-batch, and see what `ghoststream estimate` says"
     elif not is_debug(ctx):
         line += "; run it again with --debug for the traceback"
     click.echo(line, err=True)

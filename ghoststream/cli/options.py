@@ -1,52 +1,169 @@
-"""Options that several commands share, each defined once so that it has one name and one meaning."""
+"""Command line options made of the fields of :mod:`ghoststream.options`, and those that every command has."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
+from functools import update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from ghoststream.cli.parameters import ByteSize, IndexList, combined
+from ghoststream.errors import RequestError
+from ghoststream.options import Options, Text, flag, problems
 
 _DEBUG_KEY = "ghoststream.debug"
+ALL_KEY = "ghoststream.all"
+"""Set in the context where a help shows all options."""
 
-SPEC_HELP = (
-    "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], "
-    "wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
-)
-DTYPES = ("float32", "bfloat16", "float16")
-CRITERIA = (
-    "streamline",
-    "shortgpt",
-    "uidl",
-    "uidl-all",
-    "lorp",
-    "residual",
-    "residual-in-sample",
-    "magnitude",
-    "magnitude-plus",
-    "magnitude-l2",
-    "reverse",
-    "reverse-last",
-)
-SEARCH_CRITERIA = ("measured", "prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")
-OPERATORS = (
-    "ghost",
-    "least-squares",
-    "diagonal",
-    "scalar",
-    "symmetric",
-    "orthogonal",
-    "linear-patch-diagonal",
-    "linear-patch-rotated",
-    "prune-and-comp",
-    "replace-me-ls",
-    "replace-me-cosine",
-    "replace-me-cosine-whole",
-    "none",
-)
+
+class FieldOption(click.Option):
+    """An option that stands for a field of a group of options.
+
+    Args:
+        *args: What ``click.Option`` takes.
+        section: Heading in the help.
+        usual: Whether a short help shows it.
+        **kwargs: What ``click.Option`` takes.
+    """
+
+    def __init__(self, *args: Any, section: str, usual: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section, self.usual = section, usual
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the text of the help: its first line in a short one."""
+        text = self.help or ""
+        is_short = getattr(ctx.command, "is_short", False) and not ctx.meta.get(ALL_KEY)
+        self.help = text.partition("\n")[0] if is_short else " ".join(text.split("\n"))
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.help = text
+
+
+class FieldType(click.ParamType[Any]):
+    """Values that pydantic checks as it does the field."""
+
+    def __init__(self, field: FieldInfo, metavar: str) -> None:
+        self.name = metavar
+        annotation: Any = field.annotation
+        constrained: Any = Annotated[annotation, *field.metadata] if field.metadata else annotation
+        self._annotation = constrained
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value of the field."""
+        try:
+            return TypeAdapter(self._annotation).validate_python(value)
+        except ValidationError as error:
+            found = problems(error)[0].partition(": ")[2]
+            self.fail(found if repr(value) in found else f"{value!r}: {found}", param, ctx)
+
+
+class Part(NamedTuple):
+    """Some fields of a group, under a title of their own."""
+
+    group: type[Options]
+    fields: tuple[str, ...]
+    title: str
+
+
+def grouped(**groups: type[Options] | Part) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of some groups, and hand it an object for each.
+
+    Only what was given is set in the objects, so that a stage can refuse by name what it would not use. A group that
+    is a :class:`~ghoststream.options.Text` gets its specification by an option of the parameter's name, and is None
+    without it.
+
+    Args:
+        **groups: The group, or a part of it, for each parameter of the command.
+    """
+    parts = {name: _part(group) for name, group in groups.items()}
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        def run(**values: Any) -> Any:
+            context = click.get_current_context()
+            given = {
+                name: value
+                for name, value in values.items()
+                if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+            }
+            for name, (group, fields, _) in parts.items():
+                own = {key: given[key] for key in fields if key in given}
+                for key in fields:
+                    del values[key]
+                values[name] = _text(name, values.pop(name), own) if group is Text else group.make(own)
+            return command(**values)
+
+        update_wrapper(run, command)
+        for name, (group, fields, title) in reversed(parts.items()):
+            for key in reversed(fields):
+                run = _option(key, group.model_fields[key], title)(run)
+            if group is Text:
+                run = _spec_option(name)(run)
+        return run
+
+    return decorate
+
+
+def _part(group: type[Options] | Part) -> Part:
+    if isinstance(group, Part):
+        return group
+    fields = tuple(name for name in group.model_fields if not (group is Text and name == "spec"))
+    return Part(group, fields, group.title)
+
+
+def field_option(group: type[Options], name: str, *, section: str = "") -> Callable[[Any], Any]:
+    """Return the option of one field, for a command that takes a part of a group."""
+    return _option(name, group.model_fields[name], section or group.title)
+
+
+def _spec_option(name: str) -> Callable[[Any], Any]:
+    role = "calibrate on" if name == "calibration" else "measure on"
+    text = f"Text to {role}: {Text.model_fields['spec'].description!s}"
+    return click.option(
+        flag(name), metavar="SPEC", help=text, cls=FieldOption, section=Text.title, usual=True
+    )
+
+
+def _text(name: str, spec: str | None, given: dict[str, Any]) -> Text | None:
+    if spec is not None:
+        return Text.make({**given, "spec": spec})
+    if given:
+        msg = f"{', '.join(map(flag, given))} would not be used without {flag(name)}; leave it out"
+        raise RequestError(msg)
+    return None
+
+
+def _option(name: str, field: FieldInfo, section: str) -> Callable[[Any], Any]:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    annotation = _without_none(field.annotation)
+    names = [flag(name)]
+    settings: dict[str, Any] = {}
+    if annotation is bool:
+        settings["is_flag"] = True
+        if field.default:
+            names = [f"{flag(name)}/--no-{name.replace('_', '-')}"]
+    elif get_origin(annotation) is Literal:
+        settings["type"] = click.Choice(get_args(annotation))
+    else:
+        settings["type"] = FieldType(field, str(extra.get("metavar", "VALUE")))
+    shown = not field.is_required() and field.default is not None and field.default is not False
+    settings = {"default": None if field.is_required() else field.default, "show_default": shown, **settings}
+    settings |= {"help": field.description, "required": field.is_required()}
+    usual = bool(extra.get("usual", False))
+    return click.option(*names, name, cls=FieldOption, section=section, usual=usual, **settings)
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [one for one in get_args(annotation) if one is not type(None)]
+        return rest[0] if len(rest) == 1 else annotation
+    return annotation
 
 
 def _set_debug(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -72,185 +189,15 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
 )
 model_argument = click.argument("model")
-store_argument = click.argument("store")
-path_argument = click.argument("path")
+model_option = click.option("--model", metavar="MODEL", help="Checkpoint folder or hub id.")
+store_option = click.option(
+    "--store", metavar="STORE", help="Activation store to read, in the place of --calibration."
+)
 remove_option = click.option(
-    "--remove", type=click.IntRange(min=1), metavar="N", required=True, help="How many layers to remove."
-)
-remove_or_plan_options = combined(
-    click.option(
-        "--remove",
-        type=click.IntRange(min=1),
-        metavar="N",
-        default=None,
-        help="How many layers to remove, chosen by --criterion.",
-    ),
-    click.option(
-        "--plan",
-        metavar="PLAN",
-        default=None,
-        help="Which layers to remove, instead of --remove: a plan file, or spans such as 13:19.",
-    ),
-)
-criterion_option = click.option(
-    "--criterion",
-    type=click.Choice(CRITERIA),
-    default="streamline",
-    show_default=True,
-    help="How layers are chosen: the most similar run of layers, the least influential layers, ...; see docs/selection.md.",
-)
-operator_option = click.option(
-    "--operator",
-    type=click.Choice(OPERATORS),
-    default="ghost",
-    show_default=True,
-    help="What repairs a boundary: the paper's linear map, the same with more options, such maps of one structure, "
-    "published baselines, nothing; see docs/operators.md.",
-)
-features_option = click.option(
-    "--features",
-    type=click.Choice(["hidden", "normed", "hidden+normed", "mlp", "mlp_output", "hidden+mlp"]),
-    default="hidden",
-    show_default=True,
-    help="What least-squares reads: the hidden state, the hidden state over its root mean square, both; or of the layer "
-    "before what enters its down_proj, or what its MLP adds, which is then absorbed into that weight; or the hidden state and "
-    "what enters that down_proj.",
-)
-weights_option = click.option(
-    "--weights",
-    type=click.Choice(["uniform", "drop_sinks", "relative"]),
-    default="uniform",
-    show_default=True,
-    help="How much a token counts in the fit: all the same; massive activations born in a span not at all; 1/|target|^2.",
-)
-scheduler_option = click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    default=None,
-    help="Address of a Dask scheduler, e.g. tcp://host:8786; without it the work runs in this process.",
-)
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="W",
-    default=None,
-    help="Threads in this process; default as many as there are processors and memory for.",
-)
-sequences_option = click.option(
-    "--sequences",
-    type=click.IntRange(min=1),
-    metavar="S",
-    default=128,
-    show_default=True,
-    help="How many windows of text.",
-)
-length_option = click.option(
-    "--length",
-    type=click.IntRange(min=2),
-    metavar="T",
-    default=512,
-    show_default=True,
-    help="Tokens of a window.",
-)
-held_out_option = click.option(
-    "--held-out",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="S",
-    help="How many of the windows, the last ones, are measured on where something is measured; default a quarter.",
-)
-max_spans_option = click.option(
-    "--max-spans",
-    type=click.IntRange(min=1),
-    default=None,
-    metavar="K",
-    help="In how many spans at most `measured` removes the layers, each with an operator; default 2. A pass for each.",
-)
-calibration_option = click.option(
-    "--calibration", metavar="SPEC", required=True, help=f"Text to calibrate on: {SPEC_HELP}."
-)
-layers_option = click.option(
-    "--layers",
-    type=IndexList(),
-    default=None,
-    help="Which hidden states h[l] to keep, e.g. 10:20 or 0,13,19; default all of h[0..L].",
-)
-store_dtype_option = click.option(
-    "--store-dtype",
-    type=click.Choice(DTYPES),
-    default=None,
-    help="Type of the stored hidden states; default the compute type.",
-)
-dtype_option = click.option(
-    "--dtype", type=click.Choice(DTYPES), default=None, help="Compute type; default the checkpoint's."
-)
-packing_options = combined(
-    click.option(
-        "--pack/--no-pack",
-        default=True,
-        show_default=True,
-        help="Join documents into full windows, or one document a window.",
-    ),
-    click.option(
-        "--bos",
-        type=click.Choice(["auto", "always", "never"]),
-        default="auto",
-        show_default=True,
-        help="Whether a window begins with the begin-of-text token; auto does as the tokenizer.",
-    ),
-)
-revision_option = click.option(
-    "--revision", default=None, metavar="REV", help="Branch, tag or commit of a model on the hub."
-)
-trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Allow code that comes with the model to run; off by default.",
-)
-device_option = click.option(
-    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:0."
-)
-memory_options = combined(
-    click.option(
-        "--device-memory",
-        type=ByteSize(),
-        default=None,
-        help="What a pass may take of an accelerator's memory, e.g. 20GiB. Default nine tenths of what is free.",
-    ),
-    click.option(
-        "--host-memory",
-        type=ByteSize(),
-        default=None,
-        help="What a pass may take of this machine's memory; hidden states that do not fit go to scratch. "
-        "Default nine tenths of what is free.",
-    ),
-    click.option(
-        "--scratch",
-        type=click.Path(path_type=Path, file_okay=False),
-        metavar="DIR",
-        default=None,
-        help="Folder for hidden states that do not fit; default beside the store, or the temporary folder.",
-    ),
-)
-compute_options = combined(
-    dtype_option,
-    click.option(
-        "--attention",
-        metavar="NAME",
-        default=None,
-        help="Attention implementation, e.g. eager or sdpa; default transformers' choice.",
-    ),
-    click.option(
-        "--micro-batch",
-        type=click.IntRange(min=1),
-        metavar="B",
-        default=None,
-        help="Sequences computed at once; default what half of the unit U holds, at most 2,048 tokens.",
-    ),
-    device_option,
-    memory_options,
-    revision_option,
-    trust_option,
+    "--remove",
+    required=True,
+    metavar="N|PLAN",
+    help="Layers to remove: how many, chosen by --criterion; or which: a plan file, or spans such as 13:19.",
 )
 
 

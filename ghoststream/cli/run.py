@@ -7,76 +7,60 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import (
-    debug_option,
-    device_option,
-    json_option,
-    memory_options,
-    scheduler_option,
-    trust_option,
-)
-from ghoststream.cli.output import print_facts, print_json, print_table
-from ghoststream.cli.parameters import ExampleCommand
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, field_option, json_option, model_option
+from ghoststream.cli.output import print_json
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import Compute, Reduction
+
+_RUNTIME = ("device", "device_memory", "host_memory", "scratch", "trust_remote_code")
+
+
+def _runtime(command: Any) -> Any:
+    command = field_option(Reduction, "scheduler")(command)
+    for name in reversed(_RUNTIME):
+        command = field_option(Compute, name)(command)
+    return command
 
 
 @click.command(
     "run",
-    cls=ExampleCommand,
-    short_help="Run the stages that a YAML file describes.",
-    example="ghoststream run pipelines/wikitext2_streamline.yaml --model models/llama --out runs/llama",
+    cls=Command,
+    short_help="Do what a pipeline file (YAML) describes.",
+    example="ghoststream run pipelines/wikitext2_published.yaml --model models/llama --out runs/llama",
 )
 @click.argument("pipeline", type=click.Path(path_type=Path))
-@click.option("--model", default=None, metavar="MODEL", help="Folder or hub id; default what the file names.")
+@model_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=None,
     metavar="DIR",
-    help="Folder for all results; default runs/NAME.",
+    help="Folder of the recovered checkpoint. Default: runs/NAME.",
 )
-@scheduler_option
-@device_option
-@memory_options
-@trust_option
+@_runtime
 @json_option
 @debug_option
+@click.pass_context
 def command(
-    pipeline: Path,
-    model: str | None,
-    out: Path | None,
-    *,
-    as_json: bool,
-    **options: Any,
+    ctx: click.Context, /, pipeline: Path, *, model: str | None, out: Path | None, as_json: bool, **given: Any
 ) -> None:
-    """Run capture, select, solve, export and evaluate as PIPELINE, a YAML file, describes them.
+    """Do what PIPELINE, a YAML file with the options of `ghoststream recover`, describes.
 
-    The folder pipelines/ has some to copy. Run again, the same command takes what is finished as it is.
+    The folder pipelines/ has some to copy. Options given here take the place of the file's. The same command takes what is finished as
+    it is.
     """
-    from ghoststream.stages.pipeline import Pipeline
-    from ghoststream.stages.run import RunOptions, run_pipeline
+    from ghoststream.stages.pipeline import load_pipeline, with_runtime
+    from ghoststream.stages.recover import run
 
-    wanted = Pipeline.load(pipeline)
+    recovery = with_runtime(load_pipeline(pipeline), model, _given(ctx, given))
     with show_progress() as progress:
-        report = run_pipeline(
-            wanted,
-            out or Path("runs") / wanted.name,
-            model=model,
-            options=RunOptions(**options),
-            progress=progress,
-        )
+        report = run(recovery, out or Path("runs") / recovery.name, progress=progress)
     if as_json:
         print_json(report.to_json())
-        return
-    print_facts(
-        {
-            "removed": f"{report.plan} ({report.plan.n_removed} of {report.plan.n_layers} layers)",
-            "store": report.store,
-            "operators": report.operators,
-            "recovered": report.recovered,
-        },
-        title=report.name,
-    )
-    if report.evaluation is not None:
-        rows = [[row.model, row.perplexity, row.standard_error, row.tokens] for row in report.evaluation.rows]
-        print_table(["model", "perplexity", "standard error of the loss", "tokens"], rows)
+    else:
+        click.echo(report.to_text())
+
+
+def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    default = click.core.ParameterSource.DEFAULT
+    return {name: value for name, value in values.items() if ctx.get_parameter_source(name) is not default}

@@ -3,80 +3,84 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ghoststream.cli.options import (
-    criterion_option,
-    debug_option,
-    json_option,
-    out_option,
-    remove_option,
-    revision_option,
-    scheduler_option,
-    store_argument,
-    trust_option,
-    workers_option,
-)
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, grouped, json_option, model_option, out_option, store_option
 from ghoststream.cli.output import print_json, print_table
-from ghoststream.cli.parameters import ByteSize, ExampleCommand
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import Compute, Method, Reduction, Search, Source, Text
+
+if TYPE_CHECKING:
+    from ghoststream.selection import Selection
+
+_MOST_ROWS = 20
 
 
 @click.command(
     "select",
-    cls=ExampleCommand,
-    short_help="Choose the layers to remove, from a store.",
-    example="ghoststream select llama.store --remove 8 --criterion streamline --out plan.json",
+    cls=Command,
+    short_help="Choose the layers to remove.",
+    example="ghoststream select --model models/llama --remove 8 --calibration wikitext2:train --out plan.json",
 )
-@store_argument
-@remove_option
-@criterion_option
-@out_option("PLAN", "Pruning plan (JSON) to write.", required=False)
 @click.option(
-    "--model",
-    default=None,
-    metavar="MODEL",
-    help="What STORE was made of; only --criterion magnitude reads it.",
+    "--remove", type=click.IntRange(min=1), metavar="N", required=True, help="How many layers to remove."
 )
-@revision_option
-@trust_option
-@click.option(
-    "--memory",
-    type=ByteSize(),
-    default=None,
-    help="What --criterion residual may take at a time, e.g. 8GiB; more sweeps over the store take less. Default half "
-    "of what is free.",
-)
-@scheduler_option
-@workers_option
+@model_option
+@store_option
+@out_option("PLAN", "Plan file (JSON) to write.", required=False)
+@grouped(calibration=Text, search=Search, method=Method, compute=Compute, reduction=Reduction)
 @json_option
 @debug_option
 def command(
-    store: str, remove: int, criterion: str, out: Path | None, *, as_json: bool, **options: Any
+    *,
+    remove: int,
+    model: str | None,
+    store: str | None,
+    calibration: Text | None,
+    as_json: bool,
+    out: Path | None,
+    **given: Any,
 ) -> None:
-    """Choose N layers to remove from the hidden states in STORE; prints all scores.
+    """Choose N layers to remove; prints the candidates.
 
-    The model is not needed, but for its magnitudes. The plan is a small JSON file that you can also write by hand:
-    {"n_layers": 30, "spans": [[13, 19]]}.
+    With --calibration, MODEL is run without the candidates: by default each is repaired and measured on held-out windows of the text,
+    all candidates of one span in one read of the weights.
+
+    With --store, criteria read the hidden states of a capture, or MODEL's weights. The plan is a small JSON file that you can also
+    write by hand: {"n_layers": 30, "spans": [[13, 19]]}.
     """
     from ghoststream.stages.select import select
 
+    source = Source.make({"model": model, "store": store, "calibration": calibration})
     with show_progress() as progress:
-        selection = select(store, remove, criterion=criterion, out=out, progress=progress, **options)
+        selection = select(remove, source, out=out, progress=progress, **given)
     if as_json:
         print_json(selection.to_json())
         return
-    rows = [
-        [str(candidate), score, "removed" if candidate in selection.chosen else ""]
-        for candidate, score in selection.scores
-    ]
-    print_table(["layers", "score", ""], rows, title=f"{criterion}: {selection.meaning}")
-    click.echo(
-        f"plan: remove {selection.plan} ({selection.plan.n_removed} of {selection.plan.n_layers} layers)"
-    )
+    _print_candidates(selection)
+    plan = selection.plan
+    click.echo(f"plan: remove {plan} ({plan.n_removed} of {plan.n_layers} layers)")
+    if selection.has_fewer_spans:
+        click.echo("it has fewer spans than the best candidate, and is within a standard error of it")
     if out is not None:
+        given_source = f"--store {store}" if store else f"--model {model} --calibration SPEC"
         click.echo(
-            f"written to {out}; next: ghoststream solve {store} --plan {out} --out operators.safetensors"
+            f"written to {out}; next: ghoststream fit {given_source} --plan {out} --out operators.safetensors"
         )
+
+
+def _print_candidates(selection: Selection) -> None:
+    from ghoststream.selection import candidate_table
+
+    title = f"{selection.criterion}: {selection.meaning}"
+    if selection.dense_loss is not None:
+        title += f"; dense {selection.dense_loss:.4f}"
+    is_measured = selection.dense_loss is not None or selection.passes
+    shown = selection.candidates[:_MOST_ROWS] if is_measured else selection.candidates
+    print_table(*candidate_table(shown), title=title)
+    left = len(selection.candidates) - len(shown)
+    if left:
+        click.echo(f"and {left} more that are worse")

@@ -7,17 +7,18 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import compute_options, debug_option
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, grouped, json_option
 from ghoststream.cli.output import print_json, print_table
-from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
+from ghoststream.options import Compute
 
 
 @click.command(
     "tasks",
-    cls=ExampleCommand,
+    cls=Command,
     short_help="Zero-shot accuracy of models, streamed.",
-    example="ghoststream tasks models/llama recovered/ --tasks arc_easy,lambada_openai --json scores.json",
+    example="ghoststream tasks models/llama recovered/ --tasks arc_easy,lambada_openai --out scores.json",
 )
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
@@ -30,42 +31,31 @@ from ghoststream.cli.progress import show_progress
     "--include-path",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    default=None,
     help="Folder with task files (YAML) of your own.",
 )
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
 @click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=None,
-    help="Only the first N items of each task.",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, allow_dash=True),
+    "--out",
+    type=click.Path(path_type=Path),
     metavar="FILE",
-    default=None,
-    help="Write one JSON object per model, in the order given, with the score of every item; - for standard output.",
+    help="JSON file to write, an object for each model in the order given, with the score of every item.",
 )
-@compute_options
+@grouped(compute=Compute)
+@json_option
 @debug_option
-def command(models: tuple[str, ...], tasks: str, json_path: Path | None, **options: Any) -> None:
+def command(models: tuple[str, ...], *, tasks: str, as_json: bool, **given: Any) -> None:
     """Measure each MODEL on tasks that score given text: multiple choice, last words, perplexity.
 
-    MODEL is what `ghoststream evaluate` takes. All requests of all tasks go through the layers together, for a base and
-    what was recovered from it in one pass. Needs the extra: pip install 'ghoststream[tasks]'.
+    MODEL is what `ghoststream evaluate` takes. All requests of all tasks go through the layers together, for a base and what was
+    recovered from it in one pass. Needs the extra: pip install 'ghoststream[tasks]'.
     """
     from ghoststream.evaluation import compare_rows
-    from ghoststream.stages.tasks import evaluate_tasks
+    from ghoststream.stages.measuring.tasks import evaluate_tasks
 
-    to_stdout = json_path is not None and str(json_path) == "-"
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with show_progress() as progress:
-        report = evaluate_tasks(
-            models, tasks=names, json_path=None if to_stdout else json_path, progress=progress, **options
-        )
-    if to_stdout:
+        report = evaluate_tasks(models, tasks=names, progress=progress, **given)
+    if as_json:
         print_json(report.to_json())
         return
     print_table(

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import click
 
-from ghoststream.cli.options import debug_option, json_option, path_argument
+from ghoststream.cli.command import Command
+from ghoststream.cli.options import debug_option, json_option
 from ghoststream.cli.output import print_json
-from ghoststream.cli.parameters import ExampleCommand
 from ghoststream.cli.progress import show_progress
 from ghoststream.errors import DataError
 
 
 @click.command(
     "verify",
-    cls=ExampleCommand,
+    cls=Command,
     short_help="Check any file or folder that ghoststream reads or writes.",
     example="ghoststream verify llama.store",
 )
-@path_argument
+@click.argument("path")
 @json_option
 @debug_option
 @click.pass_context
 def command(ctx: click.Context, path: str, *, as_json: bool) -> None:
     """Check PATH completely: checksums, digests, headers, sizes. Exits with 3 when something is broken."""
-    from ghoststream.stages.verify import verify_path
+    from ghoststream.stages.artifacts.verify import verify_path
 
     with show_progress() as progress:
         report = verify_path(path, progress=progress)

@@ -49,7 +49,7 @@ from ghoststream.recovery.sidecars import (
     sidecars_digest,
 )
 from ghoststream.spans import Span
-from ghoststream.streaming.skeleton import Skeleton
+from ghoststream.streaming.skeleton import Skeleton, load_config
 
 _MODELING_FILE = Path(modeling_ghosted.__file__)
 _FORMAT = 1
@@ -102,13 +102,12 @@ class _Job:
 
 
 def export_recovered(
-    model_root: Path,
+    skeleton: Skeleton,
     operators: OperatorSet,
     out: Path,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     operator_dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a checkpoint without the removed layers and with the operators in their place.
@@ -120,12 +119,11 @@ def export_recovered(
     report and writes nothing.
 
     Args:
-        model_root: The base checkpoint's folder.
+        skeleton: The base; a base that has code of its own is refused.
         operators: The plan and its operators.
         out: Folder to make.
         max_shard_bytes: Largest number of tensor bytes in one shard.
         operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if ``None``.
-        trust_remote_code: Passed to transformers; a base that really has code of its own is refused.
         progress: Told the bytes written.
 
     Raises:
@@ -143,7 +141,6 @@ def export_recovered(
     ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
     :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
-    skeleton = Skeleton(model_root, trust_remote_code=trust_remote_code)
     _require_exportable(skeleton)
     job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype)
     staging = StagingFolder(out, request=job.request)
@@ -202,7 +199,8 @@ def _prepare(
 def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    base, model = skeleton.config, skeleton.model
+    # As it is stored: building the model for a compute type of its own changes the configuration.
+    base, model = load_config(skeleton.root), skeleton.model
     data = prune_config(base, operators.plan)
     with torch.device("meta"):
         pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)

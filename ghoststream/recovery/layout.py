@@ -170,7 +170,9 @@ def recovered_tensors(
     origins: dict[str, str] = {}
     renamed = {name: names.renumbered(name, operators.plan) for name in wanted}
     kept = {name: new for name, new in renamed.items() if new is not None}
-    changed = {name: source for absorption in absorptions for name, source in absorption.tensors(index, kept).items()}
+    changed = {
+        name: source for absorption in absorptions for name, source in absorption.tensors(index, kept).items()
+    }
     for entry in sorted(index.tensors.values(), key=_place):
         if entry.name in changed:
             tensors.append(changed[entry.name])

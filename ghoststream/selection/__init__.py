@@ -5,6 +5,13 @@ from __future__ import annotations
 from ghoststream.selection.evidence import Evidence, Residual
 from ghoststream.selection.lorp import LoRP
 from ghoststream.selection.magnitude import Magnitude
+from ghoststream.selection.plan_file import (
+    Selection,
+    candidate_table,
+    read_plan,
+    require_count_or_plan,
+    scored_rows,
+)
 from ghoststream.selection.registry import (
     Choice,
     Criterion,
@@ -14,7 +21,6 @@ from ghoststream.selection.registry import (
     require_count,
 )
 from ghoststream.selection.residual import RepairResidual
-from ghoststream.selection.result import SelectionResult
 from ghoststream.selection.reverse import ReverseOrder
 from ghoststream.selection.shortgpt import ShortGPT
 from ghoststream.selection.streamline import Streamline
@@ -30,11 +36,15 @@ __all__ = [
     "RepairResidual",
     "Residual",
     "ReverseOrder",
-    "SelectionResult",
+    "Selection",
     "ShortGPT",
     "Streamline",
+    "candidate_table",
     "criterion_names",
     "make_criterion",
+    "read_plan",
     "register_criterion",
     "require_count",
+    "require_count_or_plan",
+    "scored_rows",
 ]

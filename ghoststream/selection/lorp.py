@@ -13,6 +13,7 @@ import scipy.linalg
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.csgraph import laplacian
 
+from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.selection.evidence import Evidence
 from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
@@ -79,6 +80,15 @@ class LoRP(Criterion):
             tuple((Span(layer, layer + 1), redundancy[layer]) for layer in sorted(redundancy)),
             tuple(Span(layer, layer + 1) for layer in removed),
             details,
+        )
+
+    def cost(self, shape: SelectionShape) -> Cost:
+        """Return one read of the store, for all pairs of hidden states of a sequence."""
+        layers, c = shape.n_layers, shape.hidden
+        return Cost(
+            Need(4 * layers * shape.length * c, "4 L T C for one worker"),
+            read_bytes=shape.store_bytes,
+            flops=2.0 * layers**2 * c * shape.n_tokens,
         )
 
 

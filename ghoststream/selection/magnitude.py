@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.selection.evidence import Evidence
 from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
@@ -58,6 +59,14 @@ class Magnitude(Criterion):
         layers = range(self.keep_first, evidence.n_layers - self.keep_last)
         scores = [(Span(layer, layer + 1), self._size(evidence.layer_weights(layer))) for layer in layers]
         return Choice.lowest(scores, remove)
+
+    def cost(self, shape: SelectionShape) -> Cost:
+        """Return one read of all layers' weights, no more than a layer at a time."""
+        return Cost(
+            Need(shape.layer_bytes, "at most one layer"),
+            read_bytes=shape.n_layers * shape.layer_bytes,
+            flops=2.0 * shape.n_layers * shape.layer_elements,
+        )
 
     def _size(self, weights: Iterator[torch.Tensor]) -> float:
         measure = np.abs if self.power == 1 else np.square

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.errors import RequestError
 from ghoststream.registry import Registry
 from ghoststream.selection.evidence import Evidence
@@ -83,6 +84,13 @@ class Criterion:
         """
         raise NotImplementedError
 
+    def cost(self, shape: SelectionShape) -> Cost:
+        """Return what choosing takes; by default one read of the store that compares each layer's input with its output."""
+        return cosine_cost(shape, n_pairs=shape.n_layers, live=3)
+
+
+_BLOCK_TOKENS = 1024
+"""Tokens that :class:`~ghoststream.statistics.CosineReducer` holds at a time."""
 
 _Factory = TypeVar("_Factory", bound=Callable[[], Criterion])
 _CRITERIA: Registry[Callable[[], Criterion]] = Registry("criterion", group="ghoststream.criteria")
@@ -114,6 +122,22 @@ def make_criterion(name: str) -> Criterion:
         RequestError: If there is none of this name.
     """
     return _CRITERIA.get(name)()
+
+
+def cosine_cost(shape: SelectionShape, *, n_pairs: int, live: int) -> Cost:
+    """Return what one read of the store takes that compares pairs of hidden states, token by token.
+
+    Args:
+        shape: Sizes.
+        n_pairs: Pairs; ``6 C`` FLOPs a token and pair.
+        live: Hidden states of a block of tokens, float32, that are held at a time.
+    """
+    rows = max(_BLOCK_TOKENS, shape.length)
+    return Cost(
+        Need(4 * live * rows * shape.hidden, f"4 C ({live} x {rows:,}) for one worker"),
+        read_bytes=shape.store_bytes,
+        flops=6.0 * n_pairs * shape.hidden * shape.n_tokens,
+    )
 
 
 def require_count(remove: int, most: int, n_layers: int, why: str) -> None:

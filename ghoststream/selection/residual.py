@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from ghoststream.costs import Cost, Need, Repairs, SelectionShape
 from ghoststream.errors import NumericsError
 from ghoststream.options import Method
 from ghoststream.selection.evidence import Evidence, Residual
 from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
-from ghoststream.statistics import DEFAULT_FOLDS, candidate_spans
+from ghoststream.statistics import DEFAULT_BLOCK_TOKENS, DEFAULT_FOLDS, candidate_spans
 
 REPAIR = Method(operator="least-squares", token_weights="drop_sinks", ridge=1e-4)
 """What is fitted at every candidate."""
+
+_RANGES_A_FOLD = 4
 
 
 class RepairResidual(Criterion):
@@ -63,6 +66,26 @@ class RepairResidual(Criterion):
             "explained_gap": [found[span].explained for span in spans],
         }
         return Choice.lowest(((span, self._score(found[span])) for span in spans), 1, details)
+
+    def cost(self, shape: SelectionShape) -> Cost:
+        """Return the moments and fits of all candidates, one at a time, and the states that wait on disk."""
+        c, spans = shape.hidden, candidate_spans(shape.n_layers, shape.remove)
+        n_candidates, n_fits = max(1, len(spans)), self.folds + 1 if self.folds > 1 else 1
+        rows = max(DEFAULT_BLOCK_TOKENS, shape.length)
+        # One state a fold when it is finished, and while it is at work one of every level of its tree.
+        states = self.folds * (_RANGES_A_FOLD.bit_length() + 1)
+        return Cost(
+            Need(
+                max(56 * c**2, 16 * c**2 + 64 * rows * c),
+                f"max(56 C^2, 16 C^2 + {64 * rows:,} C) at least, for one worker and one candidate at a time",
+            ),
+            disk=Need(
+                states * n_candidates * 16 * c**2, f"{states} x 16 C^2 for each of {n_candidates} candidates"
+            ),
+            read_bytes=shape.store_bytes,
+            flops=n_candidates * (3.0 * c**2 * shape.n_tokens + n_fits * 7.0 / 3.0 * c**3),
+            repairs=Repairs(spans, self.method, self.folds),
+        )
 
     def _score(self, residual: Residual) -> float:
         if not self.held_out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.selection.evidence import Evidence
 from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
 from ghoststream.spans import Span
@@ -35,6 +36,11 @@ class ReverseOrder(Criterion):
         """Choose the deepest layers."""
         layers = range(evidence.n_layers - (1 if self.keep_last else 0))
         return Choice.highest(((Span(layer, layer + 1), float(layer)) for layer in layers), remove)
+
+    def cost(self, shape: SelectionShape) -> Cost:
+        """Return nothing."""
+        del shape
+        return Cost(Need(0, "nothing"))
 
 
 @register_criterion("reverse")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ghoststream.costs import Cost, SelectionShape
 from ghoststream.selection.evidence import Evidence
-from ghoststream.selection.registry import Choice, Criterion, register_criterion, require_count
+from ghoststream.selection.registry import Choice, Criterion, cosine_cost, register_criterion, require_count
 from ghoststream.spans import Span
 from ghoststream.statistics import CosineReducer, candidate_spans
 
@@ -35,3 +36,8 @@ class Streamline(Criterion):
         reducer = CosineReducer(tuple((span.start, span.stop) for span in spans))
         means = reducer.means(evidence.reduce(reducer))
         return Choice.highest(((Span(*pair), value) for pair, value in means.items()), 1)
+
+    def cost(self, shape: SelectionShape) -> Cost:
+        """Return one read of the store, for a pair of hidden states of each candidate."""
+        n_pairs = max(1, shape.n_layers - shape.remove - 1)
+        return cosine_cost(shape, n_pairs=n_pairs, live=shape.remove + 2)

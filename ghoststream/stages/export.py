@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery.export import ExportReport, export_recovered
-from ghoststream.stages.session import resolve_checkpoint
+from ghoststream.streaming import Skeleton
 
 
 def export(
@@ -28,7 +29,7 @@ def export(
 
     Args:
         model: Folder or hub id of the base checkpoint.
-        operators: What ``solve`` made, or the file that it wrote.
+        operators: What ``fit`` made, or the file that it wrote.
         out: Folder to make.
         max_shard_bytes: Largest number of tensor bytes in one shard.
         operator_dtype: Dtype of the operators in the checkpoint; the checkpoint's own if ``None``.
@@ -45,12 +46,12 @@ def export(
     out = Path(out)
     if not isinstance(operators, OperatorSet):
         operators = OperatorSet.load(operators)
+    root = resolve_checkpoint(model, revision=revision).root
     return export_recovered(
-        resolve_checkpoint(model, revision=revision).root,
+        Skeleton(root, trust_remote_code=trust_remote_code),
         operators,
         out,
         max_shard_bytes=max_shard_bytes,
         operator_dtype=operator_dtype,
-        trust_remote_code=trust_remote_code,
         progress=progress,
     )

@@ -1,29 +1,25 @@
-"""Recover: choose layers, fit operators and export in one call, each step of which continues where it was stopped."""
+"""Recover: choose layers, fit operators, export and measure, each step of which continues where it was stopped."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from ghoststream.errors import OutputExistsError, RequestError
+from ghoststream.evaluation import EvaluationReport
 from ghoststream.files import differences, disk_errors
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Method
+from ghoststream.options import AUTO, Compute, Method, Recovery, Search, Text
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import Bos
-from ghoststream.recovery import ExportReport, load_recovered
+from ghoststream.recovery import ExportReport, export_recovered, load_recovered
 from ghoststream.recovery.provenance import PROVENANCE_NAME
-from ghoststream.selection import make_criterion
+from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.export import export
-from ghoststream.stages.recovery_flow import CalibrationRequest, ChoiceRequest, RecoveryFlow, RepairRequest
-from ghoststream.stages.repair.auto import AUTO
-from ghoststream.stages.searching.search import SEARCH_CRITERIA
-from ghoststream.stages.select import read_plan
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession
-from ghoststream.statistics import UNIFORM
+from ghoststream.stages.measuring.evaluate import evaluate_session
+from ghoststream.stages.session import ModelSession
+from ghoststream.stages.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +27,24 @@ class RecoveryReport:
     """What a recovery did and where everything is.
 
     Attributes:
+        name: Name of the job.
         model: What the user called the model.
         export: Sizes before and after.
         operators: The operators, with residuals in and out of sample in their diagnostics.
-        chosen_by: The selection criterion, or ``"given"``.
-        store: The activation store; None where operators were fitted in passes over the model.
-        operators_file: The operator file.
+        chosen_by: The criterion, or ``"given"``.
+        store: The activation store; None where nothing was captured.
+        operators_file: The operators file.
+        evaluation: Figures of the base and the recovered model, if they were asked for.
     """
 
+    name: str
     model: str
     export: ExportReport
     operators: OperatorSet
     chosen_by: str
     store: str | None
     operators_file: Path
+    evaluation: EvaluationReport | None = None
 
     @property
     def plan(self) -> PruningPlan:
@@ -54,6 +54,7 @@ class RecoveryReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data."""
         return {
+            "name": self.name,
             "model": self.model,
             "plan": self.plan.to_json(),
             "chosen_by": self.chosen_by,
@@ -63,6 +64,7 @@ class RecoveryReport:
             "export": self.export.to_json(),
             "store": self.store,
             "operators_file": str(self.operators_file),
+            "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
         }
 
     def to_text(self) -> str:
@@ -86,126 +88,112 @@ class RecoveryReport:
             f"  operators   {self.operators_file}",
         ]
         lines += [f"  store       {self.store}"] if self.store is not None else []
+        if self.evaluation is not None:
+            rows = self.evaluation.rows
+            lines += [
+                f"  perplexity  {row.perplexity:.2f} +- {row.standard_error:.3f} (loss)  {row.model}"
+                for row in rows
+            ]
         return "\n".join(lines)
 
 
 def recover(
     model: str | Path,
     *,
-    remove: int | None = None,
-    plan: PruningPlan | str | Path | None = None,
-    calibration: str,
+    remove: int | str | Path | PruningPlan,
+    calibration: Text | str,
     out: str | Path,
-    sequences: int = 128,
-    length: int = 512,
-    criterion: str = "measured",
-    max_spans: int | None = None,
-    held_out: int | None = None,
-    operator: str = AUTO,
-    options: Method | None = None,
-    weights: str = UNIFORM,
-    store: str | Path | None = None,
-    scheduler: Any = None,
-    store_dtype: str | None = None,
-    pack: bool = True,
-    bos: Bos = "auto",
+    search: Search | None = None,
+    method: Method | None = None,
+    compute: Compute | None = None,
     progress: Progress | None = None,
-    **compute: Unpack[ComputeRequest],
 ) -> RecoveryReport:
     """Remove layers from a model, repair the gaps in closed form, and write a checkpoint that loads.
 
-    By default candidates are repaired and measured on held-out windows of the text (:func:`ghoststream.search`), and so are
-    ways to repair (:func:`ghoststream.fit`): passes over the model, and no store. A criterion that reads hidden states
-    captures them first; an operator that is named is then solved from the same store. The paper's own method is ``criterion``
-    ``streamline`` with ``operator`` ``ghost``: one pass.
+    By default candidates are repaired and measured on held-out windows of the text, and so are ways to repair: passes over the
+    model, and no store. A criterion that reads hidden states captures them first; an operator that is named is then fitted from
+    the same store. The paper's own method is the criterion ``streamline-published`` with the operator ``ghost``: one pass.
 
-    Everything but the checkpoint is kept in ``<out>.work`` (the store unless ``store`` names another place, the
-    plan, the operators), so that the same call continues after an interruption.
+    This is :func:`run` of a :class:`~ghoststream.options.Recovery`, which has more options, such as where a store goes.
 
     Args:
         model: Local folder or hub id.
-        remove: How many layers to remove, chosen by ``criterion``; or give ``plan``.
-        plan: Layers to remove: a plan, its file, or spans such as ``13:19``. Only the hidden states at its
-            boundaries are then captured.
-        calibration: Text specification.
-        out: Folder of the recovered checkpoint.
-        sequences: Number of windows.
-        length: Tokens of a window.
-        criterion: Selection criterion: of :func:`ghoststream.search`, or of :func:`ghoststream.select`.
-        max_spans: For the criterion ``measured``, see :func:`ghoststream.search`.
-        held_out: How many of the windows, the last ones, are measured on where something is measured; a quarter if ``None``.
-        operator: Operator family, or ``auto``.
-        options: Options of the operator; ``auto`` has its own.
-        weights: Token weights of the fit, see :func:`ghoststream.solve`; ``auto`` has its own.
-        store: Path or URL of the store, where one is made.
-        scheduler: Dask scheduler address or client for the reductions over it.
-        store_dtype, pack, bos: See :func:`ghoststream.capture`.
+        remove: How many layers to remove, chosen by ``search.criterion``; or which: a plan, its file, or spans such as ``13:19``.
+            Then only the hidden states at its boundaries are captured.
+        calibration: Text to calibrate on, or its specification.
+        out: Folder of the recovered checkpoint. Everything else is kept in ``<out>.work``.
+        search: How layers are chosen, and what is held out.
+        method: How boundaries are repaired.
+        compute: How the model is opened and run.
         progress: Who is told how far it is.
-        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Raises:
-        RequestError: If neither or both of ``remove`` and ``plan`` are given, or too many layers are to go.
+        RequestError: If too many layers are to go, or an option is given that would not be used.
         OutputExistsError: If ``out`` holds something else.
-        GhoststreamError: What the stages raise.
+        GhoststreamError: What the steps raise.
 
-    Memory: the largest of what its stages state.
+    Memory: the largest of what its steps state.
     """
+    request = Recovery(
+        model=str(model),
+        remove=str(remove) if isinstance(remove, Path) else remove,
+        calibration=Text.of(calibration),
+        search=search or Search(),
+        method=method or Method(),
+        compute=compute or Compute(),
+    )
+    return run(request, out, progress=progress)
+
+
+def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None) -> RecoveryReport:
+    """Do what a :class:`~ghoststream.options.Recovery` says: what :func:`recover` and pipeline files come to.
+
+    The model is opened, fingerprinted and its text tokenised once. Plan, operators, store and figures are kept in ``<out>.work``, so
+    that the same call continues after an interruption and takes what is finished as it is.
+
+    Args:
+        recovery: What to do.
+        out: Folder of the recovered checkpoint.
+        progress: Who is told how far it is.
+
+    Raises:
+        RequestError: If no model is named, or an option is given that would not be used.
+        OutputExistsError: If ``out`` holds something else.
+        GhoststreamError: What the steps raise.
+
+    Memory: the largest of what its steps state.
+    """
+    progress = progress or SilentProgress()
+    if recovery.model is None:
+        msg = f"{recovery.name} names no model; give one with --model, or as `model` in the file"
+        raise RequestError(msg)
     out = Path(out) if Path(out).name else Path(out).resolve()
     work = out.with_name(f"{out.name}.work")
-    repair = RepairRequest(operator, options or Method(), weights)
-    text = CalibrationRequest(calibration, sequences, length, pack, bos)
-    session = ModelSession(model, ModelOptions(**compute))
-    choice = ChoiceRequest(criterion, max_spans, held_out)
-    given = _check_request(session.skeleton.n_layers, remove, plan, choice)
-    n_removed = int(remove or 0) if given is None else given.n_removed
-    _check_output(out, session.fingerprint["digest"], operator, n_removed, given)
-    in_passes = repair.check(session, given, criterion)
+    session = ModelSession(recovery.model, recovery.compute)
+    steps = Steps(session, recovery, work, progress)
+    _check_output(out, session, recovery, steps)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    flow = RecoveryFlow(
-        model,
-        session,
-        work,
-        text,
-        choice,
-        repair,
-        compute,
-        store,
-        scheduler,
-        store_dtype,
-        progress or SilentProgress(),
-    )
-    chosen, source = (given, plan) if given is not None else flow.choose(n_removed)
-    operators, file = flow.fit(chosen, source) if in_passes else flow.solve(chosen)
-    exported = export(session.root, operators, out, progress=flow.progress)
+    selection = steps.given or steps.choose()
+    operators, file = steps.fit(selection)
+    exported = export_recovered(session.skeleton, operators, out, progress=progress)
+    evaluation = _evaluate(session, recovery, out, work, progress)
+    chosen_by = selection.criterion if steps.given is None else "given"
     return RecoveryReport(
-        session.name,
-        exported,
-        operators,
-        criterion if given is None else "given",
-        flow.captured,
-        file,
+        recovery.name, session.name, exported, operators, chosen_by, steps.store, file, evaluation
     )
 
 
-def _check_request(
-    n_layers: int, remove: int | None, plan: PruningPlan | str | Path | None, choice: ChoiceRequest
-) -> PruningPlan | None:
-    if (remove is None) == (plan is None):
-        msg = "say either how many layers to remove or which plan to follow, and not both"
-        raise RequestError(msg)
-    if remove is not None and not 1 <= remove < n_layers:
-        msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
-        raise RequestError(msg)
-    if choice.max_spans is not None and (plan is not None or choice.criterion != "measured"):
-        msg = "the number of spans is a choice of the criterion measured; leave it out"
-        raise RequestError(msg)
-    if remove is not None and choice.criterion not in SEARCH_CRITERIA:
-        make_criterion(choice.criterion).check(n_layers, remove)
-    return None if plan is None else read_plan(plan, n_layers)
+def _evaluate(
+    session: ModelSession, recovery: Recovery, out: Path, work: Path, progress: Progress
+) -> EvaluationReport | None:
+    if recovery.evaluate is None:
+        return None
+    text = recovery.evaluate.to_evaluate()
+    return evaluate_session(session, [out], text, out=work / "evaluation.json", progress=progress)
 
 
-def _check_output(out: Path, base: str, operator: str, n_removed: int, plan: PruningPlan | None) -> None:
+def _check_output(out: Path, session: ModelSession, recovery: Recovery, steps: Steps) -> None:
     """Find what can be found before the pass that would make the export fail after it; export checks the rest."""
     if out.exists() and not out.is_dir():
         msg = f"{out} is a file, a folder was to be made there; choose another place"
@@ -218,14 +206,18 @@ def _check_output(out: Path, base: str, operator: str, n_removed: int, plan: Pru
     found = load_recovered(out)
     if found is None:
         return
-    asked = {"base": base, "operator": operator, "layers removed": n_removed}
+    asked = {
+        "base": session.fingerprint["digest"],
+        "operator": recovery.method.operator or AUTO,
+        "layers removed": steps.n_removed,
+    }
     there = {
         "base": found.base.get("digest"),
         "operator": found.kind,
         "layers removed": found.plan.n_removed,
     }
-    if plan is not None:
-        asked["plan"], there["plan"] = plan.to_json(), found.plan.to_json()
+    if isinstance(steps.given, Selection):
+        asked["plan"], there["plan"] = steps.given.plan.to_json(), found.plan.to_json()
     changed = differences(there, asked)
     if changed:
         msg = (

@@ -1,137 +1,128 @@
-"""The stage that chooses which layers to remove, from a store."""
+"""Choosing the layers to remove: from a store, or by running the model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from ghoststream.errors import ArtifactError, InputNotFoundError, OutputExistsError, PlanError
-from ghoststream.files import read_json, require_writable
-from ghoststream.options import Reduction
+from ghoststream.activations import ActivationStore
+from ghoststream.errors import RequestError
+from ghoststream.options import Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.selection import SelectionResult, make_criterion
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.evidence import StoreEvidence, discard_work
-from ghoststream.stages.session import ModelOptions
-from ghoststream.statistics import open_source, store_digest
+from ghoststream.selection import Selection, criterion_names
+from ghoststream.stages.capturing.replay import session_of
+from ghoststream.stages.choosing.criteria import MEASURED, search_criterion_names
+from ghoststream.stages.choosing.search import check_search, search_session
+from ghoststream.stages.from_store.evidence import Opener
+from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
+from ghoststream.stages.session import ModelSession
 
 
 def select(
-    store_uri: str | Path,
-    n_remove: int,
+    remove: int,
+    source: Source,
     *,
-    criterion: str = "streamline",
+    search: Search | None = None,
+    method: Method | None = None,
+    compute: Compute | None = None,
+    reduction: Reduction | None = None,
     out: str | Path | None = None,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    memory: int | None = None,
-    scheduler: Any = None,
-    workers: int | None = None,
     progress: Progress | None = None,
-) -> SelectionResult:
-    """Choose ``n_remove`` layers by a criterion, and write the plan if ``out`` is given.
+) -> Selection:
+    """Choose which layers to remove, and write the plan if ``out`` is given.
 
-    The same request again returns what is in ``out``. What ``residual`` gathers is kept in ``<out>.partial`` until then,
-    so that a killed run repeats at most one range of sequences, or one candidate.
+    From a store, criteria that read hidden states or weights (:mod:`ghoststream.selection`) are quick, and the model is run no more.
+    From a text, criteria that run the model (:mod:`ghoststream.stages.choosing.criteria`) say what it loses: with ``measured``,
+    the default, candidates are repaired and measured on held-out windows, all of a step in one read of the weights.
+
+    The same request again returns what is in ``out``. A killed one goes on with the figures that it has.
 
     Args:
-        store_uri: Path or URL of the store.
-        n_remove: How many layers to remove.
-        criterion: Name of a criterion (``docs/selection.md``).
+        remove: How many layers.
+        source: A store, or a model and a text to calibrate on. Nothing else is looked at.
+        search: Criterion, and how much it tries.
+        method: How candidates are repaired, where they are; by default ``auto``.
+        compute: How the model is opened and run.
+        reduction: Where statistics of a store are reduced.
         out: Plan file (JSON) to write.
-        model: The checkpoint that the store was made of: local folder or hub id; for ``magnitude``.
-        revision: Branch, tag or commit of a hub model.
-        trust_remote_code: Whether the model's own code may run.
-        memory: Bytes that ``residual`` may take at a time in this process (on a cluster: one task); by default half
-            of what is free. It decides the number of sweeps over the store, and changes no bit.
-        scheduler: Address of a Dask scheduler, a ``distributed.Client``, or None for this process.
-        workers: Threads in this process.
-        progress: Told how many sequences are done.
+        progress: Who is told how far it is.
 
     Raises:
-        RequestError: If the criterion is unknown, cannot remove so many layers or needs a model, or ``out`` cannot be
-            written.
+        RequestError: If the criterion is unknown, cannot remove so many layers or does not read this source, the numbers do not fit
+            the model or the text, or an option is given that would not be used.
         OutputExistsError: If ``out`` holds something else.
+        BusyError: If another process is writing it.
         StoreError: If a hidden state that is needed is not in the store.
-        MismatchError: If the store is not of ``model``.
+        MismatchError: If the store is not of the model that was given.
         NumericsError: If a hidden state or a solution is not finite.
-        BudgetError, DiskFullError: If what ``residual`` gathers does not fit memory or disk.
+        BudgetError, DiskFullError: If memory or disk does not suffice.
 
-    Memory: what the criterion's docstring states, once for each worker thread: for ``streamline``, ``shortgpt`` and
-    ``uidl`` as many blocks of 1,024 tokens (at least one sequence) in float32 as hidden states wait for their partner.
+    Memory: from a store what the criterion's docstring states, once for each worker thread; from a text that of
+    :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
     """
-    out = None if out is None else Path(out)
-    rule = make_criterion(criterion)
-    source = open_source(str(store_uri))
-    n_layers, digest = source.n_layers, store_digest(source)
-    rule.check(n_layers, n_remove)
-    if out is not None and out.exists():
-        return _existing(out, criterion, n_remove, digest)
-    if out is not None:
-        require_writable(out)
-    options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
-    reduction = Reduction.make({"scheduler": scheduler, "workers": workers, "memory": memory})
-    made_of = None if model is None else (model, options)
-    evidence = StoreEvidence(str(store_uri), source, made_of, reduction, out, progress or SilentProgress())
-    choice = rule.choose(evidence, n_remove)
-    plan = PruningPlan(n_layers, choice.chosen)
-    result = SelectionResult(
-        plan, criterion, n_remove, rule.meaning, choice.scores, choice.chosen, digest, choice.details
-    )
-    if out is not None:
-        result.save(out)
-        discard_work(out)
-    return result
+    search, method = search or Search(), method or Method()
+    compute, reduction = compute or Compute(), reduction or Reduction()
+    progress = progress or SilentProgress()
+    if source.store is not None:
+        name = require_criterion(search.criterion or PUBLISHED, runs_model=False)
+        search.refuse(set(Search.model_fields) - {"criterion"}, f"the criterion {name} runs nothing")
+        method.refuse(None, f"the criterion {name} does not fit operators")
+        return select_from_store(
+            source.store,
+            remove,
+            model=opener(source, compute),
+            criterion=name,
+            reduction=reduction,
+            out=out,
+            progress=progress,
+        )
+    name = require_criterion(search.criterion or MEASURED, runs_model=True)
+    reduction.refuse(None, "no store is read")
+    session = ModelSession(str(source.model), compute)
+    rule, _ = check_search(session.skeleton.n_layers, remove, search, method)
+    if not rule.repairs:
+        method.refuse(None, f"the criterion {name} repairs nothing")
+        search.refuse(
+            ("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows"
+        )
+    assert source.calibration is not None
+    text = source.calibration.to_calibrate()
+    return search_session(session, remove, text, search=search, method=method, out=out, progress=progress)
 
 
-def read_plan(source: str | Path | PruningPlan, n_layers: int) -> PruningPlan:
-    """Return a plan from a plan file, from spans such as ``13:19``, or as it is, checked against the model.
+def opener(source: Source, compute: Compute) -> Opener | None:
+    """Return what opens the model of a store, if one was given.
 
     Raises:
-        PlanError: If it is no plan, or one for another number of layers.
-        InputNotFoundError: If it looks like a file, and there is none.
-        ArtifactError: If the file is not JSON.
+        RequestError: If options are given for a model that is not.
     """
-    if isinstance(source, PruningPlan):
-        plan = source
-    elif Path(source).is_file():
-        plan = _plan_file(Path(source))
-    elif Path(source).suffix == ".json" or "/" in str(source):
-        msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
-        raise InputNotFoundError(msg)
-    else:
-        plan = PruningPlan.parse(n_layers, str(source))
-    plan.require_fits(n_layers)
-    if not plan.spans:
-        msg = "the plan removes no layer; name at least one span, for example 13:19"
-        raise PlanError(msg)
-    return plan
+    if source.model is None:
+        compute.refuse(None, "no model is given")
+        return None
+    store, model = str(source.store), source.model
+    return lambda: session_of(ActivationStore.open(store), model, compute)
 
 
-def _plan_file(path: Path) -> PruningPlan:
-    data = read_json(path)
-    if not isinstance(data, dict):
-        msg = f'{path} is not a pruning plan; it needs "n_layers" and "spans": [[start, stop], ...]'
-        raise PlanError(msg)
-    try:
-        return PruningPlan.from_json(data.get("plan", data))
-    except PlanError as error:
-        msg = f"{path}: {error}"
-        raise PlanError(msg) from error
+def runs_model(criterion: str | None) -> bool:
+    """Say whether a criterion chooses by running the model; without a name it is the default of a text."""
+    return criterion is None or criterion in search_criterion_names()
 
 
-def _existing(out: Path, criterion: str, n_remove: int, digest: str) -> SelectionResult:
-    try:
-        found = SelectionResult.load(out)
-    except (ArtifactError, InputNotFoundError):
-        found = None
-    if found is None or (found.criterion, found.remove, found.store_digest) != (
-        criterion,
-        n_remove,
-        digest,
-    ):
-        msg = f"{out} exists and is not the plan of this request; choose another name, or move it away"
-        raise OutputExistsError(msg)
-    discard_work(out)
-    return found
+def require_criterion(name: str, *, runs_model: bool) -> str:
+    """Return the name of a criterion, checked against where hidden states come from.
+
+    Raises:
+        RequestError: If there is none of this name, or it needs the other source.
+    """
+    running, reading = search_criterion_names(), criterion_names()
+    if name not in (*running, *reading):
+        msg = f"there is no criterion {name!r}; known are {', '.join(sorted((*running, *reading)))}"
+        raise RequestError(msg)
+    if runs_model and name not in running:
+        msg = (
+            f"the criterion {name} reads a store; capture one and give --store in the place of --calibration"
+        )
+        raise RequestError(msg)
+    if not runs_model and name not in reading:
+        msg = f"the criterion {name} runs the model; give --calibration in the place of --store"
+        raise RequestError(msg)
+    return name

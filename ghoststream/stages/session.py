@@ -2,100 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
 from ghoststream.checkpoint import checkpoint_fingerprint
-from ghoststream.checkpoint.hub import ResolvedModel, resolve_model
+from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.errors import (
-    ArtifactError,
-    CheckpointError,
     GhoststreamError,
     InputNotFoundError,
     RequestError,
     UnsupportedModelError,
 )
-from ghoststream.files import read_json
 from ghoststream.machine import free_device_memory, free_host_memory
-from ghoststream.recipe import Bos, TextPart, TextRecipe
+from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
-from ghoststream.text import TextSpec, TokenSet, prepare_tokens
-
-
-class ComputeRequest(TypedDict, total=False):
-    """How a model is opened and run: keyword arguments that several stages share, all optional.
-
-    Attributes:
-        dtype: Compute dtype (``float32``, ``bfloat16``, ``float16``); the checkpoint's if ``None``.
-        attention: transformers' attention implementation; its default if ``None``.
-        micro_batch: Sequences in one forward; if ``None`` what works within half a U and the memory given, at most
-            2,048 tokens.
-        revision: Branch, tag or commit of a hub model.
-        trust_remote_code: Whether the model's own code may run.
-        device: Where layers are computed: ``cpu``, ``cuda`` or ``cuda:N``.
-        device_memory: Bytes of the accelerator that a pass may take; nine tenths of what is free if ``None``.
-        host_memory: Bytes of this machine's memory that a pass may take above what the libraries take; nine tenths
-            of what is free if ``None``.
-        scratch: Folder for hidden states between layers that fit neither; if ``None`` the folder of the store that is
-            written, or the system's temporary folder.
-    """
-
-    dtype: str | None
-    attention: str | None
-    micro_batch: int | None
-    revision: str | None
-    trust_remote_code: bool
-    device: str
-    device_memory: int | None
-    host_memory: int | None
-    scratch: Path | None
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """The values of a :class:`ComputeRequest`."""
-
-    dtype: str | None = None
-    attention: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    device: str = "cpu"
-    micro_batch: int | None = None
-    device_memory: int | None = None
-    host_memory: int | None = None
-    scratch: Path | None = None
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """Which tokens are wanted of a text; see :class:`~ghoststream.recipe.TextRecipe`."""
-
-    spec: str
-    sequences: int | None
-    length: int
-    pack: bool = True
-    bos: Bos = "auto"
-    part: TextPart = "all"
-
-    def recipe(self) -> TextRecipe:
-        """Return the part of the recipe that these options are."""
-        return TextRecipe(
-            spec=TextSpec.parse(self.spec).identity,
-            sequences=self.sequences,
-            length=self.length,
-            pack=self.pack,
-            bos=self.bos,
-            part=self.part,
-        )
+from ghoststream.text import TokenSet, prepare_tokens
 
 
 class ModelSession:
-    """A model on this machine, opened without its weights.
+    """A model on this machine, opened once and without its weights: what all steps of a command share.
+
+    Args:
+        model: Local folder or hub id.
+        compute: How it is opened and run.
 
     Raises:
         InputNotFoundError: If there is no such model.
@@ -104,11 +37,12 @@ class ModelSession:
         RequestError: If the device is not there or an option is unknown.
     """
 
-    def __init__(self, model: str | Path, options: ModelOptions) -> None:
-        self.options = options
-        self.resolved: ResolvedModel = resolve_checkpoint(model, revision=options.revision)
-        self.device = usable_device(options.device)
-        self.skeleton = _build_skeleton(self.resolved.root, self.device, options)
+    def __init__(self, model: str | Path, compute: Compute | None = None) -> None:
+        self.compute = compute or Compute()
+        self.resolved: ResolvedModel = resolve_checkpoint(model, revision=self.compute.revision)
+        self.device = usable_device(self.compute.device)
+        self.skeleton = _build_skeleton(self.resolved.root, self.device, self.compute)
+        self._tokens: dict[Text, TokenSet] = {}
 
     @property
     def name(self) -> str:
@@ -144,63 +78,44 @@ class ModelSession:
             gradients: Bytes of parameters' gradients, for a pass with a way back.
             scratch: Folder for states that do not fit, where the options name none.
         """
-        options, on_device = self.options, free_device_memory(self.device)
+        compute = self.compute
         budget = MemoryBudget(
-            _given_or_most(options.device_memory, on_device),
-            _given_or_most(options.host_memory, free_host_memory()),
-            options.scratch or scratch,
+            _given_or_most(compute.device_memory, free_device_memory(self.device)),
+            _given_or_most(compute.host_memory, free_host_memory()),
+            compute.scratch or scratch,
         )
         return PassMemory(self.skeleton, budget, length, buffers=buffers, gradients=gradients)
 
-    def tokens(self, text: TextOptions) -> TokenSet:
-        """Turn a text into token windows with this model's tokenizer.
+    def micro_batch(self, length: int) -> int:
+        """Return how many sequences of ``length`` tokens are computed at once: as given, or as memory allows."""
+        return self.compute.micro_batch or self.memory(length).choose_micro_batch()
+
+    def tokens(self, text: Text) -> TokenSet:
+        """Turn a text into token windows with this model's tokenizer; the same text again is not read again.
 
         Raises:
             TextError: If the text gives too little.
         """
-        needs_tokenizer = not text.spec.startswith("ids:")
-        return prepare_tokens(
-            text.spec,
-            load_tokenizer(self.root, self.options) if needs_tokenizer else None,
-            sequences=text.sequences,
-            length=text.length,
-            pack=text.pack,
-            bos=text.bos,
-            part=text.part,
-            vocabulary_size=self.skeleton.vocab_size,
-        )
+        if text not in self._tokens:
+            needs_tokenizer = not text.spec.startswith("ids:")
+            tokenizer = load_tokenizer(self.root, self.compute) if needs_tokenizer else None
+            size = self.skeleton.vocab_size
+            self._tokens[text] = prepare_tokens(text, tokenizer, vocabulary_size=size)
+        return self._tokens[text]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what of the way in which the model is computed can change a bit, for recipes."""
+        return {"dtype": dtype_name(self.skeleton.dtype), "attention": self.skeleton.attention}
 
 
-def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
-    """Find a model's folder and look whether it has a configuration, as everything else begins with that.
-
-    Raises:
-        InputNotFoundError: If there is no such model.
-        CheckpointError: If its ``config.json`` is missing or not a JSON object.
-    """
-    resolved = resolve_model(model, revision=revision)
-    path = resolved.root / "config.json"
-    if not path.is_file():
-        msg = f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy it again"
-        raise CheckpointError(msg)
-    try:
-        is_config = isinstance(read_json(path), dict)
-    except ArtifactError:
-        is_config = False
-    if not is_config:
-        msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
-        raise CheckpointError(msg)
-    return resolved
-
-
-def _build_skeleton(root: Path, device: torch.device, options: ModelOptions) -> Skeleton:
+def _build_skeleton(root: Path, device: torch.device, compute: Compute) -> Skeleton:
     try:
         return Skeleton(
             root,
-            dtype=parse_dtype(options.dtype),
-            attention=options.attention,
+            dtype=parse_dtype(compute.dtype),
+            attention=compute.attention,
             device=device,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=compute.trust_remote_code,
         )
     except GhoststreamError:
         raise
@@ -211,7 +126,7 @@ def _build_skeleton(root: Path, device: torch.device, options: ModelOptions) -> 
         raise UnsupportedModelError(msg) from error
 
 
-def load_tokenizer(root: Path, options: ModelOptions) -> Any:
+def load_tokenizer(root: Path, compute: Compute) -> Any:
     """Load a checkpoint's tokenizer.
 
     Raises:
@@ -220,7 +135,7 @@ def load_tokenizer(root: Path, options: ModelOptions) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(root, trust_remote_code=options.trust_remote_code)
+        return AutoTokenizer.from_pretrained(root, trust_remote_code=compute.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = shorten(str(error), 200, placeholder="...")
         msg = f"{root} has no tokenizer that can be loaded ({reason}); copy its tokenizer files there, or use ids:FILE.npy"
@@ -228,15 +143,17 @@ def load_tokenizer(root: Path, options: ModelOptions) -> Any:
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the torch device of this name.
+    """Return the torch device of this name; ``auto`` is CUDA where there is one.
 
     Raises:
         RequestError: If it is unknown or not on this machine.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        msg = f"unknown device {name!r}; use cpu, cuda or cuda:N"
+        msg = f"unknown device {name!r}; use auto, cpu, cuda or cuda:N"
         raise RequestError(msg) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         msg = f"device {name!r} was asked for, and torch sees no CUDA device here; use --device cpu"

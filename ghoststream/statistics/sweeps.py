@@ -123,6 +123,16 @@ def candidate_spans(n_layers: int, remove: int, *, keep_ends: bool = True) -> tu
     return tuple(Span(start, start + remove) for start in range(first, n_layers - remove + 1 - first))
 
 
+def single_layers(span: Span) -> tuple[Span, ...]:
+    """Return the removed layers of a span, each as a span of its own."""
+    return tuple(Span(layer, layer + 1) for layer in range(span.start, span.stop))
+
+
+def span_groups(spans: tuple[Span, ...], *, reads_taps: bool) -> list[tuple[Span, ...]]:
+    """Return which spans are reduced together: all, or each alone where features are wide and no layer is shared."""
+    return [(span,) for span in spans] if reads_taps else [spans]
+
+
 def _sweep(reducer: BoundaryReducer, spans: Iterable[Span], hidden: int, length: int) -> Sweep:
     part = replace(reducer, spans=tuple(spans))
     return Sweep(part, part.task_bytes(hidden, length), part.state_bytes(hidden, length))

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ghoststream.costs import sequences_at_work, work_bytes_per_token
 from ghoststream.errors import BudgetError
 from ghoststream.files import format_bytes
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import StatesFactory
-
-_MOST_TOKENS_PER_FORWARD = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,10 @@ class PassMemory:
 
         At most 2,048 tokens, at least one sequence.
         """
-        room = self._unit // 2
         limit = self._budget.host_bytes if self._on_host else self._budget.device_bytes
-        if limit is not None:
-            room = min(room, limit - 2 * self._unit - (self._buffers if self._on_host else 0))
-        return max(
-            1, min(_MOST_TOKENS_PER_FORWARD // self._length, room // self._work_bytes(1, self._length))
-        )
+        if limit is not None and self._on_host:
+            limit -= self._buffers
+        return sequences_at_work(self._unit, self._work_bytes(1, self._length), self._length, limit)
 
     def states_factory(self, batches: Sequence[Batch]) -> StatesFactory:
         """Return the maker of places for the states of these batches, of any lengths, within what is left of the budget.
@@ -106,7 +102,7 @@ class PassMemory:
         )
 
     def _work_bytes(self, micro_batch: int, length: int) -> int:
-        return micro_batch * length * work_bytes_per_token(self._skeleton, length)
+        return micro_batch * length * layer_work_bytes(self._skeleton, length)
 
     def _left(self, place: str, limit: int | None, parts: dict[str, int]) -> int | None:
         if limit is None:
@@ -123,14 +119,12 @@ class PassMemory:
         return limit - needed
 
 
-def work_bytes_per_token(skeleton: Skeleton, length: int) -> int:
-    """Return the bytes that a decoder layer at work holds a token: ``(4 I + 8 C) b``, and its scores where eager.
-
-    ``I`` is the widest side of a matrix of a layer.
-    """
-    widest = max(max(shape[-2:]) for shape in skeleton.layer_shapes(0) if len(shape) >= 2)
-    itemsize = skeleton.dtype.itemsize
-    scores = 0
-    if skeleton.attention == "eager":
-        scores = int(skeleton.config.num_attention_heads) * length * (2 * itemsize + 4)
-    return (4 * widest + 8 * skeleton.hidden_size) * itemsize + scores
+def layer_work_bytes(skeleton: Skeleton, length: int) -> int:
+    """Return the bytes that a decoder layer of a model at work holds a token of sequences of ``length``."""
+    return work_bytes_per_token(
+        widest=max(max(shape[-2:]) for shape in skeleton.layer_shapes(0) if len(shape) >= 2),
+        hidden=skeleton.hidden_size,
+        itemsize=skeleton.dtype.itemsize,
+        heads=int(skeleton.config.num_attention_heads) if skeleton.attention == "eager" else 0,
+        length=length,
+    )

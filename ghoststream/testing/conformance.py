@@ -174,7 +174,10 @@ def resident_pass(model: Any, batch: Batch) -> tuple[list[torch.Tensor], torch.T
     def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-    modules = [*model.get_submodule(architecture.layers_path), model.get_submodule(architecture.final_norm_path)]
+    modules = [
+        *model.get_submodule(architecture.layers_path),
+        model.get_submodule(architecture.final_norm_path),
+    ]
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
         with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghoststream.text.documents import Document
 from ghoststream.text.encoding import tokenizer_fingerprint
-from ghoststream.text.prepare import prepare_tokens
+from ghoststream.text.prepare import prepare_tokens, recipe_of
 from ghoststream.text.registry import register_text_source, text_source_names
 from ghoststream.text.sources import load_documents
 from ghoststream.text.spec import TextSpec
@@ -16,6 +16,7 @@ __all__ = [
     "TokenSet",
     "load_documents",
     "prepare_tokens",
+    "recipe_of",
     "register_text_source",
     "text_source_names",
     "tokenizer_fingerprint",

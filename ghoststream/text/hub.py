@@ -10,8 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ghoststream.errors import GhoststreamError, TextError
+from ghoststream.options import TextPart
 from ghoststream.text.documents import Document
-from ghoststream.text.spec import Part, TextSpec
+from ghoststream.text.spec import TextSpec
 from ghoststream.text.text_files import messages_or_text
 
 
@@ -41,7 +42,7 @@ _C4_FILES = MappingProxyType(
 )
 
 
-def hub_documents(spec: TextSpec, part: Part, *, max_bytes: int | None = None) -> Iterator[Document]:
+def hub_documents(spec: TextSpec, part: TextPart, *, max_bytes: int | None = None) -> Iterator[Document]:
     """Yield the documents of an ``hf:`` specification or of a named set.
 
     A named set without a split means its training split for ``fit``, else the split that perplexities are
@@ -60,7 +61,7 @@ def hub_documents(spec: TextSpec, part: Part, *, max_bytes: int | None = None) -
         yield _joined(rows, dataset, spec, max_bytes)
 
 
-def resolve_split(spec: TextSpec, part: Part) -> str | None:
+def resolve_split(spec: TextSpec, part: TextPart) -> str | None:
     """Return the split that is read, or ``None`` where the source has none."""
     if spec.kind != "named":
         return spec.split if spec.kind == "hf" else None
@@ -71,7 +72,7 @@ def _plain(spec: TextSpec) -> _Dataset:
     return _Dataset(spec.source, spec.split or "train", config=spec.config, field=spec.field)
 
 
-def _named(spec: TextSpec, part: Part) -> _Dataset:
+def _named(spec: TextSpec, part: TextPart) -> _Dataset:
     split = resolve_split(spec, part) or ""
     if spec.source == "wikitext2":
         return _Dataset(

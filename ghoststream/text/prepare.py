@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ghoststream.errors import TextError
 from ghoststream.files import bytes_digest, format_digest
-from ghoststream.recipe import Bos
+from ghoststream.options import Text, TextPart
 from ghoststream.text.documents import Document
 from ghoststream.text.encoding import (
     TokenIds,
@@ -23,7 +23,7 @@ from ghoststream.text.encoding import (
 from ghoststream.text.hub import resolve_split
 from ghoststream.text.ids_file import read_ids
 from ghoststream.text.sources import load_documents, resolve_part
-from ghoststream.text.spec import Part, TextSpec
+from ghoststream.text.spec import TextSpec
 from ghoststream.text.token_set import TokenSet
 
 # A file or split that is one document is read up to this many bytes, or this many bytes for each token that
@@ -34,30 +34,29 @@ _BYTES_PER_TOKEN = 12
 
 @dataclass(frozen=True, slots=True)
 class _Request:
+    """A text that was parsed, with the tokenizer, and how many tokens it takes."""
+
+    text: Text
     spec: TextSpec
     tokenizer: PreTrainedTokenizerBase
-    sequences: int | None
-    length: int
-    pack: bool
-    bos: Bos
-    part: Part
+    part: TextPart
 
     @property
     def body(self) -> int:
         """Tokens of one window that come from the text."""
-        return self.length - (self.bos == "always")
+        return self.text.length - (self.text.bos == "always")
 
     @property
     def needed(self) -> int | None:
         """Tokens that must be read at least; ``None`` if all are wanted."""
-        if not self.pack:
-            return self.length
-        return None if self.sequences is None else self.sequences * self.body
+        if not self.text.pack:
+            return self.text.length
+        return None if self.text.sequences is None else self.text.sequences * self.body
 
     def is_met(self, n_pieces: int, n_tokens: int) -> bool:
         """Whether no more documents need to be read."""
-        if not self.pack:
-            return n_pieces == self.sequences
+        if not self.text.pack:
+            return n_pieces == self.text.sequences
         return self.needed is not None and n_tokens >= self.needed
 
 
@@ -77,32 +76,20 @@ class _Gathered:
 
 
 def prepare_tokens(
-    spec: TextSpec | str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    sequences: int | None,
-    length: int,
-    pack: bool = True,
-    bos: Bos = "auto",
-    part: Part = "all",
-    vocabulary_size: int | None = None,
+    text: Text, tokenizer: PreTrainedTokenizerBase | None, *, vocabulary_size: int | None = None
 ) -> TokenSet:
-    """Turn a text specification into sequences of ``length`` tokens.
+    """Turn a text into sequences of ``text.length`` tokens.
 
-    With ``pack``, documents are tokenised one by one, concatenated without anything in between, and cut in
-    windows that do not overlap; what is left at the end is dropped. Without, each document is one sequence,
-    truncated or padded on the right.
+    With ``pack``, documents are tokenised one by one, concatenated without anything in between, and cut in windows that do
+    not overlap; the rest at the end is dropped. Without, each document is one sequence, truncated or padded on the right.
+
+    ``bos`` ``auto`` puts in front what the tokenizer itself does, at the start of the stream (with ``pack``) or of each
+    document (without); ``always``: every sequence begins with bos; ``never``: none does.
 
     Args:
-        spec: The text. An ``ids:`` file is used as it is; ``pack``, ``bos`` and ``part`` do not apply.
+        text: The text. An ``ids:`` file is used as it is; ``pack``, ``bos`` and ``part`` do not apply. A split that its
+            specification names comes before ``part``. Without ``sequences``, all that the text gives.
         tokenizer: The model's tokenizer; only ``ids:`` does without.
-        sequences: How many; ``None`` takes all that the text gives.
-        length: Tokens of one sequence, at least 2.
-        pack: Whether documents are packed.
-        bos: ``auto``: what the tokenizer itself puts in front, at the start of the stream (with ``pack``) or
-            of each document (without). ``always``: every sequence begins with bos. ``never``: none does.
-        part: Which part of a text that has a standard split (``python-docs``; training or reported split of
-            ``wikitext2``, ``ptb``, ``c4``); a split named in ``spec`` comes first, other texts have none.
         vocabulary_size: Number of token ids that the model knows; larger ids are refused.
 
     Returns:
@@ -112,23 +99,25 @@ def prepare_tokens(
         InputNotFoundError: If a file does not exist.
         TextError: If the text cannot be read or gives too little, or does not fit the tokenizer.
 
-    Memory: The ids, 4 bytes a token, twice, and the document that is being tokenised with its encoding
-    (about 100 bytes a token); of a file that is one document, 12 bytes for each token asked for, at least 1 MiB.
+    Memory: The ids, 4 bytes a token, twice, and the document that is being tokenised with its encoding (about 100 bytes a
+    token); of a file that is one document, 12 bytes for each token asked for, at least 1 MiB.
     """
-    parsed = TextSpec.parse(spec) if isinstance(spec, str) else spec
-    if length < 2 or (sequences is not None and sequences < 1):
-        msg = f"{sequences} sequences of {length} tokens were asked for; at least 1 sequence of 2 tokens makes sense"
-        raise TextError(msg)
+    parsed = TextSpec.parse(text.spec)
     if parsed.kind == "ids":
-        tokens = _from_ids(parsed, sequences, length)
+        tokens = _from_ids(parsed, text.sequences, text.length)
     else:
         if tokenizer is None:
             msg = f"{parsed} is text and the model has no tokenizer; give token ids with ids:FILE.npy"
             raise TextError(msg)
-        request = _Request(parsed, tokenizer, sequences, length, pack, bos, resolve_part(parsed, part))
-        tokens = _packed(request) if pack else _one_by_one(request)
+        request = _Request(text, parsed, tokenizer, resolve_part(parsed, text.part or "all"))
+        tokens = _packed(request) if text.pack else _one_by_one(request)
     _require_known(tokens, parsed, vocabulary_size)
     return tokens
+
+
+def recipe_of(text: Text) -> Text:
+    """Return a text as recipes name it: without folders, whose place the digest of the tokens takes."""
+    return text.model_copy(update={"spec": TextSpec.parse(text.spec).identity})
 
 
 def _from_ids(spec: TextSpec, sequences: int | None, length: int) -> TokenSet:
@@ -144,23 +133,23 @@ def _from_ids(spec: TextSpec, sequences: int | None, length: int) -> TokenSet:
 
 def _packed(request: _Request) -> TokenSet:
     body = request.body
-    front = require_bos(request.tokenizer) if request.bos == "always" else None
+    front = require_bos(request.tokenizer) if request.text.bos == "always" else None
     gathered = _gather(request)
     available = gathered.n_tokens // body
-    wanted = available if request.sequences is None else request.sequences
+    wanted = available if request.text.sequences is None else request.text.sequences
     if not available or wanted > available:
         raise TextError(_shortage(request, gathered, wanted))
     ids = np.concatenate(gathered.pieces)[: wanted * body].reshape(wanted, body)
     if front is not None:
         ids = np.concatenate([np.full((wanted, 1), front, np.int32), ids], axis=1)
-    lengths = np.full(wanted, request.length, np.int32)
+    lengths = np.full(wanted, request.text.length, np.int32)
     return TokenSet(
         np.ascontiguousarray(ids), lengths, np.ones(ids.shape, np.bool_), _account(request, gathered)
     )
 
 
 def _one_by_one(request: _Request) -> TokenSet:
-    wanted = request.sequences
+    wanted = request.text.sequences
     gathered = _gather(request)
     pieces = gathered.pieces
     if not pieces or (wanted is not None and len(pieces) < wanted):
@@ -173,11 +162,11 @@ def _one_by_one(request: _Request) -> TokenSet:
     if padding is None:
         # Masked everywhere and behind all real tokens: which id it is changes nothing.
         padding = request.tokenizer.eos_token_id or 0
-    ids = np.full((len(pieces), request.length), padding, np.int32)
+    ids = np.full((len(pieces), request.text.length), padding, np.int32)
     lengths = np.array([len(piece) for piece in pieces], np.int32)
     for row, piece in zip(ids, pieces, strict=True):
         row[: len(piece)] = piece
-    mask = np.arange(request.length) < lengths[:, None]
+    mask = np.arange(request.text.length) < lengths[:, None]
     return TokenSet(ids, lengths, mask, _account(request, gathered))
 
 
@@ -213,17 +202,17 @@ def _read(request: _Request, max_bytes: int | None) -> _Gathered:
 
 
 def _encode(request: _Request, document: Document, *, is_first: bool) -> TokenIds:
-    tokenizer, auto = request.tokenizer, request.bos == "auto"
+    tokenizer, auto = request.tokenizer, request.text.bos == "auto"
     if document.text is not None and not document.text:
         # Else a sequence of nothing but bos would come of it.
         return np.empty(0, np.int32)
-    ids = encode_document(tokenizer, document, special=auto and not request.pack, keep_bos=auto)
-    if request.pack:
+    ids = encode_document(tokenizer, document, special=auto and not request.text.pack, keep_bos=auto)
+    if request.text.pack:
         starts_stream = auto and is_first and document.messages is None
         return np.concatenate([stream_prefix(tokenizer, document), ids]) if starts_stream else ids
-    if request.bos == "always" and ids.size:
+    if request.text.bos == "always" and ids.size:
         ids = np.concatenate([np.array([require_bos(tokenizer)], np.int32), ids])
-    return ids[: request.length]
+    return ids[: request.text.length]
 
 
 def _account(request: _Request, gathered: _Gathered) -> dict[str, object]:
@@ -231,10 +220,10 @@ def _account(request: _Request, gathered: _Gathered) -> dict[str, object]:
         "spec": request.spec.identity,
         "part": request.part,
         "split": resolve_split(request.spec, request.part),
-        "sequences": request.sequences,
-        "length": request.length,
-        "pack": request.pack,
-        "bos": request.bos,
+        "sequences": request.text.sequences,
+        "length": request.text.length,
+        "pack": request.text.pack,
+        "bos": request.text.bos,
         "text_digest": gathered.text_digest,
         "text_bytes": gathered.text_bytes,
         "documents": gathered.n_documents,
@@ -250,7 +239,7 @@ def _shortage(request: _Request, gathered: _Gathered, wanted: int) -> str:
             " give more text or a smaller --length"
         )
     return (
-        f"{request.spec} has {found} tokens and gives {found // body} sequences of {request.length}, {wanted} were"
+        f"{request.spec} has {found} tokens and gives {found // body} sequences of {request.text.length}, {wanted} were"
         f" asked for ({wanted * body} tokens); give more text or ask for fewer sequences"
     )
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ghoststream.errors import TextError
+from ghoststream.options import TextPart
 from ghoststream.text.documents import Document
-from ghoststream.text.spec import Part
 
 HELDOUT_SHARE = 0.25
 """Share of the groups of topics that is held out, in the mean over topic names."""
@@ -25,7 +25,7 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 _TRAILING_BLANKS = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
-def python_documents(part: Part) -> Iterator[Document]:
+def python_documents(part: TextPart) -> Iterator[Document]:
     """Yield the topics of one part, or of both (``all``), in an order that mixes subjects.
 
     Raises:
@@ -60,7 +60,7 @@ def group_topics(topics: Mapping[str, str]) -> dict[str, str]:
     return group
 
 
-def part_of(group: str) -> Part:
+def part_of(group: str) -> TextPart:
     """Return the part that a group of topics belongs to: a hash of its name decides."""
     return "heldout" if _hash(group) < HELDOUT_SHARE else "fit"
 

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ghoststream.errors import TextError
+from ghoststream.options import TextPart
 from ghoststream.text.documents import Document
 from ghoststream.text.hub import hub_documents
 from ghoststream.text.python_docs import python_documents
 from ghoststream.text.registry import TEXT_SOURCES
-from ghoststream.text.spec import Part, TextSpec
+from ghoststream.text.spec import TextSpec
 from ghoststream.text.text_files import file_documents
 
 
-def load_documents(spec: TextSpec, *, part: Part = "all", max_bytes: int | None = None) -> Iterator[Document]:
+def load_documents(
+    spec: TextSpec, *, part: TextPart = "all", max_bytes: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of a specification one by one.
 
     Args:
@@ -42,7 +45,7 @@ def load_documents(spec: TextSpec, *, part: Part = "all", max_bytes: int | None 
     raise TextError(msg)
 
 
-def resolve_part(spec: TextSpec, part: Part) -> Part:
+def resolve_part(spec: TextSpec, part: TextPart) -> TextPart:
     """Return which part of ``python-docs``, a named set or a registered source is meant.
 
     What the specification says comes first.

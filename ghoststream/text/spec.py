@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from ghoststream.errors import TextError
-from ghoststream.options import TextPart
 from ghoststream.text.registry import text_source_names
 
-Part = TextPart
 NAMED_SETS = ("wikitext2", "ptb", "c4")
 _FORMS = (
     "file:PATH, ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb, c4 (each [:SPLIT]) or"

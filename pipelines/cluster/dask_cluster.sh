@@ -17,5 +17,5 @@ for host in $HOSTS; do
     pids+=($!)
 done
 
-ghoststream select "$STORE" --remove 8 --scheduler "$ADDRESS" --out "$(dirname "$STORE")/plan.json"
-ghoststream solve "$STORE" --plan "$(dirname "$STORE")/plan.json" --scheduler "$ADDRESS" --out "$(dirname "$STORE")/operators.safetensors"
+ghoststream select --store "$STORE" --remove 8 --scheduler "$ADDRESS" --out "$(dirname "$STORE")/plan.json"
+ghoststream fit --store "$STORE" --plan "$(dirname "$STORE")/plan.json" --scheduler "$ADDRESS" --out "$(dirname "$STORE")/operators.safetensors"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.solve import solve
 
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.cli import main
@@ -24,7 +25,6 @@ from ghoststream.errors import InputNotFoundError, RequestError, StoreError
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.select import select
-from ghoststream.stages.solve import solve
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.states import random_states, store_of
 from ghoststream.testing.stores import small_layout, small_request, small_states, small_store

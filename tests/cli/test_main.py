@@ -11,10 +11,10 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from ghoststream.cli.parameters import ByteSize, IndexList
 
 from ghoststream.cli import main
 from ghoststream.cli.main import COMMANDS
-from ghoststream.cli.parameters import ByteSize, IndexList
 from ghoststream.errors import CheckpointError, GhoststreamError, PlanError
 from ghoststream.stages import inspect as inspect_stage
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from ghoststream.stages.inspect import inspect_path
+from ghoststream.stages.verify import verify_path
 
 import ghoststream as gs
 from ghoststream.cli import main
-from ghoststream.stages.inspect import inspect_path
-from ghoststream.stages.verify import verify_path
 
 pytestmark = pytest.mark.integration
 LENGTH = 16

@@ -22,15 +22,15 @@ import numpy as np
 import scipy.linalg
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - the same
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.solve import solve
 
 from ghoststream.stages.capturing import capture as capture_stage
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.capturing.replay import replay
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
 from ghoststream.stages.select import select
 from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.stages.solve import solve
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.synthetic import save_ids, save_synthetic

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.inspect import inspect_path
+from ghoststream.stages.verify import verify_path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,11 +25,8 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.options import Method
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
-from ghoststream.stages.inspect import inspect_path
 from ghoststream.stages.recover import recover
-from ghoststream.stages.verify import verify_path
 from ghoststream.streaming import Skeleton, make_batches
 from ghoststream.testing.conformance import random_tokens, skip_layers
 from ghoststream.testing.models import save_tiny

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.solve import solve
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,10 +25,8 @@ from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
 from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.stages.solve import solve
 
 pytestmark = pytest.mark.integration
 HIDDEN, EPSILON = 32, 1e-5

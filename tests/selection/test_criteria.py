@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from pydantic import ValidationError
 
 from ghoststream.cli.options import CRITERIA
@@ -35,7 +36,6 @@ from ghoststream.selection import (
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages import evidence
 from ghoststream.stages.pipeline import SelectPart
-from ghoststream.stages.searching.search import SEARCH_CRITERIA
 from ghoststream.stages.select import read_plan, select
 from ghoststream.statistics import FoldedMoments, MomentSpec, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer

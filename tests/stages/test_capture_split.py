@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ghoststream.stages.inspect import inspect_path
 
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.stages.capturing.capture import _rows_of, _sequences_per_shard, capture
-from ghoststream.stages.inspect import inspect_path
 from ghoststream.streaming import StreamedPass
 from tests.helpers.command_bench import last_line, run
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from click.testing import CliRunner
+from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.cli import main
 from ghoststream.errors import MismatchError, OutputExistsError, RequestError
@@ -20,7 +21,6 @@ from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.testing.models import tiny_model
 

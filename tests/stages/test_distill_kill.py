@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ghoststream.stages.repair.fit import fit
 
 from ghoststream.operators import OperatorSet
 from ghoststream.stages.distillation.distill import distill
-from ghoststream.stages.repair.fit import fit
 from ghoststream.testing.models import save_tiny
 
 pytestmark = pytest.mark.faults

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.streaming import StreamedPass

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.testing.models import save_tiny

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.repair.fit import fit
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import OutputExistsError, PlanError
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Method
 from ghoststream.recovery import build_ghost
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
-from ghoststream.stages.repair.fit import fit
-from ghoststream.stages.solve import solve
 from ghoststream.testing.models import save_tiny, tiny_model
 
 pytestmark = pytest.mark.integration

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from ghoststream.stages.inspect import flatten, inspect_path
+from ghoststream.stages.searching.result import SearchResult
+from ghoststream.stages.verify import verify_path
 from safetensors.torch import save_file
 
 from ghoststream.errors import ArtifactError, CheckpointError, InputNotFoundError, RequestError
@@ -16,9 +19,6 @@ from ghoststream.evaluation.tasks import TaskMetric, TaskResult, TaskRow
 from ghoststream.files import write_sums
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.artifacts import Kind, identify
-from ghoststream.stages.inspect import flatten, inspect_path
-from ghoststream.stages.searching.result import SearchResult
-from ghoststream.stages.verify import verify_path
 
 pytestmark = pytest.mark.unit
 PLAN = {"n_layers": 6, "spans": [[1, 3]]}

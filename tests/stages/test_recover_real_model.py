@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.demo_model import demo_model
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.recover import recover
 from ghoststream.streaming import (
     Batch,

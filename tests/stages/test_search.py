@@ -11,6 +11,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from ghoststream.stages.evaluate import evaluate
+from ghoststream.stages.repair.auto import LATER_METHODS, METHODS
+from ghoststream.stages.repair.fit import fit
+from ghoststream.stages.repair.fitting import StreamedFit
+from ghoststream.stages.repair.measured import measure_repairs
+from ghoststream.stages.repair.methods import FitMethod, Repair
+from ghoststream.stages.searching.growth import extended, fewest_spans, finalists, partitions
+from ghoststream.stages.searching.result import SearchResult
+from ghoststream.stages.searching.search import search
+from ghoststream.stages.solve import solve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -22,18 +32,8 @@ from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.repair.auto import LATER_METHODS, METHODS
-from ghoststream.stages.repair.fit import fit
-from ghoststream.stages.repair.fitting import StreamedFit
-from ghoststream.stages.repair.measured import measure_repairs
-from ghoststream.stages.repair.methods import FitMethod, Repair
-from ghoststream.stages.searching.growth import extended, fewest_spans, finalists, partitions
-from ghoststream.stages.searching.result import SearchResult
-from ghoststream.stages.searching.search import search
 from ghoststream.stages.select import read_plan
 from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import DEFAULT_FOLDS, Ranges
 from ghoststream.testing.models import save_tiny
 

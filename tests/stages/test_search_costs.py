@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ghoststream.stages.searching.search import search
 
 from ghoststream.stages.planning.figures import Request
 from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.planning.search_costs import HELD_OUT, pass_loads
-from ghoststream.stages.searching.search import search
 from ghoststream.statistics import candidate_spans
 
 pytestmark = pytest.mark.integration

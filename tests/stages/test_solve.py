@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ghoststream.stages.operators_file import work_folder
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import (
     BudgetError,
@@ -23,9 +25,7 @@ from ghoststream.operators import OperatorSet
 from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.operators_file import work_folder
 from ghoststream.stages.select import select
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import SumState, open_source
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from ghoststream.stages.solve import solve
+
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sums import SumState
 from ghoststream.testing.states import random_states, store_of

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.cli import main
 from ghoststream.errors import PlanError
@@ -15,7 +16,6 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.planning.plan import MomentOptions, plan_run
 from ghoststream.stages.planning.sweep_costs import MomentRequest, StoreShape, select_sweeps, solve_sweeps
 from ghoststream.stages.select import select
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import BoundaryMoments
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import random_states, store_of

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ghoststream.stages.tasks import evaluate_tasks
 
 from ghoststream.errors import InputNotFoundError, OutputExistsError, RequestError
 from ghoststream.evaluation import TaskReport, task_results
@@ -19,7 +20,6 @@ from ghoststream.operators import OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
 from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.stages.tasks import evaluate_tasks
 from ghoststream.streaming import StreamedPass
 from ghoststream.testing.operators import random_operators
 from tests.helpers.command_bench import run

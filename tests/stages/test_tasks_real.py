@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from ghoststream.stages.tasks import evaluate_tasks
 
 from ghoststream.stages.demo_model import demo_model
-from ghoststream.stages.tasks import evaluate_tasks
 from tests.helpers.task_bench import harness_results
 
 ROOT = Path(__file__).parents[2]

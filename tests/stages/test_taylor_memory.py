@@ -23,7 +23,7 @@ import torch
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
 from ghoststream.stages.searching.taylor import taylor_scores
-from ghoststream.streaming.budget import work_bytes_per_token
+from ghoststream.streaming.budget import layer_work_bytes
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.synthetic import save_ids, save_synthetic
 
@@ -44,7 +44,7 @@ for out, into in ((512, 512), (128, 512), (1408, 512), (512, 1408), (vocabulary,
     torch.nn.functional.linear(states, torch.ones(out, into, requires_grad=True)).sum().backward()
 skeleton = ModelSession(deep, ModelOptions()).skeleton
 unit = skeleton.unit_bytes
-work = micro_batch * length * work_bytes_per_token(skeleton, length)
+work = micro_batch * length * layer_work_bytes(skeleton, length)
 gradients = unit + 4 * 1408 * 512
 limit = 2 * unit + max(unit // 2, work) + 3 * work + gradients
 text = save_ids(root / "ids.npy", sequences=8, length=length, vocab_size=vocabulary)

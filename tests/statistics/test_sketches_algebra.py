@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from ghoststream.statistics.sketch_rows import RowSketchReducer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

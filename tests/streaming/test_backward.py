@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from ghoststream.stages.searching.taylor import taylor_scores
 
 from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
 from ghoststream.evaluation.objectives import NextTokenLoss
 from ghoststream.progress import SilentProgress
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.searching.taylor import taylor_scores
 from ghoststream.stages.session import ModelOptions, ModelSession
 from ghoststream.streaming import (
     BoundaryMap,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.streaming import (
     Batch,
     Lane,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
 from ghoststream.errors import GhoststreamError, RequestError
-from ghoststream.options import dtype_name
+from ghoststream.options import Compute, Storage, Text, dtype_name
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import Bos, CaptureRecipe
+from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
-from ghoststream.text import TokenSet
+from ghoststream.stages.session import ModelSession
+from ghoststream.text import TokenSet, recipe_of
 
 _SHARD_BYTES = 16 * 2**20
 
@@ -21,19 +21,14 @@ _SHARD_BYTES = 16 * 2**20
 def capture(
     model: str | Path,
     *,
-    calibration: str,
-    sequences: int,
-    length: int,
+    calibration: Text | str,
     store: str | Path,
-    layers: tuple[int, ...] | None = None,
-    store_dtype: str | None = None,
-    pack: bool = True,
-    bos: Bos = "auto",
+    storage: Storage | None = None,
+    compute: Compute | None = None,
     worker: tuple[int, int] | None = None,
     progress: Progress | None = None,
-    **compute: Unpack[ComputeRequest],
 ) -> ActivationStore:
-    """Run a model once over calibration text and keep ``h[0..L]`` (or ``layers``) in a store.
+    """Run a model once over calibration text and keep ``h[0..L]`` (or some of them) in a store.
 
     Killed at any moment, the same call continues from the last layer that was finished: from the store where it
     holds that layer at compute dtype, otherwise from a scratch copy inside it.
@@ -44,18 +39,13 @@ def capture(
 
     Args:
         model: Local folder or hub id.
-        calibration: Text specification; of a text with a standard split, the part to fit on.
-        sequences: Number of windows S.
-        length: Tokens of a window T.
+        calibration: Text to calibrate on, or its specification.
         store: Path or URL of the store.
-        layers: Which hidden states to keep, each in ``[0, L]``; all if ``None``.
-        store_dtype: Dtype in the store; the compute dtype if ``None``.
-        pack: Whether documents are joined before they are cut into windows.
-        bos: When the beginning-of-sequence token is put in front.
+        storage: Which hidden states are kept, and their dtype.
+        compute: How the model is opened and run.
         worker: ``(i, n)``: do the share of worker ``i`` of ``n``, counted from 1. Shares are whole shards and whole
             micro-batches; where there are fewer of these than workers, the last workers have nothing to do.
         progress: Who is told how far it is.
-        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`.
 
     Returns:
         The store, open for reading; with ``worker`` it is complete once every worker has finished.
@@ -72,14 +62,30 @@ def capture(
     micro-batches on their way to the store, and three times one shard of it (a shard is 16 MiB or one sequence).
     With ``worker``, S is the number of sequences in its share.
     """
-    session = ModelSession(model, ModelOptions(**compute))
-    text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
-    tokens = session.tokens(text)
-    micro_batch = (
-        session.options.micro_batch or _begun_with(store) or session.memory(length).choose_micro_batch()
+    session = ModelSession(model, compute)
+    return capture_session(
+        session,
+        Text.of(calibration).to_calibrate(),
+        store,
+        storage or Storage(),
+        worker=worker,
+        progress=progress or SilentProgress(),
     )
-    recipe = _recipe(session, text, tokens, layers, store_dtype, micro_batch)
-    progress = progress or SilentProgress()
+
+
+def capture_session(
+    session: ModelSession,
+    text: Text,
+    store: str | Path,
+    storage: Storage,
+    *,
+    worker: tuple[int, int] | None = None,
+    progress: Progress,
+) -> ActivationStore:
+    """Do what :func:`capture` does, with a model that is open."""
+    tokens = session.tokens(text)
+    micro_batch = session.compute.micro_batch or _begun_with(store) or session.micro_batch(text.length)
+    recipe = _recipe(session, text, tokens, storage, micro_batch)
     rows = None if worker is None else _share(recipe, tokens.n_sequences, worker, progress)
     with _open_store(store, rows, _request(session, tokens, recipe)) as target:
         if not target.complete:
@@ -98,27 +104,22 @@ def _begun_with(store: str | Path) -> int | None:
 
 
 def _recipe(
-    session: ModelSession,
-    text: TextOptions,
-    tokens: TokenSet,
-    layers: tuple[int, ...] | None,
-    store_dtype: str | None,
-    micro_batch: int,
+    session: ModelSession, text: Text, tokens: TokenSet, storage: Storage, micro_batch: int
 ) -> CaptureRecipe:
-    skeleton = session.skeleton
+    skeleton, layers = session.skeleton, storage.layers
     wanted = tuple(range(skeleton.n_layers + 1)) if layers is None else tuple(sorted(set(layers)))
     if not wanted or wanted[0] < 0 or wanted[-1] > skeleton.n_layers:
         msg = f"layers {wanted} asked for; the model has hidden states h[0] to h[{skeleton.n_layers}]"
         raise RequestError(msg)
     compute = dtype_name(skeleton.dtype)
-    stored = store_dtype or compute
+    stored = storage.store_dtype or compute
     sequence_bytes = text.length * skeleton.hidden_size * (4 if stored == "float32" else 2)
     return CaptureRecipe.model_validate(
         {
             "model_digest": session.fingerprint["digest"],
             "config_digest": session.fingerprint["config"],
             "revision": session.resolved.commit,
-            "text": text.recipe(),
+            "text": recipe_of(text),
             "tokens_digest": tokens.digest,
             "dtype": compute,
             "store_dtype": stored,

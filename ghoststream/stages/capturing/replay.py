@@ -10,9 +10,10 @@ import torch
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.files import differences
+from ghoststream.options import Compute
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import Batch, Replay, Skeleton, make_batches, tap_point
 
 
@@ -24,9 +25,7 @@ def replay(
     *,
     sequences: tuple[int, int] | None = None,
     allow_rounded: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
+    compute: Compute | None = None,
     progress: Progress | None = None,
 ) -> Generator[tuple[int, dict[str, torch.Tensor]], None, None]:
     """Run one decoder layer on the hidden states ``h[layer]`` of a store and give its inner activations.
@@ -45,9 +44,7 @@ def replay(
             that the bits do not depend on it.
         allow_rounded: Accept a store whose states were rounded to less than compute dtype. The layer then
             computes from the rounded states, and nothing is bit for bit what it was in the pass.
-        revision: Revision of a hub model.
-        trust_remote_code: Whether the base's own code may run.
-        device: Where the layer is computed.
+        compute: How the model is opened, and on which device the layer is computed.
         progress: Who is told how many sequences are done.
 
     Returns:
@@ -67,29 +64,48 @@ def replay(
     the layer's work and the taps, more of these only if the caller keeps them; the token ids of all sequences.
     """
     source = ActivationStore.open(str(store))
+    notes = rounding_notes(source, allow_rounded=allow_rounded)
+    session = session_of(source, model, compute or Compute())
+    return replay_layer(session, source, layer, taps, sequences, notes, progress or SilentProgress())
+
+
+def session_of(source: ActivationStore, model: str | Path, compute: Compute) -> ModelSession:
+    """Open the model that a store was captured from, to compute as the capture did.
+
+    Raises:
+        MismatchError: If the store is of another model.
+        RequestError: If another compute type or attention is asked for.
+        GhoststreamError: What opening the model raises.
+    """
+    compute.refuse(("dtype", "attention", "micro_batch"), "it is that of the store")
     recipe = CaptureRecipe.from_json(source.recipe, source.uri)
-    notes = _require_exact(source, recipe, allow_rounded=allow_rounded)
-    options = ModelOptions(
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        device=device,
-    )
-    session = ModelSession(model, options)
+    own = {"dtype": recipe.dtype, "attention": recipe.attention}
+    session = ModelSession(model, compute.model_copy(update=own))
     _require_same_model(session, source)
+    return session
+
+
+def replay_layer(
+    session: ModelSession,
+    source: ActivationStore,
+    layer: int,
+    taps: Sequence[str],
+    sequences: tuple[int, int] | None,
+    notes: Sequence[str],
+    progress: Progress,
+) -> Generator[tuple[int, dict[str, torch.Tensor]], None, None]:
+    """Do what :func:`replay` does, with a model from :func:`session_of`; ``notes`` are told as warnings."""
     work = Replay(session.skeleton, layer)
     for name in taps:
         tap_point(session.skeleton.architecture, session.skeleton.layers[layer], name)
     start, stop = _range(source, sequences)
     source.read(layer, start, start + 1)  # absent or unfinished states are found before any work
-    tokens = source.tokens()
+    tokens, recipe = source.tokens(), CaptureRecipe.from_json(source.recipe, source.uri)
     batches = [
         batch
         for batch in make_batches(tokens.ids, tokens.mask, recipe.micro_batch)
         if batch.start < stop and batch.stop > start
     ]
-    progress = progress or SilentProgress()
     for note in notes:
         progress.log(f"warning: {note}")
     return _run(work, session.skeleton, source, layer, tuple(taps), batches, (start, stop), progress)
@@ -121,8 +137,9 @@ def _cut(taken: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]
     return {name: tap[rows] for name, tap in taken.items()}
 
 
-def _require_exact(source: ActivationStore, recipe: CaptureRecipe, *, allow_rounded: bool) -> list[str]:
+def rounding_notes(source: ActivationStore, *, allow_rounded: bool) -> list[str]:
     """Refuse rounded states, or return what is to be said about them."""
+    recipe = CaptureRecipe.from_json(source.recipe, source.uri)
     if recipe.store_dtype == recipe.dtype:
         return []
     found = (

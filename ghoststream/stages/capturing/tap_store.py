@@ -21,9 +21,9 @@ from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.recovery.absorbing import ABSORBED, require_absorbable
 from ghoststream.spans import Span
-from ghoststream.stages.capturing.replay import replay
-from ghoststream.stages.session import ModelOptions, ModelSession
-from ghoststream.statistics import TapSource, get_feature, store_digest, taps_of
+from ghoststream.stages.capturing.replay import replay_layer, rounding_notes
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import HiddenStateSource, TapSource, get_feature, store_digest, taps_of
 from ghoststream.streaming import Skeleton, tap_point
 
 _SHARD_BYTES = 64 * 1024 * 1024
@@ -31,103 +31,95 @@ _BEFORE_A_MAP = ("attention_heads", "mlp_intermediate")
 
 
 @dataclass(frozen=True)
-class BaseModel:
-    """The model that a store was captured from, for what must be computed again.
-
-    Attributes:
-        model: Local folder or hub id.
-        revision: Revision of a hub model.
-        trust_remote_code: Whether the model's own code may run.
-        device: Where layers are computed.
-    """
-
-    model: str | Path
-    revision: str | None = None
-    trust_remote_code: bool = False
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
 class WantedTaps:
     """The taps that a fit needs.
 
     Attributes:
-        base: The model.
+        session: The model, opened to compute as the capture did.
         taps: Names of the taps, in the order in which features read them.
         layers: The layers whose taps they are.
         width: Width of the taps of a layer together, at all layers the same.
     """
 
-    base: BaseModel
+    session: ModelSession
     taps: tuple[str, ...]
     layers: tuple[int, ...]
     width: int
 
 
+def require_taps(features: str, spans: Sequence[Span], skeleton: Skeleton, *, intercept: bool) -> None:
+    """Check that features of the layer before each boundary can be read, and operators on them absorbed.
+
+    Args:
+        features: Name of the features.
+        spans: The removed spans.
+        skeleton: The model.
+        intercept: Whether operators will have a constant.
+
+    Raises:
+        RequestError: If a span begins with the first layer, or there is no such layer.
+        UnsupportedModelError: If a layer does not have a tap, or an operator on them could not be absorbed.
+    """
+    taps = taps_of(features)
+    for span in spans if taps else ():
+        if span.start == 0:
+            msg = (
+                f"the features {features} are of the layer before the boundary, and {span} begins with the first layer; "
+                "use features of the hidden state, or another span"
+            )
+            raise RequestError(msg)
+        if span.start > skeleton.n_layers:
+            msg = f"there is no layer {span.start - 1}: the model has {skeleton.n_layers}; give the model of the store"
+            raise RequestError(msg)
+        if features in ABSORBED:
+            require_absorbable(skeleton, span, features, constant=intercept)
+        taps_width(skeleton, span.start - 1, taps)
+
+
 def wanted_taps(
-    features: str, spans: Sequence[Span], base: BaseModel | None, *, intercept: bool
+    features: str, spans: Sequence[Span], session: ModelSession | None, *, intercept: bool
 ) -> WantedTaps | None:
     """Return what must be computed again for features of the layer before each boundary; None for other features.
 
     Args:
         features: Name of the features.
         spans: The removed spans.
-        base: The model of the store, if it is known.
+        session: The model of the store, if it is known; see :func:`~ghoststream.stages.capturing.replay.session_of`.
         intercept: Whether operators will have a constant.
 
     Raises:
-        RequestError: If the model is needed and not given, or a span begins with the first layer, or taps differ in width.
-        UnsupportedModelError: If a layer does not have a tap, or an operator on them could not be absorbed.
-        GhoststreamError: What opening the model raises.
-
-    Memory: the model without weights.
+        RequestError: If the model is needed and not given, taps differ in width, or what :func:`require_taps` raises.
+        UnsupportedModelError: What :func:`require_taps` raises.
     """
     taps = taps_of(features)
     if not taps:
         return None
-    if base is None:
+    if session is None:
         msg = (
             f"the features {features} are of the layer before each boundary, which is run again on the stored states: "
             "give the model that the store was captured from (--model)"
         )
         raise RequestError(msg)
-    first = next((span for span in spans if span.start == 0), None)
-    if first is not None:
-        msg = (
-            f"the features {features} are of the layer before the boundary, and {first} begins with the first layer; "
-            "use features of the hidden state, or another span"
-        )
-        raise RequestError(msg)
-    options = ModelOptions(
-        revision=base.revision, trust_remote_code=base.trust_remote_code, device=base.device
-    )
-    skeleton = ModelSession(base.model, options).skeleton
+    require_taps(features, spans, session.skeleton, intercept=intercept)
     layers = tuple(span.start - 1 for span in spans)
-    if layers[-1] >= skeleton.n_layers:
-        msg = f"there is no layer {layers[-1]}: {base.model} has {skeleton.n_layers}; give the model of the store"
-        raise RequestError(msg)
-    for span in spans if features in ABSORBED else ():
-        require_absorbable(skeleton, span, features, constant=intercept)
-    widths = {taps_width(skeleton, layer, taps) for layer in layers}
+    widths = {taps_width(session.skeleton, layer, taps) for layer in layers}
     if len(widths) > 1:
         msg = (
             f"{' and '.join(taps)} have widths {sorted(widths)} at the layers {list(layers)}; "
             "fit the spans one at a time"
         )
         raise RequestError(msg)
-    return WantedTaps(base, taps, layers, widths.pop())
+    return WantedTaps(session, taps, layers, widths.pop())
 
 
-def require_fit_memory(wanted: WantedTaps, kind: OperatorKind, hidden: int) -> None:
-    """Check that this machine can hold a fit before anything is computed for it, by what the operator kind says it takes.
-
-    That is 47 GB for least squares on 28,672 features of a hidden size of 8,192.
+def require_fit_memory(wanted: WantedTaps, kind: OperatorKind, store: HiddenStateSource) -> None:
+    """Check that this machine can hold a fit on wide features before anything is computed for it.
 
     Raises:
-        BudgetError: If it cannot.
+        BudgetError: If it cannot: 47 GB for 28,672 features of a hidden size of 8,192, while folds choose the ridge.
     """
     width = get_feature(kind.features).width(wanted.width)
-    needed, free = kind.cost(FitShape(hidden, width, 0)).memory.n_bytes, free_host_memory()
+    needed, free = kind.cost(FitShape(store.hidden, width, 0)).memory.n_bytes, free_host_memory()
     if needed > free:
         msg = (
             f"fitting {width:,} features ({kind.features}) takes {format_bytes(needed)} of memory, {format_bytes(free)} are "
@@ -215,7 +207,7 @@ def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress:
     with _open(place, request) as taps:
         for layer in layers:
             if layer not in taps.completed_layers():
-                _fill(taps, wanted, store, layer, progress)
+                _fill(taps, wanted, source, layer, progress)
     return TapSource(str(place), width)
 
 
@@ -229,20 +221,10 @@ def _open(place: Path, request: StoreRequest) -> ActivationStore:
 
 
 def _fill(
-    taps: ActivationStore, wanted: WantedTaps, store: str | Path, layer: int, progress: Progress
+    taps: ActivationStore, wanted: WantedTaps, source: ActivationStore, layer: int, progress: Progress
 ) -> None:
-    base = wanted.base
-    batches = replay(
-        base.model,
-        store,
-        layer,
-        wanted.taps,
-        allow_rounded=True,
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-        device=base.device,
-        progress=progress,
-    )
+    notes = rounding_notes(source, allow_rounded=True)
+    batches = replay_layer(wanted.session, source, layer, wanted.taps, None, notes, progress)
     with closing(batches), taps.writer(layer) as writer:
         for first, taken in batches:
             writer.write(first, torch.cat([taken[tap] for tap in wanted.taps], dim=-1))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation.objectives import default_loss_tokens
-from ghoststream.files import bytes_digest, disk_errors, fsync_folder, json_digest, require_writable
+from ghoststream.files import bytes_digest, disk_errors, json_digest
 from ghoststream.operators import OperatorSet
-from ghoststream.options import dtype_name
+from ghoststream.options import Compute, Text, Training
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import Bos, library_versions
+from ghoststream.recipe import library_versions
 from ghoststream.recovery.layout import require_operators_fit
 from ghoststream.recovery.modeling_ghosted import KNOWN
 from ghoststream.stages.distillation.distilling import (
@@ -26,33 +25,21 @@ from ghoststream.stages.distillation.distilling import (
     trained_boundaries,
 )
 from ghoststream.stages.distillation.teacher import Teacher
-from ghoststream.stages.operators_file import clear_leftovers, existing_operators, output_lock, work_folder
-from ghoststream.stages.session import ComputeRequest, ModelOptions, ModelSession, TextOptions
+from ghoststream.stages.output import Output
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming.gradients import require_gradient_dtype
-from ghoststream.text import TokenSet
-
-_MOST_RATE = 100.0
+from ghoststream.text import TokenSet, recipe_of
 
 
 def distill(
     model: str | Path,
     operators: OperatorSet | str | Path,
     *,
-    calibration: str,
+    calibration: Text | str,
     out: str | Path,
-    sequences: int = 128,
-    length: int = 512,
-    held_out: int | None = None,
-    steps: int | None = None,
-    epochs: int = 1,
-    batch: int = 8,
-    learning_rate: float = 1e-3,
-    top: int = 100,
-    seed: int = 0,
-    pack: bool = True,
-    bos: Bos = "auto",
+    training: Training | None = None,
+    compute: Compute | None = None,
     progress: Progress | None = None,
-    **compute: Unpack[ComputeRequest],
 ) -> OperatorSet:
     """Train operators so that the repaired model's next-token distributions come near the dense model's.
 
@@ -66,22 +53,11 @@ def distill(
         model: Local folder or hub id.
         operators: What ``fit`` or ``solve`` made, or the file that it wrote: linear or diagonal, on the hidden state, the
             normed one, or both.
-        calibration: Text specification; of a text with a standard split, the part to fit on.
+        calibration: Text to calibrate on, or its specification.
         out: Operator file (safetensors) to write.
-        sequences: Number of windows.
-        length: Tokens of a window.
-        held_out: How many windows, the last ones, are measured on before and after; a quarter if ``None``.
-        steps: Steps of the optimiser; if ``None`` those of ``epochs``.
-        epochs: How often every training window is seen.
-        batch: Windows of a step.
-        learning_rate: Of the first step; it falls to zero along half a cosine.
-        top: How many logits of a token count.
-        seed: Of the order of the windows.
-        pack: Whether documents are joined before they are cut into windows.
-        bos: When the beginning-of-sequence token is put in front.
+        training: Steps, rate and what is held out.
+        compute: How the model is opened and run; ``micro_batch`` is by default a quarter of what a pass forward takes.
         progress: Who is told how far it is.
-        **compute: See :class:`~ghoststream.stages.session.ComputeRequest`; ``micro_batch`` is by default a quarter of what a
-            pass forward takes.
 
     Returns:
         The operators. Their diagnostics have ``held_out_divergence``, ``held_out_loss`` and both ``..._before``, the
@@ -99,56 +75,35 @@ def distill(
     Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``: ``S T (C b + 8 top)`` bytes and
     three times the operators.
     """
-    out = Path(out)
-    session = ModelSession(model, ModelOptions(**compute))
+    training, progress = training or Training(), progress or SilentProgress()
+    session = ModelSession(model, compute)
     given = operators if isinstance(operators, OperatorSet) else OperatorSet.load(Path(operators))
     _require_trainable(given, session)
-    text = TextOptions(calibration, sequences, length, pack, bos, part="fit")
+    text = Text.of(calibration).to_calibrate()
     tokens = session.tokens(text)
-    n_train = _train_sequences(tokens, held_out, batch)
-    n_steps = epochs * -(-n_train // batch) if steps is None else steps
-    if min(n_steps, top) < 1 or not 0.0 < learning_rate <= _MOST_RATE:
-        msg = (
-            f"{n_steps} steps over {top} logits at learning rate {learning_rate}: each must be above 0, and the rate at most"
-            f" {_MOST_RATE:g}"
-        )
-        raise RequestError(msg)
-    settings = DistillSettings(n_steps, batch, learning_rate, top, seed)
-    wanted = session.options.micro_batch or max(1, session.memory(length).choose_micro_batch() // 4)
-    micro_batch = min(wanted, batch)
-    out = out.absolute()
-    metadata = _metadata(session, given, tokens, text, n_train, settings, micro_batch)
-    found = existing_operators(out, str(metadata["recipe_digest"]))
+    settings = _settings(training, session, tokens)
+    recipe = _recipe(session, given, tokens, text, settings)
+    output = Output(out, recipe)
+    found = output.existing(OperatorSet.load, lambda trained: trained.metadata.get("recipe_digest"))
     if found is not None:
-        clear_leftovers(out)
         return found
-    require_writable(out)
-    progress = progress or SilentProgress()
-    work = work_folder(out)
-    folder = work / str(metadata["recipe_digest"]).removeprefix("sha256:")[:16]
-    with output_lock(out):
+    folder = output.work / output.short_digest
+    with output.lock():
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        teacher = Teacher(folder, session, given.plan.spans[0].start, top)
-        teacher.prepare(tokens, micro_batch, progress)
-        training = Distillation(
-            session,
-            tokens,
-            n_train,
-            given,
-            teacher,
-            settings,
-            micro_batch,
-            folder / "training.safetensors",
-        )
-        figures = _diagnostics(*training.run(progress))
+        teacher = Teacher(folder, session, given.plan.spans[0].start, settings.top)
+        teacher.prepare(tokens, settings.micro_batch, progress)
+        run = Distillation(session, tokens, given, teacher, settings, folder / "training.safetensors")
+        figures = _diagnostics(*run.run(progress))
         for warning in figures["warnings"]:
             progress.log(f"warning: {warning}")
-        boundaries = trained_boundaries(given, training.operators, figures)
-        trained = OperatorSet(given.plan, given.kind, boundaries, given.hidden, metadata)
-        trained.save(out, temporary=folder / "operators.safetensors")
-        shutil.rmtree(work)
-        fsync_folder(out.parent)
+        metadata = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
+        boundaries = trained_boundaries(given, run.operators, figures)
+        trained = OperatorSet(
+            given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
+        )
+        trained.save(output.path, temporary=folder / "operators.safetensors")
+        output.finish()
     return trained
 
 
@@ -173,46 +128,40 @@ def _require_trainable(operators: OperatorSet, session: ModelSession) -> None:
         raise RequestError(msg)
 
 
-def _train_sequences(tokens: TokenSet, held_out: int | None, batch: int) -> int:
-    wanted = tokens.n_sequences // 4 if held_out is None else held_out
-    n_train = tokens.n_sequences - wanted
-    if wanted < 1 or batch < 1 or n_train < batch:
+def _settings(training: Training, session: ModelSession, tokens: TokenSet) -> DistillSettings:
+    n_sequences, batch = tokens.n_sequences, training.batch
+    held_out = n_sequences // 4 if training.held_out is None else training.held_out
+    n_train = n_sequences - held_out
+    if held_out < 1 or n_train < batch:
         msg = (
-            f"{tokens.n_sequences} windows cannot be parted into {wanted} held-out ones and at least one batch of {batch} to"
+            f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one batch of {batch} to"
             " train on; give more windows, or a smaller batch"
         )
         raise RequestError(msg)
-    return n_train
+    if training.steps is not None:
+        training.refuse(("epochs",), "--steps says how long is trained")
+    steps = training.epochs * -(-n_train // batch) if training.steps is None else training.steps
+    micro_batch = session.compute.micro_batch or max(1, session.micro_batch(tokens.length) // 4)
+    return DistillSettings(
+        steps, batch, training.learning_rate, training.top, training.seed, n_train, min(micro_batch, batch)
+    )
 
 
-def _metadata(
-    session: ModelSession,
-    operators: OperatorSet,
-    tokens: TokenSet,
-    text: TextOptions,
-    n_train: int,
-    settings: DistillSettings,
-    micro_batch: int,
+def _recipe(
+    session: ModelSession, operators: OperatorSet, tokens: TokenSet, text: Text, settings: DistillSettings
 ) -> dict[str, Any]:
     skeleton = session.skeleton
-    recipe = {
-        "distill": {**asdict(settings), "optimizer": "adam", "schedule": "cosine"},
+    return {
+        "stage": "distill",
+        "training": {**asdict(settings), "optimizer": "adam", "schedule": "cosine"},
         "operators": operators.metadata.get("recipe"),
         "operators_digest": _operators_digest(operators),
-        "text": text.recipe().to_json(),
-        "tokens_digest": tokens.digest,
-        "train_sequences": n_train,
-        "dtype": dtype_name(skeleton.dtype),
-        "attention": skeleton.attention,
-        "micro_batch": micro_batch,
+        "plan": operators.plan.to_json(),
+        "model": session.fingerprint["digest"],
+        "text": recipe_of(text).to_json(),
+        "tokens": tokens.digest,
+        **session.describe(),
         "loss_chunk_tokens": default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes),
-    }
-    made_of = {"recipe": recipe, "plan": operators.plan.to_json(), "model": session.fingerprint["digest"]}
-    return {
-        "base": session.fingerprint,
-        "recipe": recipe,
-        "recipe_digest": json_digest(made_of),
-        "versions": library_versions(),
     }
 
 
@@ -231,7 +180,7 @@ def _diagnostics(before: HeldOut, after: HeldOut, losses: Sequence[float]) -> di
     if after.divergence >= before.divergence:
         warnings.append(
             f"distillation did not help: on held-out windows the divergence went from {before.divergence:.6g} to"
-            f" {after.divergence:.6g}; keep the operators that it began with, or train with another --lr"
+            f" {after.divergence:.6g}; keep the operators that it began with, or train with another --learning-rate"
         )
     return {
         "held_out_divergence_before": before.divergence,

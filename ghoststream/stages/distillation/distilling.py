@@ -43,6 +43,8 @@ class DistillSettings:
         learning_rate: Of the first step; it falls to zero along half a cosine.
         top: Logits of the dense model that count.
         seed: Of the order of the sequences.
+        n_train: Sequences that are trained on, the first ones; the others are held out.
+        micro_batch: Sequences in one forward.
     """
 
     steps: int
@@ -50,16 +52,18 @@ class DistillSettings:
     learning_rate: float
     top: int
     seed: int
+    n_train: int
+    micro_batch: int
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
 
-    def rows(self, step: int, n_sequences: int) -> npt.NDArray[np.int64]:
+    def rows(self, step: int) -> npt.NDArray[np.int64]:
         """Return which sequences a step sees: the next ones of an order that is drawn anew for each epoch."""
-        per_epoch = -(-n_sequences // self.batch)
+        per_epoch = -(-self.n_train // self.batch)
         epoch, index = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(n_sequences)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n_train)
         return np.sort(order[index * self.batch : (index + 1) * self.batch])
 
 
@@ -121,11 +125,9 @@ class Distillation:
     Args:
         session: The model.
         tokens: The text: sequences to train on, then held-out ones.
-        n_train: How many serve to train.
         operators: What is trained.
         teacher: What the dense model knows of the text.
         settings: How they are trained.
-        micro_batch: Sequences in one forward.
         path: File that is written after every step.
 
     Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 16 bytes for each parameter
@@ -136,15 +138,13 @@ class Distillation:
         self,
         session: ModelSession,
         tokens: TokenSet,
-        n_train: int,
         operators: OperatorSet,
         teacher: Teacher,
         settings: DistillSettings,
-        micro_batch: int,
         path: Path,
     ) -> None:
-        self._session, self._tokens, self._n_train = session, tokens, n_train
-        self._teacher, self._settings, self._micro_batch = teacher, settings, micro_batch
+        self._session, self._tokens = session, tokens
+        self._teacher, self._settings = teacher, settings
         self._plan, self._path = operators.plan, path
         self._start = operators.plan.spans[0].start
         self.operators = {one.span: TrainedOperator(one, session.device) for one in operators.operators}
@@ -181,7 +181,7 @@ class Distillation:
 
     def held_out(self) -> HeldOut:
         """Measure the operators as they are on the held-out sequences."""
-        rows = np.arange(self._n_train, self._tokens.n_sequences)
+        rows = np.arange(self._settings.n_train, self._tokens.n_sequences)
         batches, view = self._select(rows)
         figures = DivergenceAccumulator(view, len(rows))
         lane = Lane("repaired", self._plan, self.operators, logits=figures)
@@ -190,7 +190,7 @@ class Distillation:
         return HeldOut(figures.divergence(), figures.losses().loss)
 
     def _take_step(self, step: int) -> float:
-        rows = self._settings.rows(step, self._n_train)
+        rows = self._settings.rows(step)
         batches, view = self._select(rows)
         loss = TopLogitsLoss(view, int(self._tokens.mask[rows].sum()))
         gradients = 16 * sum(parameter.numel() for parameter in self._parameters().values())
@@ -211,7 +211,7 @@ class Distillation:
         return value
 
     def _select(self, rows: npt.NDArray[np.int64]) -> tuple[tuple[Batch, ...], _Selected]:
-        batches = make_batches(self._tokens.ids[rows], self._tokens.mask[rows], self._micro_batch)
+        batches = make_batches(self._tokens.ids[rows], self._tokens.mask[rows], self._settings.micro_batch)
         return batches, _Selected(self._teacher, rows)
 
     def _options(self, view: _Selected) -> PassOptions:

@@ -1,0 +1,169 @@
+"""Capture, evaluate and solve on the large checkpoint, and what may break on a device."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pass_figures import GIB, load
+from right_answers import equal_to_resident, small_families
+from steps import Clock, Run, Threads, device_peaks, io_counters, release, reset_peaks, sync
+
+import ghoststream as gs
+from ghoststream.operators import OperatorOptions
+from ghoststream.streaming import Skeleton
+
+
+class Stages:
+    """The stages over one text, in a work folder."""
+
+    def __init__(self, run: Run) -> None:
+        ids, _, sequences, self.length = load(run)
+        self.run = run
+        self.sequences = max(2, min(sequences, run.o.stored_sequences))
+        self.text = run.o.work / "ids.npy"
+        np.save(self.text, ids[: self.sequences])
+        self.store = run.o.work / "store"
+        self.common = {"length": self.length, "device": run.o.device, "micro_batch": run.o.micro_batch}
+        if run.o.host_memory:
+            self.common["host_memory"] = run.o.host_memory
+
+    def capture(self, clock: Clock) -> dict[str, Any]:
+        """Write the store."""
+        shutil.rmtree(self.store, ignore_errors=True)
+        store = gs.capture(
+            self.run.model,
+            calibration=f"ids:{self.text}",
+            sequences=self.sequences,
+            store=self.store,
+            progress=clock,
+            **self.common,
+        )
+        n_bytes = self.sequences * self.length * store.hidden * 2
+        return {"boundaries": len(store.layers), "bytes_a_boundary": n_bytes}
+
+    def evaluate(self, clock: Clock, models: list[Any], memory: int | None) -> dict[str, Any]:
+        """Measure models, all in one pass."""
+        limits = {} if memory is None else {"device_memory": memory}
+        report = gs.evaluate(models, text=f"ids:{self.text}", progress=clock, **self.common, **limits)
+        return {"losses": [row.losses.loss for row in report.rows], "notes": report.notes}
+
+    def solve(self, clock: Clock, reduce_device: str | None) -> dict[str, Any]:
+        """Solve the operator of one span, its products summed on the host or on a device."""
+        n_layers = self.run.results.data["checkpoint"]["layers"]
+        start = n_layers // 2
+        out = self.operators(reduce_device)
+        out.unlink(missing_ok=True)
+        # Few ranges and no folds: each state takes 16 C^2 bytes, on disk too.
+        gs.solve(
+            self.store,
+            f"{start}:{start + max(1, n_layers // 5)}",
+            out=out,
+            operator="least-squares",
+            options=OperatorOptions(ridge=1e-3),
+            reduce_device=reduce_device,
+            folds=0,
+            range_sequences=max(1, self.sequences // 2),
+            progress=clock,
+        )
+        return {"out": str(out)}
+
+    def operators(self, reduce_device: str | None) -> Path:
+        """Return where :meth:`solve` writes."""
+        path: Path = self.run.o.work / f"operators-{reduce_device or 'host'}.safetensors"
+        return path
+
+
+def stages(run: Run) -> None:
+    """Measure the stages."""
+    on = Stages(run)
+    captured = run.step("capture", lambda: _timed(run, on.capture), least=30)
+    run.step("capture_rate", lambda: _rate(captured, on.sequences))
+    if run.on_gpu:
+        run.step("solve_on_device", lambda: _timed(run, lambda clock: on.solve(clock, "cuda")), least=25)
+    operators = on.operators("cuda" if run.on_gpu else None)
+    models = [run.model, *([operators] if operators.exists() else [])]
+
+    def evaluate(name: str, memory: int | None) -> None:
+        limit = memory if run.on_gpu else None
+        run.step(name, lambda: _timed(run, lambda clock: on.evaluate(clock, models, limit)), least=20)
+
+    evaluate("evaluate_8GiB", 8 * GIB)
+    if run.on_gpu:
+        run.step("small_families", lambda: small_families(run), least=20)
+        run.step("streamed_equals_resident_bf16", lambda: equal_to_resident(run), least=20)
+        run.step("second_pass_on_a_full_device", lambda: _on_a_full_device(on), least=25)
+    evaluate("evaluate_24GiB", 24 * GIB)
+    evaluate("evaluate_unlimited", None)
+    run.step("solve_on_host", lambda: _timed(run, lambda clock: on.solve(clock, None)), least=40)
+    run.step("solve_device_against_host", lambda: _difference(on))
+
+
+def _timed(run: Run, work: Callable[[Clock], dict[str, Any]]) -> dict[str, Any]:
+    reset_peaks(run.o.device)
+    io, begun, clock = io_counters(), time.perf_counter(), Clock()
+    with Threads() as threads:
+        found = work(clock)
+        sync(run.o.device)
+        seconds = time.perf_counter() - begun
+    return {
+        "seconds": round(seconds, 2),
+        "threads": threads.parts(),
+        "write_bytes": io_counters()["write_bytes"] - io["write_bytes"],
+        "layer_seconds": clock.layers(),
+        **(device_peaks() if run.on_gpu else {}),
+        **found,
+    }
+
+
+def _rate(captured: Any, sequences: int) -> dict[str, Any] | None:
+    if not isinstance(captured, dict) or "seconds" not in captured:
+        return None
+    boundary = captured["seconds"] / captured["boundaries"]
+    return {
+        "seconds_a_boundary": round(boundary, 3),
+        "written_GBps": round(captured["bytes_a_boundary"] / boundary / 1e9, 3),
+        "70B_32x2048_81_boundaries_estimate_seconds": round(boundary * 81 * 32 / sequences),
+    }
+
+
+def _difference(on: Stages) -> dict[str, Any] | None:
+    files = [on.operators(name) for name in (None, "cuda")]
+    if not all(path.exists() for path in files):
+        return None
+    one, other = (gs.OperatorSet.load(path).boundaries[0].weight for path in files)
+    return {"relative_difference_of_operators": float(np.linalg.norm(one - other) / np.linalg.norm(one))}
+
+
+def _on_a_full_device(on: Stages) -> dict[str, Any]:
+    """Run two passes in one process with little free device memory and no limit: is the second refused?"""
+    import torch
+
+    run = on.run
+    release(run.o.device)
+    wanted = int(4.2 * Skeleton(run.model).unit_bytes)
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(max(0, free - wanted), dtype=torch.uint8, device=run.o.device)
+    out: list[dict[str, Any]] = []
+    try:
+        for _ in range(2):
+            free, _ = torch.cuda.mem_get_info()
+            out.append({"free_before": free, **_one_sequence(on)})
+    finally:
+        del ballast
+    return {"passes": out}
+
+
+def _one_sequence(on: Stages) -> dict[str, Any]:
+    import torch
+
+    options = {**on.common, "micro_batch": 1}
+    try:
+        gs.evaluate([on.run.model], text=f"ids:{on.text}", sequences=1, **options)
+    except Exception as error:  # noqa: BLE001 - this is the answer
+        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    return {"ok": True, "reserved_after": torch.cuda.memory_reserved()}

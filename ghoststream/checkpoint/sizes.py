@@ -1,0 +1,225 @@
+"""Sizes of a model, read off its configuration and the headers of its weights: neither torch nor transformers is needed."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ghoststream.checkpoint.architecture import Architecture, architecture_of
+from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.keys import is_saved_mask
+from ghoststream.errors import CheckpointError, UnsupportedModelError
+from ghoststream.files import read_json
+
+ITEMSIZES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element, by name of a compute dtype."""
+
+_OF_HEADERS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_MLP = "mlp_intermediate"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# What transformers takes where a configuration file does not say it.
+_DEFAULTS = {"model_type": "", "do_layer_norm_before": True, "_remove_final_layer_norm": False}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Sizes of a checkpoint; bytes of parts are at compute dtype ``dtype``, ``checkpoint_bytes`` as stored.
+
+    Attributes:
+        widest: Widest side I of a matrix of the first layer, experts fused as transformers computes them.
+        heads: Attention heads H whose scores are held, which eager attention does; 0 for other attention.
+        layer_bytes: Of the largest layer.
+        tied: Whether head and embedding are one tensor.
+        unit_bytes: U, the largest of one decoder layer, the embedding and the head.
+        taps: Width of the taps of the first layer that are not as wide as the hidden state, by name.
+        refusal: Why no operator can be absorbed into the first layer's MLP; empty where it can.
+    """
+
+    root: Path
+    model_type: str
+    dtype: str
+    n_layers: int
+    hidden: int
+    widest: int
+    heads: int
+    layer_bytes: int
+    layer_elements: int
+    stored_layer_bytes: int
+    embedding_bytes: int
+    head_bytes: int
+    tied: bool
+    unit_bytes: int
+    checkpoint_bytes: int
+    shards: tuple[Path, ...]
+    taps: Mapping[str, int] = field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element at compute dtype, b."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def intermediate(self) -> int:
+        """Width I of what enters the last map of the first layer's MLP; 0 where no operator can be absorbed into it."""
+        return 0 if self.refusal else self.taps[_MLP]
+
+    def tap_width(self, names: Sequence[str]) -> int:
+        """Return the width of some taps together.
+
+        Raises:
+            UnsupportedModelError: If layers do not have one of them.
+        """
+        if _MLP in names and _MLP not in self.taps:
+            msg = f"{self.root}: layers with experts have no tap {_MLP!r}; use features of the hidden state, or mlp_output"
+            raise UnsupportedModelError(msg)
+        return sum(self.taps.get(name, self.hidden) for name in names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the sizes as JSON data."""
+        return {**asdict(self), "root": str(self.root), "shards": len(self.shards), "taps": dict(self.taps)}
+
+
+def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = None) -> ModelSizes:
+    """Read the sizes of a checkpoint.
+
+    What transformers would keep in float32 at another compute dtype, such as the bias of a router, is counted at that dtype.
+
+    Args:
+        root: Checkpoint folder.
+        dtype: Compute dtype; the checkpoint's if None.
+        attention: transformers' attention implementation; its default if None.
+
+    Raises:
+        InputNotFoundError: If there are no weights.
+        UnsupportedModelError: If the architecture cannot be streamed.
+        CheckpointError: If a file is missing or truncated, or holds no decoder layers or embedding.
+    """
+    index = CheckpointIndex.open(root)
+    config = SimpleNamespace(**{**_DEFAULTS, **dict(read_json(root / "config.json"))})
+    architecture = architecture_of(config)
+    dtype = dtype or _stored_dtype(config, index)
+    layers, ends = _parts(index, architecture, config)
+    itemsize, elements = ITEMSIZES[dtype], {number: _elements(own) for number, own in layers.items()}
+    largest = max(elements, key=lambda number: elements[number])
+    embedding = _end(ends, architecture.embedding)
+    head = _end(ends, architecture.head)
+    if embedding is None:
+        msg = f"{root} holds no token embedding ({architecture.embedding}.weight): it is not the whole model"
+        raise CheckpointError(msg)
+    tied = head is None or bool(getattr(config, "tie_word_embeddings", False))
+    last = embedding if tied or head is None else head
+    bias = ends.get(last.name.removesuffix("weight") + "bias")
+    hidden = embedding.shape[1]
+    eager = attention == "eager" or (attention is None and architecture.eager)
+    taps, refusal = _taps(architecture, layers[0], hidden, config)
+    return ModelSizes(
+        root=root,
+        model_type=str(config.model_type),
+        dtype=dtype,
+        n_layers=len(layers),
+        hidden=hidden,
+        widest=_widest(layers[0].values(), hidden),
+        heads=int(_first(config, _HEADS) or 0) if eager else 0,
+        layer_bytes=elements[largest] * itemsize,
+        layer_elements=elements[largest],
+        stored_layer_bytes=sum(entry.n_bytes for entry in layers[largest].values()),
+        embedding_bytes=prod(embedding.shape) * itemsize,
+        head_bytes=prod(last.shape) * itemsize,
+        tied=tied,
+        unit_bytes=itemsize
+        * max(elements[largest], prod(embedding.shape), prod(last.shape) + (prod(bias.shape) if bias else 0)),
+        checkpoint_bytes=index.n_bytes,
+        shards=tuple(root / shard for shard in index.shards),
+        taps=taps,
+        refusal=refusal,
+    )
+
+
+def _parts(
+    index: CheckpointIndex, architecture: Architecture, config: Any
+) -> tuple[dict[int, dict[str, TensorEntry]], dict[str, TensorEntry]]:
+    """Return the tensors of each layer by their names inside it, and all others by their own."""
+    pattern = re.compile(rf"(?:^|\.){re.escape(architecture.layers)}\.(\d+)\.")
+    layers: dict[int, dict[str, TensorEntry]] = defaultdict(dict)
+    ends: dict[str, TensorEntry] = {}
+    for name, entry in index.tensors.items():
+        found = pattern.search(name)
+        if found is None:
+            ends[name] = entry
+        elif not is_saved_mask(entry):
+            layers[int(found[1])][name[found.end() :]] = entry
+    # Beyond these a checkpoint may hold layers that only predict further tokens.
+    count = int(_first(config, _LAYERS) or len(layers))
+    if sorted(layers)[:count] != list(range(count)) or not count:
+        msg = f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}: they do not belong together"
+        raise CheckpointError(msg)
+    return {number: layers[number] for number in range(count)}, ends
+
+
+def _taps(
+    architecture: Architecture, layer: Mapping[str, TensorEntry], hidden: int, config: Any
+) -> tuple[dict[str, int], str]:
+    """Return the widths of taps, and why no operator can be absorbed into the layer's MLP."""
+    parts, widths = architecture.parts, {}
+    for name, module in (("attention_heads", parts.attention_projection), (_MLP, parts.mlp_projection)):
+        weight = layer.get(f"{module}.weight")
+        if weight is not None:
+            widths[name] = prod(weight.shape) // hidden
+    if _MLP not in widths:
+        return widths, "a layer with experts has no single last linear map of its MLP"
+    if parts.mlp_post_norm is not None:
+        return (
+            widths,
+            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} and the residual stream",
+        )
+    if parts.multiplier is not None and getattr(config, parts.multiplier, 1.0) == 0.0:
+        return (
+            widths,
+            f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream",
+        )
+    return widths, ""
+
+
+def _widest(entries: Any, hidden: int) -> int:
+    sides = [1]
+    for entry in entries:
+        if len(entry.shape) < 2:
+            continue
+        rows, columns = entry.shape[-2:]
+        # Gate and up projection of an expert are computed as one matrix.
+        is_gate = _EXPERT.search(f".{entry.name}") is not None and columns == hidden
+        sides.append(max(2 * rows if is_gate else rows, columns))
+    return max(sides)
+
+
+def _elements(entries: Mapping[str, TensorEntry]) -> int:
+    return sum(prod(entry.shape) for entry in entries.values())
+
+
+def _end(ends: Mapping[str, TensorEntry], name: str) -> TensorEntry | None:
+    wanted = f"{name}.weight"
+    return next((entry for key, entry in ends.items() if f".{key}".endswith(f".{wanted}")), None)
+
+
+def _first(config: Any, names: Sequence[str]) -> Any:
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
+
+def _stored_dtype(config: Any, index: CheckpointIndex) -> str:
+    named = str(_first(config, ("dtype", "torch_dtype"))).removeprefix("torch.")
+    if named in ITEMSIZES:
+        return named
+    largest = max(index.tensors.values(), key=lambda entry: entry.n_bytes)
+    if largest.dtype_name not in _OF_HEADERS:
+        msg = f"{index.root} holds weights of type {largest.dtype_name}; give a --dtype to compute in"
+        raise CheckpointError(msg)
+    return _OF_HEADERS[largest.dtype_name]

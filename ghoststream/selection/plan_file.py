@@ -1,0 +1,201 @@
+"""The plan file: which layers go, and, where a criterion chose them, what it saw and how they are to be repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ghoststream.errors import ArtifactError, InputNotFoundError, PlanError, RequestError
+from ghoststream.files import atomic_write_json, json_digest, read_json
+from ghoststream.options import Method
+from ghoststream.spans import PruningPlan, Span
+
+_ENCODING = {"encoding-type": "ghoststream-plan", "encoding-version": "2.0"}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to remove, and how that came about.
+
+    Attributes:
+        plan: The layers to remove.
+        criterion: What chose them; empty where a user did.
+        meaning: What the figures of the candidates say.
+        candidates: JSON data of every candidate, ``spans`` and whether it was ``chosen``. Where it was scored, in order of
+            layers, its ``score``. Where it was measured, best first, its ``loss``, ``gap`` (loss above the dense model's), the
+            ``gap_standard_error``, and how it was repaired.
+        methods: How each boundary is to be repaired, as it was measured; empty where nothing was repaired.
+        dense_loss: Loss of the dense model on the sequences that were measured on; None where nothing was measured.
+        passes: Passes over the weights that it took.
+        recipe: What decides all of it.
+        details: What else the criterion saw, as JSON data.
+    """
+
+    plan: PruningPlan
+    criterion: str = ""
+    meaning: str = ""
+    candidates: tuple[Row, ...] = ()
+    methods: tuple[Method, ...] = ()
+    dense_loss: float | None = None
+    passes: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> tuple[tuple[Span, float], ...]:
+        """Candidates of one span and their scores."""
+        return tuple((Span(*row["spans"][0]), row["score"]) for row in self.candidates if "score" in row)
+
+    @property
+    def chosen(self) -> tuple[Span, ...]:
+        """The spans of the candidates that the plan consists of; neighbours are one span of the plan."""
+        return tuple(Span(*span) for row in self.candidates if row.get("chosen") for span in row["spans"])
+
+    @property
+    def digest(self) -> str:
+        """Digest of the recipe."""
+        return json_digest(dict(self.recipe))
+
+    @property
+    def has_fewer_spans(self) -> bool:
+        """Whether a candidate of more spans had a lower loss, but not by more than a standard error."""
+        return "gap" in self.candidates[0] and len(self.candidates[0]["spans"]) > len(self.plan.spans)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""
+        return {
+            **_ENCODING,
+            **self.plan.to_json(),
+            "criterion": self.criterion,
+            "meaning": self.meaning,
+            "candidates": [dict(row) for row in self.candidates],
+            "methods": [method.to_json() for method in self.methods],
+            "dense_loss": self.dense_loss,
+            "passes": self.passes,
+            "recipe": dict(self.recipe),
+            "details": dict(self.details),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the plan file, whole or not at all.
+
+        Raises:
+            DiskFullError: If no space is left.
+        """
+        atomic_write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Selection:
+        """Read a plan file: what :meth:`save` wrote, or ``{"n_layers": 30, "spans": [[13, 19]]}`` of a user.
+
+        Raises:
+            InputNotFoundError: If there is no such file.
+            PlanError: If a user's file is no plan.
+            ArtifactError: If it is no JSON, or lacks a part of what a criterion writes.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict):
+            msg = f'{path} is not a pruning plan; it needs "n_layers" and "spans": [[start, stop], ...]'
+            raise PlanError(msg)
+        if data.get("encoding-type") != _ENCODING["encoding-type"]:
+            return cls(_plan_in(data, path))
+        try:
+            selection = cls._from_json(data)
+        except (KeyError, TypeError, ValueError) as error:
+            msg = f"{path} lacks a part of what `ghoststream select` writes ({error!r}); it was edited, select again"
+            raise ArtifactError(msg) from error
+        if selection.methods and len(selection.methods) != len(selection.plan.spans):
+            msg = f"{path} says how {len(selection.methods)} of {len(selection.plan.spans)} spans are repaired; select again"
+            raise ArtifactError(msg)
+        return selection
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any]) -> Selection:
+        return cls(
+            plan=PruningPlan.from_json(data),
+            criterion=str(data["criterion"]),
+            meaning=str(data["meaning"]),
+            candidates=tuple(dict(row) for row in data["candidates"]),
+            methods=tuple(Method.make(method) for method in data["methods"]),
+            dense_loss=None if data["dense_loss"] is None else float(data["dense_loss"]),
+            passes=int(data["passes"]),
+            recipe=dict(data["recipe"]),
+            details=dict(data["details"]),
+        )
+
+
+def scored_rows(scores: Sequence[tuple[Span, float]], chosen: Sequence[Span]) -> tuple[Row, ...]:
+    """Return candidates of one span as a plan file has them."""
+    return tuple(
+        {"spans": [[span.start, span.stop]], "score": score, "chosen": span in chosen}
+        for span, score in scores
+    )
+
+
+def candidate_table(candidates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Return headers and rows of what a criterion scored or measured, as a plan file has it."""
+    figures = {"loss": "loss", "gap": "above dense", "gap_standard_error": "standard error", "score": "score"}
+    present = [name for name in figures if any(name in row for row in candidates)]
+    is_repaired, is_chosen = (any(name in row for row in candidates) for name in ("repair", "chosen"))
+    headers = ["removed", *(["repaired by"] if is_repaired else []), *(figures[name] for name in present)]
+    rows = [
+        [
+            " ".join(f"[{start},{stop})" for start, stop in row["spans"]),
+            *(["; ".join(row["repair"])] if is_repaired else []),
+            *(row.get(name) for name in present),
+            *(["chosen" if row.get("chosen") else ""] if is_chosen else []),
+        ]
+        for row in candidates
+    ]
+    return [*headers, *([""] if is_chosen else [])], rows
+
+
+def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
+    """Return what a plan file, spans such as ``13:19``, or a plan says, checked against the model.
+
+    Raises:
+        PlanError: If it is no plan, or one for another number of layers.
+        InputNotFoundError: If it looks like a file, and there is none.
+        ArtifactError: If the file is damaged.
+    """
+    if isinstance(source, PruningPlan):
+        selection = Selection(source)
+    elif Path(source).is_file():
+        selection = Selection.load(Path(source))
+    elif Path(source).suffix == ".json" or "/" in str(source):
+        msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
+        raise InputNotFoundError(msg)
+    else:
+        selection = Selection(PruningPlan.parse(n_layers, str(source)))
+    selection.plan.require_fits(n_layers)
+    if not selection.plan.spans:
+        msg = "the plan removes no layer; name at least one span, for example 13:19"
+        raise PlanError(msg)
+    return selection
+
+
+def require_count_or_plan(remove: int | str | Path | PruningPlan) -> int | str | Path | PruningPlan:
+    """Return how many layers are to go, as a number, or which, as they were given.
+
+    Raises:
+        RequestError: If it is a number below 1.
+    """
+    if isinstance(remove, str) and remove.strip().lstrip("+-").isdigit():
+        remove = int(remove)
+    if isinstance(remove, int) and remove < 1:
+        msg = (
+            f"cannot remove {remove} layers; give a number of at least 1, a plan file, or spans such as 13:19"
+        )
+        raise RequestError(msg)
+    return remove
+
+
+def _plan_in(data: Mapping[str, Any], path: Path) -> PruningPlan:
+    try:
+        return PruningPlan.from_json(data)
+    except PlanError as error:
+        msg = f"{path}: {error}"
+        raise PlanError(msg) from error

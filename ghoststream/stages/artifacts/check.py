@@ -1,0 +1,80 @@
+"""Complete checks, one for each kind of artifact; each returns what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ghoststream.checkpoint.index import CheckpointIndex, read_header
+from ghoststream.errors import DataError, GhoststreamError, PlanError
+from ghoststream.files import SUMS_NAME, read_json, verify_sums
+from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.selection import Selection
+from ghoststream.spans import PruningPlan
+
+
+def check_store(uri: str) -> list[str]:
+    """Check every chunk of a store."""
+    from ghoststream.activations import verify_store
+
+    return [str(problem) for problem in verify_store(uri)]
+
+
+def check_checkpoint(path: str) -> list[str]:
+    """Check headers and sizes, and checksums where there are any."""
+    root = Path(path)
+    CheckpointIndex.open(root)
+    problems = [] if (root / "config.json").is_file() else [f"{root / 'config.json'} is missing"]
+    return problems + (verify_sums(root) if (root / SUMS_NAME).is_file() else [])
+
+
+def check_recovered(path: str) -> list[str]:
+    """Check checksums and provenance too."""
+    root = Path(path)
+    problems = []
+    if not (root / SUMS_NAME).is_file():
+        problems.append(
+            f"{root / SUMS_NAME} is missing: the files cannot be checked; export the checkpoint again"
+        )
+    try:
+        provenance = read_json(root / PROVENANCE_NAME)
+        PruningPlan.from_json(provenance["plan"])
+    except DataError as error:
+        problems.append(str(error.args[0]))
+    except (PlanError, KeyError, TypeError) as error:
+        problems.append(f"{root / PROVENANCE_NAME} lacks a part of what it should say ({error})")
+    try:
+        problems += check_checkpoint(path)
+    except GhoststreamError as error:
+        # Weights that are not there would be a bad request elsewhere; an export without them is broken.
+        problems.append(str(error.args[0]))
+        problems += verify_sums(root) if (root / SUMS_NAME).is_file() else []
+    return problems
+
+
+def check_operators(path: str) -> list[str]:
+    """Load an operators file whole."""
+    from ghoststream.operators import OperatorSet
+
+    OperatorSet.load(Path(path))
+    return []
+
+
+def check_tensors(path: str) -> list[str]:
+    """Read the header of a safetensors file."""
+    read_header(Path(path))
+    return []
+
+
+def check_plan(path: str) -> list[str]:
+    """Read a plan file whole."""
+    try:
+        Selection.load(Path(path))
+    except PlanError as error:
+        return [str(error)]
+    return []
+
+
+def check_json(path: str) -> list[str]:
+    """Read a JSON file."""
+    read_json(Path(path))
+    return []

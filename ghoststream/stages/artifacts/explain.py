@@ -1,0 +1,248 @@
+"""What each kind of artifact is, from its headers and metadata."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_header, read_metadata
+from ghoststream.errors import ArtifactError, CheckpointError
+from ghoststream.files import format_bytes, read_json
+from ghoststream.options import Method, dtype_name
+from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.selection import Selection, candidate_table
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.artifacts.identify import OPERATORS_KEY
+
+_MOST_CANDIDATES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of a report."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+Explanation = tuple[dict[str, Any], tuple[Table, ...]]
+"""Facts in reading order, and tables."""
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested JSON objects as one level of dotted names; short lists are written as JSON.
+
+    What has an entry for each shard or tensor is for programs, not for readers: it is counted.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and key in {"shards", "tensors"}:
+            flat[name] = f"{len(value)} items"
+        elif isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        elif isinstance(value, list):
+            flat[name] = json.dumps(value) if len(value) <= 12 else f"{len(value)} items"
+        else:
+            flat[name] = value
+    return flat
+
+
+def explain_store(uri: str) -> Explanation:
+    """Say what a store holds, and what is still to be captured."""
+    from ghoststream.activations import ActivationStore
+
+    store = ActivationStore.open(uri)
+    done = store.completed_layers()
+    facts = {
+        "hidden states": f"{len(store.layers)} of h[0..{store.n_layers}], {len(done)} complete",
+        "complete": store.complete,
+        "sequences": store.n_sequences,
+        "length": store.length,
+        "hidden size": store.hidden,
+        "dtype": dtype_name(store.dtype),
+    }
+    missing = [layer for layer in store.layers if layer not in done]
+    if missing:
+        facts["still to capture"] = ", ".join(f"h[{layer}]" for layer in missing[:20])
+    parts = [
+        f"sequences {part.name}: {len(part.completed_layers(missing))} of {len(missing)}"
+        for part in store.parts()
+    ]
+    if parts:
+        facts["captured in parts"] = "; ".join(parts)
+    return facts, (_facts_table("recipe", store.recipe), _facts_table("made from", store.fingerprint))
+
+
+def explain_checkpoint(path: str) -> Explanation:
+    """Say what a checkpoint is."""
+    root = Path(path)
+    index = CheckpointIndex.open(root)
+    return {**_config_facts(root), **_tensor_facts(index.tensors.values()), "shards": len(index.shards)}, ()
+
+
+def explain_recovered(path: str) -> Explanation:
+    """Say what a recovered checkpoint was made of."""
+    facts, _ = explain_checkpoint(path)
+    provenance = read_json(Path(path) / PROVENANCE_NAME)
+    if not isinstance(provenance, dict):
+        msg = f"{Path(path) / PROVENANCE_NAME} does not hold a JSON object; export the checkpoint again"
+        raise ArtifactError(msg)
+    if isinstance(provenance.get("plan"), Mapping):
+        facts["removed"] = _plan_text(provenance.pop("plan"))
+    operators = provenance.pop("operators", {})
+    boundaries = (
+        _boundaries_table(operators.get("boundaries", [])) if isinstance(operators, Mapping) else None
+    )
+    facts["operator"] = operators.get("kind", "unknown") if boundaries else "unknown"
+    origin = _facts_table("recovered from", provenance)
+    return facts, (origin, boundaries) if boundaries else (origin,)
+
+
+def explain_operators(path: str) -> Explanation:
+    """Say what an operators file holds."""
+    place = Path(path)
+    try:
+        data = json.loads(read_metadata(place)[OPERATORS_KEY])
+    except ValueError as error:
+        msg = f"{place}: the metadata is not JSON ({error}); run `ghoststream fit` again"
+        raise ArtifactError(msg) from error
+    boundaries = data.pop("boundaries", [])
+    facts: dict[str, Any] = {"operator": data.pop("kind", "unknown")}
+    if isinstance(data.get("plan"), Mapping):
+        facts["removes"] = _plan_text(data.pop("plan"))
+    return facts, (_boundaries_table(boundaries), _facts_table("metadata", data), _tensor_table(place))
+
+
+def _boundaries_table(boundaries: Sequence[Mapping[str, Any]]) -> Table:
+    columns = [
+        {
+            "span": str(Span(*boundary["span"])),
+            "form": boundary["form"],
+            "features": boundary["features"],
+            **flatten(boundary["diagnostics"]),
+        }
+        for boundary in boundaries
+    ]
+    names = list(dict.fromkeys(name for column in columns for name in column if name != "span"))
+    rows = [(name.replace("_", " "), *(column.get(name) for column in columns)) for name in names]
+    return Table("boundaries", ("", *(str(column["span"]) for column in columns)), rows)
+
+
+def _tensor_table(place: Path) -> Table:
+    rows = [
+        (entry.name, entry.dtype_name, str(list(entry.shape)), format_bytes(entry.n_bytes))
+        for entry in read_header(place)
+    ]
+    return Table("tensors", ("tensor", "dtype", "shape", "bytes"), rows)
+
+
+def explain_tensors(path: str) -> Explanation:
+    """Count the tensors of a safetensors file."""
+    return _tensor_facts(read_header(Path(path))), ()
+
+
+def explain_plan(path: str) -> Explanation:
+    """Say which layers a plan removes, and how it came about."""
+    found = Selection.load(Path(path))
+    plan = found.plan
+    facts = {
+        "removes": f"{plan} ({plan.n_removed} of {plan.n_layers} layers)",
+        "keeps": ", ".join(str(layer) for layer in plan.kept),
+        "repaired by": "; ".join(_label(method) for method in found.methods) or None,
+        "criterion": found.criterion or None,
+        "figures": found.meaning or None,
+        "loss of the dense model": found.dense_loss,
+        "passes": found.passes or None,
+    }
+    tables = []
+    if found.candidates:
+        shown = found.candidates[:_MOST_CANDIDATES] if found.passes else found.candidates
+        title = f"{len(shown)} of {len(found.candidates)} candidates"
+        tables.append(Table(title, *candidate_table(shown)))
+    if found.recipe:
+        recipe = {key: value for key, value in found.recipe.items() if key not in {"screen", "methods"}}
+        tables.append(_facts_table("recipe", {**recipe, **found.details}))
+    return {key: value for key, value in facts.items() if value is not None}, tuple(tables)
+
+
+def _label(method: Method) -> str:
+    return ", ".join((str(method.operator), method.features, method.token_weights))
+
+
+def explain_estimate(path: str) -> Explanation:
+    """Say what an estimate found."""
+    data = read_json(Path(path))
+    needs = [
+        (name, format_bytes(need["n_bytes"]), "yes" if need["fits"] else "no")
+        for name, need in data["needs"].items()
+    ]
+    return flatten({"model": data.get("model", {}), "fits": data.get("fits")}), (
+        Table("needs", ("what", "bytes", "fits"), needs),
+    )
+
+
+def explain_evaluation(path: str) -> Explanation:
+    """Show the perplexities of an evaluation."""
+    data = read_json(Path(path))
+    models = data if isinstance(data, list) else data["models"]
+    names = ("model", "perplexity", "loss", "standard_error", "tokens")
+    rows = [[row.get(name) for name in names] for row in models]
+    rest = {} if isinstance(data, list) else {key: value for key, value in data.items() if key != "models"}
+    return flatten(rest), (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
+
+
+def explain_tasks(path: str) -> Explanation:
+    """Show the results of tasks."""
+    rows = [
+        (row["model"], task, name, figure["value"], figure["standard_error"], result["n_items"])
+        for row in read_json(Path(path))
+        for task, result in row["tasks"].items()
+        for name, figure in result["metrics"].items()
+    ]
+    return {}, (Table("tasks", ("model", "task", "metric", "value", "standard error", "items"), rows),)
+
+
+def _config_facts(root: Path) -> dict[str, Any]:
+    try:
+        config = read_json(root / "config.json")
+    except FileNotFoundError:
+        msg = f"{root} has no config.json: it is not a complete checkpoint folder; copy it again"
+        raise CheckpointError(msg) from None
+    text = {**config, **config.get("text_config", {})}
+    names = {
+        "model_type": "architecture",
+        "num_hidden_layers": "layers",
+        "n_layer": "layers",
+        "hidden_size": "hidden size",
+        "n_embd": "hidden size",
+        "vocab_size": "vocabulary",
+        "dtype": "dtype",
+    }
+    facts = {label: text[name] for name, label in names.items() if name in text}
+    return {**facts, "architecture": config.get("model_type", "unknown")}
+
+
+def _tensor_facts(entries: Any) -> dict[str, Any]:
+    tensors: list[TensorEntry] = list(entries)
+    kinds = Counter(entry.dtype_name for entry in tensors)
+    return {
+        "tensors": len(tensors),
+        "bytes": format_bytes(sum(entry.n_bytes for entry in tensors)),
+        "parameters": sum(entry.n_bytes // entry.dtype.itemsize for entry in tensors),
+        "stored as": ", ".join(f"{name} ({count})" for name, count in kinds.most_common()),
+    }
+
+
+def _plan_text(data: Mapping[str, Any]) -> str:
+    plan = PruningPlan.from_json(data)
+    return f"{plan} ({plan.n_removed} of {plan.n_layers} layers)"
+
+
+def _facts_table(title: str, data: Mapping[str, Any]) -> Table:
+    return Table(title, ("field", "value"), [(name, str(value)) for name, value in flatten(data).items()])

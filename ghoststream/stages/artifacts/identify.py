@@ -1,0 +1,101 @@
+"""Which kind of artifact lies at a place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_metadata
+from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.files import read_json
+from ghoststream.recovery.provenance import PROVENANCE_NAME
+
+#: Metadata key of an operators file.
+OPERATORS_KEY = "ghoststream"
+
+
+class Kind(StrEnum):
+    """The artifacts that ghoststream reads and writes."""
+
+    STORE = "activation store"
+    CHECKPOINT = "checkpoint"
+    RECOVERED = "recovered checkpoint"
+    OPERATORS = "operators file"
+    TENSORS = "safetensors file"
+    PLAN = "pruning plan"
+    ESTIMATE = "estimate"
+    EVALUATION = "evaluation"
+    TASKS = "task results"
+
+
+def identify(path: str | Path) -> Kind:
+    """Tell what lies at ``path``, from names and headers only.
+
+    Raises:
+        InputNotFoundError: If there is nothing.
+        RequestError: If it is nothing that ghoststream knows.
+        CheckpointError: If it is a safetensors file with a broken header.
+        ArtifactError: If it is a JSON file that cannot be read.
+    """
+    if "://" in str(path):
+        return Kind.STORE
+    place = Path(path)
+    if place.is_dir():
+        return _identify_folder(place)
+    if not place.exists():
+        msg = f"there is nothing at {place}; check the path"
+        raise InputNotFoundError(msg)
+    if place.suffix == ".safetensors":
+        return Kind.OPERATORS if OPERATORS_KEY in read_metadata(place) else Kind.TENSORS
+    if place.suffix == ".json":
+        return identify_json(read_json(place), place)
+    return _refuse(place)
+
+
+def identify_json(data: Any, place: Path) -> Kind:
+    """Tell what parsed JSON is.
+
+    Raises:
+        RequestError: If it is nothing that ghoststream knows.
+    """
+    if isinstance(data, list) and data and all(_has(row, "perplexity") for row in data):
+        return Kind.EVALUATION
+    if _has(data, "models") and all(_has(row, "perplexity") for row in data["models"]):
+        return Kind.EVALUATION
+    if isinstance(data, list) and data and all(_has(row, "tasks") for row in data):
+        return Kind.TASKS
+    if _has(data, "needs") and _has(data, "stages"):
+        return Kind.ESTIMATE
+    if _has(data, "spans"):
+        return Kind.PLAN
+    return _refuse(place)
+
+
+def _identify_folder(folder: Path) -> Kind:
+    if (folder / PROVENANCE_NAME).is_file():
+        return Kind.RECOVERED
+    if any((folder / name).is_file() for name in ("config.json", INDEX_NAME, SINGLE_NAME)):
+        return Kind.CHECKPOINT
+    if (folder / "manifest.json").is_file() or _is_group(folder / "zarr.json"):
+        return Kind.STORE
+    return _refuse(folder)
+
+
+def _is_group(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_bytes())["node_type"] == "group")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _has(data: Any, key: str) -> bool:
+    return isinstance(data, Mapping) and key in data
+
+
+def _refuse(place: Path) -> Kind:
+    kinds = ", ".join(kind.value for kind in Kind)
+    msg = f"{place} is nothing that ghoststream knows ({kinds}); check the path"
+    raise RequestError(msg)

@@ -1,0 +1,51 @@
+"""The one table of artifact kinds: how each is explained, and how it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from ghoststream.stages.artifacts import check, explain
+from ghoststream.stages.artifacts.identify import Kind
+
+
+class ArtifactKind(NamedTuple):
+    """What is done with artifacts of one kind.
+
+    Attributes:
+        explain: Tells what one is, from headers and metadata.
+        check: Reads one whole, and returns what is broken.
+        checked: What ``check`` looks at.
+    """
+
+    explain: Callable[[str], explain.Explanation]
+    check: Callable[[str], list[str]]
+    checked: str
+
+
+KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
+    {
+        Kind.STORE: ArtifactKind(
+            explain.explain_store, check.check_store, "manifest, metadata, shards, chunks, tokens"
+        ),
+        Kind.CHECKPOINT: ArtifactKind(
+            explain.explain_checkpoint,
+            check.check_checkpoint,
+            "index, headers, sizes, checksums where there are any",
+        ),
+        Kind.RECOVERED: ArtifactKind(
+            explain.explain_recovered,
+            check.check_recovered,
+            "checksums, index, headers, sizes, provenance",
+        ),
+        Kind.OPERATORS: ArtifactKind(
+            explain.explain_operators, check.check_operators, "header, digest, values"
+        ),
+        Kind.TENSORS: ArtifactKind(explain.explain_tensors, check.check_tensors, "header and size"),
+        Kind.PLAN: ArtifactKind(explain.explain_plan, check.check_plan, "plan, candidates, methods"),
+        Kind.ESTIMATE: ArtifactKind(explain.explain_estimate, check.check_json, "JSON"),
+        Kind.EVALUATION: ArtifactKind(explain.explain_evaluation, check.check_json, "JSON"),
+        Kind.TASKS: ArtifactKind(explain.explain_tasks, check.check_json, "JSON"),
+    }
+)

@@ -1,0 +1,128 @@
+"""The operators of a plan fitted in one pass over a model, each on the model repaired so far: the sequential fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import AUTO, Method, Search, Text
+from ghoststream.progress import Progress
+from ghoststream.recipe import library_versions
+from ghoststream.selection import Selection
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.choosing.auto import named_method
+from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
+from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.trial import Division, Trial
+from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
+from ghoststream.stages.output import Output
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import Ranges
+from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.text import TokenSet, recipe_of
+
+
+def fit_in_passes(
+    session: ModelSession,
+    selection: Selection,
+    text: Text,
+    *,
+    method: Method,
+    search: Search,
+    out: str | Path,
+    progress: Progress,
+) -> OperatorSet:
+    """Fit the operators of a plan one after another, in one pass over a model and without a store.
+
+    See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does; otherwise in each of
+    the ways of :data:`~ghoststream.stages.choosing.auto.METHODS` (behind another boundary
+    :data:`~ghoststream.stages.choosing.auto.LATER_METHODS`), of which the one is taken that leaves the lowest loss on held-out
+    windows: a pass more for each span. Then all windows serve to fit. Nothing is kept of a run that is killed but the figures of
+    ``auto``.
+
+    Raises:
+        RequestError: If options cannot be honoured, or the text gives too little to hold some out.
+        UnsupportedModelError: If the model does not allow the features.
+        OutputExistsError: If ``out`` holds something else.
+        BusyError: If another process is writing it.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
+        NumericsError: If a state or a solution is not finite.
+
+    Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what the operator's
+    ``cost`` states for one boundary; while ``auto`` measures, that of
+    :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
+    """
+    repair = _known_repair(selection, named_method(method))
+    if repair is not None:
+        search.refuse(("held_out",), "nothing is measured, as it is known how each boundary is fitted")
+    tokens = session.tokens(text)
+    ranges = Ranges.make(tokens.n_sequences, folds=search.folds)
+    division = None if repair is not None else Division.make(session, tokens, search)
+    micro_batch = session.micro_batch(tokens.length) if division is None else division.micro_batch
+    recipe = {
+        "stage": "fit",
+        "plan": selection.plan.to_json(),
+        "model": session.fingerprint["digest"],
+        "text": recipe_of(text).to_json(),
+        "tokens": tokens.digest,
+        **session.describe(),
+        "micro_batch": micro_batch,
+        "range_sequences": ranges.range_sequences,
+        "folds": ranges.n_folds,
+        "operator": method.operator or AUTO,
+        "methods": [one.to_json() for one in (LATER_METHODS if repair is None else repair.methods)],
+        "chosen_on": None if division is None else {**division.to_json(), "screen": SCREEN.to_json()},
+    }
+    output = Output(out, recipe)
+    found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
+    if found is not None:
+        return found
+    metadata: dict[str, Any] = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
+    metadata["versions"] = library_versions()
+    with output.lock():
+        if repair is None:
+            assert division is not None
+            trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
+            repair, metadata["chosen"] = _choose(selection.plan, trial)
+        fits = _run(session, tokens, repair, ranges, micro_batch, progress)
+        hidden = session.skeleton.hidden_size
+        operators = OperatorSet(selection.plan, method.operator or AUTO, tuple(fits), hidden, metadata)
+        operators.save(output.path)
+        output.finish()
+    return operators
+
+
+def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
+    """Return how boundaries are fitted, where an operator is named or the plan's file says it."""
+    if method is not None:
+        return Repair.alike(selection.plan, method)
+    return Repair(selection.plan, selection.methods) if selection.methods else None
+
+
+def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:
+    ((repair, best),) = trial.refine([Repair.alike(plan, SCREEN)])
+    trial.progress.log(f"{repair.name}: loss {best['gap']:+.4f} against the dense model on held-out windows")
+    return repair, trial.rows()
+
+
+def _run(
+    session: ModelSession,
+    tokens: TokenSet,
+    repair: Repair,
+    ranges: Ranges,
+    micro_batch: int,
+    progress: Progress,
+) -> list[BoundaryOperator]:
+    plan = repair.plan
+    last = plan.spans[-1].stop
+    batches = make_batches(tokens.ids, tokens.mask, micro_batch)
+    fitted = FittedLanes(ranges, tokens.mask, session)
+    lane = fitted.lane("repaired", repair, until=last)
+    lanes = [Lane(DENSE, PruningPlan(plan.n_layers), until=last), *fitted.helpers(), lane]
+    factory = session.memory(tokens.length).states_factory(batches)
+    options = PassOptions(last_layer=last, progress=progress)
+    StreamedPass(session.skeleton, batches, lanes, factory, options).run()
+    fits = [one for one in lane.maps.values() if isinstance(one, StreamedFit)]
+    return [one.operator for one in fits if one.operator is not None]

@@ -1,0 +1,142 @@
+"""Measuring plans: each is repaired and run on held-out text, all in one read of the weights.
+
+When the dense lane of a pass reaches the ``stop`` of a candidate span, everything that its fit needs has come by: the
+operator is solved there and then, applied to the held-out states kept at ``start``, and the repaired lane goes on
+from ``stop`` with the held-out sequences alone. Similarity says what hurts unrepaired; this says what can be repaired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ghoststream.errors import NumericsError
+from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.progress import Progress
+from ghoststream.recovery.absorbing import require_exportable
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
+from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import Ranges
+from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.text import TokenSet
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was repaired and measured.
+
+    Attributes:
+        repair: What was removed, and how it was repaired.
+        losses: Losses of the repaired model on the held-out sequences.
+        gap: Mean over held-out sequences of its loss less the dense model's.
+        gap_error: Standard error of that mean.
+        refusal: Why the repaired model cannot be written; empty if it can.
+    """
+
+    repair: Repair
+    losses: LossSummary
+    gap: float
+    gap_error: float
+    refusal: str = ""
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What was removed."""
+        return self.repair.plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON data."""
+        return {
+            "spans": [[span.start, span.stop] for span in self.plan.spans],
+            "repair": labels(self.repair.methods),
+            "loss": self.losses.loss,
+            "gap": self.gap,
+            "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
+            **({"refusal": self.refusal} if self.refusal else {}),
+        }
+
+
+def measure_repairs(
+    session: ModelSession,
+    tokens: TokenSet,
+    repairs: Sequence[Repair],
+    *,
+    ranges: Ranges | None,
+    micro_batch: int,
+    progress: Progress,
+) -> tuple[LossSummary, tuple[Candidate, ...]]:
+    """Repair plans and measure them in one pass; the result is the same plan by plan.
+
+    Args:
+        session: The model.
+        tokens: Sequences to fit on, then sequences to measure on.
+        repairs: What to try; any number.
+        ranges: How the sequences to fit on are divided; all others are measured on, in whole micro-batches. ``None`` if
+            nothing is fitted, whatever the methods: all are measured on.
+        micro_batch: Sequences in one forward; divides ``ranges.n_sequences``.
+        progress: Who is told how far it is.
+
+    Returns:
+        Losses of the dense model, and the candidates in the order of ``repairs``.
+
+    Raises:
+        RequestError: If features of the layer before are asked for where there is none.
+        UnsupportedModelError: If the model does not allow them.
+        NumericsError: If a state or a solution is not finite.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
+
+    Repairs that begin alike, with the same first spans fitted in the same way, go together up to where they part: these
+    are fitted once. So is each operator with dense inputs, for all repairs that have it.
+
+    Memory: that of the pass; the states of all sequences once for each distinct ``start`` that waits for its ``stop`` (at
+    most as many as the longest span has layers, and those of later boundaries with dense inputs; with their taps once for
+    each distinct map that reads taps), once for the
+    dense lane and for each distinct beginning that is between two spans; of the held-out sequences once for each candidate
+    that is behind its last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense pass:
+    ``1 + sum over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share of the layers
+    between its last span and the next, and the fits.
+    """
+    skeleton = session.skeleton
+    batches = make_batches(tokens.ids, tokens.mask, micro_batch)
+    held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
+    accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
+    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], carried=held)
+    fitted = FittedLanes(ranges, tokens.mask, session, carried=held)
+    lanes = [
+        fitted.lane(repair.name, repair, logits=losses)
+        for repair, losses in zip(repairs, accumulators[1:], strict=True)
+    ]
+    factory = session.memory(tokens.length).states_factory(batches)
+    options = PassOptions(
+        logit_tokens=default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes), progress=progress
+    )
+    StreamedPass(skeleton, batches, [dense, *fitted.helpers(), *lanes], factory, options).run()
+    reference, *found = [losses.summary() for losses in accumulators]
+    return reference, tuple(
+        _candidate(repair, losses, reference, _refusal(lane, session))
+        for repair, losses, lane in zip(repairs, found, lanes, strict=True)
+    )
+
+
+def _refusal(lane: Lane, session: ModelSession) -> str:
+    """Say why what was fitted cannot be absorbed into the model; lanes do not need that."""
+    for fitted in lane.maps.values():
+        operator = fitted.operator if isinstance(fitted, StreamedFit) else None
+        if operator is not None:
+            try:
+                require_exportable(session.skeleton, operator)
+            except NumericsError as error:
+                return str(error)
+    return ""
+
+
+def _candidate(repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str) -> Candidate:
+    gaps = [mine - theirs for mine, theirs in zip(losses.sequence_losses, dense.sequence_losses, strict=True)]
+    n = len(gaps)
+    mean = math.fsum(gaps) / n
+    spread = math.fsum((gap - mean) ** 2 for gap in gaps)
+    return Candidate(repair, losses, mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, refusal)

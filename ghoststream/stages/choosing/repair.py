@@ -1,0 +1,71 @@
+"""A plan, and how each of its boundaries is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ghoststream.errors import RequestError
+from ghoststream.operators import make_operator
+from ghoststream.options import Method
+from ghoststream.spans import PruningPlan, Span
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What is removed, and how each boundary is fitted.
+
+    Attributes:
+        plan: The removed layers.
+        methods: One for each span of the plan.
+    """
+
+    plan: PruningPlan
+    methods: tuple[Method, ...]
+
+    @classmethod
+    def alike(cls, plan: PruningPlan, method: Method) -> Repair:
+        """Return the repair that fits all boundaries in one way."""
+        return cls(plan, (method,) * len(plan.spans))
+
+    @property
+    def by_span(self) -> dict[Span, Method]:
+        """The methods by span."""
+        return dict(zip(self.plan.spans, self.methods, strict=True))
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return f"{self.plan} repaired by {self.label}"
+
+    @property
+    def label(self) -> str:
+        """How its boundaries are fitted, for a reader."""
+        return "; ".join(labels(self.methods))
+
+    def changed(self, index: int, method: Method) -> Repair:
+        """Return the same with another method at one span."""
+        return replace(self, methods=(*self.methods[:index], method, *self.methods[index + 1 :]))
+
+
+def labels(methods: Sequence[Method]) -> list[str]:
+    """Return what a reader calls methods: operator, features and token weights, and unusual inputs."""
+    found = []
+    for method in methods:
+        unusual = ("on dense states",) if method.inputs == "dense" else ()
+        found.append(", ".join((str(method.operator), method.features, method.token_weights, *unusual)))
+    return found
+
+
+def passing_method(method: Method) -> Method:
+    """Return a method whose operator can be fitted while states come by once, with features and ridge that act.
+
+    Raises:
+        RequestError: If there is no such operator, it does not take an option, or it needs a store.
+    """
+    kind = make_operator(method)
+    if kind.needs_store or method.per_layer:
+        reason = "one map a removed layer" if method.per_layer else f"the solver {method.solver}"
+        msg = f"{reason} needs a store, as states come by only once in a pass; capture one and give --store"
+        raise RequestError(msg)
+    return kind.method

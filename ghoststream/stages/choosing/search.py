@@ -1,0 +1,122 @@
+"""Choosing the layers to remove by running the model: candidates are measured, not judged by similarity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ghoststream.options import AUTO, Method, Search, Text
+from ghoststream.progress import Progress
+from ghoststream.selection import Selection
+from ghoststream.spans import Span
+from ghoststream.stages.choosing.auto import named_method
+from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, make_search_criterion
+from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.choosing.trial import Division, Row, Trial
+from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
+from ghoststream.stages.output import Output
+from ghoststream.stages.session import ModelSession
+from ghoststream.text import recipe_of
+
+
+def search_session(
+    session: ModelSession,
+    remove: int,
+    text: Text,
+    *,
+    search: Search,
+    method: Method,
+    out: str | Path | None,
+    progress: Progress,
+) -> Selection:
+    """Choose the layers to remove by running a model without them; see :func:`ghoststream.select`.
+
+    Raises:
+        RequestError: If the numbers do not fit the model or the text, or an option is unknown or not read.
+        OutputExistsError: If ``out`` holds something else.
+        BusyError: If another process is writing it.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
+        NumericsError: If a state or a solution is not finite.
+    """
+    search = search.model_copy(update={"criterion": search.criterion or MEASURED})
+    rule, wanted = check_search(session.skeleton.n_layers, remove, search, method)
+    tokens = session.tokens(text)
+    division = Division.make(session, tokens, search, fits=rule.repairs)
+    recipe = {
+        "stage": "select",
+        "model": session.fingerprint["digest"],
+        "text": recipe_of(text).to_json(),
+        "tokens": tokens.digest,
+        "remove": remove,
+        "search": search.model_dump(mode="json", exclude={"held_out", "folds", "lanes"}),
+        **session.describe(),
+        **division.to_json(),
+        **_repairing(rule, wanted),
+    }
+    output = None if out is None else Output(out, recipe)
+    if output is None:
+        trial = Trial(session, tokens, division, lanes=search.lanes, output=None, progress=progress)
+        return _choose(rule, trial, remove, search, wanted, recipe)
+    found = output.existing(Selection.load, lambda selection: selection.digest)
+    if found is not None:
+        return found
+    with output.lock():
+        trial = Trial(session, tokens, division, lanes=search.lanes, output=output, progress=progress)
+        selection = _choose(rule, trial, remove, search, wanted, recipe)
+        selection.save(output.path)
+        output.finish()
+    return selection
+
+
+def check_search(
+    n_layers: int, remove: int, search: Search, method: Method
+) -> tuple[SearchCriterion, Method | None]:
+    """Find what a search cannot do before the text is read.
+
+    Returns:
+        The criterion, and how it repairs candidates; None for ``auto``.
+
+    Raises:
+        RequestError: If there is something.
+    """
+    rule = make_search_criterion(search.criterion or MEASURED)
+    rule.check(n_layers, remove, search)
+    return rule, named_method(method) if rule.repairs else None
+
+
+def _repairing(rule: SearchCriterion, method: Method | None) -> dict[str, Any]:
+    if not rule.repairs:
+        return {"method": None}
+    if method is not None:
+        return {"method": method.to_json()}
+    tried = [one.to_json() for one in LATER_METHODS]
+    return {"method": AUTO, "screen": SCREEN.to_json(), "methods": tried, "refined": REFINED}
+
+
+def _choose(
+    rule: SearchCriterion,
+    trial: Trial,
+    remove: int,
+    search: Search,
+    method: Method | None,
+    recipe: dict[str, Any],
+) -> Selection:
+    chosen = rule.choose(trial, remove, search, method)
+    rows = [{**row, "chosen": _is_chosen(row, chosen.repair)} for row in chosen.rows]
+    return Selection(
+        plan=chosen.repair.plan,
+        criterion=str(search.criterion),
+        meaning=rule.meaning,
+        candidates=tuple(rows),
+        methods=chosen.repair.methods if rule.repairs else (),
+        dense_loss=chosen.dense_loss,
+        passes=chosen.passes,
+        recipe=recipe,
+    )
+
+
+def _is_chosen(row: Row, repair: Repair) -> bool:
+    spans = [Span(*span) for span in row["spans"]]
+    if sum(map(len, spans)) < repair.plan.n_removed:
+        return all(layer in repair.plan.removed for span in spans for layer in range(span.start, span.stop))
+    return tuple(spans) == repair.plan.spans and row.get("repair") in (None, labels(repair.methods))

@@ -1,0 +1,158 @@
+"""Passes that measure repairs on held-out text; their figures are kept beside the result until that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.files import atomic_write_json, disk_errors, read_json
+from ghoststream.options import Search
+from ghoststream.progress import Progress
+from ghoststream.stages.choosing.auto import choose_methods, preference
+from ghoststream.stages.choosing.measured import measure_repairs
+from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.output import Output
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import Ranges
+from ghoststream.text import TokenSet
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Division:
+    """The sequences to fit on, in whole micro-batches, and the rest, to measure on.
+
+    Attributes:
+        micro_batch: Sequences in one forward.
+        fitting: How those to fit on are divided; None if nothing is fitted: all are measured on.
+    """
+
+    micro_batch: int
+    fitting: Ranges | None
+
+    @classmethod
+    def make(cls, session: ModelSession, tokens: TokenSet, search: Search, *, fits: bool = True) -> Division:
+        """Divide the sequences of a text; by default a quarter is held out.
+
+        Raises:
+            RequestError: If one of the two parts would be empty.
+        """
+        if not fits:
+            return cls(session.micro_batch(tokens.length), None)
+        n_sequences, held_out = tokens.n_sequences, search.held_out
+        wanted = n_sequences // 4 if held_out is None else held_out
+        chosen = min(session.memory(tokens.length).choose_micro_batch(), max(1, wanted))
+        micro_batch = session.compute.micro_batch or chosen
+        n_fit = (n_sequences - wanted) // micro_batch * micro_batch
+        if wanted < 1 or n_fit < 1:
+            msg = (
+                f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to fit and"
+                f" {wanted} to measure on; give more sequences, or a smaller micro-batch"
+            )
+            raise RequestError(msg)
+        return cls(micro_batch, Ranges.make(n_fit, folds=search.folds))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what of it can change a bit, for recipes."""
+        return {
+            "micro_batch": self.micro_batch,
+            "fit_sequences": 0 if self.fitting is None else self.fitting.n_sequences,
+            "folds": 1 if self.fitting is None else self.fitting.n_folds,
+        }
+
+
+class Trial:
+    """Measures repairs in passes over a model; one that was measured before is not measured again.
+
+    Args:
+        session: The model.
+        tokens: The text.
+        division: Which sequences serve to fit, and which to measure.
+        lanes: Most repairs in one pass; all if ``None``.
+        output: The result that the figures are for; they are kept beside it. Not kept if ``None``.
+        progress: Who is told how far it is.
+    """
+
+    def __init__(
+        self,
+        session: ModelSession,
+        tokens: TokenSet,
+        division: Division,
+        *,
+        lanes: int | None,
+        output: Output | None,
+        progress: Progress,
+    ) -> None:
+        self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
+        self._lanes, self._output = lanes, output
+        self._dense_loss: float | None = None
+        self._rows: dict[str, Row] = {}
+        self._asked: set[str] = set()
+        self.passes = 0
+        self._load()
+
+    @property
+    def dense_loss(self) -> float | None:
+        """Loss of the dense model on the sequences that are measured on; None before the first pass."""
+        return self._dense_loss
+
+    def rows(self) -> list[Row]:
+        """Return all figures so far, best first."""
+        return sorted(self._rows.values(), key=preference)
+
+    def measure(self, repairs: Sequence[Repair]) -> list[Row]:
+        """Return the figures of repairs, in their order."""
+        size = self._lanes or max(1, len(repairs))
+        # As many as an undisturbed search takes, whatever was measured before.
+        self.passes += -(-len({repair.name for repair in repairs} - self._asked) // size)
+        self._asked |= {repair.name for repair in repairs}
+        waiting = [repair for repair in repairs if repair.name not in self._rows]
+        for first in range(0, len(waiting), size):
+            self._pass(waiting[first : first + size])
+        return [self._rows[repair.name] for repair in repairs]
+
+    def rank(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
+        """Return repairs and their figures, best first."""
+        return sorted(zip(repairs, self.measure(repairs), strict=True), key=lambda pair: preference(pair[1]))
+
+    def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
+        """Choose how each boundary is fitted; return the repairs with the methods that won, best first."""
+        return self.rank(choose_methods(self.session, repairs, self.measure))
+
+    def tell(self, repair: Repair, row: Row) -> None:
+        """Say how far the search is."""
+        self.progress.log(f"best so far: {repair.plan}, loss {row['gap']:+.4f} against the dense model")
+
+    def _pass(self, repairs: Sequence[Repair]) -> None:
+        self.progress.log(f"repairing and measuring {len(repairs)} candidates in one pass")
+        dense, candidates = measure_repairs(
+            self.session,
+            self.tokens,
+            repairs,
+            ranges=self.division.fitting,
+            micro_batch=self.division.micro_batch,
+            progress=self.progress,
+        )
+        self._dense_loss = dense.loss
+        self._rows |= {one.repair.name: one.to_json() for one in candidates}
+        if self._output is not None:
+            with disk_errors(self._output.work):
+                self._output.work.mkdir(parents=True, exist_ok=True)
+            kept = {"recipe_digest": self._output.digest, "dense_loss": dense.loss, "candidates": self._rows}
+            atomic_write_json(self._notes(self._output), kept)
+
+    def _notes(self, output: Output) -> Path:
+        return output.work / f"candidates-{output.short_digest}.json"
+
+    def _load(self) -> None:
+        if self._output is None:
+            return
+        with suppress(ArtifactError, FileNotFoundError):
+            found = read_json(self._notes(self._output))
+            if isinstance(found, dict) and found.get("recipe_digest") == self._output.digest:
+                self._dense_loss, self._rows = found["dense_loss"], dict(found["candidates"])

@@ -1,0 +1,24 @@
+"""The ways to repair that ``auto`` compares."""
+
+from __future__ import annotations
+
+from ghoststream.options import Method
+from ghoststream.stages.choosing.repair import passing_method
+
+
+def _without_sinks(features: str) -> Method:
+    return passing_method(Method(operator="least-squares", features=features, token_weights="drop_sinks"))
+
+
+SCREEN = _without_sinks("hidden")
+"""What spans are compared with, before ways to repair are."""
+
+METHODS = (
+    passing_method(Method(operator="ghost")),
+    SCREEN,
+    *(_without_sinks(features) for features in ("normed", "mlp", "hidden+mlp")),
+)
+"""What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
+
+LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
+"""What is tried behind another boundary, where the inputs make a difference."""

@@ -1,0 +1,108 @@
+"""What a recovery would take, from headers and, if times are wanted, two seconds of measurement: no weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ghoststream.checkpoint.hub import resolve_checkpoint
+from ghoststream.checkpoint.sizes import read_sizes
+from ghoststream.errors import RequestError
+from ghoststream.machine import free_device_memory, may_have_accelerator
+from ghoststream.options import Recovery
+from ghoststream.progress import Progress, SilentProgress
+from ghoststream.stages.estimation.job import Job
+from ghoststream.stages.estimation.needs import Route, all_needs, all_stages
+from ghoststream.stages.estimation.rates import measure_rates
+from ghoststream.stages.estimation.report import Estimate, SweepCost
+from ghoststream.stages.estimation.sweeps import StoreShape, select_sweeps, solve_sweeps
+
+if TYPE_CHECKING:
+    import torch
+
+
+def estimate(
+    recovery: Recovery,
+    *,
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Work out what a recovery takes, and whether it fits this machine.
+
+    Operators and criteria say their own costs, those of a user too; they are summed here. Text is not read: its sequences are taken
+    to be as many as are asked for.
+
+    Args:
+        recovery: The request, as :func:`ghoststream.recover` builds it and a pipeline file holds it.
+        model: Checkpoint folder or hub id (which is downloaded), in the place of the one that the request names.
+        out: Where the checkpoint would go; the working directory's disk is checked if ``None``.
+        measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds. Without, neither torch nor
+            transformers is needed.
+        progress: Told that the machine is measured.
+
+    Returns:
+        The estimate. What does not fit is in its ``problems``, not an error.
+
+    Raises:
+        RequestError: If no model is named, a name is unknown, or options of the operator do not go together.
+        PlanError: If the model has not enough layers.
+        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators on features of the
+            layer before cannot be absorbed into.
+
+    Memory: headers of the checkpoint and, while the machine is measured, three matrices.
+    """
+    name = model or recovery.model
+    if name is None:
+        msg = f"{recovery.name} names no model; give one"
+        raise RequestError(msg)
+    compute, place = recovery.compute, Path(out or ".")
+    device = _accelerator(compute.device)
+    root = resolve_checkpoint(name, revision=compute.revision).root
+    sizes = read_sizes(root, dtype=compute.dtype, attention=compute.attention)
+    job = Job.make(recovery, sizes, None if device is None else free_device_memory(device))
+    route = Route.of(job)
+    route = replace(route, sweeps=_sweeps(route))
+    rates = None
+    if measure:
+        (progress or SilentProgress()).log("measuring disk reads and matrix products")
+        rates = measure_rates(sizes.shards, sizes.dtype, device or "cpu")
+    store = None if "://" in (recovery.store or "") else Path(recovery.store or place)
+    needs = all_needs(route, store=store, out=place)
+    return Estimate(sizes, recovery, job.n_removed, needs, all_stages(route, rates), rates, route.sweeps)
+
+
+def _sweeps(route: Route) -> tuple[SweepCost, ...]:
+    job, reduction = route.job, route.job.recovery.reduction
+    shape = StoreShape(job.sequences, job.text.length, job.sizes.hidden)
+    repairs = None if route.selection is None else route.selection.repairs
+    selecting = select_sweeps(repairs, shape, reduction)
+    if job.fits_in_passes:
+        return selecting
+    return (
+        *selecting,
+        *solve_sweeps(
+            job.kind,
+            job.spans,
+            shape,
+            folds=job.recovery.search.folds,
+            reduction=reduction,
+            tap_width=job.input_width(job.kind) if job.reads_taps else 0,
+        ),
+    )
+
+
+def _accelerator(name: str) -> torch.device | None:
+    """Return the accelerator of this name, None for the CPU; torch is asked only where there may be one.
+
+    Raises:
+        RequestError: If there is no such device.
+    """
+    if name == "cpu" or (name == "auto" and not may_have_accelerator()):
+        return None
+    from ghoststream.stages.session import usable_device
+
+    device = usable_device(name)
+    return None if device.type == "cpu" else device

@@ -1,0 +1,250 @@
+"""A recovery as far as its costs go: which way it takes, and the sizes that decide them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ghoststream.checkpoint.sizes import ITEMSIZES, ModelSizes
+from ghoststream.costs import (
+    Cost,
+    FitShape,
+    SearchShape,
+    SelectionShape,
+    sequences_at_work,
+    work_bytes_per_token,
+)
+from ghoststream.errors import PlanError, UnsupportedModelError
+from ghoststream.machine import free_host_memory
+from ghoststream.operators import OperatorKind, make_operator
+from ghoststream.options import AUTO, Method, Recovery, Text
+from ghoststream.selection import Selection, read_plan, require_count_or_plan
+from ghoststream.spans import Span
+from ghoststream.stages.choosing.criteria import search_criterion_names
+from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.statistics import get_feature, taps_of
+from ghoststream.statistics.features import STATE_TAP
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, with which model.
+
+    Attributes:
+        recovery: The request.
+        sizes: The model.
+        given: The plan, if the request says it.
+        n_removed: How many layers go.
+        device_free: Free memory where layers run, if that is an accelerator.
+    """
+
+    recovery: Recovery
+    sizes: ModelSizes
+    given: Selection | None
+    n_removed: int
+    device_free: int | None = None
+
+    @classmethod
+    def make(cls, recovery: Recovery, sizes: ModelSizes, device_free: int | None) -> Job:
+        """Put a request and a model together.
+
+        Raises:
+            PlanError: If the model has not so many layers, or not the hidden states that are to be stored.
+            UnsupportedModelError: If a named operator could not be absorbed into the model, as its features ask for.
+        """
+        wanted = require_count_or_plan(recovery.remove)
+        given = None if isinstance(wanted, int) else read_plan(wanted, sizes.n_layers)
+        n_removed = given.plan.n_removed if given is not None else int(str(wanted))
+        job = cls(recovery, sizes, given, n_removed, device_free)
+        job._check()
+        return job
+
+    def _check(self) -> None:
+        sizes, layers = self.sizes, self.recovery.storage.layers
+        if not 0 < self.n_removed < sizes.n_layers:
+            msg = f"cannot remove {self.n_removed} of the {sizes.n_layers} layers of {sizes.root}; at least one must survive"
+            raise PlanError(msg)
+        if layers is not None and max(layers) > sizes.n_layers:
+            msg = f"there is no hidden state h[{max(layers)}]: {sizes.root} has h[0] to h[{sizes.n_layers}]"
+            raise PlanError(msg)
+        taps = taps_of(self.kind.features)
+        if taps:
+            sizes.tap_width(taps)
+            if sizes.refusal:
+                msg = f"operators on the features {self.kind.features} cannot be absorbed: {sizes.refusal}"
+                raise UnsupportedModelError(msg)
+
+    @cached_property
+    def text(self) -> Text:
+        """The text to calibrate on."""
+        return self.recovery.calibration.to_calibrate()
+
+    @property
+    def sequences(self) -> int:
+        """Sequences S."""
+        return self.text.sequences or 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the calibration text, padding included."""
+        return self.sequences * self.text.length
+
+    @property
+    def is_named(self) -> bool:
+        """Whether an operator is named."""
+        return self.recovery.method.operator not in (None, AUTO)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether layers are chosen by running the model."""
+        criterion = self.recovery.search.criterion
+        return self.given is None and (criterion is None or criterion in search_criterion_names())
+
+    @property
+    def reads_store(self) -> bool:
+        """Whether layers are chosen from a store."""
+        return self.given is None and not self.runs_model
+
+    @property
+    def fits_in_passes(self) -> bool:
+        """Whether operators are fitted in passes over the model."""
+        return self.runs_model or not self.is_named or "inputs" in self.recovery.method.given()
+
+    @property
+    def captures(self) -> bool:
+        """Whether a store is made."""
+        return self.reads_store or not self.fits_in_passes
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans that operators are fitted for: those of the plan, or one of as many layers."""
+        return (Span(1, 1 + self.n_removed),) if self.given is None else self.given.plan.spans
+
+    @cached_property
+    def kind(self) -> OperatorKind:
+        """The operator; without a name that of what is tried whose fit takes most memory.
+
+        Raises:
+            RequestError: If options of the operator do not go together.
+        """
+        if self.is_named:
+            return make_operator(self.recovery.method)
+        known = self.given.methods if self.given is not None and self.given.methods else self.tried
+        return max(map(make_operator, known), key=lambda kind: self.fit_cost(kind).memory.n_bytes)
+
+    @property
+    def tried(self) -> tuple[Method, ...]:
+        """What is tried at a boundary, as far as the model allows it."""
+        return self._possible(METHODS)
+
+    def _possible(self, methods: tuple[Method, ...]) -> tuple[Method, ...]:
+        return tuple(one for one in methods if not (self.sizes.refusal and taps_of(one.features)))
+
+    def input_width(self, kind: OperatorKind) -> int:
+        """Return the width of what the features of an operator are made of."""
+        taps = taps_of(kind.features)
+        return self.sizes.tap_width(taps) if taps else self.sizes.hidden
+
+    def fit_cost(self, kind: OperatorKind) -> Cost:
+        """Return what fitting one boundary takes."""
+        width = get_feature(kind.features).width(self.input_width(kind))
+        return kind.cost(FitShape(self.sizes.hidden, width, self.n_tokens))
+
+    @property
+    def reads_taps(self) -> bool:
+        """Whether the operator reads taps of the layer before a boundary."""
+        return bool(taps_of(self.kind.features))
+
+    @property
+    def tap_width(self) -> int:
+        """Width of the taps that the operator reads beside the hidden state."""
+        return self.sizes.tap_width([tap for tap in taps_of(self.kind.features) if tap != STATE_TAP])
+
+    @property
+    def exported_bytes(self) -> int:
+        """Bytes of an operator in a checkpoint: of one on taps only the part on the hidden state stands there."""
+        taps = taps_of(self.kind.features)
+        if not taps:
+            return self.fit_cost(self.kind).write_bytes
+        return 4 * self.sizes.hidden**2 if STATE_TAP in taps else 0
+
+    @cached_property
+    def stored_layers(self) -> int:
+        """How many hidden states are stored: as the request says, those that a given plan needs, or all."""
+        if self.recovery.storage.layers is not None:
+            return len(self.recovery.storage.layers)
+        if self.reads_store:
+            return self.sizes.n_layers + 1
+        per_layer = self.recovery.method.per_layer
+        needed = {
+            place
+            for span in self.spans
+            for place in range(span.start, span.stop + 1)
+            if per_layer or place in (span.start, span.stop)
+        }
+        return len(needed | {span.start - 1 for span in self.spans if taps_of(self.kind.features)})
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one stored hidden state of all tokens."""
+        dtype = self.recovery.storage.store_dtype or self.sizes.dtype
+        return self.n_tokens * self.sizes.hidden * ITEMSIZES[dtype]
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes of the store; 4 of id and 1 of mask a token, 4 of length a sequence."""
+        return self.stored_layers * self.position_bytes + 5 * self.n_tokens + 4 * self.sequences
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes that a layer at work holds for one sequence."""
+        sizes, length = self.sizes, self.text.length
+        return length * work_bytes_per_token(
+            widest=sizes.widest,
+            hidden=sizes.hidden,
+            itemsize=sizes.itemsize,
+            heads=sizes.heads,
+            length=length,
+        )
+
+    @cached_property
+    def micro_batch(self) -> int:
+        """Sequences that are computed at once."""
+        compute = self.recovery.compute
+        free, given = free_host_memory(), compute.host_memory
+        if self.device_free is not None:
+            free, given = self.device_free, compute.device_memory
+        limit = free * 9 // 10 if given is None else given
+        found = compute.micro_batch or sequences_at_work(
+            self.sizes.unit_bytes, self.work_bytes, self.text.length, limit
+        )
+        return min(found, self.sequences)
+
+    @property
+    def selection_shape(self) -> SelectionShape:
+        """Sizes that a criterion of a store depends on."""
+        sizes = self.sizes
+        return SelectionShape(
+            n_layers=sizes.n_layers,
+            remove=self.n_removed,
+            hidden=sizes.hidden,
+            sequences=self.sequences,
+            length=self.text.length,
+            store_bytes=self.store_bytes,
+            layer_bytes=sizes.stored_layer_bytes,
+            layer_elements=sizes.layer_elements,
+        )
+
+    @property
+    def search_shape(self) -> SearchShape:
+        """Sizes that a criterion which runs the model depends on."""
+        return SearchShape(
+            n_layers=self.sizes.n_layers,
+            remove=self.n_removed,
+            hidden=self.sizes.hidden,
+            intermediate=self.sizes.intermediate,
+            sequences=self.sequences,
+            search=self.recovery.search,
+            tried=() if self.is_named else self.tried,
+            tried_later=() if self.is_named else self._possible(LATER_METHODS),
+        )

@@ -1,0 +1,122 @@
+"""What an estimate says: sizes of the model, needs against what is free, work of each stage, what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ghoststream.checkpoint.sizes import ModelSizes
+from ghoststream.costs import Need
+from ghoststream.options import Recovery
+from ghoststream.stages.estimation.rates import Rates
+
+_ADVICE: Mapping[str, str] = {
+    "device memory": "use a smaller --micro-batch, a shorter --length or a smaller --dtype, or a larger device",
+    "memory, capture": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
+    "memory, search": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
+    "memory, pass": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
+    "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
+    "memory, fit": "use --operator ghost or linear-patch-diagonal, or run it on a machine with more memory",
+    "memory, solve": "use --operator linear-patch-diagonal, or run it on a machine with more memory",
+    "memory, select": "use --criterion streamline, or run it on a machine with more memory",
+    "disk, select": "use --criterion residual-in-sample or streamline, or write --out to another disk",
+    "disk, taps": "use fewer --sequences, or write the operators to another disk",
+    "disk, store": "use fewer --sequences, a smaller --store-dtype, only the needed --layers, or another --store",
+    "disk, export": "free some space or write --out to another disk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Work of one stage; ``seconds`` and ``limited_by`` (``disk`` or ``compute``) where rates were measured."""
+
+    name: str
+    read_bytes: int
+    write_bytes: int
+    flops: float
+    seconds: float | None = None
+    limited_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepCost:
+    """The sweeps over the store for one statistic.
+
+    Attributes:
+        stage: ``select`` or ``solve``.
+        statistic: What is built, by the name under which its progress is told.
+        spans: Spans that it is built for.
+        sweeps: How often the store is read for it; 0 if it does not fit.
+        positions_read: Hidden states ``h[l]`` that are read, a repeated one counted again.
+        workers: Tasks at a time.
+        task_bytes: Memory of one task at most.
+        disk_bytes: Disk that its states take at most.
+        problem: What does not fit, or None.
+    """
+
+    stage: str
+    statistic: str
+    spans: int = 0
+    sweeps: int = 0
+    positions_read: int = 0
+    workers: int = 0
+    task_bytes: int = 0
+    disk_bytes: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The balance of a recovery.
+
+    Attributes:
+        model: Sizes of the model.
+        recovery: The request.
+        n_removed: How many layers go.
+        needs: Memory and disk against what is free, by name.
+        stages: Work of each stage, in order.
+        rates: Speed of this machine; None if it was not measured.
+        sweeps: Sweeps over the store, where there is one.
+    """
+
+    model: ModelSizes
+    recovery: Recovery
+    n_removed: int
+    needs: Mapping[str, Need]
+    stages: tuple[StageCost, ...]
+    rates: Rates | None
+    sweeps: tuple[SweepCost, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not fit, one sentence each, with what to do."""
+        needs = [describe_problem(name, need) for name, need in self.needs.items() if not need.fits]
+        return (*needs, *(cost.problem for cost in self.sweeps if cost.problem is not None))
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of all stages; ``None`` if nothing was measured."""
+        times = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(times) if len(times) == len(self.stages) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as plain data; bytes, seconds, FLOPs."""
+        return {
+            "model": self.model.to_json(),
+            "recovery": self.recovery.to_json(),
+            "n_removed": self.n_removed,
+            "needs": {name: {**asdict(need), "fits": need.fits} for name, need in self.needs.items()},
+            "stages": [asdict(stage) for stage in self.stages],
+            "sweeps": [asdict(cost) for cost in self.sweeps],
+            "rates": None if self.rates is None else asdict(self.rates),
+            "seconds": self.seconds,
+            "problems": list(self.problems),
+            "fits": not self.problems,
+        }
+
+
+def describe_problem(name: str, need: Need) -> str:
+    """Say what does not fit, by how much, and what to do."""
+    free, advice = need.available or 0, _ADVICE.get(name, "use a machine with more memory")
+    return f"{name} needs {need.n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {advice}"

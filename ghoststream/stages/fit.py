@@ -1,0 +1,94 @@
+"""Fitting the operators of a plan: from a store, or in passes over the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ghoststream.errors import RequestError
+from ghoststream.operators import OperatorSet
+from ghoststream.options import AUTO, Compute, Method, Reduction, Search, Source
+from ghoststream.progress import Progress, SilentProgress
+from ghoststream.selection import read_plan
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.choosing.fit import fit_in_passes
+from ghoststream.stages.from_store.fit import fit_from_store, make_store_kind
+from ghoststream.stages.select import opener
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import taps_of
+
+_OF_SEARCH = ("criterion", "max_spans", "beam", "candidates", "lanes")
+
+
+def fit(
+    plan: PruningPlan | str | Path,
+    source: Source,
+    *,
+    out: str | Path,
+    method: Method | None = None,
+    search: Search | None = None,
+    compute: Compute | None = None,
+    reduction: Reduction | None = None,
+    progress: Progress | None = None,
+) -> OperatorSet:
+    """Fit one operator for each span of a plan, and write them to one file.
+
+    From a store the operator is by default ``ghost``, and every one is fitted on the dense model's states. From a text they are
+    fitted one after another in one pass: the inputs of an operator are the states of the model repaired so far, the targets those
+    of the dense model. For the first span the two are the same, bit for bit; with several spans the later ones make up for what the
+    earlier ones left, which is mostly, but not always, better (``method.inputs``). The operator is then by default ``auto``: each
+    boundary is fitted as the plan's file says, or in each of several ways, of which held-out windows choose.
+
+    The same request again, once finished, returns what is there.
+
+    Args:
+        plan: The plan, its file, or spans such as ``"5:7 13:19"``.
+        source: A store, or a model and a text to calibrate on. With a store, its model is needed for features of the layer before a
+            boundary only.
+        out: Operators file (safetensors) to write.
+        method: How boundaries are fitted.
+        search: ``folds`` for the residual out of sample, and ``held_out`` for ``auto``.
+        compute: How the model is opened and run.
+        reduction: Where statistics of a store are reduced.
+        progress: Who is told how far it is.
+
+    Returns:
+        The operators, with residuals in and out of sample and warnings in their diagnostics; with ``auto`` also what was tried and
+        the loss above the dense model's on the held-out windows.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        RequestError: If an option is out of range, a name unknown, or an option is given that would not be used.
+        GhoststreamError: What :func:`~ghoststream.stages.from_store.fit.fit_from_store` and
+            :func:`~ghoststream.stages.choosing.fit.fit_in_passes` raise, which also state the memory.
+    """
+    method, search = method or Method(), search or Search()
+    compute, reduction = compute or Compute(), reduction or Reduction()
+    progress = progress or SilentProgress()
+    search.refuse(_OF_SEARCH, "the plan says which layers go")
+    if source.store is not None:
+        if method.operator == AUTO:
+            msg = (
+                "the operator auto is chosen by running the model; give --calibration in the place of --store"
+            )
+            raise RequestError(msg)
+        search.refuse(
+            ("held_out",), "from a store nothing is measured; --folds are for residuals out of sample"
+        )
+        if not taps_of(make_store_kind(method).features):
+            compute.refuse(None, "no layer is run again for these features")
+        return fit_from_store(
+            source.store,
+            plan,
+            model=opener(source, compute),
+            method=method,
+            folds=search.folds,
+            reduction=reduction,
+            out=out,
+            progress=progress,
+        )
+    reduction.refuse(None, "no store is read")
+    session = ModelSession(str(source.model), compute)
+    selection = read_plan(plan, session.skeleton.n_layers)
+    assert source.calibration is not None
+    text = source.calibration.to_calibrate()
+    return fit_in_passes(session, selection, text, method=method, search=search, out=out, progress=progress)

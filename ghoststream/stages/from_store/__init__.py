@@ -1,0 +1,1 @@
+"""Which layers go and how the gaps are repaired, both from the hidden states in a store."""

@@ -1,0 +1,219 @@
+"""Fitting the operators of a plan from the hidden states in a store."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import scipy
+
+from ghoststream.errors import ArtifactError
+from ghoststream.operators import (
+    BoundaryOperator,
+    OperatorKind,
+    OperatorSet,
+    fit_per_layer,
+    make_operator,
+)
+from ghoststream.options import Method, Reduction
+from ghoststream.progress import Progress
+from ghoststream.recipe import StoreFitRecipe, library_versions
+from ghoststream.selection import read_plan
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.capturing.tap_store import WantedTaps, require_fit_memory, store_taps, wanted_taps
+from ghoststream.stages.from_store.evidence import Opener
+from ghoststream.stages.output import Output
+from ghoststream.statistics import (
+    DEFAULT_BLOCK_TOKENS,
+    FoldedMoments,
+    HiddenStateSource,
+    Ranges,
+    TapSource,
+    open_source,
+    store_digest,
+    taps_of,
+)
+from ghoststream.statistics.devices import device_kind, require_device
+from ghoststream.statistics.sweeps import single_layers, span_groups
+
+PAPER = "ghost"
+"""The operator that is taken where none is named: the paper's."""
+
+
+def fit_from_store(
+    store_uri: str,
+    plan: PruningPlan | str | Path,
+    *,
+    model: Opener | None,
+    method: Method,
+    folds: int,
+    reduction: Reduction,
+    out: str | Path,
+    progress: Progress,
+) -> OperatorSet:
+    """Fit one operator for each span of a plan from a store; see :func:`ghoststream.fit`.
+
+    Partial statistics and fitted boundaries are kept in ``<out>.partial`` until the file is written: killed at any moment, the same
+    request finishes with the identical file and repeats at most one range or one boundary.
+
+    Raises:
+        PlanError: If the plan does not fit the store's model.
+        RequestError: If an option is out of range, a name unknown, the operator defined without an option, or the device not
+            there.
+        OutputExistsError: If ``out`` holds something else.
+        BusyError: If another process is writing it.
+        StoreError: If a hidden state that is needed is not in the store (``per_layer`` needs those inside the spans).
+        NumericsError: If a hidden state or a solution is not finite.
+        UnsupportedModelError: If an operator on features of the layer before could not be absorbed into the model.
+        MismatchError: If the store is of another model than the one given.
+        BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the moments of one span or the fit of a
+            wide feature not the memory.
+
+    Memory: with p features (``p = C``, or ``2 C`` for ``hidden+normed``), while reducing, for each worker thread one state of
+    ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span and 4 blocks of 2,048 tokens in float64 (8 for
+    such weights, ``2 p / C`` more for such features); while solving, what the operator's ``cost`` states, and the operators,
+    ``4 p C`` bytes each. ``O(C)`` where the operator needs no Gram. Disk: at most ``log2(ranges) + 2`` states for each fold.
+    ``per_layer`` multiplies the state by the layers of a span, and adds two ``8 p C`` while solving. With features of the layer
+    before, ``p = I`` for ``mlp`` and ``C + I`` for ``hidden+mlp``, spans are reduced one after the other, so that there is one state;
+    disk: ``S T p`` elements of compute dtype a span.
+    """
+    kind = make_store_kind(method)
+    store = open_source(store_uri)
+    ranges = Ranges.make(store.n_sequences, folds=folds)
+    job = _Job(store_uri, store, read_plan(plan, store.n_layers).plan, kind, ranges, reduction, progress)
+    output = Output(out, job.request)
+    found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
+    if found is not None:
+        return found
+    taps = _taps(job, model)
+    if reduction.reduce_device is not None and reduction.scheduler is None:
+        require_device(reduction.reduce_device)
+    with output.lock():
+        return job.run(output, taps)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One request, and the steps that fulfil it."""
+
+    uri: str
+    store: HiddenStateSource
+    plan: PruningPlan
+    kind: OperatorKind
+    ranges: Ranges
+    reduction: Reduction
+    progress: Progress
+    moments: dict[Span, FoldedMoments] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> StoreFitRecipe:
+        """What decides every bit of the operators, but the plan."""
+        device = self.reduction.reduce_device
+        return StoreFitRecipe(
+            method=self.kind.method,
+            reduce_device=None if device is None else device_kind(device),
+            range_sequences=self.ranges.range_sequences,
+            folds=self.ranges.n_folds,
+            block_tokens=DEFAULT_BLOCK_TOKENS,
+            store_digest=store_digest(self.store),
+        )
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What decides every bit of the operators."""
+        return {"recipe": self.recipe.to_json(), "plan": self.plan.to_json()}
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Spans whose moments are needed."""
+        per_layer = self.kind.method.per_layer
+        return (
+            *self.plan.spans,
+            *(one for span in self.plan.spans if per_layer for one in single_layers(span)),
+        )
+
+    def run(self, output: Output, taps: WantedTaps | None) -> OperatorSet:
+        """Reduce, solve and write."""
+        stored = None
+        if taps is not None:
+            stored = store_taps(taps, self.uri, output.work, progress=self.progress)
+        for spans in span_groups(self.spans, reads_taps=stored is not None):
+            self.moments.update(self._reduce(spans, stored, output.work))
+        metadata = {
+            "base": dict(self.store.fingerprint.get("checkpoint", {})),
+            "recipe": self.recipe.to_json(),
+            "recipe_digest": output.digest,
+            "versions": {**library_versions(), "scipy": scipy.__version__},
+        }
+        boundaries = self._solve(output, metadata)
+        operators = OperatorSet(
+            self.plan, str(self.kind.method.operator), boundaries, self.store.hidden, metadata
+        )
+        operators.save(output.path, temporary=output.work / "operators.safetensors")
+        output.finish()
+        return operators
+
+    def _reduce(
+        self, spans: tuple[Span, ...], taps: TapSource | None, work: Path
+    ) -> dict[Span, FoldedMoments]:
+        return self.kind.reduce(
+            self.uri,
+            spans,
+            self.ranges,
+            self.reduction,
+            taps=taps,
+            workdir=work,
+            progress=self.progress,
+        )
+
+    def _solve(self, output: Output, metadata: dict[str, Any]) -> tuple[BoundaryOperator, ...]:
+        output.work.mkdir(parents=True, exist_ok=True)
+        self.progress.start("solve", len(self.plan.spans), "boundaries")
+        solved = []
+        for span in self.plan.spans:
+            solved.append(self._fit(span, output, metadata))
+            self.progress.advance(1)
+        self.progress.finish()
+        for operator in solved:
+            for warning in operator.diagnostics.get("warnings", ()):
+                self.progress.log(f"warning: {warning}")
+        return tuple(solved)
+
+    def _fit(self, span: Span, output: Output, metadata: dict[str, Any]) -> BoundaryOperator:
+        path = output.work / f"boundary-{output.short_digest}-{span.start}-{span.stop}.safetensors"
+        if path.is_file():
+            with suppress(ArtifactError):  # the disk has damaged it: fitted again, it is the same
+                return OperatorSet.load(path).boundaries[0]
+        if self.kind.method.per_layer:
+            layers = [self.moments[layer] for layer in single_layers(span)]
+            operator = fit_per_layer(self.kind, self.moments[span], layers)
+        else:
+            operator = self.kind.fit(self.moments[span])
+        plan = PruningPlan(self.plan.n_layers, (span,))
+        name = str(self.kind.method.operator)
+        OperatorSet(plan, name, (operator,), self.store.hidden, metadata).save(path)
+        return operator
+
+
+def make_store_kind(method: Method) -> OperatorKind:
+    """Return the operator of a method, by default the paper's, with what can be told without a store checked.
+
+    Raises:
+        RequestError: If a name is unknown, or the operator is defined without an option.
+    """
+    method.refuse(("inputs",), "from a store every operator is fitted on the dense model's states")
+    return make_operator(method.model_copy(update={"operator": method.operator or PAPER}))
+
+
+def _taps(job: _Job, model: Opener | None) -> WantedTaps | None:
+    """Return what must be computed again by the model, whose layers and memory are checked before any work."""
+    kind = job.kind
+    if not taps_of(kind.features):
+        return None
+    session = None if model is None else model()
+    wanted = wanted_taps(kind.features, job.spans, session, intercept=kind.method.intercept)
+    if wanted is not None and not kind.needs_store:
+        require_fit_memory(wanted, kind, job.store)
+    return wanted

@@ -1,0 +1,1 @@
+"""Losses and task results of models, streamed."""

@@ -1,0 +1,87 @@
+"""Evaluate: perplexities of several models on one text, in as few passes over weights as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ghoststream.activations import ActivationStore
+from ghoststream.errors import RequestError
+from ghoststream.evaluation import EvaluationReport, EvaluationRow
+from ghoststream.files import atomic_write_json
+from ghoststream.options import Compute, Text
+from ghoststream.progress import Progress, SilentProgress
+from ghoststream.recipe import library_versions
+from ghoststream.stages.measuring.measurement import Measurement
+from ghoststream.stages.measuring.model_groups import (
+    ModelGroup,
+    group_models,
+    group_notes,
+    require_free_or_same,
+)
+from ghoststream.stages.session import ModelSession
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    text: Text | str | None = None,
+    store: str | Path | None = None,
+    compute: Compute | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Measure perplexities on non-overlapping windows of a text, streamed.
+
+    A recovered folder or an operator file that is given together with its base becomes a lane of the base's pass
+    (known by the base's fingerprint); any other model is a pass of its own, and the report's notes say so.
+
+    Args:
+        models: Local folders, hub ids or operator files, in the order in which rows are wanted.
+        text: Text to measure on, or its specification; or give ``store``.
+        store: Activation store of the models' base, whose text is measured on: the pass starts from the last stored
+            states that all models share, and the layers before are not computed again.
+        compute: How models are opened and run.
+        out: Where to write the rows as JSON; may hold the rows of just this request.
+        progress: Who is told how far it is.
+
+    Raises:
+        RequestError: If no model is given, an operator file without its base, both or neither of ``text`` and ``store``,
+            or ``out`` cannot be written.
+        MismatchError: If the store is not of the models' base, or was computed in another way.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
+        OutputExistsError: If ``out`` holds anything else.
+        GhoststreamError: What opening models, the text or the store raises.
+
+    Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
+    """
+    if (text is None) == (store is None):
+        msg = "give either a text to measure on, or a store whose text and states are taken"
+        raise RequestError(msg)
+    wanted = Text.of(text).to_evaluate() if text is not None else ActivationStore.open(str(store))
+    return _evaluate(group_models(models, compute or Compute()), wanted, out, progress or SilentProgress())
+
+
+def evaluate_session(
+    session: ModelSession, others: Sequence[str | Path], text: Text, *, out: str | Path, progress: Progress
+) -> EvaluationReport:
+    """Measure a model that is open, and others; see :func:`evaluate`."""
+    return _evaluate(group_models(others, session.compute, [session]), text, out, progress)
+
+
+def _evaluate(
+    groups: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
+) -> EvaluationReport:
+    measurements = [Measurement(one, wanted) for one in groups]
+    if out is not None:
+        require_free_or_same(Path(out), [asked for one in measurements for asked in one.requests()])
+    rows: dict[int, EvaluationRow] = {}
+    for number, measurement in enumerate(measurements):
+        for model, losses, recipe in measurement.run(progress):
+            rows[model.position] = EvaluationRow(
+                model.name, losses, recipe, number, model.fingerprint, library_versions()
+            )
+    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
+    if out is not None:
+        atomic_write_json(Path(out), report.to_json())
+    return report

@@ -1,0 +1,172 @@
+"""Which models share a pass: a base, and what was recovered from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghoststream.errors import ArtifactError, OutputExistsError, RequestError
+from ghoststream.files import differences, file_digest, read_json, require_writable
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Compute
+from ghoststream.recovery import RecoveredInfo, load_recovered
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.lanes import operator_lane
+from ghoststream.stages.session import ModelSession
+from ghoststream.streaming import Batch, Lane, LogitsObserver
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model to measure.
+
+    Attributes:
+        position: Its place in the request.
+        name: What a reader calls it.
+        fingerprint: Digest of its folder, or of its operator file.
+        operators: What makes it a lane of the group's base; ``None`` if it is the base.
+    """
+
+    position: int
+    name: str
+    fingerprint: str
+    operators: OperatorSet | None
+
+    def lane(
+        self,
+        session: ModelSession,
+        logits: LogitsObserver,
+        scored: Callable[[Batch], torch.Tensor] | None = None,
+    ) -> Lane:
+        """Return its lane in a pass over its base; for ``scored`` see :class:`~ghoststream.streaming.Lane`."""
+        if self.operators is None:
+            return Lane(self.name, PruningPlan(session.skeleton.n_layers), logits=logits, scored=scored)
+        return operator_lane(self.name, self.operators, session.skeleton, logits, scored)
+
+
+@dataclass
+class ModelGroup:
+    """Models that are measured in one pass over the weights: a base, and what was recovered from it.
+
+    Attributes:
+        session: The base.
+        models: The models, in the order of the request.
+    """
+
+    session: ModelSession
+    models: list[MeasuredModel] = field(default_factory=list)
+
+
+def group_models(
+    models: Sequence[str | Path], compute: Compute, opened: Sequence[ModelSession] = ()
+) -> list[ModelGroup]:
+    """Open models and find out which are lanes of which.
+
+    A recovered folder or an operator file that is given together with its base becomes a lane of the base's pass
+    (known by the base's fingerprint); any other model is a group of its own.
+
+    Args:
+        models: Local folders, hub ids or operator files.
+        compute: How models are opened.
+        opened: Models that are open already; they come first.
+
+    Raises:
+        RequestError: If no model is given, or an operator file without its base.
+        GhoststreamError: What opening a model raises.
+    """
+    if not models and not opened:
+        msg = "no model to evaluate; give at least one folder or hub id"
+        raise RequestError(msg)
+    everything = [*map(_of_session, opened), *(_open(model, compute) for model in models)]
+    bases = {
+        one.digest: ModelGroup(one.session)
+        for one in reversed(everything)
+        if one.base is None and one.session
+    }
+    groups = list(reversed(bases.values()))
+    for position, one in enumerate(everything):
+        group = bases.get(one.base or one.digest)
+        operators = one.over(group.session) if group is not None else None
+        if group is None:
+            if one.session is None:
+                msg = f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before or after it"
+                raise RequestError(msg)
+            group = ModelGroup(one.session)
+            groups.append(group)
+        group.models.append(MeasuredModel(position, one.name, one.digest, operators))
+    return groups
+
+
+def group_notes(groups: Sequence[ModelGroup]) -> tuple[str, ...]:
+    """Say which models were measured together, and which needed a pass of their own."""
+    notes = []
+    for group in groups:
+        names = ", ".join(model.name for model in group.models)
+        if len(group.models) > 1:
+            notes.append(f"one pass over the weights of {group.session.name} measured {names}")
+        elif len(groups) > 1:
+            notes.append(f"{names} needed a pass of its own")
+    return tuple(notes)
+
+
+def require_free_or_same(path: Path, asked: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    """Check before any pass that the figures can be written and that nothing else would be lost by it.
+
+    Args:
+        path: Where one JSON object a model is to be written.
+        asked: ``fingerprint`` and ``recipe`` of each model, with its place in the request.
+
+    Raises:
+        OutputExistsError: If the file holds anything but the figures of this request.
+        RequestError: If it cannot be written.
+    """
+    require_writable(path)
+    if not path.exists():
+        return
+    try:
+        rows = read_json(path)
+        found = [{key: row[key] for key in ("fingerprint", "recipe")} for row in rows]
+    except (ArtifactError, KeyError, TypeError):
+        found = None
+    if found is None or differences(found, [request for _, request in sorted(asked, key=itemgetter(0))]):
+        msg = f"{path} exists and does not hold the figures of this request; choose another name, or move it away"
+        raise OutputExistsError(msg)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One thing to measure: a model, and the operators and base that make it a lane, where it has them."""
+
+    name: str
+    digest: str
+    session: ModelSession | None
+    operators: OperatorSet | RecoveredInfo | None
+    base: str | None
+
+    def over(self, base: ModelSession) -> OperatorSet | None:
+        """Return the operators, those that are absorbed into weights told from the base's."""
+        if isinstance(self.operators, RecoveredInfo):
+            return self.operators.operators_over(base.root)
+        return self.operators
+
+
+def _open(model: str | Path, compute: Compute) -> _Opened:
+    path = Path(model)
+    if path.is_file() and path.suffix == ".safetensors":
+        operators = OperatorSet.load(path)
+        base = str(operators.metadata.get("base", {}).get("digest"))
+        return _Opened(str(model), file_digest(path), None, operators, base)
+    return _of_session(ModelSession(model, compute))
+
+
+def _of_session(session: ModelSession) -> _Opened:
+    digest = str(session.fingerprint["digest"])
+    info = load_recovered(session.root)
+    if info is None:
+        return _Opened(session.name, digest, session, None, None)
+    return _Opened(session.name, digest, session, info, str(info.base["digest"]))

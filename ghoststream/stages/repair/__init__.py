@@ -1,1 +1,0 @@
-"""Fitting and measuring operators while a pass runs, and choosing how."""

@@ -1,1 +1,0 @@
-"""Choosing the layers to remove by running the model."""

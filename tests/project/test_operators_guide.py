@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.operators import operator_names
 from ghoststream.options import Method
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import feature_names, token_weight_names
 from ghoststream.testing.states import random_states, store_of
 

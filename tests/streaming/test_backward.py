@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from ghoststream.stages.searching.taylor import taylor_scores
 
 from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
 from ghoststream.evaluation.objectives import NextTokenLoss
 from ghoststream.progress import SilentProgress
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.choosing.taylor import taylor_scores
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import (
     BoundaryMap,
     MemoryBudget,
@@ -333,7 +333,7 @@ def test_taylor_scores_are_those_of_the_formula(
     mask: npt.NDArray[np.bool_],
     tiny_checkpoint: Callable[[str], Path],
 ) -> None:
-    session = ModelSession(tiny_checkpoint(family), ModelOptions())
+    session = ModelSession(tiny_checkpoint(family))
     tokens = TokenSet(ids, mask.sum(axis=1, dtype=np.int32), mask)
     scores = taylor_scores(session, tokens, micro_batch=MICRO, progress=SilentProgress())
     model = tiny_model(family).requires_grad_(requires_grad=True)

@@ -202,7 +202,7 @@ def test_options_out_of_range_are_refused(uri: str) -> None:
         fit(reduced(uri), rank=0)
     with pytest.raises(RequestError, match="rank 7 was asked for, but 6 features"):
         fit(reduced(uri), rank=7)
-    with pytest.raises(RequestError, match="-1.0 is no ridge"):
+    with pytest.raises(RequestError, match=r"-1\.0 is no ridge"):
         fit(reduced(uri), ridge=-1.0)
     for name in ("ghost", "linear-patch-diagonal", "none"):
         with pytest.raises(RequestError, match=rf"{name} is defined without an intercept, rank 3; use"):

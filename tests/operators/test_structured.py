@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
@@ -18,6 +17,7 @@ from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import Ranges
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers import requests
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
@@ -189,11 +189,11 @@ def test_channels_without_energy_are_left_alone(tmp_path: Path, name: str) -> No
     for part in states:
         part[..., 2] = 0.0
     uri = store_of(tmp_path / "store", states, n_layers=2)
-    (operator,) = solve(uri, "0:1", operator=name, out=tmp_path / "o.safetensors").boundaries
+    (operator,) = requests.fit("0:1", store=uri, operator=name, out=tmp_path / "o.safetensors").boundaries
     x = states[0].reshape(-1, 4)
     assert np.isfinite(operator.apply(x)).all()
     assert np.abs(operator.apply(x)[:, 2]).max() < 1e-6
-    again = solve(uri, "0:1", operator=name, out=tmp_path / "o.safetensors").boundaries[0]
+    again = requests.fit("0:1", store=uri, operator=name, out=tmp_path / "o.safetensors").boundaries[0]
     assert again.diagnostics == operator.diagnostics
 
 

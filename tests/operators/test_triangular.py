@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
@@ -23,6 +22,7 @@ from ghoststream.statistics import (
 )
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers import requests
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
@@ -169,12 +169,8 @@ def test_merging_leaves_both_sides_as_they_are(uri: str) -> None:
 def test_a_solve_by_the_qr_route_ends_in_an_operator_file(
     uri: str, states: list[Hidden], tmp_path: Path
 ) -> None:
-    made = solve(
-        uri,
-        "1:3",
-        operator="least-squares",
-        options=Method(solver="tsqr", ridge=0.0),
-        out=tmp_path / "o.safetensors",
+    made = requests.fit(
+        "1:3", store=uri, operator="least-squares", solver="tsqr", ridge=0.0, out=tmp_path / "o.safetensors"
     )
     x, gap = data(states)
     best = np.linalg.lstsq(x, gap)[0]

@@ -107,15 +107,16 @@ def make_criterion(name: str) -> Criterion:
     return _CRITERIA.get(name)()
 
 
-def cosine_cost(shape: SelectionShape, *, n_pairs: int, live: int) -> Cost:
-    """Return what one read of the store takes that compares pairs of hidden states, token by token.
+def cosine_cost(shape: SelectionShape, *, n_pairs: int, live: int, rows: int | None = None) -> Cost:
+    """Return what one read of the store takes that compares pairs of hidden states.
 
     Args:
         shape: Sizes.
         n_pairs: Pairs; ``6 C`` FLOPs a token and pair.
         live: Hidden states of a block of tokens, float32, that are held at a time.
+        rows: Tokens of a block; by default those of :class:`~ghoststream.statistics.CosineReducer`.
     """
-    rows = max(_BLOCK_TOKENS, shape.length)
+    rows = rows or max(_BLOCK_TOKENS, shape.length)
     return Cost(
         Need(4 * live * rows * shape.hidden, f"4 C ({live} x {rows:,}) for one worker"),
         read_bytes=shape.store_bytes,

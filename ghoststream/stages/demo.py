@@ -13,21 +13,22 @@ import torch
 
 from ghoststream.errors import CheckpointError, MismatchError, OutputExistsError
 from ghoststream.evaluation import EvaluationRow
+from ghoststream.options import Compute, Dtype, Method, Recovery, Search, Source, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.demo_model import cache_folder, demo_model
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
-from ghoststream.stages.recover import RecoveryReport, recover
-from ghoststream.stages.solve import solve
+from ghoststream.stages.fit import fit
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.recover import RecoveryReport, run
 
 REMOVE = 6
 SEQUENCES, LENGTH = 32, 512
 MAX_SPANS, HELD_OUT = 1, 8
 REPORTED_SEQUENCES = 24
 TEXT = "python-docs"
-DTYPE = "float32"
+DTYPE: Dtype = "float32"
 """Compute type: processors without instructions for bfloat16 take three times as long in it."""
-PUBLISHED = "streamline", "ghost"
+PUBLISHED = "streamline-published", "ghost"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To look up a value,"
 NEW_TOKENS = 32
 COMMANDS = (
@@ -147,32 +148,25 @@ def demo(
 
 def _run(model: Path, root: Path, sequences: int, tell: Progress) -> DemoReport:
     folders = {DENSE: model, **{name: root / name for name in (PRUNED, METHOD, RECOVERED)}}
-    store = root / "store"
+    store = str(root / "store")
     criterion, operator = PUBLISHED
-    text: dict[str, Any] = {
-        "calibration": TEXT,
-        "sequences": sequences,
-        "length": LENGTH,
-        "dtype": DTYPE,
-        "progress": tell,
-    }
+    compute = Compute(dtype=DTYPE)
+    calibration = Text(spec=TEXT, sequences=sequences, length=LENGTH)
+    asked = {"model": str(model), "remove": REMOVE, "calibration": calibration, "compute": compute}
     tell.log(f"the published method: criterion {criterion}, operator {operator}")
-    published = recover(
-        model, remove=REMOVE, criterion=criterion, operator=operator, store=store, out=folders[METHOD], **text
-    )
-    unrepaired = solve(store, published.plan, operator="none", out=root / "none.safetensors", progress=tell)
+    choice = {"search": Search(criterion=criterion), "method": Method(operator=operator)}
+    published = run(Recovery.make({**asked, **choice, "store": store}), folders[METHOD], progress=tell)
+    nothing, source = Method(operator="none"), Source(store=store)
+    unrepaired = fit(published.plan, source, method=nothing, out=root / "none.safetensors", progress=tell)
     export(model, unrepaired, folders[PRUNED], progress=tell)
     tell.log("the defaults: candidates are repaired and measured")
-    recovery = recover(
-        model, remove=REMOVE, max_spans=MAX_SPANS, held_out=HELD_OUT, out=folders[RECOVERED], **text
-    )
+    search = Search(max_spans=MAX_SPANS, held_out=HELD_OUT)
+    recovery = run(Recovery.make({**asked, "search": search}), folders[RECOVERED], progress=tell)
     report = evaluate(
         list(folders.values()),
-        text=TEXT,
-        length=LENGTH,
-        sequences=REPORTED_SEQUENCES,
-        dtype=DTYPE,
-        json_path=root / "perplexities.json",
+        text=Text(spec=TEXT, sequences=REPORTED_SEQUENCES, length=LENGTH),
+        compute=compute,
+        out=root / "perplexities.json",
         progress=tell,
     )
     rows = dict(zip(folders, report.rows, strict=True))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.solve import solve
 from torch import nn
 

@@ -205,7 +205,7 @@ def test_options_out_of_range_are_refused(uri: str) -> None:
     with pytest.raises(RequestError, match=r"-1\.0 is no ridge"):
         fit(reduced(uri), ridge=-1.0)
     for name in ("ghost", "linear-patch-diagonal", "none"):
-        with pytest.raises(RequestError, match=rf"{name} is defined without an intercept, rank 3; use"):
+        with pytest.raises(RequestError, match=rf"{name} is defined without an intercept, rank 3; leave"):
             make_operator(Method(operator=name, intercept=True, rank=3))
     with pytest.raises(RequestError, match="without features normed, a ridge chosen by folds"):
         make_operator(Method(operator="ghost", features="normed", ridge="auto"))

@@ -80,7 +80,7 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
     # The merged map is the best of all linear ones; one that is fitted layer by layer cannot be better.
     residuals = [operator.diagnostics["relative_residual"] for operator in longer]
     assert residuals[0] > residuals[1] * (1 + 1e-6)
-    assert made.metadata["recipe"]["per_layer"] is True
+    assert made.metadata["recipe"]["method"]["per_layer"] is True
     before = out.read_bytes()
     again = fit(plan, store=uri, per_layer=True, folds=FOLDS, out=out)
     assert out.read_bytes() == before

@@ -257,7 +257,7 @@ def test_solve_takes_and_keeps_the_options(uri: str, states: list[Hidden], tmp_p
         ridge="gcv",
         out=out,
     )
-    recipe = made.metadata["recipe"]
+    recipe = made.metadata["recipe"]["method"]
     assert (recipe["ridge"], recipe["shrink"], recipe["solver"], recipe["intercept"]) == (
         "gcv",
         "zero",

@@ -177,7 +177,7 @@ def test_a_solve_by_the_qr_route_ends_in_an_operator_file(
     weight = made.boundaries[0].weight
     assert weight is not None
     np.testing.assert_allclose(weight, best.T, rtol=1e-4, atol=1e-5)
-    assert made.metadata["recipe"]["solver"] == "tsqr"
+    assert made.metadata["recipe"]["method"]["solver"] == "tsqr"
 
 
 def test_what_the_route_cannot_do_is_refused(uri: str) -> None:

@@ -59,6 +59,6 @@ def test_the_operator_predicts_as_well(tmp_path: Path) -> None:
 def test_the_recipe_says_it_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (4, 6, 5)))
     made = fit("0:1", store=uri, precision="float32-blocked", out=tmp_path / "o.safetensors")
-    assert made.metadata["recipe"]["precision"] == "float32-blocked"
+    assert made.metadata["recipe"]["method"]["precision"] == "float32-blocked"
     with pytest.raises(RequestError, match="no precision 'float16'; known are float64, float32-blocked"):
         BoundaryReducer((SPAN,), MomentSpec(precision="float16"))  # type: ignore[arg-type]

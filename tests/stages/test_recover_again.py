@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import numpy as np
 import pytest
 
 from ghoststream.activations import ActivationStore
-from ghoststream.errors import ArtifactError, MismatchError, OutputExistsError
+from ghoststream.errors import ArtifactError, OutputExistsError
 from ghoststream.files import file_digest, verify_sums
+from ghoststream.options import Method, Storage, Text
 from ghoststream.spans import PruningPlan
-from ghoststream.stages import demo as demo_stage
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
 from ghoststream.stages.recover import recover
@@ -117,7 +115,8 @@ def test_shards_are_not_read_for_their_checksums(
 def test_capture_stopped_before_its_last_scratch_is_gone(
     tiny_llama: Path, ids: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"calibration": ids, "sequences": 6, "length": 16, "layers": (1, 4)}
+    text = Text(spec=ids, sequences=6, length=16)
+    options: dict[str, Any] = {"calibration": text, "storage": Storage(layers=(1, 4))}
     capture(tiny_llama, store=tmp_path / "whole", **options)
 
     def stopped(store: ActivationStore, layer: int) -> None:
@@ -140,14 +139,14 @@ def test_capture_stopped_before_its_last_scratch_is_gone(
 def test_recover_again_changes_nothing(
     tiny_llama: Path, ids: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"remove": 2, "calibration": ids, "sequences": 6, "length": 16}
+    options: dict[str, Any] = {"remove": 2, "calibration": Text(spec=ids, sequences=6, length=16)}
     first = recover(tiny_llama, out=tmp_path / "out", **options)
     before = {path: stamp for path, stamp in _stamps(tmp_path).items() if Path(path).is_file()}
     monkeypatch.delattr(StreamedPass, "run")
     again = recover(tiny_llama, out=tmp_path / "out", **options)
     assert again.to_json() == first.to_json()
     assert {path: stamp for path, stamp in _stamps(tmp_path).items() if Path(path).is_file()} == before
-    for change in ({"remove": 3}, {"operator": "linear-patch-diagonal"}):
+    for change in ({"remove": 3}, {"method": Method(operator="linear-patch-diagonal")}):
         with pytest.raises(OutputExistsError, match="recovered checkpoint of another request"):
             recover(tiny_llama, out=tmp_path / "out", **{**options, **change})
 
@@ -157,49 +156,6 @@ def test_recover_into_the_folder_that_one_is_in(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    recover(tiny_llama, remove=2, calibration=ids, sequences=6, length=16, out=Path())
+    recover(tiny_llama, remove=2, calibration=Text(spec=ids, sequences=6, length=16), out=Path())
     assert (tmp_path / "here.work").is_dir()
     assert (tmp_path / "here" / "config.json").is_file()
-
-
-@pytest.fixture
-def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the demo run on a tiny model."""
-    model = save_tiny("llama", tmp_path / "model")
-    tiny_tokenizer(adds_bos=True).save_pretrained(model)
-    monkeypatch.setattr(demo_stage, "demo_model", lambda _: model)
-    for name, value in {"REMOVE": 2, "LENGTH": 32, "FIT_SEQUENCES": 8, "HELD_OUT_SEQUENCES": 4}.items():
-        monkeypatch.setattr(demo_stage, name, value)
-    monkeypatch.setattr(demo_stage, "PROMPT", "A dictionary")
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_the_demo_makes_again_what_another_version_left_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo_stage, "cache_folder", lambda: tmp_path / "cache")
-    demo_stage.demo(workdir=tmp_path / "work", sequences=8)
-    shutil.copytree(tmp_path / "work", tmp_path / "cache" / "demo")
-    with pytest.raises(MismatchError, match="another request"):
-        demo_stage.demo(workdir=tmp_path / "work", sequences=6)
-    fresh = demo_stage.demo(workdir=tmp_path / "other", sequences=6)
-    mended = demo_stage.demo(sequences=6)
-    assert [row.loss for _, row in mended.rows] == [row.loss for _, row in fresh.rows]
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_again_gives_the_same_figures(tmp_path: Path) -> None:
-    first = demo_stage.demo(workdir=tmp_path / "work", sequences=8)
-    before = {
-        path: stamp for path, stamp in _stamps(tmp_path / "work").items() if path.endswith(".safetensors")
-    }
-    again = demo_stage.demo(workdir=tmp_path / "work", sequences=8)
-    assert again.to_json() == first.to_json()
-    assert again.to_text() == first.to_text()
-    after = {
-        path: stamp for path, stamp in _stamps(tmp_path / "work").items() if path.endswith(".safetensors")
-    }
-    assert after == before
-    assert first.rows[0][0] == "dense"
-    assert json.loads((tmp_path / "work" / "perplexities.json").read_text())[0]["tokens"] == 4 * 31
-    assert (tmp_path / "work" / "pruned" / "config.json").is_file()

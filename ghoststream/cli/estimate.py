@@ -65,8 +65,8 @@ def command(
 ) -> None:
     """Say what recovering MODEL would take: memory, disk, arithmetic and time. Nothing is loaded or written.
 
-    The options are those of `ghoststream recover`. A table of sweeps says how often a store is read within --memory, and what is kept
-    on disk meanwhile.
+    The options are those of `ghoststream recover`. A table of sweeps says how often a store is read within
+    --memory, and what is kept on disk meanwhile.
     """
     from ghoststream.stages.estimation.estimate import estimate
 
@@ -146,6 +146,6 @@ def _print_stages(found: Estimate) -> None:
     rates = found.rates
     if rates is not None:
         click.echo(
-            f"measured here: disk {human_bytes(rates.disk)}/s, matrix products {rates.compute / 1e9:.3g} GFLOP/s "
-            f"({found.model.dtype}), {rates.float64 / 1e9:.3g} GFLOP/s (float64)"
+            f"measured here: disk {human_bytes(rates.disk)}/s, matrix products {rates.compute / 1e9:.3g} "
+            f"GFLOP/s ({found.model.dtype}), {rates.float64 / 1e9:.3g} GFLOP/s (float64)"
         )

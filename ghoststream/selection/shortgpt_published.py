@@ -44,5 +44,5 @@ class ShortGPTPublished(Criterion):
         return Choice.highest(((Span(*pair), value) for pair, value in means.items()), remove)
 
     def cost(self, shape: SelectionShape) -> Cost:
-        """Return one read of the store, a sequence at a time."""
-        return cosine_cost(shape, n_pairs=shape.n_layers - 1, live=3, block_tokens=1)
+        """Return one read of the store, sequence by sequence, for a pair of hidden states of each layer but the last."""
+        return cosine_cost(shape, n_pairs=shape.n_layers - 1, live=3, rows=shape.length)

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator, operator_names
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import MomentSpec, hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.rotation import RotatedReducer
 from ghoststream.statistics.source import open_source

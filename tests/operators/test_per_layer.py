@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import (
@@ -19,7 +20,6 @@ from ghoststream.operators import (
 )
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import FoldedMoments, Ranges, hadamard_matrix
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of

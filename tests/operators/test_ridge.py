@@ -9,14 +9,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 import pytest
-
 from ghoststream.cli.parameters import Ridge
+from ghoststream.stages.solve import solve
+
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import FoldedMoments, Ranges, get_token_weight
 from ghoststream.statistics.token_weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of

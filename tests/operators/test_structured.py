@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.linalg
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import Ranges
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers.reducing import moments_of

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.triangular import solve_triangle
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import BoundaryMoments, FoldedMoments, MomentSpec, SumState, open_source
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.statistics.triangles import merge_triangles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from ghoststream.costs import Cost, FitShape, Need, SelectionShape
-from ghoststream.errors import InputNotFoundError, PlanError, RequestError
+from ghoststream.errors import InputNotFoundError, PlanError, RequestError, UnsupportedModelError
 from ghoststream.operators import OperatorKind, register_operator
 from ghoststream.options import Compute, Method, Recovery, Search, Storage, Text
 from ghoststream.selection import Criterion, register_criterion
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, StageCost, describe_problem
-from ghoststream.testing.models import tiny_model
+from ghoststream.testing.models import save_tiny, tiny_model
 
 pytestmark = pytest.mark.unit
 
 
 def price(model: Path, remove: int | str = 1, **given: Any) -> Estimate:
-    """The estimate of a recovery by way of a store, whatever is the default; options by the names of their fields."""
+    """The estimate of a recovery by way of a store; options go to the groups that have them."""
 
     def own(group: Any, **defaults: Any) -> Any:
         return group(**{**defaults, **{key: given.pop(key) for key in group.model_fields if key in given}})
@@ -219,6 +219,24 @@ def test_the_criterion_decides_what_selecting_takes(tiny_llama: Path) -> None:
     assert needs["disk, select"].n_bytes == cost.write_bytes == 16 * candidates * 16 * c**2
     assert plan("residual-in-sample")[1]["disk, select"].n_bytes == 4 * candidates * 16 * c**2
     assert needs["memory, select"].n_bytes == 16 * c**2 + 131072 * c
+
+
+def test_taps_and_absorbed_operators_are_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    tokens, c, intermediate = 5 * 8, 32, 64
+
+    def needs(features: str) -> Mapping[str, Need]:
+        named = {"operator": "least-squares", "features": features}
+        return price(tiny_llama, remove=2, sequences=5, length=8, out=tmp_path, **named).needs
+
+    hidden, mlp, both = needs("hidden"), needs("mlp"), needs("hidden+mlp")
+    assert "disk, taps" not in hidden
+    assert mlp["disk, taps"].n_bytes == tokens * intermediate * 4
+    assert needs("mlp_output")["disk, taps"].n_bytes == tokens * c * 4
+    assert hidden["disk, export"].n_bytes - mlp["disk, export"].n_bytes == 4 * c * c
+    assert both["disk, taps"].n_bytes == tokens * (c + intermediate) * 4
+    assert both["disk, export"].n_bytes == hidden["disk, export"].n_bytes
+    with pytest.raises(UnsupportedModelError, match="the norm"):
+        price(save_tiny("olmo2", tmp_path / "olmo2"), remove=2, operator="replace-me-ls")
 
 
 @register_operator("estimate-own")

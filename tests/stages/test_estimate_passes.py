@@ -1,4 +1,4 @@
-"""The estimate of a recovery that chooses by running the model: its passes and its arithmetic against counting them."""
+"""The estimate of a recovery that chooses by running the model: passes and arithmetic against counting."""
 
 from __future__ import annotations
 

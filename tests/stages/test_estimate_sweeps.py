@@ -1,4 +1,4 @@
-"""``estimate`` says how often the store is read: the numbers must be those that the engine then shows, task by task."""
+"""``estimate`` says how often the store is read: the numbers must be those that the engine then shows."""
 
 from __future__ import annotations
 

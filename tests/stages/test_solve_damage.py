@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.activations import StoreRef
 from ghoststream.errors import NumericsError, StoreError
 from ghoststream.options import Method, Solver
-from ghoststream.stages.solve import solve
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.cluster import Needs, _problem_of
 from ghoststream.statistics.sums import SumState

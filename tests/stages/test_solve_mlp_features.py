@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.solve import solve
 from torch import nn
 
 import ghoststream
@@ -22,9 +23,7 @@ from ghoststream.options import Method
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.lanes import operator_lane
-from ghoststream.stages.planning.plan import plan_run
 from ghoststream.stages.recover import recover
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import Feature, ModelFacts, register_feature
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.conformance import load_resident
@@ -347,30 +346,6 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     fit(store, folder, out, "mlp")
     assert out.read_bytes() == expected.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
-
-
-def test_plan_counts_taps_and_absorbed_operators(folder: Path, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {
-        "n_remove": 2,
-        "sequences": S,
-        "length": T,
-        "measure": False,
-        "out": tmp_path,
-        "criterion": "streamline",
-    }
-    plans = {
-        features: plan_run(folder, operator="least-squares", options=Method(features=features), **asked).needs
-        for features in ("hidden", "mlp", "mlp_output", "hidden+mlp")
-    }
-    assert "disk, taps" not in plans["hidden"]
-    assert plans["mlp"]["disk, taps"].n_bytes == S * T * INTERMEDIATE * 4
-    assert plans["mlp_output"]["disk, taps"].n_bytes == S * T * C * 4
-    added = plans["hidden"]["disk, export"].n_bytes - plans["mlp"]["disk, export"].n_bytes
-    assert added == 4 * C * C
-    assert plans["hidden+mlp"]["disk, taps"].n_bytes == S * T * (C + INTERMEDIATE) * 4
-    assert plans["hidden+mlp"]["disk, export"].n_bytes == plans["hidden"]["disk, export"].n_bytes
-    with pytest.raises(UnsupportedModelError, match="the norm"):
-        plan_run(save_tiny("olmo2", tmp_path / "olmo2"), operator="replace-me-ls", **asked)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_made(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, OutputExistsError, RequestError
 from ghoststream.operators import OperatorSet, make_operator
@@ -15,7 +16,6 @@ from ghoststream.operators.sketched import ProjectedLeastSquares
 from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import MomentSpec
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sketch_projection import ProjectionReducer

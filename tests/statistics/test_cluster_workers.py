@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, RequestError
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import register_token_weight
 from ghoststream.testing.states import random_states, store_of
 

@@ -18,6 +18,7 @@ from ghoststream.errors import BudgetError, NumericsError, RequestError, StoreEr
 from ghoststream.options import Reduction
 from ghoststream.statistics import (
     AllPairsReducer,
+    ChannelCosineReducer,
     CosineReducer,
     NormReducer,
     Reducer,
@@ -296,7 +297,13 @@ def test_bad_stores_are_refused(tmp_path: Path, statistic: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize(
-    "reducer", [AllPairsReducer((0, 1)), NormReducer((0, 1)), CosineReducer(((0, 1),), angles=True)]
+    "reducer",
+    [
+        AllPairsReducer((0, 1)),
+        NormReducer((0, 1)),
+        CosineReducer(((0, 1),), angles=True),
+        ChannelCosineReducer(((0, 1),)),
+    ],
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_where_it_counts(reducer: Reducer, bad: float) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import MomentSpec, Precision, reduce, store_ranges
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer

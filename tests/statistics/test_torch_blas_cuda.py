@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.solve import solve
 
 from ghoststream.spans import Span
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import Precision
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.testing.states import ragged_mask, random_states, store_of

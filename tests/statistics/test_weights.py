@@ -206,7 +206,6 @@ def test_a_users_weight_is_a_class_of_their_own(
 
 def test_the_command_line_offers_the_weights_that_exist() -> None:
     from click import Choice
-
     from ghoststream.cli.solve import command
 
     (option,) = (item for item in command.params if item.name == "weights")

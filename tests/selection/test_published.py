@@ -13,13 +13,13 @@ import torch
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.options import Reduction, Search, Source
-from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.select import select
-from ghoststream.statistics import HERE, ChannelCosineReducer, SumState, open_source, reduce_whole
+from ghoststream.statistics import ChannelCosineReducer, SumState, open_source, reduce_whole
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.integration
+
 L = 8
 SHAPE = (6, 10, 12)
 MASK = ragged_mask(*SHAPE[:2])
@@ -33,10 +33,6 @@ def states() -> list[Hidden]:
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> str:
     return store_of(tmp_path_factory.mktemp("published") / "store", states, mask=MASK)
-
-
-def choose(uri: str, remove: int, criterion: str) -> Selection:
-    return select(remove, Source(store=uri), search=Search(criterion=criterion))
 
 
 def channel_cosine(
@@ -82,7 +78,7 @@ def published_shortgpt(states: list[Hidden], n_remove: int) -> tuple[list[float]
 def test_streamline_published_is_the_cosine_of_channels(
     uri: str, states: list[Hidden], n_remove: int
 ) -> None:
-    result = choose(uri, n_remove, "streamline-published")
+    result = select(n_remove, Source(store=uri), search=Search(criterion="streamline-published"))
     starts = range(1, L - n_remove)
     expected = [0.0, *(channel_cosine(states, start, start + n_remove) for start in starts)]
     assert [span.start for span, _ in result.scores] == [0, *starts]
@@ -94,7 +90,7 @@ def test_streamline_published_is_the_cosine_of_channels(
 
 @pytest.mark.parametrize("n_remove", [1, 3, L - 1])
 def test_shortgpt_published_is_the_cosine_of_channels(uri: str, states: list[Hidden], n_remove: int) -> None:
-    result = choose(uri, n_remove, "shortgpt-published")
+    result = select(n_remove, Source(store=uri), search=Search(criterion="shortgpt-published"))
     expected = [channel_cosine(states, layer, layer + 1) for layer in range(L - 1)]
     assert [span.start for span, _ in result.scores] == list(range(L - 1))
     np.testing.assert_allclose([score for _, score in result.scores], expected, rtol=0, atol=1e-13)
@@ -110,11 +106,11 @@ def test_published_criteria_choose_as_the_published_loops(tmp_path: Path, n_remo
         layer[1, :, 3] *= np.float32(1e-10)
     uri = store_of(tmp_path / "store", states)
     values, start = published_streamline(states, n_remove)
-    result = choose(uri, n_remove, "streamline-published")
+    result = select(n_remove, Source(store=uri), search=Search(criterion="streamline-published"))
     np.testing.assert_allclose([score for _, score in result.scores], values, rtol=0, atol=1e-13)
     assert result.plan.spans == (Span(start, start + n_remove),)
     values, removed = published_shortgpt(states, n_remove)
-    result = choose(uri, n_remove, "shortgpt-published")
+    result = select(n_remove, Source(store=uri), search=Search(criterion="shortgpt-published"))
     np.testing.assert_allclose([score for _, score in result.scores], values, rtol=0, atol=1e-13)
     assert list(result.plan.removed) == removed
 
@@ -129,8 +125,8 @@ def test_the_two_axes_choose_differently(tmp_path: Path) -> None:
     for layer in states[2:4]:
         layer[:, 0] = 1e4
     uri = store_of(tmp_path / "store", states)
-    assert choose(uri, 1, "shortgpt-published").plan.removed == (2,)
-    assert choose(uri, 1, "shortgpt").plan.removed == (3,)
+    assert select(1, Source(store=uri), search=Search(criterion="shortgpt-published")).plan.removed == (2,)
+    assert select(1, Source(store=uri), search=Search(criterion="shortgpt")).plan.removed == (3,)
 
 
 def test_streamline_published_takes_the_span_that_it_never_compared_where_no_cosine_is_positive(
@@ -138,7 +134,7 @@ def test_streamline_published_takes_the_span_that_it_never_compared_where_no_cos
 ) -> None:
     first = random_states(0, (2, 5, 4))[0]
     uri = store_of(tmp_path / "store", [first * np.float32((-1) ** layer) for layer in range(6)])
-    result = choose(uri, 1, "streamline-published")
+    result = select(1, Source(store=uri), search=Search(criterion="streamline-published"))
     assert result.plan.removed == (0,)
     assert dict(result.scores)[Span(0, 1)] == 0.0
 
@@ -148,7 +144,7 @@ def test_streamline_published_takes_the_span_that_it_never_compared_where_no_cos
 )
 def test_ties_go_to_the_lowest_layer(tmp_path: Path, criterion: str, expected: tuple[int, ...]) -> None:
     uri = store_of(tmp_path / "store", [random_states(0, (2, 3, 4))[0]] * 7)
-    assert choose(uri, 2, criterion).plan.removed == expected
+    assert select(2, Source(store=uri), search=Search(criterion=criterion)).plan.removed == expected
 
 
 @pytest.mark.parametrize(
@@ -157,7 +153,7 @@ def test_ties_go_to_the_lowest_layer(tmp_path: Path, criterion: str, expected: t
 def test_too_many_or_no_layers_are_refused(uri: str, criterion: str, most: int) -> None:
     for n_remove in (0, most + 1):
         with pytest.raises(RequestError, match=f"cannot remove {n_remove} of {L} layers.*from 1 to {most}"):
-            choose(uri, n_remove, criterion)
+            select(n_remove, Source(store=uri), search=Search(criterion=criterion))
 
 
 def test_windows_without_a_token_do_not_count(tmp_path: Path, states: list[Hidden]) -> None:
@@ -165,11 +161,11 @@ def test_windows_without_a_token_do_not_count(tmp_path: Path, states: list[Hidde
     mask[1] = False
     uri = store_of(tmp_path / "store", states, mask=mask)
     reducer = ChannelCosineReducer(((2, 5),))
-    means = reducer.means(reduce_whole(uri, reducer, HERE))
+    means = reducer.means(reduce_whole(uri, reducer))
     assert means[2, 5] == pytest.approx(channel_cosine(states, 2, 5, mask), abs=1e-13)
     empty = store_of(tmp_path / "empty", states, mask=np.zeros_like(mask))
     with pytest.raises(NumericsError, match="no token of the store counts"):
-        choose(empty, 2, "streamline-published")
+        select(2, Source(store=empty), search=Search(criterion="streamline-published"))
 
 
 def test_any_division_of_the_sequences_gives_the_same_bits(tmp_path: Path) -> None:

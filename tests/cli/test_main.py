@@ -66,6 +66,8 @@ def test_options_have_one_name_and_one_meaning() -> None:
                 "--out",
                 "--store",
                 "--json",
+                # How many, and for a whole recovery also which.
+                "--remove",
             }:
                 meaning = (type(parameter.type), parameter.metavar)
                 assert seen.setdefault(parameter.opts[0], meaning) == meaning, (name, parameter.opts)
@@ -73,7 +75,6 @@ def test_options_have_one_name_and_one_meaning() -> None:
         "--calibration",
         "--sequences",
         "--length",
-        "--remove",
         "--criterion",
         "--operator",
         "--plan",

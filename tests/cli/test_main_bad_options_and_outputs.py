@@ -46,7 +46,8 @@ def test_options_with_unknown_values(bench: Bench, refused: Callable[..., str], 
             continue
         refused("capture", bench.model, *bench.capture, *store, *options, code=BAD_REQUEST, says=says)
     refused("capture", bench.model, *store, code=BAD_REQUEST, says=("--calibration", "--help"))
-    refused("fit", "--store", bench.store, "--plan", "1:3", "--operator", "magic", code=BAD_REQUEST, says="magic")
+    fit = ("fit", "--store", bench.store, "--plan", "1:3", "--out", tmp_path / "out")
+    refused(*fit, "--operator", "magic", code=BAD_REQUEST, says="magic")
     refused("select", "--store", bench.store, "--remove", 2, "--criterion", "luck", code=BAD_REQUEST, says="luck")
     refused("repair", bench.model, code=BAD_REQUEST, says="repair")
     assert list(tmp_path.iterdir()) == []
@@ -89,7 +90,7 @@ def test_an_output_that_exists(bench: Bench, refused: Callable[..., str]) -> Non
 def test_results_of_another_request(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
     succeed("select", "--store", bench.store, "--remove", 2, "--out", tmp_path / "plan.json")
     select = ("select", "--store", bench.store, "--remove", 3, "--out", tmp_path / "plan.json")
-    refused(*select, code=BAD_REQUEST, says="not the plan of this request")
+    refused(*select, code=BAD_REQUEST, says="not the result of this request")
     evaluate = ("evaluate", bench.model, "--text", bench.text, "--out", tmp_path / "figures.json")
     succeed(*evaluate, "--length", LENGTH)
     succeed(*evaluate, "--length", LENGTH)

@@ -97,7 +97,7 @@ def test_json_of_every_command(work: Path, tiny_llama: Path, ids: str, tmp_path:
     )  # fmt: skip
     assert json.loads(captured.stdout)["complete"] is True
     selected = json.loads(_run("select", "--store", work / "store", "--remove", 2, "--json").stdout)
-    assert len(selected["candidates"]) == 3
+    assert [row["spans"] for row in selected["candidates"]] == [[[start, start + 2]] for start in range(4)]
     operators = tmp_path / "operators.safetensors"
     solved = json.loads(_run("fit", "--store", work / "store", "--plan", "1:3", "--out", operators, "--json").stdout)
     assert solved["plan"]["spans"] == [[1, 3]]

@@ -45,7 +45,7 @@ def text_of(calibration: str, options: dict[str, Any]) -> Text:
 
 def source_of(options: dict[str, Any]) -> Source:
     """Return where hidden states come from; store, model and text are taken out of the options."""
-    given = {name: options.pop(name) for name in ("store", "model") if name in options}
+    given: dict[str, Any] = {name: options.pop(name) for name in ("store", "model") if name in options}
     if "calibration" in options:
         given["calibration"] = text_of(options.pop("calibration"), options)
     return Source(**given)
@@ -65,9 +65,7 @@ def select(remove: int, *, out: Path | None = None, **options: Any) -> Selection
     return ghoststream.select(remove, source, out=out, **in_groups(options))
 
 
-def recover(
-    model: Path, *, remove: int | str, calibration: str, out: Path, **options: Any
-) -> RecoveryReport:
+def recover(model: Path, *, remove: int | str, calibration: str, out: Path, **options: Any) -> RecoveryReport:
     """Recover; options are those of its groups and of :class:`Text`."""
     text = text_of(calibration, options)
     return ghoststream.recover(model, remove=remove, calibration=text, out=out, **in_groups(options))

@@ -187,7 +187,9 @@ def test_a_dask_cluster_gives_the_same_bits(uri: str, tmp_path: Path) -> None:
     ):
         fit(PLAN, store=uri, out=address, scheduler=cluster.scheduler_address, progress=progress)
         fit(PLAN, store=uri, out=client_out, scheduler=client)
-        assert select(2, criterion="streamline", store=uri, scheduler=client) == select(2, criterion="streamline", store=uri)
+        assert select(2, criterion="streamline", store=uri, scheduler=client) == select(
+            2, criterion="streamline", store=uri
+        )
         path = store_of(tmp_path / "broken", random_states(2, (4, 6, 5)))
         with pytest.raises(NumericsError, match="NaN or infinity"):
             _break_reading(path, client, tmp_path)
@@ -282,13 +284,12 @@ def test_requests_that_cannot_be_met_end_before_anything_is_written(uri: str, tm
     out = tmp_path / "operators.safetensors"
     with pytest.raises(PlanError, match="model of 7 layers, this model has 6"):
         fit(PruningPlan(7, (Span(1, 2),)), store=uri, out=out)
-    with pytest.raises(RequestError, match="'-1' is no ridge|-1 is no ridge"):
+    with pytest.raises(RequestError, match="-1 is no ridge"):
         fit(PLAN, store=uri, out=out, ridge=-1, operator="none")
     with pytest.raises(RequestError, match="no operator 'nonsense'"):
         fit(PLAN, store=uri, out=out, operator="nonsense")
-    with pytest.raises(RequestError, match="folds empty"):
-        with ranges_of(12):
-            fit(PLAN, store=uri, out=out)
+    with pytest.raises(RequestError, match="folds empty"), ranges_of(12):
+        fit(PLAN, store=uri, out=out)
     states = random_states(L, SHAPE)
     partly = store_of(tmp_path / "partly", {0: states[0], 2: states[2]}, n_layers=L)
     with pytest.raises(StoreError, match=r"does not hold h\[1\]"):

@@ -18,19 +18,19 @@ import ghoststream
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Recovery, Storage, Text
+from ghoststream.options import Compute, Method, Recovery, Search, Storage, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
-from ghoststream.stages.lanes import operator_lane
-from ghoststream.stages.capturing.tap_store import replay_layer
+from ghoststream.stages.capturing.replay import replay_layer
 from ghoststream.stages.estimation.estimate import estimate
+from ghoststream.stages.lanes import operator_lane
 from ghoststream.statistics import Feature, ModelFacts, register_feature
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.conformance import load_resident
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
-from tests.helpers.command_bench import run
 from tests.helpers import requests
+from tests.helpers.command_bench import run
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.integration
@@ -203,7 +203,9 @@ def test_weights_and_masks_hold_for_taps_too(folder: Path, tmp_path: Path) -> No
     place = tmp_path / "store"
     text = Text(spec=f"file:{tmp_path / 'text.jsonl'}", sequences=7, length=T, pack=False)
     ghoststream.capture(folder, calibration=text, store=place)
-    operator = fit(place, folder, tmp_path / "o", "mlp", "2:4", token_weights="relative", folds=0).boundaries[0]
+    operator = fit(place, folder, tmp_path / "o", "mlp", "2:4", token_weights="relative", folds=0).boundaries[
+        0
+    ]
     mask = ActivationStore.open(str(place)).mask().reshape(-1)
     assert not mask.all()
     seen = Seen(folder, place)
@@ -356,28 +358,29 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
 
-def test_plan_counts_taps_and_absorbed_operators(folder: Path, tmp_path: Path) -> None:
-    asked: dict[str, Any] = {
-        "n_remove": 2,
-        "sequences": S,
-        "length": T,
-        "measure": False,
-        "out": tmp_path,
-        "criterion": "streamline",
-    }
-    plans = {
-        features: plan_run(folder, operator="least-squares", options=Method(features=features), **asked).needs
+def test_an_estimate_counts_taps_and_absorbed_operators(folder: Path, text: str, tmp_path: Path) -> None:
+    def needs(model: Path, **method: Any) -> Any:
+        asked = Recovery(
+            remove=2,
+            calibration=Text(spec=text, sequences=S, length=T),
+            search=Search(criterion="streamline"),
+            method=Method(**method),
+        )
+        return estimate(asked, model=model, measure=False, out=tmp_path).needs
+
+    found = {
+        features: needs(folder, operator="least-squares", features=features)
         for features in ("hidden", "mlp", "mlp_output", "hidden+mlp")
     }
-    assert "disk, taps" not in plans["hidden"]
-    assert plans["mlp"]["disk, taps"].n_bytes == S * T * INTERMEDIATE * 4
-    assert plans["mlp_output"]["disk, taps"].n_bytes == S * T * C * 4
-    added = plans["hidden"]["disk, export"].n_bytes - plans["mlp"]["disk, export"].n_bytes
+    assert "disk, taps" not in found["hidden"]
+    assert found["mlp"]["disk, taps"].n_bytes == S * T * INTERMEDIATE * 4
+    assert found["mlp_output"]["disk, taps"].n_bytes == S * T * C * 4
+    added = found["hidden"]["disk, export"].n_bytes - found["mlp"]["disk, export"].n_bytes
     assert added == 4 * C * C
-    assert plans["hidden+mlp"]["disk, taps"].n_bytes == S * T * (C + INTERMEDIATE) * 4
-    assert plans["hidden+mlp"]["disk, export"].n_bytes == plans["hidden"]["disk, export"].n_bytes
+    assert found["hidden+mlp"]["disk, taps"].n_bytes == S * T * (C + INTERMEDIATE) * 4
+    assert found["hidden+mlp"]["disk, export"].n_bytes == found["hidden"]["disk, export"].n_bytes
     with pytest.raises(UnsupportedModelError, match="the norm"):
-        plan_run(save_tiny("olmo2", tmp_path / "olmo2"), operator="replace-me-ls", **asked)
+        needs(save_tiny("olmo2", tmp_path / "olmo2"), operator="replace-me-ls")
 
 
 def test_what_cannot_be_is_refused_before_anything_is_made(

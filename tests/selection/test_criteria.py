@@ -1,17 +1,16 @@
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from ghoststream.stages.searching.search import SEARCH_CRITERIA
-from pydantic import ValidationError
 
-from ghoststream.cli.options import CRITERIA
-from ghoststream.cli.options import SEARCH_CRITERIA as OFFERED
 from ghoststream.errors import (
     ArtifactError,
     BudgetError,
@@ -22,24 +21,25 @@ from ghoststream.errors import (
     RequestError,
     StoreError,
 )
-from ghoststream.options import Method
+from ghoststream.options import Method, Search
 from ghoststream.selection import (
     Choice,
     Criterion,
     Evidence,
     Residual,
-    SelectionResult,
+    Selection,
     criterion_names,
     make_criterion,
+    read_plan,
     register_criterion,
 )
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages import evidence
-from ghoststream.stages.pipeline import SelectPart
-from ghoststream.stages.select import read_plan, select
+from ghoststream.stages.choosing.criteria import search_criterion_names
+from ghoststream.stages.from_store import evidence
 from ghoststream.statistics import FoldedMoments, MomentSpec, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers import requests
 
 pytestmark = pytest.mark.unit
 L = 8
@@ -54,6 +54,10 @@ def states() -> list[Hidden]:
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> str:
     return store_of(tmp_path_factory.mktemp("selection") / "store", states, mask=ragged_mask(*SHAPE[:2]))
+
+
+def select(uri: str, remove: int, *, criterion: str = "streamline", **options: Any) -> Selection:
+    return requests.select(remove, store=uri, criterion=criterion, **options)
 
 
 def cosine(states: list[Hidden], a: int, b: int) -> float:
@@ -374,8 +378,8 @@ def test_a_store_without_the_layers_is_refused(tmp_path: Path, states: list[Hidd
 def test_the_plan_file_is_the_selection_and_is_read_back(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     result = select(uri, 3, criterion="shortgpt", out=out)
-    assert SelectionResult.load(out) == result
-    assert read_plan(out, L) == result.plan
+    assert Selection.load(out) == result
+    assert read_plan(out, L) == result
     before = out.read_bytes()
     assert select(uri, 3, criterion="shortgpt", out=out) == result
     assert out.read_bytes() == before
@@ -384,11 +388,11 @@ def test_the_plan_file_is_the_selection_and_is_read_back(uri: str, tmp_path: Pat
 def test_another_plan_or_file_is_never_overwritten(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     select(uri, 3, out=out)
-    with pytest.raises(OutputExistsError, match="not the plan of this request"):
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
         select(uri, 2, out=out)
     for text in ("notes", "[]", '{"n_layers": 8, "spans": [[1, 2]]}'):
         out.write_text(text)
-        with pytest.raises(OutputExistsError, match="not the plan of this request"):
+        with pytest.raises(OutputExistsError, match="not the result of this request"):
             select(uri, 3, out=out)
         assert out.read_text() == text
 
@@ -396,7 +400,8 @@ def test_another_plan_or_file_is_never_overwritten(uri: str, tmp_path: Path) -> 
 def test_plans_are_read_from_files_spans_and_plans(tmp_path: Path) -> None:
     plan = PruningPlan(L, (Span(1, 3),))
     (tmp_path / "hand.json").write_text('{"n_layers": 8, "spans": [[1, 3]]}')
-    assert [read_plan(source, L) for source in (plan, "1:3", "[1,3)", tmp_path / "hand.json")] == [plan] * 4
+    sources: tuple[str | Path | PruningPlan, ...] = (plan, "1:3", "[1,3)", tmp_path / "hand.json")
+    assert [read_plan(source, L) for source in sources] == [Selection(plan)] * 4
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(PlanError, match="not a pruning plan"):
@@ -411,18 +416,47 @@ def test_plans_are_read_from_files_spans_and_plans(tmp_path: Path) -> None:
         read_plan("6:9", L)
 
 
-def test_selections_that_were_edited_are_refused(tmp_path: Path) -> None:
+def test_selections_that_were_edited_are_refused(uri: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with pytest.raises(InputNotFoundError):
-        SelectionResult.load(path)
-    for text, message in (
-        ("[]", "does not hold a JSON object"),
-        ("{}", "plan.json: .*not a pruning plan"),
-        ('{"n_layers": 8, "spans": [[1, 2]]}', "plan.json: the selection lacks a part"),
+        Selection.load(path)
+    path.write_text("{}")
+    with pytest.raises(PlanError, match=r"plan.json: .*not a pruning plan"):
+        Selection.load(path)
+    path.unlink()
+    select(uri, 2, out=path)
+    whole = json.loads(path.read_text())
+    assert {"criterion", "meaning", "candidates", "methods", "recipe"} < set(whole)
+    for name in sorted(set(whole) - {"encoding-type", "encoding-version", "n_layers", "spans"}):
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(ArtifactError, match=f"lacks a part of what .* writes .*{name}.* select again"):
+            read_plan(path, L)
+    method = Method(operator="ghost").to_json()
+    for methods, problem in (
+        ([method] * 2, "how 2 of 1 spans are repaired"),
+        ([{**method, "operator": 3}], "operator"),
+        ([{**method, "colour": "red"}], "colour: there is no such option"),
+        ("ghost", "lacks a part"),
     ):
-        path.write_text(text)
-        with pytest.raises(ArtifactError, match=message):
-            SelectionResult.load(path)
+        path.write_text(json.dumps({**whole, "methods": methods}))
+        with pytest.raises(ArtifactError, match=problem):
+            read_plan(path, L)
+    path.write_text(json.dumps({**whole, "spans": [[9, 12]]}))
+    with pytest.raises((ArtifactError, PlanError), match=r"plan\.json"):
+        read_plan(path, L)
+
+
+def test_a_plan_of_fewer_spans_than_the_best_candidate_says_so() -> None:
+    def found(spans: str, *rows: dict[str, Any]) -> Selection:
+        return Selection(PruningPlan.parse(L, spans), "measured", candidates=rows)
+
+    two, one = {"spans": [[1, 2], [3, 4]], "gap": 0.1}, {"spans": [[3, 5]], "gap": 0.11}
+    assert found("3:5", two, one).has_fewer_spans
+    assert not found("1:2 3:4", two, one).has_fewer_spans
+    assert not found("3:5", one, two).has_fewer_spans
+    # Scores of single layers, and a user's plan, have no better candidate.
+    assert not found("1:3", {"spans": [[1, 2]], "score": 0.1}).has_fewer_spans
+    assert not found("3:5").has_fewer_spans
 
 
 def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
@@ -446,13 +480,28 @@ def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
         make_criterion("nearest")
 
 
-def test_commands_offer_all_criteria() -> None:
+def test_the_help_names_all_criteria() -> None:
+    text = str(Search.model_fields["criterion"].description)
+    named = set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text))
     known = {name for name in criterion_names() if not name.endswith("-for-a-test")} - {"middle-influence"}
-    assert set(CRITERIA) == known
-    assert set(OFFERED) == set(SEARCH_CRITERIA)
+    assert {*known, *search_criterion_names()} <= named
 
 
 @pytest.mark.parametrize("criterion", ["nearest", "Streamline"])
-def test_pipelines_refuse_unknown_criteria(criterion: str) -> None:
-    with pytest.raises(ValidationError, match="no criterion"):
-        SelectPart(remove=2, criterion=criterion)
+def test_unknown_criteria_are_refused(criterion: str, uri: str) -> None:
+    with pytest.raises(RequestError, match=f"no criterion '{criterion}'"):
+        select(uri, 2, criterion=criterion)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "measured"}, "the criterion measured runs the model; give --calibration"),
+        ({"max_spans": 2}, "--max-spans would not be used: the criterion streamline runs nothing"),
+        ({"operator": "ghost"}, "--operator would not be used: the criterion streamline does not fit"),
+        ({"dtype": "float32"}, "--dtype would not be used: no model is given"),
+    ],
+)
+def test_what_a_store_would_not_use_is_refused(options: dict[str, Any], message: str, uri: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        select(uri, 2, **options)

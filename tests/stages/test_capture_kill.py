@@ -94,7 +94,7 @@ def test_killed_capture_ends_with_identical_files(variant: str, killed: dict[str
 def test_killed_recovery_ends_with_identical_files(killed: dict[str, Any]) -> None:
     result = killed["recover"]
     _require_survived(result)
-    assert {run["operation"][0] for run in result["killed"]} == {"capture", "select", "solve", "export"}
+    assert {run["operation"][0] for run in result["killed"]} == {"capture", "select", "fit", "export"}
     assert {"out/config.json", "out/SHA256SUMS", "out.work/store/manifest.json"} <= set(result["whole"])
 
 

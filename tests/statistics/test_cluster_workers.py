@@ -18,9 +18,9 @@ import pytest
 
 from ghoststream.errors import BudgetError, RequestError
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import register_token_weight
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.faults
 N_RANGES = 24
@@ -66,12 +66,13 @@ CLIENT = """
 import sys
 from pathlib import Path
 from users_rule import SlowUniform
-from ghoststream.stages.solve import solve
+from ghoststream import Method, Reduction, Source, fit
 from ghoststream.statistics import register_token_weight
 
 uri, out, log, scheduler, name = sys.argv[1:]
 rule = register_token_weight(SlowUniform(name, log, 0.1))
-solve(uri, "1:3 4:5", weights=rule.name, range_sequences=1, out=Path(out), scheduler=scheduler)
+method, reduction = Method(token_weights=rule.name), Reduction(scheduler=scheduler)
+fit("1:3 4:5", Source(store=uri), method=method, out=Path(out), reduction=reduction)
 """
 
 
@@ -165,17 +166,18 @@ def rule(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _run(rule: Any, uri: str, out: Path, scheduler: Any) -> list[str]:
-    """Solve with the rule, and return what it wrote: who reduced what, one line for each boundary of a range."""
+    """Fit with the rule, and return what it wrote: who reduced what, one line for each boundary of a range."""
     log = out.with_suffix(".log")
     log.touch()
     rule.log = str(log)
-    solve(uri, PLAN, weights=rule.name, range_sequences=1, out=out, scheduler=scheduler)
+    given = {} if scheduler is None else {"scheduler": scheduler}
+    fit(PLAN, store=uri, token_weights=rule.name, out=out, **given)
     return log.read_text().splitlines()
 
 
 @contextmanager
 def _killed_midway(out: Path, victim: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill a process when a third of the ranges of a solve are done; it is dead when the context ends."""
+    """Kill a process when a third of the ranges of a fit are done; it is dead when the context ends."""
     log = out.with_suffix(".log")
     log.touch()
     killer = subprocess.Popen([sys.executable, "-c", KILLER, str(log), str(victim.pid)])
@@ -260,13 +262,13 @@ def test_workers_that_see_neither_store_nor_folder_are_named(
     with pytest.raises(
         RequestError, match=rf"1 of 1 workers .* cannot open the store .*{uri}.* that all workers"
     ):
-        solve(uri, PLAN, out=out, scheduler=address)
+        fit(PLAN, store=uri, out=out, scheduler=address)
     cluster.kill()
     address = cluster.start(1, before=_with_empty(hidden))
     with pytest.raises(
         RequestError, match=rf"1 of 1 workers .* does not see {hidden}.* that all workers share"
     ):
-        solve(uri, PLAN, out=out, scheduler=address)
+        fit(PLAN, store=uri, out=out, scheduler=address)
     assert not out.exists()
 
 
@@ -279,7 +281,7 @@ def test_a_worker_of_another_version_is_refused(cluster: Cluster, uri: str, tmp_
         RequestError,
         match=r"1 of 1 workers run another ghoststream than this process \(.*\): tcp://\S+: 9.9.9;",
     ):
-        solve(uri, PLAN, out=out, scheduler=cluster.start(1))
+        fit(PLAN, store=uri, out=out, scheduler=cluster.start(1))
     assert not out.exists()
 
 
@@ -310,7 +312,7 @@ def test_a_worker_with_too_little_memory_is_refused_before_it_starts(uri: str, t
             BudgetError, match=r"30,000 bytes of memory for 3 threads, each of which takes [\d,]+ for"
         ),
     ):
-        solve(uri, PLAN, out=out, scheduler=client)
+        fit(PLAN, store=uri, out=out, scheduler=client)
     assert not out.exists()
 
 

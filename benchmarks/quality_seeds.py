@@ -1,4 +1,4 @@
-"""Is the default ever worse than the paper's method: both over several orders of the calibration text."""
+"""Is the default ever worse than the published method: both over several orders of the calibration text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from markdown_tables import markdown_table
-from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
+from quality_cells import DEFAULT, MEASURED, PAPER, PUBLISHED, Cell
 from quality_figures import Figures
 
 
@@ -22,7 +22,7 @@ def seeds_table(figures: Figures, cells: Sequence[Cell]) -> list[str]:
     headers = (
         "removed, text",
         "seeds",
-        f"{PAPER} by {STREAMLINE}",
+        f"{PAPER} by {PUBLISHED}",
         f"{DEFAULT} by {MEASURED}",
         "default less paper, nats a token",
     )
@@ -47,12 +47,12 @@ def seeds_table(figures: Figures, cells: Sequence[Cell]) -> list[str]:
 def _pairs(
     rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell], remove: int
 ) -> dict[int, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Return the losses by window of the paper's method and of the default, by seed, where both are there."""
+    """Return the losses by window of the published method and of the default, by seed, where both are there."""
     found = {}
     for seed in sorted({cell.seed for cell in cells}):
         keys = [
             Cell(remove, selection, variant, seed=seed).key
-            for selection, variant in ((STREAMLINE, PAPER), (MEASURED, DEFAULT))
+            for selection, variant in ((PUBLISHED, PAPER), (MEASURED, DEFAULT))
         ]
         if all(key in rows for key in keys):
             paper, own = (np.asarray(rows[key]["window_losses"], dtype=np.float64) for key in keys)

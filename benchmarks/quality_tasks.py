@@ -1,4 +1,4 @@
-"""Zero-shot tasks of the models of tier 3: accuracies, and the paired difference of the default to the paper's method."""
+"""Zero-shot tasks of the models of tier 3: accuracies, and the paired difference of the default to the published method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ghoststream.stages.tasks import evaluate_tasks
 from local_tasks import write_task_files
 from markdown_tables import markdown_table
-from quality_cells import DEFAULT, MEASURED, PAPER, STREAMLINE, Cell
+from quality_cells import DEFAULT, MEASURED, PAPER, PUBLISHED, Cell
 from quality_figures import DENSE
 from quality_workshop import Workshop
 
@@ -63,7 +63,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]], group: Sequence[Cell]) -> str:
     headers = ["", *(task.removeprefix("local_") for task in tasks), "all items"]
     parts = [title, markdown_table(headers, lines)]
     by_place = {(cell.selection, cell.variant): rows[cell.key] for cell in group}
-    paper, own = by_place.get((STREAMLINE, PAPER)), by_place.get((MEASURED, DEFAULT))
+    paper, own = by_place.get((PUBLISHED, PAPER)), by_place.get((MEASURED, DEFAULT))
     if paper is not None and own is not None:
         difference = paired_bootstrap(_items(paper), _items(own), seed=0)
         parts.append(f"Default less paper over {difference.items:,} items, paired bootstrap: {difference}.")

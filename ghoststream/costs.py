@@ -1,13 +1,14 @@
 """What work takes: said by the class that does it, summed by the estimate, which knows no names.
 
-An operator says what fitting one boundary takes, a criterion what choosing takes, beside the method that does it::
+An operator says what fitting one boundary takes, and a criterion what choosing takes::
 
     def cost(self, shape: FitShape) -> Cost:
         c = shape.hidden
         return Cost(Need(56 * c**2, "56 C^2"), flops=3.0 * c**2 * shape.n_tokens, write_bytes=4 * c**2)
 
-Letters in formulas: ``L`` layers, hidden size ``C``, ``p`` features, widest matrix of a layer ``I``, ``S`` sequences of ``T``
-tokens, ``b`` bytes an element; ``U`` is the largest of one decoder layer, the embedding and the head.
+Letters in formulas: ``L`` layers, hidden size ``C``, ``p`` features, widest matrix of a layer ``I``, ``S``
+sequences of ``T`` tokens, ``b`` bytes an element; ``U`` is the largest of one decoder layer, the embedding
+and the head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ghoststream.spans import Span
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that something takes, how they add up, and how many are free (``None``: not known, or nobody asked)."""
+    """Bytes that something takes, how they add up, and how many are free; ``None`` if not known."""
 
     n_bytes: int
     formula: str
@@ -34,7 +35,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Repairs:
-    """Least squares that a criterion fits at its candidates, from moments of the store; the estimate counts their sweeps.
+    """Least squares that a criterion fits at its candidates; the estimate counts the sweeps over the store.
 
     Attributes:
         spans: The candidates.
@@ -121,10 +122,10 @@ class SearchShape:
         n_layers: Decoder layers L.
         remove: Layers to remove.
         hidden: Hidden size C.
-        intermediate: Width I of what enters the last map of an MLP; 0 where operators cannot be absorbed into it.
+        intermediate: Width I of what enters the last map of an MLP; 0 where nothing can be absorbed there.
         sequences: Sequences S.
         search: Candidates, beam, spans and windows held out.
-        tried: Ways to repair that are tried at the first boundary of a plan; empty where an operator is named.
+        tried: Ways to repair that are tried at the first boundary of a plan; none if one is named.
         tried_later: The same behind another boundary.
     """
 
@@ -162,13 +163,13 @@ class PassCost:
 
 
 PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"
-"""Memory of a pass where its layers are computed, beside hidden states that wait; eager attention takes more."""
+"""Memory of a pass where layers are computed, beside hidden states; eager attention takes more."""
 
 _MOST_TOKENS = 2048
 
 
 def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int, length: int) -> int:
-    """Return the bytes that a decoder layer at work holds a token: ``(4 I + 8 C) b``, and its scores where eager.
+    """Return the bytes that a layer at work holds a token: ``(4 I + 8 C) b``, and its scores where eager.
 
     Args:
         widest: Widest side I of a matrix of a layer.

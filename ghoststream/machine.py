@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
-# Where the memory controller is mounted, its limit and use, and the pages of files that are given back on demand.
+# Where the memory controller is mounted, its limit, its use, and the pages of files that are given back.
 _VERSION_2 = ("", "memory.max", "memory.current", ("inactive_file", "active_file"))
 _VERSION_1 = (
     "memory",
@@ -26,7 +26,7 @@ _VERSION_1 = (
 
 
 def free_host_memory(membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int:
-    """Return the bytes that this process may still take: what the machine has available, or less in a control group.
+    """Return the bytes that this process may still take: what is available, or less in a control group.
 
     Args:
         membership: Where the system lists the control groups of this process.
@@ -84,7 +84,7 @@ def _left_in_groups(membership: Path, groups: Path) -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         mount, limit, used, cached = _VERSION_1 if controllers else _VERSION_2
-        # In a container the path may be the host's. What is missing here is skipped, up to the container's own group.
+        # In a container the path may be the host's: what is not here is skipped, up to the container's group.
         group = groups / mount / path.lstrip("/")
         for folder in (group, *group.parents):
             left = _left_in_group(folder, limit, used, cached)

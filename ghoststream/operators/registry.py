@@ -12,34 +12,16 @@ An installed package names such a class as an entry point of the group ``ghostst
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from ghoststream.errors import RequestError
 from ghoststream.operators.kind import OperatorKind
 from ghoststream.options import Method
 from ghoststream.registry import Registry
 
-_Factory = TypeVar("_Factory", bound=Callable[[Method], OperatorKind])
 _KINDS: Registry[Callable[[Method], OperatorKind]] = Registry("operator", group="ghoststream.operators")
 
-
-def register_operator(name: str) -> Callable[[_Factory], _Factory]:
-    """Decorate an :class:`OperatorKind` (or a factory of one) to make it known as ``name``.
-
-    Raises:
-        RequestError: If the name is taken.
-    """
-
-    def register(factory: _Factory) -> _Factory:
-        _KINDS.register(name, factory)
-        return factory
-
-    return register
-
-
-def operator_names() -> tuple[str, ...]:
-    """Return the known names, sorted."""
-    return _KINDS.names()
+register_operator = _KINDS.named
+operator_names = _KINDS.names
 
 
 def make_operator(method: Method) -> OperatorKind:

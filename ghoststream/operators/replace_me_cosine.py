@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import NumericsError, RequestError
@@ -22,6 +22,9 @@ from ghoststream.spans import Span
 from ghoststream.statistics import HERE, BoundaryReducer, FoldedMoments, Ranges
 from ghoststream.statistics.source import Taps
 from ghoststream.statistics.token_rows import BoundaryRows, Rows
+
+if TYPE_CHECKING:
+    import torch
 
 EPOCHS = 10
 LEARNING_RATE = 1e-4
@@ -126,6 +129,8 @@ class ReplaceMeCosine(ReplaceMeKind):
         self, rows: BoundaryRows, sequences: npt.NDArray[np.int64], matrix: npt.NDArray[np.float64]
     ) -> float:
         """Return the weighted mean of ``1 - cos`` over some sequences for ``A = T - I``."""
+        import torch
+
         change = torch.from_numpy(matrix)
         lost, weight = 0.0, 0.0
         for number in sequences:
@@ -151,6 +156,8 @@ class ReplaceMeCosine(ReplaceMeKind):
 
     def _search(self, rows: BoundaryRows, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return ``A = T - I``, ``(C, C)`` float64."""
+        import torch
+
         size = rows.read(int(sequences[0])).inputs.shape[1]
         change = torch.zeros(size, size, requires_grad=True)
         adam = torch.optim.Adam([change], lr=LEARNING_RATE)
@@ -168,6 +175,8 @@ class ReplaceMeCosine(ReplaceMeKind):
 
     def _lost(self, part: Rows, change: torch.Tensor) -> torch.Tensor:
         """Return ``sum w (1 - cos)`` over some tokens."""
+        import torch
+
         features, inputs, targets, weights = (
             torch.from_numpy(array).to(change.dtype)
             for array in (part.features, part.inputs, part.targets, part.weights)

@@ -23,7 +23,9 @@ from ghoststream.selection.registry import (
 from ghoststream.selection.residual import RepairResidual
 from ghoststream.selection.reverse import ReverseOrder
 from ghoststream.selection.shortgpt import ShortGPT
+from ghoststream.selection.shortgpt_published import ShortGPTPublished
 from ghoststream.selection.streamline import Streamline
+from ghoststream.selection.streamline_published import StreamlinePublished
 from ghoststream.selection.uidl import AngularDistance
 
 __all__ = [
@@ -38,7 +40,9 @@ __all__ = [
     "ReverseOrder",
     "Selection",
     "ShortGPT",
+    "ShortGPTPublished",
     "Streamline",
+    "StreamlinePublished",
     "candidate_table",
     "criterion_names",
     "make_criterion",

@@ -10,8 +10,6 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
-from scipy.cluster.vq import kmeans2
-from scipy.sparse.csgraph import laplacian
 
 from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.selection.evidence import Evidence
@@ -116,6 +114,8 @@ def depth_clusters(similarity: Array, count: int) -> Clusters:
         similarity: ``S``, ``(N, N)``.
         count: Clusters, at most ``N``; fewer come out where layers cannot be told apart.
     """
+    from scipy.sparse.csgraph import laplacian
+
     size = len(similarity)
     count = min(count, size)
     normalised, roots = laplacian((similarity + 1.0) / 2.0, normed=True, return_diag=True)
@@ -164,6 +164,8 @@ def _mean_similarity(similarity: Array, layers: Sequence[int]) -> float:
 
 
 def _k_means(points: Array, count: int) -> npt.NDArray[np.int64]:
+    from scipy.cluster.vq import kmeans2
+
     rng = np.random.default_rng(0)
     best, least = np.zeros(len(points), dtype=np.int64), math.inf
     for _ in range(_STARTS):

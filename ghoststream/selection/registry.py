@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.errors import RequestError
@@ -85,34 +85,17 @@ class Criterion:
         raise NotImplementedError
 
     def cost(self, shape: SelectionShape) -> Cost:
-        """Return what choosing takes; by default one read of the store that compares each layer's input with its output."""
+        """Return what choosing takes; by default one read of the store, for a pair of states of each layer."""
         return cosine_cost(shape, n_pairs=shape.n_layers, live=3)
 
 
 _BLOCK_TOKENS = 1024
 """Tokens that :class:`~ghoststream.statistics.CosineReducer` holds at a time."""
 
-_Factory = TypeVar("_Factory", bound=Callable[[], Criterion])
 _CRITERIA: Registry[Callable[[], Criterion]] = Registry("criterion", group="ghoststream.criteria")
 
-
-def register_criterion(name: str) -> Callable[[_Factory], _Factory]:
-    """Decorate a class (or factory) without arguments, to make it known as ``name``.
-
-    Raises:
-        RequestError: If the name is taken.
-    """
-
-    def register(factory: _Factory) -> _Factory:
-        _CRITERIA.register(name, factory)
-        return factory
-
-    return register
-
-
-def criterion_names() -> tuple[str, ...]:
-    """Return the known names, sorted."""
-    return _CRITERIA.names()
+register_criterion = _CRITERIA.named
+criterion_names = _CRITERIA.names
 
 
 def make_criterion(name: str) -> Criterion:
@@ -124,15 +107,16 @@ def make_criterion(name: str) -> Criterion:
     return _CRITERIA.get(name)()
 
 
-def cosine_cost(shape: SelectionShape, *, n_pairs: int, live: int) -> Cost:
-    """Return what one read of the store takes that compares pairs of hidden states, token by token.
+def cosine_cost(shape: SelectionShape, *, n_pairs: int, live: int, rows: int | None = None) -> Cost:
+    """Return what one read of the store takes that compares pairs of hidden states.
 
     Args:
         shape: Sizes.
         n_pairs: Pairs; ``6 C`` FLOPs a token and pair.
         live: Hidden states of a block of tokens, float32, that are held at a time.
+        rows: Tokens of a block; by default those of :class:`~ghoststream.statistics.CosineReducer`.
     """
-    rows = max(_BLOCK_TOKENS, shape.length)
+    rows = rows or max(_BLOCK_TOKENS, shape.length)
     return Cost(
         Need(4 * live * rows * shape.hidden, f"4 C ({live} x {rows:,}) for one worker"),
         read_bytes=shape.store_bytes,

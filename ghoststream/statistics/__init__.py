@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ghoststream.options import UNIFORM, Precision
 from ghoststream.statistics.boundary import DEFAULT_BLOCK_TOKENS, BoundaryReducer, MomentSpec
+from ghoststream.statistics.channel_cosine import ChannelCosineReducer
 from ghoststream.statistics.engines import HERE
 from ghoststream.statistics.features import (
     Feature,
@@ -42,6 +43,7 @@ __all__ = [
     "BoundaryMoments",
     "BoundaryReducer",
     "BoundaryTokens",
+    "ChannelCosineReducer",
     "CosineReducer",
     "Feature",
     "FoldedMoments",

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ghoststream.activations import StoreRef
 from ghoststream.errors import BudgetError, GhoststreamError, MismatchError, RequestError
 from ghoststream.progress import Progress
 from ghoststream.statistics.devices import require_device
+
+if TYPE_CHECKING:
+    from ghoststream.activations import StoreRef
 
 _CONNECT_SECONDS = 30
 _SHOWN = 3

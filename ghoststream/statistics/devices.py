@@ -1,8 +1,9 @@
-"""The accelerator that products of moments may be computed on: whether there is one, and what fits it."""
+"""The accelerator that products of moments may be computed on: whether there is one, and what fits it.
+
+torch is imported where it is asked: what runs on the host must not wait for it.
+"""
 
 from __future__ import annotations
-
-import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.machine import free_device_memory
@@ -16,6 +17,8 @@ def device_kind(name: str) -> str:
     Raises:
         RequestError: If torch knows no such device.
     """
+    import torch
+
     try:
         return torch.device(name).type
     except RuntimeError as error:
@@ -29,6 +32,8 @@ def require_device(name: str) -> None:
     Raises:
         RequestError: If it has not.
     """
+    import torch
+
     kind = device_kind(name)
     if kind == "cpu":
         return
@@ -47,6 +52,8 @@ def device_tasks(name: str, n_bytes: int) -> int | None:
     Raises:
         RequestError: If this process does not have the device.
     """
+    import torch
+
     require_device(name)
     device = torch.device(name)
     free = free_device_memory(device)

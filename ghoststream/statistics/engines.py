@@ -12,12 +12,8 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask
-from dask.callbacks import Callback
-
-from ghoststream.activations import StoreRef
 from ghoststream.errors import RequestError
 from ghoststream.files import json_digest
 from ghoststream.machine import free_host_memory, processors
@@ -28,6 +24,9 @@ from ghoststream.statistics.cluster import Needs, connect, explained, require_ab
 from ghoststream.statistics.ranges import Ranges, SequenceRange, TreeNode, tree_root
 from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.sums import SumState
+
+if TYPE_CHECKING:
+    from ghoststream.activations import StoreRef
 
 StateRef = SumState | Path
 """A state, or the file that holds it."""
@@ -151,6 +150,8 @@ class _Graph:
     """The delayed tasks of one run; nodes whose file exists already are their path."""
 
     def __init__(self, job: ReductionJob) -> None:
+        from ghoststream.activations import StoreRef
+
         self.job = job
         self.store = StoreRef.of(job.store)
         self.tasks: list[Any] = []
@@ -192,6 +193,8 @@ class _Graph:
         return task
 
     def _add(self, function: Any, node: TreeNode, *arguments: Any) -> Any:
+        import dask
+
         delayed = dask.delayed(function, pure=False, traverse=False)
         task = delayed(*arguments, dask_key_name=f"{node.name}-{self._run}")
         self.tasks.append(task)
@@ -230,6 +233,9 @@ def _merge(left: StateRef, right: StateRef, reducer: Reducer, place: _Place) -> 
 def _run_here(
     graph: _Graph, roots: list[Any], workers: int | None, progress: Progress
 ) -> tuple[StateRef, ...]:
+    import dask
+    from dask.callbacks import Callback
+
     def report(key: Any, *_: Any) -> None:
         progress.advance(graph.leaf_sequences.get(key, 0))
 

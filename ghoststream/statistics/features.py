@@ -208,18 +208,8 @@ def register_feature(feature: Feature) -> Feature:
     return feature
 
 
-def get_feature(name: str) -> Feature:
-    """Return a registered feature.
-
-    Raises:
-        RequestError: If there is none of this name.
-    """
-    return _FEATURES.get(name)
-
-
-def feature_names() -> tuple[str, ...]:
-    """Return the known names, sorted."""
-    return _FEATURES.names()
+get_feature = _FEATURES.get
+feature_names = _FEATURES.names
 
 
 def require_feature(feature: Feature, hidden: int, facts: ModelFacts) -> None:

@@ -1,4 +1,7 @@
-"""What a reduction needs from an activation store, and how a task opens it."""
+"""What a reduction needs from an activation store, and how a task opens it.
+
+Stores are imported where they are opened: an estimate asks reducers for their sizes, and must not wait for torch and zarr.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.activations import StoreRef, open_checked
 from ghoststream.errors import MismatchError, NumericsError, StoreError
 from ghoststream.files import json_digest
 
@@ -91,6 +93,8 @@ def open_source(store_uri: str) -> HiddenStateSource:
         StoreError: If the store is incomplete or corrupt.
         InputNotFoundError: If there is none.
     """
+    from ghoststream.activations import open_checked
+
     source: HiddenStateSource = open_checked(store_uri)
     return source
 
@@ -100,6 +104,8 @@ def reopen_source(store_uri: str) -> HiddenStateSource:
 
     Raises what :func:`open_source` does.
     """
+    from ghoststream.activations import StoreRef
+
     source: HiddenStateSource = StoreRef.of(store_uri).open()
     return source
 

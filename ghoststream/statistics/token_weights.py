@@ -168,19 +168,8 @@ def register_token_weight(weight: TokenWeight) -> TokenWeight:
     return weight
 
 
-def get_token_weight(name: str) -> TokenWeight:
-    """Return a registered token weight.
-
-    Raises:
-        RequestError: If there is none of this name.
-    """
-    return _WEIGHTS.get(name)
-
-
-def token_weight_names() -> tuple[str, ...]:
-    """Return the known names, sorted."""
-    return _WEIGHTS.names()
-
+get_token_weight = _WEIGHTS.get
+token_weight_names = _WEIGHTS.names
 
 for _weight in (UniformWeight(), DropSinks(), RelativeWeight()):
     register_token_weight(_weight)

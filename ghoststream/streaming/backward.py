@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -69,8 +68,7 @@ class BackwardPass:
         batches: The micro-batches, in order.
         loss: What is differentiated; its value is the sum over all chunks of tokens of all batches.
         factory: Where inputs and gradients are kept.
-        plan: Layers that are skipped; none if ``None``.
-        maps: Maps at the boundaries of the plan, whose ``apply`` is differentiated; a span without one is just cut.
+        lane: The variant of the model: of its maps ``apply`` is differentiated; the dense model if ``None``.
         gradients: Who sees gradients of layers' weights.
         options: Where the pass starts, and who is told how far it is; ``last_layer`` must be ``None``.
 
@@ -93,8 +91,7 @@ class BackwardPass:
         loss: TokenLoss,
         factory: StatesFactory,
         *,
-        plan: PruningPlan | None = None,
-        maps: Mapping[Span, BoundaryMap] = MappingProxyType({}),
+        lane: Lane | None = None,
         gradients: WeightGradients | None = None,
         options: PassOptions | None = None,
     ) -> None:
@@ -105,8 +102,8 @@ class BackwardPass:
         self._weight_gradients = gradients
         self._options = options or PassOptions()
         self._calls = ModelCalls(skeleton)
-        self._plan = plan or PruningPlan(skeleton.n_layers)
-        self._maps = dict(maps)
+        lane = lane or Lane("dense", PruningPlan(skeleton.n_layers))
+        self._plan, self._maps = lane.plan, dict(lane.maps)
         _require_known_maps(self._maps, self._plan)
         self._require_possible()
         self._steps = self._steps_back()

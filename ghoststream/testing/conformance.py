@@ -92,8 +92,7 @@ def check_streamed_equals_resident(
     dtype: torch.dtype = torch.float32,
     attention: Sequence[str | None] = (None,),
     paddings: Sequence[Padding] = PADDINGS,
-    n_sequences: int = 5,
-    length: int = 20,
+    shape: tuple[int, int] = (5, 20),
     micro_batch: int = 2,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -105,8 +104,7 @@ def check_streamed_equals_resident(
         dtype: Compute dtype of both. Equality is promised for float32.
         attention: Attention implementations to try, each once; ``None`` is the model's default.
         paddings: Where padding is put.
-        n_sequences: Number of random sequences.
-        length: Tokens in each.
+        shape: Number of random sequences, and tokens in each.
         micro_batch: Sequences that go through a layer together.
         seed: Seed of the random tokens.
         trust_remote_code: Passed to transformers.
@@ -128,7 +126,7 @@ def check_streamed_equals_resident(
         )
         for padding in paddings:
             case = f"{skeleton.attention}, padding {padding}"
-            ids, mask = random_tokens(skeleton, n_sequences, length, padding=padding, seed=seed)
+            ids, mask = random_tokens(skeleton, *shape, padding=padding, seed=seed)
             batches = make_batches(ids, mask, micro_batch)
             expected = [resident_pass(model, batch) for batch in batches]
             if all(bool(torch.isfinite(logits).all()) for _, logits in expected):

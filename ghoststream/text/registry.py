@@ -24,21 +24,5 @@ TextSource = Callable[[str, TextPart], Iterator[Document]]
 
 TEXT_SOURCES: Registry[TextSource] = Registry("text source", group="ghoststream.text_sources")
 
-
-def register_text_source(name: str) -> Callable[[TextSource], TextSource]:
-    """Decorate a function to make it known as ``name``.
-
-    Raises:
-        RequestError: If the name is taken.
-    """
-
-    def register(source: TextSource) -> TextSource:
-        TEXT_SOURCES.register(name, source)
-        return source
-
-    return register
-
-
-def text_source_names() -> tuple[str, ...]:
-    """Return the known names, sorted; those of this package are none of them."""
-    return TEXT_SOURCES.names()
+register_text_source = TEXT_SOURCES.named
+text_source_names = TEXT_SOURCES.names

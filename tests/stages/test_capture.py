@@ -20,9 +20,11 @@ from ghoststream.errors import (
     TextError,
     UnsupportedModelError,
 )
+from ghoststream.options import Text
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.streaming import Batch, FileStates, HiddenStates, Skeleton, StatesFactory, StreamedPass
 from ghoststream.testing.models import save_tiny, tiny_model
+from tests.helpers.groups import capture_arguments
 
 pytestmark = pytest.mark.integration
 S, T, L = 7, 16, 6
@@ -37,7 +39,7 @@ def ids_file(tmp_path: Path) -> Path:
 
 def _capture(model: Path, ids: Path, store: Path, **options: Any) -> ActivationStore:
     settings = {"sequences": S, "length": T, "micro_batch": 2, **options}
-    return capture(model, calibration=f"ids:{ids}", store=store, **settings)
+    return capture(model, store=store, **capture_arguments(f"ids:{ids}", settings))
 
 
 def _resident_states(folder: Path, ids: Path, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -177,7 +179,7 @@ def test_bad_requests_are_refused_before_any_work(tmp_path: Path, ids_file: Path
     folder = save_tiny("llama", tmp_path / "model")
     for error, match, options in (
         (RequestError, r"h\[0\] to h\[6\]", {"layers": (7,)}),
-        (RequestError, "unknown dtype", {"dtype": "int8"}),
+        (RequestError, "dtype: Input should be", {"dtype": "int8"}),
         (RequestError, "unknown device", {"device": "abacus"}),
         (TextError, "7 sequences", {"sequences": S + 1}),
         (TextError, "1000", {"length": 1000}),
@@ -187,8 +189,9 @@ def test_bad_requests_are_refused_before_any_work(tmp_path: Path, ids_file: Path
         assert not (tmp_path / "store").exists()
     with pytest.raises(InputNotFoundError, match="no model folder"):
         _capture(tmp_path / "nowhere" / "else" / "x", ids_file, tmp_path / "store")
+    text = Text(spec="python-docs", sequences=1, length=8)
     with pytest.raises(InputNotFoundError, match="has no tokenizer"):
-        capture(folder, calibration="python-docs", sequences=1, length=8, store=tmp_path / "store")
+        capture(folder, calibration=text, store=tmp_path / "store")
 
 
 def test_unknown_architectures_are_refused_by_name(tmp_path: Path, ids_file: Path) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ghoststream.stages.inspect import inspect_path
 
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import MismatchError, RequestError
+from ghoststream.stages.artifacts.inspect import inspect_path
 from ghoststream.stages.capturing.capture import _rows_of, _sequences_per_shard, capture
 from ghoststream.streaming import StreamedPass
 from tests.helpers.command_bench import last_line, run
+from tests.helpers.groups import capture_arguments
 
 pytestmark = pytest.mark.integration
 S, T, BYTES = 21, 16, 32 * 4
@@ -51,7 +52,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _capture(model: Path, ids: Path, store: Path, **options: Any) -> ActivationStore:
     settings = {"sequences": S, "length": T, "micro_batch": 2, **options}
-    return capture(model, calibration=f"ids:{ids}", store=store, **settings)
+    return capture(model, store=store, **capture_arguments(f"ids:{ids}", settings))
 
 
 def _files(folder: Path) -> dict[str, bytes | None]:

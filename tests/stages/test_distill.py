@@ -12,17 +12,19 @@ import numpy.typing as npt
 import pytest
 import torch
 from click.testing import CliRunner
-from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.cli import main
 from ghoststream.errors import MismatchError, OutputExistsError, RequestError
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Compute, Text, Training
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
 from ghoststream.testing.models import tiny_model
+from tests.helpers.groups import take
 
 pytestmark = pytest.mark.integration
 S, T, C, L, HELD, TOP, RATE = 8, 12, 32, 6, 2, 10, 0.01
@@ -59,7 +61,7 @@ def make_operators(folder: Path, forms: Forms = FORMS) -> OperatorSet:
                 norm_epsilon=1e-6 if "normed" in features else None,
             )
         )
-    base = ModelSession(folder, ModelOptions()).fingerprint
+    base = ModelSession(folder).fingerprint
     return OperatorSet(
         PruningPlan(L, SPANS), "random", tuple(boundaries), C, {"base": base, "recipe": {"by": "hand"}}
     )
@@ -67,15 +69,11 @@ def make_operators(folder: Path, forms: Forms = FORMS) -> OperatorSet:
 
 def run(folder: Path, operators: OperatorSet | Path, text: str, out: Path, **options: Any) -> OperatorSet:
     chosen: dict[str, Any] = {"steps": 4, "batch": S - HELD, "held_out": HELD, "micro_batch": 2, **options}
+    rest = {"learning_rate": RATE, "top": TOP, "sequences": S, "length": T, **chosen}
+    training, compute = take(rest, Training), take(rest, Compute)
+    calibration = take(rest, Text, spec=text)
     return distill(
-        folder,
-        operators,
-        calibration=text,
-        sequences=S,
-        length=T,
-        top=TOP,
-        out=out,
-        **{"learning_rate": RATE, **chosen},
+        folder, operators, calibration=calibration, out=out, training=training, compute=compute, **rest
     )
 
 
@@ -186,7 +184,7 @@ def test_the_file_says_what_it_is_and_measures_what_it_says(
     assert recipe["distill"]["learning_rate"] == RATE
     assert recipe["operators"] == {"by": "hand"}
     np.save(tmp_path / "held.npy", ids[-HELD:])
-    report = evaluate([tiny_llama, out], text=f"ids:{tmp_path / 'held.npy'}", length=T)
+    report = evaluate([tiny_llama, out], text=Text(spec=f"ids:{tmp_path / 'held.npy'}", length=T))
     assert report.rows[1].losses.loss == pytest.approx(
         trained.operators[0].diagnostics["held_out_loss"], rel=1e-6
     )
@@ -247,8 +245,8 @@ def test_damaged_leftovers_are_not_gone_on_with(
 
 
 def test_every_epoch_sees_every_window_once() -> None:
-    settings = DistillSettings(steps=9, batch=3, learning_rate=1.0, top=1, seed=4)
-    epochs = [np.concatenate([settings.rows(3 * epoch + part, 8) for part in range(3)]) for epoch in range(3)]
+    settings = DistillSettings(9, 3, learning_rate=1.0, top=1, seed=4, n_train=8, micro_batch=1)
+    epochs = [np.concatenate([settings.rows(3 * epoch + part) for part in range(3)]) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert not np.array_equal(epochs[0], epochs[1])
     assert settings.rate(0) == 1.0

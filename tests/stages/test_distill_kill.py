@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ghoststream.stages.repair.fit import fit
 
 from ghoststream.operators import OperatorSet
+from ghoststream.options import Compute, Method, Source, Text, Training
 from ghoststream.stages.distillation.distill import distill
+from ghoststream.stages.fit import fit
 from ghoststream.testing.models import save_tiny
 
 pytestmark = pytest.mark.faults
@@ -24,14 +25,10 @@ def run(root: Path, out: Path) -> OperatorSet:
     return distill(
         root / "model",
         root / "operators.safetensors",
-        calibration=f"ids:{root / 'ids.npy'}",
+        calibration=Text(spec=f"ids:{root / 'ids.npy'}", sequences=8, length=12),
         out=out,
-        sequences=8,
-        length=12,
-        steps=STEPS,
-        batch=2,
-        micro_batch=2,
-        top=10,
+        training=Training(steps=STEPS, batch=2, top=10),
+        compute=Compute(micro_batch=2),
     )
 
 
@@ -65,15 +62,8 @@ def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None
     save_tiny("llama", tmp_path / "model")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(8, 12)))
     text = f"ids:{tmp_path / 'ids.npy'}"
-    fit(
-        tmp_path / "model",
-        "1:2 3:5",
-        calibration=text,
-        sequences=8,
-        length=12,
-        operator="ghost",
-        out=tmp_path / "operators.safetensors",
-    )
+    source = Source(model=str(tmp_path / "model"), calibration=Text(spec=text, sequences=8, length=12))
+    fit("1:2 3:5", source, method=Method(operator="ghost"), out=tmp_path / "operators.safetensors")
     whole = tmp_path / "whole" / "trained.safetensors"
     whole.parent.mkdir()
     run(tmp_path, whole)

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.testing.models import save_tiny
+from tests.helpers.groups import evaluate_arguments
 
 pytestmark = pytest.mark.integration
 S, T = 5, 24
@@ -40,12 +41,13 @@ def _operators(model: Path, text: str) -> OperatorSet:
         BoundaryOperator(span, "linear", weight=rng.normal(size=(32, 32), scale=0.05).astype(np.float32))
         for span in plan.spans
     )
-    base = ModelSession(model, ModelOptions()).fingerprint
+    base = ModelSession(model).fingerprint
     return OperatorSet(plan, "ghost", boundaries, 32, {"base": base})
 
 
 def _evaluate(models: list[Path], ids: Path, **options: Any) -> EvaluationReport:
-    return evaluate(models, text=f"ids:{ids}", length=T, micro_batch=2, **options)
+    settings = {"length": T, "micro_batch": 2, **options}
+    return evaluate(models, **evaluate_arguments(f"ids:{ids}", settings))
 
 
 def _resident_loss(folder: Path, ids: Path) -> float:
@@ -110,7 +112,7 @@ def test_the_json_lists_one_object_per_model_in_order(tmp_path: Path, ids_file: 
     folder = save_tiny("llama", tmp_path / "model")
     export(folder, _operators(folder, "2:4"), tmp_path / "recovered")
     models = [tmp_path / "recovered", folder]
-    report = _evaluate(models, ids_file, json_path=tmp_path / "figures.json")
+    report = _evaluate(models, ids_file, out=tmp_path / "figures.json")
     data = json.loads((tmp_path / "figures.json").read_text())
     assert [entry["model"] for entry in data] == [str(model) for model in models]
     for entry, row in zip(data, report.rows, strict=True):
@@ -128,4 +130,4 @@ def test_operators_without_their_base_are_refused(tmp_path: Path, ids_file: Path
     with pytest.raises(RequestError, match="give that model too"):
         _evaluate([other, tmp_path / "ops.safetensors"], ids_file)
     with pytest.raises(RequestError, match="no model"):
-        evaluate([], text="python-docs", length=8)
+        evaluate([], text="python-docs")

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Compute
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.testing.models import save_tiny
+from tests.helpers.groups import capture_arguments, evaluate_arguments
 
 pytestmark = pytest.mark.integration
 S, T, L = 5, 24, 6
@@ -50,7 +52,7 @@ def run_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def _capture(model: Path, ids: Path, store: Path, **options: Any) -> Path:
     settings = {"sequences": S, "length": T, "micro_batch": 2, **options}
-    capture(model, calibration=f"ids:{ids}", store=store, **settings)
+    capture(model, store=store, **capture_arguments(f"ids:{ids}", settings))
     return store
 
 
@@ -61,7 +63,7 @@ def _operators(model: Path, text: str, path: Path) -> Path:
         BoundaryOperator(span, "linear", weight=rng.normal(size=(32, 32), scale=0.05).astype(np.float32))
         for span in plan.spans
     )
-    base = ModelSession(model, ModelOptions()).fingerprint
+    base = ModelSession(model).fingerprint
     OperatorSet(plan, "ghost", boundaries, 32, {"base": base}).save(path)
     return path
 
@@ -86,7 +88,9 @@ def test_the_figures_are_those_of_the_whole_pass(
 ) -> None:
     store = _capture(model, ids_file, tmp_path / "store", layers=layers)
     files = [_operators(model, plan, tmp_path / f"{n}.safetensors") for n, plan in enumerate(plans)]
-    whole = evaluate([model, *files], text=f"ids:{ids_file}", length=T, micro_batch=2)
+    whole = evaluate(
+        [model, *files], **evaluate_arguments(f"ids:{ids_file}", {"length": T, "micro_batch": 2})
+    )
     run_layers.clear()
     rest = evaluate([model, *files], store=store)
     assert run_layers == list(range(first, L))
@@ -109,9 +113,9 @@ def test_another_model_or_another_way_of_computing_is_refused(
     with pytest.raises(MismatchError, match="was captured from another model"):
         evaluate([other], store=store)
     with pytest.raises(MismatchError, match="dtype float32, not bfloat16"):
-        evaluate([model], store=store, dtype="bfloat16")
+        evaluate([model], store=store, compute=Compute(dtype="bfloat16"))
     with pytest.raises(MismatchError, match="micro_batch 2, not 3"):
-        evaluate([model], store=store, micro_batch=3)
+        evaluate([model], store=store, compute=Compute(micro_batch=3))
 
 
 def test_either_a_text_or_a_store(model: Path, ids_file: Path, tmp_path: Path) -> None:

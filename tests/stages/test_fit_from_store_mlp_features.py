@@ -18,11 +18,10 @@ import ghoststream
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Compute, Method, Recovery, Search, Storage, Text
+from ghoststream.options import Compute, Storage, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.capturing.replay import replay_layer
-from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.lanes import operator_lane
 from ghoststream.statistics import Feature, ModelFacts, register_feature
 from ghoststream.streaming import Skeleton
@@ -356,31 +355,6 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     fit(store, folder, out, "mlp")
     assert out.read_bytes() == expected.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
-
-
-def test_an_estimate_counts_taps_and_absorbed_operators(folder: Path, text: str, tmp_path: Path) -> None:
-    def needs(model: Path, **method: Any) -> Any:
-        asked = Recovery(
-            remove=2,
-            calibration=Text(spec=text, sequences=S, length=T),
-            search=Search(criterion="streamline"),
-            method=Method(**method),
-        )
-        return estimate(asked, model=model, measure=False, out=tmp_path).needs
-
-    found = {
-        features: needs(folder, operator="least-squares", features=features)
-        for features in ("hidden", "mlp", "mlp_output", "hidden+mlp")
-    }
-    assert "disk, taps" not in found["hidden"]
-    assert found["mlp"]["disk, taps"].n_bytes == S * T * INTERMEDIATE * 4
-    assert found["mlp_output"]["disk, taps"].n_bytes == S * T * C * 4
-    added = found["hidden"]["disk, export"].n_bytes - found["mlp"]["disk, export"].n_bytes
-    assert added == 4 * C * C
-    assert found["hidden+mlp"]["disk, taps"].n_bytes == S * T * (C + INTERMEDIATE) * 4
-    assert found["hidden+mlp"]["disk, export"].n_bytes == found["hidden"]["disk, export"].n_bytes
-    with pytest.raises(UnsupportedModelError, match="the norm"):
-        needs(save_tiny("olmo2", tmp_path / "olmo2"), operator="replace-me-ls")
 
 
 def test_what_cannot_be_is_refused_before_anything_is_made(

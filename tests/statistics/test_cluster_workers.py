@@ -20,7 +20,7 @@ from ghoststream.errors import BudgetError, RequestError
 from ghoststream.spans import PruningPlan
 from ghoststream.statistics import register_token_weight
 from ghoststream.testing.states import random_states, store_of
-from tests.helpers.requests import fit
+from tests.helpers.requests import fit, ranges_of
 
 pytestmark = pytest.mark.faults
 N_RANGES = 24
@@ -65,14 +65,17 @@ os.kill(pid, signal.SIGKILL)
 CLIENT = """
 import sys
 from pathlib import Path
+from functools import partial
 from users_rule import SlowUniform
-from ghoststream import Method, Reduction, Source, fit
-from ghoststream.statistics import register_token_weight
+from ghoststream import fit
+from ghoststream.options import Method, Reduction, Source
+from ghoststream.statistics import Ranges, register_token_weight
 
 uri, out, log, scheduler, name = sys.argv[1:]
 rule = register_token_weight(SlowUniform(name, log, 0.1))
+Ranges.make = partial(Ranges.make, range_sequences=1)
 method, reduction = Method(token_weights=rule.name), Reduction(scheduler=scheduler)
-fit("1:3 4:5", Source(store=uri), method=method, out=Path(out), reduction=reduction)
+fit("1:3 4:5", Source(store=uri), out=Path(out), method=method, reduction=reduction)
 """
 
 
@@ -166,18 +169,18 @@ def rule(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _run(rule: Any, uri: str, out: Path, scheduler: Any) -> list[str]:
-    """Fit with the rule, and return what it wrote: who reduced what, one line for each boundary of a range."""
+    """Solve with the rule, and return what it wrote: who reduced what, one line for each boundary of a range."""
     log = out.with_suffix(".log")
     log.touch()
     rule.log = str(log)
-    given = {} if scheduler is None else {"scheduler": scheduler}
-    fit(PLAN, store=uri, token_weights=rule.name, out=out, **given)
+    with ranges_of(1):
+        fit(PLAN, store=uri, token_weights=rule.name, out=out, scheduler=scheduler)
     return log.read_text().splitlines()
 
 
 @contextmanager
 def _killed_midway(out: Path, victim: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill a process when a third of the ranges of a fit are done; it is dead when the context ends."""
+    """Kill a process when a third of the ranges of a solve are done; it is dead when the context ends."""
     log = out.with_suffix(".log")
     log.touch()
     killer = subprocess.Popen([sys.executable, "-c", KILLER, str(log), str(victim.pid)])

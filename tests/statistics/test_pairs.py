@@ -18,6 +18,7 @@ from ghoststream.errors import BudgetError, NumericsError, RequestError, StoreEr
 from ghoststream.options import Reduction
 from ghoststream.statistics import (
     AllPairsReducer,
+    ChannelCosineReducer,
     CosineReducer,
     NormReducer,
     Reducer,
@@ -246,7 +247,7 @@ def test_norm_states_merge_in_any_grouping(uri: str) -> None:
 
 @pytest.mark.parametrize("statistic", [pairwise_similarity, norm_profile])
 def test_the_same_bits_on_one_thread_or_many(uri: str, statistic: Callable[..., Any]) -> None:
-    one, many = statistic(uri, workers=1), statistic(uri, workers=4)
+    one, many = (statistic(uri, reduction=Reduction(workers=number)) for number in (1, 4))
     for name, value in vars(one).items():
         np.testing.assert_array_equal(value, getattr(many, name))
 
@@ -296,7 +297,13 @@ def test_bad_stores_are_refused(tmp_path: Path, statistic: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize(
-    "reducer", [AllPairsReducer((0, 1)), NormReducer((0, 1)), CosineReducer(((0, 1),), angles=True)]
+    "reducer",
+    [
+        AllPairsReducer((0, 1)),
+        NormReducer((0, 1)),
+        CosineReducer(((0, 1),), angles=True),
+        ChannelCosineReducer(((0, 1),)),
+    ],
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_where_it_counts(reducer: Reducer, bad: float) -> None:

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from ghoststream.statistics.sketch_rows import RowSketchReducer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

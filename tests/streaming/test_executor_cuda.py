@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
 
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.streaming import (
     Batch,
     Lane,
@@ -23,6 +23,7 @@ from ghoststream.streaming import (
 )
 from ghoststream.testing.conformance import StateRecorder
 from ghoststream.testing.models import save_tiny
+from tests.helpers.groups import capture_arguments, evaluate_arguments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +86,8 @@ def test_a_store_written_beside_a_cuda_pass_holds_the_resident_states(
 ) -> None:
     np.save(tmp_path / "ids.npy", ids)
     options: dict[str, Any] = {"sequences": S, "length": T, "micro_batch": 2, "device": "cuda"}
-    store = capture(model, calibration=f"ids:{tmp_path / 'ids.npy'}", store=tmp_path / "store", **options)
+    arguments = capture_arguments(f"ids:{tmp_path / 'ids.npy'}", options)
+    store = capture(model, store=tmp_path / "store", **arguments)
     batches = make_batches(ids, None, 2)
     for batch, expected in zip(batches, _resident(model, batches), strict=True):
         for layer, states in enumerate(expected[:-1]):
@@ -94,9 +96,11 @@ def test_a_store_written_beside_a_cuda_pass_holds_the_resident_states(
 
 def test_the_figures_do_not_depend_on_where_states_lie(model: Path, ids: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", ids)
-    options: dict[str, Any] = {"text": f"ids:{tmp_path / 'ids.npy'}", "length": T, "micro_batch": 2}
-    on_device = evaluate([model], device="cuda", **options)
+    spec = f"ids:{tmp_path / 'ids.npy'}"
+    options: dict[str, Any] = {"length": T, "micro_batch": 2, "device": "cuda"}
+    on_device = evaluate([model], **evaluate_arguments(spec, options))
     unit = Skeleton(model).unit_bytes
     work = max(unit // 2, 2 * T * (4 * 64 + 8 * 32) * 4)
-    on_host = evaluate([model], device="cuda", device_memory=2 * unit + work, **options)
+    limited = {**options, "device_memory": 2 * unit + work}
+    on_host = evaluate([model], **evaluate_arguments(spec, limited))
     assert on_host.rows[0].losses == on_device.rows[0].losses

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ghoststream.costs import PassCost, SearchShape
 from ghoststream.errors import RequestError
@@ -91,7 +91,7 @@ class SearchCriterion:
         raise NotImplementedError
 
     def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
-        """Return the passes that choosing takes; by default one that measures the model without any one of its layers.
+        """Return the passes that choosing takes; by default one that measures the model without each layer.
 
         With ``auto``, ways to repair are then compared for one plan of one span.
         """
@@ -99,29 +99,12 @@ class SearchCriterion:
         return (*found, *refining(shape, n_spans=1, plans=1)) if self.repairs else found
 
 
-_Class = TypeVar("_Class", bound=Callable[[], SearchCriterion])
 _CRITERIA: Registry[Callable[[], SearchCriterion]] = Registry(
     "criterion that runs the model", group="ghoststream.search_criteria"
 )
 
-
-def register_search_criterion(name: str) -> Callable[[_Class], _Class]:
-    """Decorate a class (or factory) without arguments, to make it known as ``name``.
-
-    Raises:
-        RequestError: If the name is taken.
-    """
-
-    def register(factory: _Class) -> _Class:
-        _CRITERIA.register(name, factory)
-        return factory
-
-    return register
-
-
-def search_criterion_names() -> tuple[str, ...]:
-    """Return the known names, sorted."""
-    return _CRITERIA.names()
+register_search_criterion = _CRITERIA.named
+search_criterion_names = _CRITERIA.names
 
 
 def make_search_criterion(name: str) -> SearchCriterion:

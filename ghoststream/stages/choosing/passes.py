@@ -1,6 +1,6 @@
 """The passes over the model that a search takes: what criteria that run the model say as their cost.
 
-``K`` candidates, of which a share of the sequences is held out; lanes are counted in dense passes over all sequences.
+Lanes are counted in dense passes over all sequences.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ghoststream.statistics import taps_of
 def partitions(n_remove: int, max_spans: int) -> list[list[int]]:
     """Return the sizes of the spans of the plans that are tried, larger ones first.
 
-    For each number of spans up to ``max_spans``: as equal as they can be, and one twice as long as the others.
+    For each number of spans up to ``max_spans``: as equal as they can be, and one twice as long as others.
     """
     found = []
     for n_spans in range(1, max_spans + 1):

@@ -18,7 +18,7 @@ METHODS = (
     SCREEN,
     *(_without_sinks(features) for features in ("normed", "mlp", "hidden+mlp")),
 )
-"""What is tried: the paper's operator, and others that cost no more at inference (one ``C x C`` product, or nothing)."""
+"""What is tried: the paper's operator, and others that cost no more at inference."""
 
 LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
 """What is tried behind another boundary, where the inputs make a difference."""

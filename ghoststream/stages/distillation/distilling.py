@@ -203,8 +203,7 @@ class Distillation:
             batches,
             loss,
             memory.states_factory(batches),
-            plan=self._plan,
-            maps=self.operators,
+            lane=Lane("repaired", self._plan, self.operators),
             options=self._options(view),
         ).run()
         self._optimizer.step()

@@ -1,4 +1,4 @@
-"""What a recovery would take, from headers and, if times are wanted, two seconds of measurement: no weight is loaded."""
+"""What a recovery would take, from headers and, if times are wanted, two seconds of measurement."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def estimate(
 ) -> Estimate:
     """Work out what a recovery takes, and whether it fits this machine.
 
-    Operators and criteria say their own costs, those of a user too; they are summed here. Text is not read: its sequences are taken
-    to be as many as are asked for.
+    Operators and criteria say their own costs, those of a user too; they are summed here. Text is not read:
+    its sequences are taken to be as many as are asked for.
 
     Args:
         recovery: The request, as :func:`ghoststream.recover` builds it and a pipeline file holds it.
-        model: Checkpoint folder or hub id (which is downloaded), in the place of the one that the request names.
+        model: Checkpoint folder or hub id (which is downloaded), in the place of that of the request.
         out: Where the checkpoint would go; the working directory's disk is checked if ``None``.
-        measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds. Without, neither torch nor
-            transformers is needed.
+        measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds.
+            Without, neither torch nor transformers is needed.
         progress: Told that the machine is measured.
 
     Returns:
@@ -49,8 +49,8 @@ def estimate(
     Raises:
         RequestError: If no model is named, a name is unknown, or options of the operator do not go together.
         PlanError: If the model has not enough layers.
-        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators on features of the
-            layer before cannot be absorbed into.
+        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators
+            on features of the layer before cannot be absorbed into.
 
     Memory: headers of the checkpoint and, while the machine is measured, three matrices.
     """

@@ -50,7 +50,7 @@ class Job:
 
         Raises:
             PlanError: If the model has not so many layers, or not the hidden states that are to be stored.
-            UnsupportedModelError: If a named operator could not be absorbed into the model, as its features ask for.
+            UnsupportedModelError: If a named operator could not be absorbed into the model.
         """
         wanted = require_count_or_plan(recovery.remove)
         given = None if isinstance(wanted, int) else read_plan(wanted, sizes.n_layers)
@@ -62,7 +62,8 @@ class Job:
     def _check(self) -> None:
         sizes, layers = self.sizes, self.recovery.storage.layers
         if not 0 < self.n_removed < sizes.n_layers:
-            msg = f"cannot remove {self.n_removed} of the {sizes.n_layers} layers of {sizes.root}; at least one must survive"
+            asked = f"cannot remove {self.n_removed} of the {sizes.n_layers} layers of {sizes.root}"
+            msg = f"{asked}; at least one must survive"
             raise PlanError(msg)
         if layers is not None and max(layers) > sizes.n_layers:
             msg = f"there is no hidden state h[{max(layers)}]: {sizes.root} has h[0] to h[{sizes.n_layers}]"
@@ -162,7 +163,7 @@ class Job:
 
     @property
     def exported_bytes(self) -> int:
-        """Bytes of an operator in a checkpoint: of one on taps only the part on the hidden state stands there."""
+        """Bytes of an operator in a checkpoint; of one on taps only the part on the hidden state stands."""
         taps = taps_of(self.kind.features)
         if not taps:
             return self.fit_cost(self.kind).write_bytes

@@ -98,8 +98,9 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
 def all_stages(route: Route, rates: Rates | None) -> tuple[StageCost, ...]:
     """Return the work of each stage, with times where rates are given.
 
-    FLOPs of a pass: 2 per weight and token, and ``4 T C`` per token and layer for attention. Every expert of a mixture is counted,
-    so mixtures come out too slow. Where moments are reduced, hidden states are read as often as the sweeps say.
+    FLOPs of a pass: 2 per weight and token, and ``4 T C`` per token and layer for attention. Every expert of
+    a mixture is counted, so mixtures come out too slow. Where moments are reduced, hidden states are read as
+    often as the sweeps say.
     """
     job, stages = route.job, []
     if job.captures:
@@ -161,15 +162,14 @@ def _passing(
 ) -> StageCost:
     read = sum((2 if one.backward else 1) * route.job.sizes.checkpoint_bytes for one in passes)
     dense = _dense_flops(route.job)
-    return _stage(
-        name, read, written, sum(one.lanes * dense + one.fits * route.fit.flops for one in passes), rates
-    )
+    flops = sum(one.lanes * dense + one.fits * route.fit.flops for one in passes)
+    return _stage(name, read, written, flops, rates)
 
 
 def _stage(
     name: str, read: int, write: int, flops: float, rates: Rates | None, *, double: bool = False
 ) -> StageCost:
-    """Return the work of a stage, and its time where rates are given; ``double``: its arithmetic is in float64."""
+    """Return the work of a stage, and its time where rates are given; ``double`` if it computes in float64."""
     if rates is None:
         return StageCost(name, read, write, flops)
     disk, compute = max(rates.disk, 1.0), max(rates.float64 if double else rates.compute, 1.0)

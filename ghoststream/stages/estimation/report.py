@@ -1,4 +1,4 @@
-"""What an estimate says: sizes of the model, needs against what is free, work of each stage, what does not fit."""
+"""What an estimate says: sizes of the model, needs against what is free, and work of each stage."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from ghoststream.costs import Need
 from ghoststream.options import Recovery
 from ghoststream.stages.estimation.rates import Rates
 
+_SMALLER = "use a smaller --micro-batch, a shorter --length or a smaller --dtype"
 _ADVICE: Mapping[str, str] = {
-    "device memory": "use a smaller --micro-batch, a shorter --length or a smaller --dtype, or a larger device",
-    "memory, capture": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
-    "memory, search": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
-    "memory, pass": "use a smaller --micro-batch, a shorter --length or a smaller --dtype",
+    "device memory": f"{_SMALLER}, or a larger device",
+    "memory, capture": _SMALLER,
+    "memory, search": _SMALLER,
+    "memory, pass": _SMALLER,
     "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
     "memory, fit": "use --operator ghost or linear-patch-diagonal, or run it on a machine with more memory",
     "memory, solve": "use --operator linear-patch-diagonal, or run it on a machine with more memory",
     "memory, select": "use --criterion streamline, or run it on a machine with more memory",
     "disk, select": "use --criterion residual-in-sample or streamline, or write --out to another disk",
     "disk, taps": "use fewer --sequences, or write the operators to another disk",
-    "disk, store": "use fewer --sequences, a smaller --store-dtype, only the needed --layers, or another --store",
+    "disk, store": "use fewer --sequences, a smaller --store-dtype, fewer --layers, or another --store",
     "disk, export": "free some space or write --out to another disk",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Work of one stage; ``seconds`` and ``limited_by`` (``disk`` or ``compute``) where rates were measured."""
+    """Work of one stage; where rates were measured, its time and whether disk or compute limits it."""
 
     name: str
     read_bytes: int

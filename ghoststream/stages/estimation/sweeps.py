@@ -64,7 +64,7 @@ def solve_sweeps(
 
 
 def select_sweeps(repairs: Repairs | None, shape: StoreShape, reduction: Reduction) -> tuple[SweepCost, ...]:
-    """Return the sweeps of a criterion that repairs its candidates; none for others, which read the store once."""
+    """Return the sweeps of a criterion that repairs its candidates; none for others."""
     if repairs is None or not repairs.spans:
         return ()
     reducer = make_operator(repairs.method).reducer(repairs.spans, hidden=shape.hidden)

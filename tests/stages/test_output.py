@@ -16,7 +16,7 @@ import pytest
 
 import ghoststream
 from ghoststream.errors import BusyError, OutputExistsError, RequestError
-from ghoststream.files import read_json
+from ghoststream.files import fsync_folder, read_json
 from ghoststream.options import Text
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.from_store.fit import _Job
@@ -118,16 +118,14 @@ def test_a_second_writer_is_refused_from_the_work_to_the_end(
         with pytest.raises(BusyError, match=rf"being written by another process \(process {os.getpid()} on"):
             requests[step](out)
 
-    def last(output: Output) -> None:
-        assert output.path.exists()
+    def last(folder: Path) -> None:
         with pytest.raises(BusyError):
-            output.lock().acquire()
+            Output(out, {}).lock().acquire()
         refused.append("end")
-        finish(output)
+        fsync_folder(folder)
 
-    finish = Output.finish
     _amid(monkeypatch, step, again)
-    monkeypatch.setattr(Output, "finish", last)
+    monkeypatch.setattr("ghoststream.stages.output.fsync_folder", last)
     requests[step](out)
     assert refused == ["work", "end"]
     assert out.read_bytes() == expected[step]
@@ -233,3 +231,21 @@ def test_a_result_is_known_by_the_digest_of_its_request(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot write"):
         Output(out.path / "below", {"a": 1}).existing(Path.read_text, lambda _: None)
     assert out.path.read_text() == "mine"
+
+
+def test_what_another_process_has_written_meanwhile_is_not_overwritten(
+    requests: Requests, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def slow(*_: Any) -> None:
+        out.write_bytes(expected["fit in passes"])
+
+    for step in STEPS:
+        out.unlink(missing_ok=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(Output, "existing", slow)
+            with pytest.raises(OutputExistsError, match="written by another process meanwhile"):
+                requests[step](out)
+        assert out.read_bytes() == expected["fit in passes"]
+        assert list(tmp_path.iterdir()) == [out]

@@ -81,7 +81,7 @@ def fit_in_passes(
         return found
     metadata: dict[str, Any] = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
-    with output.lock():
+    with output.writing():
         if repair is None:
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
@@ -90,7 +90,6 @@ def fit_in_passes(
         hidden = session.skeleton.hidden_size
         operators = OperatorSet(selection.plan, method.operator or AUTO, tuple(fits), hidden, metadata)
         operators.save(output.path)
-        output.finish()
     return operators
 
 

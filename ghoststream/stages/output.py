@@ -75,7 +75,7 @@ class Output:
         """
         with self.lock():
             if self.path.exists():
-                msg = f"{self.path} was written by another process meanwhile; run this again to see whether it is the same"
+                msg = f"{self.path} was written by another process meanwhile; run this again to see if it is the same"
                 raise OutputExistsError(msg)
             yield
             shutil.rmtree(self.work, ignore_errors=True)

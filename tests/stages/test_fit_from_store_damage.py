@@ -1,4 +1,4 @@
-"""Stores that are damaged or do not fit the request: nothing is fitted from them, and what was sound is kept."""
+"""Stores that are damaged or do not fit the request: nothing is fitted, and what was sound is kept."""
 
 from __future__ import annotations
 

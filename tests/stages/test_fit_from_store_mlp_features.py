@@ -1,4 +1,4 @@
-"""Features of the layer before a boundary: operators fitted on replayed taps, against hooks on the resident model and numpy."""
+"""Features of the layer before a boundary: operators on replayed taps, against hooks on the model and numpy."""
 
 from __future__ import annotations
 

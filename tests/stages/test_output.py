@@ -1,4 +1,4 @@
-"""The outputs of select and fit: one writer at a time, what is kept meanwhile, and what a killed one leaves."""
+"""Outputs of select and fit: one writer at a time, what is kept meanwhile, what a killed one leaves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ class Requests:
 
     def __getitem__(self, step: str) -> Callable[[Path], Any]:
         def run(out: Path) -> Any:
-            text = {"model": self.model, "calibration": self.text, "sequences": S, "length": T}
+            text: dict[str, Any] = {
+                "model": self.model,
+                "calibration": self.text,
+                "sequences": S,
+                "length": T,
+            }
             requests: dict[str, Callable[..., Any]] = {
                 "select from a store": partial(select, 1, store=self.store, criterion="residual"),
                 "select by running": partial(select, 1, operator="ghost", **text),
@@ -109,7 +114,8 @@ def test_a_second_writer_is_refused_from_the_work_to_the_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, refused = tmp_path / "out", []
+    out = tmp_path / "out"
+    refused: list[str] = []
 
     def again() -> None:
         # Not this function once more, should the second one come to its work.

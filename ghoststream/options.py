@@ -92,7 +92,8 @@ def _parse_bytes(value: Any) -> Any:
     ):
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
         raise ValueError(msg)
-    return value
+    # A letter alone stands for a binary unit, as it does for other tools.
+    return f"{value}iB" if isinstance(value, str) and value.rstrip()[-1].lower() in "kmgt" else value
 
 
 Count = Annotated[int, Field(ge=1)]

@@ -20,7 +20,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
-    PlainSerializer,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -85,21 +85,24 @@ def _parse_ridge(value: Any) -> Any:
     return value if value in (None, "auto", "gcv") else number
 
 
+_BYTES: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
+
+
 def _parse_bytes(value: Any) -> Any:
-    if (
-        isinstance(value, str)
-        and re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None
-    ):
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None:
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
         raise ValueError(msg)
     # A letter alone stands for a binary unit, as it does for other tools.
-    return f"{value}iB" if isinstance(value, str) and value.rstrip()[-1].lower() in "kmgt" else value
+    text = f"{value.rstrip()}iB" if value.rstrip()[-1].lower() in "kmgt" else value
+    return int(_BYTES.validate_python(text))
 
 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
 Ridge = Annotated[float | Literal["auto", "gcv"] | None, BeforeValidator(_parse_ridge)]
-Bytes = Annotated[ByteSize, BeforeValidator(_parse_bytes), PlainSerializer(int)]
+Bytes = Annotated[Number, BeforeValidator(_parse_bytes)]
 Layers = Annotated[tuple[Number, ...], BeforeValidator(parse_layers)]
 
 
@@ -231,8 +234,8 @@ class Source(Options):
     With a store, ``model`` is what it was captured from, for those criteria and operators that read its weights too.
     """
 
-    model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
-    store: str | None = Field(default=None, description="Activation store.")
+    model: str | Path | None = Field(default=None, description="Checkpoint folder or hub id.")
+    store: str | Path | None = Field(default=None, description="Activation store.")
     calibration: Text | None = Field(default=None, description="Text to calibrate on.")
 
     @model_validator(mode="before")

@@ -77,7 +77,7 @@ def fit(
         if not taps_of(make_store_kind(method).features):
             compute.refuse(None, "no layer is run again for these features")
         return fit_from_store(
-            source.store,
+            str(source.store),
             plan,
             model=opener(source, compute),
             method=method,

@@ -67,7 +67,7 @@ def select(
         search.refuse(set(Search.model_fields) - {"criterion"}, f"the criterion {name} runs nothing")
         method.refuse(None, f"the criterion {name} does not fit operators")
         return select_from_store(
-            source.store,
+            str(source.store),
             remove,
             model=opener(source, compute),
             criterion=name,

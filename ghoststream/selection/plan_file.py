@@ -62,7 +62,8 @@ class Selection:
     @property
     def has_fewer_spans(self) -> bool:
         """Whether a candidate of more spans had a lower loss, but not by more than a standard error."""
-        return "gap" in self.candidates[0] and len(self.candidates[0]["spans"]) > len(self.plan.spans)
+        best = self.candidates[0] if self.candidates else {}
+        return "gap" in best and len(best["spans"]) > len(self.plan.spans)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""

@@ -31,11 +31,16 @@ import zarr.storage._local as zarr_local
 
 from ghoststream.checkpoint import writer as checkpoint_writer
 from ghoststream.cli import main as command_line
-from ghoststream.stages import recover, recovery_flow
+from ghoststream.stages import recover, steps
 from ghoststream.streaming import StreamedPass
 from ghoststream.streaming.states import FileStates
 
-_STAGES = {"capture": recovery_flow, "select": recovery_flow, "solve": recovery_flow, "export": recover}
+_STAGES = {
+    "capture": (steps, "capture_session"),
+    "select": (steps, "select_from_store"),
+    "fit": (steps, "fit_from_store"),
+    "export": (recover, "export_recovered"),
+}
 
 
 class Saboteur:
@@ -63,8 +68,8 @@ class Saboteur:
         os.fsync = self._counted("fsync", lambda _: None)
         zarr_local._put = self._counted("put", zarr_local._put, _half_put)
         checkpoint_writer._write_all = self._counted("write", checkpoint_writer._write_all, _half_write)
-        for name, owner in _STAGES.items():
-            setattr(owner, name, self._staged(name, getattr(owner, name)))
+        for stage, (module, function) in _STAGES.items():
+            setattr(module, function, self._staged(stage, getattr(module, function)))
 
     def _counted(
         self, name: str, function: Callable[..., Any], half: Callable[..., Any] | None = None

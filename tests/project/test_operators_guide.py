@@ -31,8 +31,9 @@ def test_the_guide_names_what_there_is() -> None:
 
 
 def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    exec(compile(code, str(GUIDE), "exec"), {"__name__": "guide"})
+    names = {"__name__": "guide"}
+    for code in re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(code, str(GUIDE), "exec"), names)
     states = random_states(3, (8, 6, 5))
     source = Source(store=store_of(tmp_path / "store", states))
     mean = Method(operator="mean-gap", token_weights="second-half")

@@ -14,7 +14,7 @@ from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.auto import named_method
 from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
-from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial
 from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
 from ghoststream.stages.output import Output
@@ -81,7 +81,7 @@ def fit_in_passes(
         return found
     metadata: dict[str, Any] = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
-    with output.lock():
+    with output.writing():
         if repair is None:
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
@@ -90,7 +90,6 @@ def fit_in_passes(
         hidden = session.skeleton.hidden_size
         operators = OperatorSet(selection.plan, method.operator or AUTO, tuple(fits), hidden, metadata)
         operators.save(output.path)
-        output.finish()
     return operators
 
 
@@ -98,7 +97,9 @@ def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
     """Return how boundaries are fitted, where an operator is named or the plan's file says it."""
     if method is not None:
         return Repair.alike(selection.plan, method)
-    return Repair(selection.plan, selection.methods) if selection.methods else None
+    # A file may have been edited by hand.
+    methods = tuple(map(passing_method, selection.methods))
+    return Repair(selection.plan, methods) if methods else None
 
 
 def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:

@@ -88,7 +88,7 @@ def distill(
     if found is not None:
         return found
     folder = output.work / output.short_digest
-    with output.lock():
+    with output.writing():
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         teacher = Teacher(folder, session, given.plan.spans[0].start, settings.top)
@@ -103,7 +103,6 @@ def distill(
             given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
         )
         trained.save(output.path, temporary=folder / "operators.safetensors")
-        output.finish()
     return trained
 
 

@@ -90,7 +90,7 @@ def fit_from_store(
     taps = _taps(job, model)
     if reduction.reduce_device is not None and reduction.scheduler is None:
         require_device(reduction.reduce_device)
-    with output.lock():
+    with output.writing():
         return job.run(output, taps)
 
 
@@ -152,7 +152,6 @@ class _Job:
             self.plan, str(self.kind.method.operator), boundaries, self.store.hidden, metadata
         )
         operators.save(output.path, temporary=output.work / "operators.safetensors")
-        output.finish()
         return operators
 
     def _reduce(

@@ -52,11 +52,10 @@ def select_from_store(
     found = output.existing(Selection.load, lambda selection: selection.digest)
     if found is not None:
         return found
-    with output.lock():
+    with output.writing():
         evidence = StoreEvidence(store_uri, store, model, reduction, output.work, progress)
         selection = _choose(rule, name, evidence, remove, recipe)
         selection.save(output.path)
-        output.finish()
     return selection
 
 

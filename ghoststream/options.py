@@ -194,7 +194,7 @@ class Text(Options):
 
     spec: str = option(
         ...,
-        f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\n{SPEC_FORMS}, or NAME[:REST] of an installed package.",
+        f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\nIn full: {SPEC_FORMS}, or NAME[:REST] of an installed package.",
     )
     sequences: Count | None = option(
         None,

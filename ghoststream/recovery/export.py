@@ -40,7 +40,8 @@ from ghoststream.recovery.layout import (
     require_operators_fit,
     standing_operators,
 )
-from ghoststream.recovery.provenance import PROVENANCE_NAME, describe_recovered, is_finished
+from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.provenance import describe_recovered, is_finished
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
@@ -108,6 +109,7 @@ def export_recovered(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     operator_dtype: torch.dtype | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a checkpoint without the removed layers and with the operators in their place.
@@ -124,6 +126,7 @@ def export_recovered(
         out: Folder to make.
         max_shard_bytes: Largest number of tensor bytes in one shard.
         operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if ``None``.
+        fingerprint: The base's, where it is known already.
         progress: Told the bytes written.
 
     Raises:
@@ -142,7 +145,8 @@ def export_recovered(
     :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
     _require_exportable(skeleton)
-    job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype)
+    fingerprint = fingerprint or checkpoint_fingerprint(skeleton.root, skeleton.index)
+    job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype, fingerprint)
     staging = StagingFolder(out, request=job.request)
     if is_finished(staging.target, job.request):
         staging.clear_leftovers()
@@ -166,9 +170,12 @@ def _require_exportable(skeleton: Skeleton) -> None:
 
 
 def _prepare(
-    skeleton: Skeleton, operators: OperatorSet, max_shard_bytes: int, operator_dtype: torch.dtype | None
+    skeleton: Skeleton,
+    operators: OperatorSet,
+    max_shard_bytes: int,
+    operator_dtype: torch.dtype | None,
+    fingerprint: Mapping[str, Any],
 ) -> _Job:
-    fingerprint = checkpoint_fingerprint(skeleton.root, skeleton.index)
     require_operators_fit(
         operators,
         n_layers=skeleton.n_layers,

@@ -14,7 +14,7 @@ from ghoststream.operators import OperatorSet
 from ghoststream.options import AUTO, Compute, Method, Recovery, Search, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport, export_recovered, load_recovered
-from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
@@ -176,7 +176,9 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
         work.mkdir(parents=True, exist_ok=True)
     selection = steps.given or steps.choose()
     operators, file = steps.fit(selection)
-    exported = export_recovered(session.skeleton, operators, out, progress=progress)
+    exported = export_recovered(
+        session.skeleton, operators, out, fingerprint=session.fingerprint, progress=progress
+    )
     evaluation = _evaluate(session, recovery, out, work, progress)
     chosen_by = selection.criterion if steps.given is None else "given"
     return RecoveryReport(

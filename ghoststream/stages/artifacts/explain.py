@@ -1,4 +1,7 @@
-"""What each kind of artifact is, from its headers and metadata."""
+"""What each kind of artifact is, from its headers and metadata.
+
+What reads one kind is imported there: a plan must not wait for the libraries of a store.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_head
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
 from ghoststream.options import Method, dtype_name
-from ghoststream.recovery.provenance import PROVENANCE_NAME
-from ghoststream.selection import Selection, candidate_table
+from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.artifacts.identify import OPERATORS_KEY
 
@@ -149,6 +151,8 @@ def explain_tensors(path: str) -> Explanation:
 
 def explain_plan(path: str) -> Explanation:
     """Say which layers a plan removes, and how it came about."""
+    from ghoststream.selection import Selection, candidate_table
+
     found = Selection.load(Path(path))
     plan = found.plan
     facts = {

@@ -92,7 +92,8 @@ def _parse_bytes(value: Any) -> Any:
     ):
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
         raise ValueError(msg)
-    return value
+    # A letter alone stands for a binary unit, as it does for other tools.
+    return f"{value}iB" if isinstance(value, str) and value.rstrip()[-1].lower() in "kmgt" else value
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -201,7 +202,7 @@ class Text(Options):
     length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
     pack: bool = option(True, "Join documents into full windows, or one document a window.")
     bos: Bos = option(
-        "auto", "When a window begins with the begin-of-text token; auto does as the tokenizer."
+        "auto", "Whether a window begins with the begin-of-text token; auto does as the tokenizer."
     )
     part: TextPart | None = option(
         None, "Part of a text with a standard split. Default: fit to calibrate, heldout to evaluate."
@@ -296,7 +297,7 @@ class Method(Options):
     )
     shrink: Literal["identity", "zero"] = option(
         "identity",
-        "What the ridge of least-squares draws the map towards: one that changes nothing, or zero.",
+        "Map that a large ridge of least-squares ends at: one that changes nothing, or zero.",
     )
     intercept: bool = option(False, "Let least-squares fit a constant too.")
     rank: Count | None = option(
@@ -317,11 +318,11 @@ class Method(Options):
     )
     seed: Number = option(0, "Seed of a sketch.", metavar="N")
     precision: Precision = option(
-        "float64", "Of the products that are summed; float32-blocked adds up blocks of 256 tokens in float64."
+        "float64", "Precision of summed products; float32-blocked adds up blocks of 256 tokens in float64."
     )
     inputs: Inputs = option(
         "repaired",
-        "Whose states an operator behind another one is fitted on: the model's as it is repaired so far, or the dense model's.",
+        "States that a later operator is fitted on: those of the model repaired so far, or of the dense model.",
     )
 
 

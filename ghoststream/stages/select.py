@@ -66,6 +66,7 @@ def select(
         name = require_criterion(search.criterion or PUBLISHED, runs_model=False)
         search.refuse(set(Search.model_fields) - {"criterion"}, f"the criterion {name} runs nothing")
         method.refuse(None, f"the criterion {name} does not fit operators")
+        reduction.refuse(("reduce_device",), "criteria sum on the host")
         return select_from_store(
             str(source.store),
             remove,

@@ -292,6 +292,9 @@ def test_the_command_says_why_the_best_row_is_not_the_plan(model: Path, tmp_path
         found.candidates[1]["gap"] <= found.candidates[0]["gap"] + found.candidates[0]["gap_standard_error"]
     )
     assert found.has_fewer_spans
+    assert [one["chosen"] for one in found.candidates] == [
+        number == 1 for number in range(len(found.candidates))
+    ]
     assert "it has fewer spans than the best candidate" in shown.stdout
 
 
@@ -375,6 +378,7 @@ def test_auto_takes_the_way_to_repair_that_is_best_on_held_out_text(model: Path,
     assert found.candidates[0]["gap"] == min(min(gaps) for gaps in by_name.values())
     assert found.passes == 2, "spans are compared, then ways to repair them"
     assert found.candidates[0]["repair"] == labels(found.methods)
+    assert [row["chosen"] for row in found.candidates] == [True, *[False] * (len(found.candidates) - 1)]
 
 
 def test_fit_repairs_as_the_search_chose(model: Path, ids: Path, tmp_path: Path) -> None:
@@ -421,6 +425,7 @@ def test_perplexity_removes_the_layers_whose_absence_costs_least(model: Path, id
     assert rows == pytest.approx(losses, rel=1e-5)
     assert found.passes == 1
     assert found.methods == ()
+    assert {span.start for span in found.chosen} == set(found.plan.removed)
 
 
 def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
@@ -432,6 +437,7 @@ def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
         }
         gone.add(min(losses, key=lambda layer: losses[layer]))
     assert set(found.plan.removed) == gone
+    assert found.chosen == found.plan.spans
     assert found.passes == 2
 
 
@@ -475,6 +481,7 @@ def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> No
     ]
     found = _search(model, ids, 2, criterion="taylor")
     assert found.plan.removed == tuple(sorted(int(layer) for layer in np.argsort(scores)[:2]))
+    assert {span.start for span in found.chosen} == set(found.plan.removed)
     assert {row["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
         dict(enumerate(scores)), rel=1e-4
     )

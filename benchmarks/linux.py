@@ -1,6 +1,6 @@
-"""What the kernel counts, keeps and limits: bytes read, the page cache, memory and disk rate of a group of processes.
+"""What Linux counts, keeps and limits: bytes read, the page cache, memory and disk rate of a group of processes.
 
-Standard library only, so that contenders can use it from any environment.
+Standard library only, so that rivals can use it from any environment.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def evict(files: Sequence[Path]) -> None:
 
 def warm(files: Sequence[Path]) -> None:
     """Bring files into the page cache."""
-    read_all(files)
+    buffer = bytearray(_BLOCK_BYTES)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def cached_bytes(files: Sequence[Path]) -> int | None:
@@ -52,22 +56,6 @@ def cached_bytes(files: Sequence[Path]) -> int | None:
     command = ["fincore", "--noheadings", "--bytes", "--output", "RES", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return sum(int(line) for line in done.stdout.split())
-
-
-def read_all(files: Sequence[Path], *, direct: bool = False) -> float:
-    """Read files from end to end, past the page cache if ``direct``; returns the seconds."""
-    import mmap
-
-    buffer = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as direct reads need it
-    begun = time.perf_counter()
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-        try:
-            while os.readv(descriptor, [buffer]):
-                pass
-        finally:
-            os.close(descriptor)
-    return time.perf_counter() - begun
 
 
 def limits_reason() -> str | None:

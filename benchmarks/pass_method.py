@@ -1,19 +1,28 @@
-"""One contender, one run, one process: every micro-batch through every decoder layer, without the head.
+"""One method, one run, one process: every micro-batch through every decoder layer, without the head.
 
-    python benchmarks/contenders.py NAME MODEL --ids FILE.npy --batches 4 --work FOLDER [--evict]
+    python benchmarks/pass_method.py METHOD MODEL --ids FILE.npy --batches 4 --work FOLDER [--evict]
 
-Prints a line of JSON. Opening the model is the setup, timed apart (``capture`` opens it within its time). What is
-compared are the seconds and the bytes of the run itself; ``check`` holds four numbers of the last hidden state, by
-which the contenders' results can be held against each other.
+Prints a line of JSON. Opening the model is the set-up, timed apart (``capture`` opens it within its time). The seconds and
+the bytes of the run itself are compared. ``check`` holds four numbers of the last hidden state, which must agree between
+methods.
 
-Contenders: ``pass`` (ghoststream's streamed pass, hidden states kept nowhere), ``capture`` (ghoststream's stage, all
-positions written to Zarr), ``resident`` (transformers, weights in memory), ``accelerate`` (transformers with
-accelerate's disk offload of the layers, batch by batch), ``airllm`` (its hooks on the transformers model, batch by
-batch, prefetching on), ``llm-compressor`` (its sequential pipeline with an empty recipe and ``propagate_error=False``:
-one forward a layer and batch, the layers offloaded to disk by compressed-tensors); and what limits them:
-``read-alone`` (ghoststream's reader, nothing computed) and ``compute-alone`` (the pass with two layers kept in memory
-and used for all). With the head and losses: ``lanes-1`` (the dense model), ``lanes-12`` (it and eleven variants with an
-operator each, in one pass), ``lanes-apart`` (the same twelve, a pass each).
+Methods without the head:
+
+- ``pass``: ghoststream's streamed pass; hidden states are kept nowhere.
+- ``capture``: ghoststream's stage; all positions are written to Zarr.
+- ``resident``: transformers, weights in memory.
+- ``accelerate``: transformers with accelerate's disk offload of the layers, batch by batch.
+- ``airllm``: its hooks on the transformers model, batch by batch, prefetching on.
+- ``llm-compressor``: its sequential pipeline with an empty recipe and ``propagate_error=False``: one forward a layer and
+  batch, the layers offloaded to disk by compressed-tensors.
+- ``read-alone``: ghoststream's reader; nothing is computed.
+- ``compute-alone``: the pass with two layers kept in memory and used for all.
+
+Methods with the head and losses:
+
+- ``lanes-1``: the dense model.
+- ``lanes-12``: the dense model and eleven variants with an operator each, in one pass.
+- ``lanes-apart``: the same twelve, a pass each.
 """
 
 from __future__ import annotations
@@ -26,20 +35,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import contenders_other as other
-import contenders_own as own
 import numpy as np
+import pass_methods_own as own
+import pass_methods_rivals as rivals
 import torch
-from kernel import evict, io_counters, weight_files
-from outcome import Work
+from linux import evict, io_counters, weight_files
+from pass_result import PreparedRun
 
-CONTENDERS: dict[str, Callable[[Path, Any, int, Path], Work]] = {
+METHODS: dict[str, Callable[[Path, Any, int, Path], PreparedRun]] = {
     "pass": own.hidden_pass,
     "capture": own.capture,
-    "resident": other.resident,
-    "accelerate": other.accelerate,
-    "airllm": other.airllm,
-    "llm-compressor": other.llm_compressor,
+    "resident": rivals.resident,
+    "accelerate": rivals.accelerate,
+    "airllm": rivals.airllm,
+    "llm-compressor": rivals.llm_compressor,
     "read-alone": own.read_alone,
     "compute-alone": own.compute_alone,
     "lanes-1": own.one_lane,
@@ -49,9 +58,9 @@ CONTENDERS: dict[str, Callable[[Path, Any, int, Path], Work]] = {
 
 
 def main() -> None:
-    """Set one contender up, run it, print its figures."""
+    """Set one method up, run it, print its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(CONTENDERS))
+    parser.add_argument("method", choices=sorted(METHODS))
     parser.add_argument("model", type=Path)
     parser.add_argument("--ids", type=Path, required=True, help="token ids (sequences, length)")
     parser.add_argument("--batches", type=int, default=1)
@@ -67,20 +76,20 @@ def main() -> None:
     ids = np.load(options.ids)[: options.batches * options.micro_batch, : options.length]
     if len(ids) < options.batches * options.micro_batch or ids.shape[1] < options.length:
         parser.error(f"{options.ids} holds too few token ids")
-    work = options.work / options.name
+    work = options.work / options.method
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     before, begun = io_counters(), time.perf_counter()
-    run = CONTENDERS[options.name](options.model, ids, options.micro_batch, work)
+    run = METHODS[options.method](options.model, ids, options.micro_batch, work)
     setup = {"setup_seconds": time.perf_counter() - begun} | _spent(before, "setup_")
     if options.evict:
         evict(weight_files(options.model) + weight_files(options.work))
     before, begun = io_counters(), time.perf_counter()
-    outcome = run()
+    result = run()
     figures = {"seconds": time.perf_counter() - begun} | _spent(before, "")
-    check = None if outcome.check is None else outcome.check()
+    check = None if result.check is None else result.check()
     shutil.rmtree(work)
-    print(json.dumps(figures | outcome.figures | setup | {"tokens": ids.size, "check": check}))
+    print(json.dumps(figures | result.figures | setup | {"tokens": ids.size, "check": check}))
 
 
 def _spent(before: dict[str, int], prefix: str) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_cluster.py --shape 65536x2048
 
-A ``dask scheduler`` and ``dask worker`` processes talk TCP on 127.0.0.1; every worker has one thread. Each run gives the
-moments of one boundary, whose bits are compared with those of a run in one process:
+A ``dask scheduler`` and ``dask worker`` processes talk TCP on 127.0.0.1; every worker has one thread. Each
+run gives the moments of one boundary, whose bits are compared with those of a run in one process:
 
 - ``undisturbed``: in one process, and on each number of workers.
 - ``worker-killed``: one worker gets SIGKILL when half of the ranges were begun.
-- ``restarted``: the client gets SIGKILL there, and all processes of the cluster are killed. A new scheduler and workers are
-  started, and the same request is made again.
+- ``restarted``: the client gets SIGKILL there, and all processes of the cluster are killed. A new scheduler
+  and workers are started, and the same request is made again.
 
 A fault costs the ranges that were begun more than once.
 """

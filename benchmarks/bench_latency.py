@@ -1,9 +1,10 @@
-"""The cost of a repair when the model is used: time of a prompt and of a generated token, the dense model's being 1.
+"""The cost of a repair in use: time of a prompt and of a generated token, the dense model's being 1.
 
     python benchmarks/bench_latency.py MODEL --plan 12:21 --calibration SPEC [--rounds 7] [--json FILE]
 
-The layers are removed and repaired in each way, the checkpoints are loaded with transformers, all at once, and take turns.
-A ratio is of one turn, and the median over the turns is printed. Batch of one, greedy, with a key-value cache.
+The layers are removed and repaired in each way, the checkpoints are loaded with transformers, all at once,
+and take turns. A ratio is of one turn, and the median over the turns is printed. Batch of one, greedy, with a
+key-value cache.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python benchmarks/bench_memory.py [--model FOLDER --text SPEC] [--preset 3gb] [--json FILE]
 
-U is the largest of one decoder layer, the embedding and the head, at compute dtype. Each stage runs in a process of
-its own; the memory of the libraries before the stage starts is reported apart.
+U is the largest of one decoder layer, the embedding and the head, at compute dtype. Each stage runs in a
+process of its own; the memory of the libraries before the stage starts is reported apart.
 
-Then the stages that carry hidden states (capture, and evaluate with its logits) are measured for few and for many sequences
-(``--many``). Their budget leaves no room for states: these are in scratch files, and the peaks should be the same.
+Then the stages that carry hidden states (capture, and evaluate with its logits) are measured for few and for
+many sequences (``--many``). Their budget leaves no room for states: these are in scratch files, and the peaks
+should be the same.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _calls(
 
 
 def least_memory(skeleton: Any) -> int:
-    """Return a budget for the weights, the work and the buffers of a stage, which leaves no room for states."""
+    """Return a budget for weights, work and buffers of a stage that leaves no room for states."""
     batches = 3 * _TOKENS_AT_A_TIME * skeleton.hidden_size * skeleton.dtype.itemsize
     return int(skeleton.unit_bytes * 5 // 2 + 3 * _SHARD_BYTES + batches)
 

@@ -3,17 +3,17 @@
     python benchmarks/bench_moments.py --shapes 65536x576 65536x2048 65536x4096 8192x8192
 
 For each shape (tokens x channels) two hidden states of bfloat16 are made and kept in a store. Methods (see
-``moments_methods.py``) take turns, each in a process of its own with the store in the page cache. Medians over rounds are
-compared:
+``moments_methods.py``) take turns, each in a process of its own with the store in the page cache. Medians
+over rounds are compared:
 
-- achieved FLOP/s of Gram and cross-moment from the store over that of dsyrk and dgemm on a block in memory, same number
-  of threads;
+- achieved FLOP/s of Gram and cross-moment from the store over that of dsyrk and dgemm on a block in memory,
+  same number of threads;
 - peak anonymous memory over the formula;
-- time and peak memory of a Dask array and of the paper's steps in memory, and the difference in prediction error to the
-  latter.
+- time and peak memory of a Dask array and of the paper's steps in memory, and the difference in prediction
+  error to the latter.
 
-Figures are written after each run, and a run that is there already is not repeated: the same command goes on where it was
-stopped.
+Figures are written after each run, and a run that is there already is not repeated: the same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations

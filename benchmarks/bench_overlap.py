@@ -4,12 +4,13 @@
 
 For each number of micro-batches, warm and cold (see ``bench_rivals.py``):
 
-- The pass without head over the larger of reading alone and computing alone, and over the floor of any pass that reads
-  layer by layer: nothing hides the first layer's read and the last one's products.
-- Bytes read for 1 and for 12 lanes over the checkpoint's bytes, at ghoststream's reader and by the kernel's counters.
-  A pass that ends in losses reads the head too, and of the embedding only the rows of the tokens.
-- 12 lanes against 12 separate passes: time and bytes. The lanes are the dense model and eleven variants, each with a fifth
-  of the layers replaced by an operator. Their losses are compared, and must be the same to the bit.
+- The pass without head over the larger of reading alone and computing alone, and over the floor of any pass
+  that reads layer by layer: nothing hides the first layer's read and the last one's products.
+- Bytes read for 1 and for 12 lanes over the checkpoint's bytes, at ghoststream's reader and by the kernel's
+  counters. A pass that ends in losses reads the head too, and of the embedding only the rows of the tokens.
+- 12 lanes against 12 separate passes: time and bytes. The lanes are the dense model and eleven variants, each
+  with a fifth of the layers replaced by an operator. Their losses are compared, and must be the same to the
+  bit.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def bytes_line(name: str, figures: dict[str, Any], n_passes: int) -> str:
     tied = f" (a tied matrix of {embedding / checkpoint:.3f} in it once)" if figures["tied"] else ""
     all_but = n_passes * (1 - embedding / checkpoint * (not figures["tied"]))
     return (
-        f"{name}: bytes / checkpoint bytes: reader {reader:.3f}, kernel's read calls {asked:.3f}, disk {disk:.3f}; "
-        f"{all_but:.3f} is everything but the embedding{tied}"
+        f"{name}: bytes / checkpoint bytes: reader {reader:.3f}, kernel's read calls {asked:.3f}, "
+        f"disk {disk:.3f}; {all_but:.3f} is everything but the embedding{tied}"
     )
 
 

@@ -1,8 +1,9 @@
 """Perplexity of pruned and repaired models: all spans and operators in one capture and one evaluation pass.
 
-    python benchmarks/bench_perplexity.py MODEL --calibration SPEC --text SPEC --spans 13:19 10:19 [--remove 9]
+    python benchmarks/bench_perplexity.py MODEL --calibration SPEC --text SPEC --spans 13:19 10:19 --remove 9
 
-Prints a Markdown table and writes JSON. Models are lanes of one pass: their number costs no further read of the weights.
+Prints a Markdown table and writes JSON. Models are lanes of one pass: their number costs no further read of
+the weights.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ def main() -> None:
     options = _options()
     work = options.work or Path(tempfile.mkdtemp(prefix="ghoststream-bench-"))
     store = work / "store"
-    calibration = gs.Text(
-        spec=options.calibration, sequences=options.fit_sequences, length=options.length
-    )
+    calibration = gs.Text(spec=options.calibration, sequences=options.fit_sequences, length=options.length)
     gs.capture(options.model, calibration=calibration, store=store)
     plans = dict.fromkeys(options.spans, "given") | chosen_plans(store, options.remove)
     files, cells = fit_all(store, plans, work)
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 def chosen_plans(store: Path, numbers: list[int]) -> dict[str, str]:
-    """Return the spans that the published criterion takes for some numbers of layers, and what chose them."""
+    """Return the spans that the published criterion takes for some numbers of layers, and its name."""
     source, search = gs.Source(store=str(store)), gs.Search(criterion=CRITERION)
     found = {}
     for number in numbers:
@@ -63,7 +62,7 @@ def chosen_plans(store: Path, numbers: list[int]) -> dict[str, str]:
 
 
 def fit_all(store: Path, plans: dict[str, str], work: Path) -> tuple[list[Path], list[dict[str, Any]]]:
-    """Fit every repair at every plan; return the operator files, and what is known of each model so far."""
+    """Fit every repair at every plan; return the operator files and the JSON data of each model."""
     files, cells = [], []
     for plan, by in plans.items():
         for name, method in REPAIRS.items():

@@ -1,17 +1,17 @@
-"""ghoststream against a resident model, accelerate's disk offload, AirLLM and llm-compressor, side by side in one run.
+"""ghoststream against a resident model, accelerate's disk offload, AirLLM and llm-compressor.
 
     python benchmarks/bench_rivals.py --preset 6gb --rivals-python /tmp/rivals/venv/bin/python
 
-Tokens, dtype and micro-batch are the same for all methods; ``pass_method.py`` says what each one does. Methods take turns,
-each run is a process of its own, and medians over rounds are compared.
+Tokens, dtype and micro-batch are the same for all methods; ``pass_method.py`` says what each one does.
+Methods take turns, each run is a process of its own, and medians over rounds are compared.
 
 - ``warm``: the checkpoint is in the page cache.
-- ``cold``: it is dropped from the cache before each run. The process gets a control group whose memory, page cache included,
-  is limited (``--memory``), so that weights that do not fit are read again. ``--read-rate`` gives it a disk of a known speed
-  besides. The limits are the same for all.
+- ``cold``: it is dropped from the cache before each run. The process gets a control group whose memory, page
+  cache included, is limited (``--memory``), so that weights that do not fit are read again. ``--read-rate``
+  gives it a disk of a known speed besides. The limits are the same for all.
 
-Figures are written after each run, and a run that is there already is not repeated: the same command goes on where it was
-stopped.
+Figures are written after each run, and a run that is there already is not repeated: the same command goes on
+where it was stopped.
 
 AirLLM and llm-compressor want other versions than the project: give them an environment of their own,
 

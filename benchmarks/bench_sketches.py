@@ -3,12 +3,12 @@
     python benchmarks/bench_sketches.py [--hidden 2048 4096] [--tokens 65536] [--json FILE]
     python benchmarks/bench_sketches.py --store STORE --span 13:19
 
-Without ``--store`` the boundary is random: the singular values of its features fall as ``j^-decay``. All solvers run in this
-process, one after the other, on the same store and threads. The ridge is 1e-4 of the Gram's mean diagonal. The exact moments
-measure the residual of every map, whatever the solver reports.
+Without ``--store`` the boundary is random: the singular values of its features fall as ``j^-decay``. All
+solvers run in this process, one after the other, on the same store and threads. The ridge is 1e-4 of the
+Gram's mean diagonal. The exact moments measure the residual of every map, whatever the solver reports.
 
-Columns: ``x time`` is the time over that of the exact route for the same rank; ``over best`` is the relative residual over
-that of the best map of that rank.
+Columns: ``x time`` is the time over that of the exact route for the same rank; ``over best`` is the relative
+residual over that of the best map of that rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _REPORTED = (
 
 @dataclass(frozen=True)
 class SolverRun:
-    """Figures of one solver at one rank and size; ``said`` is what it reports itself."""
+    """Figures of one solver at one rank and size; ``said`` are those that it reports itself."""
 
     hidden: int
     solver: str
@@ -161,7 +161,8 @@ def _print(found: SolverRun, best: SolverRun) -> None:
     print(
         f"{found.hidden:>6} {found.solver:<18} {found.rank or '-':>5} {found.size or '-':>6} "
         f"{found.seconds_sweeps:>8.2f} {found.seconds_fit:>8.2f} {found.seconds / best.seconds:>7.2f} "
-        f"{found.peak_bytes / 2**20:>8.0f} {found.residual:>9.4f} {found.residual / best.residual:>9.4f}  {said}",
+        f"{found.peak_bytes / 2**20:>8.0f} {found.residual:>9.4f} "
+        f"{found.residual / best.residual:>9.4f}  {said}",
         flush=True,
     )
 

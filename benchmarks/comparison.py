@@ -136,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser, *, json_name: str) -> None:
 
 
 def open_comparison(options: argparse.Namespace) -> tuple[Comparison, ResultsFile]:
-    """Make the checkpoint if it is not there, and open what was measured before under the same settings."""
+    """Make the checkpoint if it is not there, and open the figures of the same settings."""
     # So that a run in progress is ended and its control groups are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; the same command goes on from here"))
     options.deadline = time.monotonic() + 60 * options.minutes

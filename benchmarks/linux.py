@@ -1,4 +1,4 @@
-"""What Linux counts, keeps and limits: bytes read, the page cache, memory and disk rate of a group of processes.
+"""Counters and limits of Linux: bytes read, the page cache, memory and disk rate of a group of processes.
 
 Standard library only, so that rivals can use it from any environment.
 """
@@ -18,7 +18,7 @@ _BLOCK_BYTES = 4 * 2**20
 
 
 def io_counters() -> dict[str, int]:
-    """Return this process's counters: ``rchar`` (asked with read calls), ``read_bytes`` (fetched from the disk)."""
+    """Return this process's bytes: ``rchar`` (asked with read calls), ``read_bytes`` (from the disk), ``write_bytes``."""
     lines = Path("/proc/self/io").read_text().splitlines()
     counters = dict(line.split(": ") for line in lines)
     return {name: int(counters[name]) for name in ("rchar", "read_bytes", "write_bytes")}
@@ -50,7 +50,7 @@ def warm(files: Sequence[Path]) -> None:
 
 
 def cached_bytes(files: Sequence[Path]) -> int | None:
-    """Return the bytes of files that are in the page cache; ``None`` where util-linux's fincore is missing."""
+    """Return the bytes of files in the page cache; ``None`` where util-linux's fincore is missing."""
     if not files or shutil.which("fincore") is None:
         return None
     command = ["fincore", "--noheadings", "--bytes", "--output", "RES", *map(str, files)]
@@ -70,7 +70,7 @@ def limited(folder: Path, memory: int | None, read_rate: int | None) -> Iterator
     """Make groups with limits; gives the words to put before a command that shall run within them.
 
     Args:
-        folder: What is read lies on this disk.
+        folder: The files to read lie on its disk.
         memory: Bytes of memory and page cache together.
         read_rate: Bytes a second from that disk.
     """

@@ -11,7 +11,7 @@ from ghoststream.statistics import BoundaryReducer, HiddenStateSource, SumState
 
 @dataclass(frozen=True)
 class LoggedReducer(BoundaryReducer):
-    """The moments of boundaries; each range is a line ``pid start stop`` in the file ``log``, which decides no bit."""
+    """The moments of boundaries; ``log``, which decides no bit, gets a line ``pid start stop`` for each range."""
 
     log: str = ""
 

@@ -2,10 +2,13 @@
 
     python benchmarks/moments_methods.py METHOD STORE --work FOLDER --workers 2
 
-- ``ghoststream``: :func:`ghoststream.statistics.reduce` with partial states on disk, then the paper's operator.
-- ``blas``: numpy's dsyrk and dgemm on one block in memory again and again, one BLAS thread for each worker thread.
+- ``ghoststream``: :func:`ghoststream.statistics.reduce` with partial states on disk, then the paper's
+  operator.
+- ``blas``: numpy's dsyrk and dgemm on one block in memory again and again, one BLAS thread for each worker
+  thread.
 - ``dask-array``: ``X.T @ X`` and ``X.T @ (Y - X)`` of Dask arrays over the same Zarr, chunks of whole shards.
-- ``in-memory``: the paper's steps as one writes them: all activations at once in float64, one product each, solve.
+- ``in-memory``: the paper's steps as one writes them: all activations at once in float64, one product each,
+  solve.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/pass_method.py METHOD MODEL --ids FILE.npy --batches 4 --work FOLDER [--evict]
 
-Prints a line of JSON. Opening the model is the set-up, timed apart (``capture`` opens it within its time). The seconds and
-the bytes of the run itself are compared. ``check`` holds four numbers of the last hidden state, which must agree between
-methods.
+Prints a line of JSON. Opening the model is the set-up, timed apart (``capture`` opens it within its time).
+The seconds and the bytes of the run itself are compared. ``check`` holds four numbers of the last hidden
+state, which must agree between methods.
 
 Methods without the head:
 
@@ -13,8 +13,8 @@ Methods without the head:
 - ``resident``: transformers, weights in memory.
 - ``accelerate``: transformers with accelerate's disk offload of the layers, batch by batch.
 - ``airllm``: its hooks on the transformers model, batch by batch, prefetching on.
-- ``llm-compressor``: its sequential pipeline with an empty recipe and ``propagate_error=False``: one forward a layer and
-  batch, the layers offloaded to disk by compressed-tensors.
+- ``llm-compressor``: its sequential pipeline with an empty recipe and ``propagate_error=False``: one forward
+  a layer and batch, the layers offloaded to disk by compressed-tensors.
 - ``read-alone``: ghoststream's reader; nothing is computed.
 - ``compute-alone``: the pass with two layers kept in memory and used for all.
 

@@ -156,7 +156,7 @@ def _losses(passes: list[tuple[Any, list[Any]]], ids: Any, micro_batch: int) -> 
 
 
 def _reading(skeletons: list[Any]) -> dict[str, int]:
-    """Return what was read of the checkpoint, how big it is, and the part that is its embedding."""
+    """Return the bytes read of the checkpoint, those that it has, and those of its embedding."""
     first = skeletons[0]
     embedding = first.model.get_input_embeddings().weight
     return {

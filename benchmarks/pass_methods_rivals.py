@@ -1,4 +1,4 @@
-"""Other ways to bring batches through a model: resident, accelerate's disk offload, AirLLM, llm-compressor."""
+"""Rivals that bring batches through a model: resident, accelerate's disk offload, AirLLM, llm-compressor."""
 
 from __future__ import annotations
 

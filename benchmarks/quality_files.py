@@ -1,112 +1,77 @@
-"""Makes what the quality tables measure: stores, plans and operators, each once, in one folder."""
+"""The files behind the quality tables: stores, plans and operators, each made once, in one folder."""
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ghoststream.stages.searching.search import SEARCH_CRITERIA
-from quality_cells import DEFAULT, STORED, VARIANTS, Cell, Variant
+from quality_models import DEFAULT, IN_PASSES, STORED, PrunedModel
 
 import ghoststream as gs
 from ghoststream.progress import Progress
+from ghoststream.stages.select import runs_model
 
 LENGTH = 512
 
 
 @dataclass
-class Workshop:
-    """What was made so far lies in ``folder``, and is not made again.
+class WorkFolder:
+    """Files that were made so far lie in ``folder``, and are not made again.
 
     Attributes:
-        model: The checkpoint.
-        folder: Where everything is.
+        base: The checkpoint.
+        folder: Place of everything.
         texts: Calibration files by name, JSON lines or plain text.
-        progress: Who is told how far it is.
+        progress: Told how far it is.
     """
 
-    model: Path
+    base: Path
     folder: Path
     texts: dict[str, Path]
     progress: Progress
 
-    def operators(self, cell: Cell) -> Path:
-        """Return the operator file of a cell: the same one wherever the same layers are repaired in the same way."""
-        variant = VARIANTS[cell.variant]
-        plan = self.plan(cell)
+    def operators(self, model: PrunedModel) -> Path:
+        """Return the operator file of a model; models with the same layers and repair share it."""
+        plan = self.plan(model)
+        chosen = gs.Selection.load(plan)
         # A plan that was searched with `auto` says itself how its boundaries are repaired.
-        says_how = variant.operator == DEFAULT and json.loads(plan.read_text()).get("methods")
-        where = f"{cell.remove}-{cell.selection}" if says_how else _spans(plan)
-        name = f"{where}-{_plain(cell.variant)}"
-        if cell.ridge is not None:
-            variant = replace(variant, options=replace(variant.options, ridge=cell.ridge))
-            name = f"{name}-ridge-{cell.ridge:g}"
-        out = self._place("operators", cell, name, ".safetensors")
+        says_how = model.repair == DEFAULT and chosen.methods
+        spans = "+".join(f"{span.start}-{span.stop}" for span in chosen.plan.spans)
+        name = f"{f'{model.remove}-{model.criterion}' if says_how else spans}-{_plain(model.repair)}"
+        if model.ridge is not None:
+            name = f"{name}-ridge-{model.ridge:g}"
+        out = self._place("operators", model, name, ".safetensors")
         if not out.exists():
-            self._fit(cell, variant, plan, out)
+            gs.fit(plan, self._source_of_fit(model), out=out, method=model.method, progress=self.progress)
         return out
 
-    def plan(self, cell: Cell) -> Path:
-        """Return the plan file of a cell: found with the operator ``auto`` where the model is run repaired."""
-        chosen = replace(cell, sequences=cell.selected_with or cell.sequences)
-        out = self._place("plans", chosen, f"{cell.remove}-{cell.selection}", ".json")
-        if out.exists():
-            return out
-        if cell.selection in SEARCH_CRITERIA:
-            gs.search(
-                self.model,
-                cell.remove,
-                criterion=cell.selection,
-                out=out,
-                progress=self.progress,
-                **self._text(chosen),
-            )
-        else:
-            store = self._store(chosen)
-            gs.select(
-                store,
-                cell.remove,
-                criterion=cell.selection,
-                model=self.model,
-                out=out,
-                progress=self.progress,
-            )
+    def plan(self, model: PrunedModel) -> Path:
+        """Return the plan file of a model; criteria that run the model repaired use the operator ``auto``."""
+        chosen = replace(model, sequences=model.selected_with or model.sequences)
+        out = self._place("plans", chosen, f"{model.remove}-{model.criterion}", ".json")
+        if not out.exists():
+            in_passes = runs_model(model.criterion)
+            source = self._text_source(chosen) if in_passes else self._store_source(chosen)
+            search = gs.Search(criterion=model.criterion)
+            gs.select(model.remove, source, search=search, out=out, progress=self.progress)
         return out
 
-    def _fit(self, cell: Cell, variant: Variant, plan: Path, out: Path) -> None:
-        keywords: dict[str, Any] = {"out": out, "progress": self.progress}
-        if variant.operator == DEFAULT or variant.sequential or cell.sequences != STORED:
-            gs.fit(
-                self.model,
-                plan,
-                operator=variant.operator,
-                weights=variant.weights,
-                options=variant.options,
-                **keywords,
-                **self._text(cell),
-            )
-            return
-        gs.solve(
-            self._store(cell),
-            plan,
-            operator=variant.operator,
-            options=variant.options,
-            weights=variant.weights,
-            model=self.model,
-            **keywords,
-        )
+    def _source_of_fit(self, model: PrunedModel) -> gs.Source:
+        in_passes = model.repair in IN_PASSES or model.sequences != STORED
+        return self._text_source(model) if in_passes else self._store_source(model)
 
-    def _store(self, cell: Cell) -> Path:
-        store = self._place("stores", cell, "store", "")
-        gs.capture(self.model, store=store, progress=self.progress, **self._text(cell))
-        return store
+    def _text_source(self, model: PrunedModel) -> gs.Source:
+        return gs.Source(model=str(self.base), calibration=self._text(model))
 
-    def _text(self, cell: Cell) -> dict[str, Any]:
-        path = self._ordered(cell.calibration, cell.seed)
-        return {"calibration": f"file:{path}", "sequences": cell.sequences, "length": LENGTH}
+    def _store_source(self, model: PrunedModel) -> gs.Source:
+        store = self._place("stores", model, "store", "")
+        gs.capture(self.base, calibration=self._text(model), store=store, progress=self.progress)
+        return gs.Source(store=str(store), model=str(self.base))
+
+    def _text(self, model: PrunedModel) -> gs.Text:
+        path = self._ordered(model.calibration, model.seed)
+        return gs.Text(spec=f"file:{path}", sequences=model.sequences, length=LENGTH)
 
     def _ordered(self, name: str, seed: int) -> Path:
         """Return a calibration file with its documents in another order, the given one for seed 0."""
@@ -121,14 +86,11 @@ class Workshop:
             out.write_text("".join(lines), encoding="utf-8")
         return out
 
-    def _place(self, kind: str, cell: Cell, name: str, suffix: str) -> Path:
-        out = self.folder / kind / f"{cell.calibration}-{cell.sequences}-{cell.seed}" / f"{name}{suffix}"
+    def _place(self, kind: str, model: PrunedModel, name: str, suffix: str) -> Path:
+        fitted_on = f"{model.calibration}-{model.sequences}-{model.seed}"
+        out = self.folder / kind / fitted_on / f"{name}{suffix}"
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
-
-
-def _spans(plan: Path) -> str:
-    return "+".join(f"{start}-{stop}" for start, stop in json.loads(plan.read_text())["spans"])
 
 
 def _plain(name: str) -> str:

@@ -1,18 +1,18 @@
-"""The cells of the quality tables: what was removed by which rule, repaired how, fitted on what."""
+"""The models of the quality tables: layers removed by which criterion, repaired how, fitted on which text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 
 PAPER = "ghost"
 DEFAULT = "auto"
 JOINT = "hidden+mlp, sinks dropped"
 SEQUENTIAL = f"{JOINT}, sequential"
 PUBLISHED = "streamline-published"
-"""What the paper's published code chooses layers by; with :data:`PAPER` the rival of every table."""
+"""Criterion of the paper's published code; with :data:`PAPER` the published method, the rival of every table."""
 
 STREAMLINE, MEASURED = "streamline", "measured"
 
@@ -20,50 +20,45 @@ _DROP = "drop_sinks"
 _LS = "least-squares"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """How boundaries are fitted; ``operator`` may be ``auto``.
-
-    With ``sequential``, on the stream repaired so far in a pass of its own, not on the dense states of a store.
-    """
-
-    operator: str
-    weights: str = "uniform"
-    options: OperatorOptions = field(default_factory=OperatorOptions)
-    sequential: bool = False
+def _least_squares(**options: str | int | bool) -> Method:
+    """Return least squares with sinks dropped, and more options."""
+    return Method.make({"operator": _LS, "token_weights": _DROP, **options})
 
 
-VARIANTS: dict[str, Variant] = {
-    "pruned": Variant("none"),
-    PAPER: Variant("ghost"),
-    "ghost, svd": Variant("ghost", options=OperatorOptions(solver="svd")),
-    "ghost, per layer": Variant("ghost", options=OperatorOptions(per_layer=True)),
-    "ghost, sinks dropped": Variant("ghost", _DROP),
-    "ghost, relative": Variant("ghost", "relative"),
-    "least squares": Variant(_LS),
-    "least squares, sinks dropped": Variant(_LS, _DROP),
-    "least squares, sinks dropped, intercept": Variant(_LS, _DROP, OperatorOptions(intercept=True)),
-    "least squares, sinks dropped, towards zero": Variant(_LS, _DROP, OperatorOptions(shrink="zero")),
-    "least squares, sinks dropped, rank 144": Variant(_LS, _DROP, OperatorOptions(rank=144)),
-    "normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="normed")),
-    "hidden+normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="hidden+normed")),
-    "mlp, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp")),
-    "mlp_output, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp_output")),
-    JOINT: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp")),
-    SEQUENTIAL: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp"), sequential=True),
-    "diagonal": Variant("diagonal"),
-    "scalar": Variant("scalar"),
-    "symmetric": Variant("symmetric"),
-    "orthogonal": Variant("orthogonal"),
-    "LinearPatch, diagonal": Variant("linear-patch-diagonal"),
-    "LinearPatch, rotated": Variant("linear-patch-rotated"),
-    "Prune&Comp": Variant("prune-and-comp"),
-    "ReplaceMe, least squares": Variant("replace-me-ls"),
-    "ReplaceMe, least squares, sinks dropped": Variant("replace-me-ls", _DROP),
-    "ReplaceMe, cosine": Variant("replace-me-cosine"),
-    DEFAULT: Variant(DEFAULT),
+REPAIRS: dict[str, Method] = {
+    "pruned": Method(operator="none"),
+    PAPER: Method(operator="ghost"),
+    "ghost, svd": Method(operator="ghost", solver="svd"),
+    "ghost, per layer": Method(operator="ghost", per_layer=True),
+    "ghost, sinks dropped": Method(operator="ghost", token_weights=_DROP),
+    "ghost, relative": Method(operator="ghost", token_weights="relative"),
+    "least squares": Method(operator=_LS),
+    "least squares, sinks dropped": _least_squares(),
+    "least squares, sinks dropped, intercept": _least_squares(intercept=True),
+    "least squares, sinks dropped, towards zero": _least_squares(shrink="zero"),
+    "least squares, sinks dropped, rank 144": _least_squares(rank=144),
+    "normed, sinks dropped": _least_squares(features="normed"),
+    "hidden+normed, sinks dropped": _least_squares(features="hidden+normed"),
+    "mlp, sinks dropped": _least_squares(features="mlp"),
+    "mlp_output, sinks dropped": _least_squares(features="mlp_output"),
+    JOINT: _least_squares(features="hidden+mlp"),
+    SEQUENTIAL: _least_squares(features="hidden+mlp"),
+    "diagonal": Method(operator="diagonal"),
+    "scalar": Method(operator="scalar"),
+    "symmetric": Method(operator="symmetric"),
+    "orthogonal": Method(operator="orthogonal"),
+    "LinearPatch, diagonal": Method(operator="linear-patch-diagonal"),
+    "LinearPatch, rotated": Method(operator="linear-patch-rotated"),
+    "Prune&Comp": Method(operator="prune-and-comp"),
+    "ReplaceMe, least squares": Method(operator="replace-me-ls"),
+    "ReplaceMe, least squares, sinks dropped": Method(operator="replace-me-ls", token_weights=_DROP),
+    "ReplaceMe, cosine": Method(operator="replace-me-cosine"),
+    DEFAULT: Method(operator="auto"),
 }
 """Rows of the tables, in their order."""
+
+IN_PASSES = (SEQUENTIAL, DEFAULT)
+"""Repairs that are fitted in passes, on the stream repaired so far; the others are fitted from a store."""
 
 CRITERIA = (
     STREAMLINE,
@@ -80,13 +75,13 @@ CRITERIA = (
     "sleb",
     "prune-and-repair",
 )
-"""Of tier 2, beside those of tier 1."""
+"""Criteria of tier 2, beside those of tier 1."""
 
 CHOSEN_WITH = {"perplexity": 32, "taylor-plus": 32, "sleb": 8, "prune-and-repair": 16}
-"""Windows that those criteria choose with that run the whole text through every candidate, or go layer by layer."""
+"""Windows of the criteria that run the whole text through every candidate, or go layer by layer."""
 
 STORED = 128
-"""Windows of which a store is made; operators of fewer or more are fitted in a pass."""
+"""Windows of a store; operators of fewer or more are fitted in a pass."""
 
 SIZES = (8, 16, 32, 64, 128, 256)
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -94,23 +89,23 @@ SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Cell:
+class PrunedModel:
     """One model of the tables.
 
     Attributes:
-        remove: How many layers are removed.
-        selection: Name of a criterion.
-        variant: Name of one of :data:`VARIANTS`.
+        remove: Number of layers that are removed.
+        criterion: Chooses the layers.
+        repair: Name of one of :data:`REPAIRS`.
         calibration: Name of a calibration text.
         sequences: Windows of it.
-        seed: Which order its documents are in.
-        ridge: Relative ridge of least squares, in the place of the variant's.
-        selected_with: Windows that layers are chosen with, where it is not ``sequences``.
+        seed: Order of its documents.
+        ridge: Relative ridge of least squares, in the place of the repair's.
+        selected_with: Windows to choose layers with, where it is not ``sequences``.
     """
 
     remove: int
-    selection: str
-    variant: str
+    criterion: str
+    repair: str
     calibration: str = "c4"
     sequences: int = STORED
     seed: int = 0
@@ -119,51 +114,63 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What the cell is called in the file of figures."""
+        """Name of the model in the file of figures."""
         ridge = "" if self.ridge is None else f" ridge {self.ridge:g}"
         chosen = "" if self.selected_with is None else f" chosen with {self.selected_with}"
         fitted = f"{self.calibration} {self.sequences} seed {self.seed}{chosen}"
-        return f"{self.remove} by {self.selection}: {self.variant}{ridge} | {fitted}"
+        return f"{self.remove} by {self.criterion}: {self.repair}{ridge} | {fitted}"
+
+    @property
+    def method(self) -> Method:
+        """The options of its fit."""
+        method = REPAIRS[self.repair]
+        return method if self.ridge is None else method.model_copy(update={"ridge": self.ridge})
 
 
-def tier_one() -> Iterator[Cell]:
-    """Every operator, at the spans of the published code and of the formula, and at the one that is measured best."""
+def published_method(model: PrunedModel) -> PrunedModel:
+    """Return the rival of a model: the published method, for as many layers, fitted on the same text."""
+    same = {name: getattr(model, name) for name in ("calibration", "sequences", "seed")}
+    return PrunedModel(model.remove, PUBLISHED, PAPER, **same)
+
+
+def tier_one() -> Iterator[PrunedModel]:
+    """Every repair, at the spans of the published code, of the formula, and of the search that measures."""
     for remove in (9, 12, 6):
-        for selection in (PUBLISHED, STREAMLINE):
-            yield Cell(remove, selection, "pruned")
-            yield Cell(remove, selection, PAPER)
-        yield Cell(remove, MEASURED, PAPER)
-        yield Cell(remove, MEASURED, DEFAULT)
+        for criterion in (PUBLISHED, STREAMLINE):
+            yield PrunedModel(remove, criterion, "pruned")
+            yield PrunedModel(remove, criterion, PAPER)
+        yield PrunedModel(remove, MEASURED, PAPER)
+        yield PrunedModel(remove, MEASURED, DEFAULT)
     for remove in (9, 12, 6):
-        for variant in VARIANTS:
-            for selection in (PUBLISHED, STREAMLINE, MEASURED):
-                yield Cell(remove, selection, variant)
+        for repair in REPAIRS:
+            for criterion in (PUBLISHED, STREAMLINE, MEASURED):
+                yield PrunedModel(remove, criterion, repair)
 
 
-def tier_two() -> Iterator[Cell]:
+def tier_two() -> Iterator[PrunedModel]:
     """Other criteria, 3 layers, another calibration text, and the curves."""
     rows = ("pruned", PAPER, DEFAULT)
     for criterion in CRITERIA:
-        with_few = CHOSEN_WITH.get(criterion)
-        yield from (Cell(9, criterion, variant, selected_with=with_few) for variant in (*rows, SEQUENTIAL))
-    yield from (Cell(3, selection, variant) for selection in (PUBLISHED, MEASURED) for variant in rows)
+        few = CHOSEN_WITH.get(criterion)
+        yield from (PrunedModel(9, criterion, repair, selected_with=few) for repair in (*rows, SEQUENTIAL))
+    yield from (PrunedModel(3, criterion, repair) for criterion in (PUBLISHED, MEASURED) for repair in rows)
     for remove in (6, 9, 12):
-        for selection, variant in ((PUBLISHED, "pruned"), (PUBLISHED, PAPER), (MEASURED, DEFAULT)):
-            yield Cell(remove, selection, variant, calibration="wikitext")
-    base = Cell(9, MEASURED, "least squares, sinks dropped", selected_with=STORED)
+        for criterion, repair in ((PUBLISHED, "pruned"), (PUBLISHED, PAPER), (MEASURED, DEFAULT)):
+            yield PrunedModel(remove, criterion, repair, calibration="wikitext")
+    base = PrunedModel(9, MEASURED, "least squares, sinks dropped", selected_with=STORED)
     for size in SIZES:
-        for variant in ("least squares, sinks dropped", "ghost, sinks dropped", JOINT):
-            yield replace(base, variant=variant, sequences=size)
+        for repair in ("least squares, sinks dropped", "ghost, sinks dropped", JOINT):
+            yield replace(base, repair=repair, sequences=size)
     yield from (replace(base, ridge=ridge) for ridge in RIDGES)
 
 
-def tier_three() -> Iterator[Cell]:
-    """What the tasks are run on, over three orders of the calibration text."""
+def tier_three() -> Iterator[PrunedModel]:
+    """Models that the tasks are run on, over three orders of the calibration text."""
     for seed in SEEDS:
         for remove in (9, 6):
-            yield Cell(remove, PUBLISHED, "pruned", seed=seed)
-            yield Cell(remove, PUBLISHED, PAPER, seed=seed)
-            yield Cell(remove, MEASURED, DEFAULT, seed=seed)
+            yield PrunedModel(remove, PUBLISHED, "pruned", seed=seed)
+            yield PrunedModel(remove, PUBLISHED, PAPER, seed=seed)
+            yield PrunedModel(remove, MEASURED, DEFAULT, seed=seed)
 
 
 TIERS = {1: tier_one, 2: tier_two, 3: tier_three}

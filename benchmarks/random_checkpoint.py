@@ -3,8 +3,8 @@
     python benchmarks/random_checkpoint.py --preset 6gb [OUT]
     python benchmarks/random_checkpoint.py --preset 6gb --remove
 
-Token ids for calibration are written beside it (``ids.npy``), and a tokenizer of one word, without which some tools
-refuse a checkpoint.
+Token ids for calibration are written beside it (``ids.npy``), and a tokenizer of one word, without which some
+tools refuse a checkpoint.
 """
 
 from __future__ import annotations

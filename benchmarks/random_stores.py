@@ -1,4 +1,4 @@
-"""Activation stores of random states, written a few sequences at a time: one boundary, ``h[0]`` and ``h[1]``, in bfloat16."""
+"""Activation stores of random states: one boundary, ``h[0]`` and ``h[1]``, in bfloat16, a shard at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
 def mixed_states(folder: Path, n_tokens: int, hidden: int, length: int) -> Path:
-    """Write a store unless it is there: the second state is the first one, mixed by a map of rank 16, and noise.
+    """Write a store, unless it is there, whose second state is the first one and a map of it, of rank 16.
 
-    The scales of the channels fall from 10 to 0.01.
+    There is noise in the second one. The scales of the channels fall from 10 to 0.01.
     """
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(1, -2, hidden)
@@ -41,8 +41,8 @@ def decaying_states(
 ) -> Path:
     """Write a store whose features have singular values ``j^-decay``.
 
-    The gap is a linear map of the features with the same decay in other directions, plus noise that leaves a relative
-    residual of about ``residual``. Orthogonal maps are cosine transforms.
+    The gap is a linear map of the features with the same decay in other directions, plus noise that leaves a
+    relative residual of about ``residual``. Orthogonal maps are cosine transforms.
     """
     rng = np.random.default_rng(0)
     values = np.arange(1.0, hidden + 1) ** -decay

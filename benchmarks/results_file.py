@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a file whole or not at all; what JSON has no word for becomes text."""
+    """Write a file whole or not at all; values that JSON does not know become text."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1, default=str), encoding="utf-8")
     partial.replace(path)
@@ -19,7 +19,7 @@ class ResultsFile:
 
     Args:
         path: The file. One that was measured with other settings is set aside as ``.old.json``.
-        settings: What all runs have in common.
+        settings: Common to all runs.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:

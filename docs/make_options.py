@@ -37,13 +37,14 @@ name in all three. The command line writes it with hyphens:
 | --- | --- | --- |
 | `--token-weights drop_sinks` | `Method(token_weights="drop_sinks")` | `method: {token_weights: drop_sinks}` |
 
-Unknown fields are refused, and so is an option that would not be used. Which settings suit which purpose is in
-[settings](settings.md).
+Unknown fields are refused, and so is an option that would not be used. [Settings](settings.md) says which
+settings suit which purpose.
 """
 JOB = """
 ## Pipeline file
 
-Python: `ghoststream.Recovery`. The command `ghoststream run` reads it, and `ghoststream recover` builds one.
+Python: `ghoststream.Recovery`. `ghoststream run` reads one, and
+`ghoststream recover` builds one.
 
 | field | default | meaning |
 | --- | --- | --- |

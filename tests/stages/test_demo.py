@@ -56,8 +56,8 @@ def test_the_figures_are_those_of_the_checkpoints_that_it_wrote(small_demo: Path
     assert report.published.chosen_by == demo_stage.PUBLISHED[0]
     assert report.recovery.chosen_by == "measured"
     tokenizer = AutoTokenizer.from_pretrained(small_demo)
-    text = Text(spec="python-docs", sequences=4, length=32, part="heldout")
-    held_out = prepare_tokens(text, tokenizer)
+    others = Text(spec="python-docs", sequences=4, length=32, part="heldout")
+    held_out = prepare_tokens(others, tokenizer)
     ids = torch.from_numpy(held_out.ids).long()
     losses = {}
     for what in WHAT:

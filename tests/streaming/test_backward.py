@@ -282,10 +282,11 @@ def test_what_cannot_be_done_is_refused(
         streamed(tiny_llama, ids, mask, gradients=Collected(), dtype=torch.float16)
     with pytest.raises(RequestError, match="ends before layer 3"):
         streamed(tiny_llama, ids, mask, gradients=Collected(), options=PassOptions(last_layer=3))
+    bare: Any = {Span(1, 2): lambda states: states}
     with pytest.raises(
         RequestError, match=r"map at \[1,2\) of this pass is a function and no BoundaryMap; wrap"
     ):
-        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): lambda states: states}))
+        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, bare))
     for kind, says in ((Fitted, "is fitted while a pass runs"), (Tapped, "reads the layer before it")):
         with pytest.raises(RequestError, match=rf"map at \[1,2\) {says}: it cannot be differentiated"):
             streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): kind()}))

@@ -115,11 +115,9 @@ def test_recover_has_the_fields_of_a_recovery_itself() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_words_a_field_of_its_own(command: str) -> None:
+    groups: list[type[Options]] = [*GROUPS.values(), Training, Recovery]
     declared = [
-        (name, field)
-        for group in (*GROUPS.values(), Training, Recovery)
-        for name, field in group.model_fields.items()
-        if name != "spec"
+        (name, field) for group in groups for name, field in group.model_fields.items() if name != "spec"
     ]
     specs = ("calibration", "text")
     for name, option in _options(command).items():

@@ -15,7 +15,7 @@ import yaml
 
 import ghoststream as gs
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.options import Recovery
+from ghoststream.options import Options, Recovery
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.text.prepare import prepare_tokens
@@ -90,8 +90,8 @@ def test_command_file_and_python_give_the_same_bytes(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(request), encoding="utf-8")
     succeed("run", tmp_path / "job.yaml", "--out", tmp_path / "file")
     gs.run(Recovery.make(request), tmp_path / "python")
-    groups = {"search": gs.Search, "method": gs.Method, "compute": gs.Compute}
-    given = {name: group.make(parts[name]) for name, group in groups.items() if name in parts}
+    groups: dict[str, type[Options]] = {"search": gs.Search, "method": gs.Method, "compute": gs.Compute}
+    given: dict[str, Any] = {name: group.make(parts[name]) for name, group in groups.items() if name in parts}
     calibration = gs.Text.make(request["calibration"])
     gs.recover(
         tiny_llama, remove=parts["remove"], calibration=calibration, out=tmp_path / "function", **given

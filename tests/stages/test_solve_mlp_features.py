@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ghoststream.stages.solve import solve
 from torch import nn
 
 import ghoststream
@@ -23,7 +24,6 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.lanes import operator_lane
 from ghoststream.stages.recover import recover
-from ghoststream.stages.solve import solve
 from ghoststream.statistics import Feature, ModelFacts, register_feature
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.conformance import load_resident

@@ -18,7 +18,7 @@ _BLOCK_BYTES = 4 * 2**20
 
 
 def io_counters() -> dict[str, int]:
-    """Return this process's bytes: ``rchar`` (asked with read calls), ``read_bytes`` (from the disk), ``write_bytes``."""
+    """Return bytes of this process: ``rchar`` (by read calls), ``read_bytes`` and ``write_bytes`` (disk)."""
     lines = Path("/proc/self/io").read_text().splitlines()
     counters = dict(line.split(": ") for line in lines)
     return {name: int(counters[name]) for name in ("rchar", "read_bytes", "write_bytes")}
@@ -61,7 +61,7 @@ def cached_bytes(files: Sequence[Path]) -> int | None:
 def limits_reason() -> str | None:
     """Say why a limit cannot be set here; ``None`` where it can."""
     if not (_GROUPS / "memory" / "memory.limit_in_bytes").exists():
-        return "needs control groups version 1; on version 2 run the whole script under systemd-run -p MemoryMax="
+        return "needs control groups version 1; on version 2 run the script under systemd-run -p MemoryMax="
     return None if os.geteuid() == 0 else "needs root"
 
 

@@ -11,7 +11,7 @@ from ghoststream.statistics import BoundaryReducer, HiddenStateSource, SumState
 
 @dataclass(frozen=True)
 class LoggedReducer(BoundaryReducer):
-    """The moments of boundaries; ``log``, which decides no bit, gets a line ``pid start stop`` for each range."""
+    """The moments of boundaries; ``log`` gets a line ``pid start stop`` a range, and decides no bit."""
 
     log: str = ""
 

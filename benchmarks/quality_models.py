@@ -12,7 +12,7 @@ DEFAULT = "auto"
 JOINT = "hidden+mlp, sinks dropped"
 SEQUENTIAL = f"{JOINT}, sequential"
 PUBLISHED = "streamline-published"
-"""Criterion of the paper's published code; with :data:`PAPER` the published method, the rival of every table."""
+"""Criterion of the paper's published code; with :data:`PAPER` the published method, the rival everywhere."""
 
 STREAMLINE, MEASURED = "streamline", "measured"
 

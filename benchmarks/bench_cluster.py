@@ -34,8 +34,10 @@ from bench_moments import make_store
 from contest import Runs
 from logged_reducer import LoggedReducer
 
+from ghoststream.options import Reduction
 from ghoststream.spans import Span
-from ghoststream.statistics.reduction import reduce_spans
+from ghoststream.statistics.reduction import reduce as reduce_store
+from ghoststream.statistics.reduction import store_ranges
 from ghoststream.statistics.sums import SumState
 
 _HERE = Path(__file__).parent
@@ -99,10 +101,12 @@ def reduce(store: Path, work: Path, scheduler: str | None) -> dict[str, Any]:
     """Reduce the boundary and return seconds and the digest of all bits."""
     begun = time.perf_counter()
     reducer = LoggedReducer((_SPAN,), log=str(work / "ranges.log"))
-    states = reduce_spans(str(store), reducer, scheduler=scheduler, workers=1, workdir=work / "partial")
+    reduction = Reduction(scheduler=scheduler, workers=1)
+    ranges = store_ranges(str(store))
+    moments = reduce_store(str(store), reducer, ranges, reduction, workdir=work / "partial")
     seconds = time.perf_counter() - begun
     digest = hashlib.sha256()
-    for state in states[_SPAN]:
+    for state in moments[_SPAN].states:
         whole = SumState.load(state) if isinstance(state, Path) else state
         for name in sorted(whole.arrays):
             digest.update(whole.arrays[name].data)

@@ -22,17 +22,17 @@ from markdown_tables import markdown_table
 
 import ghoststream as gs
 from ghoststream.errors import GhoststreamError
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 
-REPAIRS: dict[str, tuple[str, OperatorOptions]] = {
-    "pruned": ("none", OperatorOptions()),
-    "least squares on mlp, absorbed": ("least-squares", OperatorOptions(features="mlp")),
-    "ghost (the paper)": ("ghost", OperatorOptions()),
+REPAIRS: dict[str, tuple[str, Method]] = {
+    "pruned": ("none", Method()),
+    "least squares on mlp, absorbed": ("least-squares", Method(features="mlp")),
+    "ghost (the paper)": ("ghost", Method()),
     "least squares on hidden+mlp, half of it absorbed": (
         "least-squares",
-        OperatorOptions(features="hidden+mlp"),
+        Method(features="hidden+mlp"),
     ),
-    "least squares on hidden+normed": ("least-squares", OperatorOptions(features="hidden+normed")),
+    "least squares on hidden+normed": ("least-squares", Method(features="hidden+normed")),
 }
 _DENSE = "dense"
 

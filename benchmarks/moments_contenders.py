@@ -1,6 +1,6 @@
 """One contender of ``bench_moments.py``, in a process of its own: prints one JSON object.
 
-- ``ghoststream``: :func:`reduce_boundaries` with partial states on disk, then the paper's operator.
+- ``ghoststream``: :func:`ghoststream.statistics.reduce` with partial states on disk, then the paper's operator.
 - ``blas``: both products of one block in memory again and again, one BLAS thread for each worker thread: numpy's dsyrk and
   dgemm on whole matrices, and nothing else.
 - ``dask-array``: ``X.T @ X`` and ``X.T @ (Y - X)`` of Dask arrays over the same Zarr, chunks of whole shards.
@@ -30,17 +30,19 @@ Work = Callable[[argparse.Namespace], dict[str, Any]]
 
 def ghoststream(options: argparse.Namespace) -> dict[str, Any]:
     from ghoststream.operators import make_operator
+    from ghoststream.options import Method, Reduction
     from ghoststream.spans import Span
-    from ghoststream.statistics import open_source, reduce_boundaries
-    from ghoststream.statistics.boundary import BoundaryReducer
+    from ghoststream.statistics import BoundaryReducer, open_source, reduce, store_ranges
 
     span = Span(*SPAN)
     options.work.mkdir(parents=True)
     begun = time.perf_counter()
-    moments = reduce_boundaries(str(options.store), [span], workers=options.workers, workdir=options.work)
+    store = str(options.store)
+    reduction = Reduction(workers=options.workers)
+    moments = reduce(store, BoundaryReducer((span,)), store_ranges(store), reduction, workdir=options.work)
     seconds = time.perf_counter() - begun
     peak = options.memory.above_baseline_bytes
-    operator = make_operator("ghost").fit(moments[span])
+    operator = make_operator(Method(operator="ghost")).fit(moments[span])
     whole = time.perf_counter() - begun
     source = open_source(str(options.store))
     task = BoundaryReducer((span,)).task_bytes(source.hidden, source.length)

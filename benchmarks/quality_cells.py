@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ghoststream.operators import OperatorOptions
+from ghoststream.options import Method
 
 PAPER = "ghost"
 DEFAULT = "auto"
@@ -29,28 +29,28 @@ class Variant:
 
     operator: str
     weights: str = "uniform"
-    options: OperatorOptions = field(default_factory=OperatorOptions)
+    options: Method = field(default_factory=Method)
     sequential: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
     "pruned": Variant("none"),
     PAPER: Variant("ghost"),
-    "ghost, svd": Variant("ghost", options=OperatorOptions(solver="svd")),
-    "ghost, per layer": Variant("ghost", options=OperatorOptions(per_layer=True)),
+    "ghost, svd": Variant("ghost", options=Method(solver="svd")),
+    "ghost, per layer": Variant("ghost", options=Method(per_layer=True)),
     "ghost, sinks dropped": Variant("ghost", _DROP),
     "ghost, relative": Variant("ghost", "relative"),
     "least squares": Variant(_LS),
     "least squares, sinks dropped": Variant(_LS, _DROP),
-    "least squares, sinks dropped, intercept": Variant(_LS, _DROP, OperatorOptions(intercept=True)),
-    "least squares, sinks dropped, towards zero": Variant(_LS, _DROP, OperatorOptions(shrink="zero")),
-    "least squares, sinks dropped, rank 144": Variant(_LS, _DROP, OperatorOptions(rank=144)),
-    "normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="normed")),
-    "hidden+normed, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="hidden+normed")),
-    "mlp, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp")),
-    "mlp_output, sinks dropped": Variant(_LS, _DROP, OperatorOptions(features="mlp_output")),
-    JOINT: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp")),
-    SEQUENTIAL: Variant(_LS, _DROP, OperatorOptions(features="hidden+mlp"), sequential=True),
+    "least squares, sinks dropped, intercept": Variant(_LS, _DROP, Method(intercept=True)),
+    "least squares, sinks dropped, towards zero": Variant(_LS, _DROP, Method(shrink="zero")),
+    "least squares, sinks dropped, rank 144": Variant(_LS, _DROP, Method(rank=144)),
+    "normed, sinks dropped": Variant(_LS, _DROP, Method(features="normed")),
+    "hidden+normed, sinks dropped": Variant(_LS, _DROP, Method(features="hidden+normed")),
+    "mlp, sinks dropped": Variant(_LS, _DROP, Method(features="mlp")),
+    "mlp_output, sinks dropped": Variant(_LS, _DROP, Method(features="mlp_output")),
+    JOINT: Variant(_LS, _DROP, Method(features="hidden+mlp")),
+    SEQUENTIAL: Variant(_LS, _DROP, Method(features="hidden+mlp"), sequential=True),
     "diagonal": Variant("diagonal"),
     "scalar": Variant("scalar"),
     "symmetric": Variant("symmetric"),

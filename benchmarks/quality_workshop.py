@@ -42,7 +42,7 @@ class Workshop:
         where = f"{cell.remove}-{cell.selection}" if says_how else _spans(plan)
         name = f"{where}-{_plain(cell.variant)}"
         if cell.ridge is not None:
-            variant = replace(variant, options=replace(variant.options, ridge=cell.ridge))
+            variant = replace(variant, options=variant.options.model_copy(update={"ridge": cell.ridge}))
             name = f"{name}-ridge-{cell.ridge:g}"
         out = self._place("operators", cell, name, ".safetensors")
         if not out.exists():

@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float64]
 METADATA_KEY = "ghoststream"
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32"}
 
-_GIVE_OPERATORS = "give the file that `ghoststream solve` wrote, or solve again"
+_GIVE_OPERATORS = "give the file that `ghoststream fit` wrote, or fit again"
 _REDUCE_AGAIN = "delete it and run the command again"
 
 

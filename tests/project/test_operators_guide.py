@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.operators import operator_names
-from ghoststream.options import Method
 from ghoststream.statistics import feature_names, token_weight_names
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.integration
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
@@ -35,14 +34,17 @@ def test_the_code_of_the_guide_runs(tmp_path: Path) -> None:
     exec(compile(code, str(GUIDE), "exec"), {"__name__": "guide"})
     states = random_states(3, (8, 6, 5))
     uri = store_of(tmp_path / "store", states)
-    made = solve(uri, "1:2", operator="mean-gap", weights="second-half", out=tmp_path / "mean.safetensors")
+    made = fit(
+        "1:2", store=uri, operator="mean-gap", token_weights="second-half", out=tmp_path / "mean.safetensors"
+    )
     x, y = (states[layer][:, 3:].reshape(-1, 5).astype(np.float64) for layer in (1, 2))
     np.testing.assert_allclose(made.boundaries[0].apply(x), x + (y - x).mean(0), rtol=1e-5)
-    fitted = solve(
-        uri,
+    fitted = fit(
         "1:2",
+        store=uri,
         operator="least-squares",
-        options=Method(features="magnitudes", ridge=0.0),
+        features="magnitudes",
+        ridge=0.0,
         out=tmp_path / "o.safetensors",
     )
     x, y = (states[layer].reshape(-1, 5).astype(np.float64) for layer in (1, 2))

@@ -203,7 +203,7 @@ def test_the_command_line_passes_every_option_on(tiny_llama: Path, tmp_path: Pat
     recovered = load_recovered(tmp_path / "out")
     assert recovered is not None
     assert recovered.operators.boundaries[0].features == "hidden+normed"
-    assert recovered.operators.metadata["recipe"]["weights"] == "drop_sinks"
+    assert recovered.operators.metadata["recipe"]["token_weights"] == "drop_sinks"
     assert "drop_sinks" in (tmp_path / "out" / "README.md").read_text()
     store = tmp_path / "out.work" / "store"
     assert (tmp_path / "out.work" / "least-squares-hidden+normed-drop_sinks-1-3.safetensors").is_file()

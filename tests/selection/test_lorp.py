@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ghoststream.errors import NumericsError
 from ghoststream.selection import lorp
 from ghoststream.spans import Span
-from ghoststream.stages.select import select
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.requests import select
 
 pytestmark = pytest.mark.unit
 Array = npt.NDArray[np.float64]
@@ -158,7 +158,7 @@ def test_two_phases_of_a_model_are_pruned_apart(tmp_path: Path) -> None:
     states = [phases[int(i > 4)] + s * rng.standard_normal(shape) for i, s in enumerate(spread)]
     states.append(rng.standard_normal(shape))
     uri = store_of(tmp_path / "store", states, mask=mask)
-    result = select(uri, 2, criterion="lorp")
+    result = select(2, store=uri, criterion="lorp")
     rows = np.stack(states[:9])[:, mask].astype(np.float32).astype(np.float64)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     table = np.einsum("itc,jtc->ij", rows, rows) / mask.sum()
@@ -177,12 +177,12 @@ def test_a_store_whose_layers_oppose_each_other_has_a_file_too(tmp_path: Path) -
     first = random_states(1, (2, 3, 4))[0]
     uri = store_of(tmp_path / "store", [first, -first, -first, first, first])
     out = tmp_path / "plan.json"
-    result = select(uri, 1, criterion="lorp", out=out)
+    result = select(1, store=uri, criterion="lorp", out=out)
     assert result.details["representation_locality"] is None
-    assert select(uri, 1, criterion="lorp", out=out) == result
+    assert select(1, store=uri, criterion="lorp", out=out) == result
 
 
 def test_an_empty_mask_is_refused(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(4, (2, 3, 4)), mask=np.zeros((2, 3), dtype=bool))
     with pytest.raises(NumericsError, match="no token of the store counts"):
-        select(uri, 1, criterion="lorp")
+        select(1, store=uri, criterion="lorp")

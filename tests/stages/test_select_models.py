@@ -111,7 +111,7 @@ def test_the_command_prints_scores_and_details(bench: Bench, tmp_path: Path) -> 
         plan,
     )
     found = data(*arguments)
-    assert found["details"]["weights"] == "drop_sinks"
+    assert found["details"]["token_weights"] == "drop_sinks"
     assert len(found["details"]["explained_gap"]) == len(found["scores"]) == 3
     assert data(*arguments) == found == json.loads(plan.read_text())
     shown = succeed("inspect", plan).stdout

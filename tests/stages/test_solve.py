@@ -94,7 +94,7 @@ def test_the_file_says_what_it_is_and_a_second_run_changes_nothing(
     assert (again.kind, again.plan, again.hidden) == (operator, PLAN, SHAPE[2])
     assert again.metadata["base"] == open_source(uri).fingerprint["checkpoint"]
     assert again.metadata["recipe"]["ridge"] == (1e-6 if operator == "ghost" else None)
-    assert again.metadata["recipe"]["weights"] == "uniform"
+    assert again.metadata["recipe"]["token_weights"] == "uniform"
     for key in ("relative_residual", "relative_residual_out_of_sample", "r2", "n_tokens"):
         assert all(diagnostics[key] is not None for diagnostics in again.diagnostics.values())
 

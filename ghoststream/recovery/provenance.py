@@ -193,8 +193,8 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
         raise ArtifactError(msg) from error
     if changed:
         msg = (
-            f"{folder} holds the recovered checkpoint of another request (not the same {', '.join(sorted(changed))});"
-            " choose another place, or move it away"
+            f"{folder} holds the recovered checkpoint of another request (not the same "
+            f"{', '.join(sorted(changed))}); choose another place, or move it away"
         )
         raise OutputExistsError(msg)
     if missing:

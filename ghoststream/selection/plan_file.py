@@ -24,11 +24,12 @@ class Selection:
         plan: The layers to remove.
         criterion: What chose them; empty where a user did.
         meaning: What the figures of the candidates say.
-        candidates: JSON data of every candidate, ``spans`` and whether it was ``chosen``. Where it was scored, in order of
-            layers, its ``score``. Where it was measured, best first, its ``loss``, ``gap`` (loss above the dense model's), the
-            ``gap_standard_error``, and how it was repaired.
+        candidates: JSON data of every candidate, ``spans`` and whether it was ``chosen``. Where it was
+            scored, in order of layers, its ``score``. Where it was measured, best first, its ``loss``,
+            ``gap`` (loss above the dense model's), the ``gap_standard_error``, and how it was repaired.
         methods: How each boundary is to be repaired, as it was measured; empty where nothing was repaired.
-        dense_loss: Loss of the dense model on the sequences that were measured on; None where nothing was measured.
+        dense_loss: Loss of the dense model on the sequences that were measured on; None where nothing was
+            measured.
         passes: Passes over the weights that it took.
         recipe: What decides all of it.
         details: What else the criterion saw, as JSON data.

@@ -1,12 +1,14 @@
 """Run commands of the command line again and again, killed at one operation after the other.
 
-``python command_killer.py ROOT CHOICE JOBS``: JOBS is a JSON object of argument lists. Each command runs in processes
-of its own (forked, so that the libraries are imported once), each in its own folder under ROOT, which takes the place
-of ``{work}`` in the arguments. First undisturbed; then for each chosen operation once until SIGKILL strikes before it,
-and once more to the end. CHOICE is ``{"every": N, "first": M}``, or ``{"count": N}`` for so many operations of each kind and stage.
+``python command_killer.py ROOT CHOICE JOBS``: JOBS is a JSON object of argument lists. Each command runs in
+processes of its own (forked, so that the libraries are imported once), each in its own folder under ROOT,
+which takes the place of ``{work}`` in the arguments. First undisturbed; then for each chosen operation once
+until SIGKILL strikes before it, and once more to the end. CHOICE is ``{"every": N, "first": M}``, or
+``{"count": N}`` for so many operations of each kind and stage.
 
-Operations are layers of a pass, closing of scratch files for its states, writes of zarr and of checkpoint shards (killed when half of it is written), renames,
-removals and syncs. Prints one JSON object: for each job the files and the layers that each run left and computed.
+Operations are layers of a pass, closing of scratch files for its states, writes of zarr and of checkpoint
+shards (killed when half of it is written), renames, removals and syncs. Prints one JSON object: for each job
+the files and the layers that each run left and computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Measure the peak anonymous memory of stages, each in a process of its own; run by test_memory.
 
-``python memory_driver.py WORK`` makes the models under WORK, forks a process for each measurement (so that libraries are
-imported once), and prints one JSON object: the sizes that the bounds are made of, and bytes above what was there before.
+``python memory_driver.py WORK`` makes the models under WORK, forks a process for each measurement (so that
+libraries are imported once), and prints one JSON object: the sizes that the bounds are made of, and bytes
+above what was there before.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from tests.helpers.resident_taps import LLAMA, MODULES
 pytestmark = pytest.mark.integration
 L, C, INTERMEDIATE, T = 6, 32, 64, 20
 PLAN = PruningPlan.parse(L, "2:3 4:6")
-# Where attention and MLP are side by side, where weights lie the other way round, where there is a multiplier, a bias.
+# Where attention and MLP are side by side, where weights lie the other way round, where there is a
+# multiplier, a bias.
 ARCHITECTURES = ("llama", "gpt2", "granite", "phi", "falcon", "opt")
 WITH_BIAS = ("gpt2", "phi", "opt")
 WIDE = {"falcon": 4 * C}

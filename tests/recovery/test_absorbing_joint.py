@@ -249,7 +249,8 @@ def test_what_cannot_be_absorbed_is_refused(tiny_checkpoint: Callable[[str], Pat
 def test_what_rounding_would_undo_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     root, out = tiny_checkpoint("llama"), tmp_path / "out"
     drawn = draw(PruningPlan.parse(L, "4:6"))
-    # I + A has equal rows but for 2 / 1000: what is absorbed into the first two channels grows a thousandfold.
+    # I + A has equal rows but for 2 / 1000: what is absorbed into the first two channels grows a
+    # thousandfold.
     weight = np.array(drawn.boundaries[0].weight)
     weight[:, :C], weight[2:, C:] = 0, 0
     weight[:2, :2] = [[0, 1], [1, 0.002]]

@@ -344,9 +344,9 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     expected, out = tmp_path / "expected", tmp_path / "out"
     fit(store, folder, expected, "mlp")
     script = (
-        "import sys; from ghoststream import Method, Search, Source, fit\n"
-        "fit('2:4 5:6', Source(store=sys.argv[1], model=sys.argv[2]), search=Search(folds=3), out=sys.argv[3],"
-        " method=Method(operator='least-squares', features='mlp', ridge=1e-3))"
+        "import sys; from ghoststream import Method, Search, Source, fit\nfit('2:4 5:6', "
+        "Source(store=sys.argv[1], model=sys.argv[2]), search=Search(folds=3), out=sys.argv[3], "
+        "method=Method(operator='least-squares', features='mlp', ridge=1e-3))"
     )
     command = [sys.executable, "-c", script, str(store), str(folder), str(out)]
     with subprocess.Popen(command) as process:

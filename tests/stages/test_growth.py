@@ -54,7 +54,8 @@ def test_spans_that_cost_least_alone_are_added_first() -> None:
     alone = {Span(1, 3): 0.5, Span(2, 4): 0.3, Span(4, 6): 0.2, Span(5, 7): 0.1, Span(6, 8): 0.4}
     plans = {PruningPlan.parse(9, "2:4"): 0.3, PruningPlan.parse(9, "5:7"): 0.1}
     pairs = [str(plan) for plan in extended(plans, 2, alone)]
-    # 5:7 with 2:4 is found from either, at 0.1 + 0.3; then 5:7 with 1:3 (0.6), 2:4 with 4:6 (0.5), 2:4 with 6:8 (0.7).
+    # 5:7 with 2:4 is found from either, at 0.1 + 0.3; then 5:7 with 1:3 (0.6), 2:4 with 4:6 (0.5), 2:4 with
+    # 6:8 (0.7).
     assert pairs[0] == "[2,4) [5,7)"
     assert pairs.index("[2,6)") < pairs.index("[1,3) [5,7)") < pairs.index("[2,4) [6,8)")
     single = extended({PruningPlan.parse(9, "2:4"): 0.3}, 1, alone)

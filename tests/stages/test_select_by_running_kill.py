@@ -21,8 +21,8 @@ S, T, LANES = 8, 16, 2
 # Plans of four layers but the first and the last, two a pass; both boundaries of a plan, one a pass.
 PASSES = {"select": 2, "fit": 2}
 
-# Kills itself before or after its n-th rename, or when it would give its lock back. Each pass ends with a rename, and
-# the result is the last.
+# Kills itself before or after its n-th rename, or when it would give its lock back. Each pass ends with a
+# rename, and the result is the last.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path

@@ -69,7 +69,7 @@ def test_gradients_take_two_layers_and_those_of_one(tmp_path: Path) -> None:
     figures = json.loads(done.stdout)
     few, many = figures["peaks"]
     assert figures["checkpoint"] > 2 * figures["limit"]
-    # 2.5 layers, the gradients of one, four forwards of 128 tokens: 55 of 124 MiB. The states of six more sequences, once
-    # a layer, would be 8 MiB more.
+    # 2.5 layers, the gradients of one, four forwards of 128 tokens: 55 of 124 MiB. The states of six more
+    # sequences, once a layer, would be 8 MiB more.
     assert few < figures["limit"] + _SLACK, figures
     assert many - few < _SLACK, figures

@@ -36,11 +36,11 @@ def fit_in_passes(
 ) -> OperatorSet:
     """Fit the operators of a plan one after another, in one pass over a model and without a store.
 
-    See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does; otherwise in each of
-    the ways of :data:`~ghoststream.stages.choosing.auto.METHODS` (behind another boundary
-    :data:`~ghoststream.stages.choosing.auto.LATER_METHODS`), of which the one is taken that leaves the lowest loss on held-out
-    windows: a pass more for each span. Then all windows serve to fit. Nothing is kept of a run that is killed but the figures of
-    ``auto``.
+    See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does;
+    otherwise in each of the ways of :data:`~ghoststream.stages.choosing.auto.METHODS` (behind another
+    boundary :data:`~ghoststream.stages.choosing.auto.LATER_METHODS`), of which the one is taken that leaves
+    the lowest loss on held-out windows: a pass more for each span. Then all windows serve to fit. Nothing is
+    kept of a run that is killed but the figures of ``auto``.
 
     Raises:
         RequestError: If options cannot be honoured, or the text gives too little to hold some out.
@@ -50,8 +50,8 @@ def fit_in_passes(
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         NumericsError: If a state or a solution is not finite.
 
-    Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what the operator's
-    ``cost`` states for one boundary; while ``auto`` measures, that of
+    Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what
+    the operator's ``cost`` states for one boundary; while ``auto`` measures, that of
     :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
     """
     repair = _known_repair(selection, named_method(method))

@@ -29,8 +29,8 @@ def select_from_store(
 ) -> Selection:
     """Choose layers by a criterion that reads a store; see :func:`ghoststream.select`.
 
-    What ``residual`` gathers is kept beside ``out`` until that is written: a killed run repeats at most one range of sequences,
-    or one candidate.
+    What ``residual`` gathers is kept beside ``out`` until that is written: a killed run repeats at most one
+    range of sequences, or one candidate.
 
     Raises:
         RequestError: If the criterion is unknown, cannot remove so many layers or needs a model.

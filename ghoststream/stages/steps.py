@@ -133,7 +133,9 @@ class Steps:
         elif self._runs_model:
             rule, _ = check_search(skeleton.n_layers, self.n_removed, search, method)
             if not rule.repairs and method.operator not in (None, AUTO):
-                because = f"the criterion {search.criterion} measures on all windows, and an operator is named"
+                because = (
+                    f"the criterion {search.criterion} measures on all windows, and an operator is named"
+                )
                 search.refuse(("held_out",), because)
         else:
             name = require_criterion(str(search.criterion), runs_model=False)

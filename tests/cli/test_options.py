@@ -237,7 +237,9 @@ def test_the_help_lists_the_criteria_there_are() -> None:
 def test_the_help_lists_the_features_there_are() -> None:
     first, rest = _text(Method, "features")
     plain = re.sub(r" ?\([^)]*\)", "", rest)
-    named = {name for one in re.split(r"[;,.]| or | which ", plain) if (name := one.strip()) and " " not in name}
+    named = {
+        name for one in re.split(r"[;,.]| or | which ", plain) if (name := one.strip()) and " " not in name
+    }
     there = _own(feature_names(), get_feature)
     assert named == there
     assert set(re.split(r", | or ", re.findall(r"e\.g\. ([^.]+)\.", first)[0])) <= there

@@ -11,7 +11,9 @@ from pathlib import Path
 from tests.helpers.command_bench import REPOSITORY
 
 
-def install_package(folder: Path, name: str, code: str, entry_points: Mapping[str, Mapping[str, str]]) -> None:
+def install_package(
+    folder: Path, name: str, code: str, entry_points: Mapping[str, Mapping[str, str]]
+) -> None:
     """Put a package of one module where Python finds it once the folder is on its path.
 
     Args:

@@ -76,9 +76,7 @@ def _request(model: Path, ids: str, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,21 +178,33 @@ UNUSED: tuple[tuple[object, ...], ...] = (
     ),
     (*RECOVER, "--remove", 2, *GHOST, "--workers", 2),
     (*RECOVER, "--remove", 2, "--criterion", "prune-and-repair", "--candidates", 3),
-    (*RECOVER, "--remove", 2, "--criterion", "prune-and-repair", "--beam", 3),
+    (*RECOVER, "--remove", 2, "--criterion", "perplexity", "--beam", 3),
     (*RECOVER, "--remove", 2, "--criterion", "sleb", *GHOST, "--held-out", 3),
     (*RECOVER, "--remove", 2, "--criterion", "taylor", "--lanes", 3),
     *((*RECOVER, "--remove", "1:3", *option) for option in (("--beam", 2), ("--criterion", "sleb"))),
-    *((*RECOVER, "--remove", "1:3", "--operator", "auto", option, 3) for option in ("--max-spans", "--lanes")),
+    *(
+        (*RECOVER, "--remove", "1:3", "--operator", "auto", option, 3)
+        for option in ("--max-spans", "--lanes")
+    ),
     *((*RECOVER, "--remove", "1:3", *GHOST, option, 3) for option in ("--candidates", "--held-out")),
     (*RECOVER, "--remove", "1:3", "--operator", "auto", "--store", "{out}.store"),
     (*RECOVER, "--remove", "1:3", *GHOST, "--inputs", "dense", "--store", "{out}.store"),
-    *((*RECOVER, *STREAMLINE, *GHOST, option, 3) for option in ("--held-out", "--max-spans", "--beam", "--lanes")),
-    *((*SELECT, *STORED, option, 3) for option in ("--held-out", "--folds", "--max-spans", "--seed", "--micro-batch")),
+    *(
+        (*RECOVER, *STREAMLINE, *GHOST, option, 3)
+        for option in ("--held-out", "--max-spans", "--beam", "--lanes")
+    ),
+    *(
+        (*SELECT, *STORED, option, 3)
+        for option in ("--held-out", "--folds", "--max-spans", "--seed", "--micro-batch")
+    ),
     (*SELECT, *STORED, *GHOST),
     (*SELECT, *STORED, "--dtype", "float32"),
     (*SELECT, *STORED, "--length", 8),
     *((*SELECT, *RUNNING, option, 3) for option in ("--workers", "--rank")),
-    *((*SELECT, *RUNNING, "--criterion", "sleb", option, 3) for option in ("--held-out", "--folds", "--rank")),
+    *(
+        (*SELECT, *RUNNING, "--criterion", "sleb", option, 3)
+        for option in ("--held-out", "--folds", "--rank")
+    ),
     (*SELECT, *RUNNING, "--criterion", "taylor", *GHOST),
     (*FIT, *STORED, "--inputs", "dense"),
     (*FIT, *STORED, "--held-out", 2),
@@ -297,5 +307,7 @@ def test_without_the_package_its_names_are_unknown(
 ) -> None:
     recover = ("recover", bench.model, "--remove", 1, "--out", tmp_path / "out", "--calibration")
     refused(*recover, bench.text, "--criterion", "second", code=BAD_REQUEST, says="no criterion 'second'")
-    refused(*recover, bench.text, "--operator", "mean-ratio", code=BAD_REQUEST, says="no operator 'mean-ratio'")
+    refused(
+        *recover, bench.text, "--operator", "mean-ratio", code=BAD_REQUEST, says="no operator 'mean-ratio'"
+    )
     refused(*recover, "poems:x", code=BAD_REQUEST, says="text specification 'poems:x'")

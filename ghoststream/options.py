@@ -362,7 +362,11 @@ class Search(Options):
         usual=True,
         metavar="S",
     )
-    beam: Count = option(1, "Best plans of each partition that measured goes on with.", metavar="B")
+    beam: Count = option(
+        1,
+        "Best plans of a step that measured (of each partition), prune-and-repair and sleb go on with.",
+        metavar="B",
+    )
     candidates: Count = option(
         8,
         "Plans of each partition that measured measures once a span stands: those whose spans cost least "

@@ -178,7 +178,7 @@ UNUSED: tuple[tuple[object, ...], ...] = (
     ),
     (*RECOVER, "--remove", 2, *GHOST, "--workers", 2),
     (*RECOVER, "--remove", 2, "--criterion", "prune-and-repair", "--candidates", 3),
-    (*RECOVER, "--remove", 2, "--criterion", "prune-and-repair", "--beam", 3),
+    (*RECOVER, "--remove", 2, "--criterion", "perplexity", "--beam", 3),
     (*RECOVER, "--remove", 2, "--criterion", "sleb", *GHOST, "--held-out", 3),
     (*RECOVER, "--remove", 2, "--criterion", "taylor", "--lanes", 3),
     *((*RECOVER, "--remove", "1:3", *option) for option in (("--beam", 2), ("--criterion", "sleb"))),

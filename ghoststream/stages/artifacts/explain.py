@@ -238,7 +238,7 @@ def _tensor_facts(entries: Any) -> dict[str, Any]:
     return {
         "tensors": len(tensors),
         "bytes": format_bytes(sum(entry.n_bytes for entry in tensors)),
-        "parameters": sum(entry.n_bytes // entry.dtype.itemsize for entry in tensors),
+        "parameters": sum(entry.n_bytes // entry.itemsize for entry in tensors),
         "stored as": ", ".join(f"{name} ({count})" for name, count in kinds.most_common()),
     }
 

@@ -2,15 +2,15 @@
 
     python benchmarks/bench_cluster.py --shape 65536x2048
 
-A ``dask scheduler`` and ``dask worker`` processes talk TCP on 127.0.0.1; every worker has one thread. Each way of running
-gives the moments of one boundary, whose bits are compared with those of a run in one process:
+A ``dask scheduler`` and ``dask worker`` processes talk TCP on 127.0.0.1; every worker has one thread. Each
+run gives the moments of one boundary, whose bits are compared with those of a run in one process:
 
-- in one process, and on each number of workers: seconds;
-- one worker gets SIGKILL when half of the ranges were begun;
-- the client gets SIGKILL there, all processes of the cluster are killed, a new scheduler and workers are started, and the
-  same request is made again.
+- ``undisturbed``: in one process, and on each number of workers.
+- ``worker-killed``: one worker gets SIGKILL when half of the ranges were begun.
+- ``restarted``: the client gets SIGKILL there, and all processes of the cluster are killed. A new scheduler
+  and workers are started, and the same request is made again.
 
-Ranges that were begun more than once are what a fault costs.
+A fault costs the ranges that were begun more than once.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench_moments import make_store
-from contest import Runs
 from logged_reducer import LoggedReducer
+from random_stores import mixed_states
+from results_file import ResultsFile
 
 from ghoststream.options import Reduction
 from ghoststream.spans import Span
-from ghoststream.statistics.reduction import reduce as reduce_store
-from ghoststream.statistics.reduction import store_ranges
-from ghoststream.statistics.sums import SumState
+from ghoststream.statistics import SumState, reduce, store_ranges
 
 _HERE = Path(__file__).parent
 _START_SECONDS = 120
 _POLL_SECONDS = 0.05
 _SPAN = Span(0, 1)
+_LENGTH = 1024
 
 
 class Cluster:
@@ -66,7 +65,7 @@ class Cluster:
         self._processes += self.workers
         with Client(self.address, timeout=_START_SECONDS) as client:
             client.wait_for_workers(n_workers, timeout=_START_SECONDS)
-            # Importing the libraries is not what is measured.
+            # The time that libraries take to be imported is not measured.
             client.run(lambda: importlib.import_module("logged_reducer").__name__)
 
     def kill(self) -> None:
@@ -97,13 +96,12 @@ def cluster_of(work: Path, n_workers: int) -> Iterator[Cluster]:
         cluster.kill()
 
 
-def reduce(store: Path, work: Path, scheduler: str | None) -> dict[str, Any]:
+def reduced(store: Path, work: Path, scheduler: str | None) -> dict[str, Any]:
     """Reduce the boundary and return seconds and the digest of all bits."""
     begun = time.perf_counter()
     reducer = LoggedReducer((_SPAN,), log=str(work / "ranges.log"))
-    reduction = Reduction(scheduler=scheduler, workers=1)
-    ranges = store_ranges(str(store))
-    moments = reduce_store(str(store), reducer, ranges, reduction, workdir=work / "partial")
+    where = Reduction(scheduler=scheduler, workers=None if scheduler else 1)
+    moments = reduce(str(store), reducer, store_ranges(str(store)), where, workdir=work / "partial")
     seconds = time.perf_counter() - begun
     digest = hashlib.sha256()
     for state in moments[_SPAN].states:
@@ -135,16 +133,16 @@ def kill_midway(work: Path, victim: subprocess.Popen[bytes], n_ranges: int) -> t
 def undisturbed(store: Path, work: Path, n_workers: int, _: int) -> dict[str, Any]:
     """Reduce in this process (0 workers) or on a cluster."""
     if n_workers == 0:
-        return reduce(store, work, None)
+        return reduced(store, work, None)
     with cluster_of(work, n_workers) as cluster:
-        return reduce(store, work, cluster.address)
+        return reduced(store, work, cluster.address)
 
 
 def worker_killed(store: Path, work: Path, n_workers: int, n_ranges: int) -> dict[str, Any]:
     """Kill one worker midway."""
     with cluster_of(work, n_workers) as cluster:
         kill_midway(work, cluster.workers[0], n_ranges)
-        found = reduce(store, work, cluster.address)
+        found = reduced(store, work, cluster.address)
         return found | {"killed": cluster.workers[0].wait(timeout=_START_SECONDS)}
 
 
@@ -156,15 +154,15 @@ def restarted(store: Path, work: Path, n_workers: int, n_ranges: int) -> dict[st
         kill_midway(work, client, n_ranges).join()
         killed = client.wait()
     with cluster_of(work, n_workers) as cluster:
-        return reduce(store, work, cluster.address) | {"killed": killed}
+        return reduced(store, work, cluster.address) | {"killed": killed}
 
 
-WAYS = {"undisturbed": undisturbed, "worker-killed": worker_killed, "restarted": restarted}
+RUNS = {"undisturbed": undisturbed, "worker-killed": worker_killed, "restarted": restarted}
 
 
-def report(runs: Runs) -> None:
-    """Print what the runs showed."""
-    found = runs.find()
+def report(results: ResultsFile) -> None:
+    """Print times, ranges that were repeated, and whether all bits are the same."""
+    found = results.find()
     digests = {run["digest"] for run in found}
     print(f"{len(found)} runs, {'identical bits' if len(digests) == 1 else 'BITS DIFFER'}")
     alone = next((run["seconds"] for run in found if run["workers"] == 0), None)
@@ -177,8 +175,8 @@ def report(runs: Runs) -> None:
 
 
 def main() -> None:
-    """Parse the command line, run all ways, and print what they cost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the command line, run undisturbed and with faults, and print the cost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="65536x2048", help="tokens x channels")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4], help="0: in one process")
     parser.add_argument("--rounds", type=int, default=1)
@@ -188,33 +186,28 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
-        reduce(options.store, options.work, options.client)
+        reduced(options.store, options.work, options.client)
         return
-    store = make_store(options.work / options.shape, *map(int, options.shape.split("x")))
-    runs = Runs(options.json, {"shape": options.shape})
+    n_tokens, hidden = map(int, options.shape.split("x"))
+    store = mixed_states(options.work / options.shape, n_tokens, hidden, _LENGTH)
+    results = ResultsFile(options.json, {"shape": options.shape})
     faults = [("worker-killed", 2), ("restarted", 2)]
     jobs = [("undisturbed", count) for count in options.workers] + faults
     for turn in range(options.rounds):
         for way, count in jobs:
             key = {"way": way, "workers": count, "turn": turn}
-            if runs.find(**key):
+            if results.find(**key):
                 continue
             work = options.work / "run"
             shutil.rmtree(work, ignore_errors=True)
             (work / "partial").mkdir(parents=True)
-            figures = WAYS[way](store, work, count, _n_ranges(store))
+            figures = RUNS[way](store, work, count, store_ranges(str(store)).n_ranges)
             begun = begun_ranges(work)
             counts = {"ranges": len(set(begun)), "repeated": len(begun) - len(set(begun))}
-            runs.add(key, figures | counts)
+            results.add(key, figures | counts)
             print(f"{way}, {count} workers: {figures['seconds']:.2f} s", flush=True)
-    report(runs)
+    report(results)
     shutil.rmtree(options.work)
-
-
-def _n_ranges(store: Path) -> int:
-    from ghoststream.statistics import DEFAULT_FOLDS, Ranges, open_source
-
-    return Ranges.make(open_source(str(store)).n_sequences, folds=DEFAULT_FOLDS).n_ranges
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a repair costs when the model is used: time of a prompt and of a generated token, the dense model's being 1.
+"""The cost of a repair in use: time of a prompt and of a generated token, the dense model's being 1.
 
     python benchmarks/bench_latency.py MODEL --plan 12:21 --calibration SPEC [--rounds 7] [--json FILE]
 
-The layers are removed and repaired in each way, the checkpoints are loaded with transformers, all at once, and take turns:
-a ratio is of one turn, and the median over the turns is printed. Batch of one, greedy, with a key-value cache.
+The layers are removed and repaired in each way, the checkpoints are loaded with transformers, all at once,
+and take turns. A ratio is of one turn, and the median over the turns is printed. Batch of one, greedy, with a
+key-value cache.
 """
 
 from __future__ import annotations
@@ -22,17 +23,15 @@ from markdown_tables import markdown_table
 
 import ghoststream as gs
 from ghoststream.errors import GhoststreamError
-from ghoststream.options import Method
 
-REPAIRS: dict[str, tuple[str, Method]] = {
-    "pruned": ("none", Method()),
-    "least squares on mlp, absorbed": ("least-squares", Method(features="mlp")),
-    "ghost (the paper)": ("ghost", Method()),
-    "least squares on hidden+mlp, half of it absorbed": (
-        "least-squares",
-        Method(features="hidden+mlp"),
+REPAIRS = {
+    "pruned": gs.Method(operator="none"),
+    "least squares on mlp, absorbed": gs.Method(operator="least-squares", features="mlp"),
+    "ghost (the paper)": gs.Method(operator="ghost"),
+    "least squares on hidden+mlp, half of it absorbed": gs.Method(
+        operator="least-squares", features="hidden+mlp"
     ),
-    "least squares on hidden+normed": ("least-squares", Method(features="hidden+normed")),
+    "least squares on hidden+normed": gs.Method(operator="least-squares", features="hidden+normed"),
 }
 _DENSE = "dense"
 
@@ -58,20 +57,13 @@ def main() -> None:
 
 
 def make_checkpoints(options: argparse.Namespace, work: Path) -> dict[str, Path]:
-    """Write a recovered checkpoint for each way to repair that can be written, and return them and the dense one."""
+    """Write a checkpoint for each repair that the model allows, and return them and the dense one."""
+    text = gs.Text(spec=options.calibration, sequences=options.sequences, length=options.length)
+    source = gs.Source(model=str(options.model), calibration=text)
     made = {_DENSE: options.model}
-    for number, (name, (operator, how)) in enumerate(REPAIRS.items()):
+    for number, (name, method) in enumerate(REPAIRS.items()):
         try:
-            operators = gs.fit(
-                options.model,
-                options.plan,
-                operator=operator,
-                options=how,
-                calibration=options.calibration,
-                sequences=options.sequences,
-                length=options.length,
-                out=work / f"{number}.safetensors",
-            )
+            operators = gs.fit(options.plan, source, out=work / f"{number}.safetensors", method=method)
             gs.export(options.model, operators, work / str(number))
         except GhoststreamError as error:
             print(f"{name}: {error}", flush=True)

@@ -1,11 +1,13 @@
-"""Peak anonymous memory of each stage, in units of U, on a checkpoint that is much larger than that.
+"""Peak anonymous memory of each stage, in units of U, on a checkpoint that is much larger than U.
 
     python benchmarks/bench_memory.py [--model FOLDER --text SPEC] [--preset 3gb] [--json FILE]
 
-U is the largest of one decoder layer, the embedding and the head, at compute dtype. Each stage runs in a process of
-its own; what the libraries take before the stage starts is reported apart. Then the stages that carry hidden states
-(capture, and evaluate with its logits) are measured for few and for many sequences (``--many``) with a budget that
-leaves no room for states: they are in scratch files, and the peaks should be the same.
+U is the largest of one decoder layer, the embedding and the head, at compute dtype. Each stage runs in a
+process of its own; the memory of the libraries before the stage starts is reported apart.
+
+Then the stages that carry hidden states (capture, and evaluate with its logits) are measured for few and for
+many sequences (``--many``). Their budget leaves no room for states: these are in scratch files, and the peaks
+should be the same.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from synthetic import PRESETS, make, place_of
+from random_checkpoint import PRESETS, make, place_of
 
 from ghoststream.testing.synthetic import save_ids
 
-STAGES = ("capture", "select", "solve", "export", "evaluate")
+if TYPE_CHECKING:
+    from ghoststream.stages.session import ModelSession
+
+STAGES = ("capture", "select", "fit", "export", "evaluate")
 SCRATCH_STAGES = ("capture-scratch", "evaluate-scratch")
 _SHARD_BYTES = 16 * 2**20
 _TOKENS_AT_A_TIME = 2048
@@ -34,36 +39,19 @@ def run_stage(stage: str, model: Path, text: str, work: Path, sequences: int, le
     import torch
 
     import ghoststream as gs
-    from ghoststream.stages.session import ModelOptions, ModelSession
+    from ghoststream.stages.session import ModelSession
     from ghoststream.testing.memory import PeakAnonymous
 
     torch.set_num_threads(2)
-    session = ModelSession(model, ModelOptions())
+    session = ModelSession(model)
     unit = session.skeleton.unit_bytes
-    n_layers = session.skeleton.n_layers
-    plan = f"{n_layers // 2}:{n_layers // 2 + max(1, n_layers // 5)}"
     torch.ones(64, 64) @ torch.ones(64, 64)
-    options = {"calibration": text, "sequences": sequences, "length": length}
-    scratch = {"host_memory": least_memory(session.skeleton), "scratch": work}
-    calls = {
-        "capture": lambda: gs.capture(model, store=work / "store", **options),
-        "capture-scratch": lambda: gs.capture(
-            model, store=work / f"scratch-{sequences}", **scratch, **options
-        ),
-        "select": lambda: gs.select(work / "store", max(1, n_layers // 5)),
-        "solve": lambda: gs.solve(work / "store", plan, out=work / "ops.safetensors"),
-        "export": lambda: gs.export(model, work / "ops.safetensors", work / "recovered"),
-        "evaluate": lambda: gs.evaluate(
-            [model, work / "recovered"], text=text, length=length, sequences=max(1, sequences // 4)
-        ),
-        "evaluate-scratch": lambda: gs.evaluate(
-            [model], text=text, length=length, sequences=sequences, **scratch
-        ),
-    }
-    for module in ("capture", "select", "solve", "export", "evaluate"):
-        getattr(gs, module)
+    call = _calls(session, text, work, sequences, length)[stage]
+    # Modules are imported before memory is looked at.
+    for name in STAGES:
+        getattr(gs, name)
     with PeakAnonymous() as peak:
-        calls[stage]()
+        call()
     return {
         "stage": stage,
         "sequences": sequences,
@@ -78,8 +66,34 @@ def run_stage(stage: str, model: Path, text: str, work: Path, sequences: int, le
     }
 
 
+def _calls(
+    session: ModelSession, text: str, work: Path, sequences: int, length: int
+) -> dict[str, Callable[[], object]]:
+    """Return the stages; each reads the files that those before it wrote."""
+    import ghoststream as gs
+
+    model, n_layers = session.root, session.skeleton.n_layers
+    removed = max(1, n_layers // 5)
+    plan = f"{n_layers // 2}:{n_layers // 2 + removed}"
+    whole = gs.Text(spec=text, sequences=sequences, length=length)
+    quarter = gs.Text(spec=text, sequences=max(1, sequences // 4), length=length)
+    little = gs.Compute(host_memory=least_memory(session.skeleton), scratch=work)
+    source, operators = gs.Source(store=str(work / "store")), work / "operators.safetensors"
+    return {
+        "capture": lambda: gs.capture(model, calibration=whole, store=work / "store"),
+        "capture-scratch": lambda: gs.capture(
+            model, calibration=whole, store=work / f"scratch-{sequences}", compute=little
+        ),
+        "select": lambda: gs.select(removed, source),
+        "fit": lambda: gs.fit(plan, source, out=operators),
+        "export": lambda: gs.export(model, operators, work / "recovered"),
+        "evaluate": lambda: gs.evaluate([model, work / "recovered"], text=quarter),
+        "evaluate-scratch": lambda: gs.evaluate([model], text=whole, compute=little),
+    }
+
+
 def least_memory(skeleton: Any) -> int:
-    """Return a budget for the weights, the work and the buffers of a stage, which leaves no room for states."""
+    """Return a budget for weights, work and buffers of a stage that leaves no room for states."""
     batches = 3 * _TOKENS_AT_A_TIME * skeleton.hidden_size * skeleton.dtype.itemsize
     return int(skeleton.unit_bytes * 5 // 2 + 3 * _SHARD_BYTES + batches)
 
@@ -102,7 +116,7 @@ def measure(stage: str, model: Path, text: str, work: Path, sequences: int, leng
 
 def main() -> None:
     """Run every stage in its own process and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--text", default=None, help="SPEC; default the ids beside the synthetic checkpoint")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="3gb")

@@ -3,10 +3,11 @@
     python benchmarks/local_tasks.py DATA OUT
     ghoststream tasks MODEL --include-path OUT --tasks local_arc_easy,local_lambada_openai
 
-``DATA`` holds files ``NAME.jsonl`` of one kind each: multiple choice, ``{"context", "choices", "label"}`` where every
-choice begins with its blank and only choices are scored; or last words, ``{"context", "target"}`` with the target's blank.
-``OUT`` gets one file ``NAME.yaml`` each, for the task ``local_NAME``, and a folder for what datasets makes of the data.
-Accuracy by length (``acc_norm``) divides by the characters of a choice without its blank, as in the harness's own tasks.
+``DATA`` holds files ``NAME.jsonl`` of one kind each: multiple choice, ``{"context", "choices", "label"}``
+where every choice begins with its blank and only choices are scored; or last words, ``{"context", "target"}``
+with the target's blank. ``OUT`` gets one file ``NAME.yaml`` each, for the task ``local_NAME``, and a folder
+for the files of datasets. Accuracy by length (``acc_norm``) divides by the characters of a choice without its
+blank, as in the harness's own tasks.
 """
 
 from __future__ import annotations

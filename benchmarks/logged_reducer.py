@@ -6,13 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghoststream.statistics import HiddenStateSource, SumState
-from ghoststream.statistics.boundary import BoundaryReducer
+from ghoststream.statistics import BoundaryReducer, HiddenStateSource, SumState
 
 
 @dataclass(frozen=True)
 class LoggedReducer(BoundaryReducer):
-    """The moments of boundaries; each range is a line ``pid start stop`` in ``log``, which decides no bit."""
+    """The moments of boundaries; ``log`` gets a line ``pid start stop`` a range, and decides no bit."""
 
     log: str = ""
 

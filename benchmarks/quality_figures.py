@@ -1,4 +1,4 @@
-"""The figures of the quality cells: losses by text and cell, kept in a file, and the curves that lie in them."""
+"""Figures of the quality tables: losses by text and model, kept in a file, and the curves through them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_cells import RIDGES, SIZES, STORED, Cell
+from quality_models import RIDGES, SIZES, STORED, PrunedModel
+from results_file import write_json
 
 Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""A row of an evaluation by text and by the key of a cell."""
+"""A row of an evaluation by text and by the key of a model."""
 
 DENSE = "dense"
-"""The key of the model itself."""
+"""The key of the model that nothing was removed from."""
 
 
 class FigureFile:
@@ -25,59 +26,54 @@ class FigureFile:
         self.data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def lacks(self, text: str, key: str) -> bool:
-        """Say whether a cell was not measured on a text yet."""
+        """Say whether a model was not measured on a text yet."""
         return key not in self.data.get(text, {})
 
     def add(self, text: str, key: str, row: dict[str, Any]) -> None:
         """Keep one figure."""
         self.data.setdefault(text, {})[key] = row
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1))
-        partial.replace(self._path)
+        write_json(self._path, self.data)
 
 
-def gap(figures: Figures, text: str, cell: Cell) -> float | None:
-    """Return the loss of a cell above the dense model's; None if one is missing."""
+def gap(figures: Figures, text: str, model: PrunedModel) -> float | None:
+    """Return the loss of a model above the dense model's; None if one is missing."""
     rows = figures.get(text, {})
-    if cell.key not in rows or DENSE not in rows:
+    if model.key not in rows or DENSE not in rows:
         return None
-    return float(rows[cell.key]["loss"]) - float(rows[DENSE]["loss"])
+    return float(rows[model.key]["loss"]) - float(rows[DENSE]["loss"])
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Cells that differ in one number.
+    """Models that differ in one number.
 
     Attributes:
-        name: Attribute of :class:`~quality_cells.Cell` that differs.
-        title: What it is.
+        name: Attribute of :class:`~quality_models.PrunedModel` that differs.
+        title: Its meaning.
         values: Its values, in their order.
-        cells: The cells by variant and value.
+        models: The models by repair and value.
     """
 
     name: str
     title: str
     values: Sequence[float]
-    cells: Mapping[tuple[str, float], Cell]
+    models: Mapping[tuple[str, float], PrunedModel]
 
     @property
-    def variants(self) -> list[str]:
-        """The variants, in their order."""
-        return list(dict.fromkeys(variant for variant, _ in self.cells))
+    def repairs(self) -> list[str]:
+        """The repairs, in their order."""
+        return list(dict.fromkeys(repair for repair, _ in self.models))
 
 
-def curves(figures: Figures, cells: Sequence[Cell]) -> Iterator[Curve]:
+def curves(figures: Figures, models: Sequence[PrunedModel]) -> Iterator[Curve]:
     """Yield the curves of which something was measured: by windows to fit on, and by ridge."""
-    curve_cells = [cell for cell in cells if cell.selected_with == STORED]
-    kinds = (
-        ("sequences", "windows to fit on", SIZES, [cell for cell in curve_cells if cell.ridge is None]),
-        (
-            "ridge",
-            "ridge relative to the mean of the Gram's diagonal",
-            RIDGES,
-            [cell for cell in curve_cells if cell.ridge is not None],
-        ),
+    on_curves = [model for model in models if model.selected_with == STORED]
+    by_size = [model for model in on_curves if model.ridge is None]
+    by_ridge = [model for model in on_curves if model.ridge is not None]
+    kinds: tuple[tuple[str, str, Sequence[float], list[PrunedModel]], ...] = (
+        ("sequences", "windows to fit on", SIZES, by_size),
+        ("ridge", "ridge relative to the mean of the Gram's diagonal", RIDGES, by_ridge),
     )
     for name, title, values, own in kinds:
-        if any(gap(figures, text, cell) is not None for text in figures for cell in own):
-            yield Curve(name, title, values, {(cell.variant, getattr(cell, name)): cell for cell in own})
+        if any(gap(figures, text, model) is not None for text in figures for model in own):
+            yield Curve(name, title, values, {(model.repair, getattr(model, name)): model for model in own})

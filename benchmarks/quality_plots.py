@@ -1,13 +1,14 @@
-"""Pictures of the quality cells: losses over the layers removed, over the text to fit on, and over the ridge."""
+"""Pictures of the quality tables: losses over the layers removed, the text to fit on, and the ridge."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quality_cells import DEFAULT, MEASURED, PAPER, PUBLISHED, STREAMLINE, Cell
 from quality_figures import Curve, Figures, curves, gap
+from quality_models import DEFAULT, MEASURED, PAPER, PUBLISHED, STREAMLINE, PrunedModel
 
 Panel = Mapping[str, Sequence[tuple[float, float | None]]]
 """Points by series; a value that was not measured is None."""
@@ -21,27 +22,30 @@ _SERIES = {
 }
 
 
-def plot(folder: Path, figures: Figures, cells: Sequence[Cell]) -> None:
+def plot(folder: Path, figures: Figures, models: Sequence[PrunedModel]) -> None:
     """Write ``gaps.png``, and ``by-<name>.png`` for each of :func:`~quality_figures.curves`."""
-    numbers = sorted({cell.remove for cell in cells})
+    if find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed")
+        return
+    numbers = sorted({model.remove for model in models})
     panels = {text: _over_layers(figures, text, numbers) for text in figures}
     _draw(folder / "gaps.png", panels, "layers removed")
-    for curve in curves(figures, cells):
+    for curve in curves(figures, models):
         panels = {text: _over_values(figures, text, curve) for text in figures}
         _draw(folder / f"by-{curve.name}.png", panels, curve.title, logarithmic=True)
 
 
 def _over_layers(figures: Figures, text: str, numbers: Sequence[int]) -> Panel:
     return {
-        label: [(number, gap(figures, text, Cell(number, *choice))) for number in numbers]
+        label: [(number, gap(figures, text, PrunedModel(number, *choice))) for number in numbers]
         for label, choice in _SERIES.items()
     }
 
 
 def _over_values(figures: Figures, text: str, curve: Curve) -> Panel:
-    found: dict[str, list[tuple[float, float | None]]] = {variant: [] for variant in curve.variants}
-    for (variant, value), cell in curve.cells.items():
-        found[variant].append((value, gap(figures, text, cell)))
+    found: dict[str, list[tuple[float, float | None]]] = {repair: [] for repair in curve.repairs}
+    for (repair, value), model in curve.models.items():
+        found[repair].append((value, gap(figures, text, model)))
     return found
 
 
@@ -71,7 +75,7 @@ def _draw(path: Path, panels: Mapping[str, Panel], label: str, *, logarithmic: b
 
 
 def _lines(axis: Any, panel: Panel) -> list[float]:
-    """Draw the series that have points; return where these are."""
+    """Draw the series that have points; return the places of these."""
     ticks = set()
     for label, points in panel.items():
         there = sorted((where, value) for where, value in points if value is not None)

@@ -1,4 +1,4 @@
-"""What the machine can do: copies, products, one thread of the host."""
+"""Rates of the machine: copies, products, one thread of the host."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _copies(run: Run) -> dict[str, Any]:
 
     def fresh() -> None:
         for _ in range(n // len(part)):
-            part.to("cpu")  # what the background observer does with each micro-batch
+            part.to("cpu")  # as the background observer does with each micro-batch
 
     works = {
         "h2d_pinned": lambda: there.copy_(pinned, non_blocking=True),

@@ -14,8 +14,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from linux import evict, io_counters, weight_files
 from pass_trace import trace_pass
-from steps import Clock, Run, Threads, device_peaks, io_counters, reset_peaks, sync
+from steps import Clock, Run, Threads, device_peaks, reset_peaks, sync
 
 from ghoststream.spans import PruningPlan
 from ghoststream.streaming import (
@@ -28,7 +29,7 @@ from ghoststream.streaming import (
     executor,
     make_batches,
 )
-from ghoststream.streaming.budget import work_bytes_per_token
+from ghoststream.streaming.budget import layer_work_bytes
 
 GIB = 2**30
 
@@ -126,7 +127,7 @@ def _least(run: Run, dense: Measured, *, on_host: bool) -> dict[str, Any]:
     """Run within memory that holds layers and work, and no states."""
     skeleton, length = Skeleton(run.model), load(run)[3]
     unit = skeleton.unit_bytes
-    work = run.o.micro_batch * length * work_bytes_per_token(skeleton, length)
+    work = run.o.micro_batch * length * layer_work_bytes(skeleton, length)
     least = 2 * unit + max(unit // 2, work)
     host_bytes = dense.host_bytes if on_host else 2 * unit
     limited = replace(dense, device_bytes=least, host_bytes=host_bytes)
@@ -194,11 +195,7 @@ def _shown(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _cold(run: Run, work: Callable[[], Any]) -> Any:
     """Do a thing with nothing of the checkpoint in the page cache."""
-    for path in run.model.glob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    evict(weight_files(run.model))
     return work()
 
 

@@ -42,7 +42,7 @@ class _Trace:
             self.waiting[name] += event["dur"]
 
     def figures(self) -> dict[str, Any]:
-        """Return what of the time kernels and copies take, in milliseconds."""
+        """Return the time that kernels and copies take, in milliseconds."""
         union = {kind: _union(intervals) for kind, intervals in self.intervals.items()}
         busy = _union(one for intervals in self.intervals.values() for one in intervals)
         span = busy[-1][1] - busy[0][0] if busy else 1.0

@@ -1,4 +1,4 @@
-"""What a pass on the device gives, against the CPU and against the resident model."""
+"""Results of a pass on the device, against the CPU and against the resident model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ghoststream.streaming import Lane, PassOptions, Skeleton, StatesFactory, St
 from ghoststream.testing.conformance import StateRecorder
 from ghoststream.testing.models import save_tiny
 
-FAMILIES = (
+ARCHITECTURES = (
     "llama",
     "mixtral",
     "qwen3_moe",
@@ -35,22 +35,22 @@ FAMILIES = (
 INDEX = "model.safetensors.index.json"
 
 
-def small_families(run: Run) -> dict[str, str]:
+def small_models(run: Run) -> dict[str, str]:
     """Stream tiny models of several kinds on the device, against the same on the CPU."""
     found = {}
-    for family in FAMILIES:
+    for name in ARCHITECTURES:
         if DEADLINE - time.time() < 10:
             break
         try:
-            plain, padded = _differences(run, family)
-            found[family] = f"differs from the CPU by {plain:.1e}, padded {padded:.1e}"
-        except Exception as error:  # noqa: BLE001 - the next family may work
-            found[family] = f"FAILED {type(error).__name__}: {str(error)[:200]}"
+            plain, padded = _differences(run, name)
+            found[name] = f"differs from the CPU by {plain:.1e}, padded {padded:.1e}"
+        except Exception as error:  # noqa: BLE001 - the next one may work
+            found[name] = f"FAILED {type(error).__name__}: {str(error)[:200]}"
     return found
 
 
-def _differences(run: Run, family: str) -> list[float]:
-    folder = save_tiny(family, Path(tempfile.mkdtemp(dir=run.o.work)) / family)
+def _differences(run: Run, name: str) -> list[float]:
+    folder = save_tiny(name, Path(tempfile.mkdtemp(dir=run.o.work)) / name)
     ids = np.random.default_rng(0).integers(3, 128, size=(4, 20)).astype(np.int32)
     mask = np.ones_like(ids, dtype=bool)
     mask[1, :5] = False

@@ -1,4 +1,4 @@
-"""Capture, evaluate and solve on the large checkpoint, and what may break on a device."""
+"""Capture, fit and evaluate on the large checkpoint, and cases that may break on a device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from linux import io_counters
 from pass_figures import GIB, load
-from right_answers import equal_to_resident, small_families
-from steps import Clock, Run, Threads, device_peaks, io_counters, release, reset_peaks, sync
+from right_answers import equal_to_resident, small_models
+from steps import Clock, Run, Threads, device_peaks, release, reset_peaks, sync
 
 import ghoststream as gs
-from ghoststream.operators import OperatorOptions
 from ghoststream.streaming import Skeleton
 
 
@@ -25,55 +25,50 @@ class Stages:
         ids, _, sequences, self.length = load(run)
         self.run = run
         self.sequences = max(2, min(sequences, run.o.stored_sequences))
-        self.text = run.o.work / "ids.npy"
-        np.save(self.text, ids[: self.sequences])
+        path = run.o.work / "ids.npy"
+        np.save(path, ids[: self.sequences])
+        self.text = gs.Text(spec=f"ids:{path}", length=self.length)
         self.store = run.o.work / "store"
-        self.common = {"length": self.length, "device": run.o.device, "micro_batch": run.o.micro_batch}
-        if run.o.host_memory:
-            self.common["host_memory"] = run.o.host_memory
+        self.compute = gs.Compute(
+            device=run.o.device, micro_batch=run.o.micro_batch, host_memory=run.o.host_memory or None
+        )
 
     def capture(self, clock: Clock) -> dict[str, Any]:
         """Write the store."""
         shutil.rmtree(self.store, ignore_errors=True)
+        text = self.text.model_copy(update={"sequences": self.sequences})
         store = gs.capture(
-            self.run.model,
-            calibration=f"ids:{self.text}",
-            sequences=self.sequences,
-            store=self.store,
-            progress=clock,
-            **self.common,
+            self.run.model, calibration=text, store=self.store, compute=self.compute, progress=clock
         )
         n_bytes = self.sequences * self.length * store.hidden * 2
         return {"boundaries": len(store.layers), "bytes_a_boundary": n_bytes}
 
     def evaluate(self, clock: Clock, models: list[Any], memory: int | None) -> dict[str, Any]:
         """Measure models, all in one pass."""
-        limits = {} if memory is None else {"device_memory": memory}
-        report = gs.evaluate(models, text=f"ids:{self.text}", progress=clock, **self.common, **limits)
+        compute = self.compute.model_copy(update={"device_memory": memory})
+        report = gs.evaluate(models, text=self.text, compute=compute, progress=clock)
         return {"losses": [row.losses.loss for row in report.rows], "notes": report.notes}
 
-    def solve(self, clock: Clock, reduce_device: str | None) -> dict[str, Any]:
-        """Solve the operator of one span, its products summed on the host or on a device."""
+    def fit(self, clock: Clock, reduce_device: str | None) -> dict[str, Any]:
+        """Fit the operator of one span, its products summed on the host or on a device."""
         n_layers = self.run.results.data["checkpoint"]["layers"]
         start = n_layers // 2
         out = self.operators(reduce_device)
         out.unlink(missing_ok=True)
-        # Few ranges and no folds: each state takes 16 C^2 bytes, on disk too.
-        gs.solve(
-            self.store,
+        # No folds, so that there are few states: each takes 16 C^2 bytes, on disk too.
+        gs.fit(
             f"{start}:{start + max(1, n_layers // 5)}",
+            gs.Source(store=str(self.store)),
             out=out,
-            operator="least-squares",
-            options=OperatorOptions(ridge=1e-3),
-            reduce_device=reduce_device,
-            folds=0,
-            range_sequences=max(1, self.sequences // 2),
+            method=gs.Method(operator="least-squares", ridge=1e-3),
+            search=gs.Search(folds=0),
+            reduction=gs.Reduction(reduce_device=reduce_device),
             progress=clock,
         )
         return {"out": str(out)}
 
     def operators(self, reduce_device: str | None) -> Path:
-        """Return where :meth:`solve` writes."""
+        """Return the file that :meth:`fit` writes."""
         path: Path = self.run.o.work / f"operators-{reduce_device or 'host'}.safetensors"
         return path
 
@@ -84,7 +79,7 @@ def stages(run: Run) -> None:
     captured = run.step("capture", lambda: _timed(run, on.capture), least=30)
     run.step("capture_rate", lambda: _rate(captured, on.sequences))
     if run.on_gpu:
-        run.step("solve_on_device", lambda: _timed(run, lambda clock: on.solve(clock, "cuda")), least=25)
+        run.step("solve_on_device", lambda: _timed(run, lambda clock: on.fit(clock, "cuda")), least=25)
     operators = on.operators("cuda" if run.on_gpu else None)
     models = [run.model, *([operators] if operators.exists() else [])]
 
@@ -94,12 +89,12 @@ def stages(run: Run) -> None:
 
     evaluate("evaluate_8GiB", 8 * GIB)
     if run.on_gpu:
-        run.step("small_families", lambda: small_families(run), least=20)
+        run.step("small_families", lambda: small_models(run), least=20)
         run.step("streamed_equals_resident_bf16", lambda: equal_to_resident(run), least=20)
         run.step("second_pass_on_a_full_device", lambda: _on_a_full_device(on), least=25)
     evaluate("evaluate_24GiB", 24 * GIB)
     evaluate("evaluate_unlimited", None)
-    run.step("solve_on_host", lambda: _timed(run, lambda clock: on.solve(clock, None)), least=40)
+    run.step("solve_on_host", lambda: _timed(run, lambda clock: on.fit(clock, None)), least=40)
     run.step("solve_device_against_host", lambda: _difference(on))
 
 
@@ -161,9 +156,10 @@ def _on_a_full_device(on: Stages) -> dict[str, Any]:
 def _one_sequence(on: Stages) -> dict[str, Any]:
     import torch
 
-    options = {**on.common, "micro_batch": 1}
+    text = on.text.model_copy(update={"sequences": 1})
+    compute = on.compute.model_copy(update={"micro_batch": 1})
     try:
-        gs.evaluate([on.run.model], text=f"ids:{on.text}", sequences=1, **options)
+        gs.evaluate([on.run.model], text=text, compute=compute)
     except Exception as error:  # noqa: BLE001 - this is the answer
         return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
     return {"ok": True, "reserved_after": torch.cuda.memory_reserved()}

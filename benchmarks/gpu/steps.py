@@ -1,4 +1,4 @@
-"""Steps of the check that fail alone, the file that keeps their figures, and what is measured beside them."""
+"""Steps of the check that fail alone, the file that keeps their figures, and clocks and counters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from results_file import write_json
+
 BEGUN = time.time()
 DEADLINE = float(os.environ.get("GPU_CHECK_DEADLINE", BEGUN + 3600))
 
@@ -28,9 +30,7 @@ class Results:
     def put(self, key: str, value: Any) -> None:
         """Keep a figure and print it."""
         self.data[key] = value
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1, default=str))
-        partial.replace(self.path)
+        write_json(self.path, self.data)
         print(f"{time.time() - BEGUN:6.1f} s  {key}: {json.dumps(value, default=str)[:400]}", flush=True)
 
 
@@ -50,7 +50,7 @@ class Run:
         return bool(self.o.device != "cpu")
 
     def step(self, name: str, work: Callable[[], Any], *, least: float = 5.0, free: bool = True) -> Any:
-        """Do one thing and keep what it returns; what it raises is kept in its place."""
+        """Do one thing and keep the figures that it returns, or the error that it raises."""
         left = DEADLINE - time.time()
         if left < least:
             self.results.put(name, {"skipped": f"{left:.0f} s left, {least:.0f} wanted"})
@@ -74,7 +74,7 @@ class Run:
 
 
 def release(device: str) -> None:
-    """Give back what torch keeps of the device's memory."""
+    """Give back the device memory that torch keeps."""
     import torch
 
     gc.collect()
@@ -119,12 +119,6 @@ def reset_peaks(device: str) -> None:
 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-
-
-def io_counters() -> dict[str, int]:
-    """Return what the kernel counts of this process's reads and writes."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return {key: int(value) for key, value in (line.split(": ") for line in lines)}
 
 
 class Clock:

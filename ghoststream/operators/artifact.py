@@ -31,8 +31,8 @@ class BoundaryOperator:
         span: The removed span.
         form: ``linear``: ``y = x + phi(x) W^T``; ``diagonal``: ``y = x + x * w``; ``identity``: nothing.
         features: Name of the feature ``phi``.
-        weight: float32: ``(C, p)`` in the layout of ``nn.Linear`` (``W = M^T``), ``(C,)`` for ``diagonal``, None
-            for ``identity``.
+        weight: float32: ``(C, p)`` in the layout of ``nn.Linear`` (``W = M^T``), ``(C,)`` for ``diagonal``,
+            None for ``identity``.
         bias: float32 ``(C,)`` or None.
         diagnostics: JSON data: residuals in and out of sample, condition, tokens, warnings.
         norm_epsilon: Epsilon of normed features; None where the features need none.
@@ -83,7 +83,8 @@ class BoundaryOperator:
 
         Args:
             states: ``h[start]``.
-            taps: The taps of layer ``start - 1`` that the features read, side by side, ``(..., width)``, where they read any.
+            taps: The taps of layer ``start - 1`` that the features read, side by side, ``(..., width)``,
+                where they read any.
 
         Raises:
             RequestError: If its feature is not registered here, or reads taps and none are given.
@@ -93,8 +94,8 @@ class BoundaryOperator:
         read = taps if self.taps else states
         if read is None:
             msg = (
-                f"the features {self.features} at {self.span} are of the layer before: give its {', '.join(self.taps)}, "
-                "side by side, too"
+                f"the features {self.features} at {self.span} are of the layer before: give its "
+                f"{', '.join(self.taps)}, side by side, too"
             )
             raise RequestError(msg)
         if self.features != "hidden":

@@ -35,7 +35,10 @@ from ghoststream.streaming.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One thing that the lane goes through: a layer, or the map of a span. ``position``: where its input is kept."""
+    """One thing that the lane goes through: a layer, or the map of a span.
+
+    ``position``: where its input is kept.
+    """
 
     position: int
     layer: int | None = None
@@ -57,11 +60,12 @@ class BackwardPass:
                 output.backward(gradient[batch])                # adds up in the parameters' gradients
                 gradient[batch] = gradient at inputs[step][batch]
 
-    Every layer is read once forward and once backward, whatever the number of micro-batches, the next one while this one
-    computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps at boundaries, where they
-    add up in ``parameter.grad`` in the order of the micro-batches, and of those weights of a layer that somebody
-    asks for. They are those of the resident model under autograd for the same micro-batches, but for the order in which
-    a resident model would add micro-batches up. The way back ends at the lowest step whose gradient is asked for.
+    Every layer is read once forward and once backward, whatever the number of micro-batches, the next one
+    while this one computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps
+    at boundaries, where they add up in ``parameter.grad`` in the order of the micro-batches, and of those
+    weights of a layer that somebody asks for. They are those of the resident model under autograd for the
+    same micro-batches, but for the order in which a resident model would add micro-batches up. The way back
+    ends at the lowest step whose gradient is asked for.
 
     Args:
         skeleton: The model.
@@ -73,15 +77,15 @@ class BackwardPass:
         options: Where the pass starts, and who is told how far it is; ``last_layer`` must be ``None``.
 
     Raises:
-        RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in it), a
-            map is fitted or reads taps, or the pass does not run to the end.
+        RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in
+            it), a map is fitted or reads taps, or the pass does not run to the end.
         PlanError: If the plan does not fit the model.
 
-    Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way back and once for
-    their gradient (within the factory's budget; what does not fit goes to scratch); what autograd keeps of one layer and
-    one micro-batch, about four times the work of a forward; four bytes for each weight of a layer whose gradient is asked for,
-    and the largest of these gradients once more; at the head, what the loss keeps of ``logit_tokens * V`` logits and their
-    gradient.
+    Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way
+    back and once for their gradient (within the factory's budget; what does not fit goes to scratch); what
+    autograd keeps of one layer and one micro-batch, about four times the work of a forward; four bytes for
+    each weight of a layer whose gradient is asked for, and the largest of these gradients once more; at the
+    head, what the loss keeps of ``logit_tokens * V`` logits and their gradient.
     """
 
     def __init__(
@@ -161,8 +165,8 @@ class BackwardPass:
                 value, gradient = self._head_gradient(batch, ended)
                 if not math.isfinite(value):
                     msg = (
-                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype float32, or check the"
-                        " weights of the model"
+                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype "
+                        "float32, or check the weights of the model"
                     )
                     raise NumericsError(msg)
                 total += value
@@ -263,8 +267,8 @@ class BackwardPass:
     def _require_differentiable(self, layer: int, module: nn.Module, output: torch.Tensor) -> None:
         if not output.requires_grad:
             msg = (
-                f"layer {layer} ({type(module).__name__}) returns states without a gradient: its code cannot be"
-                " differentiated; choose another --attention"
+                f"layer {layer} ({type(module).__name__}) returns states without a gradient: its code "
+                "cannot be differentiated; choose another --attention"
             )
             raise UnsupportedModelError(msg)
 

@@ -1,7 +1,7 @@
 """Checks that an architecture is streamed right: a streamed pass must give what the resident model gives.
 
-For authors of new architectures and for users with a model of an unusual kind. Everything is compared bit for bit,
-on the CPU, for the same micro-batches.
+For authors of new architectures and for users with a model of an unusual kind. Everything is compared bit for
+bit, on the CPU, for the same micro-batches.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ConformanceReport:
 
     Attributes:
         compared: Cases that agreed, as ``"<attention>, padding <where>"``.
-        not_finite: Cases in which the resident model itself gives no finite values, so that there is nothing to
-            compare (attention over padding only, in some implementations).
+        not_finite: Cases in which the resident model itself gives no finite values, so that there is nothing
+            to compare (attention over padding only, in some implementations).
         n_tensors: Number of tensors compared: ``h[0]`` to ``h[L]`` and the logits of every micro-batch.
     """
 
@@ -146,8 +146,9 @@ def load_resident(
 ) -> Any:
     """Load the whole model as everybody does, in evaluation mode, with every weight in memory of its own.
 
-    A weight that transformers maps from the file starts anywhere in a cache line, and matrix products may then sum in
-    another order. Copied, all weights lie as any tensor that torch allocates, and as streamed ones do.
+    A weight that transformers maps from the file starts anywhere in a cache line, and matrix products may
+    then sum in another order. Copied, all weights lie as any tensor that torch allocates, and as streamed
+    ones do.
     """
     from transformers import AutoModelForCausalLM
 
@@ -236,7 +237,7 @@ def _require_equal(found: torch.Tensor, wanted: torch.Tensor, what: str, batch: 
     if not torch.equal(found, wanted):
         difference = float((found.double() - wanted.double()).abs().max())
         msg = (
-            f"{what} of sequences [{batch.start},{batch.stop}) ({case}) differ from the resident model's by up to "
-            f"{difference:.3g}"
+            f"{what} of sequences [{batch.start},{batch.stop}) ({case}) differ from the resident model's by "
+            f"up to {difference:.3g}"
         )
         raise AssertionError(msg)

@@ -39,9 +39,25 @@ def test_a_store_that_lacks_what_is_needed(bench: Bench, refused: Callable[..., 
     refused("fit", "--store", bench.some_store, "--plan", "1:4", *out, code=BROKEN_DATA, says=says)
     refused("select", "--store", bench.some_store, "--remove", 2, code=BROKEN_DATA, says="run capture again")
     refused(
-        "fit", "--store", tmp_path / "nowhere", "--plan", "1:3", *out, code=BAD_REQUEST, says="no activation store"
+        "fit",
+        "--store",
+        tmp_path / "nowhere",
+        "--plan",
+        "1:3",
+        *out,
+        code=BAD_REQUEST,
+        says="no activation store",
     )
-    refused("fit", "--store", bench.model, "--plan", "1:3", *out, code=BROKEN_DATA, says="is not an activation store")
+    refused(
+        "fit",
+        "--store",
+        bench.model,
+        "--plan",
+        "1:3",
+        *out,
+        code=BROKEN_DATA,
+        says="is not an activation store",
+    )
     refused("fit", "--store", bench.operators, "--plan", "1:3", *out, code=BAD_REQUEST, says="is a file")
     assert list(tmp_path.iterdir()) == []
 

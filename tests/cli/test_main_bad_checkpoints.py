@@ -45,7 +45,11 @@ def unheard_of_architecture(model: Path) -> None:
 
 def composite(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    whole = {"model_type": "llava", "text_config": config, "vision_config": {"model_type": "clip_vision_model"}}
+    whole = {
+        "model_type": "llava",
+        "text_config": config,
+        "vision_config": {"model_type": "clip_vision_model"},
+    }
     (model / "config.json").write_text(json.dumps(whole))
 
 

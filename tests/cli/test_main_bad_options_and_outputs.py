@@ -48,7 +48,9 @@ def test_options_with_unknown_values(bench: Bench, refused: Callable[..., str], 
     refused("capture", bench.model, *store, code=BAD_REQUEST, says=("--calibration", "--help"))
     fit = ("fit", "--store", bench.store, "--plan", "1:3", "--out", tmp_path / "out")
     refused(*fit, "--operator", "magic", code=BAD_REQUEST, says="magic")
-    refused("select", "--store", bench.store, "--remove", 2, "--criterion", "luck", code=BAD_REQUEST, says="luck")
+    refused(
+        "select", "--store", bench.store, "--remove", 2, "--criterion", "luck", code=BAD_REQUEST, says="luck"
+    )
     refused("repair", bench.model, code=BAD_REQUEST, says="repair")
     assert list(tmp_path.iterdir()) == []
 

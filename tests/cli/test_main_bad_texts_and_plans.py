@@ -101,7 +101,9 @@ def test_spans_that_do_not_fit(bench: Bench, refused: Callable[..., str], tmp_pa
     }
     for plan, says in cases.items():
         code = BROKEN_DATA if plan == str(bench.operators) else BAD_REQUEST
-        refused("fit", "--store", bench.store, "--plan", plan, "--out", tmp_path / "out", code=code, says=says)
+        refused(
+            "fit", "--store", bench.store, "--plan", plan, "--out", tmp_path / "out", code=code, says=says
+        )
 
 
 def test_too_many_layers_or_none(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:

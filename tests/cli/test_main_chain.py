@@ -41,7 +41,15 @@ def work(tiny_llama: Path, ids: str, tmp_path_factory: pytest.TempPathFactory) -
     text = ("--sequences", 12, "--length", LENGTH)
     _run("capture", tiny_llama, "--calibration", ids, *text, "--store", work / "store")
     _run("select", "--store", work / "store", "--remove", 2, "--out", work / "plan.json")
-    _run("fit", "--store", work / "store", "--plan", work / "plan.json", "--out", work / "operators.safetensors")
+    _run(
+        "fit",
+        "--store",
+        work / "store",
+        "--plan",
+        work / "plan.json",
+        "--out",
+        work / "operators.safetensors",
+    )
     _run("export", tiny_llama, "--operators", work / "operators.safetensors", "--out", work / "recovered")
     models = (tiny_llama, work / "recovered")
     _run("evaluate", *models, "--text", ids, "--length", LENGTH, "--out", work / "figures.json")
@@ -99,7 +107,9 @@ def test_json_of_every_command(work: Path, tiny_llama: Path, ids: str, tmp_path:
     selected = json.loads(_run("select", "--store", work / "store", "--remove", 2, "--json").stdout)
     assert [row["spans"] for row in selected["candidates"]] == [[[start, start + 2]] for start in range(4)]
     operators = tmp_path / "operators.safetensors"
-    solved = json.loads(_run("fit", "--store", work / "store", "--plan", "1:3", "--out", operators, "--json").stdout)
+    solved = json.loads(
+        _run("fit", "--store", work / "store", "--plan", "1:3", "--out", operators, "--json").stdout
+    )
     assert solved["plan"]["spans"] == [[1, 3]]
     assert solved["boundaries"]["[1,3)"]["n_tokens"] == 12 * LENGTH
     out = tmp_path / "recovered"
@@ -217,9 +227,7 @@ def test_functions_take_paths_as_text(work: Path, tiny_llama: Path, ids: str, tm
     gs.select(2, stored, out=f"{here}/plan.json")
     gs.fit(f"{here}/plan.json", stored, out=f"{here}/solved.safetensors")
     gs.export(model, f"{here}/solved.safetensors", f"{here}/exported")
-    gs.recover(
-        model, remove=f"{here}/plan.json", calibration=text, method=ghost, out=f"{here}/recovered"
-    )
+    gs.recover(model, remove=f"{here}/plan.json", calibration=text, method=ghost, out=f"{here}/recovered")
     report = gs.evaluate(
         [model, f"{here}/exported", f"{here}/recovered"],
         text=gs.Text(spec=ids, length=LENGTH),

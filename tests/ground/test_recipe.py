@@ -90,7 +90,9 @@ def test_an_unknown_field_is_refused(recipe: Recipe) -> None:
 def test_a_missing_field_is_refused_by_name() -> None:
     data = capture().to_json()
     del data["dtype"]
-    with pytest.raises(ArtifactError, match=r"CaptureRecipe in memory cannot be used .*dtype: Field required"):
+    with pytest.raises(
+        ArtifactError, match=r"CaptureRecipe in memory cannot be used .*dtype: Field required"
+    ):
         CaptureRecipe.from_json(data, "memory")
 
 

@@ -45,7 +45,7 @@ def text_of(calibration: str, options: dict[str, Any]) -> Text:
 
 def source_of(options: dict[str, Any]) -> Source:
     """Return where hidden states come from; store, model and text are taken out of the options."""
-    given = {name: options.pop(name) for name in ("store", "model") if name in options}
+    given: dict[str, Any] = {name: options.pop(name) for name in ("store", "model") if name in options}
     if "calibration" in options:
         given["calibration"] = text_of(options.pop("calibration"), options)
     return Source(**given)

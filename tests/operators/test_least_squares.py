@@ -143,7 +143,8 @@ def test_reduced_rank_is_the_best_map_of_that_rank_for_the_prediction(
     weight = operator.weight.astype(np.float64)
     assert np.linalg.matrix_rank(weight, tol=1e-5) == rank
     phi, gap = data(states, "hidden")
-    # Reduced-rank regression through the data: project onto the leading right singular vectors of the fitted values.
+    # Reduced-rank regression through the data: project onto the leading right singular vectors of the fitted
+    # values.
     full, _ = ridge_fit(phi, gap, ratio, intercept=False)
     strength = ratio * (phi**2).sum() / phi.shape[1]
     stacked = np.vstack([phi, np.sqrt(strength) * np.eye(6)])

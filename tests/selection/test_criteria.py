@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,7 @@ from ghoststream.selection import (
     register_criterion,
 )
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.criteria import search_criterion_names
 from ghoststream.stages.from_store import evidence
 from ghoststream.statistics import FoldedMoments, MomentSpec, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer
@@ -408,17 +412,47 @@ def test_plans_are_read_from_files_spans_and_plans(tmp_path: Path) -> None:
         read_plan("6:9", L)
 
 
-def test_selections_that_were_edited_are_refused(tmp_path: Path) -> None:
+def test_selections_that_were_edited_are_refused(uri: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with pytest.raises(InputNotFoundError):
         Selection.load(path)
-    for text in ("[]", "{}"):
-        path.write_text(text)
-        with pytest.raises(PlanError, match=r"plan.json.* not a pruning plan"):
-            Selection.load(path)
-    path.write_text('{"encoding-type": "ghoststream-plan", "n_layers": 8, "spans": [[1, 2]]}')
-    with pytest.raises(ArtifactError, match=r"plan.json lacks a part of what `ghoststream select` writes"):
+    path.write_text("{}")
+    with pytest.raises(PlanError, match=r"plan.json: .*not a pruning plan"):
         Selection.load(path)
+    path.unlink()
+    select(2, store=uri, criterion="streamline", out=path)
+    whole = json.loads(path.read_text())
+    assert {"criterion", "meaning", "candidates", "methods", "recipe"} < set(whole)
+    for name in sorted(set(whole) - {"encoding-type", "encoding-version", "n_layers", "spans"}):
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(ArtifactError, match=f"lacks a part of what .* writes .*{name}.* select again"):
+            read_plan(path, L)
+    method = Method(operator="ghost").to_json()
+    for methods, problem in (
+        ([method] * 2, "how 2 of 1 spans are repaired"),
+        ([{**method, "operator": 3}], "operator"),
+        ([{**method, "colour": "red"}], "colour: there is no such option"),
+        ("ghost", "lacks a part"),
+    ):
+        path.write_text(json.dumps({**whole, "methods": methods}))
+        with pytest.raises(ArtifactError, match=problem):
+            read_plan(path, L)
+    path.write_text(json.dumps({**whole, "spans": [[9, 12]]}))
+    with pytest.raises((ArtifactError, PlanError), match=r"plan\.json"):
+        read_plan(path, L)
+
+
+def test_a_plan_of_fewer_spans_than_the_best_candidate_says_so() -> None:
+    def found(spans: str, *rows: dict[str, Any]) -> Selection:
+        return Selection(PruningPlan.parse(L, spans), "measured", candidates=rows)
+
+    two, one = {"spans": [[1, 2], [3, 4]], "gap": 0.1}, {"spans": [[3, 5]], "gap": 0.11}
+    assert found("3:5", two, one).has_fewer_spans
+    assert not found("1:2 3:4", two, one).has_fewer_spans
+    assert not found("3:5", one, two).has_fewer_spans
+    # Scores of single layers, and a user's plan, have no better candidate.
+    assert not found("1:3", {"spans": [[1, 2]], "score": 0.1}).has_fewer_spans
+    assert not found("3:5").has_fewer_spans
 
 
 def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
@@ -442,7 +476,29 @@ def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
         make_criterion("nearest")
 
 
-def test_help_names_all_criteria() -> None:
-    known = {name for name in criterion_names() if not name.endswith("-for-a-test")} - {"middle-influence"}
+def test_the_help_names_all_criteria() -> None:
     text = str(Search.model_fields["criterion"].description)
-    assert all(name in text for name in known)
+    named = set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text))
+    known = {name for name in criterion_names() if not name.endswith("-for-a-test")} - {"middle-influence"}
+    assert {*known, *search_criterion_names()} <= named
+
+
+@pytest.mark.parametrize("criterion", ["nearest", "Streamline"])
+def test_unknown_criteria_are_refused(criterion: str, uri: str) -> None:
+    with pytest.raises(RequestError, match=f"no criterion '{criterion}'"):
+        select(2, store=uri, criterion=criterion)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "measured"}, "the criterion measured runs the model; give --calibration"),
+        ({"max_spans": 2}, "--max-spans would not be used: the criterion streamline runs nothing"),
+        ({"operator": "ghost"}, "--operator would not be used: the criterion streamline does not fit"),
+        ({"reduce_device": "cpu"}, "--reduce-device would not be used: criteria sum on the host"),
+        ({"dtype": "float32"}, "--dtype would not be used: no model is given"),
+    ],
+)
+def test_what_a_store_would_not_use_is_refused(options: dict[str, Any], message: str, uri: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        select(2, store=uri, **{"criterion": "streamline", **options})

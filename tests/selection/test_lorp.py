@@ -101,7 +101,8 @@ def test_clusters_do_not_depend_on_the_numbers_of_layers(seed: int) -> None:
 @settings(max_examples=25)
 @given(size=st.integers(5, 14), seed=st.integers(0, 2**16))
 def test_two_clusters_are_the_best_split_of_the_normalised_cut(size: int, seed: int) -> None:
-    # Shi and Malik: (D - W) v = l D v; the eigenvector of the least l is constant, the next one is split in two.
+    # Shi and Malik: (D - W) v = l D v; the eigenvector of the least l is constant, the next one is split in
+    # two.
     affinity = (similarity_of(size, np.random.default_rng(seed)) + 1.0) / 2.0
     np.fill_diagonal(affinity, 0.0)
     degrees = np.diag(affinity.sum(axis=1))
@@ -153,7 +154,8 @@ def test_two_phases_of_a_model_are_pruned_apart(tmp_path: Path) -> None:
     shape = (4, 10, 24)
     mask = ragged_mask(*shape[:2])
     phases = rng.standard_normal((2, *shape))
-    # The fourth layer of the first phase and the second of the other are nearest to what their phase has in common.
+    # The fourth layer of the first phase and the second of the other are nearest to what their phase has in
+    # common.
     spread = [0.9, 0.8, 0.7, 0.1, 0.6, 0.9, 0.1, 0.5, 0.8]
     states = [phases[int(i > 4)] + s * rng.standard_normal(shape) for i, s in enumerate(spread)]
     states.append(rng.standard_normal(shape))

@@ -175,7 +175,11 @@ def test_any_division_of_the_sequences_gives_the_same_bits(tmp_path: Path) -> No
         for shard in (3, 16)
     ]
     reducer = ChannelCosineReducer(((0, 2), (1, 3), (2, 4), (4, 1)))
-    found = [reducer.means(reduce_whole(uri, reducer, Reduction(workers=workers))) for uri in uris for workers in (1, 4)]
+    found = [
+        reducer.means(reduce_whole(uri, reducer, Reduction(workers=workers)))
+        for uri in uris
+        for workers in (1, 4)
+    ]
     assert all(one == other for one, other in pairwise(found))
 
 

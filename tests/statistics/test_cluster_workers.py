@@ -29,8 +29,9 @@ N_REDUCTIONS = len(PLAN.spans) * N_RANGES
 _START_SECONDS = 60.0
 
 
-# A user's weight in a file of their own, which the workers can import. It is registered in the client only: tasks
-# carry the rule itself. It takes its time and leaves a line in a log; on the word `die` it ends its process.
+# A user's weight in a file of their own, which the workers can import. It is registered in the client only:
+# tasks carry the rule itself. It takes its time and leaves a line in a log; on the word `die` it ends its
+# process.
 RULE = """
 import os, signal, time
 from pathlib import Path
@@ -91,8 +92,8 @@ class Cluster:
     def start(self, n_workers: int, *, before: Sequence[str] = (), allowed_failures: int = 0) -> str:
         """Start a scheduler and workers, and return its address.
 
-        ``before`` are words before a worker's command; a range that ends more workers than ``allowed_failures`` is
-        given up.
+        ``before`` are words before a worker's command; a range that ends more workers than
+        ``allowed_failures`` is given up.
         """
         self._environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")]),

@@ -96,7 +96,8 @@ def test_operators_solved_from_a_device_are_those_of_the_host(
     one, other = (operators.boundaries[0].weight for operators in (found, exact))
     assert one is not None
     assert other is not None
-    # A relative ridge of 1e-3 bounds the condition by 24e3, by which the error of Gram and cross-moment grows at most.
+    # A relative ridge of 1e-3 bounds the condition by 24e3, by which the error of Gram and cross-moment grows
+    # at most.
     tolerance = 24e3 * (1e-13 if precision == "float64" else GAMMA) + 1e-6
     assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
     assert there.read_bytes() == again.read_bytes()

@@ -36,8 +36,9 @@ from ghoststream.text import TokenSet
 pytestmark = pytest.mark.integration
 S, T, C, L, MICRO = 5, 12, 32, 6, 2
 
-# Both add the same products in float32, the resident model all sequences at once, the streamed one micro-batch by
-# micro-batch: sums of at most 60 tokens through six layers, a few hundred roundings of 6e-8 each.
+# Both add the same products in float32, the resident model all sequences at once, the streamed one
+# micro-batch by micro-batch: sums of at most 60 tokens through six layers, a few hundred roundings of 6e-8
+# each.
 TOLERANCE = 2e-5
 
 
@@ -282,10 +283,11 @@ def test_what_cannot_be_done_is_refused(
         streamed(tiny_llama, ids, mask, gradients=Collected(), dtype=torch.float16)
     with pytest.raises(RequestError, match="ends before layer 3"):
         streamed(tiny_llama, ids, mask, gradients=Collected(), options=PassOptions(last_layer=3))
+    bare: Any = {Span(1, 2): lambda states: states}
     with pytest.raises(
         RequestError, match=r"map at \[1,2\) of this pass is a function and no BoundaryMap; wrap"
     ):
-        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): lambda states: states}))
+        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, bare))
     for kind, says in ((Fitted, "is fitted while a pass runs"), (Tapped, "reads the layer before it")):
         with pytest.raises(RequestError, match=rf"map at \[1,2\) {says}: it cannot be differentiated"):
             streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): kind()}))

@@ -1,4 +1,4 @@
-"""What the run of a contender leaves behind."""
+"""The result of running one method of a comparison."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 
 @dataclass
-class Outcome:
-    """What a run leaves: four numbers to check it by (taken after the clock stops), and figures of its own."""
+class Result:
+    """Four numbers to check a run by (taken after the clock stops), and figures of its own."""
 
     check: Callable[[], Sequence[float]] | None = None
     figures: dict[str, int] = field(default_factory=dict)
 
 
-Work = Callable[[], Outcome]
+PreparedRun = Callable[[], Result]
+"""A method that is set up, so that only the run itself is timed."""
 
 
 def numbers(states: torch.Tensor) -> list[float]:

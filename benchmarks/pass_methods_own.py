@@ -1,4 +1,4 @@
-"""ghoststream's contenders: the pass, the capture stage, what limits them, and lanes.
+"""ghoststream's methods: the pass, the capture stage, the two that bound them, and lanes.
 
 Nothing of ghoststream is imported before it is used: rivals run in environments that lack it.
 """
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from outcome import Outcome, Work, numbers
+from pass_result import PreparedRun, Result, numbers
 
 
-def hidden_pass(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
+def hidden_pass(model: Path, ids: Any, micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare ghoststream's streamed pass of the dense model."""
     return streamed(_skeleton(model), ids, micro_batch)
 
 
-def streamed(skeleton: Any, ids: Any, micro_batch: int) -> Work:
+def streamed(skeleton: Any, ids: Any, micro_batch: int) -> PreparedRun:
     """Prepare a pass of the dense lane over a skeleton."""
     from ghoststream.spans import PruningPlan
     from ghoststream.streaming import Batch, Lane, StatesFactory, StreamedPass, make_batches
@@ -40,14 +40,14 @@ def streamed(skeleton: Any, ids: Any, micro_batch: int) -> Work:
     last = Last()
     lane = Lane("dense", PruningPlan(skeleton.n_layers), observers=(last,))
 
-    def work() -> Outcome:
+    def work() -> Result:
         StreamedPass(skeleton, batches, [lane], factory).run()
-        return Outcome(lambda: numbers(last.states), _reading([skeleton]))
+        return Result(lambda: numbers(last.states), _reading([skeleton]))
 
     return work
 
 
-def capture(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
+def capture(model: Path, ids: Any, micro_batch: int, work: Path) -> PreparedRun:
     """Prepare ghoststream's capture of all positions."""
     import ghoststream as gs
 
@@ -55,61 +55,60 @@ def capture(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
     _skeleton(model)
     spec = work / "ids.npy"
     np.save(spec, ids)
+    text = gs.Text(spec=f"ids:{spec}", sequences=len(ids), length=ids.shape[1])
 
-    def run() -> Outcome:
+    def run() -> Result:
         store = gs.capture(
             model,
-            calibration=f"ids:{spec}",
-            sequences=len(ids),
-            length=ids.shape[1],
+            calibration=text,
             store=work / "store",
-            micro_batch=micro_batch,
+            compute=gs.Compute(micro_batch=micro_batch),
         )
         last = store.layers[-1]
-        return Outcome(lambda: numbers(store.read(last, len(ids) - 1, len(ids))))
+        return Result(lambda: numbers(store.read(last, len(ids) - 1, len(ids))))
 
     return run
 
 
-def read_alone(model: Path, _ids: Any, _micro_batch: int, _work: Path) -> Work:
+def read_alone(model: Path, _ids: Any, _micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare to read every layer as a pass does, and to do nothing with it."""
     skeleton = _skeleton(model)
 
-    def work() -> Outcome:
+    def work() -> Result:
         for layer in range(skeleton.n_layers):
             skeleton.read_layer(layer)
-        return Outcome(figures=_reading([skeleton]))
+        return Result(figures=_reading([skeleton]))
 
     return work
 
 
-def compute_alone(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
+def compute_alone(model: Path, ids: Any, micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare a pass that reads nothing: two layers' weights stand for all (layers of one shape only)."""
     skeleton = _skeleton(model)
     kept = [skeleton.read_layer(layer) for layer in (0, 1)]
     skeleton.read_layer = lambda layer: kept[layer % 2]
     run = streamed(skeleton, ids, micro_batch)
 
-    def work() -> Outcome:
+    def work() -> Result:
         run()
-        return Outcome()
+        return Result()
 
     return work
 
 
-def one_lane(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
+def one_lane(model: Path, ids: Any, micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare the losses of the dense model."""
     skeleton = _skeleton(model)
     return _losses([(skeleton, _lanes(skeleton, len(ids))[:1])], ids, micro_batch)
 
 
-def twelve_lanes(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
+def twelve_lanes(model: Path, ids: Any, micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare the losses of twelve lanes in one pass."""
     skeleton = _skeleton(model)
     return _losses([(skeleton, _lanes(skeleton, len(ids)))], ids, micro_batch)
 
 
-def twelve_passes(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
+def twelve_passes(model: Path, ids: Any, micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare the losses of the same twelve, a pass over a model opened anew for each."""
     lanes = _lanes(_skeleton(model), len(ids))
     return _losses([(_skeleton(model), [lane]) for lane in lanes], ids, micro_batch)
@@ -135,7 +134,7 @@ def _lanes(skeleton: Any, n_sequences: int) -> list[Any]:
     return lanes
 
 
-def _losses(passes: list[tuple[Any, list[Any]]], ids: Any, micro_batch: int) -> Work:
+def _losses(passes: list[tuple[Any, list[Any]]], ids: Any, micro_batch: int) -> PreparedRun:
     from ghoststream.evaluation import default_logit_tokens
     from ghoststream.streaming import PassOptions, StatesFactory, StreamedPass, make_batches
 
@@ -146,18 +145,18 @@ def _losses(passes: list[tuple[Any, list[Any]]], ids: Any, micro_batch: int) -> 
         options = PassOptions(logit_tokens=default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes))
         StreamedPass(skeleton, batches, lanes, factory, options).run()
 
-    def work() -> Outcome:
+    def work() -> Result:
         for skeleton, lanes in passes:
             run_one(skeleton, lanes)
         observers = [lane.logits for _, lanes in passes for lane in lanes]
         shown = observers if len(observers) == 1 else [observers[number] for number in (0, 1, 6, 11)]
-        return Outcome(lambda: [one.summary().loss for one in shown], _reading([one for one, _ in passes]))
+        return Result(lambda: [one.summary().loss for one in shown], _reading([one for one, _ in passes]))
 
     return work
 
 
 def _reading(skeletons: list[Any]) -> dict[str, int]:
-    """Return what was read of the checkpoint, how big it is, and the part that is its embedding."""
+    """Return the bytes read of the checkpoint, those that it has, and those of its embedding."""
     first = skeletons[0]
     embedding = first.model.get_input_embeddings().weight
     return {

@@ -1,6 +1,6 @@
-"""What the kernel counts, keeps and limits: bytes read, the page cache, memory and disk rate of a group of processes.
+"""Counters and limits of Linux: bytes read, the page cache, memory and disk rate of a group of processes.
 
-Standard library only, so that contenders can use it from any environment.
+Standard library only, so that rivals can use it from any environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK_BYTES = 4 * 2**20
 
 
 def io_counters() -> dict[str, int]:
-    """Return this process's counters: ``rchar`` (asked with read calls), ``read_bytes`` (fetched from the disk)."""
+    """Return bytes of this process: ``rchar`` (by read calls), ``read_bytes`` and ``write_bytes`` (disk)."""
     lines = Path("/proc/self/io").read_text().splitlines()
     counters = dict(line.split(": ") for line in lines)
     return {name: int(counters[name]) for name in ("rchar", "read_bytes", "write_bytes")}
@@ -42,11 +42,15 @@ def evict(files: Sequence[Path]) -> None:
 
 def warm(files: Sequence[Path]) -> None:
     """Bring files into the page cache."""
-    read_all(files)
+    buffer = bytearray(_BLOCK_BYTES)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def cached_bytes(files: Sequence[Path]) -> int | None:
-    """Return the bytes of files that are in the page cache; ``None`` where util-linux's fincore is missing."""
+    """Return the bytes of files in the page cache; ``None`` where util-linux's fincore is missing."""
     if not files or shutil.which("fincore") is None:
         return None
     command = ["fincore", "--noheadings", "--bytes", "--output", "RES", *map(str, files)]
@@ -54,26 +58,10 @@ def cached_bytes(files: Sequence[Path]) -> int | None:
     return sum(int(line) for line in done.stdout.split())
 
 
-def read_all(files: Sequence[Path], *, direct: bool = False) -> float:
-    """Read files from end to end, past the page cache if ``direct``; returns the seconds."""
-    import mmap
-
-    buffer = mmap.mmap(-1, _BLOCK_BYTES)  # page-aligned, as direct reads need it
-    begun = time.perf_counter()
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-        try:
-            while os.readv(descriptor, [buffer]):
-                pass
-        finally:
-            os.close(descriptor)
-    return time.perf_counter() - begun
-
-
 def limits_reason() -> str | None:
     """Say why a limit cannot be set here; ``None`` where it can."""
     if not (_GROUPS / "memory" / "memory.limit_in_bytes").exists():
-        return "needs control groups version 1; on version 2 run the whole script under systemd-run -p MemoryMax="
+        return "needs control groups version 1; on version 2 run the script under systemd-run -p MemoryMax="
     return None if os.geteuid() == 0 else "needs root"
 
 
@@ -82,7 +70,7 @@ def limited(folder: Path, memory: int | None, read_rate: int | None) -> Iterator
     """Make groups with limits; gives the words to put before a command that shall run within them.
 
     Args:
-        folder: What is read lies on this disk.
+        folder: The files to read lie on its disk.
         memory: Bytes of memory and page cache together.
         read_rate: Bytes a second from that disk.
     """

@@ -1,10 +1,10 @@
 """Write a Llama-shaped checkpoint with random weights, a shard at a time, without ever holding the model.
 
-    python benchmarks/synthetic.py --preset 6gb [OUT]
-    python benchmarks/synthetic.py --preset 6gb --remove
+    python benchmarks/random_checkpoint.py --preset 6gb [OUT]
+    python benchmarks/random_checkpoint.py --preset 6gb --remove
 
-Token ids for calibration are written beside it (``ids.npy``), and a tokenizer of one word, without which some tools
-refuse a checkpoint.
+Token ids for calibration are written beside it (``ids.npy``), and a tokenizer of one word, without which some
+tools refuse a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other ways to bring batches through a model: resident, accelerate's disk offload, AirLLM, llm-compressor."""
+"""Rivals that bring batches through a model: resident, accelerate's disk offload, AirLLM, llm-compressor."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outcome import Outcome, Work, numbers
+from pass_result import PreparedRun, Result, numbers
 
 
-def resident(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
+def resident(model: Path, ids: Any, micro_batch: int, _work: Path) -> PreparedRun:
     """Prepare transformers with all weights in memory."""
     from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,7 @@ def resident(model: Path, ids: Any, micro_batch: int, _work: Path) -> Work:
     return _batch_by_batch(loaded.model, ids, micro_batch)
 
 
-def accelerate(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
+def accelerate(model: Path, ids: Any, micro_batch: int, work: Path) -> PreparedRun:
     """Prepare transformers with accelerate's disk offload of the decoder layers."""
     from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ def accelerate(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
     return _batch_by_batch(loaded.eval().model, ids, micro_batch)
 
 
-def airllm(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
+def airllm(model: Path, ids: Any, micro_batch: int, work: Path) -> PreparedRun:
     """Prepare AirLLM; its split copy is made on the first call and kept beside the work folder."""
     from airllm import AutoModel
 
@@ -40,7 +40,7 @@ def airllm(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
     return _batch_by_batch(loaded.model.model, ids, micro_batch)
 
 
-def llm_compressor(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
+def llm_compressor(model: Path, ids: Any, micro_batch: int, work: Path) -> PreparedRun:
     """Prepare llm-compressor's sequential pipeline with nothing to calibrate."""
     from llmcompressor.args import DatasetArguments
     from llmcompressor.core import create_session
@@ -56,11 +56,11 @@ def llm_compressor(model: Path, ids: Any, micro_batch: int, work: Path) -> Work:
     arguments = DatasetArguments(propagate_error=False, sequential_targets=sorted(layers))
     seen = _watch_norm(loaded.model)
 
-    def run() -> Outcome:
+    def run() -> Result:
         with create_session() as session:
             session.initialize(recipe=None, model=loaded)
             SequentialPipeline()(loaded, loader, arguments)
-        return Outcome(lambda: numbers(seen[-1]))
+        return Result(lambda: numbers(seen[-1]))
 
     return run
 
@@ -79,21 +79,21 @@ def _batches(ids: Any, micro_batch: int) -> list[torch.Tensor]:
     return [whole[begin : begin + micro_batch] for begin in range(0, len(whole), micro_batch)]
 
 
-def _batch_by_batch(decoder: Any, ids: Any, micro_batch: int) -> Work:
+def _batch_by_batch(decoder: Any, ids: Any, micro_batch: int) -> PreparedRun:
     seen = _watch_norm(decoder)
     batches = _batches(ids, micro_batch)
 
-    def work() -> Outcome:
+    def work() -> Result:
         with torch.inference_mode():
             for batch in batches:
                 decoder(input_ids=batch, use_cache=False)
-        return Outcome(lambda: numbers(seen[-1]))
+        return Result(lambda: numbers(seen[-1]))
 
     return work
 
 
 def _watch_norm(decoder: Any) -> list[Any]:
-    """Keep what enters the final norm last, which is the same position for every contender."""
+    """Keep the last input of the final norm, which is the same position for every method."""
     seen: list[Any] = []
 
     def look(_module: Any, arguments: tuple[Any, ...]) -> None:

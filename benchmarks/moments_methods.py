@@ -1,10 +1,14 @@
-"""One contender of ``bench_moments.py``, in a process of its own: prints one JSON object.
+"""One way to the moments of a boundary, in a process of its own: prints one JSON object.
 
-- ``ghoststream``: :func:`ghoststream.statistics.reduce` with partial states on disk, then the paper's operator.
-- ``blas``: both products of one block in memory again and again, one BLAS thread for each worker thread: numpy's dsyrk and
-  dgemm on whole matrices, and nothing else.
+    python benchmarks/moments_methods.py METHOD STORE --work FOLDER --workers 2
+
+- ``ghoststream``: :func:`ghoststream.statistics.reduce` with partial states on disk, then the paper's
+  operator.
+- ``blas``: numpy's dsyrk and dgemm on one block in memory again and again, one BLAS thread for each worker
+  thread.
 - ``dask-array``: ``X.T @ X`` and ``X.T @ (Y - X)`` of Dask arrays over the same Zarr, chunks of whole shards.
-- ``in-memory``: the paper's steps as one writes them: all activations at once, cast to float64, one product each, solve.
+- ``in-memory``: the paper's steps as one writes them: all activations at once in float64, one product each,
+  solve.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ SPAN = (0, 1)
 RIDGE = 1e-6
 
 Array = npt.NDArray[Any]
-Work = Callable[[argparse.Namespace], dict[str, Any]]
+Run = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def ghoststream(options: argparse.Namespace) -> dict[str, Any]:
@@ -34,23 +38,23 @@ def ghoststream(options: argparse.Namespace) -> dict[str, Any]:
     from ghoststream.spans import Span
     from ghoststream.statistics import BoundaryReducer, open_source, reduce, store_ranges
 
-    span = Span(*SPAN)
+    span, store = Span(*SPAN), str(options.store)
+    reducer = BoundaryReducer((span,))
     options.work.mkdir(parents=True)
     begun = time.perf_counter()
-    store = str(options.store)
-    reduction = Reduction(workers=options.workers)
-    moments = reduce(store, BoundaryReducer((span,)), store_ranges(store), reduction, workdir=options.work)
+    moments = reduce(
+        store, reducer, store_ranges(store), Reduction(workers=options.workers), workdir=options.work
+    )
     seconds = time.perf_counter() - begun
     peak = options.memory.above_baseline_bytes
-    operator = make_operator(Method(operator="ghost")).fit(moments[span])
+    operator = make_operator(Method(operator="ghost", ridge=RIDGE)).fit(moments[span])
     whole = time.perf_counter() - begun
-    source = open_source(str(options.store))
-    task = BoundaryReducer((span,)).task_bytes(source.hidden, source.length)
+    source = open_source(store)
     return {
         "seconds": seconds,
         "solve_seconds": whole - seconds,
         "moments_peak_bytes": peak,
-        "formula_bytes": options.workers * task,
+        "formula_bytes": options.workers * reducer.task_bytes(source.hidden, source.length),
         "map": np.asarray(operator.weight, dtype=np.float64).T,
     }
 
@@ -59,7 +63,8 @@ def blas(options: argparse.Namespace) -> dict[str, Any]:
     from ghoststream.statistics import DEFAULT_BLOCK_TOKENS, open_source
     from ghoststream.statistics.blas import single_blas_thread
 
-    width, n_tokens = open_source(str(options.store)).hidden, _n_tokens(options)
+    source = open_source(str(options.store))
+    width, n_tokens = source.hidden, source.n_sequences * source.length
     # A tenth of the work tells the rate.
     blocks = max(1, round(n_tokens / DEFAULT_BLOCK_TOKENS / options.workers / 10))
     rng = np.random.default_rng(0)
@@ -94,10 +99,9 @@ def dask_array(options: argparse.Namespace) -> dict[str, Any]:
         stored = da.from_zarr(bits, chunks=bits.shards or bits.chunks)
         rows.append(stored.map_blocks(_float64, dtype=np.float64).reshape(-1, stored.shape[-1]))
     inputs, targets = rows
+    products = inputs.T @ inputs, inputs.T @ (targets - inputs)
     with single_blas_thread(), ThreadPoolExecutor(options.workers) as pool:
-        gram, cross = dask.compute(
-            inputs.T @ inputs, inputs.T @ (targets - inputs), scheduler="threads", pool=pool
-        )
+        gram, cross = dask.compute(*products, scheduler="threads", pool=pool)
     return {"seconds": time.perf_counter() - begun, "trace": float(np.trace(gram) + np.trace(cross))}
 
 
@@ -119,7 +123,7 @@ def in_memory(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "solve_seconds": whole - seconds, "map": fitted.numpy()}
 
 
-CONTENDERS: dict[str, Work] = {
+METHODS: dict[str, Run] = {
     "blas": blas,
     "ghoststream": ghoststream,
     "dask-array": dask_array,
@@ -131,15 +135,8 @@ def _float64(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def _n_tokens(options: argparse.Namespace) -> int:
-    from ghoststream.statistics import open_source
-
-    source = open_source(str(options.store))
-    return source.n_sequences * source.length
-
-
 def prediction_error(store: Path, fitted: Array) -> float:
-    """Return ``|X M - (Y - X)| / |Y - X|`` over the store, a few sequences at a time."""
+    """Return ``|X M - (Y - X)| / |Y - X|`` over the store, one sequence at a time."""
     from ghoststream.statistics import open_source
 
     source = open_source(str(store))
@@ -153,14 +150,14 @@ def prediction_error(store: Path, fitted: Array) -> float:
 
 
 def main() -> None:
-    """Run the contender, and print its figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(CONTENDERS))
+    """Run one method, and print its figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("method", choices=sorted(METHODS))
     parser.add_argument("store", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--workers", type=int, required=True)
     options = parser.parse_args()
-    # What everyone needs is imported before memory is looked at.
+    # Libraries that all methods need are imported before memory is looked at.
     import torch  # noqa: F401
 
     import ghoststream.statistics  # noqa: F401
@@ -170,7 +167,7 @@ def main() -> None:
     try:
         with PeakAnonymous() as memory:
             options.memory = memory
-            figures = CONTENDERS[options.name](options)
+            figures = METHODS[options.method](options)
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
     fitted = figures.pop("map", None)

@@ -42,7 +42,8 @@ def picture(table: Mapping[str, list[float]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"',
         ' font-family="sans-serif" font-size="13" fill="#222222">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        '<text x="20" y="22" font-size="14">Loss above the dense model, nats a token (low is good)</text>',
+        '<text x="20" y="22" font-size="14">'
+        "Loss above the dense model, nats a token (lower is better)</text>",
         *_legend(),
     ]
     highest = max(gap for row in table.values() for gap in row if not math.isnan(gap))

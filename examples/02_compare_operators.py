@@ -1,7 +1,7 @@
 """One capture, three ways to repair, one table: MODEL TEXT HELDOUT_TEXT WORKDIR.
 
-The model is run once; every plan and operator is fitted from the store. All variants are then measured in a single
-pass over the weights.
+The model is run once; every plan and operator is fitted from the store. All variants are then measured in a
+single pass over the weights.
 """
 
 from __future__ import annotations

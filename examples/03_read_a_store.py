@@ -1,6 +1,7 @@
 """Read hidden states from a store, block by block, and print how large they are in each layer: STORE.
 
-The first token of a text often has a hidden state far larger than all others (an attention sink); it shows here.
+The first token of a text often has a hidden state far larger than all others (an attention sink); it shows
+here.
 """
 
 from __future__ import annotations

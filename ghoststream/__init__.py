@@ -1,7 +1,7 @@
 """Prune layers out of very large language models and repair them without training, out of core.
 
-The public names are loaded when they are first used, so that ``import ghoststream`` costs next to nothing. It also
-makes transformers' auto classes know recovered checkpoints (``ghosted_<base>``), which then need no
+The public names are loaded when they are first used, so that ``import ghoststream`` costs next to nothing. It
+also makes transformers' auto classes know recovered checkpoints (``ghosted_<base>``), which then need no
 ``trust_remote_code``.
 """
 

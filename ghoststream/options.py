@@ -1,8 +1,9 @@
 """Every option that a user can give, declared once.
 
-The command line, the Python API and pipeline files use these very objects: the text of a field is its ``--help`` and its
-documentation, its constraint is checked everywhere, and a recipe embeds it. What was given can be told from what is a
-default, so that a stage refuses by name what it would not use (:meth:`Options.refuse`).
+The command line, the Python API and pipeline files use these very objects: the text of a field is its
+``--help`` and its documentation, its constraint is checked everywhere, and a recipe embeds it. What was given
+can be told from what is a default, so that a stage refuses by name what it would not use
+(:meth:`Options.refuse`).
 
 A new option is one field here and the line that reads it.
 """
@@ -20,7 +21,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
-    PlainSerializer,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -43,8 +44,8 @@ Precision = Literal["float64", "float32-blocked"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
 SPEC_FORMS = (
-    "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], "
-    "wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
+    "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, "
+    "hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
 )
 
 
@@ -85,20 +86,24 @@ def _parse_ridge(value: Any) -> Any:
     return value if value in (None, "auto", "gcv") else number
 
 
+_BYTES: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
+
+
 def _parse_bytes(value: Any) -> Any:
-    if (
-        isinstance(value, str)
-        and re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None
-    ):
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None:
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
         raise ValueError(msg)
-    return value
+    # A letter alone stands for a binary unit, as it does for other tools.
+    text = f"{value.rstrip()}iB" if value.rstrip()[-1].lower() in "kmgt" else value
+    return int(_BYTES.validate_python(text))
 
 
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
 Ridge = Annotated[float | Literal["auto", "gcv"] | None, BeforeValidator(_parse_ridge)]
-Bytes = Annotated[ByteSize, BeforeValidator(_parse_bytes), PlainSerializer(int)]
+Bytes = Annotated[Number, BeforeValidator(_parse_bytes)]
 Layers = Annotated[tuple[Number, ...], BeforeValidator(parse_layers)]
 
 
@@ -190,7 +195,8 @@ class Text(Options):
 
     spec: str = option(
         ...,
-        f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\n{SPEC_FORMS}, or NAME[:REST] of an installed package.",
+        f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\nIn full: {SPEC_FORMS}, or NAME[:REST] of an "
+        "installed package.",
     )
     sequences: Count | None = option(
         None,
@@ -201,7 +207,7 @@ class Text(Options):
     length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
     pack: bool = option(True, "Join documents into full windows, or one document a window.")
     bos: Bos = option(
-        "auto", "When a window begins with the begin-of-text token; auto does as the tokenizer."
+        "auto", "Whether a window begins with the begin-of-text token; auto does as the tokenizer."
     )
     part: TextPart | None = option(
         None, "Part of a text with a standard split. Default: fit to calibrate, heldout to evaluate."
@@ -227,11 +233,12 @@ class Text(Options):
 class Source(Options):
     """Where hidden states come from: an activation store, or a model that is run over a text.
 
-    With a store, ``model`` is what it was captured from, for those criteria and operators that read its weights too.
+    With a store, ``model`` is what it was captured from, for those criteria and operators that read its
+    weights too.
     """
 
-    model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
-    store: str | None = Field(default=None, description="Activation store.")
+    model: str | Path | None = Field(default=None, description="Checkpoint folder or hub id.")
+    store: str | Path | None = Field(default=None, description="Activation store.")
     calibration: Text | None = Field(default=None, description="Text to calibrate on.")
 
     @model_validator(mode="before")
@@ -264,18 +271,18 @@ class Method(Options):
 
     operator: str | None = option(
         None,
-        "How a gap is repaired, e.g. auto, ghost or none. Default: auto; ghost from a store.\n"
-        "auto tries several and keeps the best on held-out windows; ghost is the paper's. Others: least-squares, diagonal, scalar, "
-        "symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, prune-and-comp, replace-me-ls, replace-me-cosine, "
-        "replace-me-cosine-whole.",
+        "How a gap is repaired, e.g. auto, ghost or none. Default: auto; ghost from a store.\nauto tries "
+        "several and keeps the best on held-out windows; ghost is the paper's. Others: least-squares, "
+        "diagonal, scalar, symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, "
+        "prune-and-comp, replace-me-ls, replace-me-cosine, replace-me-cosine-whole.",
         usual=True,
         metavar="NAME",
     )
     features: str = option(
         "hidden",
-        "States that least-squares reads, e.g. normed or hidden+mlp.\n"
-        "hidden, normed (over its root mean square), hidden+normed; of the layer before, mlp (what enters down_proj), mlp_output "
-        "(what the MLP adds) or hidden+mlp, which are absorbed into that weight.",
+        "States that least-squares reads, e.g. normed or hidden+mlp.\nhidden, normed (over its root mean "
+        "square), hidden+normed; of the layer before, mlp (what enters down_proj), mlp_output (what the MLP "
+        "adds) or hidden+mlp, which are absorbed into that weight.",
         usual=True,
         metavar="NAME",
     )
@@ -288,15 +295,15 @@ class Method(Options):
     )
     ridge: Ridge = option(
         None,
-        "Ridge of ghost (default 1e-6) or least-squares (default auto).\n"
-        "Added to the diagonal of the Gram matrix: as it is by ghost, times the diagonal's mean by least-squares, where auto takes "
-        "what predicts held-out folds best, and gcv needs no folds.",
+        "Ridge of ghost (default 1e-6) or least-squares (default auto).\nAdded to the diagonal of the Gram "
+        "matrix: as it is by ghost, times the diagonal's mean by least-squares, where auto takes what "
+        "predicts held-out folds best, and gcv needs no folds.",
         usual=True,
         metavar="RIDGE",
     )
     shrink: Literal["identity", "zero"] = option(
         "identity",
-        "What the ridge of least-squares draws the map towards: one that changes nothing, or zero.",
+        "Map that a large ridge of least-squares ends at: one that changes nothing, or zero.",
     )
     intercept: bool = option(False, "Let least-squares fit a constant too.")
     rank: Count | None = option(
@@ -304,12 +311,13 @@ class Method(Options):
     )
     solver: Solver = option(
         "gram",
-        "gram: normal equations. tsqr: QR, for features that are nearly dependent. svd: singular values, the paper's equation as "
-        "it is written, for ghost. Sketches from a store: see docs/operators.md.",
+        "gram: normal equations. tsqr: QR, for features that are nearly dependent. svd: singular values, "
+        "the paper's equation as it is written, for ghost. Sketches from a store: see docs/operators.md.",
     )
     per_layer: bool = option(
         False,
-        "Fit each removed layer for itself and multiply the maps, as the paper's code does where removed layers are apart.",
+        "Fit each removed layer for itself and multiply the maps, as the paper's code does where removed "
+        "layers are apart.",
     )
     sketch_size: Count | None = option(None, "Columns of a sketch. Default: 2 R + 10.", metavar="K")
     power_iterations: Number = option(
@@ -317,11 +325,12 @@ class Method(Options):
     )
     seed: Number = option(0, "Seed of a sketch.", metavar="N")
     precision: Precision = option(
-        "float64", "Of the products that are summed; float32-blocked adds up blocks of 256 tokens in float64."
+        "float64", "Precision of summed products; float32-blocked adds up blocks of 256 tokens in float64."
     )
     inputs: Inputs = option(
         "repaired",
-        "Whose states an operator behind another one is fitted on: the model's as it is repaired so far, or the dense model's.",
+        "States that a later operator is fitted on: those of the model repaired so far, or of the dense "
+        "model.",
     )
 
 
@@ -332,11 +341,12 @@ class Search(Options):
 
     criterion: str | None = option(
         None,
-        "How layers are chosen. Default: measured; streamline-published from a store.\n"
-        "By running the model: measured (repairs and measures candidates), prune-and-repair, sleb, perplexity, taylor, taylor-plus. "
-        "From hidden states: streamline, shortgpt (by their formulas), streamline-published, shortgpt-published (as the paper's "
-        "published code computes them), uidl, uidl-all, lorp, residual, residual-in-sample. From weights: magnitude, magnitude-plus, "
-        "magnitude-l2. Without a look: reverse, reverse-last.",
+        "How layers are chosen. Default: measured; streamline-published from a store.\nBy running the "
+        "model: measured (repairs and measures candidates), prune-and-repair, sleb, perplexity, taylor, "
+        "taylor-plus. From hidden states: streamline, shortgpt (by their formulas), streamline-published, "
+        "shortgpt-published (as the paper's published code computes them), uidl, uidl-all, lorp, residual, "
+        "residual-in-sample. From weights: magnitude, magnitude-plus, magnitude-l2. Without a look: "
+        "reverse, reverse-last.",
         usual=True,
         metavar="NAME",
     )
@@ -352,10 +362,15 @@ class Search(Options):
         usual=True,
         metavar="S",
     )
-    beam: Count = option(1, "Best plans of each partition that measured goes on with.", metavar="B")
+    beam: Count = option(
+        1,
+        "Best plans of a step that measured (of each partition), prune-and-repair and sleb go on with.",
+        metavar="B",
+    )
     candidates: Count = option(
         8,
-        "Plans of each partition that measured measures once a span stands: those whose spans cost least alone.",
+        "Plans of each partition that measured measures once a span stands: those whose spans cost least "
+        "alone.",
         metavar="M",
     )
     lanes: Count | None = option(None, "Most candidates in one pass. Default: all.", metavar="N")
@@ -365,7 +380,10 @@ class Search(Options):
 
 
 class Compute(Options):
-    """How a model is opened and run. Device, memory and scratch change no bit of a result on one kind of device."""
+    """How a model is opened and run.
+
+    Device, memory and scratch change no bit of a result on one kind of device.
+    """
 
     title: ClassVar[str] = "Running the model"
 
@@ -375,7 +393,8 @@ class Compute(Options):
     )
     micro_batch: Count | None = option(
         None,
-        "Sequences computed at once. Default: what half of the largest layer's bytes holds, at most 2,048 tokens.",
+        "Sequences computed at once. Default: what half of the largest layer's bytes holds, at most 2,048 "
+        "tokens.",
         metavar="B",
     )
     device: str = option(
@@ -388,7 +407,8 @@ class Compute(Options):
     )
     host_memory: Bytes | None = option(
         None,
-        "Host memory that a pass may take. Default: nine tenths of what is free.\nHidden states that do not fit go to scratch.",
+        "Host memory that a pass may take. Default: nine tenths of what is free.\nHidden states that do not "
+        "fit go to scratch.",
         usual=True,
         metavar="SIZE",
     )
@@ -416,13 +436,14 @@ class Reduction(Options):
     )
     memory: Bytes | None = option(
         None,
-        "Memory of all statistics at a time, e.g. 8GiB; less takes more sweeps over the store. Default: half of what is free.",
+        "Memory of all statistics at a time, e.g. 8GiB; less takes more sweeps over the store. Default: "
+        "half of what is free.",
         metavar="SIZE",
     )
     reduce_device: str | None = option(
         None,
-        "Sum products by torch on cuda or cuda:1, here or on each worker of --scheduler. Default: numpy. It changes the last "
-        "bits.",
+        "Sum products by torch on cuda or cuda:1, here or on each worker of --scheduler. Default: numpy. It "
+        "changes the last bits.",
         metavar="NAME",
     )
 

@@ -96,7 +96,8 @@ class StoreFitRecipe(Recipe):
 
     Attributes:
         method: How boundaries are fitted: features and ridge are those that act.
-        reduce_device: Kind of the torch device that products were computed on; ``None`` is the host, by numpy.
+        reduce_device: Kind of the torch device that products were computed on; ``None`` is the host, by
+            numpy.
         range_sequences: Sequences that one reduction task reads.
         folds: Folds of whole sequences that moments are kept by.
         block_tokens: Tokens that are added up at a time.

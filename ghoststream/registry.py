@@ -16,9 +16,9 @@ _Any = TypeVar("_Any")
 class Registry(Generic[_Entry]):
     """Entries of one kind by name; a name stays with the entry that took it first.
 
-    Entries of installed packages are found by their entry points when a name is asked for that is not registered, or all
-    names are; only the package that is asked for is imported. The object that an entry point names is the entry itself, as
-    :meth:`register` takes it::
+    Entries of installed packages are found by their entry points when a name is asked for that is not
+    registered, or all names are; only the package that is asked for is imported. The object that an entry
+    point names is the entry itself, as :meth:`register` takes it::
 
         [project.entry-points."ghoststream.operators"]
         shrunk = "my_package.shrunk:Shrunk"
@@ -26,8 +26,8 @@ class Registry(Generic[_Entry]):
     Args:
         kind: What the entries are, in the singular, for messages (``"token weight"``).
         group: Group of entry points of installed packages; None for no entries but registered ones.
-        name_of: Returns the name that an entry calls itself by, which must be the name of its entry point; None where
-            entries have no name.
+        name_of: Returns the name that an entry calls itself by, which must be the name of its entry point;
+            None where entries have no name.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The algebra of removed layers: spans and pruning plans.
 
-One convention everywhere, messages included: layers are numbered from 0, a span is half-open ``[start, stop)``.
+One convention everywhere, messages included: layers are numbered from 0, a span is half-open
+``[start, stop)``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hidden states as stored: bfloat16 as its bits in ``uint16``, float16 and float32 as they are.
 
-Zarr has no bfloat16, and numpy has none either; the bits travel through ``uint16`` and every value, NaN payloads
-and subnormals included, comes back as it was.
+Zarr has no bfloat16, and numpy has none either; the bits travel through ``uint16`` and every value, NaN
+payloads and subnormals included, comes back as it was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The checksums that a shard carries: one at the end of each chunk and one at the end of its index.
 
-They come with whatever is read of a shard. Compared with those in the manifest they tell, without reading more, a shard of
-another store or layer, which is sound in itself.
+They come with whatever is read of a shard. Compared with those in the manifest they tell, without reading
+more, a shard of another store or layer, which is sound in itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def shard_checksums(shard: Bytes, chunks_per_shard: int) -> str:
 
     Args:
         shard: The whole file, uint8 ``(n,)``: chunks of one size, one after the other, and the index.
-        chunks_per_shard: Chunks of a full shard; a short one has entries of the others in its index, and no data.
+        chunks_per_shard: Chunks of a full shard; a short one has entries of the others in its index, and no
+            data.
     """
     index = shard[-index_bytes(chunks_per_shard) : -_CRC_BYTES]
     n_chunks = int(np.count_nonzero(index.view("<u8")[::2] != _NO_CHUNK))

@@ -39,8 +39,8 @@ class ObjectRecord:
     Attributes:
         digest: Digest of its bytes.
         size: Number of its bytes.
-        checksums: Of a shard, those of its chunks and index (see :mod:`ghoststream.activations.checksums`); ``""`` for
-            other objects, and where version 1.0 of the manifest was written.
+        checksums: Of a shard, those of its chunks and index (see :mod:`ghoststream.activations.checksums`);
+            ``""`` for other objects, and where version 1.0 of the manifest was written.
     """
 
     digest: str
@@ -86,17 +86,19 @@ def reading(what: str) -> Iterator[None]:
 def unreachable(uri: str, error: UnreadableObjectError) -> StoreError:
     """Return the error for a store that could not be read, with what to do."""
     return StoreError(
-        f"{uri}: {error}; check the disk, or the connection and the credentials, and run the same command again"
+        f"{uri}: {error}; check the disk, or the connection and the credentials, and run the same command "
+        "again"
     )
 
 
 class GuardedStore(WrapperStore[Store]):
     """Wrap any Zarr store: ``set`` notes digest, size and checksums, ``get`` of a committed object checks them.
 
-    Nothing is read twice: the digest of a shard is taken from the bytes on their way to the store. A committed
-    object that is missing is an error here, where Zarr would hand out fill values. The digest is checked when an
-    object is read whole, once for an opened store. Of parts of a shard, the checksums that come with each chunk and with
-    the index are compared with those that were written: Zarr sees that a chunk is sound, this that it is the right one.
+    Nothing is read twice: the digest of a shard is taken from the bytes on their way to the store. A
+    committed object that is missing is an error here, where Zarr would hand out fill values. The digest is
+    checked when an object is read whole, once for an opened store. Of parts of a shard, the checksums that
+    come with each chunk and with the index are compared with those that were written: Zarr sees that a chunk
+    is sound, this that it is the right one.
 
     Args:
         store: The store that holds the objects.
@@ -129,7 +131,8 @@ class GuardedStore(WrapperStore[Store]):
         """Read an object or a part of it.
 
         Raises:
-            ChangedObjectError: If a committed object is missing or not what was committed, as far as what is read tells.
+            ChangedObjectError: If a committed object is missing or not what was committed, as far as what is
+                read tells.
             UnreadableObjectError: If the disk, the network or the server fails.
         """
         with reading(key):
@@ -143,7 +146,8 @@ class GuardedStore(WrapperStore[Store]):
         """Read parts of objects.
 
         Raises:
-            ChangedObjectError: If a committed object is missing or not what was committed, as far as what is read tells.
+            ChangedObjectError: If a committed object is missing or not what was committed, as far as what is
+                read tells.
             UnreadableObjectError: If the disk, the network or the server fails.
         """
         wanted = list(key_ranges)
@@ -185,8 +189,8 @@ class GuardedStore(WrapperStore[Store]):
         )
         if place is not None:
             msg = (
-                f"{key} is not what was committed: the checksum of its {place} is not the manifest's, as that of a shard of"
-                " another store or layer would not be"
+                f"{key} is not what was committed: the checksum of its {place} is not the manifest's, as "
+                "that of a shard of another store or layer would not be"
             )
             raise ChangedObjectError(msg)
 

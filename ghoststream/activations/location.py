@@ -233,8 +233,8 @@ def locate(
 
     Raises:
         InputNotFoundError: If a local folder must exist and does not.
-        RequestError: If the URL's kind is unknown or its package is not installed, the place that it names does not
-            answer, or the path is a file.
+        RequestError: If the URL's kind is unknown or its package is not installed, the place that it names
+            does not answer, or the path is a file.
     """
     _limit_concurrency()
     if isinstance(uri, Store):
@@ -265,8 +265,8 @@ def _reaching(location: Location, what: str) -> Iterator[None]:
         if location.root is not None:
             raise
         msg = (
-            f"{location.uri}: {what} failed ({str(error) or repr(error)}); check the connection and the credentials, and"
-            " run the same command again"
+            f"{location.uri}: {what} failed ({str(error) or repr(error)}); check the connection and the "
+            "credentials, and run the same command again"
         )
         raise StoreError(msg) from error
 

@@ -1,7 +1,7 @@
 """The manifest: what is committed, what made it, and the digests that let anyone check both.
 
-``manifest.json`` is the only file of a finished store that ever changed after it was written. It holds no times, hosts or
-paths, so two runs of one recipe leave the same bytes.
+``manifest.json`` is the only file of a finished store that ever changed after it was written. It holds no
+times, hosts or paths, so two runs of one recipe leave the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Manifest:
 
     def differences(self, asked: Manifest) -> list[str]:
         """Say in what this store differs from one that is asked for, one line a field."""
-        # The recipe decides the rest: what follows from it is only told where the recipe does not say it already.
+        # The recipe decides the rest: what follows from it is only told where the recipe does not say it
+        # already.
         recipes = differences({"recipe": self.recipe}, {"recipe": asked.recipe})
         return recipes or differences(self.identity(), asked.identity())
 

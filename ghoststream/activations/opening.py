@@ -81,9 +81,9 @@ class WriterLock:
 def make_store(location: Location, manifest: Manifest, tokens: TokenArrays) -> None:
     """Write groups, array metadata and tokens, and the manifest last; its records are filled in here.
 
-    Two processes may do this for the same request at the same place, as the workers of a split capture may where
-    there are no locks: both write the same bytes, and neither removes what the other makes. Nothing happens if another
-    one has finished before.
+    Two processes may do this for the same request at the same place, as the workers of a split capture may
+    where there are no locks: both write the same bytes, and neither removes what the other makes. Nothing
+    happens if another one has finished before.
 
     Raises:
         DiskFullError: If no space was left.
@@ -92,7 +92,8 @@ def make_store(location: Location, manifest: Manifest, tokens: TokenArrays) -> N
     """
     objects = _creation(manifest, tokens)
     leftovers = [key for key in location.list_keys() if key not in _BYSTANDERS and key not in objects]
-    # Looked at after the listing: what was listed is then older than anything that belongs to a finished store.
+    # Looked at after the listing: what was listed is then older than anything that belongs to a finished
+    # store.
     if location.read(MANIFEST_KEY) is not None:
         return
     location.delete(leftovers)
@@ -229,7 +230,8 @@ def require_sound(location: Location, manifest: Manifest) -> None:
 def clear_leftovers(location: Location, manifest: Manifest) -> None:
     """Remove what a killed run left: partial files, shards of layers that were not committed, dropped scratch.
 
-    Call only where no part is being written: what workers have and the manifest does not list is removed as well.
+    Call only where no part is being written: what workers have and the manifest does not list is removed as
+    well.
     """
     expected = manifest.objects()
     strays = [

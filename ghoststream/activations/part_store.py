@@ -32,11 +32,12 @@ _PATIENCE_S = 60.0
 class PartStore(WritableStore):
     """The sequences ``[start, stop)`` of a store, written by one worker while others write the rest.
 
-    What it commits is in a marker of its own until :meth:`finish` of the last worker joins all markers into the store's
-    manifest. The files are then those that a single worker would have left, byte for byte. Killed at any moment,
-    the layers that this part committed stay.
+    What it commits is in a marker of its own until :meth:`finish` of the last worker joins all markers into
+    the store's manifest. The files are then those that a single worker would have left, byte for byte. Killed
+    at any moment, the layers that this part committed stay.
 
-    Where there are no locks (object stores), two workers with the same sequences are the user's to keep apart.
+    Where there are no locks (object stores), two workers with the same sequences are the user's to keep
+    apart.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class PartStore(WritableStore):
             **request: See :class:`StoreRequest`; the same for all workers.
 
         Raises:
-            RequestError: If sizes or tokens do not fit together, ``rows`` are no whole shards, or overlap with
-                those of another worker.
+            RequestError: If sizes or tokens do not fit together, ``rows`` are no whole shards, or overlap
+                with those of another worker.
             MismatchError: If the store there has another recipe, fingerprint, layout or tokens.
             OutputExistsError: If something else is there.
             BusyError: If another process is writing this part, or the whole store.
@@ -170,8 +171,9 @@ def _claim(
         elif other.start < stop and start < other.stop:
             names = ", ".join(one.name for one in others)
             msg = (
-                f"{location.uri} is being captured in other parts (sequences {names}), and {part.name} overlaps one;"
-                " give every worker the same number of workers, or delete the store and begin anew"
+                f"{location.uri} is being captured in other parts (sequences {names}), and {part.name} "
+                "overlaps one; give every worker the same number of workers, or delete the store and begin "
+                "anew"
             )
             raise RequestError(msg)
     lock = opening.WriterLock(location, part.folder)

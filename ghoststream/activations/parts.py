@@ -1,8 +1,8 @@
 """Parts: what each worker of a capture that is split has finished, until all of it is joined into the manifest.
 
-A worker owns a run of whole shards and commits its layers in a marker of its own, ``parts/<start>-<stop>/part.json``.
-When the markers cover every sequence of every layer, whoever notices writes one manifest from them, the very bytes that
-a single worker would have left, and removes the parts.
+A worker owns a run of whole shards and commits its layers in a marker of its own,
+``parts/<start>-<stop>/part.json``. When the markers cover every sequence of every layer, whoever notices
+writes one manifest from them, the very bytes that a single worker would have left, and removes the parts.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def require_shards(layout: StoreLayout, start: int, stop: int) -> None:
     whole = all(end % per_shard == 0 or end == n_sequences for end in (start, stop))
     if not 0 <= start <= stop <= n_sequences or not whole:
         msg = (
-            f"sequences [{start},{stop}) are no run of whole shards of {per_shard} of {n_sequences} sequences;"
-            " begin and end where a shard does"
+            f"sequences [{start},{stop}) are no run of whole shards of {per_shard} of {n_sequences} "
+            "sequences; begin and end where a shard does"
         )
         raise RequestError(msg)
 
@@ -145,8 +145,8 @@ def load_parts(location: Location, manifest: Manifest) -> tuple[Part, ...]:
         part = Part.from_bytes(content, f"{location.uri}/{key}")
         if part.store != store:
             msg = (
-                f"{location.uri}/{key} belongs to another store; delete the folder {location.uri}/{PARTS_FOLDER}"
-                " and run the workers again"
+                f"{location.uri}/{key} belongs to another store; delete the folder "
+                f"{location.uri}/{PARTS_FOLDER} and run the workers again"
             )
             raise MismatchError(msg)
         parts.append(part)
@@ -156,8 +156,9 @@ def load_parts(location: Location, manifest: Manifest) -> tuple[Part, ...]:
 def join_parts(location: Location, manifest: Manifest) -> Manifest:
     """Write one manifest from the parts if together they are the whole store; else do nothing.
 
-    Call with the store's lock. Where there are no locks, two may do this at once: both write the same bytes. The parts
-    stay; :func:`~ghoststream.activations.opening.clear_leftovers` removes them once the store is complete.
+    Call with the store's lock. Where there are no locks, two may do this at once: both write the same bytes.
+    The parts stay; :func:`~ghoststream.activations.opening.clear_leftovers` removes them once the store is
+    complete.
 
     Returns:
         The manifest as it is now.

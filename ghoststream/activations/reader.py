@@ -15,8 +15,8 @@ from ghoststream.activations.layout import open_array, shard_key
 from ghoststream.errors import NumericsError, StoreError
 
 _ADVICE = (
-    "the data changed after it was written: run `ghoststream verify` on the store, then restore it from a copy,"
-    " or delete it and capture again"
+    "the data changed after it was written: run `ghoststream verify` on the store, then restore it from a "
+    "copy, or delete it and capture again"
 )
 _SHARDS_AT_A_TIME = 4
 _BROKEN = (ChangedObjectError, ValueError, RuntimeError, LookupError)
@@ -41,10 +41,11 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int, uri: str) -> npt.ND
     """Read the stored values of sequences ``[start, stop)``.
 
     Raises:
-        StoreError: If a shard is missing, is not what was committed, or a chunk fails its checksum; the message
-            names the array, the shard and the chunk. Also if the disk or the network fails.
+        StoreError: If a shard is missing, is not what was committed, or a chunk fails its checksum; the
+            message names the array, the shard and the chunk. Also if the disk or the network fails.
 
-    Memory: The rows, and for each of at most four shards in flight what is wanted of it twice, encoded and decoded.
+    Memory: The rows, and for each of at most four shards in flight what is wanted of it twice, encoded and
+    decoded.
     """
     try:
         try:

@@ -21,7 +21,8 @@ class StoreRequest(TypedDict):
     Attributes:
         recipe: What was asked for, as JSON data; compared on resume.
         tokens: Anything with ``ids`` int32 (S, T), ``lengths`` int32 (S,) and ``mask`` bool (S, T).
-        fingerprint: What the hidden states come from (checkpoint, tokenizer), as JSON data; compared on resume.
+        fingerprint: What the hidden states come from (checkpoint, tokenizer), as JSON data; compared on
+            resume.
         storage_options: What fsspec gets besides the URL.
 
     The other entries are the attributes of :class:`StoreLayout`.

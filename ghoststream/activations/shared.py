@@ -1,7 +1,7 @@
 """Stores that are open in this process, for tasks that read one after the other: each is opened once as long as it is the same.
 
-Opening a store checks that every shard is there, which on an object store is a request for each. Tasks need not do that again:
-whatever they read is checked as it is read.
+Opening a store checks that every shard is there, which on an object store is a request for each. Tasks need
+not do that again: whatever they read is checked as it is read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class StoreRef:
     def of(cls, uri: str) -> StoreRef:
         """Return the reference of a store as it is now; what has changed since this process opened it is checked in full.
 
-        Raises what :meth:`ActivationStore.open` does. Cost: the manifest is read; see there if it has changed.
+        Raises what :meth:`ActivationStore.open` does. Cost: the manifest is read; see there if it has
+        changed.
         """
         digest = load_manifest(locate(uri, writable=False)).without_scratch().digest()
         with _LOCK:
@@ -60,8 +61,9 @@ class StoreRef:
                 store = ActivationStore.reopen(self.uri)
                 if store.identity() != self.identity:
                     msg = (
-                        f"there is another store at {self.uri} than the one that this work began with; give a path or URL"
-                        " that is the same for all workers, and leave the store alone while it is read"
+                        f"there is another store at {self.uri} than the one that this work began with; give "
+                        "a path or URL that is the same for all workers, and leave the store alone while it "
+                        "is read"
                     )
                     raise MismatchError(msg)
                 _remember(self.uri, store, self.manifest)

@@ -21,9 +21,9 @@ class ActivationStore(WritableStore):
     """Hidden states ``h[l]`` of a model for a set of sequences, with their tokens and all that made them.
 
     Made by :meth:`create` or :meth:`create_or_resume`, opened by :meth:`open`; use it as a context manager or
-    call :meth:`close`. One process writes at a time (local stores are locked until then), any number may read.
-    A store is a Zarr v3 group that plain zarr reads (``docs/format.md``). Killed at any moment, the layers
-    committed so far stay, and the others are written again from their first shard.
+    call :meth:`close`. One process writes at a time (local stores are locked until then), any number may
+    read. A store is a Zarr v3 group that plain zarr reads (``docs/format.md``). Killed at any moment, the
+    layers committed so far stay, and the others are written again from their first shard.
     """
 
     @classmethod
@@ -85,7 +85,8 @@ class ActivationStore(WritableStore):
             InputNotFoundError: If nothing is there.
             StoreError: If it is not a store, is damaged, or was written by a newer version of this library.
             BusyError: If another process is writing there (``"r+"`` only).
-            RequestError: If workers are capturing it in parts, and not all have finished theirs (``"r+"`` only).
+            RequestError: If workers are capturing it in parts, and not all have finished theirs (``"r+"``
+                only).
         """
         writable = mode == "r+"
         location = locate(uri, writable=writable, storage_options=storage_options)

@@ -24,8 +24,8 @@ def verify_store(uri: StoreLike, *, storage_options: Mapping[str, Any] | None = 
         storage_options: What fsspec gets besides the URL.
 
     Returns:
-        One line for each problem; empty if all is well. A store that is not complete has no problem by that; where
-        workers are capturing it in parts, what they have committed is checked as well.
+        One line for each problem; empty if all is well. A store that is not complete has no problem by that;
+        where workers are capturing it in parts, what they have committed is checked as well.
 
     Raises:
         InputNotFoundError: If nothing is there.

@@ -146,11 +146,14 @@ class StoreView:
 
         Raises:
             RequestError: If the store is not for this layer, or the range is empty or reaches outside.
-            StoreError: If the layer is not committed, or its data is damaged (array, shard and chunk are named).
+            StoreError: If the layer is not committed, or its data is damaged (array, shard and chunk are
+                named).
             NumericsError: If ``require_finite`` and a value is not.
 
-        Memory: The result, and two copies of each of at most 4 shards in flight. Whole shards are read fastest and are
-            checked by digest the first time; parts of one by the checksum of each chunk, which must be the one that was written.
+        Memory: The result, and two copies of each of at most 4 shards in flight. Whole shards are read
+        fastest and are
+            checked by digest the first time; parts of one by the checksum of each chunk, which must be the
+            one that was written.
         """
         return self._read(self._committed_path(layer), start, stop, require_finite=require_finite)
 

@@ -1,7 +1,7 @@
 """What the streamer must know of an architecture: where the decoder layers, the norms and the embeddings are.
 
-Architectures are data. An architecture is listed once its streamed pass was seen to equal the resident model bit for
-bit; anything else is refused by name.
+Architectures are data. An architecture is listed once its streamed pass was seen to equal the resident model
+bit for bit; anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class LayerParts:
 class Architecture:
     """Module paths of one architecture inside its ``...ForCausalLM`` class.
 
-    ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its children.
-    ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns; ``parts`` says what is
-    where inside a layer. ``embedding`` and ``head`` are the last parts of the names that the token embedding and
-    the output head have in checkpoints. ``eager`` says that transformers computes attention eagerly by default.
+    ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its
+    children. ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns;
+    ``parts`` says what is where inside a layer. ``embedding`` and ``head`` are the last parts of the names
+    that the token embedding and the output head have in checkpoints. ``eager`` says that transformers
+    computes attention eagerly by default.
     """
 
     decoder: str
@@ -218,8 +219,8 @@ def architecture_of(config: Any) -> Architecture:
     A recovered model (``ghosted_<base>``) belongs to the architecture of its base.
 
     Raises:
-        UnsupportedModelError: If the architecture is unknown, composite, known not to work, or has no final norm of
-            its own, or if the weights are quantised.
+        UnsupportedModelError: If the architecture is unknown, composite, known not to work, or has no final
+            norm of its own, or if the weights are quantised.
     """
     model_type = str(config.model_type)
     base = model_type.removeprefix("ghosted_")
@@ -243,9 +244,9 @@ def require_unquantised(config: Any) -> None:
         quantization = getattr(config, key, None)
         if quantization is not None:
             msg = (
-                f"the checkpoint is quantised ({_quantization_method(quantization)}), and quantised weights cannot be "
-                "streamed: give an unquantised safetensors checkpoint of the model, or dequantise this one with "
-                "transformers and save_pretrained"
+                f"the checkpoint is quantised ({_quantization_method(quantization)}), and quantised weights "
+                "cannot be streamed: give an unquantised safetensors checkpoint of the model, or dequantise "
+                "this one with transformers and save_pretrained"
             )
             raise UnsupportedModelError(msg)
 
@@ -258,8 +259,8 @@ def _reason(config: Any, base: str) -> str:
     parts = [key for key in ("text_config", "vision_config", "audio_config") if hasattr(config, key)]
     if parts:
         return (
-            f"it is a composite model ({', '.join(parts)}); write its text part as a checkpoint of its own, with "
-            "ghoststream.recovery.write_text_part(folder, out)"
+            f"it is a composite model ({', '.join(parts)}); write its text part as a checkpoint of its own, "
+            "with ghoststream.recovery.write_text_part(folder, out)"
         )
     return f"supported are {', '.join(sorted(ARCHITECTURES))}"
 

@@ -1,8 +1,9 @@
 """Parameters that transformers makes of several checkpoint tensors on load: the experts of a mixture.
 
-A released mixture keeps each expert's matrices as tensors of their own; the model's module has one parameter for
-all of them. transformers stacks and concatenates the tensors (``WeightConverter``). Both operations only put tensors
-next to each other, so each tensor has a place inside the parameter and can be read straight into it.
+A released mixture keeps each expert's matrices as tensors of their own; the model's module has one parameter
+for all of them. transformers stacks and concatenates the tensors (``WeightConverter``). Both operations only
+put tensors next to each other, so each tensor has a place inside the parameter and can be read straight into
+it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def place_sources(
     Args:
         target: Name of the parameter, for messages.
         converter: The ``WeightConverter`` of transformers that makes it.
-        sources: For each of the converter's source patterns the matching checkpoint tensors, in natural order.
+        sources: For each of the converter's source patterns the matching checkpoint tensors, in natural
+            order.
         shapes: Shape of every checkpoint tensor.
 
     Raises:

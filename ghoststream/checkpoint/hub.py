@@ -38,8 +38,8 @@ class ResolvedModel:
 def resolve_model(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
     """Return the local folder of a model, downloading a hub model first if need be.
 
-    Only safetensors, configuration and tokenizer files are fetched; the free disk space is checked before, and an
-    interrupted download continues when it is asked for again.
+    Only safetensors, configuration and tokenizer files are fetched; the free disk space is checked before,
+    and an interrupted download continues when it is asked for again.
 
     Args:
         model: A local folder, or a hub id such as ``org/name``.

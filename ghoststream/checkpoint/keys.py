@@ -79,7 +79,8 @@ def match_keys(model: Any, index: CheckpointIndex) -> KeyMap:
         index: The checkpoint.
 
     Raises:
-        UnsupportedModelError: If transformers would compute a parameter on load in a way that cannot be streamed.
+        UnsupportedModelError: If transformers would compute a parameter on load in a way that cannot be
+            streamed.
         CheckpointError: If a parameter is missing, a tensor is unexpected, or a shape differs.
     """
     state = model.state_dict()
@@ -156,8 +157,9 @@ def _place_fused(index: CheckpointIndex, match: _Match, state: Mapping[str, Any]
         if found != wanted:
             n_tensors = sum(map(len, collected.values()))
             msg = (
-                f"{index.root}: the {n_tensors} tensors that make {target} give shape {found}, the config asks for "
-                f"{wanted}: tensors are missing, or config.json and the weights do not belong together"
+                f"{index.root}: the {n_tensors} tensors that make {target} give shape {found}, the config "
+                f"asks for {wanted}: tensors are missing, or config.json and the weights do not belong "
+                "together"
             )
             raise CheckpointError(msg)
 
@@ -166,8 +168,8 @@ def _require_complete(index: CheckpointIndex, missing: Iterable[str], unexpected
     quantised = next((name for name in unexpected if _QUANTISED.search(name)), None)
     if quantised is not None:
         msg = (
-            f"{index.root} holds quantised weights ({quantised}), which cannot be streamed; give an unquantised "
-            "safetensors checkpoint of the model"
+            f"{index.root} holds quantised weights ({quantised}), which cannot be streamed; give an "
+            "unquantised safetensors checkpoint of the model"
         )
         raise UnsupportedModelError(msg)
     for kind, names in (

@@ -55,7 +55,8 @@ class TensorReader:
         """Read one tensor, converted to ``dtype`` if one is given.
 
         Raises:
-            CheckpointError: If the checkpoint has no such tensor, or the file changed or broke since it was opened.
+            CheckpointError: If the checkpoint has no such tensor, or the file changed or broke since it was
+                opened.
         """
         entry = self.entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -132,8 +133,8 @@ class TensorReader:
             raise CheckpointError(msg) from error
         if done != entry.n_bytes:
             msg = (
-                f"{path} ended {entry.n_bytes - done} bytes before the end of tensor {entry.name}: it was changed"
-                " after it was opened; copy the shard again"
+                f"{path} ended {entry.n_bytes - done} bytes before the end of tensor {entry.name}: it was "
+                "changed after it was opened; copy the shard again"
             )
             raise CheckpointError(msg)
         with self._lock:

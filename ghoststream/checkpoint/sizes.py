@@ -161,10 +161,8 @@ def _parts(
     # Beyond these a checkpoint may hold layers that only predict further tokens.
     count = int(_first(config, _LAYERS) or len(layers))
     if sorted(layers)[:count] != list(range(count)) or not count:
-        msg = (
-            f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}: they do not belong"
-            " together"
-        )
+        counted = f"{index.root} holds {len(layers)} decoder layers, its config.json says {count}"
+        msg = f"{counted}: they do not belong together"
         raise CheckpointError(msg)
     return {number: layers[number] for number in range(count)}, ends
 

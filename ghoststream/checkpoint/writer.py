@@ -1,8 +1,8 @@
 """Writing a sharded safetensors checkpoint as a stream: no tensor is ever held, only one copy buffer.
 
-Shapes and dtypes are known before the first byte, so each shard's header is written first and its tensors follow
-in place. A shard is whole or absent: it is written under a temporary name, forced to disk, renamed, and then noted
-with its digests in a journal, from which a run after a kill goes on.
+Shapes and dtypes are known before the first byte, so each shard's header is written first and its tensors
+follow in place. A shard is whole or absent: it is written under a temporary name, forced to disk, renamed,
+and then noted with its digests in a journal, from which a run after a kill goes on.
 """
 
 from __future__ import annotations

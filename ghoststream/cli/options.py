@@ -75,9 +75,9 @@ class Part(NamedTuple):
 def grouped(**groups: type[Options] | Part) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the options of some groups, and hand it an object for each.
 
-    Only what was given is set in the objects, so that a stage can refuse by name what it would not use. A group that
-    is a :class:`~ghoststream.options.Text` gets its specification by an option of the parameter's name, and is None
-    without it.
+    Only what was given is set in the objects, so that a stage can refuse by name what it would not use. A
+    group that is a :class:`~ghoststream.options.Text` gets its specification by an option of the parameter's
+    name, and is None without it.
 
     Args:
         **groups: The group, or a part of it, for each parameter of the command.

@@ -43,9 +43,9 @@ from ghoststream.options import Compute, Method, Recovery, Reduction, Search, St
 def command(model: str, *, as_json: bool, out: Path, **given: Any) -> None:
     """Remove layers from MODEL, repair the gaps in closed form, and write a checkpoint that loads.
 
-    MODEL is a local checkpoint folder or a hub id. Layers, and the way to repair them, are chosen by the loss of the repaired model on
-    held-out windows of the text. The paper's own method is --criterion streamline-published --operator ghost. The same command
-    continues after an interruption.
+    MODEL is a local checkpoint folder or a hub id. Layers, and the way to repair them, are chosen by the loss
+    of the repaired model on held-out windows of the text. The paper's own method is --criterion
+    streamline-published --operator ghost. The same command continues after an interruption.
     """
     from ghoststream.stages.recover import run
 

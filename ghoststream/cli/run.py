@@ -46,8 +46,8 @@ def command(
 ) -> None:
     """Do what PIPELINE, a YAML file with the options of `ghoststream recover`, describes.
 
-    The folder pipelines/ has some to copy. Options given here take the place of the file's. The same command takes what is finished as
-    it is.
+    The folder pipelines/ has some to copy. Options given here take the place of the file's. The same command
+    takes what is finished as it is.
     """
     from ghoststream.stages.pipeline import load_pipeline, with_runtime
     from ghoststream.stages.recover import run

@@ -46,11 +46,11 @@ def command(
 ) -> None:
     """Choose N layers to remove; prints the candidates.
 
-    With --calibration, MODEL is run without the candidates: by default each is repaired and measured on held-out windows of the text,
-    all candidates of one span in one read of the weights.
+    With --calibration, MODEL is run without the candidates: by default each is repaired and measured on
+    held-out windows of the text, all candidates of one span in one read of the weights.
 
-    With --store, criteria read the hidden states of a capture, or MODEL's weights. The plan is a small JSON file that you can also
-    write by hand: {"n_layers": 30, "spans": [[13, 19]]}.
+    With --store, criteria read the hidden states of a capture, or MODEL's weights. The plan is a small JSON
+    file that you can also write by hand: {"n_layers": 30, "spans": [[13, 19]]}.
     """
     from ghoststream.stages.select import select
 

@@ -46,8 +46,8 @@ from ghoststream.options import Compute
 def command(models: tuple[str, ...], *, tasks: str, as_json: bool, **given: Any) -> None:
     """Measure each MODEL on tasks that score given text: multiple choice, last words, perplexity.
 
-    MODEL is what `ghoststream evaluate` takes. All requests of all tasks go through the layers together, for a base and what was
-    recovered from it in one pass. Needs the extra: pip install 'ghoststream[tasks]'.
+    MODEL is what `ghoststream evaluate` takes. All requests of all tasks go through the layers together, for
+    a base and what was recovered from it in one pass. Needs the extra: pip install 'ghoststream[tasks]'.
     """
     from ghoststream.evaluation import compare_rows
     from ghoststream.stages.measuring.tasks import evaluate_tasks

@@ -45,8 +45,8 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Return the mean difference of two models on the same items, with its percentile interval.
 
-    Items are drawn with replacement, both models' scores of an item together (Efron and Tibshirani, An Introduction to
-    the Bootstrap, 1993, section 13.3).
+    Items are drawn with replacement, both models' scores of an item together (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, section 13.3).
 
     Args:
         first: Score of each item, such as 1 where the answer is right and 0 where not.

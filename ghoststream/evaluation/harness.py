@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness: their requests, those as tokens, and their metrics from answers.
 
-The harness decides what is asked and how answers are judged, and its own code makes tokens of text. This module needs the
-extra ``tasks``; nothing else of ghoststream imports it at start.
+The harness decides what is asked and how answers are judged, and its own code makes tokens of text. This
+module needs the extra ``tasks``; nothing else of ghoststream imports it at start.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class TaskSuite:
             name: The model's, for messages.
 
         Raises:
-            RequestError: If the tokenizer has no token to put before a text, or a continuation is empty or too long.
+            RequestError: If the tokenizer has no token to put before a text, or a continuation is empty or
+                too long.
         """
         encoder = _Encoder(tokenizer, max_length, name)
         found = []
@@ -89,8 +90,9 @@ class TaskSuite:
             for context, continuation in encoder.pairs(kind, arguments):
                 if not 0 < len(continuation) <= max_length:
                     msg = (
-                        f"{name} reads at most {max_length} tokens, and a continuation of {len(continuation)} tokens"
-                        f" is to be scored: {shorten(arguments[-1], 60)!r}; leave this task out"
+                        f"{name} reads at most {max_length} tokens, and a continuation of "
+                        f"{len(continuation)} tokens is to be scored: {shorten(arguments[-1], 60)!r}; leave "
+                        "this task out"
                     )
                     raise RequestError(msg)
                 tokens = (*context, *continuation)[-(max_length + 1) :]
@@ -250,8 +252,8 @@ def _loading(names: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         reason = shorten(str(error), 300, placeholder="...") or type(error).__name__
         msg = (
-            f"cannot load the tasks {', '.join(names)} ({type(error).__name__}: {reason}); check the connection to the hub,"
-            " or the task file and the data that it names"
+            f"cannot load the tasks {', '.join(names)} ({type(error).__name__}: {reason}); check the "
+            "connection to the hub, or the task file and the data that it names"
         )
         raise RequestError(msg) from error
 
@@ -260,8 +262,9 @@ def _refuse_generation(tasks: Mapping[str, Any]) -> None:
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in _SCORED or getattr(task, "MULTIMODAL", False):
             msg = (
-                f"the task {name} is of the kind {task.OUTPUT_TYPE}; a streamed pass reads the weights once for all"
-                " requests, so only tasks that score given text can be run (multiple choice, log-likelihood, perplexity)"
+                f"the task {name} is of the kind {task.OUTPUT_TYPE}; a streamed pass reads the weights once "
+                "for all requests, so only tasks that score given text can be run (multiple choice, "
+                "log-likelihood, perplexity)"
             )
             raise RequestError(msg)
 

@@ -26,8 +26,8 @@ def default_loss_tokens(vocab_size: int, unit_bytes: int) -> int:
 class NextTokenLoss:
     """The mean negative log-likelihood of the next token over a whole text, in nats.
 
-    What transformers gives for ``labels=ids`` with padding left out, were all sequences one batch: the softmax is taken in
-    float32, and every predicted token counts the same.
+    What transformers gives for ``labels=ids`` with padding left out, were all sequences one batch: the
+    softmax is taken in float32, and every predicted token counts the same.
 
     Args:
         n_tokens: How many tokens are predicted in all; see :meth:`count`.
@@ -69,9 +69,9 @@ class TopLogits(Protocol):
 class TopLogitsLoss:
     """The mean over tokens of the divergence from a teacher's most likely next tokens.
 
-    ``KL(p || q)`` with ``p`` the softmax over the teacher's k largest logits and ``q`` that over the model's logits of the
-    same entries, in nats; what LinearPatch and Ghosted Layers (arXiv 2605.15491, appendix D) distil with, k = 100.
-    Padding does not count.
+    ``KL(p || q)`` with ``p`` the softmax over the teacher's k largest logits and ``q`` that over the model's
+    logits of the same entries, in nats; what LinearPatch and Ghosted Layers (arXiv 2605.15491, appendix D)
+    distil with, k = 100. Padding does not count.
 
     Args:
         teacher: Who gives the largest logits.
@@ -121,7 +121,10 @@ class DivergenceAccumulator:
 
 
 def token_divergences(teacher: TopLogits, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
-    """Return each token's divergence from the teacher, float32 ``(k,)``; zero for padding. See :class:`TopLogitsLoss`."""
+    """Return each token's divergence from the teacher, float32 ``(k,)``; zero for padding.
+
+    See :class:`TopLogitsLoss`.
+    """
     count = int(logits.shape[0])
     values, entries = (part.to(logits.device) for part in teacher.top(batch, first, count))
     ours = logits.gather(-1, entries).float().log_softmax(dim=-1)

@@ -24,7 +24,8 @@ class ScoredWindow:
 
     Attributes:
         owner: Number of the request that the score belongs to; a long text has several windows.
-        inputs: What the model reads: context and continuation without its last token, at most the model's length.
+        inputs: What the model reads: context and continuation without its last token, at most the model's
+            length.
         targets: The continuation; its tokens are predicted by the last ``len(targets)`` inputs.
     """
 
@@ -68,9 +69,9 @@ class _Row:
 class RequestBatches:
     """Windows as micro-batches, longest first; windows that read the same tokens are computed once.
 
-    Lengths are rounded up to one of eight steps an octave (multiples of 8 below 128 tokens), so that there are few
-    shapes of batches and padding stays below an eighth of a sequence, or 8 tokens. It lies to the right and needs no
-    mask: in a causal model nothing looks at what comes later.
+    Lengths are rounded up to one of eight steps an octave (multiples of 8 below 128 tokens), so that there
+    are few shapes of batches and padding stays below an eighth of a sequence, or 8 tokens. It lies to the
+    right and needs no mask: in a causal model nothing looks at what comes later.
 
     Args:
         windows: The windows, in any order.

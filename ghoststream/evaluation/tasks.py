@@ -36,8 +36,8 @@ class TaskResult:
         name: The task's.
         metrics: By name: ``acc``, ``acc_norm``, ``perplexity`` ...
         n_items: Number of items.
-        items: Score of every item by metric, where that is a number: 1 for a right answer, 0 for a wrong one. Empty for
-            a group.
+        items: Score of every item by metric, where that is a number: 1 for a right answer, 0 for a wrong one.
+            Empty for a group.
         items_digest: Digest of the items themselves, in their order.
         version: The task file's.
     """

@@ -67,7 +67,8 @@ def differences(found: Any, asked: Any) -> list[str]:
         asked: What is wanted.
 
     Returns:
-        Lines such as ``"text.length is 512, asked for 256"``, in the order of the field names; empty if equal.
+        Lines such as ``"text.length is 512, asked for 256"``, in the order of the field names; empty if
+        equal.
     """
     return list(_differences(found, asked, ""))
 

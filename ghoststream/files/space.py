@@ -81,8 +81,9 @@ def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
             raise DiskFullError(msg) from error
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             msg = (
-                f"cannot write {path}: it grew larger than this file system, or the limit of this process"
-                " (ulimit -f), allows; choose another place or raise the limit, and run the same command again"
+                f"cannot write {path}: it grew larger than this file system, or the limit of this process "
+                "(ulimit -f), allows; choose another place or raise the limit, and run the same command "
+                "again"
             )
             raise DiskFullError(msg) from error
         if isinstance(error, OSError) and error.errno in _REFUSED:

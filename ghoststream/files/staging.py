@@ -82,7 +82,8 @@ class StagingFolder:
             elif entry.is_file():
                 fsync_path(entry)
         self._require_free_target()
-        # Last, for journals of finished parts are among them: a run that is killed before this repeats nothing.
+        # Last, for journals of finished parts are among them: a run that is killed before this repeats
+        # nothing.
         for entry in partial:
             entry.unlink()
         fsync_folder(self.path)
@@ -143,8 +144,8 @@ class StagingFolder:
             entries = sorted(entry.name for entry in self.target.iterdir())
             if entries:
                 msg = (
-                    f"the output folder {self.target} is not empty ({len(entries)} entries, among them {entries[0]});"
-                    " choose another place or empty it"
+                    f"the output folder {self.target} is not empty ({len(entries)} entries, among them "
+                    f"{entries[0]}); choose another place or empty it"
                 )
                 raise OutputExistsError(msg)
         elif self.target.exists():

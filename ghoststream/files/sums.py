@@ -26,8 +26,8 @@ def write_sums(folder: Path, *, known: Mapping[str, str] | None = None) -> None:
 
     Args:
         folder: The folder.
-        known: Digests (``sha256:<hex>``) by name, of files whose bytes were seen when they were written; these
-            files are not read again.
+        known: Digests (``sha256:<hex>``) by name, of files whose bytes were seen when they were written;
+            these files are not read again.
 
     Raises:
         InputNotFoundError: If there is no such folder.

@@ -31,8 +31,8 @@ class BoundaryOperator:
         span: The removed span.
         form: ``linear``: ``y = x + phi(x) W^T``; ``diagonal``: ``y = x + x * w``; ``identity``: nothing.
         features: Name of the feature ``phi``.
-        weight: float32: ``(C, p)`` in the layout of ``nn.Linear`` (``W = M^T``), ``(C,)`` for ``diagonal``, None
-            for ``identity``.
+        weight: float32: ``(C, p)`` in the layout of ``nn.Linear`` (``W = M^T``), ``(C,)`` for ``diagonal``,
+            None for ``identity``.
         bias: float32 ``(C,)`` or None.
         diagnostics: JSON data: residuals in and out of sample, condition, tokens, warnings.
         norm_epsilon: Epsilon of normed features; None where the features need none.
@@ -83,7 +83,8 @@ class BoundaryOperator:
 
         Args:
             states: ``h[start]``.
-            taps: The taps of layer ``start - 1`` that the features read, side by side, ``(..., width)``, where they read any.
+            taps: The taps of layer ``start - 1`` that the features read, side by side, ``(..., width)``,
+                where they read any.
 
         Raises:
             RequestError: If its feature is not registered here, or reads taps and none are given.
@@ -93,8 +94,8 @@ class BoundaryOperator:
         read = taps if self.taps else states
         if read is None:
             msg = (
-                f"the features {self.features} at {self.span} are of the layer before: give its {', '.join(self.taps)}, "
-                "side by side, too"
+                f"the features {self.features} at {self.span} are of the layer before: give its "
+                f"{', '.join(self.taps)}, side by side, too"
             )
             raise RequestError(msg)
         if self.features != "hidden":
@@ -203,7 +204,7 @@ class OperatorSet:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ArtifactError):
                 raise
-            msg = f"{path} lacks a part of an operator file ({error}); delete it and solve again"
+            msg = f"{path} lacks a part of an operator file ({error}); delete it and fit again"
             raise ArtifactError(msg) from error
 
     def _arrays(self) -> dict[str, Weights]:
@@ -218,12 +219,14 @@ class OperatorSet:
 def _require_encoding(metadata: Mapping[str, Any], path: Path) -> None:
     found = {key: metadata.get(key) for key in _ENCODING}
     if found["encoding-type"] != _ENCODING["encoding-type"]:
-        msg = f"{path} is not an operator file (encoding-type {found['encoding-type']!r}); give what solve wrote"
+        msg = (
+            f"{path} is not an operator file (encoding-type {found['encoding-type']!r}); give what fit wrote"
+        )
         raise ArtifactError(msg)
     if str(found["encoding-version"]).split(".")[0] != _ENCODING["encoding-version"].split(".")[0]:
         msg = (
             f"{path} is written in version {found['encoding-version']} of its format, this ghoststream reads "
-            f"{_ENCODING['encoding-version']}; update ghoststream, or solve again"
+            f"{_ENCODING['encoding-version']}; update ghoststream, or fit again"
         )
         raise ArtifactError(msg)
 
@@ -232,14 +235,12 @@ def _read_arrays(path: Path, digests: Mapping[str, str]) -> dict[str, Weights]:
     with open_safetensors(path) as file:
         names = set(file.keys())
         if names != set(digests):
-            msg = (
-                f"{path} holds the tensors {sorted(names)}, its metadata names {sorted(digests)}; solve again"
-            )
+            msg = f"{path} holds the tensors {sorted(names)}, its metadata names {sorted(digests)}; fit again"
             raise ArtifactError(msg)
         arrays: dict[str, Weights] = {name: file.get_tensor(name) for name in sorted(names)}
     for name, array in arrays.items():
         if _digest(array) != digests[name]:
-            msg = f"{path}: tensor {name} fails its digest, the file is damaged; restore it or solve again"
+            msg = f"{path}: tensor {name} fails its digest, the file is damaged; restore it or fit again"
             raise ArtifactError(msg)
     return arrays
 

@@ -34,11 +34,12 @@ def describe(
 
     Returns:
         The fit on all tokens, and its diagnostics. Keys: ``relative_residual`` = ``|prediction - d| / |d|``
-        (Frobenius) on the data that was fitted, ``relative_residual_out_of_sample`` the same over all folds, each
-        predicted by the fit without it (None with one fold); ``r2`` and ``r2_out_of_sample`` against the mean
-        gap; ``relative_gap_energy`` = ``|d|^2 / |y|^2``; ``position_energy``, ``n_tokens``, ``dropped_share``
-        (unmasked tokens that the weights leave out, over all unmasked ones), ``token_weights``, ``n_sequences``, ``folds``,
-        ``warnings``. All sums are weighted by the token weights.
+        (Frobenius) on the data that was fitted, ``relative_residual_out_of_sample`` the same over all folds,
+        each predicted by the fit without it (None with one fold); ``r2`` and ``r2_out_of_sample`` against the
+        mean gap; ``relative_gap_energy`` = ``|d|^2 / |y|^2``; ``position_energy``, ``n_tokens``,
+        ``dropped_share`` (unmasked tokens that the weights leave out, over all unmasked ones),
+        ``token_weights``, ``n_sequences``, ``folds``, ``warnings``. All sums are weighted by the token
+        weights.
 
     Raises:
         NumericsError: If no token entered, or a fold is empty.
@@ -127,15 +128,15 @@ def _position_energy(total: BoundaryMoments) -> dict[str, Any]:
 def _warnings(total: BoundaryMoments, positions: dict[str, Any], token_weights: str) -> list[str]:
     found = []
     decides = (
-        "it decides an unweighted fit; --token-weights drop_sinks leaves such tokens out where they are born in the span, "
-        "--token-weights relative counts them like others"
+        "it decides an unweighted fit; --token-weights drop_sinks leaves such tokens out where they are "
+        "born in the span, --token-weights relative counts them like others"
         if token_weights == UNIFORM
         else f"it weighs in the fit with the weights {token_weights} too"
     )
     if total.position_energy.shape[1] >= _MIN_POSITIONS:
         found += [
-            f"boundary {total.span}: position {entry['top_position']} carries {entry['share']:.0%} of the energy of "
-            f"the {role} (massive activation); {decides}"
+            f"boundary {total.span}: position {entry['top_position']} carries {entry['share']:.0%} of the "
+            f"energy of the {role} (massive activation); {decides}"
             for role, entry in positions.items()
             if entry["share"] > MASSIVE_SHARE
         ]

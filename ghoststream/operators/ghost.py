@@ -40,16 +40,18 @@ PAPER_TRUNCATION = 1e-6
 class Ghost(OperatorKind):
     """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, no intercept; the weights are uniform in the paper.
 
-    With ``solver`` ``svd``, ``M* = X^+ delta`` in its place, the paper's equation as it is written: singular values of ``X``
-    below 1e-6 of the largest are left out. It takes triangular factors, because a Gram holds their squares only.
+    With ``solver`` ``svd``, ``M* = X^+ delta`` in its place, the paper's equation as it is written: singular
+    values of ``X`` below 1e-6 of the largest are left out. It takes triangular factors, because a Gram holds
+    their squares only.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number`` and
-    ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F`` (the symmetric share is
-    ``sqrt(1 - antisymmetric_share^2)``), ``effective_dof`` = ``trace(G (G + eps I)^-1)``, ``ridge`` (None with ``svd``),
-    ``solver``, ``solver_fallback`` (why not Cholesky, or None), ``dropped_directions``.
+    ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F`` (the symmetric share
+    is ``sqrt(1 - antisymmetric_share^2)``), ``effective_dof`` = ``trace(G (G + eps I)^-1)``, ``ridge`` (None
+    with ``svd``), ``solver``, ``solver_fallback`` (why not Cholesky, or None), ``dropped_directions``.
 
-    Memory: three pairs of Gram and cross-moment and one solution, ``24 p^2 + 32 p C`` bytes, with folds held out
-    (two pairs without); the eigendecomposition of an ill-conditioned Gram adds ``16 p^2``, singular values ``48 p^2``.
+    Memory: three pairs of Gram and cross-moment and one solution, ``24 p^2 + 32 p C`` bytes, with folds held
+    out (two pairs without); the eigendecomposition of an ill-conditioned Gram adds ``16 p^2``, singular
+    values ``48 p^2``.
     """
 
     takes = ("per_layer",)

@@ -1,8 +1,9 @@
 """Operators on the features ``hidden+mlp``, and the two parts that they come apart in.
 
-Such an operator is ``y = x + x A + a B + c``: ``x`` is what the layer before the boundary gives, ``a`` what enters the last linear
-map of its MLP. Where that map adds ``a B'`` with ``B' = B (I + A)^-1``, the layer gives ``x~ = x + a B'``, and ``y`` is
-``x~ (I + A) + c``: at the boundary stands an operator on the hidden state alone.
+Such an operator is ``y = x + x A + a B + c``: ``x`` is what the layer before the boundary gives, ``a`` what
+enters the last linear map of its MLP. Where that map adds ``a B'`` with ``B' = B (I + A)^-1``, the layer
+gives ``x~ = x + a B'``, and ``y`` is ``x~ (I + A) + c``: at the boundary stands an operator on the hidden
+state alone.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ def mlp_part(operator: BoundaryOperator) -> BoundaryOperator:
 def absorbed_part(operator: BoundaryOperator, standing: BoundaryOperator | None = None) -> BoundaryOperator:
     """Return ``y = x + a B'``: what is absorbed into the weight of the layer before.
 
-    Its diagnostics have ``growth``, ``g = sqrt(sum_j |B'_j|^2 |N_j|^2) / |B|`` with ``N = I + A``, ``B'_j`` a column and ``N_j`` a row:
-    entries of ``B'`` that are rounded independently by a share ``u`` of their size are off by about ``u g / sqrt(3)`` of ``B`` once
-    ``N`` was applied.
+    Its diagnostics have ``growth``, ``g = sqrt(sum_j |B'_j|^2 |N_j|^2) / |B|`` with ``N = I + A``, ``B'_j`` a
+    column and ``N_j`` a row: entries of ``B'`` that are rounded independently by a share ``u`` of their size
+    are off by about ``u g / sqrt(3)`` of ``B`` once ``N`` was applied.
 
     Args:
         operator: The operator.
-        standing: The part that stands, if it is not that of the operator to the bit, but rounded: ``B'`` then makes up for it.
+        standing: The part that stands, if it is not that of the operator to the bit, but rounded: ``B'`` then
+            makes up for it.
 
     Raises:
         NumericsError: If ``I + A`` is singular to float64, or ``B'`` not finite in float32.
@@ -86,7 +88,8 @@ def joined(standing: BoundaryOperator, absorbed: BoundaryOperator) -> BoundaryOp
 def describe_absorption(operator: BoundaryOperator) -> BoundaryOperator:
     """Note in the diagnostics of an operator of two parts its ``absorption_growth``, and warn where little can be absorbed.
 
-    ``absorption_growth`` is the growth of :func:`absorbed_part`; None where there is no such part. Memory is as there.
+    ``absorption_growth`` is the growth of :func:`absorbed_part`; None where there is no such part. Memory is
+    as there.
     """
     if not is_joint(operator):
         return operator
@@ -110,8 +113,9 @@ def describe_absorption(operator: BoundaryOperator) -> BoundaryOperator:
 def lost_in_rounding(operator: BoundaryOperator, growth: float, place: str, largest: float) -> str:
     """Return the message for an operator whose absorbed part is lost in the rounding of a weight."""
     return (
-        f"boundary {operator.span}: the operator on {operator.features} cannot be absorbed into {place}, where more than "
-        f"the part itself is rounded away: it grows by {growth:.1e}, and {largest:.1e} is the most; {_ADVICE}"
+        f"boundary {operator.span}: the operator on {operator.features} cannot be absorbed into {place}, "
+        f"where more than the part itself is rounded away: it grows by {growth:.1e}, and {largest:.1e} is "
+        f"the most; {_ADVICE}"
     )
 
 
@@ -122,8 +126,8 @@ def _factors(matrix: Array, operator: BoundaryOperator) -> tuple[Array, npt.NDAr
     reciprocal, _ = dgecon(factors, norm)
     if not reciprocal > np.finfo(np.float64).eps:
         msg = (
-            f"boundary {operator.span}: the operator on {operator.features} cannot be absorbed, as I + A is singular; "
-            f"{_ADVICE}"
+            f"boundary {operator.span}: the operator on {operator.features} cannot be absorbed, as I + A is "
+            f"singular; {_ADVICE}"
         )
         raise NumericsError(msg)
     return factors, pivots

@@ -37,23 +37,25 @@ SKETCH_OPTIONS = ("sketch_size", "power_iterations", "seed")
 class OperatorKind:
     """A way to repair boundaries.
 
-    A subclass says which options it takes and overrides :meth:`fit`; everything else has a default. Options that are given and
-    not taken are refused.
+    A subclass says which options it takes and overrides :meth:`fit`; everything else has a default. Options
+    that are given and not taken are refused.
 
     Args:
         method: How boundaries are fitted.
 
     Attributes:
         method: The same, with the features and the ridge that act: what a recipe embeds.
-        takes: Names of the options that it takes, beside token weights and precision. A kind that takes ``per_layer`` overrides
-            :meth:`change` and :meth:`operator`.
+        takes: Names of the options that it takes, beside token weights and precision. A kind that takes
+            ``per_layer`` overrides :meth:`change` and :meth:`operator`.
         ridges: Which ridges it takes: ``number``, ``auto`` and ``gcv``.
         solvers: Which solvers it takes.
         needs_gram: Whether :meth:`fit` reads Gram and cross-moment, or statistics per channel only.
-        needs_store: Whether it reads hidden states more than once, so that it cannot be fitted while they come by.
+        needs_store: Whether it reads hidden states more than once, so that it cannot be fitted while they
+            come by.
 
     Raises:
-        RequestError: If an option is given that it is defined without, or there is no feature or token weight of a name.
+        RequestError: If an option is given that it is defined without, or there is no feature or token weight
+            of a name.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
@@ -72,7 +74,8 @@ class OperatorKind:
             is_own = method.solver != "gram" and method.solver in self.solvers
             by = f" by the solver {method.solver}" if is_own else ""
             msg = (
-                f"the operator {method.operator}{by} is defined without {', '.join(what for _, what in refused)}; "
+                f"the operator {method.operator}{by} is defined without "
+                f"{', '.join(what for _, what in refused)}; "
                 f"{_advice(method, tuple(name for name, _ in refused))}"
             )
             raise RequestError(msg)
@@ -137,7 +140,8 @@ class OperatorKind:
     ) -> dict[Span, FoldedMoments]:
         """Reduce a store to the moments that :meth:`fit` reads.
 
-        Arguments, errors and memory are those of :func:`ghoststream.statistics.reduce`; ``taps`` as for :meth:`reducer`.
+        Arguments, errors and memory are those of :func:`ghoststream.statistics.reduce`; ``taps`` as for
+        :meth:`reducer`.
         """
         reducer = self.reducer(
             ordered(spans), hidden=reopen_source(store).hidden, taps=taps, device=reduction.reduce_device
@@ -185,16 +189,16 @@ class OperatorKind:
         """
         if device is not None:
             msg = (
-                f"the operator {self.method.operator} with the solver {self.method.solver} gathers other statistics than "
-                f"Grams, on the host; leave --reduce-device {device} out"
+                f"the operator {self.method.operator} with the solver {self.method.solver} gathers other "
+                f"statistics than Grams, on the host; leave --reduce-device {device} out"
             )
             raise RequestError(msg)
 
     @property
     def _cannot_be_multiplied(self) -> str:
         return (
-            f"{type(self).__name__} cannot be fitted layer by layer: it has no methods `change` and `operator`, by which maps "
-            "are multiplied; fit each span as one"
+            f"{type(self).__name__} cannot be fitted layer by layer: it has no methods `change` and "
+            "`operator`, by which maps are multiplied; fit each span as one"
         )
 
     def _takes(self, name: str, method: Method) -> bool:

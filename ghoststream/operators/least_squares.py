@@ -54,24 +54,26 @@ class _Fit:
 class LeastSquares(OperatorKind):
     """``min sum w |phi M + b - d|^2 + r |M|^2`` with ``r`` relative to ``trace(G) / p``, of full or of reduced rank.
 
-    ``ridge`` is ``auto`` by default: the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out
-    folds best, at full rank; ``gcv`` takes that of the smallest generalised cross-validation. It draws the map
-    ``y = x W = x (I + M)`` to the identity (``M`` to zero); with ``shrink`` ``zero``, ``r |W|^2`` takes the place of
-    ``r |M|^2`` and draws ``W`` to zero. ``solver`` ``tsqr`` finds the same from triangular factors, at the condition of the
-    data instead of its square. Of rank ``k`` the solution is ``M V V^T``, ``V`` the ``k`` leading eigenvectors
-    of ``K^T M`` (``(K - r I)^T M`` with ``shrink`` ``zero``): the best of that rank for this very objective (reduced-rank
-    regression: Izenman 1975, eq. 2.9, with the identity as the weighting of the outputs), not a truncated SVD of ``M``.
-    The weight is kept whole.
+    ``ridge`` is ``auto`` by default: the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts
+    held-out folds best, at full rank; ``gcv`` takes that of the smallest generalised cross-validation. It
+    draws the map ``y = x W = x (I + M)`` to the identity (``M`` to zero); with ``shrink`` ``zero``,
+    ``r |W|^2`` takes the place of ``r |M|^2`` and draws ``W`` to zero. ``solver`` ``tsqr`` finds the same
+    from triangular factors, at the condition of the data instead of its square. Of rank ``k`` the solution is
+    ``M V V^T``, ``V`` the ``k`` leading eigenvectors of ``K^T M`` (``(K - r I)^T M`` with ``shrink``
+    ``zero``): the best of that rank for this very objective (reduced-rank regression: Izenman 1975, eq. 2.9,
+    with the identity as the weighting of the outputs), not a truncated SVD of ``M``. The weight is kept
+    whole.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: those of ``ghost``, and
-    ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of sample; of
-    ``gcv``: and what is estimated for it), ``ridge_chosen_by``, ``shrink``,
-    ``effective_dof`` = ``trace(G (G + r I)^-1)``, ``intercept``, ``rank`` (None: full). Residuals out of sample
-    were also what ``auto`` chose by, among 17 values. Of ``hidden+mlp`` also ``absorption_growth`` (see
+    ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of
+    sample; of ``gcv``: and what is estimated for it), ``ridge_chosen_by``, ``shrink``, ``effective_dof`` =
+    ``trace(G (G + r I)^-1)``, ``intercept``, ``rank`` (None: full). Residuals out of sample were also what
+    ``auto`` chose by, among 17 values. Of ``hidden+mlp`` also ``absorption_growth`` (see
     :mod:`ghoststream.operators.joint`).
 
-    Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; while ``auto`` chooses, ``48 p^2 + 32 p C`` bytes:
-    the total, one fold, the total without it, and what :func:`choose_ridge` states; with ``tsqr`` ``60 p^2 + 60 p C``.
+    Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; while ``auto`` chooses, ``48 p^2 + 32 p C``
+    bytes: the total, one fold, the total without it, and what :func:`choose_ridge` states; with ``tsqr``
+    ``60 p^2 + 60 p C``.
     """
 
     takes = ("features", "intercept", "rank", "shrink")
@@ -86,8 +88,8 @@ class LeastSquares(OperatorKind):
         self.ridge, self.intercept, self.rank = method.ridge, method.intercept, method.rank
         if self.towards_zero and method.features not in _BEGIN_WITH_HIDDEN:
             msg = (
-                f"a ridge towards zero is on the map of the hidden state, which the features {method.features} do not "
-                f"hold; use the features {' or '.join(_BEGIN_WITH_HIDDEN)}"
+                "a ridge towards zero is on the map of the hidden state, which the features "
+                f"{method.features} do not hold; use the features {' or '.join(_BEGIN_WITH_HIDDEN)}"
             )
             raise RequestError(msg)
 
@@ -108,7 +110,8 @@ class LeastSquares(OperatorKind):
         """Solve one boundary.
 
         Raises:
-            RequestError: If the ridge is to be chosen by folds and there is one only, or the rank is too large.
+            RequestError: If the ridge is to be chosen by folds and there is one only, or the rank is too
+                large.
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
@@ -120,8 +123,9 @@ class LeastSquares(OperatorKind):
         diagnostics |= self._more_diagnostics(total, fitted, choice)
         if choice.is_largest and choice.curve:
             diagnostics["warnings"].append(
-                f"boundary {moments.span}: no ridge up to the Gram's mean diagonal is too large for the held-out "
-                "folds; the features hardly predict the gap, use more calibration sequences or another span"
+                f"boundary {moments.span}: no ridge up to the Gram's mean diagonal is too large for the "
+                "held-out folds; the features hardly predict the gap, use more calibration sequences or "
+                "another span"
             )
         operator = BoundaryOperator(
             moments.span,

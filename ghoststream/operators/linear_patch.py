@@ -31,8 +31,8 @@ Array = npt.NDArray[np.float64]
 class LinearPatchDiagonal(OperatorKind):
     """``y = x * d``, ``d_k`` = mean over sequences of ``mean_t |y_tk| / mean_t |x_tk|``.
 
-    Token weights do not enter the scales, only the residuals that are reported. A channel that is zero throughout a
-    sequence counts there as ratio 1 (``zero_ratios`` in the diagnostics).
+    Token weights do not enter the scales, only the residuals that are reported. A channel that is zero
+    throughout a sequence counts there as ratio 1 (``zero_ratios`` in the diagnostics).
 
     Memory: ``O(C + T)``.
     """
@@ -63,10 +63,10 @@ class LinearPatchDiagonal(OperatorKind):
 class LinearPatchRotated(LinearPatchDiagonal):
     """``y = x H diag(d) H^T`` with the scales ``d`` of ``x H`` and ``y H``, ``H`` a Hadamard matrix over ``sqrt(C)``.
 
-    The scales are always taken in the basis that they are applied in (the official code of *Ghosted Layers* takes those
-    of single removed layers in the basis of the model). Hadamard matrices of one order are many; the result depends a
-    little on which one it is (see :mod:`ghoststream.statistics.rotation`). The map is written as a whole matrix, which
-    costs ``2 C^2`` FLOP a token, as ``ghost`` does.
+    The scales are always taken in the basis that they are applied in (the official code of *Ghosted Layers*
+    takes those of single removed layers in the basis of the model). Hadamard matrices of one order are many;
+    the result depends a little on which one it is (see :mod:`ghoststream.statistics.rotation`). The map is
+    written as a whole matrix, which costs ``2 C^2`` FLOP a token, as ``ghost`` does.
 
     Memory: ``O(C + T)`` for the scales, ``24 C^2`` bytes while the matrix is made.
     """

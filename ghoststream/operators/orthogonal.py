@@ -20,8 +20,8 @@ from ghoststream.statistics import BoundaryMoments
 class Orthogonal(StructuredLeastSquares):
     """``y = x W`` with ``W^T W = I``, reflections among them: ``W = U V^T`` of ``X^T Y = G + K = U S V^T``.
 
-    The orthogonal Procrustes problem (Schoenemann, Psychometrika 31, 1966); what is written is ``M = W - I``. It keeps every
-    norm, so it takes no ridge. Degrees of freedom: ``C (C - 1) / 2`` in all.
+    The orthogonal Procrustes problem (Schoenemann, Psychometrika 31, 1966); what is written is ``M = W - I``.
+    It keeps every norm, so it takes no ridge. Degrees of freedom: ``C (C - 1) / 2`` in all.
 
     Memory: that of ``ghost`` and ``48 C^2`` bytes.
     """

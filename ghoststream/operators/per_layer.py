@@ -1,8 +1,8 @@
 """One map a removed layer, fitted on the dense model, and chained over a span.
 
-The official code of *Ghosted Layers* (arXiv 2605.15491) does so for removals that are not contiguous, each layer ``l``
-fitted from ``h[l]`` to ``h[l+1]``, adjacent ones too. Nothing stands between the maps of one span, so their product is
-written: the same function, at the cost of one map.
+The official code of *Ghosted Layers* (arXiv 2605.15491) does so for removals that are not contiguous, each
+layer ``l`` fitted from ``h[l]`` to ``h[l+1]``, adjacent ones too. Nothing stands between the maps of one
+span, so their product is written: the same function, at the cost of one map.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def fit_per_layer(
 ) -> BoundaryOperator:
     """Fit each layer of a span for itself, and return the operator of the span that does what all do in turn.
 
-    The diagnostics are those of the product on the whole span, fitted without each fold in turn for the residual out of
-    sample, and ``layers``: for each layer its span and the relative residual of its own map.
+    The diagnostics are those of the product on the whole span, fitted without each fold in turn for the
+    residual out of sample, and ``layers``: for each layer its span and the relative residual of its own map.
 
     Args:
         kind: Fits one layer.
@@ -38,7 +38,8 @@ def fit_per_layer(
         RequestError: If maps of this kind cannot be multiplied.
         NumericsError: If moments or a solution are not finite, or a fold is empty.
 
-    Memory: the total of the span, total, one fold and the total without it of one layer, and two maps: ``104 C^2`` bytes.
+    Memory: the total of the span, total, one fold and the total without it of one layer, and two maps:
+    ``104 C^2`` bytes.
     """
     if len(layers) == 1:
         return kind.fit(layers[0])

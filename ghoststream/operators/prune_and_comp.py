@@ -13,8 +13,9 @@ from ghoststream.statistics import BoundaryMoments
 class PruneAndComp(LinearPatchDiagonal):
     """``y = a x``, ``a`` the mean over channels and sequences of ``mean_t |y_tk| / mean_t |x_tk|``.
 
-    As in its official code, which multiplies the embedding and the last linear map of attention and MLP before the cut by
-    ``a``. Where all that reads the residual stream there is normed, that is this map but for the norms' epsilon.
+    As in its official code, which multiplies the embedding and the last linear map of attention and MLP
+    before the cut by ``a``. Where all that reads the residual stream there is normed, that is this map but
+    for the norms' epsilon.
 
     Memory: ``O(C + T)``.
     """

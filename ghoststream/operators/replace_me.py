@@ -35,8 +35,8 @@ class ReplaceMeKind(OperatorKind):
         super().__init__(method)
         if method.features not in ("hidden", MLP_OUTPUT.name):
             msg = (
-                f"the operator {method.operator} reads the features {MLP_OUTPUT.name}, not {method.features}; "
-                "leave them out"
+                f"the operator {method.operator} reads the features {MLP_OUTPUT.name}, not "
+                f"{method.features}; leave them out"
             )
             raise RequestError(msg)
         self._resolve(features=MLP_OUTPUT.name)
@@ -46,12 +46,14 @@ class ReplaceMeKind(OperatorKind):
 class ReplaceMe(ReplaceMeKind):
     """``T = (M^T M + alpha I)^-1 M^T (h[stop] - Y)`` with ``Y = h[start] - M``, ``M`` what the MLP before adds (equation 5).
 
-    The layer then adds ``M T`` in the place of ``M``: ``y = h[start] + M A`` with ``A = T - I``. As ``h[stop] - Y`` is the gap
-    and ``M``, ``A = (G + alpha I)^-1 (K - alpha I)`` with the moments of the features ``mlp_output``: the ridge draws ``T``, not
-    ``A``, to zero. ``alpha`` is absolute and 0 by default, as in the published settings; the weights are uniform there.
+    The layer then adds ``M T`` in the place of ``M``: ``y = h[start] + M A`` with ``A = T - I``. As
+    ``h[stop] - Y`` is the gap and ``M``, ``A = (G + alpha I)^-1 (K - alpha I)`` with the moments of the
+    features ``mlp_output``: the ridge draws ``T``, not ``A``, to zero. ``alpha`` is absolute and 0 by
+    default, as in the published settings; the weights are uniform there.
 
-    Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number``, ``numerical_rank`` and
-    ``effective_dof`` of the Gram, ``ridge``, ``solver``, ``solver_fallback``, ``dropped_directions``.
+    Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number``,
+    ``numerical_rank`` and ``effective_dof`` of the Gram, ``ridge``, ``solver``, ``solver_fallback``,
+    ``dropped_directions``.
 
     Memory: that of ``ghost``.
     """

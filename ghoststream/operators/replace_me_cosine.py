@@ -54,15 +54,17 @@ class RowMoments(FoldedMoments):
 class ReplaceMeCosine(ReplaceMeKind):
     """``min mean(1 - cos(M T, h[stop] - Y))`` over ``T``, ``M`` and ``Y`` as in :class:`~ghoststream.operators.replace_me.ReplaceMe`.
 
-    Adam from ``T = I`` at rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that is drawn anew each
-    epoch, read from the stores, in float32. Tokens count by their weights (uniform in the paper). The published code compares
-    single tokens drawn from all sequences; whole sequences are what a store can be read by.
+    Adam from ``T = I`` at rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that
+    is drawn anew each epoch, read from the stores, in float32. Tokens count by their weights (uniform in the
+    paper). The published code compares single tokens drawn from all sequences; whole sequences are what a
+    store can be read by.
 
-    Diagnostics beside those of least squares: ``cosine_distance``, the weighted mean of ``1 - cos`` over all tokens, and out of
-    sample ``cosine_distance_out_of_sample`` and ``relative_residual_out_of_sample``, those of a second fit without fold 0 on fold 0.
+    Diagnostics beside those of least squares: ``cosine_distance``, the weighted mean of ``1 - cos`` over all
+    tokens, and out of sample ``cosine_distance_out_of_sample`` and ``relative_residual_out_of_sample``, those
+    of a second fit without fold 0 on fold 0.
 
-    Memory: moments of the features, ``16 C^2`` bytes of the map, its gradient and Adam's two means, and ``40 C`` bytes for each token
-    of a batch.
+    Memory: moments of the features, ``16 C^2`` bytes of the map, its gradient and Adam's two means, and
+    ``40 C`` bytes for each token of a batch.
     """
 
     takes = ("features", "seed")

@@ -64,8 +64,9 @@ class RidgeChoice:
 def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
     """Turn moments into those of ``phi - mean phi`` and ``d - mean d``, for any means, those of other tokens too.
 
-    ``sum w (phi - m)(phi - m)^T = G - m s^T - s m^T + W m m^T`` with ``s = sum w phi``, and so on; with their own
-    means, the moments of a fit with intercept. Only Gram, cross-moment, gap energy and the two sums are changed.
+    ``sum w (phi - m)(phi - m)^T = G - m s^T - s m^T + W m m^T`` with ``s = sum w phi``, and so on; with their
+    own means, the moments of a fit with intercept. Only Gram, cross-moment, gap energy and the two sums are
+    changed.
 
     Memory: nothing of size ``p^2``.
     """
@@ -85,8 +86,8 @@ def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
 def retarget_in_place(moments: BoundaryMoments) -> None:
     """Put the target ``y`` in the place of the gap ``y - x``; the features must begin with the hidden state ``x``.
 
-    Ridge regression of ``y`` then gives the map ``W`` itself, which the ridge draws to zero, not ``M = W - I``. Cross-moment
-    or factors, gap energy and gap sum are changed.
+    Ridge regression of ``y`` then gives the map ``W`` itself, which the ridge draws to zero, not
+    ``M = W - I``. Cross-moment or factors, gap energy and gap sum are changed.
 
     Memory: nothing of size ``p C`` but one temporary of a factor.
     """
@@ -126,9 +127,10 @@ def choose_ridge(
 ) -> RidgeChoice:
     """Return the ridge of the grid with the smallest residual over the folds, each predicted by all others.
 
-    One eigendecomposition a fold serves the whole grid: with ``G = V diag(l) V^T``, ``Q = V^T K`` and held-out
-    moments ``G', K', e'``, the residual at ridge ``r`` is ``sum e' - 2 c.u + c^T (Q Q^T * V^T G' V) c``, where
-    ``c = 1 / (l + r)`` and ``u_i = <Q_i, (V^T K')_i>``; of triangular factors, singular values do the same.
+    One eigendecomposition a fold serves the whole grid: with ``G = V diag(l) V^T``, ``Q = V^T K`` and
+    held-out moments ``G', K', e'``, the residual at ridge ``r`` is
+    ``sum e' - 2 c.u + c^T (Q Q^T * V^T G' V) c``, where ``c = 1 / (l + r)`` and ``u_i = <Q_i, (V^T K')_i>``;
+    of triangular factors, singular values do the same.
 
     Args:
         moments: The moments by fold, two folds at least.
@@ -139,7 +141,8 @@ def choose_ridge(
     Raises:
         NumericsError: If the eigenvectors of a Gram do not converge.
 
-    Memory: one fold, the total without it, and ``24 p^2 + 8 p C`` bytes more (``40 p^2 + 24 p C`` of triangular factors).
+    Memory: one fold, the total without it, and ``24 p^2 + 8 p C`` bytes more (``40 p^2 + 24 p C`` of
+    triangular factors).
     """
     energy = sum(float(moments.fold(index).gap_energy.sum()) for index in range(moments.n_folds))
     residuals = np.zeros(len(RIDGE_GRID))
@@ -163,9 +166,10 @@ def choose_ridge(
 def choose_by_gcv(total: BoundaryMoments, *, intercept: bool, towards_zero: bool = False) -> RidgeChoice:
     """Return the ridge of the grid with the smallest generalised cross-validation (Golub, Heath, Wahba 1979, eq. 1.4).
 
-    ``V(r) = n |(I - A) D|^2 / (n - trace A)^2`` with ``A`` the hat matrix at ridge ``r`` (the constant of an intercept
-    counts in its trace) and ``n`` the tokens that count. It needs no folds, and takes tokens for independent, which those
-    of one sequence are not. The curve has the relative residual that it estimates, ``sqrt(n V) / |D|``.
+    ``V(r) = n |(I - A) D|^2 / (n - trace A)^2`` with ``A`` the hat matrix at ridge ``r`` (the constant of an
+    intercept counts in its trace) and ``n`` the tokens that count. It needs no folds, and takes tokens for
+    independent, which those of one sequence are not. The curve has the relative residual that it estimates,
+    ``sqrt(n V) / |D|``.
 
     Args:
         total: Moments over all tokens; not changed.

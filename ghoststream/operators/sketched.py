@@ -1,23 +1,28 @@
 """Least squares from sketches: the problem of ``least-squares``, with less work or less memory and an error that is measured.
 
-Two solvers, each seeded, merged by addition over ranges, and exact where a sketch is as large as the problem. ``J`` is the
-objective ``sum w |phi A - d|^2 + r |A|^2``, and ``F = (Phi; sqrt(r) I) A*`` what the best map ``A*`` of any rank fits.
+Two solvers, each seeded, merged by addition over ranges, and exact where a sketch is as large as the problem.
+``J`` is the objective ``sum w |phi A - d|^2 + r |A|^2``, and ``F = (Phi; sqrt(r) I) A*`` what the best map
+``A*`` of any rank fits.
 
-``sketch-features``: one sweep, memory ``O((p + C) k)``. Features are projected to ``Phi W``, where least squares is exact; ``W`` is an
-orthonormal basis of the range of a Gaussian ``Omega`` ``(p, k)``. For any ``t < k - 1``,
-``E J(A) <= J(A*) + |A*|_2^2 (1 + t / (k - t - 1)) sum_{j > t} (sigma_j(Phi)^2 + r)`` (Halko, Martinsson, Tropp,
-arXiv 0909.4061, theorem 10.5, for the range of ``(Phi; sqrt(r) I) Omega``). With ``i`` power iterations, one more sweep each, ``W`` spans
-``G^i Omega`` (subspace iteration, section 4.5 there): the leading singular vectors of ``Phi`` stand out by a power.
+``sketch-features``: one sweep, memory ``O((p + C) k)``. Features are projected to ``Phi W``, where least
+squares is exact; ``W`` is an orthonormal basis of the range of a Gaussian ``Omega`` ``(p, k)``. For any
+``t < k - 1``, ``E J(A) <= J(A*) + |A*|_2^2 (1 + t / (k - t - 1)) sum_{j > t} (sigma_j(Phi)^2 + r)`` (Halko,
+Martinsson, Tropp, arXiv 0909.4061, theorem 10.5, for the range of ``(Phi; sqrt(r) I) Omega``). With ``i``
+power iterations, one more sweep each, ``W`` spans ``G^i Omega`` (subspace iteration, section 4.5 there): the
+leading singular vectors of ``Phi`` stand out by a power.
 
-``sketch-range``: two sweeps, memory ``O(p^2 + (p + C) k)``. The first builds the Gram and ``K Omega``, ``Omega`` ``(C, k)``; ``W`` spans
-``A* Omega = (G + r I)^-1 K Omega``, so that what it can fit spans ``F Omega``, the range finder of that theorem for ``F`` itself. The
-second is exact least squares on ``Phi W``: ``E J(A) <= J(A*) + (1 + t / (k - t - 1)) sum_{j > t} sigma_j(F)^2``, where the sum is what
-the best map of rank ``t`` leaves above ``J(A*)`` (reduced-rank regression). Cut to rank ``r``, the map is the best of that rank
-within the subspace, and exceeds the best of that rank anywhere by no more than the subspace misses of ``F``.
+``sketch-range``: two sweeps, memory ``O(p^2 + (p + C) k)``. The first builds the Gram and ``K Omega``,
+``Omega`` ``(C, k)``; ``W`` spans ``A* Omega = (G + r I)^-1 K Omega``, so that what it can fit spans
+``F Omega``, the range finder of that theorem for ``F`` itself. The second is exact least squares on
+``Phi W``: ``E J(A) <= J(A*) + (1 + t / (k - t - 1)) sum_{j > t} sigma_j(F)^2``, where the sum is what the
+best map of rank ``t`` leaves above ``J(A*)`` (reduced-rank regression). Cut to rank ``r``, the map is the
+best of that rank within the subspace, and exceeds the best of that rank anywhere by no more than the subspace
+misses of ``F``.
 
-States of a span and fold, in bytes: ``8 (k^2 + k C)`` for ``sketch-features`` (``8 p k`` in a power iteration),
-``8 (p^2 + p k)`` (the Gram shared by spans that start together) and then ``8 (folds + 1) (k^2 + k C)`` for ``sketch-range``.
-Bases take ``8 p k`` each (``folds + 1`` a span for ``sketch-range``). The operator is written whole, ``4 p C``.
+States of a span and fold, in bytes: ``8 (k^2 + k C)`` for ``sketch-features`` (``8 p k`` in a power
+iteration), ``8 (p^2 + p k)`` (the Gram shared by spans that start together) and then
+``8 (folds + 1) (k^2 + k C)`` for ``sketch-range``. Bases take ``8 p k`` each (``folds + 1`` a span for
+``sketch-range``). The operator is written whole, ``4 p C``.
 """
 
 from __future__ import annotations
@@ -78,17 +83,19 @@ class _Fit:
 class ProjectedLeastSquares(OperatorKind):
     """Least squares on projected features: ``least-squares`` with the solvers ``sketch-features`` and ``sketch-range``.
 
-    Residuals are exact, those of the map that is written. Out of sample they are so without reserve for ``sketch-range``, whose
-    subspaces are found without the fold that is held out, and for ``sketch-features`` without power iterations, whose subspace has
-    seen no data; with them it has seen the features of all folds, not their gaps.
+    Residuals are exact, those of the map that is written. Out of sample they are so without reserve for
+    ``sketch-range``, whose subspaces are found without the fold that is held out, and for ``sketch-features``
+    without power iterations, whose subspace has seen no data; with them it has seen the features of all
+    folds, not their gaps.
 
-    Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``sketch_columns`` (``k``), ``seed``,
-    ``power_iterations``, ``rank``, ``ridge``, ``ridge_relative`` and those of the solution in the subspace; and the
-    error estimate, a mean over ten Gaussian probes ``g`` that the sketch has not seen: without bias, of a relative standard deviation of
-    ``sqrt(2 / 10)`` at most, and with its standard error over the probes. For ``sketch-range``, ``excess_estimate`` =
-    ``(J(A) - J(A*)) / |d|^2`` before the cut to a rank, the mean of ``|F g|^2`` outside the subspace; for a rank it
-    bounds the excess over the best of that rank. For ``sketch-features``, ``lost_features_estimate``, the share of
-    ``|Phi|_F^2 + r p`` outside the subspace; times that sum and ``|A*|_2^2`` it bounds ``J(A) - J(A*)``.
+    Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``sketch_columns``
+    (``k``), ``seed``, ``power_iterations``, ``rank``, ``ridge``, ``ridge_relative`` and those of the solution
+    in the subspace; and the error estimate, a mean over ten Gaussian probes ``g`` that the sketch has not
+    seen: without bias, of a relative standard deviation of ``sqrt(2 / 10)`` at most, and with its standard
+    error over the probes. For ``sketch-range``, ``excess_estimate`` = ``(J(A) - J(A*)) / |d|^2`` before the
+    cut to a rank, the mean of ``|F g|^2`` outside the subspace; for a rank it bounds the excess over the best
+    of that rank. For ``sketch-features``, ``lost_features_estimate``, the share of ``|Phi|_F^2 + r p``
+    outside the subspace; times that sum and ``|A*|_2^2`` it bounds ``J(A) - J(A*)``.
 
     Memory: ``O(k^2 + k C)`` for the fit, ``8 p k`` for the basis, ``8 p C`` for the operator.
     """
@@ -235,8 +242,8 @@ class ProjectedLeastSquares(OperatorKind):
 def reduce_rank_thin(matrix: Array, gram: Array, rank: int) -> Array:
     """Return the best solution of a given rank from the best of any rank, for few features and many channels.
 
-    With ``B`` ``(k, C)`` the best, ``B^T = Q T`` by QR and ``V`` the leading eigenvectors of ``T G T^T``, ``B Q V (Q V)^T``: the
-    same as :func:`~ghoststream.operators.least_squares.reduce_rank`.
+    With ``B`` ``(k, C)`` the best, ``B^T = Q T`` by QR and ``V`` the leading eigenvectors of ``T G T^T``,
+    ``B Q V (Q V)^T``: the same as :func:`~ghoststream.operators.least_squares.reduce_rank`.
 
     Args:
         matrix: ``B``, ``(k, C)``, ``k <= C``.

@@ -78,7 +78,8 @@ def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the ope
         RequestError: If ``ridge`` is negative or not finite.
         NumericsError: If the moments or the solution are not finite.
 
-    Memory: nothing of size ``p^2`` beyond the arguments with Cholesky; another ``2 p^2`` float64 with ``eigh``.
+    Memory: nothing of size ``p^2`` beyond the arguments with Cholesky; another ``2 p^2`` float64 with
+    ``eigh``.
     """
     require_ridge(ridge)
     if not (_is_finite(gram) and _is_finite(cross)):

@@ -27,11 +27,12 @@ class Problem:
     """One least-squares problem, ready to be solved at any ridge.
 
     Attributes:
-        unit: What a relative ridge is relative to: the mean over channels of ``sum w x^2`` (of ``x`` less its mean with
-            an intercept).
+        unit: What a relative ridge is relative to: the mean over channels of ``sum w x^2`` (of ``x`` less its
+            mean with an intercept).
         solve: Returns ``M`` at an absolute ridge, ``(C, C)`` or its diagonal ``(C,)``.
         dof: Returns the degrees of freedom a channel at an absolute ridge.
-        values: The eigenvalues of the Gram that the fit reads, whose ratio is its condition; None if it inverts nothing.
+        values: The eigenvalues of the Gram that the fit reads, whose ratio is its condition; None if it
+            inverts nothing.
     """
 
     unit: float
@@ -61,11 +62,12 @@ class StructuredLeastSquares(OperatorKind):
     """``min sum w |x M + b - d|^2 + r |M|_F^2`` over maps ``M`` of a structure, with ``r`` relative to ``trace(G) / C``.
 
     The ridge draws ``y = x (I + M)`` to the identity, and is 0 unless it is given; ``auto`` is the one of
-    :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out folds best. Without ``intercept`` ``b`` is 0.
+    :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out folds best. Without ``intercept``
+    ``b`` is 0.
 
-    Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``ridge``, ``ridge_relative``,
-    ``ridge_curve``, ``effective_dof`` (a channel), ``condition_number`` (None for ``orthogonal``), ``intercept``,
-    ``antisymmetric_share`` (None for a diagonal).
+    Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``ridge``,
+    ``ridge_relative``, ``ridge_curve``, ``effective_dof`` (a channel), ``condition_number`` (None for
+    ``orthogonal``), ``intercept``, ``antisymmetric_share`` (None for a diagonal).
     """
 
     takes: ClassVar[tuple[str, ...]] = ("intercept",)

@@ -21,11 +21,11 @@ class Symmetric(StructuredLeastSquares):
     """``M = M^T``, by the Lyapunov equation ``(G + r I) M + M (G + r I) = K + K^T``.
 
     The symmetric Procrustes problem (Higham, BIT 28, 1988). With ``G = V diag(l) V^T``, ``M = V B V^T`` and
-    ``B_ij = (V^T (K + K^T) V)_ij / (l_i + l_j + 2 r)``; entries whose denominator float64 cannot tell from zero are left
-    at zero.
+    ``B_ij = (V^T (K + K^T) V)_ij / (l_i + l_j + 2 r)``; entries whose denominator float64 cannot tell from
+    zero are left at zero.
 
-    Memory: that of ``ghost`` and ``40 C^2`` bytes; while ``auto`` chooses, three products of ``C x C`` matrices for each
-    fold and each of 17 ridges.
+    Memory: that of ``ghost`` and ``40 C^2`` bytes; while ``auto`` chooses, three products of ``C x C``
+    matrices for each fold and each of 17 ridges.
     """
 
     needs_gram = True

@@ -34,8 +34,8 @@ def solve_triangle(moments: BoundaryMoments, ridge: float) -> Solution:
     minimum norm in scaled coordinates, by singular values.
 
     Args:
-        moments: Moments with triangular factors; not changed. With a constant before the features, ``M`` is that of the
-            fit with intercept.
+        moments: Moments with triangular factors; not changed. With a constant before the features, ``M`` is
+            that of the fit with intercept.
         ridge: Absolute, at least 0.
 
     Raises:
@@ -77,8 +77,8 @@ def solve_triangle(moments: BoundaryMoments, ridge: float) -> Solution:
 def solve_pseudo_inverse(moments: BoundaryMoments, threshold: float) -> Solution:
     """Return ``M = Phi^+ D`` with the singular values of ``Phi`` below ``threshold`` times the largest left out.
 
-    ``Phi`` and ``R`` have the same singular values and right singular vectors, so that of ``R = U S V^T`` serves:
-    ``M = V S^+ U^T Q^T D``.
+    ``Phi`` and ``R`` have the same singular values and right singular vectors, so that of ``R = U S V^T``
+    serves: ``M = V S^+ U^T Q^T D``.
 
     Args:
         moments: Moments with triangular factors; not changed.

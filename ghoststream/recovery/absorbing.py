@@ -1,10 +1,11 @@
 """Operators that disappear in the last linear map of the MLP of the layer before their boundary.
 
-With ``a`` for what enters that map, ``W`` ``(I, C)`` for its weight, ``b`` for its bias and ``s`` for the multiplier in front of the
-residual stream, the layer adds ``m = s (a W + b)``. An operator ``y = x + a A + c`` on the features ``mlp`` is in the model if
-``W + A / s`` and ``b + c / s`` take their places; ``y = x + m A + c`` on ``mlp_output`` if ``W (I + A)`` and ``b (I + A) + c / s`` do.
-Of ``y = x + x A + a B + c`` on ``hidden+mlp`` a part disappears, ``W + B' / s`` with ``B' = B (I + A)^-1``, and ``x + x A + c`` stands at the
-boundary (:mod:`ghoststream.operators.joint`).
+With ``a`` for what enters that map, ``W`` ``(I, C)`` for its weight, ``b`` for its bias and ``s`` for the
+multiplier in front of the residual stream, the layer adds ``m = s (a W + b)``. An operator
+``y = x + a A + c`` on the features ``mlp`` is in the model if ``W + A / s`` and ``b + c / s`` take their
+places; ``y = x + m A + c`` on ``mlp_output`` if ``W (I + A)`` and ``b (I + A) + c / s`` do. Of
+``y = x + x A + a B + c`` on ``hidden+mlp`` a part disappears, ``W + B' / s`` with ``B' = B (I + A)^-1``, and
+``x + x A + c`` stands at the boundary (:mod:`ghoststream.operators.joint`).
 """
 
 from __future__ import annotations
@@ -68,14 +69,16 @@ class Absorption:
     def tensors(self, index: CheckpointIndex, names: Mapping[str, str]) -> dict[str, TensorSource]:
         """Return what to write in the place of the base's tensors, by their names in the base.
 
-        Sums and products are taken in float64 and rounded once, to the tensor's own dtype; ``B'`` is in float32.
+        Sums and products are taken in float64 and rounded once, to the tensor's own dtype; ``B'`` is in
+        float32.
 
         Args:
             index: The base checkpoint.
             names: Name in the new checkpoint by name in the base.
 
-        Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored; of ``hidden+mlp``
-        what :func:`~ghoststream.operators.joint.absorbed_part` states, and from then on its result.
+        Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored;
+        of ``hidden+mlp`` what :func:`~ghoststream.operators.joint.absorbed_part` states, and from then on its
+        result.
         """
         found = {self.weight: self._source(index, self.weight, names[self.weight], self._weight_blocks)}
         bias = self.changed_bias
@@ -169,7 +172,8 @@ def find_absorption(
         dtype: Dtype in which the part of it that stands, if there is one, is written; None for float32.
 
     Raises:
-        UnsupportedModelError: If the architecture has a norm or a mixture there, or no bias for the operator's constant.
+        UnsupportedModelError: If the architecture has a norm or a mixture there, or no bias for the
+            operator's constant.
         MismatchError: If the operator is of another width.
     """
     absorption = require_absorbable(
@@ -181,8 +185,8 @@ def find_absorption(
     asked, found = widths[operator.features], _array(operator.weight).shape[1]
     if found != asked:
         msg = (
-            f"the operator on {operator.features} at {operator.span} has {found} features, and {asked} enter or leave "
-            f"{absorption.weight}; solve operators for this model"
+            f"the operator on {operator.features} at {operator.span} has {found} features, and {asked} "
+            f"enter or leave {absorption.weight}; solve operators for this model"
         )
         raise MismatchError(msg)
     return replace(absorption, dtype=dtype)
@@ -206,8 +210,8 @@ def require_absorbable(
         operator: The operator, once there is one; the identity until then.
 
     Raises:
-        UnsupportedModelError: If there is no layer before, or the architecture has a norm or a mixture there, or no bias
-            for the constant.
+        UnsupportedModelError: If there is no layer before, or the architecture has a norm or a mixture there,
+            or no bias for the constant.
     """
     place = f"operators on the features {features} cannot be absorbed at {span}"
     if span.start == 0:
@@ -236,7 +240,8 @@ def find_absorptions(
     """Return the absorptions of a plan's operators, by span, as :func:`find_absorption` does; those on other features are left out.
 
     Raises:
-        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed is lost in rounding.
+        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed is lost in
+            rounding.
     """
     absorptions = {
         operator.span: find_absorption(skeleton, operator, dtype)

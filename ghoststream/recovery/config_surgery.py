@@ -1,9 +1,9 @@
 """What removing layers means for a model's configuration.
 
-Everything that depends on a layer's number must keep its meaning for the surviving layers: per-layer lists are
-sliced, lists of layer numbers are renumbered, thresholds move, patterns become explicit lists. What cannot be
-expressed after renumbering is refused by name. :func:`check_pruned_model` then compares every surviving layer with
-the original, on the meta device.
+Everything that depends on a layer's number must keep its meaning for the surviving layers: per-layer lists
+are sliced, lists of layer numbers are renumbered, thresholds move, patterns become explicit lists. What
+cannot be expressed after renumbering is refused by name. :func:`check_pruned_model` then compares every
+surviving layer with the original, on the meta device.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 # Lists whose length says nothing about layers even if it happens to equal their number.
 _NOT_PER_LAYER = frozenset({"architectures", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
-# Attributes by which modules know their own number, copies of settings of the whole model (what a layer takes from
-# them has a name of its own), and one that says nothing about the architecture.
+# Attributes by which modules know their own number, copies of settings of the whole model (what a layer takes
+# from them has a name of its own), and one that says nothing about the architecture.
 _NOT_COMPARED = frozenset(
     {
         "attention_layers",
@@ -129,8 +129,9 @@ def _require_expressible(section: Mapping[str, Any], model_type: str, plan: Prun
             continue
         if key in section and value not in harmless:
             msg = (
-                f"{model_type} with {key}={value} cannot be pruned: what a layer computes there depends on its "
-                f"number or on other layers, which the configuration cannot say for the layers that are left"
+                f"{model_type} with {key}={value} cannot be pruned: what a layer computes there depends on "
+                "its number or on other layers, which the configuration cannot say for the layers that are "
+                "left"
             )
             raise UnsupportedModelError(msg)
     for key, explicit in _PATTERNS.items():
@@ -140,8 +141,8 @@ def _require_expressible(section: Mapping[str, Any], model_type: str, plan: Prun
             and not isinstance(section.get(explicit), list)
         ):
             msg = (
-                f"{model_type} computes each layer's kind from its number ({key}={section[key]}) and has no explicit "
-                f"list {explicit!r}, so the kinds cannot be kept; such a model cannot be pruned"
+                f"{model_type} computes each layer's kind from its number ({key}={section[key]}) and has no "
+                f"explicit list {explicit!r}, so the kinds cannot be kept; such a model cannot be pruned"
             )
             raise UnsupportedModelError(msg)
 
@@ -181,8 +182,8 @@ def check_pruned_model(original: Any, pruned: Any, layers_path: str, plan: Pruni
         if changed:
             name = changed[0]
             msg = (
-                f"{original.config.model_type} cannot be pruned: layer {layer} would become layer {position}, where "
-                f"{name} is {new.get(name)} instead of {old.get(name)}"
+                f"{original.config.model_type} cannot be pruned: layer {layer} would become layer "
+                f"{position}, where {name} is {new.get(name)} instead of {old.get(name)}"
             )
             raise UnsupportedModelError(msg)
 

@@ -40,7 +40,8 @@ from ghoststream.recovery.layout import (
     require_operators_fit,
     standing_operators,
 )
-from ghoststream.recovery.provenance import PROVENANCE_NAME, describe_recovered, is_finished
+from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.provenance import describe_recovered, is_finished
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
@@ -108,41 +109,48 @@ def export_recovered(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     operator_dtype: torch.dtype | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a checkpoint without the removed layers and with the operators in their place.
 
-    With operators the checkpoint has a ``model_type`` of its own and carries its modelling file. Operators on the features
-    ``mlp`` and ``mlp_output`` are absorbed into a weight of the layer before (see :mod:`ghoststream.recovery.absorbing`): with
-    such only, or without any, it is an ordinary checkpoint of the base's type. Those on ``hidden+mlp`` are absorbed in part, the rest
-    stands in the model. A killed export goes on when it is called again, and the files are then the same. Nothing is at ``out`` until everything is there; the same call after that returns the same
-    report and writes nothing.
+    With operators the checkpoint has a ``model_type`` of its own and carries its modelling file. Operators on
+    the features ``mlp`` and ``mlp_output`` are absorbed into a weight of the layer before (see
+    :mod:`ghoststream.recovery.absorbing`): with such only, or without any, it is an ordinary checkpoint of
+    the base's type. Those on ``hidden+mlp`` are absorbed in part, the rest stands in the model. A killed
+    export goes on when it is called again, and the files are then the same. Nothing is at ``out`` until
+    everything is there; the same call after that returns the same report and writes nothing.
 
     Args:
         skeleton: The base; a base that has code of its own is refused.
         operators: The plan and its operators.
         out: Folder to make.
         max_shard_bytes: Largest number of tensor bytes in one shard.
-        operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if ``None``.
+        operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if
+            ``None``.
+        fingerprint: The base's, where it is known already.
         progress: Told the bytes written.
 
     Raises:
         UnsupportedModelError: If the architecture, or the plan for it, cannot be expressed.
-        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed would be lost in rounding.
+        NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed would be
+            lost in rounding.
         PlanError: If the plan is for another number of layers.
-        MismatchError: If the operators are for another model, or ``out`` has unfinished work of another request.
+        MismatchError: If the operators are for another model, or ``out`` has unfinished work of another
+            request.
         OutputExistsError: If ``out`` holds anything but the result of this very call.
         ArtifactError: If it does hold that, damaged.
         CheckpointError: If the base is incomplete or damaged.
         BudgetError: If the disk is too small.
         DiskFullError: If it is full all the same.
 
-    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights; where an operator on
-    ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
+    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights; where an
+    operator on ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
     :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
     _require_exportable(skeleton)
-    job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype)
+    fingerprint = fingerprint or checkpoint_fingerprint(skeleton.root, skeleton.index)
+    job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype, fingerprint)
     staging = StagingFolder(out, request=job.request)
     if is_finished(staging.target, job.request):
         staging.clear_leftovers()
@@ -166,9 +174,12 @@ def _require_exportable(skeleton: Skeleton) -> None:
 
 
 def _prepare(
-    skeleton: Skeleton, operators: OperatorSet, max_shard_bytes: int, operator_dtype: torch.dtype | None
+    skeleton: Skeleton,
+    operators: OperatorSet,
+    max_shard_bytes: int,
+    operator_dtype: torch.dtype | None,
+    fingerprint: Mapping[str, Any],
 ) -> _Job:
-    fingerprint = checkpoint_fingerprint(skeleton.root, skeleton.index)
     require_operators_fit(
         operators,
         n_layers=skeleton.n_layers,

@@ -6,20 +6,21 @@ architecture: ``Ghosted<Name>`` is made on demand from the transformers class ``
 
 ``config.ghost_operators`` lists the operators, one for each removed span of the original model::
 
-    {"span": [13, 19], "layer": 13, "module": "layers.13", "form": "linear", "features": "hidden", "bias": false}
+    {"span": [13, 19], "layer": 13, "module": "layers.13", "form": "linear", "features": "hidden", "bias":
+    false}
 
 Operators on normed features have ``norm_epsilon`` beside these.
 
-``span`` is 0-based and half-open in the numbering of the original model. ``layer`` is the decoder layer of this
-model whose input the operator changes; it equals the number of layers where the operator changes the input of the
-final norm. ``module`` is the path of that layer or norm inside the base model; its operator is the submodule
-``ghost`` of it.
+``span`` is 0-based and half-open in the numbering of the original model. ``layer`` is the decoder layer of
+this model whose input the operator changes; it equals the number of layers where the operator changes the
+input of the final norm. ``module`` is the path of that layer or norm inside the base model; its operator is
+the submodule ``ghost`` of it.
 
 ``output_hidden_states``: entry ``i`` is what decoder layer ``i - 1`` returned (entry 0: the embeddings). At a
 boundary that is the state *before* the operator: ``hidden_states[layer]`` is the operator's input, and
-``base_model.get_submodule(module).ghost(hidden_states[layer])`` is what the layer computes with. The last entry is,
-as in the original architectures, the output of the final norm; an operator in front of the final norm has acted on
-it, and its own input is then not among the entries.
+``base_model.get_submodule(module).ghost(hidden_states[layer])`` is what the layer computes with. The last
+entry is, as in the original architectures, the output of the final norm; an operator in front of the final
+norm has acted on it, and its own input is then not among the entries.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ _AUTO_CLASSES = {
 class GhostOperator(nn.Module):
     """The map at a boundary: ``y = x + phi(x) W^T (+ b)`` (form ``linear``) or ``y = x + x * w`` (form ``diagonal``).
 
-    All parameters start at zero, which makes the map the identity. Input and output have shape ``(..., width)``.
+    All parameters start at zero, which makes the map the identity. Input and output have shape
+    ``(..., width)``.
 
     Args:
         width: Hidden size of the model.
-        form: ``"linear"`` (``linear.weight`` of shape ``(width, p)``) or ``"diagonal"`` (``weight``, ``(width,)``).
-        features: What a linear map reads: ``"hidden"``, the hidden state itself; ``"normed"``, the hidden state over
-            its root mean square (computed in float32); ``"hidden+normed"``, both, which makes ``p = 2 * width``.
+        form: ``"linear"`` (``linear.weight`` of shape ``(width, p)``) or ``"diagonal"`` (``weight``,
+            ``(width,)``).
+        features: What a linear map reads: ``"hidden"``, the hidden state itself; ``"normed"``, the hidden
+            state over its root mean square (computed in float32); ``"hidden+normed"``, both, which makes
+            ``p = 2 * width``.
         bias: Whether a constant is added (``linear.bias`` or ``bias``, shape ``(width,)``).
 
         norm_epsilon: Added to the mean square by normed features.
@@ -78,7 +82,8 @@ class GhostOperator(nn.Module):
             raise ValueError(msg)
         self.form, self.features, self.norm_epsilon = form, features, norm_epsilon
         if form == "linear":
-            # Exactly nn.Linear, as tools that adapt or quantise models look for it; marked for _reset_if_ghost.
+            # Exactly nn.Linear, as tools that adapt or quantise models look for it; marked for
+            # _reset_if_ghost.
             linear: Any = nn.Linear(2 * width if features == "hidden+normed" else width, width, bias=bias)
             linear.is_ghost = True
             self.linear = linear
@@ -140,7 +145,8 @@ class GhostedMixin(nn.Module):
             bias=operator["bias"],
             norm_epsilon=operator.get("norm_epsilon"),
         )
-        # Not a wrapper around the module: its tensor names, its class for isinstance, and hooks stay as they are.
+        # Not a wrapper around the module: its tensor names, its class for isinstance, and hooks stay as they
+        # are.
         switched: Any = module.__class__
         module.__class__ = _with_ghost(switched)
         return module.__class__

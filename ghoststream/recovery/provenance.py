@@ -19,10 +19,10 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import joined
 from ghoststream.recovery.absorbing import Absorption, standing_operator
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
+from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP
 
-PROVENANCE_NAME = "ghoststream.json"
 _KIND = "recovered checkpoint"
 _VERSION = 1
 
@@ -193,8 +193,8 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
         raise ArtifactError(msg) from error
     if changed:
         msg = (
-            f"{folder} holds the recovered checkpoint of another request (not the same {', '.join(sorted(changed))});"
-            " choose another place, or move it away"
+            f"{folder} holds the recovered checkpoint of another request (not the same "
+            f"{', '.join(sorted(changed))}); choose another place, or move it away"
         )
         raise OutputExistsError(msg)
     if missing:

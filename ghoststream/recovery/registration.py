@@ -25,8 +25,8 @@ _ARCHITECTURES = "ghoststream.checkpoint.architecture"
 def register_auto_classes() -> None:
     """Let ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` load recovered models without remote code.
 
-    Calling it again changes nothing. The modelling file of this installation is then used instead of the one in
-    the checkpoint's folder.
+    Calling it again changes nothing. The modelling file of this installation is then used instead of the one
+    in the checkpoint's folder.
     """
     module = sys.modules.get(_AUTO_MODULE)
     if module is not None and hasattr(module, "AutoConfig"):

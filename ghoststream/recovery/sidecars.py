@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ghoststream.files import SUMS_NAME, disk_errors, file_digest, json_digest
-from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.recovery.names import PROVENANCE_NAME
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"

@@ -1,7 +1,7 @@
 """Taking the language model out of a composite checkpoint (text with images or sound), as a checkpoint of its own.
 
-Composite models cannot be streamed: what surrounds the decoder differs from one to the next. Their decoder is an
-ordinary language model, and its tensors only carry another prefix.
+Composite models cannot be streamed: what surrounds the decoder differs from one to the next. Their decoder is
+an ordinary language model, and its tensors only carry another prefix.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def write_text_part(
 ) -> Path:
     """Write the language model of a composite checkpoint as an ordinary checkpoint; tensors are copied byte for byte.
 
-    For text alone both compute the same. The tensors are matched strictly with the architecture before anything is
-    written.
+    For text alone both compute the same. The tensors are matched strictly with the architecture before
+    anything is written.
 
     Args:
         root: Folder of the composite checkpoint.

@@ -31,18 +31,18 @@ class LoRP(Criterion):
 
     With ``S_ij`` the mean cosine of the inputs ``h[i]`` and ``h[j]`` of layers ``i`` and ``j`` (eq. 3 and 4):
 
-    1. Representation locality ``RLS = -log2(mean of S_ij, i < j)`` (eq. 5 and 6); 2 clusters if it is at least 1,
-       3 if at least 0.7, else 4.
+    1. Representation locality ``RLS = -log2(mean of S_ij, i < j)`` (eq. 5 and 6); 2 clusters if it is at
+       least 1, 3 if at least 0.7, else 4.
     2. Spectral clusters of the affinity ``(S + 1) / 2`` (eq. 7), numbered by depth.
-    3. The redundancy of a layer is its mean ``S`` with the others of its cluster (eq. 8; -1 for a layer alone). The
-       most redundant layer of each cluster goes, as far as there are layers to remove.
-    4. Again and again, the next most redundant layer of the cluster whose remaining layers have the largest mean
-       ``S`` among themselves (eq. 10 and 11).
+    3. The redundancy of a layer is its mean ``S`` with the others of its cluster (eq. 8; -1 for a layer
+       alone). The most redundant layer of each cluster goes, as far as there are layers to remove.
+    4. Again and again, the next most redundant layer of the cluster whose remaining layers have the largest
+       mean ``S`` among themselves (eq. 10 and 11).
 
-    The first and the last layer are kept. Cost: one read of the store; all hidden states of one sequence in float32 at a
-    time, ``4 L T C`` bytes. Ties go to the shallower cluster and the lowest layer. Clusters are those of normalised
-    spectral clustering (as scikit-learn's: eigenvectors of the normalised Laplacian over the root of the degree), by
-    k-means from 20 seeded starts.
+    The first and the last layer are kept. Cost: one read of the store; all hidden states of one sequence in
+    float32 at a time, ``4 L T C`` bytes. Ties go to the shallower cluster and the lowest layer. Clusters are
+    those of normalised spectral clustering (as scikit-learn's: eigenvectors of the normalised Laplacian over
+    the root of the degree), by k-means from 20 seeded starts.
     """
 
     meaning = "mean cosine with the other layers of its cluster; the highest are removed, from every cluster"

@@ -22,9 +22,9 @@ _BLOCK_ELEMENTS = 2**20
 class Magnitude(Criterion):
     """The ``n`` layers of lowest ``sum_k sum_ij |W_k,ij|^p`` over the weight matrices ``k`` of a layer.
 
-    Matrices are the tensors of at least two dimensions: norms and biases do not count (the paper's formula; its code
-    also adds the norms' weights). Cost: no read of the store, one read of the layers' weights; one tensor, and
-    2^20 elements of it in float64, at a time. Ties go to the lowest layer.
+    Matrices are the tensors of at least two dimensions: norms and biases do not count (the paper's formula;
+    its code also adds the norms' weights). Cost: no read of the store, one read of the layers' weights; one
+    tensor, and 2^20 elements of it in float64, at a time. Ties go to the lowest layer.
 
     Args:
         power: ``p``, 1 or 2.

@@ -24,11 +24,12 @@ class Selection:
         plan: The layers to remove.
         criterion: What chose them; empty where a user did.
         meaning: What the figures of the candidates say.
-        candidates: JSON data of every candidate, ``spans`` and whether it was ``chosen``. Where it was scored, in order of
-            layers, its ``score``. Where it was measured, best first, its ``loss``, ``gap`` (loss above the dense model's), the
-            ``gap_standard_error``, and how it was repaired.
+        candidates: JSON data of every candidate, ``spans`` and whether it was ``chosen``. Where it was
+            scored, in order of layers, its ``score``. Where it was measured, best first, its ``loss``,
+            ``gap`` (loss above the dense model's), the ``gap_standard_error``, and how it was repaired.
         methods: How each boundary is to be repaired, as it was measured; empty where nothing was repaired.
-        dense_loss: Loss of the dense model on the sequences that were measured on; None where nothing was measured.
+        dense_loss: Loss of the dense model on the sequences that were measured on; None where nothing was
+            measured.
         passes: Passes over the weights that it took.
         recipe: What decides all of it.
         details: What else the criterion saw, as JSON data.
@@ -62,7 +63,8 @@ class Selection:
     @property
     def has_fewer_spans(self) -> bool:
         """Whether a candidate of more spans had a lower loss, but not by more than a standard error."""
-        return "gap" in self.candidates[0] and len(self.candidates[0]["spans"]) > len(self.plan.spans)
+        best = self.candidates[0] if self.candidates else {}
+        return "gap" in best and len(best["spans"]) > len(self.plan.spans)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""

@@ -18,20 +18,22 @@ _RANGES_A_FOLD = 4
 class RepairResidual(Criterion):
     """``argmin_l sqrt(sum w |d - phi(x) M|^2 / sum w |y|^2)``, ``x = h[l]``, ``y = h[l + n]``, ``d = y - x``.
 
-    ``M`` is fitted at every candidate ``1 <= l <= L - n - 1`` (first and last layer are kept): ``phi`` is ``hidden``, the ridge
-    ``1e-4 trace(G) / C``, the token weights ``drop_sinks``. The score is what is left when the repaired state enters the next
-    layer, relative to that state. Every other criterion asks what hurts unrepaired; this one what a linear map cannot
-    repair. It is not the share of the gap that is left unexplained, which is small where the gap is large, and chose
-    badly where both were measured (``docs/selection.md``); that share is in the details. Scores at different depths are
-    not of the same harm, so it ranks spans only roughly: measure the best few.
+    ``M`` is fitted at every candidate ``1 <= l <= L - n - 1`` (first and last layer are kept): ``phi`` is
+    ``hidden``, the ridge ``1e-4 trace(G) / C``, the token weights ``drop_sinks``. The score is what is left
+    when the repaired state enters the next layer, relative to that state. Every other criterion asks what
+    hurts unrepaired; this one what a linear map cannot repair. It is not the share of the gap that is left
+    unexplained, which is small where the gap is large, and chose badly where both were measured
+    (``docs/selection.md``); that share is in the details. Scores at different depths are not of the same
+    harm, so it ranks spans only roughly: measure the best few.
 
-    Cost: one read of the store; per candidate ``3 C^2`` FLOPs a token and (folds + 1) solves of ``7 C^3 / 3``, all
-    float64. ``16 C^2`` bytes a candidate while reducing (what does not fit the memory takes another sweep over the
-    store), four times as much for each of the 4 folds on disk, and ``56 C^2`` while one is solved. Ties go to the
-    lowest ``l``.
+    Cost: one read of the store; per candidate ``3 C^2`` FLOPs a token and (folds + 1) solves of
+    ``7 C^3 / 3``, all float64. ``16 C^2`` bytes a candidate while reducing (what does not fit the memory
+    takes another sweep over the store), four times as much for each of the 4 folds on disk, and ``56 C^2``
+    while one is solved. Ties go to the lowest ``l``.
 
     Args:
-        held_out: Whether each fold of whole sequences is predicted by the fit without it, or by the fit on all.
+        held_out: Whether each fold of whole sequences is predicted by the fit without it, or by the fit on
+            all.
         method: What is fitted.
     """
 

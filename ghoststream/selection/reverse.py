@@ -14,8 +14,9 @@ class ReverseOrder(Criterion):
     Cost: nothing is read.
 
     Args:
-        keep_last: Whether the last layer stays: the simple strategy of UIDL (Gromov et al., arXiv 2403.17887), which
-            begins at the penultimate layer. Without it, Lu et al. (arXiv 2411.15558), who then train the last layers.
+        keep_last: Whether the last layer stays: the simple strategy of UIDL (Gromov et al., arXiv
+            2403.17887), which begins at the penultimate layer. Without it, Lu et al. (arXiv 2411.15558), who
+            then train the last layers.
     """
 
     def __init__(self, *, keep_last: bool) -> None:

@@ -12,7 +12,8 @@ from ghoststream.statistics import CosineReducer
 class ShortGPT(Criterion):
     """The ``n`` layers of lowest Block Influence ``BI_l = 1 - mean_t cos(h[l], h[l + 1])``; any layer may go.
 
-    Cost: one read of the store; 3 hidden states of 1,024 tokens in float32 at a time. Ties go to the lowest layer.
+    Cost: one read of the store; 3 hidden states of 1,024 tokens in float32 at a time. Ties go to the lowest
+    layer.
     """
 
     meaning = "Block Influence, 1 - mean cosine of a layer's input and output; the lowest are removed"

@@ -13,7 +13,8 @@ from ghoststream.statistics import CosineReducer, candidate_spans
 class Streamline(Criterion):
     """``argmax_l mean_t cos(h[l], h[l + n])`` over ``1 <= l <= L - n - 1``: first and last layer are kept.
 
-    Cost: one read of the store; ``n + 2`` hidden states of 1,024 tokens in float32 at a time. Ties go to the lowest ``l``.
+    Cost: one read of the store; ``n + 2`` hidden states of 1,024 tokens in float32 at a time. Ties go to the
+    lowest ``l``.
     """
 
     meaning = "mean cosine between the hidden states before and after; the highest is removed"

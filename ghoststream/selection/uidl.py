@@ -12,11 +12,13 @@ from ghoststream.statistics import CosineReducer
 class AngularDistance(Criterion):
     """``argmin_l mean arccos(cos(h[l], h[l + n])) / pi`` over ``0 <= l < L - n`` (eq. 6 and 7).
 
-    Both ends are inputs of layers, so that the last layer is kept, which the paper found essential; the first may go.
-    Cost: one read of the store; ``n + 2`` hidden states of 1,024 tokens in float32 at a time. Ties go to the lowest ``l``.
+    Both ends are inputs of layers, so that the last layer is kept, which the paper found essential; the first
+    may go. Cost: one read of the store; ``n + 2`` hidden states of 1,024 tokens in float32 at a time. Ties go
+    to the lowest ``l``.
 
     Args:
-        last_only: Whether the mean is over the last token of each sequence, as in the paper, or over all tokens.
+        last_only: Whether the mean is over the last token of each sequence, as in the paper, or over all
+            tokens.
     """
 
     def __init__(self, *, last_only: bool) -> None:

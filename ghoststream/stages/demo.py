@@ -75,11 +75,20 @@ class DemoReport:
         return "\n".join(
             [
                 "",
-                f"{REMOVE} of {self.recovery.plan.n_layers} layers are removed. Two ways to do that are compared:",
+                (
+                    f"{REMOVE} of {self.recovery.plan.n_layers} layers are removed. Two ways to do that are "
+                    "compared:"
+                ),
                 f"  {METHOD:<{width}}  layers by {criterion}, repaired by {operator}",
-                f"  {RECOVERED:<{width}}  the defaults: candidates are repaired and run, and the best is kept",
+                (
+                    f"  {RECOVERED:<{width}}  the defaults: candidates are repaired and run, and the best is "
+                    "kept"
+                ),
                 "",
-                f"Perplexity on {self.rows[DENSE].tokens:,} held-out tokens of Python's documentation, lower is better",
+                (
+                    f"Perplexity on {self.rows[DENSE].tokens:,} held-out tokens of Python's documentation, "
+                    "lower is better"
+                ),
                 "(in brackets the loss above the dense model's, with its standard error):",
                 *(f"  {what:<{width}}  {self._figures(what)}  {self._what(what)}" for what in self.rows),
                 "",
@@ -116,12 +125,13 @@ def demo(
 ) -> DemoReport:
     """Remove 6 of 30 layers of SmolLM2-135M-Instruct by default and by the published method, and compare.
 
-    Calibrated and measured on the documentation that Python ships, split by topic. The search is a small one: few
-    windows, and plans of one span. Run again, the demo continues what was interrupted and repeats only the figures.
+    Calibrated and measured on the documentation that Python ships, split by topic. The search is a small one:
+    few windows, and plans of one span. Run again, the demo continues what was interrupted and repeats only
+    the figures.
 
     Args:
-        workdir: Where everything is written; a folder in the user's cache if ``None``, where results of another request or
-            version give way.
+        workdir: Where everything is written; a folder in the user's cache if ``None``, where results of
+            another request or version give way.
         sequences: Windows of calibration text.
         progress: Who is told how far it is.
 

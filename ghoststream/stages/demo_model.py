@@ -30,7 +30,8 @@ def demo_model(folder: Path | None = None) -> Path:
     """Return the folder of the demo's model, converting it on the first call.
 
     The package ships it quantised (GGUF, Q4_1). It is dequantised by transformers and saved as plain bfloat16
-    safetensors with its tokenizer, so its figures are those of the quantised weights, not of the original ones.
+    safetensors with its tokenizer, so its figures are those of the quantised weights, not of the original
+    ones.
 
     Args:
         folder: Where models are kept; the user's cache folder if ``None``.

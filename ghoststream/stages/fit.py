@@ -32,18 +32,19 @@ def fit(
 ) -> OperatorSet:
     """Fit one operator for each span of a plan, and write them to one file.
 
-    From a store the operator is by default ``ghost``, and every one is fitted on the dense model's states. From a text they are
-    fitted one after another in one pass: the inputs of an operator are the states of the model repaired so far, the targets those
-    of the dense model. For the first span the two are the same, bit for bit; with several spans the later ones make up for what the
-    earlier ones left, which is mostly, but not always, better (``method.inputs``). The operator is then by default ``auto``: each
-    boundary is fitted as the plan's file says, or in each of several ways, of which held-out windows choose.
+    From a store the operator is by default ``ghost``, and every one is fitted on the dense model's states.
+    From a text they are fitted one after another in one pass: the inputs of an operator are the states of the
+    model repaired so far, the targets those of the dense model. For the first span the two are the same, bit
+    for bit; with several spans the later ones make up for what the earlier ones left, which is mostly, but
+    not always, better (``method.inputs``). The operator is then by default ``auto``: each boundary is fitted
+    as the plan's file says, or in each of several ways, of which held-out windows choose.
 
     The same request again, once finished, returns what is there.
 
     Args:
         plan: The plan, its file, or spans such as ``"5:7 13:19"``.
-        source: A store, or a model and a text to calibrate on. With a store, its model is needed for features of the layer before a
-            boundary only.
+        source: A store, or a model and a text to calibrate on. With a store, its model is needed for features
+            of the layer before a boundary only.
         out: Operators file (safetensors) to write.
         method: How boundaries are fitted.
         search: ``folds`` for the residual out of sample, and ``held_out`` for ``auto``.
@@ -52,12 +53,13 @@ def fit(
         progress: Who is told how far it is.
 
     Returns:
-        The operators, with residuals in and out of sample and warnings in their diagnostics; with ``auto`` also what was tried and
-        the loss above the dense model's on the held-out windows.
+        The operators, with residuals in and out of sample and warnings in their diagnostics; with ``auto``
+        also what was tried and the loss above the dense model's on the held-out windows.
 
     Raises:
         PlanError: If the plan does not fit the model.
-        RequestError: If an option is out of range, a name unknown, or an option is given that would not be used.
+        RequestError: If an option is out of range, a name unknown, or an option is given that would not be
+            used.
         GhoststreamError: What :func:`~ghoststream.stages.from_store.fit.fit_from_store` and
             :func:`~ghoststream.stages.choosing.fit.fit_in_passes` raise, which also state the memory.
     """
@@ -77,7 +79,7 @@ def fit(
         if not taps_of(make_store_kind(method).features):
             compute.refuse(None, "no layer is run again for these features")
         return fit_from_store(
-            source.store,
+            str(source.store),
             plan,
             model=opener(source, compute),
             method=method,

@@ -20,9 +20,10 @@ from ghoststream.streaming import CUT, Batch, BoundaryMap, Lane, LogitsObserver,
 class TappedOperator(BoundaryMap):
     """An operator ``y = x + a A (+ b)`` on a tap ``a`` of the layer before the boundary.
 
-    On ``hidden+mlp`` it is ``y = x + x A + a B (+ c)`` (:mod:`ghoststream.operators.joint`). A recovered checkpoint has the
-    map of ``a`` inside a weight: it adds the product with that sum, this adds two products. In fp32 the two differ by
-    rounding. The estimate is made when the pass enters the span, where the tap is.
+    On ``hidden+mlp`` it is ``y = x + x A + a B (+ c)`` (:mod:`ghoststream.operators.joint`). A recovered
+    checkpoint has the map of ``a`` inside a weight: it adds the product with that sum, this adds two
+    products. In fp32 the two differ by rounding. The estimate is made when the pass enters the span, where
+    the tap is.
 
     Args:
         operator: An operator on features that are absorbed.
@@ -107,8 +108,8 @@ def operator_map(operator: BoundaryOperator, skeleton: Skeleton) -> BoundaryMap:
         return CUT
     if operator.features not in FEATURES:
         msg = (
-            f"the operator of {operator.span} reads the features {operator.features}; a lane can run operators on "
-            f"{', '.join(FEATURES)}"
+            f"the operator of {operator.span} reads the features {operator.features}; a lane can run "
+            f"operators on {', '.join(FEATURES)}"
         )
         raise RequestError(msg)
     if operator.features in ABSORBED:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,10 +65,21 @@ class Output:
         self._clear_leftovers()
         return found
 
-    def finish(self) -> None:
-        """Remove what was kept: the file is written."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        fsync_folder(self.path.parent)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the lock while the file is made; what was kept for it is removed once that is done.
+
+        Raises:
+            BusyError: If another process is writing it.
+            OutputExistsError: If another process has written it since :meth:`existing` looked.
+        """
+        with self.lock():
+            if self.path.exists():
+                msg = f"{self.path} was written by another process meanwhile; run this again to see if it is the same"
+                raise OutputExistsError(msg)
+            yield
+            shutil.rmtree(self.work, ignore_errors=True)
+            fsync_folder(self.path.parent)
 
     def _clear_leftovers(self) -> None:
         # Of a run that was killed after its rename; nothing happens if that cannot be done now.

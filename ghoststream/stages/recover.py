@@ -14,7 +14,7 @@ from ghoststream.operators import OperatorSet
 from ghoststream.options import AUTO, Compute, Method, Recovery, Search, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport, export_recovered, load_recovered
-from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
@@ -71,7 +71,10 @@ class RecoveryReport:
         """Return the report as lines for a reader."""
         sizes = self.export
         lines = [
-            f"removed {self.plan} ({self.plan.n_removed} of {self.plan.n_layers} layers, chosen: {self.chosen_by})",
+            (
+                f"removed {self.plan} ({self.plan.n_removed} of {self.plan.n_layers} layers, chosen: "
+                f"{self.chosen_by})"
+            ),
             f"  parameters  {sizes.parameters_before:,} -> {sizes.parameters_after:,}",
             f"  bytes       {sizes.bytes_before:,} -> {sizes.bytes_after:,}",
         ]
@@ -110,16 +113,18 @@ def recover(
 ) -> RecoveryReport:
     """Remove layers from a model, repair the gaps in closed form, and write a checkpoint that loads.
 
-    By default candidates are repaired and measured on held-out windows of the text, and so are ways to repair: passes over the
-    model, and no store. A criterion that reads hidden states captures them first; an operator that is named is then fitted from
-    the same store. The paper's own method is the criterion ``streamline-published`` with the operator ``ghost``: one pass.
+    By default candidates are repaired and measured on held-out windows of the text, and so are ways to
+    repair: passes over the model, and no store. A criterion that reads hidden states captures them first; an
+    operator that is named is then fitted from the same store. The paper's own method is the criterion
+    ``streamline-published`` with the operator ``ghost``: one pass.
 
-    This is :func:`run` of a :class:`~ghoststream.options.Recovery`, which has more options, such as where a store goes.
+    This is :func:`run` of a :class:`~ghoststream.options.Recovery`, which has more options, such as where a
+    store goes.
 
     Args:
         model: Local folder or hub id.
-        remove: How many layers to remove, chosen by ``search.criterion``; or which: a plan, its file, or spans such as ``13:19``.
-            Then only the hidden states at its boundaries are captured.
+        remove: How many layers to remove, chosen by ``search.criterion``; or which: a plan, its file, or
+            spans such as ``13:19``. Then only the hidden states at its boundaries are captured.
         calibration: Text to calibrate on, or its specification.
         out: Folder of the recovered checkpoint. Everything else is kept in ``<out>.work``.
         search: How layers are chosen, and what is held out.
@@ -148,8 +153,9 @@ def recover(
 def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None) -> RecoveryReport:
     """Do what a :class:`~ghoststream.options.Recovery` says: what :func:`recover` and pipeline files come to.
 
-    The model is opened, fingerprinted and its text tokenised once. Plan, operators, store and figures are kept in ``<out>.work``, so
-    that the same call continues after an interruption and takes what is finished as it is.
+    The model is opened, fingerprinted and its text tokenised once. Plan, operators, store and figures are
+    kept in ``<out>.work``, so that the same call continues after an interruption and takes what is finished
+    as it is.
 
     Args:
         recovery: What to do.
@@ -176,7 +182,9 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
         work.mkdir(parents=True, exist_ok=True)
     selection = steps.given or steps.choose()
     operators, file = steps.fit(selection)
-    exported = export_recovered(session.skeleton, operators, out, progress=progress)
+    exported = export_recovered(
+        session.skeleton, operators, out, fingerprint=session.fingerprint, progress=progress
+    )
     evaluation = _evaluate(session, recovery, out, work, progress)
     chosen_by = selection.criterion if steps.given is None else "given"
     return RecoveryReport(

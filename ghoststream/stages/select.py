@@ -30,9 +30,10 @@ def select(
 ) -> Selection:
     """Choose which layers to remove, and write the plan if ``out`` is given.
 
-    From a store, criteria that read hidden states or weights (:mod:`ghoststream.selection`) are quick, and the model is run no more.
-    From a text, criteria that run the model (:mod:`ghoststream.stages.choosing.criteria`) say what it loses: with ``measured``,
-    the default, candidates are repaired and measured on held-out windows, all of a step in one read of the weights.
+    From a store, criteria that read hidden states or weights (:mod:`ghoststream.selection`) are quick, and
+    the model is run no more. From a text, criteria that run the model
+    (:mod:`ghoststream.stages.choosing.criteria`) say what it loses: with ``measured``, the default,
+    candidates are repaired and measured on held-out windows, all of a step in one read of the weights.
 
     The same request again returns what is in ``out``. A killed one goes on with the figures that it has.
 
@@ -47,8 +48,8 @@ def select(
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If the criterion is unknown, cannot remove so many layers or does not read this source, the numbers do not fit
-            the model or the text, or an option is given that would not be used.
+        RequestError: If the criterion is unknown, cannot remove so many layers or does not read this source,
+            the numbers do not fit the model or the text, or an option is given that would not be used.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
         StoreError: If a hidden state that is needed is not in the store.
@@ -56,8 +57,8 @@ def select(
         NumericsError: If a hidden state or a solution is not finite.
         BudgetError, DiskFullError: If memory or disk does not suffice.
 
-    Memory: from a store what the criterion's docstring states, once for each worker thread; from a text that of
-    :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
+    Memory: from a store what the criterion's docstring states, once for each worker thread; from a text that
+    of :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
     """
     search, method = search or Search(), method or Method()
     compute, reduction = compute or Compute(), reduction or Reduction()
@@ -66,8 +67,9 @@ def select(
         name = require_criterion(search.criterion or PUBLISHED, runs_model=False)
         search.refuse(set(Search.model_fields) - {"criterion"}, f"the criterion {name} runs nothing")
         method.refuse(None, f"the criterion {name} does not fit operators")
+        reduction.refuse(("reduce_device",), "criteria sum on the host")
         return select_from_store(
-            source.store,
+            str(source.store),
             remove,
             model=opener(source, compute),
             criterion=name,

@@ -120,7 +120,8 @@ def _build_skeleton(root: Path, device: torch.device, compute: Compute) -> Skele
     except GhoststreamError:
         raise
     except (ValueError, ImportError) as error:
-        # What transformers has against the options or the configuration; a missing package for an attention too.
+        # What transformers has against the options or the configuration; a missing package for an attention
+        # too.
         reason = shorten(str(error), 400, placeholder="...")
         msg = f"transformers cannot build the model in {root} ({reason}); choose another --attention, or check config.json"
         raise UnsupportedModelError(msg) from error

@@ -131,7 +131,12 @@ class Steps:
                     ("held_out",), "nothing is measured, as it is known how each boundary is fitted"
                 )
         elif self._runs_model:
-            check_search(skeleton.n_layers, self.n_removed, search, method)
+            rule, _ = check_search(skeleton.n_layers, self.n_removed, search, method)
+            if not rule.repairs and method.operator not in (None, AUTO):
+                because = (
+                    f"the criterion {search.criterion} measures on all windows, and an operator is named"
+                )
+                search.refuse(("held_out",), because)
         else:
             name = require_criterion(str(search.criterion), runs_model=False)
             search.refuse(("max_spans", "beam", "candidates", "lanes"), f"the criterion {name} runs nothing")

@@ -13,8 +13,9 @@ from ghoststream.streaming import Batch
 def stored_states(store: StoreView, layer: int, device: torch.device) -> Callable[[Batch], torch.Tensor]:
     """Return what ``PassOptions.initial`` takes to start a pass at ``h[layer]`` of a store.
 
-    The states are those of the scratch copy at compute dtype where a store that is open for writing has one, else
-    the stored ones. They are exact where the store's dtype is the compute dtype; the caller decides about others.
+    The states are those of the scratch copy at compute dtype where a store that is open for writing has one,
+    else the stored ones. They are exact where the store's dtype is the compute dtype; the caller decides
+    about others.
 
     Args:
         store: An open store that holds the layer for the sequences of the pass.
@@ -22,7 +23,8 @@ def stored_states(store: StoreView, layer: int, device: torch.device) -> Callabl
         device: Where the pass computes.
 
     Returns:
-        A function from a batch, numbered as the sequences of the store are, to its states ``(n, T, C)`` on ``device``.
+        A function from a batch, numbered as the sequences of the store are, to its states ``(n, T, C)`` on
+        ``device``.
 
     Raises:
         RequestError: From the function, if the store is not for this layer or lacks the sequences.

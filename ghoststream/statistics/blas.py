@@ -1,7 +1,7 @@
 """Rank-k updates in place, and one BLAS thread while several tasks run.
 
-Products go through numpy, panel by panel: scipy's BLAS functions hold the interpreter's lock, so that tasks in threads
-would wait for one another.
+Products go through numpy, panel by panel: scipy's BLAS functions hold the interpreter's lock, so that tasks
+in threads would wait for one another.
 """
 
 from __future__ import annotations
@@ -109,9 +109,10 @@ def add_cross(cross: Array, rows: Rows, targets: Rows) -> None:
 def add_gram_upper_float32(gram: Array, rows: Array) -> None:
     """Add ``rows^T rows`` to the upper triangle of ``gram``: products in float32, sums of blocks in float64.
 
-    With blocks of ``b`` = :data:`FLOAT32_BLOCK_TOKENS` rows and ``u = 2^-24``, the error of an entry is at most
-    ``gamma sum |x_i| |x_j|``, ``gamma = (b + 2) u / (1 - (b + 2) u)`` = 1.54e-5 (Higham, Accuracy and Stability of Numerical
-    Algorithms, 2nd ed., eq. 3.5; two roundings more for the rows themselves), however many rows there are.
+    With blocks of ``b`` = :data:`FLOAT32_BLOCK_TOKENS` rows and ``u = 2^-24``, the error of an entry is at
+    most ``gamma sum |x_i| |x_j|``, ``gamma = (b + 2) u / (1 - (b + 2) u)`` = 1.54e-5 (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2nd ed., eq. 3.5; two roundings more for the rows themselves), however
+    many rows there are.
 
     Memory: half of :func:`panel_bytes` and a block of rows.
     """

@@ -22,8 +22,8 @@ class TokenBlock:
     Attributes:
         positions: Of each token, within its sequence.
 
-    Memory: one array of ``(n_tokens, C)`` float64 a layer that was asked for and not given up again, and one more
-    while a layer is read.
+    Memory: one array of ``(n_tokens, C)`` float64 a layer that was asked for and not given up again, and one
+    more while a layer is read.
     """
 
     def __init__(

@@ -39,10 +39,11 @@ class MomentSpec:
     Attributes:
         feature: Name of the feature ``phi``.
         token_weights: Name of the token weight.
-        precision: ``float64``, or ``float32-blocked``: products of Gram and cross-moment in float32 over blocks of
-            256 tokens, sums of blocks in float64 (see :func:`~ghoststream.statistics.blas.add_gram_upper_float32`).
-        block_tokens: Tokens that are read at a time (at least one sequence). It changes the order of additions,
-            so it belongs to the recipe.
+        precision: ``float64``, or ``float32-blocked``: products of Gram and cross-moment in float32 over
+            blocks of 256 tokens, sums of blocks in float64 (see
+            :func:`~ghoststream.statistics.blas.add_gram_upper_float32`).
+        block_tokens: Tokens that are read at a time (at least one sequence). It changes the order of
+            additions, so it belongs to the recipe.
     """
 
     feature: str = "hidden"
@@ -55,8 +56,8 @@ class MomentSpec:
 class BoundaryReducer(Reducer):
     """Builds the moments of ``spans`` over a range of sequences, every needed layer read once.
 
-    With uniform weights Grams are kept per start (spans that start together share one), with other weights, which
-    may depend on the target, per span; cross-moments are kept per span. Masked tokens do not enter.
+    With uniform weights Grams are kept per start (spans that start together share one), with other weights,
+    which may depend on the target, per span; cross-moments are kept per span. Masked tokens do not enter.
 
     Args:
         spans: The spans, in any number; they may overlap.
@@ -65,8 +66,9 @@ class BoundaryReducer(Reducer):
         taps: Where the taps are, for features that read those of the layer before a boundary.
 
     Raises:
-        RequestError: If there is no feature or weight of this name, or no such precision, or the feature reads taps and they
-            are not given, or a span begins with the first layer, before which there is none.
+        RequestError: If there is no feature or weight of this name, or no such precision, or the feature
+            reads taps and they are not given, or a span begins with the first layer, before which there is
+            none.
     """
 
     spans: tuple[Span, ...]
@@ -125,9 +127,10 @@ class BoundaryReducer(Reducer):
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``.
 
-        Memory: one state, a panel of 256 rows of it, and (most overlapping layers + 2) blocks of ``block_tokens x C`` float64; for the
-        disjoint spans of a plan that is 4 blocks. Weights other than uniform take up to 4 more, features other
-        than ``hidden`` ``2 p / C`` more, taps of width ``I`` another ``2 I / C``.
+        Memory: one state, a panel of 256 rows of it, and (most overlapping layers + 2) blocks of
+        ``block_tokens x C`` float64; for the disjoint spans of a plan that is 4 blocks. Weights other than
+        uniform take up to 4 more, features other than ``hidden`` ``2 p / C`` more, taps of width ``I``
+        another ``2 I / C``.
 
         Raises:
             NumericsError: If a hidden state is NaN or infinite, or a weight negative.
@@ -152,15 +155,16 @@ class BoundaryReducer(Reducer):
             return feature
         if self.taps is None:
             msg = (
-                f"the features {self.spec.feature} are of the layer before the boundary, which is run again for them; "
-                "use them where the model is given, as in solve with a model, or features of the hidden state"
+                f"the features {self.spec.feature} are of the layer before the boundary, which is run again "
+                "for them; use them where the model is given, as in solve with a model, or features of the "
+                "hidden state"
             )
             raise RequestError(msg)
         first = next((span for span in self.spans if span.start == 0), None)
         if first is not None:
             msg = (
-                f"the features {self.spec.feature} are of the layer before the boundary, and {first} begins with the first "
-                "layer; use features of the hidden state there, or another span"
+                f"the features {self.spec.feature} are of the layer before the boundary, and {first} begins "
+                "with the first layer; use features of the hidden state there, or another span"
             )
             raise RequestError(msg)
         return SizedFeature(feature, self.taps.width)

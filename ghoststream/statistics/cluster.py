@@ -65,12 +65,14 @@ def connect(scheduler: Any) -> Iterator[Any]:
 def require_able(client: Any, needs: Needs, progress: Progress) -> None:
     """Check the workers that are there now, before anything is computed.
 
-    Each runs this version of ghoststream; opens the store itself, and must find what this process finds; sees a file that is
-    made in the folder for this moment; has memory for one task a thread, and the device if one is asked for.
+    Each runs this version of ghoststream; opens the store itself, and must find what this process finds; sees
+    a file that is made in the folder for this moment; has memory for one task a thread, and the device if one
+    is asked for.
 
     Raises:
         BudgetError: If a worker has too little memory.
-        RequestError: If a worker runs another ghoststream, does not see the store or the folder, or lacks the device.
+        RequestError: If a worker runs another ghoststream, does not see the store or the folder, or lacks the
+            device.
     """
     require_versions(client, progress)
     with _mark(needs.folder) as mark:
@@ -107,14 +109,16 @@ def require_versions(client: Any, progress: Progress) -> None:
             )
     if others:
         msg = (
-            f"{len(others)} of {len(found['workers'])} workers run another ghoststream than this process ({here[_OWN]}): "
-            f"{_listed(others)}; install one version everywhere, as sums of two versions must not be mixed"
+            f"{len(others)} of {len(found['workers'])} workers run another ghoststream than this process "
+            f"({here[_OWN]}): {_listed(others)}; install one version everywhere, as sums of two versions "
+            "must not be mixed"
         )
         raise RequestError(msg)
     if libraries:
         progress.log(
-            f"warning: {len(libraries)} of {len(found['workers'])} workers have other libraries than this process, "
-            f"the result may differ from that of this machine in its last bits: {_listed(libraries)}"
+            f"warning: {len(libraries)} of {len(found['workers'])} workers have other libraries than this "
+            "process, the result may differ from that of this machine in its last bits: "
+            f"{_listed(libraries)}"
         )
 
 
@@ -141,7 +145,8 @@ def explained(needs: Needs) -> Iterator[None]:
     except KilledWorker as error:
         msg = (
             f"{error.task} ended the workers that ran it, most often for lack of memory: a task takes "
-            f"{needs.task_bytes:,} bytes besides the libraries; give the workers more memory or fewer threads, and {again}"
+            f"{needs.task_bytes:,} bytes besides the libraries; give the workers more memory or fewer "
+            f"threads, and {again}"
         )
         raise BudgetError(msg) from error
     except CancelledError as error:
@@ -164,8 +169,8 @@ async def _look(needs: Needs, mark: Path | None, dask_worker: Any) -> str | None
     if limit is None or threads * needs.task_bytes <= limit:
         return None
     return _Memory(
-        f"{limit:,} bytes of memory for {threads} threads, each of which takes {needs.task_bytes:,} for a range; "
-        "start workers with more memory or fewer threads"
+        f"{limit:,} bytes of memory for {threads} threads, each of which takes {needs.task_bytes:,} for a "
+        "range; start workers with more memory or fewer threads"
     )
 
 

@@ -40,8 +40,8 @@ def require_device(name: str) -> None:
     n_devices = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
     if (torch.device(name).index or 0) >= n_devices:
         msg = (
-            f"the device {name} was asked for, and torch sees none of that name in this process; leave it out, or start "
-            "the workers where there is one"
+            f"the device {name} was asked for, and torch sees none of that name in this process; leave it "
+            "out, or start the workers where there is one"
         )
         raise RequestError(msg)
 

@@ -1,9 +1,9 @@
 """Running range tasks and merging what they give: in this process, or on a Dask cluster.
 
 Both run the same task graph. One task reduces one range of sequences into its own state; states are merged in
-the fixed tree of :mod:`ghoststream.statistics.ranges`. With a work folder, tasks write their state there and hand
-on only its path: memory is one state a worker thread (two while merging, one array at a time), and a run that
-was killed takes up every state that it finds.
+the fixed tree of :mod:`ghoststream.statistics.ranges`. With a work folder, tasks write their state there and
+hand on only its path: memory is one state a worker thread (two while merging, one array at a time), and a run
+that was killed takes up every state that it finds.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def run_job(
         label: Names the work for ``progress``.
 
     Raises:
-        RequestError: If the scheduler does not answer or is lost, or its workers do not see the store or the folder.
+        RequestError: If the scheduler does not answer or is lost, or its workers do not see the store or the
+            folder.
         BudgetError: If workers of the cluster have too little memory.
         StoreError: If the store breaks while it is read.
         NumericsError: If a hidden state is not finite.
@@ -242,7 +243,8 @@ def _run_here(
     source, reducer = graph.store.open(), graph.job.reducer
     n_threads = workers or default_workers(reducer.task_bytes(source.hidden, source.length))
     n_threads = min(n_threads, reducer.most_tasks(source.hidden, source.length) or n_threads)
-    # A pool of its own, which ends here: when a range fails, the others have stopped writing before the error leaves.
+    # A pool of its own, which ends here: when a range fails, the others have stopped writing before the error
+    # leaves.
     with single_blas_thread(), Callback(posttask=report), ThreadPoolExecutor(n_threads) as pool:
         done = dask.compute(*roots, scheduler="threads", pool=pool, optimize_graph=False, traverse=False)
     return tuple(done)
@@ -275,8 +277,8 @@ def _require_shared(done: tuple[StateRef, ...], job: ReductionJob) -> None:
     for state in done:
         if isinstance(state, Path) and not state.is_file():
             msg = (
-                f"the workers wrote their statistics to {job.folder}, but {state.name} is not there for this process; "
-                "choose an output folder that all workers share with it"
+                f"the workers wrote their statistics to {job.folder}, but {state.name} is not there for "
+                "this process; choose an output folder that all workers share with it"
             )
             raise RequestError(msg)
 

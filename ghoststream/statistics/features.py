@@ -12,12 +12,12 @@ A user's own is a class of a few lines::
 
 An installed package names such an object as an entry point of the group ``ghoststream.features``.
 
-A feature whose ``taps`` are not empty reads inner activations of the layer before the boundary (``docs/taps.md``) in the place
-of the hidden states: ``taps`` is a tuple of their names, ``width`` is given the width of all of them together, ``rows`` the taps
-side by side in that order, ``(n, width)``.
+A feature whose ``taps`` are not empty reads inner activations of the layer before the boundary
+(``docs/taps.md``) in the place of the hidden states: ``taps`` is a tuple of their names, ``width`` is given
+the width of all of them together, ``rows`` the taps side by side in that order, ``(n, width)``.
 
-A recovered checkpoint can hold operators on the features of this file only: on others an operator can be fitted,
-judged by its residuals and applied by the user's own code.
+A recovered checkpoint can hold operators on the features of this file only: on others an operator can be
+fitted, judged by its residuals and applied by the user's own code.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Feature:
 
     Attributes:
         name: Name by which it is registered.
-        taps: Taps of the layer before the boundary that are read in the place of the hidden states; none by default.
+        taps: Taps of the layer before the boundary that are read in the place of the hidden states; none by
+            default.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """The sufficient statistics of one boundary, and their algebra.
 
 With tokens ``i``, weights ``w_i >= 0``, features ``phi_i`` (p), hidden state ``x_i``, target ``y_i`` and gap
-``d_i = y_i - x_i`` (C): Gram ``G = sum w phi phi^T``, cross-moment ``K = sum w phi d^T``, energies and sums per channel,
-per-position energies, all with the weights. Only LinearPatch's ratios have none, by that method's definition.
-Everything is a sum over tokens, so merging adds and leaving a fold out subtracts.
+``d_i = y_i - x_i`` (C): Gram ``G = sum w phi phi^T``, cross-moment ``K = sum w phi d^T``, energies and sums
+per channel, per-position energies, all with the weights. Only LinearPatch's ratios have none, by that
+method's definition. Everything is a sum over tokens, so merging adds and leaving a fold out subtracts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class BoundaryMoments:
 
     Attributes:
         span: The removed span; its boundary maps ``h[start]`` to ``h[stop]``.
-        state: The named sums. ``gram`` and ``cross`` are absent where only channel statistics were gathered, or
-            triangular factors in their place.
+        state: The named sums. ``gram`` and ``cross`` are absent where only channel statistics were gathered,
+            or triangular factors in their place.
 
     Memory: ``8 (p^2 + p C)`` bytes with Gram and cross-moment or factors, ``O(C + T)`` without.
     """
@@ -175,7 +175,8 @@ class BoundaryMoments:
         """Return the moments without the tokens of ``other`` (leave one fold out).
 
         Raises:
-            RequestError: If the spans differ, or the moments are triangular factors, which cannot be subtracted.
+            RequestError: If the spans differ, or the moments are triangular factors, which cannot be
+                subtracted.
             ArtifactError: If the statistics differ in kind or size.
         """
         self._require_same(other)
@@ -190,7 +191,8 @@ class BoundaryMoments:
         """Return ``sum w |phi M + b - d|^2`` for ``M`` of shape ``(p, C)`` and ``b`` of shape ``(C,)``.
 
         ``= sum e - 2 <M, K> + <M, G M>``, and with ``b``, ``s = sum w phi`` and ``t = sum w d`` also
-        ``+ 2 b . (M^T s - t) + |b|^2 sum w``. From triangular factors, ``|R M - Q^T D|^2`` and what is unexplained.
+        ``+ 2 b . (M^T s - t) + |b|^2 sum w``. From triangular factors, ``|R M - Q^T D|^2`` and what is
+        unexplained.
 
         Memory: two panels of ``(p, 512)`` float64.
         """

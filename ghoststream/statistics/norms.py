@@ -27,9 +27,9 @@ Counts = npt.NDArray[np.int64]
 class NormReducer(Reducer):
     """Norms, massive activations and mean absolute channels of hidden states; masked tokens do not enter.
 
-    A token is massive in ``h[l]`` if its norm is above ``factor`` times the median norm of its sequence there, as for
-    the token weight ``drop_sinks``. It is born in ``h[l]`` if it is not massive in the hidden state before (of
-    ``layers``), and dies in ``h[l]`` if it is massive in the one before and not here.
+    A token is massive in ``h[l]`` if its norm is above ``factor`` times the median norm of its sequence
+    there, as for the token weight ``drop_sinks``. It is born in ``h[l]`` if it is not massive in the hidden
+    state before (of ``layers``), and dies in ``h[l]`` if it is massive in the one before and not here.
 
     Args:
         layers: Hidden states, ascending.
@@ -54,8 +54,8 @@ class NormReducer(Reducer):
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``, one at a time; each layer is read once.
 
-        Memory: ``12 T C`` bytes: float32 rows of one hidden state of one sequence, a copy without masked tokens, and
-        their absolute values.
+        Memory: ``12 T C`` bytes: float32 rows of one hidden state of one sequence, a copy without masked
+        tokens, and their absolute values.
 
         Raises:
             NumericsError: If a hidden state is NaN or infinite.
@@ -162,7 +162,8 @@ class NormProfile:
         mean_norm: Mean of ``|h|`` over tokens, ``(n,)``.
         rms_norm: Root of the mean of ``|h|^2``, ``(n,)``.
         median_norm: Median norm of a sequence, mean over sequences, ``(n,)``.
-        largest_ratio: Largest norm over the median norm of its sequence, ``(n,)``; infinite where that is zero.
+        largest_ratio: Largest norm over the median norm of its sequence, ``(n,)``; infinite where that is
+            zero.
         largest_norm: Norm of that token, ``(n,)``.
         largest_at: Its sequence and position, ``(n, 2)``.
         massive: Tokens that are massive there, ``(n,)``.

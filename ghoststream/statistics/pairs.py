@@ -30,13 +30,14 @@ class AllPairsReducer(Reducer):
     """Sums of the cosine and of the angular distance between ``h[a]`` and ``h[b]`` of one token, for all pairs.
 
     Apart for all tokens and for the last token of each sequence that is not masked. The angular distance is
-    ``arccos(cosine) / pi``, 0 to 1 (arXiv 2403.17887, eq. 7). A token whose hidden state is zero counts as cosine 0.
-    Products and sums are float64; near zero an angle is then exact to 1e-8.
+    ``arccos(cosine) / pi``, 0 to 1 (arXiv 2403.17887, eq. 7). A token whose hidden state is zero counts as
+    cosine 0. Products and sums are float64; near zero an angle is then exact to 1e-8.
 
     Args:
         layers: Hidden states to compare, ascending.
-        tile_layers: How many are held at a time, and as many again; None holds all of them, and reads each once.
-            With ``k`` tiles, tile ``j`` is read ``j + 1`` times. It may change the last digits of the sums.
+        tile_layers: How many are held at a time, and as many again; None holds all of them, and reads each
+            once. With ``k`` tiles, tile ``j`` is read ``j + 1`` times. It may change the last digits of the
+            sums.
     """
 
     layers: tuple[int, ...]
@@ -67,8 +68,9 @@ class AllPairsReducer(Reducer):
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``, one at a time.
 
-        Memory: all hidden states of one sequence in float32, ``4 n T C`` bytes (``8 g T C`` with tiles of ``g``), one
-        of them once or twice more while it is read, and products of as many tokens as 16 MiB of float64 rows hold.
+        Memory: all hidden states of one sequence in float32, ``4 n T C`` bytes (``8 g T C`` with tiles of
+        ``g``), one of them once or twice more while it is read, and products of as many tokens as 16 MiB of
+        float64 rows hold.
 
         Raises:
             NumericsError: If a hidden state is NaN or infinite.
@@ -171,8 +173,8 @@ def pairwise_similarity(
     Args:
         store: Path or URL of the store.
         layers: Hidden states to compare; all stored ones by default.
-        reduction: Where it runs. Where memory is given and all hidden states of one sequence take more, they are compared
-            tile by tile, and read more than once; by default each is read once.
+        reduction: Where it runs. Where memory is given and all hidden states of one sequence take more, they
+            are compared tile by tile, and read more than once; by default each is read once.
         progress: Told how many sequences are done.
 
     Raises:
@@ -214,8 +216,8 @@ def _tiled(
         if n_bytes <= memory // workers:
             return one, reduction.workers if reduction.scheduler is not None else workers
     msg = (
-        f"two hidden states of one sequence take {bytes_of[-1]:,} bytes a task, {memory // workers:,} are allowed; "
-        "give more memory"
+        f"two hidden states of one sequence take {bytes_of[-1]:,} bytes a task, {memory // workers:,} are "
+        "allowed; give more memory"
     )
     raise BudgetError(msg)
 

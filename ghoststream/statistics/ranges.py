@@ -42,7 +42,8 @@ class Ranges:
     def make(cls, n_sequences: int, *, folds: int, range_sequences: int | None = None) -> Ranges:
         """Divide ``n_sequences``; without ``range_sequences`` about four ranges a fold.
 
-        ``folds`` of 0 or 1 means no held-out figures. More folds than sequences are reduced to one a sequence.
+        ``folds`` of 0 or 1 means no held-out figures. More folds than sequences are reduced to one a
+        sequence.
 
         Raises:
             RequestError: If there is no sequence, a number is negative, or the ranges leave a fold empty.
@@ -63,8 +64,8 @@ class Ranges:
         if ranges.n_ranges < n_folds:
             most = (n_sequences - 1) // (n_folds - 1)
             msg = (
-                f"ranges of {range_sequences} of {n_sequences} sequences leave some of the {n_folds} folds empty; "
-                f"give at most {most} sequences a range, or fewer folds"
+                f"ranges of {range_sequences} of {n_sequences} sequences leave some of the {n_folds} folds "
+                f"empty; give at most {most} sequences a range, or fewer folds"
             )
             raise RequestError(msg)
         return ranges

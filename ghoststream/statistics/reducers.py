@@ -12,8 +12,8 @@ from ghoststream.statistics.sums import SumState
 class Reducer:
     """A statistic that is a sum over sequences; instances are small and can be sent to another process.
 
-    A subclass has ``layers`` (a field or a property), :meth:`describe`, :meth:`task_bytes` and :meth:`reduce`. States are
-    added, unless :meth:`merge` is overridden.
+    A subclass has ``layers`` (a field or a property), :meth:`describe`, :meth:`task_bytes` and
+    :meth:`reduce`. States are added, unless :meth:`merge` is overridden.
 
     Attributes:
         layers: Hidden states that are read.

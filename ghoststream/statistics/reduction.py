@@ -33,31 +33,34 @@ def reduce(
 ) -> dict[Span, FoldedMoments]:
     """Reduce the hidden states of a store to the moments of every span of a reducer, apart for each fold.
 
-    The bits depend on the store, the reducer and the ranges, not on the engine, the number of workers or of sweeps.
+    The bits depend on the store, the reducer and the ranges, not on the engine, the number of workers or of
+    sweeps.
 
     Args:
         store: Path or URL of the store; workers open it themselves.
         reducer: Which statistics of which spans.
         ranges: How the sequences are divided, see :func:`store_ranges`.
-        reduction: Where it runs, and within which memory; the device is the reducer's. The spans are reduced in as many sweeps
-            over the store as the memory takes, see :func:`~ghoststream.statistics.sweeps.fit_sweeps`. Where none is given and
-            there is no ``workdir``, it is one sweep.
+        reduction: Where it runs, and within which memory; the device is the reducer's. The spans are reduced
+            in as many sweeps over the store as the memory takes, see
+            :func:`~ghoststream.statistics.sweeps.fit_sweeps`. Where none is given and there is no
+            ``workdir``, it is one sweep.
         workdir: Folder for partial states, which a killed run takes up again; without it they stay in memory.
         progress: Told how many sequences are done.
         label: Names the work for ``progress``.
 
     Raises:
-        RequestError: If there are no spans, the ranges are of another store, the device is not there, the store does not say
-            what the feature needs to know of the model, or several sweeps have no work folder.
+        RequestError: If there are no spans, the ranges are of another store, the device is not there, the
+            store does not say what the feature needs to know of the model, or several sweeps have no work
+            folder.
         MismatchError: If a span reaches beyond the model.
         StoreError: If a hidden state is not in the store.
         NumericsError: If a hidden state is not finite.
         BudgetError: If the partial states do not fit the disk, or the moments of one span not the memory.
 
-    Memory: with ``workdir``, in each worker thread one state of ``8 (p^2 per start + p C per span)`` bytes (``p^2`` per
-    span for weights other than uniform) and the blocks that :meth:`BoundaryReducer.reduce` states; on disk at most
-    ``log2(ranges) + 2`` states a fold. Without it, the same number of states in memory. Nothing of a finished sweep stays in
-    memory with ``workdir``.
+    Memory: with ``workdir``, in each worker thread one state of ``8 (p^2 per start + p C per span)`` bytes
+    (``p^2`` per span for weights other than uniform) and the blocks that :meth:`BoundaryReducer.reduce`
+    states; on disk at most ``log2(ranges) + 2`` states a fold. Without it, the same number of states in
+    memory. Nothing of a finished sweep stays in memory with ``workdir``.
     """
     source = reopen_source(store)
     _check(source, reducer, ranges, store)
@@ -98,8 +101,8 @@ def _check(source: HiddenStateSource, reducer: BoundaryReducer, ranges: Ranges, 
         raise RequestError(msg)
     if ranges.n_sequences != source.n_sequences:
         msg = (
-            f"the ranges divide {ranges.n_sequences} sequences, but the store {store} holds {source.n_sequences}; "
-            "divide those of the store"
+            f"the ranges divide {ranges.n_sequences} sequences, but the store {store} holds "
+            f"{source.n_sequences}; divide those of the store"
         )
         raise RequestError(msg)
     require_layers(source, reducer.layers, store)

@@ -1,8 +1,8 @@
 """Hadamard rotations, and the statistics of boundaries in the rotated basis (LinearPatch, arXiv 2505.24680).
 
-A Hadamard matrix of order n has entries 1 and -1 and orthogonal rows; over ``sqrt(n)`` it is a rotation. It is kept as its
-Kronecker factors: one of Paley's matrices (R. E. A. C. Paley, On orthogonal matrices, J. Math. Phys. 12, 1933) for the odd
-part of n, and Sylvester's for the power of two that is left, in this order.
+A Hadamard matrix of order n has entries 1 and -1 and orthogonal rows; over ``sqrt(n)`` it is a rotation. It
+is kept as its Kronecker factors: one of Paley's matrices (R. E. A. C. Paley, On orthogonal matrices, J. Math.
+Phys. 12, 1933) for the odd part of n, and Sylvester's for the power of two that is left, in this order.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _EXAMPLES = "576, 768, 896, 960, 1536, 2304, 2560, 2880, 3072, 3584, 5120, 6656,
 class RotatedReducer(BoundaryReducer):
     """Builds the statistics per channel of ``x H`` and ``y H`` in the place of those of ``x`` and ``y``.
 
-    ``H`` is the Hadamard rotation of :func:`rotate`, a channel one of its columns. Token weights are those of the hidden
-    states as they are. Energies by position are the same in either basis.
+    ``H`` is the Hadamard rotation of :func:`rotate`, a channel one of its columns. Token weights are those of
+    the hidden states as they are. Energies by position are the same in either basis.
 
     Raises:
         RequestError: If Grams are asked for.
@@ -92,8 +92,9 @@ def hadamard_matrix(size: int) -> Array:
 def hadamard_factors(size: int) -> tuple[Array, ...]:
     """Return Hadamard matrices (entries 1 and -1) whose Kronecker product is one of order ``size``.
 
-    Of the orders ``size / 2^k`` the smallest is taken for which one of Paley's two constructions with a prime, or a
-    product of such matrices, exists: ``q + 1`` for a prime ``q = 3 (mod 4)``, ``2 (q + 1)`` for ``q = 1 (mod 4)``.
+    Of the orders ``size / 2^k`` the smallest is taken for which one of Paley's two constructions with a
+    prime, or a product of such matrices, exists: ``q + 1`` for a prime ``q = 3 (mod 4)``, ``2 (q + 1)`` for
+    ``q = 1 (mod 4)``.
 
     Raises:
         RequestError: If there is none.
@@ -106,9 +107,9 @@ def hadamard_factors(size: int) -> tuple[Array, ...]:
             return (*core, *_sylvester(size // order))
         order *= 2
     msg = (
-        f"no Hadamard matrix of order {size} is known here, so hidden states of that size cannot be rotated; sizes that "
-        f"work are {_EXAMPLES}, in general (q + 1) 2^k for primes q = 3 (mod 4), (q + 1) 2^(k+1) for primes "
-        "q = 1 (mod 4), and products of such; use the operator linear-patch-diagonal"
+        f"no Hadamard matrix of order {size} is known here, so hidden states of that size cannot be "
+        f"rotated; sizes that work are {_EXAMPLES}, in general (q + 1) 2^k for primes q = 3 (mod 4), (q + "
+        "1) 2^(k+1) for primes q = 1 (mod 4), and products of such; use the operator linear-patch-diagonal"
     )
     raise RequestError(msg)
 
@@ -153,7 +154,8 @@ def _bordered(prime: int, *, sign: float) -> Array:
 
 
 def _sylvester(size: int) -> tuple[Array, ...]:
-    # In factors of at most 2^7, of nearly equal size: their product with a block of rows is the cheaper for it.
+    # In factors of at most 2^7, of nearly equal size: their product with a block of rows is the cheaper for
+    # it.
     bits = size.bit_length() - 1
     n_factors = -(-bits // _SYLVESTER_BITS)
     shares = [bits // n_factors + (number < bits % n_factors) for number in range(n_factors)]

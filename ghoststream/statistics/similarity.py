@@ -64,8 +64,8 @@ class CosineReducer(Reducer):
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``: each layer is read once.
 
-        Memory: as many float32 blocks of ``block_tokens x C`` (at least one sequence) as layers wait for their
-        partner: ``n + 2`` for pairs ``(l, l + n)``, all layers for all pairs.
+        Memory: as many float32 blocks of ``block_tokens x C`` (at least one sequence) as layers wait for
+        their partner: ``n + 2`` for pairs ``(l, l + n)``, all layers for all pairs.
 
         Raises:
             NumericsError: If a hidden state is NaN or infinite.

@@ -22,8 +22,9 @@ Array = npt.NDArray[np.float64]
 class ProjectionReducer(BasisReducer):
     """Builds Grams ``(k, k)`` of ``Phi W`` and cross-moments ``(k, C)`` with the gap, for each basis ``W`` ``(p, k)`` of each span.
 
-    Beside the sums per channel of :class:`~ghoststream.statistics.boundary.BoundaryReducer`, per span ``basis/{j}/gram``,
-    ``basis/{j}/cross`` and ``feature_energy`` = ``sum w |phi|^2``. No array has p^2 or p C entries.
+    Beside the sums per channel of :class:`~ghoststream.statistics.boundary.BoundaryReducer`, per span
+    ``basis/{j}/gram``, ``basis/{j}/cross`` and ``feature_energy`` = ``sum w |phi|^2``. No array has p^2 or p
+    C entries.
 
     Args:
         bases: The bases.
@@ -74,9 +75,9 @@ class ProjectionReducer(BasisReducer):
 class ProjectedMoments(FoldedMoments):
     """Moments of one boundary by fold, in bases of projected features.
 
-    The first basis serves the fit on all tokens; its last ``n_probes`` columns are no part of the basis but take part in error
-    estimates. If there are more bases, one for each fold follows, made without that fold: a fold that is held out is then
-    predicted by a fit and a basis that have not seen it.
+    The first basis serves the fit on all tokens; its last ``n_probes`` columns are no part of the basis but
+    take part in error estimates. If there are more bases, one for each fold follows, made without that fold:
+    a fold that is held out is then predicted by a fit and a basis that have not seen it.
 
     Args:
         moments: What :class:`ProjectionReducer` gave.

@@ -23,15 +23,16 @@ Array = npt.NDArray[np.float64]
 class RangeReducer(BoundaryReducer):
     """Builds the Grams of :class:`BoundaryReducer`, and cross-moments ``sum w phi (Omega^T d)^T`` with a sketch of the gap.
 
-    ``Omega`` ``(C, k)`` is standard normal and the same for all spans. The cross-moment of a span has ``p k`` entries instead of
-    ``p C``, and a token costs ``2 (p + C) k`` operations instead of ``2 p C``.
+    ``Omega`` ``(C, k)`` is standard normal and the same for all spans. The cross-moment of a span has ``p k``
+    entries instead of ``p C``, and a token costs ``2 (p + C) k`` operations instead of ``2 p C``.
 
     Args:
         columns: ``k``.
         seed: Seed of ``Omega``.
 
     Raises:
-        RequestError: If there is no feature or weight of this name, ``columns`` is below one, or the precision not float64.
+        RequestError: If there is no feature or weight of this name, ``columns`` is below one, or the
+            precision not float64.
     """
 
     columns: int

@@ -1,8 +1,8 @@
 """What the sketches of a boundary problem share: their seeded random numbers, and bases that travel with tasks.
 
-All random numbers come from numpy's default generator, seeded by the seed of the recipe, a purpose and, where they belong
-to tokens, the number of the sequence: never by range, worker or block, so that sketches of parts of the data add up to
-that of the whole, and every engine gives the same bits.
+All random numbers come from numpy's default generator, seeded by the seed of the recipe, a purpose and, where
+they belong to tokens, the number of the sequence: never by range, worker or block, so that sketches of parts
+of the data add up to that of the whole, and every engine gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a reduction needs from an activation store, and how a task opens it.
 
-Stores are imported where they are opened: an estimate asks reducers for their sizes, and must not wait for torch and zarr.
+Stores are imported where they are opened: an estimate asks reducers for their sizes, and must not wait for
+torch and zarr.
 """
 
 from __future__ import annotations

@@ -64,19 +64,21 @@ def streamed_moments(
     Args:
         reducer: The range task, of one span.
         ranges: How sequences are divided into ranges and folds.
-        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on; with ``taps``,
-            ``h[start]`` and the other taps behind it.
+        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on;
+            with ``taps``, ``h[start]`` and the other taps behind it.
         mask: True at tokens that count, bool ``(S, T)``.
         facts: What features may know of the model.
         n_layers: Decoder layers of the model.
         taps: The taps that the reducer reads, if it does.
-        workers: Ranges that are reduced at a time; by default as many as there are processors, and memory for.
+        workers: Ranges that are reduced at a time; by default as many as there are processors, and memory
+            for.
 
     Raises:
         ValueError: If fewer sequences come than the ranges divide.
         NumericsError: If a hidden state is not finite.
 
-    Memory: the states of one range and one batch; for each worker the states of a range and what the reducer states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
+    Memory: the states of one range and one batch; for each worker the states of a range and what the reducer
+    states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
     """
     folds: list[list[tuple[int, SumState]]] = [[] for _ in range(ranges.n_folds)]
     pending: deque[tuple[int, Future[SumState]]] = deque()

@@ -26,15 +26,15 @@ Array = npt.NDArray[np.float64]
 METADATA_KEY = "ghoststream"
 _DTYPE_NAMES = {"float64": "F64", "float32": "F32"}
 
-_GIVE_OPERATORS = "give the file that `ghoststream solve` wrote, or solve again"
+_GIVE_OPERATORS = "give the file that `ghoststream fit` wrote, or fit again"
 _REDUCE_AGAIN = "delete it and run the command again"
 
 
 class SumState:
     """A set of named sums. Two states of the same names and shapes can be added and subtracted.
 
-    Memory: the arrays themselves; :meth:`add_in_place` and :meth:`add_file` need no other large buffer than one
-    array.
+    Memory: the arrays themselves; :meth:`add_in_place` and :meth:`add_file` need no other large buffer than
+    one array.
     """
 
     __slots__ = ("arrays",)
@@ -197,8 +197,8 @@ def write_safetensors(
         path: The file; its folder exists.
         arrays: float32 or float64 arrays by name.
         metadata: JSON data for the one metadata key.
-        temporary: Name while it is written, in the same folder; ``.<name>.partial`` by default. Tasks that may
-            be run twice at once each give one of their own.
+        temporary: Name while it is written, in the same folder; ``.<name>.partial`` by default. Tasks that
+            may be run twice at once each give one of their own.
 
     Raises:
         DiskFullError: If no space is left; nothing is left behind then.

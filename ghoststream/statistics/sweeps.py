@@ -34,8 +34,9 @@ def divide_sweeps(
 ) -> tuple[Sweep, ...]:
     """Divide the spans of a reducer into as few sweeps as a budget for one range task allows.
 
-    Spans are taken in order, so that those which share a Gram (one start, uniform weights) and hidden states stay
-    together; as a task never takes less with a span more, filling each sweep in turn gives the fewest for this order.
+    Spans are taken in order, so that those which share a Gram (one start, uniform weights) and hidden states
+    stay together; as a task never takes less with a span more, filling each sweep in turn gives the fewest
+    for this order.
 
     Args:
         reducer: What is to be reduced.
@@ -83,9 +84,9 @@ def fit_sweeps(
 
     Args:
         reducer: What is to be reduced.
-        reduction: Where, with which memory for all tasks at work in this process (on a cluster: one task; None for one
-            sweep) and how many at a time; by default as many as there are processors, fewer if one span would
-            otherwise not fit.
+        reduction: Where, with which memory for all tasks at work in this process (on a cluster: one task;
+            None for one sweep) and how many at a time; by default as many as there are processors, fewer if
+            one span would otherwise not fit.
         hidden: Hidden size C.
         length: Positions of a sequence.
 
@@ -141,7 +142,7 @@ def _sweep(reducer: BoundaryReducer, spans: Iterable[Span], hidden: int, length:
 def _require_fits(sweep: Sweep, span: Span, task_budget: int) -> None:
     if sweep.task_bytes > task_budget:
         msg = (
-            f"the moments of {span} alone take {sweep.task_bytes:,} bytes a task, {task_budget:,} are allowed; "
-            "give more memory, fewer workers, or features that are less wide"
+            f"the moments of {span} alone take {sweep.task_bytes:,} bytes a task, {task_budget:,} are "
+            "allowed; give more memory, fewer workers, or features that are less wide"
         )
         raise BudgetError(msg)

@@ -10,8 +10,9 @@ A user's own is a class of a few lines::
 
     register_token_weight(Quieter())
 
-An installed package names it as an entry point of the group ``ghoststream.token_weights``. A weight may look at the token and at its own sequence, never at others: sums over ranges of sequences must not
-depend on how the sequences were divided.
+An installed package names it as an entry point of the group ``ghoststream.token_weights``. A weight may look
+at the token and at its own sequence, never at others: sums over ranges of sequences must not depend on how
+the sequences were divided.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ Array = npt.NDArray[np.float64]
 SINK_FACTOR = 20.0
 """Norm of a massive activation, at least, over the median norm of its sequence.
 
-Set between what was seen on SmolLM2-135M-Instruct (49,152 tokens, all 31 hidden states): sinks are 31 to 213 times
-the median from ``h[12]``, where they are born, to ``h[28]``; up to ``h[11]`` no token is above 14.9, later no other
-one above 2.9. In ``h[29]`` and ``h[30]`` the sinks have shrunk to 5 to 18, and are not massive any more.
+Set between what was seen on SmolLM2-135M-Instruct (49,152 tokens, all 31 hidden states): sinks are 31 to 213
+times the median from ``h[12]``, where they are born, to ``h[28]``; up to ``h[11]`` no token is above 14.9,
+later no other one above 2.9. In ``h[29]`` and ``h[30]`` the sinks have shrunk to 5 to 18, and are not massive
+any more.
 """
 
 
@@ -74,12 +76,12 @@ class UniformWeight:
 class DropSinks:
     """``w = 0`` for tokens whose massive activation is born inside the span, ``w = 1`` for all others.
 
-    Massive is a norm above :data:`SINK_FACTOR` times the median norm over the tokens of the same sequence; born is what is
-    massive in the target and not in the input. Such a token (mostly the first of a window) alone decides an
-    unweighted fit, and no map of its ordinary input could give it birth. A token that is massive in the input counts:
-    without it nothing tells the map to leave that direction alone, and the sink is destroyed when the model runs
-    (``docs/decisions/0004-which-sinks-are-dropped.md``). A sequence of one or two tokens has no median to stand out
-    from: there nothing is dropped.
+    Massive is a norm above :data:`SINK_FACTOR` times the median norm over the tokens of the same sequence;
+    born is what is massive in the target and not in the input. Such a token (mostly the first of a window)
+    alone decides an unweighted fit, and no map of its ordinary input could give it birth. A token that is
+    massive in the input counts: without it nothing tells the map to leave that direction alone, and the sink
+    is destroyed when the model runs (``docs/decisions/0004-which-sinks-are-dropped.md``). A sequence of one
+    or two tokens has no median to stand out from: there nothing is dropped.
     """
 
     name = "drop_sinks"
@@ -99,7 +101,10 @@ def _massive(states: Array, sequences: tuple[slice, ...]) -> npt.NDArray[np.bool
 
 
 class RelativeWeight:
-    """``w = 1 / |y|^2``: the error of each token counts relative to its target. A zero target gets weight zero."""
+    """``w = 1 / |y|^2``: the error of each token counts relative to its target.
+
+    A zero target gets weight zero.
+    """
 
     name = "relative"
 
@@ -127,8 +132,8 @@ class Weighting:
         values = weight.values(tokens)
         if values.shape != (len(tokens.inputs),) or not (np.isfinite(values).all() and (values >= 0).all()):
             msg = (
-                f"the token weight {weight.name!r} gives a weight that is negative or not finite, or not one for "
-                "each token; correct it"
+                f"the token weight {weight.name!r} gives a weight that is negative or not finite, or not "
+                "one for each token; correct it"
             )
             raise NumericsError(msg)
         self.kept = values > 0

@@ -26,8 +26,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
     Args:
         total: ``(p, C)`` float64.
-        left: ``(n, p)`` float64 on the same device, or float32: then products of :data:`FLOAT32_BLOCK_TOKENS` rows are summed
-            in float32, and these sums in float64, with the bound that
+        left: ``(n, p)`` float64 on the same device, or float32: then products of :data:`FLOAT32_BLOCK_TOKENS`
+            rows are summed in float32, and these sums in float64, with the bound that
             :func:`~ghoststream.statistics.blas.add_gram_upper_float32` states.
         right: ``(n, C)`` of the same dtype and device.
 
@@ -60,9 +60,10 @@ class _DeviceState(SumState):
 class DeviceBoundaryReducer(BoundaryReducer):
     """The moments of :class:`BoundaryReducer`, with Gram and cross-moment computed and summed on a device.
 
-    Hidden states are read, weighed and checked on the host; statistics per channel are computed there, so they have the
-    same bits as everywhere. Products are those of the device's library: their bits are not the host's, and ``device`` is
-    part of what decides the result. Workers of a cluster use their own device of that name.
+    Hidden states are read, weighed and checked on the host; statistics per channel are computed there, so
+    they have the same bits as everywhere. Products are those of the device's library: their bits are not the
+    host's, and ``device`` is part of what decides the result. Workers of a cluster use their own device of
+    that name.
 
     Args:
         device: Torch device, such as ``cuda`` or ``cuda:1``.
@@ -70,8 +71,8 @@ class DeviceBoundaryReducer(BoundaryReducer):
     Raises:
         RequestError: If there is no such kind of device.
 
-    Memory: on the device, one state's ``8 (p^2 per Gram + p C per span)`` bytes and a block of features and gap; on the
-    host, what :class:`BoundaryReducer` states.
+    Memory: on the device, one state's ``8 (p^2 per Gram + p C per span)`` bytes and a block of features and
+    gap; on the host, what :class:`BoundaryReducer` states.
     """
 
     device: str = "cuda"

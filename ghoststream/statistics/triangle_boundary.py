@@ -23,18 +23,20 @@ Array = npt.NDArray[np.float64]
 class TriangleReducer(BoundaryReducer):
     """Builds R factors of ``spans`` over a range of sequences, and the same statistics per channel as Grams have.
 
-    Per span: ``triangle`` = ``R^T`` ``(p, p)``, lower triangular; ``rotated`` = ``(Q^T sqrt(w) D)^T`` ``(C, p)``;
-    ``unexplained`` ``(C,)``. Both are kept transposed, as LAPACK reads columns. Twice the arithmetic of Grams.
+    Per span: ``triangle`` = ``R^T`` ``(p, p)``, lower triangular; ``rotated`` = ``(Q^T sqrt(w) D)^T``
+    ``(C, p)``; ``unexplained`` ``(C,)``. Both are kept transposed, as LAPACK reads columns. Twice the
+    arithmetic of Grams.
 
     Args:
-        constant: Whether a feature that is 1 for every token comes before the others. The rest of its factor is then that
-            of features and gap less their means, what a fit with intercept takes; p counts one more in the shapes above.
+        constant: Whether a feature that is 1 for every token comes before the others. The rest of its factor
+            is then that of features and gap less their means, what a fit with intercept takes; p counts one
+            more in the shapes above.
 
     Raises:
         RequestError: If there is no feature or weight of this name, or the precision is not float64.
 
-    Memory: that of :class:`BoundaryReducer` and copies of one block of features and gap. Factors of spans that start
-    together are not shared.
+    Memory: that of :class:`BoundaryReducer` and copies of one block of features and gap. Factors of spans
+    that start together are not shared.
     """
 
     constant: bool = False

@@ -1,10 +1,11 @@
 """The QR route to a boundary: triangular factors instead of Grams, for data whose Gram loses what matters.
 
-A Gram squares the condition number: directions of the features whose size is below 1e-8 of the largest drown in
-its rounding errors. With ``sqrt(w) Phi = Q R`` (Q orthonormal, never kept) the same least-squares problem is
-``R M = Q^T sqrt(w) D``, at the condition number of the data itself. R factors of parts of the data merge into that of the
-whole by another QR (TSQR: Demmel, Grigori, Hoemmen, Langou, arXiv 0808.2664), here by LAPACK's ``tpqrt``, which knows
-that they are triangular. What of ``D`` no features explain is orthogonal to ``Q`` and kept as energies per channel.
+A Gram squares the condition number: directions of the features whose size is below 1e-8 of the largest drown
+in its rounding errors. With ``sqrt(w) Phi = Q R`` (Q orthonormal, never kept) the same least-squares problem
+is ``R M = Q^T sqrt(w) D``, at the condition number of the data itself. R factors of parts of the data merge
+into that of the whole by another QR (TSQR: Demmel, Grigori, Hoemmen, Langou, arXiv 0808.2664), here by
+LAPACK's ``tpqrt``, which knows that they are triangular. What of ``D`` no features explain is orthogonal to
+``Q`` and kept as energies per channel.
 """
 
 from __future__ import annotations

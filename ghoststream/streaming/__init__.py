@@ -1,7 +1,7 @@
 """The layer-major executor: lanes, weight prefetch, hidden-state buffers.
 
-The loop is written out on top of :mod:`ghoststream.streaming.executor`. The rooms above hand in boundary maps and
-observers; the executor knows neither statistics nor operators.
+The loop is written out on top of :mod:`ghoststream.streaming.executor`. The rooms above hand in boundary maps
+and observers; the executor knows neither statistics nor operators.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from functools import cache
 def return_free_memory() -> None:
     """Return freed heap pages to the system where the C library can (glibc); elsewhere do nothing.
 
-    glibc keeps freed blocks of up to 32 MiB, and the temporaries of a layer scatter them: without this, resident
-    memory grows with the number of layers.
+    glibc keeps freed blocks of up to 32 MiB, and the temporaries of a layer scatter them: without this,
+    resident memory grows with the number of layers.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -20,9 +20,9 @@ _WAITING = 2
 class BackgroundObserver:
     """Shows an observer what a lane shows, from a thread of its own and in the same order.
 
-    At most two batches wait; then the pass does. A position is finished before the pass goes on to the next layer, so
-    that a kill costs no more than without the thread. Errors of the observer are raised by the next call, or when the
-    context ends::
+    At most two batches wait; then the pass does. A position is finished before the pass goes on to the next
+    layer, so that a kill costs no more than without the thread. Errors of the observer are raised by the next
+    call, or when the context ends::
 
         with BackgroundObserver(observer, device) as behind:
             StreamedPass(skeleton, batches, [Lane("dense", plan, observers=(behind,))], factory).run()

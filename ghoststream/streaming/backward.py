@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -36,7 +35,10 @@ from ghoststream.streaming.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One thing that the lane goes through: a layer, or the map of a span. ``position``: where its input is kept."""
+    """One thing that the lane goes through: a layer, or the map of a span.
+
+    ``position``: where its input is kept.
+    """
 
     position: int
     layer: int | None = None
@@ -58,32 +60,32 @@ class BackwardPass:
                 output.backward(gradient[batch])                # adds up in the parameters' gradients
                 gradient[batch] = gradient at inputs[step][batch]
 
-    Every layer is read once forward and once backward, whatever the number of micro-batches, the next one while this one
-    computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps at boundaries, where they
-    add up in ``parameter.grad`` in the order of the micro-batches, and of those weights of a layer that somebody
-    asks for. They are those of the resident model under autograd for the same micro-batches, but for the order in which
-    a resident model would add micro-batches up. The way back ends at the lowest step whose gradient is asked for.
+    Every layer is read once forward and once backward, whatever the number of micro-batches, the next one
+    while this one computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps
+    at boundaries, where they add up in ``parameter.grad`` in the order of the micro-batches, and of those
+    weights of a layer that somebody asks for. They are those of the resident model under autograd for the
+    same micro-batches, but for the order in which a resident model would add micro-batches up. The way back
+    ends at the lowest step whose gradient is asked for.
 
     Args:
         skeleton: The model.
         batches: The micro-batches, in order.
         loss: What is differentiated; its value is the sum over all chunks of tokens of all batches.
         factory: Where inputs and gradients are kept.
-        plan: Layers that are skipped; none if ``None``.
-        maps: Maps at the boundaries of the plan, whose ``apply`` is differentiated; a span without one is just cut.
+        lane: The variant of the model: of its maps ``apply`` is differentiated; the dense model if ``None``.
         gradients: Who sees gradients of layers' weights.
         options: Where the pass starts, and who is told how far it is; ``last_layer`` must be ``None``.
 
     Raises:
-        RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in it), a
-            map is fitted or reads taps, or the pass does not run to the end.
+        RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in
+            it), a map is fitted or reads taps, or the pass does not run to the end.
         PlanError: If the plan does not fit the model.
 
-    Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way back and once for
-    their gradient (within the factory's budget; what does not fit goes to scratch); what autograd keeps of one layer and
-    one micro-batch, about four times the work of a forward; four bytes for each weight of a layer whose gradient is asked for,
-    and the largest of these gradients once more; at the head, what the loss keeps of ``logit_tokens * V`` logits and their
-    gradient.
+    Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way
+    back and once for their gradient (within the factory's budget; what does not fit goes to scratch); what
+    autograd keeps of one layer and one micro-batch, about four times the work of a forward; four bytes for
+    each weight of a layer whose gradient is asked for, and the largest of these gradients once more; at the
+    head, what the loss keeps of ``logit_tokens * V`` logits and their gradient.
     """
 
     def __init__(
@@ -93,8 +95,7 @@ class BackwardPass:
         loss: TokenLoss,
         factory: StatesFactory,
         *,
-        plan: PruningPlan | None = None,
-        maps: Mapping[Span, BoundaryMap] = MappingProxyType({}),
+        lane: Lane | None = None,
         gradients: WeightGradients | None = None,
         options: PassOptions | None = None,
     ) -> None:
@@ -105,8 +106,8 @@ class BackwardPass:
         self._weight_gradients = gradients
         self._options = options or PassOptions()
         self._calls = ModelCalls(skeleton)
-        self._plan = plan or PruningPlan(skeleton.n_layers)
-        self._maps = dict(maps)
+        lane = lane or Lane("dense", PruningPlan(skeleton.n_layers))
+        self._plan, self._maps = lane.plan, dict(lane.maps)
         _require_known_maps(self._maps, self._plan)
         self._require_possible()
         self._steps = self._steps_back()
@@ -164,8 +165,8 @@ class BackwardPass:
                 value, gradient = self._head_gradient(batch, ended)
                 if not math.isfinite(value):
                     msg = (
-                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype float32, or check the"
-                        " weights of the model"
+                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype "
+                        "float32, or check the weights of the model"
                     )
                     raise NumericsError(msg)
                 total += value
@@ -266,8 +267,8 @@ class BackwardPass:
     def _require_differentiable(self, layer: int, module: nn.Module, output: torch.Tensor) -> None:
         if not output.requires_grad:
             msg = (
-                f"layer {layer} ({type(module).__name__}) returns states without a gradient: its code cannot be"
-                " differentiated; choose another --attention"
+                f"layer {layer} ({type(module).__name__}) returns states without a gradient: its code "
+                "cannot be differentiated; choose another --attention"
             )
             raise UnsupportedModelError(msg)
 

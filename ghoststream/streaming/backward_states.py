@@ -65,8 +65,8 @@ class InputKeeper:
 class GradientFlow:
     """The kept inputs of a step with the gradients at its output, batch by batch.
 
-    Iterating gives ``(batch, inputs, gradient)``, both in memory of their own. :meth:`put` replaces the gradient at the
-    output by that at the input, so that one place serves all steps.
+    Iterating gives ``(batch, inputs, gradient)``, both in memory of their own. :meth:`put` replaces the
+    gradient at the output by that at the input, so that one place serves all steps.
 
     Args:
         states: The kept inputs.
@@ -100,7 +100,8 @@ class GradientFlow:
 
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         for (batch, states), (_, above) in zip(self._inputs, self._gradients, strict=True):
-            # Copies: the threads that fetch make tensors that autograd must not keep, and views are overwritten.
+            # Copies: the threads that fetch make tensors that autograd must not keep, and views are
+            # overwritten.
             yield batch, states.clone().requires_grad_(self._to_inputs), above.clone()
 
     def put(self, batch: Batch, states: torch.Tensor, position: int) -> None:

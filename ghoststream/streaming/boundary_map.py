@@ -42,14 +42,14 @@ class BoundaryMap:
             def apply(self, states):
                 return states + self.shift
 
-    One that also reads the layer before the boundary has taps and ``enter``. Lanes that have one map object in common
-    go over its boundary together, and it is fitted once.
+    One that also reads the layer before the boundary has taps and ``enter``. Lanes that have one map object
+    in common go over its boundary together, and it is fitted once.
 
     Attributes:
-        taps: Which of :data:`~ghoststream.streaming.taps.TAPS` of layer ``start - 1`` are read. Without any, the state
-            itself is kept until ``stop``, in one place with all lanes that carry it.
-        target: Name of the lane whose states at ``stop`` the map is fitted to, mostly the dense one. ``None``: nothing is
-            fitted.
+        taps: Which of :data:`~ghoststream.streaming.taps.TAPS` of layer ``start - 1`` are read. Without any,
+            the state itself is kept until ``stop``, in one place with all lanes that carry it.
+        target: Name of the lane whose states at ``stop`` the map is fitted to, mostly the dense one.
+            ``None``: nothing is fitted.
         width: Elements of a token that :meth:`enter` returns. ``None`` is the width C of the residual stream.
     """
 
@@ -60,7 +60,8 @@ class BoundaryMap:
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what is kept of a batch until ``stop``: the inputs of :meth:`fit` and :meth:`apply`.
 
-        Taps are not kept otherwise. A map that needs no fit may return its estimate here, and leave ``apply`` as it is.
+        Taps are not kept otherwise. A map that needs no fit may return its estimate here, and leave ``apply``
+        as it is.
 
         Args:
             states: ``h[start]``, shape ``(n, T, C)``, on the pass's device and in its dtype.
@@ -106,7 +107,8 @@ class ModuleMap(BoundaryMap):
     """A module or function of the states as a boundary map.
 
     Args:
-        module: Maps ``(n, T, C)`` to the same shape. A module lives on the pass's device, in a dtype that takes its states.
+        module: Maps ``(n, T, C)`` to the same shape. A module lives on the pass's device, in a dtype that
+            takes its states.
     """
 
     def __init__(self, module: nn.Module | Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -135,7 +137,7 @@ def require_boundary_maps(where: str, maps: Mapping[Span, object]) -> None:
     for span, found in maps.items():
         if not isinstance(found, BoundaryMap):
             msg = (
-                f"the map at {span} of {where} is a {type(found).__name__} and no BoundaryMap; wrap a module or a"
-                " function in ModuleMap"
+                f"the map at {span} of {where} is a {type(found).__name__} and no BoundaryMap; wrap a "
+                "module or a function in ModuleMap"
             )
             raise RequestError(msg)

@@ -32,10 +32,11 @@ class MemoryBudget:
 class PassMemory:
     """The memory of one pass: two layers, the work on a micro-batch, buffers of those who watch; the rest holds states.
 
-    Where the layers compute, a pass takes ``2 U + max(U / 2, B T (4 I + 8 C) b)``: the layer in use and the one being
-    read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is the widest matrix of a layer; eager
-    attention takes ``B H T^2 (2 b + 4)`` more). The way back of a :class:`~ghoststream.streaming.backward.BackwardPass` takes four
-    times such a forward, and the gradients. The host of an accelerator takes ``2 U``: a layer on its way, and a head.
+    Where the layers compute, a pass takes ``2 U + max(U / 2, B T (4 I + 8 C) b)``: the layer in use and the
+    one being read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is the widest matrix of a
+    layer; eager attention takes ``B H T^2 (2 b + 4)`` more). The way back of a
+    :class:`~ghoststream.streaming.backward.BackwardPass` takes four times such a forward, and the gradients.
+    The host of an accelerator takes ``2 U``: a layer on its way, and a head.
 
     Args:
         skeleton: The model.
@@ -111,9 +112,9 @@ class PassMemory:
         if needed > limit:
             listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
             msg = (
-                f"a pass over {self._skeleton.root} needs {format_bytes(needed)} of {place} ({listed}), and"
-                f" {format_bytes(limit)} are there for it; use a smaller micro-batch or shorter sequences, or a machine"
-                " with more memory"
+                f"a pass over {self._skeleton.root} needs {format_bytes(needed)} of {place} ({listed}), and "
+                f"{format_bytes(limit)} are there for it; use a smaller micro-batch or shorter sequences, "
+                "or a machine with more memory"
             )
             raise BudgetError(msg)
         return limit - needed

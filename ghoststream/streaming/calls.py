@@ -1,7 +1,7 @@
 """Running the model's own forward with its parts replaced.
 
-Everything between the token ids and the first layer, and between the last layer and the logits, is done by the
-model's own code, so that embeddings, masks, positions, scalings and soft-caps need not be known here.
+Everything between the token ids and the first layer, and between the last layer and the logits, is done by
+the model's own code, so that embeddings, masks, positions, scalings and soft-caps need not be known here.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class _RecordedError(Exception):
 class ModelCalls:
     """The calls of one model around and into its decoder layers.
 
-    Recorded arguments depend on shape and padding of a batch only. They are kept for the kinds of batches met first,
-    within a budget; those of other batches are recorded again for each layer.
+    Recorded arguments depend on shape and padding of a batch only. They are kept for the kinds of batches met
+    first, within a budget; those of other batches are recorded again for each layer.
 
     Args:
         skeleton: The model.
         kept_bytes: Budget of the arguments kept (mostly masks).
 
     Memory: ``kept_bytes`` and the arguments of one batch: a mask takes ``n * T * T`` bytes with SDPA, four to
-    eight times as much with eager attention, once for each kind of attention in the model. Unpadded batches of one
-    shape need one recording.
+    eight times as much with eager attention, once for each kind of attention in the model. Unpadded batches
+    of one shape need one recording.
     """
 
     def __init__(self, skeleton: Skeleton, *, kept_bytes: int = 256 * 1024**2) -> None:
@@ -120,8 +120,8 @@ class ModelCalls:
 
         Args:
             finished: What :meth:`finish` returned, or a part of it.
-            in_blocks: Multiply with the head's rows block by block on CPU, where kernels bring a weight into a
-                layout of their own: whole, that would be the head twice more.
+            in_blocks: Multiply with the head's rows block by block on CPU, where kernels bring a weight into
+                a layout of their own: whole, that would be the head twice more.
         """
         output = _Finished(last_hidden_state=finished)
         dummy = torch.zeros((1, 1), dtype=torch.int64, device=finished.device)

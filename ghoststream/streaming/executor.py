@@ -15,8 +15,8 @@ The loop that everything here is about, for lanes that skip the spans of their p
             states[group] = map.apply(keep[group])              # then observers see every state
     show(head(norm(states)))                                    # a chunk of tokens at a time
 
-``keep`` is a lane's state at ``start`` where its map reads no taps. :class:`LaneGroups` knows who carries which states,
-:class:`StatesFlow` brings them to the device and away, :class:`WeightPrefetcher` reads weights,
+``keep`` is a lane's state at ``start`` where its map reads no taps. :class:`LaneGroups` knows who carries
+which states, :class:`StatesFlow` brings them to the device and away, :class:`WeightPrefetcher` reads weights,
 :class:`~ghoststream.streaming.calls.ModelCalls` runs the model's own code.
 """
 
@@ -70,13 +70,14 @@ class PassOptions:
 class StreamedPass:
     """One trip over the layers with any number of lanes.
 
-    Lanes share work: those that carry the same states go through a layer together, and over a boundary together if their
-    map there is one object, which is then fitted once; states are only copied where lanes part. A layer that every lane
-    skips is not read.
+    Lanes share work: those that carry the same states go through a layer together, and over a boundary
+    together if their map there is one object, which is then fitted once; states are only copied where lanes
+    part. A layer that every lane skips is not read.
 
-    Memory: two parts of the model (the one in use and the one being read), the states of each distinct carried
-    variant (``S * T * C`` elements each, within the factory's budget), one batch in flight, ``logit_tokens * V`` logits,
-    and for each distinct map that reads taps the places of what it keeps (``S * T * width`` elements).
+    Memory: two parts of the model (the one in use and the one being read), the states of each distinct
+    carried variant (``S * T * C`` elements each, within the factory's budget), one batch in flight,
+    ``logit_tokens * V`` logits, and for each distinct map that reads taps the places of what it keeps
+    (``S * T * width`` elements).
 
     Args:
         skeleton: The model.
@@ -87,8 +88,8 @@ class StreamedPass:
 
     Raises:
         PlanError: If a lane's plan is for another number of layers.
-        RequestError: If lanes would need states before ``first_layer``, a map is no :class:`BoundaryMap`, or is fitted
-            to a lane that is not there.
+        RequestError: If lanes would need states before ``first_layer``, a map is no :class:`BoundaryMap`, or
+            is fitted to a lane that is not there.
     """
 
     def __init__(

@@ -21,9 +21,10 @@ _WAITING = 2
 class StatesFlow:
     """Gives the states of each batch on the device, in order, and puts what became of them away.
 
-    Where both places are memory of the device, that is all. Otherwise one thread fetches the next batch and another puts
-    finished ones away, behind a queue of at most two: the computation waits when the disk is slower. Source and target may
-    be one place, as a batch is put away after it was fetched, and no other batch lies there.
+    Where both places are memory of the device, that is all. Otherwise one thread fetches the next batch and
+    another puts finished ones away, behind a queue of at most two: the computation waits when the disk is
+    slower. Source and target may be one place, as a batch is put away after it was fetched, and no other
+    batch lies there.
 
     Args:
         source: Where the states are.

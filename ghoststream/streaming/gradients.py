@@ -62,7 +62,8 @@ def require_finite_gradient(gradient: torch.Tensor, position: int, batch: Batch)
 def summed_gradients(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Add the gradients of a module's parameters up, over all backward calls within the context.
 
-    Autograd tells of each parameter as soon as its gradient is whole: it is added and freed before the next one is made.
+    Autograd tells of each parameter as soon as its gradient is whole: it is added and freed before the next
+    one is made.
 
     Args:
         module: The module; the named parameters require gradients from now on.

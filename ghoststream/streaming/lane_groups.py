@@ -55,9 +55,9 @@ class LaneState:
 class LaneGroups:
     """All lanes of a pass, in groups that do the same.
 
-    Lanes that carry the same states go through a layer as one group, and over a boundary where one map is the map of all.
-    States are replaced in place where all who carry them go on. Where one of them waits inside a span, it keeps the old
-    place and the others get a fresh one: this is how lanes part.
+    Lanes that carry the same states go through a layer as one group, and over a boundary where one map is the
+    map of all. States are replaced in place where all who carry them go on. Where one of them waits inside a
+    span, it keeps the old place and the others get a fresh one: this is how lanes part.
     """
 
     def __init__(self, lanes: Sequence[Lane], batches: Sequence[Batch], factory: StatesFactory) -> None:

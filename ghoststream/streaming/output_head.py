@@ -20,8 +20,8 @@ from ghoststream.streaming.weights import Weights
 class OutputHead:
     """Takes the lanes of a pass through the head, one after the other.
 
-    It is a task of its own to those who are told: over many lanes and a large vocabulary it takes longer than all layers
-    of a small model.
+    It is a task of its own to those who are told: over many lanes and a large vocabulary it takes longer than
+    all layers of a small model.
 
     Args:
         skeleton: The model.

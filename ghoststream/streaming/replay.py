@@ -19,8 +19,9 @@ from ghoststream.streaming.taps import LayerTaps
 class Replay:
     """Runs one decoder layer on given hidden states; its weights are loaded for the length of the context.
 
-    The layer is called as in a pass: with the same arguments, for the same micro-batches. Its taps are then bit for bit
-    what they were in the pass that gave the states (fp32 on CPU). No other layer, no embedding and no head is read.
+    The layer is called as in a pass: with the same arguments, for the same micro-batches. Its taps are then
+    bit for bit what they were in the pass that gave the states (fp32 on CPU). No other layer, no embedding
+    and no head is read.
 
     Args:
         skeleton: The model; not used by a pass or another replay at the same time.
@@ -30,8 +31,8 @@ class Replay:
         RequestError: If there is no such layer.
         CheckpointError: On entering, if weights cannot be read.
 
-    Memory: the layer and the frame (final norm, learned positions) at compute dtype, the layer's work and the taps of one
-    micro-batch, and the layer's arguments as in :class:`~ghoststream.streaming.calls.ModelCalls`.
+    Memory: the layer and the frame (final norm, learned positions) at compute dtype, the layer's work and the
+    taps of one micro-batch, and the layer's arguments as in :class:`~ghoststream.streaming.calls.ModelCalls`.
     """
 
     def __init__(self, skeleton: Skeleton, layer: int) -> None:
@@ -65,7 +66,8 @@ class Replay:
             names: Which of :data:`~ghoststream.streaming.taps.TAPS`.
 
         Returns:
-            ``{name: tensor}``, each ``(n, T, width)`` at compute dtype, in memory of its own, on the skeleton's device.
+            ``{name: tensor}``, each ``(n, T, width)`` at compute dtype, in memory of its own, on the
+            skeleton's device.
 
         Raises:
             RequestError: If a name is unknown, or the states are not of this batch or of another dtype.

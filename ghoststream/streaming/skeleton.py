@@ -26,8 +26,8 @@ class Skeleton:
     """A causal language model whose parameters are on the meta device until a part is loaded.
 
     Parts are: decoder layer ``i``; the *frame* (everything but the layers, the token embedding and the head:
-    final norm, learned positions ...), which stays loaded for a whole pass; the token embedding, of which only
-    the rows of a batch are gathered; and the head.
+    final norm, learned positions ...), which stays loaded for a whole pass; the token embedding, of which
+    only the rows of a batch are gathered; and the head.
 
     Args:
         root: Local checkpoint folder.

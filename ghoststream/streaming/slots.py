@@ -11,11 +11,10 @@ from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.streaming.copies import Copies
 from ghoststream.streaming.weights import Weights, WeightSpec
 
-# The two places take turns. While layer l computes from one, the prefetcher's thread reads l + 1 into the other:
-#     place 0:  read 0 | compute 0 | read 2    | compute 2 | ...
-#     place 1:         | read 1    | compute 1 | read 3    | ...
-# On CUDA the computation of l may still run when the host comes to read l + 2 into the same place: `used` leaves a mark
-# behind it, and the copy waits for that mark on the device.
+# The two places take turns. While layer l computes from one, the prefetcher's thread reads l + 1 into the
+# other: place 0:  read 0 | compute 0 | read 2    | compute 2 | ... place 1:         | read 1    | compute 1 |
+# read 3    | ... On CUDA the computation of l may still run when the host comes to read l + 2 into the same
+# place: `used` leaves a mark behind it, and the copy waits for that mark on the device.
 
 
 class WeightSlots(Protocol):
@@ -51,7 +50,8 @@ class HostSlots:
         reader: Where weights come from.
         slot_bytes: Size of each buffer: the room of the largest layer.
 
-    Memory: ``2 * slot_bytes``, allocated on first use; one checkpoint tensor more where its dtype is converted.
+    Memory: ``2 * slot_bytes``, allocated on first use; one checkpoint tensor more where its dtype is
+    converted.
     """
 
     def __init__(self, reader: TensorReader, slot_bytes: int) -> None:
@@ -88,8 +88,8 @@ class HostSlots:
 class DeviceSlots:
     """Weights are read into one staging buffer of the host and copied to the accelerator beside the computation.
 
-    Each weight is on its way while the next one is read. A device buffer is filled behind the work that used it last,
-    which the host does not wait for.
+    Each weight is on its way while the next one is read. A device buffer is filled behind the work that used
+    it last, which the host does not wait for.
 
     Args:
         reader: Where weights come from.
@@ -98,8 +98,9 @@ class DeviceSlots:
         copies: How copies are ordered against the computation.
         pinned: Whether the staging buffer is page-locked, which copies beside a computation need.
 
-    Memory: ``slot_bytes`` on the host (torch rounds page-locked memory up to a power of two) and ``2 * slot_bytes`` on
-    the device, allocated on first use; one checkpoint tensor more on the host where its dtype is converted.
+    Memory: ``slot_bytes`` on the host (torch rounds page-locked memory up to a power of two) and
+    ``2 * slot_bytes`` on the device, allocated on first use; one checkpoint tensor more on the host where its
+    dtype is converted.
     """
 
     def __init__(

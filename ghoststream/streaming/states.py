@@ -90,7 +90,8 @@ class MemoryStates:
 class FileStates:
     """States in an unnamed file of the scratch folder, read and written batch by batch.
 
-    Memory: one batch. Disk: the elements of ``shape``, given back on close and when the process ends in any way.
+    Memory: one batch. Disk: the elements of ``shape``, given back on close and when the process ends in any
+    way.
     """
 
     def __init__(self, folder: Path, shape: StatesShape, dtype: torch.dtype) -> None:
@@ -133,8 +134,9 @@ class FileStates:
 class StatesFactory:
     """Makes places for hidden states: on the device, then in host memory, then in scratch files, as fits.
 
-    A place is taken as a whole, first come, first served, and stays where it is until it is released: a pass overwrites it
-    from layer to layer. The factory only counts bytes, so two passes that share one share its limits.
+    A place is taken as a whole, first come, first served, and stays where it is until it is released: a pass
+    overwrites it from layer to layer. The factory only counts bytes, so two passes that share one share its
+    limits.
 
     Args:
         batches: The batches of the pass.
@@ -142,8 +144,8 @@ class StatesFactory:
         dtype: Compute dtype.
         device: Where the states are computed on.
         device_bytes: How many bytes of states may be on an accelerator at once; ``None`` is no limit.
-        host_bytes: How many may be in host memory at once (on an accelerator's host: page-locked); ``None`` is no
-            limit.
+        host_bytes: How many may be in host memory at once (on an accelerator's host: page-locked); ``None``
+            is no limit.
         scratch: Folder for what does not fit; the system's temporary folder if ``None``.
     """
 

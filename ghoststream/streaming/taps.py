@@ -52,13 +52,13 @@ class TapPoint:
 class MlpProjection:
     """The last linear map of a layer's MLP, and whether a map of its input can be absorbed into it.
 
-    Where it absorbs, ``h[l + 1]`` contains ``scale * (a W + bias)`` as a term, ``a`` being the tap ``mlp_intermediate``:
-    adding ``A / scale`` to ``W`` adds ``a A`` to ``h[l + 1]``.
+    Where it absorbs, ``h[l + 1]`` contains ``scale * (a W + bias)`` as a term, ``a`` being the tap
+    ``mlp_intermediate``: adding ``A / scale`` to ``W`` adds ``a A`` to ``h[l + 1]``.
 
     Attributes:
         path: Module inside the layer; empty where there is none.
-        transposed: Whether its ``weight`` is ``W^T``, of shape ``(C, I)`` (``nn.Linear``), and not ``W``, ``(I, C)``
-            (transformers' ``Conv1D``).
+        transposed: Whether its ``weight`` is ``W^T``, of shape ``(C, I)`` (``nn.Linear``), and not ``W``,
+            ``(I, C)`` (transformers' ``Conv1D``).
         scale: The multiplier between it and the residual stream.
         absorbs: Whether maps can be absorbed into it.
         reason: Why not; empty where they can.
@@ -90,8 +90,8 @@ def tap_point(architecture: Architecture, module: nn.Module, name: str) -> TapPo
     mixture = _is_mixture(parts, module)
     if name == "mlp_intermediate" and mixture:
         msg = (
-            f"a {type(module).__name__} with experts has no tap 'mlp_intermediate': each token has activations of its"
-            " own few experts; take 'mlp_output', or a layer without experts"
+            f"a {type(module).__name__} with experts has no tap 'mlp_intermediate': each token has "
+            "activations of its own few experts; take 'mlp_output', or a layer without experts"
         )
         raise UnsupportedModelError(msg)
     scale = _multiplier(parts, module)
@@ -179,7 +179,8 @@ class LayerTaps:
         """Return the taps of the layer's last call, which was for ``batch``, and forget them.
 
         Returns:
-            ``{name: tensor}`` in the order of the names, each ``(n, T, width)`` in memory of its own, on the device.
+            ``{name: tensor}`` in the order of the names, each ``(n, T, width)`` in memory of its own, on the
+            device.
 
         Raises:
             UnsupportedModelError: If the layer did not call a module that a tap is at.

@@ -1,7 +1,7 @@
 """Checks that an architecture is streamed right: a streamed pass must give what the resident model gives.
 
-For authors of new architectures and for users with a model of an unusual kind. Everything is compared bit for bit,
-on the CPU, for the same micro-batches.
+For authors of new architectures and for users with a model of an unusual kind. Everything is compared bit for
+bit, on the CPU, for the same micro-batches.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ConformanceReport:
 
     Attributes:
         compared: Cases that agreed, as ``"<attention>, padding <where>"``.
-        not_finite: Cases in which the resident model itself gives no finite values, so that there is nothing to
-            compare (attention over padding only, in some implementations).
+        not_finite: Cases in which the resident model itself gives no finite values, so that there is nothing
+            to compare (attention over padding only, in some implementations).
         n_tensors: Number of tensors compared: ``h[0]`` to ``h[L]`` and the logits of every micro-batch.
     """
 
@@ -92,8 +92,7 @@ def check_streamed_equals_resident(
     dtype: torch.dtype = torch.float32,
     attention: Sequence[str | None] = (None,),
     paddings: Sequence[Padding] = PADDINGS,
-    n_sequences: int = 5,
-    length: int = 20,
+    shape: tuple[int, int] = (5, 20),
     micro_batch: int = 2,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -105,8 +104,7 @@ def check_streamed_equals_resident(
         dtype: Compute dtype of both. Equality is promised for float32.
         attention: Attention implementations to try, each once; ``None`` is the model's default.
         paddings: Where padding is put.
-        n_sequences: Number of random sequences.
-        length: Tokens in each.
+        shape: Number of random sequences, and tokens in each.
         micro_batch: Sequences that go through a layer together.
         seed: Seed of the random tokens.
         trust_remote_code: Passed to transformers.
@@ -128,7 +126,7 @@ def check_streamed_equals_resident(
         )
         for padding in paddings:
             case = f"{skeleton.attention}, padding {padding}"
-            ids, mask = random_tokens(skeleton, n_sequences, length, padding=padding, seed=seed)
+            ids, mask = random_tokens(skeleton, *shape, padding=padding, seed=seed)
             batches = make_batches(ids, mask, micro_batch)
             expected = [resident_pass(model, batch) for batch in batches]
             if all(bool(torch.isfinite(logits).all()) for _, logits in expected):
@@ -148,8 +146,9 @@ def load_resident(
 ) -> Any:
     """Load the whole model as everybody does, in evaluation mode, with every weight in memory of its own.
 
-    A weight that transformers maps from the file starts anywhere in a cache line, and matrix products may then sum in
-    another order. Copied, all weights lie as any tensor that torch allocates, and as streamed ones do.
+    A weight that transformers maps from the file starts anywhere in a cache line, and matrix products may
+    then sum in another order. Copied, all weights lie as any tensor that torch allocates, and as streamed
+    ones do.
     """
     from transformers import AutoModelForCausalLM
 
@@ -238,7 +237,7 @@ def _require_equal(found: torch.Tensor, wanted: torch.Tensor, what: str, batch: 
     if not torch.equal(found, wanted):
         difference = float((found.double() - wanted.double()).abs().max())
         msg = (
-            f"{what} of sequences [{batch.start},{batch.stop}) ({case}) differ from the resident model's by up to "
-            f"{difference:.3g}"
+            f"{what} of sequences [{batch.start},{batch.stop}) ({case}) differ from the resident model's by "
+            f"up to {difference:.3g}"
         )
         raise AssertionError(msg)

@@ -21,8 +21,8 @@ def anonymous_bytes() -> int:
 class PeakAnonymous:
     """Samples anonymous memory from a thread while the context is open.
 
-    ``baseline_bytes`` is what was there on entry, ``peak_bytes`` the highest sample. Allocations that live shorter than
-    the interval can be missed; buffers that are read or computed on do not.
+    ``baseline_bytes`` is what was there on entry, ``peak_bytes`` the highest sample. Allocations that live
+    shorter than the interval can be missed; buffers that are read or computed on do not.
 
     Args:
         interval_seconds: Time between two samples.

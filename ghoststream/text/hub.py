@@ -47,7 +47,8 @@ def hub_documents(spec: TextSpec, part: TextPart, *, max_bytes: int | None = Non
 
     A named set without a split means its training split for ``fit``, else the split that perplexities are
     reported on. Rows are read as a stream, so that no more of a large dataset is fetched than needed, unless
-    the set is small, a slice is asked for, or the libraries are told to stay offline (then the cache is used).
+    the set is small, a slice is asked for, or the libraries are told to stay offline (then the cache is
+    used).
 
     Raises:
         TextError: If ``datasets`` is missing, the dataset cannot be loaded, or a row lacks the field.

@@ -80,15 +80,17 @@ def prepare_tokens(
 ) -> TokenSet:
     """Turn a text into sequences of ``text.length`` tokens.
 
-    With ``pack``, documents are tokenised one by one, concatenated without anything in between, and cut in windows that do
-    not overlap; the rest at the end is dropped. Without, each document is one sequence, truncated or padded on the right.
+    With ``pack``, documents are tokenised one by one, concatenated without anything in between, and cut in
+    windows that do not overlap; the rest at the end is dropped. Without, each document is one sequence,
+    truncated or padded on the right.
 
-    ``bos`` ``auto`` puts in front what the tokenizer itself does, at the start of the stream (with ``pack``) or of each
-    document (without); ``always``: every sequence begins with bos; ``never``: none does.
+    ``bos`` ``auto`` puts in front what the tokenizer itself does, at the start of the stream (with ``pack``)
+    or of each document (without); ``always``: every sequence begins with bos; ``never``: none does.
 
     Args:
-        text: The text. An ``ids:`` file is used as it is; ``pack``, ``bos`` and ``part`` do not apply. A split that its
-            specification names comes before ``part``. Without ``sequences``, all that the text gives.
+        text: The text. An ``ids:`` file is used as it is; ``pack``, ``bos`` and ``part`` do not apply. A
+            split that its specification names comes before ``part``. Without ``sequences``, all that the text
+            gives.
         tokenizer: The model's tokenizer; only ``ids:`` does without.
         vocabulary_size: Number of token ids that the model knows; larger ids are refused.
 
@@ -99,8 +101,8 @@ def prepare_tokens(
         InputNotFoundError: If a file does not exist.
         TextError: If the text cannot be read or gives too little, or does not fit the tokenizer.
 
-    Memory: The ids, 4 bytes a token, twice, and the document that is being tokenised with its encoding (about 100 bytes a
-    token); of a file that is one document, 12 bytes for each token asked for, at least 1 MiB.
+    Memory: The ids, 4 bytes a token, twice, and the document that is being tokenised with its encoding (about
+    100 bytes a token); of a file that is one document, 12 bytes for each token asked for, at least 1 MiB.
     """
     parsed = TextSpec.parse(text.spec)
     if parsed.kind == "ids":
@@ -154,8 +156,8 @@ def _one_by_one(request: _Request) -> TokenSet:
     pieces = gathered.pieces
     if not pieces or (wanted is not None and len(pieces) < wanted):
         msg = (
-            f"{request.spec} has {len(pieces)} documents that are not empty, {wanted or 'at least 1'} sequences were"
-            " asked for, one document each; give more text, ask for fewer, or use --pack"
+            f"{request.spec} has {len(pieces)} documents that are not empty, {wanted or 'at least 1'} "
+            "sequences were asked for, one document each; give more text, ask for fewer, or use --pack"
         )
         raise TextError(msg)
     padding = request.tokenizer.pad_token_id
@@ -239,8 +241,8 @@ def _shortage(request: _Request, gathered: _Gathered, wanted: int) -> str:
             " give more text or a smaller --length"
         )
     return (
-        f"{request.spec} has {found} tokens and gives {found // body} sequences of {request.text.length}, {wanted} were"
-        f" asked for ({wanted * body} tokens); give more text or ask for fewer sequences"
+        f"{request.spec} has {found} tokens and gives {found // body} sequences of {request.text.length}, "
+        f"{wanted} were asked for ({wanted * body} tokens); give more text or ask for fewer sequences"
     )
 
 

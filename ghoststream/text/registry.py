@@ -7,8 +7,9 @@
         for path in sorted(Path(rest).glob("*.txt")):
             yield Document(path.name, path.read_bytes(), path.read_text())
 
-A specification names it as ``poems`` or ``poems:REST``. An installed package names such a function as an entry point of the
-group ``ghoststream.text_sources``. Documents must come in the same order each time: tokens are cut from them in that order.
+A specification names it as ``poems`` or ``poems:REST``. An installed package names such a function as an
+entry point of the group ``ghoststream.text_sources``. Documents must come in the same order each time: tokens
+are cut from them in that order.
 """
 
 from __future__ import annotations

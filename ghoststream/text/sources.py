@@ -28,7 +28,8 @@ def load_documents(
 
     Raises:
         InputNotFoundError: If a file does not exist.
-        TextError: If the text cannot be read: encoding, format, missing field, missing package, no connection.
+        TextError: If the text cannot be read: encoding, format, missing field, missing package, no
+            connection.
         RequestError: If the package of a registered source cannot be imported.
 
     Memory: One document and its bytes.

@@ -25,8 +25,8 @@ class TextSpec:
     """A parsed text specification.
 
     Attributes:
-        kind: What sort of source it is; ``named`` is one of ``wikitext2``, ``ptb``, ``c4``, ``registered`` one of
-            :mod:`ghoststream.text.registry`.
+        kind: What sort of source it is; ``named`` is one of ``wikitext2``, ``ptb``, ``c4``, ``registered``
+            one of :mod:`ghoststream.text.registry`.
         source: The path, the dataset's name or folder, or the name of the set or the registered source.
         config: Configuration of an ``hf`` dataset.
         split: Split of an ``hf`` or named dataset; ``fit`` or ``heldout`` of ``python-docs``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import signal
@@ -17,14 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError, StoreError
-from ghoststream.progress import SilentProgress
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Compute, Reduction, Search, Source, Text
+from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.fit import fit
 from ghoststream.stages.select import select
+from ghoststream.statistics import Ranges
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.states import random_states, store_of
 from ghoststream.testing.stores import small_layout, small_request, small_states, small_store
@@ -49,6 +53,7 @@ _START_SECONDS = 60.0
 KILLED_CAPTURE = """
 import os, signal, sys
 from zarr.storage import FsspecStore
+from ghoststream.options import Compute, Text
 from ghoststream.stages.capturing.capture import capture
 
 put = FsspecStore.set
@@ -60,7 +65,8 @@ async def fatal(self, key, value, *rest):
 
 FsspecStore.set = fatal
 model, ids, store = sys.argv[1:]
-capture(model, calibration=f"ids:{ids}", sequences=7, length=16, micro_batch=2, store=store)
+text = Text(spec=f"ids:{ids}", sequences=7, length=16)
+capture(model, calibration=text, compute=Compute(micro_batch=2), store=store)
 """
 
 
@@ -162,7 +168,32 @@ def captured(model: tuple[Path, Path], endpoint: str, tmp_path_factory: pytest.T
 
 def _capture(model: tuple[Path, Path], store: str | Path) -> ActivationStore:
     folder, ids = model
-    return capture(folder, calibration=f"ids:{ids}", sequences=S, length=T, micro_batch=2, store=store)
+    text = Text(spec=f"ids:{ids}", sequences=S, length=T)
+    return capture(folder, calibration=text, compute=Compute(micro_batch=2), store=store)
+
+
+def _fit(
+    store: str | Path,
+    plan: str,
+    out: Path,
+    *,
+    range_sequences: int | None = None,
+    folds: int = 4,
+    progress: Progress | None = None,
+    **reduction: Any,
+) -> OperatorSet:
+    """Fit from a store in ranges of a size of the test's own."""
+    make = functools.partial(Ranges.make, range_sequences=range_sequences)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranges, "make", make)
+        return fit(
+            plan,
+            Source(store=store),
+            out=out,
+            search=Search(folds=folds),
+            reduction=Reduction(**reduction),
+            progress=progress,
+        )
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -200,10 +231,10 @@ def test_a_capture_that_was_killed_goes_on_in_the_bucket(captured: Path, model: 
 
 def test_operators_and_plans_are_those_of_a_folder(captured: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
-    solve(captured, SPANS, out=here, range_sequences=1)
-    solve("s3://bucket/store", SPANS, out=there, range_sequences=1, workers=2)
+    _fit(captured, SPANS, here, range_sequences=1)
+    _fit("s3://bucket/store", SPANS, there, range_sequences=1, workers=2)
     assert here.read_bytes() == there.read_bytes()
-    assert select("s3://bucket/store", 2) == select(str(captured), 2)
+    assert select(2, Source(store="s3://bucket/store")) == select(2, Source(store=captured))
 
 
 def _asked(server: Server, before: Counter[tuple[str, str]], method: str) -> Counter[str]:
@@ -222,7 +253,7 @@ def test_ranges_ask_for_no_shard_but_those_they_read(server: Server, captured: P
     for size in (1, S):
         before = server.requests()
         out = tmp_path / f"{size}.safetensors"
-        solve("s3://bucket/store", "1:3", out=out, range_sequences=size, folds=0)
+        _fit("s3://bucket/store", "1:3", out, range_sequences=size, folds=0)
         heads, gets = (_asked(server, before, method) for method in ("HEAD", "GET"))
         shards = {name: n for name, n in heads.items() if name.startswith("hidden/") and "/c." in name}
         assert len(shards) == 7
@@ -239,7 +270,7 @@ def test_workers_of_a_cluster_open_the_bucket_themselves(
     from distributed import Client, LocalCluster
 
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
-    solve(captured, SPANS, out=here, range_sequences=2)
+    _fit(captured, SPANS, here, range_sequences=2)
     before = server.requests()
     # Processes of their own over TCP: they have nothing but the URL and the environment.
     with (
@@ -252,7 +283,7 @@ def test_workers_of_a_cluster_open_the_bucket_themselves(
         ) as cluster,
         Client(cluster) as client,
     ):
-        solve("s3://bucket/store", SPANS, out=there, range_sequences=2, scheduler=client)
+        _fit("s3://bucket/store", SPANS, there, range_sequences=2, scheduler=client)
     assert here.read_bytes() == there.read_bytes()
     read = {f"hidden/{layer}/c.0.0.0" for layer in (1, 3, 4, 5)}
     heads = _asked(server, before, "HEAD")
@@ -275,7 +306,7 @@ def test_the_command_line_takes_a_url(
     for command in (
         ["capture", folder, *arguments, "--store", "s3://bucket/store"],
         ["verify", "s3://bucket/store"],
-        ["solve", "s3://bucket/store", "--plan", "1:3", "--out", out],
+        ["fit", "--store", "s3://bucket/store", "--plan", "1:3", "--out", out],
     ):
         with pytest.raises(SystemExit) as ended:
             main([str(part) for part in command])
@@ -295,12 +326,12 @@ def test_a_changed_or_missing_object_is_found(endpoint: str, tmp_path: Path) -> 
     assert len(problems) == 1
     assert f"{SHARD}" in problems[0]
     with pytest.raises(StoreError, match=rf"shard {SHARD}, chunk 0"):
-        solve("s3://bucket/broken", "1:2", out=tmp_path / "operators.safetensors")
+        _fit("s3://bucket/broken", "1:2", tmp_path / "operators.safetensors")
     assert not (tmp_path / "operators.safetensors").exists()
     files.copy("bucket/broken/hidden/2/c.0.0.0", key)
     for size in (1, 4):
         with pytest.raises(StoreError, match=rf"shard {SHARD}, chunk \d .* is not what was committed"):
-            solve("s3://bucket/broken", "1:2", out=tmp_path / "o.safetensors", range_sequences=size, folds=0)
+            _fit("s3://bucket/broken", "1:2", tmp_path / "o.safetensors", range_sequences=size, folds=0)
     files.rm(key)
     with pytest.raises(StoreError, match=f"{SHARD} is missing, though it was committed"):
         ActivationStore.open("s3://bucket/broken")
@@ -354,7 +385,7 @@ def test_a_server_that_is_lost_while_it_is_read_is_named_and_the_work_goes_on_wi
     uri = "s3://bucket/lost"
     folder = store_of(tmp_path / "store", random_states(3, (6, 8, 10)))
     here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
-    solve(folder, "1:3", out=here, range_sequences=1)
+    _fit(folder, "1:3", here, range_sequences=1)
     second = Server(tmp_path / "second.log")
     second.start()
     for name, value in {**_variables(second.address), "AWS_MAX_ATTEMPTS": "2"}.items():
@@ -368,17 +399,17 @@ def test_a_server_that_is_lost_while_it_is_read_is_named_and_the_work_goes_on_wi
             StoreError,
             match=rf"{uri}: reading hidden/\d/c\S+ failed \(.+\); check the disk, or the connection",
         ):
-            solve(uri, "1:3", out=there, range_sequences=1, workers=1, progress=_KillAfterOneRange(second))
+            _fit(uri, "1:3", there, range_sequences=1, workers=1, progress=_KillAfterOneRange(second))
         assert not there.exists()
         with pytest.raises(StoreError, match=rf"{uri}: reading hidden/2/zarr.json failed \(.+\); check the"):
             store.read(2, 0, 3)
         with pytest.raises(RequestError, match=f"{uri} does not answer"):
-            solve(uri, "1:3", out=there, range_sequences=1)
+            _fit(uri, "1:3", there, range_sequences=1)
         second.start()
         _file_system().mkdir("bucket")
         _file_system().put(folder, "bucket/lost", recursive=True)
         before = second.requests()
-        solve(uri, "1:3", out=there, range_sequences=1, workers=1)
+        _fit(uri, "1:3", there, range_sequences=1, workers=1)
     finally:
         second.kill()
         s3fs.S3FileSystem.clear_instance_cache()

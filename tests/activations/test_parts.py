@@ -365,7 +365,8 @@ def test_two_that_fold_at_once_leave_the_same_bytes(place: StoreLike, whole: dic
 def test_a_slow_creation_removes_nothing_of_a_faster_one(
     monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | None]
 ) -> None:
-    # Where there are no locks, another worker may make the store and write into it while this one is about to make it.
+    # Where there are no locks, another worker may make the store and write into it while this one is about to
+    # make it.
     place, looked = MemoryStore(), Location.list_keys
     request: StoreRequest = small_request(LAYOUT)
 

@@ -57,7 +57,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_keeps_what_was_committed(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One layer is 400 KiB in shards of 160, 160 and 80. The check before creation is made to pass: another process may fill a disk later.
+    # One layer is 400 KiB in shards of 160, 160 and 80. The check before creation is made to pass: another
+    # process may fill a disk later.
     layout = small_layout(n_sequences=10, length=16, hidden=1280, n_layers=4)
     monkeypatch.setattr("ghoststream.activations.opening.require_free_space", lambda *_: None)
     root = small_disk / "store"
@@ -173,7 +174,8 @@ def test_memory_of_writing_and_reading_is_that_of_a_few_shards(tmp_path: Path) -
                 for first in range(0, 128, 4):
                     writer.write(first, states[first : first + 4])
             writer.commit()
-        # One shard, and two encoded copies while it is written; `states` have the store dtype and are not copied.
+        # One shard, and two encoded copies while it is written; `states` have the store dtype and are not
+        # copied.
         assert written.bytes <= 3 * shard + slack
         with Peak() as one:
             store.read(0, 8, 16)
@@ -183,8 +185,8 @@ def test_memory_of_writing_and_reading_is_that_of_a_few_shards(tmp_path: Path) -
         assert all_shards.bytes <= (16 + 2 * 4) * shard + slack
         with Peak() as wide:
             store.read_numpy(0, 8, 16, np.float64)
-        # The stored values, four times as much in float64, one row in float32, and the encoded copy: zarr's thread
-        # may let go of it a moment after the values are there.
+        # The stored values, four times as much in float64, one row in float32, and the encoded copy: zarr's
+        # thread may let go of it a moment after the values are there.
         assert wide.bytes <= 6 * shard + slack
 
 

@@ -11,14 +11,17 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from ghoststream.cli.parameters import ByteSize, IndexList
 
 from ghoststream.cli import main
 from ghoststream.cli.main import COMMANDS
+from ghoststream.cli.options import FieldType
 from ghoststream.errors import CheckpointError, GhoststreamError, PlanError
-from ghoststream.stages import inspect as inspect_stage
+from ghoststream.options import Compute, Storage
+from ghoststream.stages.artifacts import inspect as inspect_stage
 
 pytestmark = pytest.mark.unit
+LAYERS = FieldType(Storage.model_fields["layers"], "LIST")
+MEMORY = FieldType(Compute.model_fields["host_memory"], "SIZE")
 
 
 def _run(*arguments: str) -> Any:
@@ -63,6 +66,8 @@ def test_options_have_one_name_and_one_meaning() -> None:
                 "--out",
                 "--store",
                 "--json",
+                # How many, and for a whole recovery also which.
+                "--remove",
             }:
                 meaning = (type(parameter.type), parameter.metavar)
                 assert seen.setdefault(parameter.opts[0], meaning) == meaning, (name, parameter.opts)
@@ -70,10 +75,10 @@ def test_options_have_one_name_and_one_meaning() -> None:
         "--calibration",
         "--sequences",
         "--length",
-        "--remove",
         "--criterion",
         "--operator",
         "--plan",
+        "--model",
     } <= set(seen)
     assert {"--operators", "--text", "--pack", "--bos", "--dtype", "--store-dtype", "--attention"} <= set(
         seen
@@ -165,26 +170,26 @@ def test_messages_of_os_errors_are_their_text(tmp_path: Path) -> None:
     ("text", "numbers"), [("3", (3,)), ("0,10:13,30", (0, 10, 11, 12, 30)), ("5,1:3,2", (1, 2, 5))]
 )
 def test_index_lists(text: str, numbers: tuple[int, ...]) -> None:
-    assert IndexList().convert(text, None, None) == numbers
+    assert LAYERS.convert(text, None, None) == numbers
 
 
 @pytest.mark.parametrize("text", ["", "a", "3:3", "-1", "1:x"])
 def test_index_lists_that_name_nothing_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"0,10:20,30"):
-        IndexList().convert(text, None, None)
+        LAYERS.convert(text, None, None)
 
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"), [("8GiB", 8 * 2**30), ("500MB", 500_000_000), ("1.5K", 1536), ("12", 12), ("3 B", 3)]
 )
 def test_byte_sizes(text: str, n_bytes: int) -> None:
-    assert ByteSize().convert(text, None, None) == n_bytes
+    assert MEMORY.convert(text, None, None) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8XB", "-3"])
 def test_what_is_no_byte_size_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="8GiB or 500MB"):
-        ByteSize().convert(text, None, None)
+        MEMORY.convert(text, None, None)
 
 
 def test_inspect_and_verify_print_json(tiny_llama: Path) -> None:
@@ -205,25 +210,25 @@ def test_verify_exits_with_3_when_something_is_broken(tmp_path: Path) -> None:
     assert "copy it again" in result.stdout
 
 
-def test_plan_prints_sizes_and_json(tiny_llama: Path) -> None:
-    shown = _run("plan", str(tiny_llama), "--remove", "2", "--no-measure")
+def test_estimate_prints_sizes_and_json(tiny_llama: Path) -> None:
+    shown = _run("estimate", str(tiny_llama), "--remove", "2", "--no-measure")
     assert shown.exit_code == 0, shown.stderr
     assert "unit U" in shown.stdout
     assert "it fits" in shown.stdout
-    data = json.loads(_run("plan", str(tiny_llama), "--remove", "2", "--no-measure", "--json").stdout)
+    data = json.loads(_run("estimate", str(tiny_llama), "--remove", "2", "--no-measure", "--json").stdout)
     assert data["fits"] is True
     assert data["model"]["n_layers"] == 6
 
 
-def test_plan_tells_what_it_measured_and_what_does_not_fit(tiny_llama: Path) -> None:
-    shown = _run("plan", str(tiny_llama), "--remove", "2", "--sequences", str(10**9))
+def test_estimate_tells_what_it_measured_and_what_does_not_fit(tiny_llama: Path) -> None:
+    shown = _run("estimate", str(tiny_llama), "--remove", "2", "--sequences", str(10**9))
     assert shown.exit_code == 0, shown.stderr
     assert "measured here: disk " in shown.stdout
     assert "does not fit: disk, scratch needs " in shown.stdout
     assert "it fits" not in shown.stdout
 
 
-def test_plan_of_too_many_layers_exits_with_2(tiny_llama: Path) -> None:
-    result = _run("plan", str(tiny_llama), "--remove", "6", "--no-measure")
+def test_estimate_of_too_many_layers_exits_with_2(tiny_llama: Path) -> None:
+    result = _run("estimate", str(tiny_llama), "--remove", "6", "--no-measure")
     assert result.exit_code == 2
     assert "cannot remove 6 of the 6 layers" in result.stderr

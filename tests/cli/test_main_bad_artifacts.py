@@ -36,13 +36,29 @@ def test_a_store_of_another_request(bench: Bench, refused: Callable[..., str]) -
 def test_a_store_that_lacks_what_is_needed(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     says = ("h[4]", "run capture again")
-    refused("solve", bench.some_store, "--plan", "1:4", *out, code=BROKEN_DATA, says=says)
-    refused("select", bench.some_store, "--remove", 2, code=BROKEN_DATA, says="run capture again")
+    refused("fit", "--store", bench.some_store, "--plan", "1:4", *out, code=BROKEN_DATA, says=says)
+    refused("select", "--store", bench.some_store, "--remove", 2, code=BROKEN_DATA, says="run capture again")
     refused(
-        "solve", tmp_path / "nowhere", "--plan", "1:3", *out, code=BAD_REQUEST, says="no activation store"
+        "fit",
+        "--store",
+        tmp_path / "nowhere",
+        "--plan",
+        "1:3",
+        *out,
+        code=BAD_REQUEST,
+        says="no activation store",
     )
-    refused("solve", bench.model, "--plan", "1:3", *out, code=BROKEN_DATA, says="is not an activation store")
-    refused("solve", bench.operators, "--plan", "1:3", *out, code=BAD_REQUEST, says="is a file")
+    refused(
+        "fit",
+        "--store",
+        bench.model,
+        "--plan",
+        "1:3",
+        *out,
+        code=BROKEN_DATA,
+        says="is not an activation store",
+    )
+    refused("fit", "--store", bench.operators, "--plan", "1:3", *out, code=BAD_REQUEST, says="is a file")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,8 +91,8 @@ def test_a_flipped_bit_in_the_store(bench: Bench, refused: Callable[..., str], t
     flip_bit(shard, 1000)
     out = ("--out", tmp_path / "out")
     says = (str(store), "hidden/3/c.0.0.0", "chunk 0", "capture again")
-    refused("solve", store, "--plan", "1:3", *out, code=BROKEN_DATA, says=says)
-    refused("select", store, "--remove", 2, code=BROKEN_DATA, says=says)
+    refused("fit", "--store", store, "--plan", "1:3", *out, code=BROKEN_DATA, says=says)
+    refused("select", "--store", store, "--remove", 2, code=BROKEN_DATA, says=says)
     verified = run("verify", store)
     assert verified.exit_code == BROKEN_DATA
     assert "hidden/3/c.0.0.0" in verified.stdout
@@ -84,14 +100,14 @@ def test_a_flipped_bit_in_the_store(bench: Bench, refused: Callable[..., str], t
 
 def test_a_damaged_store(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
     store = Path(shutil.copytree(bench.store, tmp_path / "store"))
-    solve = ("solve", store, "--plan", "1:3", "--out", tmp_path / "out")
+    fit = ("fit", "--store", store, "--plan", "1:3", "--out", tmp_path / "out")
     capture = ("capture", bench.model, *bench.capture, "--store", store)
     shard = next((store / "hidden" / "3").glob("c.*"))
     shard.unlink()
-    for command in (solve, capture):
+    for command in (fit, capture):
         refused(*command, code=BROKEN_DATA, says=("hidden/3/c.0.0.0 is missing", "capture again"))
     flip_bit(store / "manifest.json", 100)
-    for command in (solve, capture):
+    for command in (fit, capture):
         refused(*command, code=BROKEN_DATA, says=("manifest.json", "capture again"))
 
 

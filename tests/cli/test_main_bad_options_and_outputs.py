@@ -46,18 +46,18 @@ def test_options_with_unknown_values(bench: Bench, refused: Callable[..., str], 
             continue
         refused("capture", bench.model, *bench.capture, *store, *options, code=BAD_REQUEST, says=says)
     refused("capture", bench.model, *store, code=BAD_REQUEST, says=("--calibration", "--help"))
-    refused("solve", bench.store, "--plan", "1:3", "--operator", "magic", code=BAD_REQUEST, says="magic")
-    refused("select", bench.store, "--remove", 2, "--criterion", "luck", code=BAD_REQUEST, says="luck")
-    given = ("--calibration", "python-docs", "--out", tmp_path / "out", "--max-spans", 2)
-    for asked in (("--remove", 2, "--criterion", "streamline"), ("--plan", "1:3")):
-        refused("recover", bench.model, *asked, *given, code=BAD_REQUEST, says="criterion measured")
+    fit = ("fit", "--store", bench.store, "--plan", "1:3", "--out", tmp_path / "out")
+    refused(*fit, "--operator", "magic", code=BAD_REQUEST, says="magic")
+    refused(
+        "select", "--store", bench.store, "--remove", 2, "--criterion", "luck", code=BAD_REQUEST, says="luck"
+    )
     refused("repair", bench.model, code=BAD_REQUEST, says="repair")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_in_a_process_of_its_own(debug: bool, bench: Bench, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ghoststream", "solve", str(bench.store), "--plan", "4:9"]
+    command = [sys.executable, "-m", "ghoststream", "fit", "--store", str(bench.store), "--plan", "4:9"]
     command += ["--out", str(tmp_path / "out"), *(["--debug"] if debug else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == BAD_REQUEST
@@ -78,33 +78,33 @@ def test_an_output_that_exists(bench: Bench, refused: Callable[..., str]) -> Non
     refused(*recover, "--out", mine, code=code, says="is a file")
     refused("capture", bench.model, *bench.capture, "--store", full, code=code, says="something else")
     refused("capture", bench.model, *bench.capture, "--store", mine, code=code, says="is a file")
-    solve = ("solve", bench.store, "--plan", "1:3")
-    refused(*solve, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
-    refused(*solve, "--out", full, code=code, says="full_folder")
-    select = ("select", bench.store, "--remove", 2)
+    fit = ("fit", "--store", bench.store, "--plan", "1:3")
+    refused(*fit, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
+    refused(*fit, "--out", full, code=code, says="full_folder")
+    select = ("select", "--store", bench.store, "--remove", 2)
     refused(*select, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
     refused(*select, "--out", full, code=code, says="full_folder")
     evaluate = ("evaluate", bench.model, "--text", bench.text, "--length", LENGTH)
-    refused(*evaluate, "--json", mine, code=code, says=("mine.json exists", "choose another name"))
-    refused(*evaluate, "--json", full, code=code, says="full_folder")
+    refused(*evaluate, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
+    refused(*evaluate, "--out", full, code=code, says="full_folder")
 
 
 def test_results_of_another_request(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
-    succeed("select", bench.store, "--remove", 2, "--out", tmp_path / "plan.json")
-    select = ("select", bench.store, "--remove", 3, "--out", tmp_path / "plan.json")
-    refused(*select, code=BAD_REQUEST, says="not the plan of this request")
-    evaluate = ("evaluate", bench.model, "--text", bench.text, "--json", tmp_path / "figures.json")
+    succeed("select", "--store", bench.store, "--remove", 2, "--out", tmp_path / "plan.json")
+    select = ("select", "--store", bench.store, "--remove", 3, "--out", tmp_path / "plan.json")
+    refused(*select, code=BAD_REQUEST, says="not the result of this request")
+    evaluate = ("evaluate", bench.model, "--text", bench.text, "--out", tmp_path / "figures.json")
     succeed(*evaluate, "--length", LENGTH)
     succeed(*evaluate, "--length", LENGTH)
     refused(*evaluate, "--length", 8, code=BAD_REQUEST, says="figures of this request")
     diagonal = ("--operator", "linear-patch-diagonal")
-    solve = ("solve", bench.store, "--plan", "1:3", *diagonal, "--out")
-    refused(*solve, bench.operators, code=BAD_REQUEST, says="not the result of this request")
-    succeed(*solve, tmp_path / "diagonal")
+    fit = ("fit", "--store", bench.store, "--plan", "1:3", *diagonal, "--out")
+    refused(*fit, bench.operators, code=BAD_REQUEST, says="not the result of this request")
+    succeed(*fit, tmp_path / "diagonal")
     says: tuple[str, ...] = ("recovered checkpoint of another request", "operators", "choose another place")
     out = ("--operators", tmp_path / "diagonal", "--out", bench.recovered)
     refused("export", bench.model, *out, code=BAD_REQUEST, says=says)
-    recover = ("recover", bench.model, *bench.capture, "--out", bench.recovered, "--plan")
+    recover = ("recover", bench.model, *bench.capture, "--out", bench.recovered, "--remove")
     says = ("another request", "plan.spans")
     refused(*recover, "2:4", code=BAD_REQUEST, says=says)
     assert not bench.root.joinpath("recovered.work").exists(), "refused before the pass"
@@ -140,10 +140,10 @@ def test_a_read_only_place(bench: Bench, refused: Callable[..., str], read_only:
     says = (str(read_only), "choose a place that you may write to")
     commands: tuple[tuple[object, ...], ...] = (
         ("capture", bench.model, *bench.capture, "--store", read_only / "store"),
-        ("select", bench.store, "--remove", 2, *out),
-        ("solve", bench.store, "--plan", "1:3", *out),
+        ("select", "--store", bench.store, "--remove", 2, *out),
+        ("fit", "--store", bench.store, "--plan", "1:3", *out),
         ("export", bench.model, "--operators", bench.operators, *out),
-        ("evaluate", bench.model, "--text", bench.text, "--length", LENGTH, "--json", read_only / "x.json"),
+        ("evaluate", bench.model, "--text", bench.text, "--length", LENGTH, "--out", read_only / "x.json"),
         ("recover", bench.model, "--remove", 2, *bench.capture, *out),
     )
     for command in commands:
@@ -174,8 +174,8 @@ def test_a_disk_that_becomes_full(
     refused("export", bench.model, *out, code=BROKEN_DATA, says=says)
     assert not (small_disk / "out").exists()
     shutil.rmtree(small_disk / "out.partial")
-    solve = ("solve", bench.store, "--plan", "1:3", "--out", small_disk / "operators")
-    refused(*solve, code=BROKEN_DATA, says=says)
+    fit = ("fit", "--store", bench.store, "--plan", "1:3", "--out", small_disk / "operators")
+    refused(*fit, code=BROKEN_DATA, says=says)
     assert not (small_disk / "operators").exists()
 
 

@@ -84,8 +84,8 @@ def test_a_plan_that_does_not_fit(
 ) -> None:
     file = bench.root / f"plan_{plan}"
     out = ("--out", tmp_path / "out")
-    refused("solve", bench.store, "--plan", file, *out, code=BAD_REQUEST, says=says)
-    refused("recover", bench.model, "--plan", file, *bench.capture, *out, code=BAD_REQUEST, says=says)
+    refused("fit", "--store", bench.store, "--plan", file, *out, code=BAD_REQUEST, says=says)
+    refused("recover", bench.model, "--remove", file, *bench.capture, *out, code=BAD_REQUEST, says=says)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,19 +101,27 @@ def test_spans_that_do_not_fit(bench: Bench, refused: Callable[..., str], tmp_pa
     }
     for plan, says in cases.items():
         code = BROKEN_DATA if plan == str(bench.operators) else BAD_REQUEST
-        refused("solve", bench.store, "--plan", plan, "--out", tmp_path / "out", code=code, says=says)
+        refused(
+            "fit", "--store", bench.store, "--plan", plan, "--out", tmp_path / "out", code=code, says=says
+        )
 
 
 def test_too_many_layers_or_none(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
-    for number, says in ((6, "6"), (7, "7"), (0, "--remove"), (-1, "--remove"), ("x", "--remove")):
+    store = ("select", "--store", bench.store)
+    for number, says in (
+        (6, "cannot remove 6 of"),
+        (7, "cannot remove 7 of"),
+        (0, "cannot remove 0 layers"),
+        (-1, "cannot remove -1 layers"),
+        ("x", "cannot read the span 'x'"),
+    ):
         remove = ("--remove", number)
-        refused("plan", bench.model, *remove, "--no-measure", code=BAD_REQUEST, says=says)
-        refused("select", bench.store, *remove, code=BAD_REQUEST, says=says)
-        refused("select", bench.store, *remove, "--criterion", "shortgpt", code=BAD_REQUEST, says=says)
+        refused("estimate", bench.model, *remove, "--no-measure", code=BAD_REQUEST, says=says)
         refused("recover", bench.model, *remove, *bench.capture, *out, code=BAD_REQUEST, says=says)
+        says = says if number in (6, 7) else "--remove"
+        refused(*store, *remove, code=BAD_REQUEST, says=says)
+        refused(*store, *remove, "--criterion", "shortgpt", code=BAD_REQUEST, says=says)
     # The first and the last layer are not candidates of this criterion.
-    refused("select", bench.store, "--remove", 5, code=BAD_REQUEST, says="5")
-    both = ("--remove", 2, "--plan", "1:3")
-    refused("recover", bench.model, *both, *bench.capture, *out, code=BAD_REQUEST, says="not both")
-    refused("recover", bench.model, *bench.capture, *out, code=BAD_REQUEST, says="which plan")
+    refused("select", "--store", bench.store, "--remove", 5, code=BAD_REQUEST, says="5")
+    refused("recover", bench.model, *bench.capture, *out, code=BAD_REQUEST, says="--remove")

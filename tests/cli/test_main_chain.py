@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from ghoststream.stages.inspect import inspect_path
-from ghoststream.stages.verify import verify_path
 
 import ghoststream as gs
 from ghoststream.cli import main
+from ghoststream.stages.artifacts.inspect import inspect_path
+from ghoststream.stages.artifacts.verify import verify_path
 
 pytestmark = pytest.mark.integration
 LENGTH = 16
@@ -36,15 +36,23 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def work(tiny_llama: Path, ids: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of capture, select, solve, export and evaluate."""
+    """Results of capture, select, fit, export and evaluate."""
     work = tmp_path_factory.mktemp("work")
     text = ("--sequences", 12, "--length", LENGTH)
     _run("capture", tiny_llama, "--calibration", ids, *text, "--store", work / "store")
-    _run("select", work / "store", "--remove", 2, "--out", work / "plan.json")
-    _run("solve", work / "store", "--plan", work / "plan.json", "--out", work / "operators.safetensors")
+    _run("select", "--store", work / "store", "--remove", 2, "--out", work / "plan.json")
+    _run(
+        "fit",
+        "--store",
+        work / "store",
+        "--plan",
+        work / "plan.json",
+        "--out",
+        work / "operators.safetensors",
+    )
     _run("export", tiny_llama, "--operators", work / "operators.safetensors", "--out", work / "recovered")
     models = (tiny_llama, work / "recovered")
-    _run("evaluate", *models, "--text", ids, "--length", LENGTH, "--json", work / "figures.json")
+    _run("evaluate", *models, "--text", ids, "--length", LENGTH, "--out", work / "figures.json")
     return work
 
 
@@ -96,16 +104,18 @@ def test_json_of_every_command(work: Path, tiny_llama: Path, ids: str, tmp_path:
         "--store", work / "store", "--json",
     )  # fmt: skip
     assert json.loads(captured.stdout)["complete"] is True
-    selected = json.loads(_run("select", work / "store", "--remove", 2, "--json").stdout)
-    assert len(selected["scores"]) == 3
+    selected = json.loads(_run("select", "--store", work / "store", "--remove", 2, "--json").stdout)
+    assert [row["spans"] for row in selected["candidates"]] == [[[start, start + 2]] for start in range(4)]
     operators = tmp_path / "operators.safetensors"
-    solved = json.loads(_run("solve", work / "store", "--plan", "1:3", "--out", operators, "--json").stdout)
+    solved = json.loads(
+        _run("fit", "--store", work / "store", "--plan", "1:3", "--out", operators, "--json").stdout
+    )
     assert solved["plan"]["spans"] == [[1, 3]]
     assert solved["boundaries"]["[1,3)"]["n_tokens"] == 12 * LENGTH
     out = tmp_path / "recovered"
     exported = json.loads(_run("export", tiny_llama, "--operators", operators, "--out", out, "--json").stdout)
     assert exported["layers_after"] == 4
-    figures = json.loads(_run("evaluate", out, "--text", ids, "--length", LENGTH, "--json", "-").stdout)
+    figures = json.loads(_run("evaluate", out, "--text", ids, "--length", LENGTH, "--json").stdout)
     assert figures[0]["tokens"] == 12 * (LENGTH - 1)
 
 
@@ -116,7 +126,7 @@ def test_recover_gives_the_operators_of_the_stages(
     request = (
         "recover",
         tiny_llama,
-        *("--remove", 2, "--criterion", "streamline", "--operator", "ghost"),
+        *("--remove", 2, "--criterion", "streamline-published", "--operator", "ghost"),
         *("--calibration", ids, "--sequences", 12, "--length", LENGTH),
     )
     report = json.loads(_run(*request, "--out", out, "--json").stdout)
@@ -136,17 +146,18 @@ def test_pipeline_gives_the_files_of_the_stages(
 ) -> None:
     pipeline = {
         "name": "chain",
-        "capture": {"calibration": ids, "sequences": 12, "length": LENGTH},
-        "select": {"remove": 2},
-        "evaluate": {"text": ids, "length": LENGTH},
+        "remove": 2,
+        "calibration": {"spec": ids, "sequences": 12, "length": LENGTH},
+        "search": {"criterion": "streamline-published"},
+        "method": {"operator": "ghost"},
+        "evaluate": {"spec": ids, "length": LENGTH},
     }
     path, out = tmp_path / "chain.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(pipeline), encoding="utf-8")
     first = json.loads(_run("run", path, "--model", tiny_llama, "--out", out, "--json").stdout)
     assert first["evaluation"][1]["tokens"] == 12 * (LENGTH - 1)
-    operators = (out / "operators.safetensors").read_bytes()
-    assert operators == (work / "operators.safetensors").read_bytes()
-    shards = {shard.name: shard.read_bytes() for shard in sorted((out / "recovered").glob("*.safetensors"))}
+    assert Path(first["operators_file"]).read_bytes() == (work / "operators.safetensors").read_bytes()
+    shards = {shard.name: shard.read_bytes() for shard in sorted(out.glob("*.safetensors"))}
     assert shards == {name: (work / "recovered" / name).read_bytes() for name in shards}
     # Again: everything is taken as it is.
     again = json.loads(_run("run", path, "--model", tiny_llama, "--out", out, "--json").stdout)
@@ -155,30 +166,31 @@ def test_pipeline_gives_the_files_of_the_stages(
     assert "perplexity" in shown.stdout
 
 
-def test_recover_and_pipelines_choose_as_search_and_fit_do(
+def test_recover_and_pipelines_choose_as_select_and_fit_do(
     tiny_llama: Path, ids: str, tmp_path: Path
 ) -> None:
     text = ("--calibration", ids, "--sequences", 12, "--length", LENGTH)
     plan, operators = tmp_path / "plan.json", tmp_path / "operators.safetensors"
     choice = ("--remove", 2, "--max-spans", 1, "--held-out", 4)
-    _run("search", tiny_llama, *choice, *text, "--out", plan)
-    _run("fit", tiny_llama, "--plan", plan, *text, "--held-out", 4, "--out", operators)
+    _run("select", "--model", tiny_llama, *choice, *text, "--out", plan)
+    _run("fit", "--model", tiny_llama, "--plan", plan, *text, "--out", operators)
     _run("export", tiny_llama, "--operators", operators, "--out", tmp_path / "stages")
     _run("recover", tiny_llama, *choice, *text, "--out", tmp_path / "recover")
     pipeline = {
         "name": "measured",
-        "capture": {"calibration": ids, "sequences": 12, "length": LENGTH},
-        "select": {"remove": 2, "criterion": "measured", "max_spans": 1, "held_out": 4},
-        "solve": {"operator": "auto"},
+        "remove": 2,
+        "calibration": {"spec": ids, "sequences": 12, "length": LENGTH},
+        "search": {"max_spans": 1, "held_out": 4},
     }
     path = tmp_path / "measured.yaml"
     path.write_text(yaml.safe_dump(pipeline), encoding="utf-8")
-    _run("run", path, "--model", tiny_llama, "--out", tmp_path / "run")
-    assert not (tmp_path / "run" / "store").exists()
-    assert (tmp_path / "run" / "operators.safetensors").read_bytes() == operators.read_bytes()
+    report = json.loads(_run("run", path, "--model", tiny_llama, "--out", tmp_path / "run", "--json").stdout)
+    assert report["store"] is None
+    assert not (tmp_path / "run.work" / "store").exists()
+    assert Path(report["operators_file"]).read_bytes() == operators.read_bytes()
     wanted = {shard.name: shard.read_bytes() for shard in (tmp_path / "stages").glob("*.safetensors")}
     assert wanted
-    for folder in ("recover", "run/recovered"):
+    for folder in ("recover", "run"):
         assert wanted == {name: (tmp_path / folder / name).read_bytes() for name in wanted}
 
 
@@ -187,13 +199,12 @@ def test_pipeline_refuses_the_results_of_another(
 ) -> None:
     pipeline = {
         "name": "other",
-        "capture": {"calibration": ids, "sequences": 12, "length": LENGTH},
-        "select": {"spans": "0:1"},
+        "remove": "0:1",
+        "calibration": {"spec": ids, "sequences": 12, "length": LENGTH},
     }
     path, out = tmp_path / "other.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(pipeline), encoding="utf-8")
-    out.mkdir()
-    (out / "recovered").symlink_to(work / "recovered")
+    out.symlink_to(work / "recovered")
     result = CliRunner().invoke(main, ["run", str(path), "--model", str(tiny_llama), "--out", str(out)])
     assert result.exit_code == 2
     assert "move it away" in result.stderr
@@ -201,7 +212,7 @@ def test_pipeline_refuses_the_results_of_another(
 
 def test_pipeline_without_a_model(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
-    path.write_text("name: p\ncapture: {calibration: ptb}\nselect: {remove: 1}\n", encoding="utf-8")
+    path.write_text("remove: 1\ncalibration: ptb\n", encoding="utf-8")
     result = CliRunner().invoke(main, ["run", str(path), "--out", str(tmp_path / "run")])
     assert result.exit_code == 2
     assert "names no model; give one with --model" in result.stderr
@@ -209,18 +220,18 @@ def test_pipeline_without_a_model(tmp_path: Path) -> None:
 
 def test_functions_take_paths_as_text(work: Path, tiny_llama: Path, ids: str, tmp_path: Path) -> None:
     model, here = str(tiny_llama), str(tmp_path)
-    text: dict[str, Any] = {"calibration": ids, "sequences": 12, "length": LENGTH}
-    gs.search(model, 2, max_spans=1, operator="ghost", out=f"{here}/found.json", **text)
-    gs.fit(model, f"{here}/found.json", operator="ghost", out=f"{here}/fitted.safetensors", **text)
-    gs.select(str(work / "store"), 2, out=f"{here}/plan.json")
-    gs.solve(str(work / "store"), f"{here}/plan.json", out=f"{here}/solved.safetensors")
+    text, ghost = gs.Text(spec=ids, sequences=12, length=LENGTH), gs.Method(operator="ghost")
+    running, stored = gs.Source(model=model, calibration=text), gs.Source(store=str(work / "store"))
+    gs.select(2, running, search=gs.Search(max_spans=1), method=ghost, out=f"{here}/found.json")
+    gs.fit(f"{here}/found.json", running, method=ghost, out=f"{here}/fitted.safetensors")
+    gs.select(2, stored, out=f"{here}/plan.json")
+    gs.fit(f"{here}/plan.json", stored, out=f"{here}/solved.safetensors")
     gs.export(model, f"{here}/solved.safetensors", f"{here}/exported")
-    gs.recover(model, plan=f"{here}/plan.json", operator="ghost", out=f"{here}/recovered", **text)
+    gs.recover(model, remove=f"{here}/plan.json", calibration=text, method=ghost, out=f"{here}/recovered")
     report = gs.evaluate(
         [model, f"{here}/exported", f"{here}/recovered"],
-        text=ids,
-        length=LENGTH,
-        json_path=f"{here}/figures.json",
+        text=gs.Text(spec=ids, length=LENGTH),
+        out=f"{here}/figures.json",
     )
     assert report.rows[1].loss == report.rows[2].loss
     assert json.loads((tmp_path / "figures.json").read_text())

@@ -1,7 +1,7 @@
 """Write the archived stores that later versions must go on reading; run once for each version of the format.
 
-``python tests/data/make_archives.py`` from the root of the repository. An archive that exists is left alone: it is
-what a released version wrote.
+``python tests/data/make_archives.py`` from the root of the repository. An archive that exists is left alone:
+it is what a released version wrote.
 """
 
 from __future__ import annotations

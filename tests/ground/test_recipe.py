@@ -11,19 +11,19 @@ from pydantic import ValidationError
 
 from ghoststream import recipe as recipes
 from ghoststream.errors import ArtifactError
+from ghoststream.options import Method, Text
 from ghoststream.recipe import (
     CaptureRecipe,
     EvaluateRecipe,
     Recipe,
-    SolveRecipe,
-    TextRecipe,
+    StoreFitRecipe,
     differences,
     library_versions,
 )
 
 pytestmark = pytest.mark.unit
 DIGEST = "sha256:" + "0" * 64
-TEXT = TextRecipe(spec="file:wiki.valid.raw", sequences=96, length=512)
+TEXT = Text(spec="file:wiki.valid.raw", sequences=96, length=512)
 
 
 def capture(**changes: Any) -> CaptureRecipe:
@@ -42,10 +42,20 @@ def capture(**changes: Any) -> CaptureRecipe:
     return CaptureRecipe(**{**fields, **changes})
 
 
+def fit(**changes: Any) -> StoreFitRecipe:
+    fields: dict[str, Any] = {
+        "method": Method(operator="ghost", ridge=1e-6),
+        "range_sequences": 16,
+        "folds": 4,
+        "block_tokens": 2048,
+        "store_digest": DIGEST,
+    }
+    return StoreFitRecipe(**{**fields, **changes})
+
+
 ALL: list[Recipe] = [
-    TEXT,
     capture(),
-    SolveRecipe(operator="ghost", range_sequences=16, store_digest=DIGEST),
+    fit(),
     EvaluateRecipe(
         text=TEXT,
         tokens_digest=DIGEST,
@@ -78,10 +88,12 @@ def test_an_unknown_field_is_refused(recipe: Recipe) -> None:
 
 
 def test_a_missing_field_is_refused_by_name() -> None:
-    data = TEXT.to_json()
-    del data["length"]
-    with pytest.raises(ArtifactError, match=r"TextRecipe in memory cannot be used .*length: Field required"):
-        TextRecipe.from_json(data, "memory")
+    data = capture().to_json()
+    del data["dtype"]
+    with pytest.raises(
+        ArtifactError, match=r"CaptureRecipe in memory cannot be used .*dtype: Field required"
+    ):
+        CaptureRecipe.from_json(data, "memory")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,7 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
 def test_the_ridge_is_finite_and_not_negative(ridge: float) -> None:
     with pytest.raises(ValidationError):
-        SolveRecipe(operator="ghost", range_sequences=16, store_digest=DIGEST, ridge=ridge)
+        Method(operator="ghost", ridge=ridge)
 
 
 def test_each_field_changes_the_digest() -> None:
@@ -113,13 +125,13 @@ def test_each_field_changes_the_digest() -> None:
         {"layers": (0, 1)},
         {"attention": "eager"},
         {"revision": "abc"},
-        {"text": TextRecipe(spec="file:wiki.valid.raw", sequences=95, length=512)},
+        {"text": Text(spec="file:wiki.valid.raw", sequences=95, length=512)},
     ]
     assert len({capture().digest(), *(capture(**change).digest() for change in changes)}) == 1 + len(changes)
 
 
 def test_differences_name_field_and_values() -> None:
-    shorter = TextRecipe(spec="file:wiki.valid.raw", sequences=96, length=256)
+    shorter = Text(spec="file:wiki.valid.raw", sequences=96, length=256)
     other = capture(text=shorter, micro_batch=2)
     assert differences(capture(), other) == [
         "micro_batch is 4, asked for 2",

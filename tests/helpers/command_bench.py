@@ -83,7 +83,7 @@ def make_bench(root: Path) -> Bench:
     save_model(bench.deeper, num_hidden_layers=8)
     succeed("capture", bench.model, *bench.capture, "--store", bench.store)
     succeed("capture", bench.model, *bench.capture, "--store", bench.some_store, "--layers", "1,3")
-    succeed("solve", bench.store, "--plan", "1:3", "--out", bench.operators)
+    succeed("fit", "--store", bench.store, "--plan", "1:3", "--out", bench.operators)
     succeed("export", bench.model, "--operators", bench.operators, "--out", bench.recovered)
     (root / "full_folder").mkdir()
     (root / "full_folder" / "mine.txt").write_text("do not lose me")

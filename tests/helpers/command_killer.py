@@ -1,12 +1,14 @@
 """Run commands of the command line again and again, killed at one operation after the other.
 
-``python command_killer.py ROOT CHOICE JOBS``: JOBS is a JSON object of argument lists. Each command runs in processes
-of its own (forked, so that the libraries are imported once), each in its own folder under ROOT, which takes the place
-of ``{work}`` in the arguments. First undisturbed; then for each chosen operation once until SIGKILL strikes before it,
-and once more to the end. CHOICE is ``{"every": N, "first": M}``, or ``{"count": N}`` for so many operations of each kind and stage.
+``python command_killer.py ROOT CHOICE JOBS``: JOBS is a JSON object of argument lists. Each command runs in
+processes of its own (forked, so that the libraries are imported once), each in its own folder under ROOT,
+which takes the place of ``{work}`` in the arguments. First undisturbed; then for each chosen operation once
+until SIGKILL strikes before it, and once more to the end. CHOICE is ``{"every": N, "first": M}``, or
+``{"count": N}`` for so many operations of each kind and stage.
 
-Operations are layers of a pass, closing of scratch files for its states, writes of zarr and of checkpoint shards (killed when half of it is written), renames,
-removals and syncs. Prints one JSON object: for each job the files and the layers that each run left and computed.
+Operations are layers of a pass, closing of scratch files for its states, writes of zarr and of checkpoint
+shards (killed when half of it is written), renames, removals and syncs. Prints one JSON object: for each job
+the files and the layers that each run left and computed.
 """
 
 from __future__ import annotations
@@ -31,11 +33,16 @@ import zarr.storage._local as zarr_local
 
 from ghoststream.checkpoint import writer as checkpoint_writer
 from ghoststream.cli import main as command_line
-from ghoststream.stages import recover, recovery_flow
+from ghoststream.stages import recover, steps
 from ghoststream.streaming import StreamedPass
 from ghoststream.streaming.states import FileStates
 
-_STAGES = {"capture": recovery_flow, "select": recovery_flow, "solve": recovery_flow, "export": recover}
+_STAGES = {
+    "capture": (steps, "capture_session"),
+    "select": (steps, "select_from_store"),
+    "fit": (steps, "fit_from_store"),
+    "export": (recover, "export_recovered"),
+}
 
 
 class Saboteur:
@@ -63,8 +70,8 @@ class Saboteur:
         os.fsync = self._counted("fsync", lambda _: None)
         zarr_local._put = self._counted("put", zarr_local._put, _half_put)
         checkpoint_writer._write_all = self._counted("write", checkpoint_writer._write_all, _half_write)
-        for name, owner in _STAGES.items():
-            setattr(owner, name, self._staged(name, getattr(owner, name)))
+        for stage, (module, function) in _STAGES.items():
+            setattr(module, function, self._staged(stage, getattr(module, function)))
 
     def _counted(
         self, name: str, function: Callable[..., Any], half: Callable[..., Any] | None = None

@@ -1,7 +1,8 @@
 """Measure the peak anonymous memory of stages, each in a process of its own; run by test_memory.
 
-``python memory_driver.py WORK`` makes the models under WORK, forks a process for each measurement (so that libraries are
-imported once), and prints one JSON object: the sizes that the bounds are made of, and bytes above what was there before.
+``python memory_driver.py WORK`` makes the models under WORK, forks a process for each measurement (so that
+libraries are imported once), and prints one JSON object: the sizes that the bounds are made of, and bytes
+above what was there before.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ import numpy as np
 import scipy.linalg
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - the same
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.solve import solve
 
+from ghoststream.options import Compute, Reduction, Search, Source, Storage, Text
 from ghoststream.stages.capturing import capture as capture_stage
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.capturing.replay import replay
 from ghoststream.stages.export import export
+from ghoststream.stages.fit import fit
+from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.select import select
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.synthetic import save_ids, save_synthetic
@@ -50,19 +52,21 @@ Stage = Callable[[Path, Path, str, int], object]
 """Takes the model, a work folder, the text and the number of sequences."""
 
 
+def _windows(text: str, sequences: int) -> Text:
+    return Text(spec=text, sequences=sequences, length=LENGTH)
+
+
 def _capture(model: Path, work: Path, text: str, sequences: int) -> object:
-    return capture(model, calibration=text, sequences=sequences, length=LENGTH, store=work / "store")
+    return capture(model, calibration=_windows(text, sequences), store=work / "store")
 
 
 def _capture_on_disk(model: Path, work: Path, text: str, sequences: int) -> object:
     return capture(
         model,
-        calibration=text,
-        sequences=sequences,
-        length=LENGTH,
+        calibration=_windows(text, sequences),
         store=work / f"disk-{sequences}",
-        layers=(0, 1, 2),
-        host_memory=budget_bytes(ModelSession(model, ModelOptions()).skeleton),
+        storage=Storage(layers=(0, 1, 2)),
+        compute=Compute.make({"host_memory": budget_bytes(ModelSession(model).skeleton)}),
     )
 
 
@@ -79,11 +83,13 @@ def _replay(model: Path, work: Path, _: str, sequences: int) -> object:
 
 
 def _select(_: Path, work: Path, __: str, ___: int) -> object:
-    return select(work / "store", 2, workers=1)
+    source, search = Source(store=str(work / "store")), Search(criterion="streamline")
+    return select(2, source, search=search, reduction=Reduction(workers=1))
 
 
-def _solve(_: Path, work: Path, __: str, ___: int) -> object:
-    return solve(work / "store", "1:3", out=work / "operators.safetensors", workers=1)
+def _fit(_: Path, work: Path, __: str, ___: int) -> object:
+    out, reduction = work / "operators.safetensors", Reduction(workers=1)
+    return fit("1:3", Source(store=str(work / "store")), out=out, reduction=reduction)
 
 
 def _export(model: Path, work: Path, _: str, __: int) -> object:
@@ -91,7 +97,7 @@ def _export(model: Path, work: Path, _: str, __: int) -> object:
 
 
 def _evaluate(model: Path, work: Path, text: str, sequences: int) -> object:
-    return evaluate([model, work / "recovered"], text=text, length=LENGTH, sequences=sequences)
+    return evaluate([model, work / "recovered"], text=_windows(text, sequences))
 
 
 def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
@@ -102,7 +108,7 @@ def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
         try:
             work.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=work.parent) as tiny:
-                for one in (_capture, _capture_on_disk, _replay, _select, _solve, _export, _evaluate):
+                for one in (_capture, _capture_on_disk, _replay, _select, _fit, _export, _evaluate):
                     one(work.parent / "tiny", Path(tiny), f"ids:{work.parent / 'tiny.npy'}", 4)
             _warm_up_products()
             gc.collect()
@@ -151,11 +157,11 @@ def main(root: Path) -> None:
         "replay, few": measure(_replay, deep, work, FEW),
         "replay, many": measure(_replay, deep, work, MANY),
         "select": measure(_select, deep, work, FEW),
-        "solve": measure(_solve, deep, work, FEW),
+        "fit": measure(_fit, deep, work, FEW),
         "export": measure(_export, deep, work, FEW),
         "evaluate": measure(_evaluate, deep, work, FEW),
     }
-    skeleton = ModelSession(deep, ModelOptions()).skeleton
+    skeleton = ModelSession(deep).skeleton
     sizes = {
         "unit": skeleton.unit_bytes,
         "checkpoint": skeleton.index.n_bytes,

@@ -147,12 +147,12 @@ def examine(folders: list[Path], home: Path) -> dict[str, Any]:
 def reference_model(root: Path, operators: OperatorSet) -> Any:
     """The resident original: removed layers return their input, hooks apply the operators."""
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    family = architecture_of(model.config)
-    layers = model.get_submodule(family.layers_path)
+    architecture = architecture_of(model.config)
+    layers = model.get_submodule(architecture.layers_path)
     skip_layers(model, operators.plan.removed)
     for operator in operators.boundaries:
         place = (
-            model.get_submodule(family.final_norm_path)
+            model.get_submodule(architecture.final_norm_path)
             if operator.span.stop == len(layers)
             else layers[operator.span.stop]
         )

@@ -25,7 +25,8 @@ MIXTURES: dict[str, set[int]] = {
     "qwen3_moe": {2, 5},
 }
 
-# Written down for these tests from transformers' modelling files: attention, its last map, the MLP, its last map.
+# Written down for these tests from transformers' modelling files: attention, its last map, the MLP, its last
+# map.
 LLAMA = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
 MODULES = {
     "bloom": ("self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"),

@@ -1,12 +1,13 @@
 """Run the workers of a split capture as processes: at once, one after the other, and killed; run by tests.
 
-``python split_killer.py ROOT SHARD_BYTES JOB ARGUMENTS``: ARGUMENTS is the command without ``--store`` and ``--worker``
-as a JSON list. Shards are made small, so that small captures can be split. JOB is a JSON object:
+``python split_killer.py ROOT SHARD_BYTES JOB ARGUMENTS``: ARGUMENTS is the command without ``--store`` and
+``--worker`` as a JSON list. Shards are made small, so that small captures can be split. JOB is a JSON object:
 
 - ``{"together": [2, 3, 4]}``: for each number, so many workers run at once.
-- ``{"kill": CHOICE, "who": [1, 2]}``: the first of two workers, which makes the store, and the last, which folds the
-  parts, are killed at the operations that CHOICE picks (see command_killer) and run again.
-- ``{"kill beside": N}``: N times, one of two workers that run at once is killed at some operation and run again.
+- ``{"kill": CHOICE, "who": [1, 2]}``: the first of two workers, which makes the store, and the last, which
+  folds the parts, are killed at the operations that CHOICE picks (see command_killer) and run again.
+- ``{"kill beside": N}``: N times, one of two workers that run at once is killed at some operation and run
+  again.
 
 Prints one JSON object: the files of the store of one worker, and what the others left.
 """

@@ -1,9 +1,9 @@
 """Write a store again and again, killed at one file operation after the other; run by tests.
 
 Prints one JSON object: for each point at which a run was killed, the digest of every file after the next run.
-``python store_killer.py ROOT STRIDE WHO...``: the kills come before the 1st, (1 + STRIDE)th, ... operation of each WHO:
-``whole``, one writer; ``first`` or ``last``, one of two writers of parts, who comes before or after the other. What is
-left undisturbed is always what one writer leaves.
+``python store_killer.py ROOT STRIDE WHO...``: the kills come before the 1st, (1 + STRIDE)th, ... operation of
+each WHO: ``whole``, one writer; ``first`` or ``last``, one of two writers of parts, who comes before or after
+the other. What is left undisturbed is always what one writer leaves.
 """
 
 from __future__ import annotations

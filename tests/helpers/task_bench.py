@@ -37,7 +37,8 @@ def write_tasks(folder: Path) -> Path:
         {"context": draw(1, 60), "choices": [draw(1, 9) for _ in range(rng.integers(2, 5))], "label": 0}
         for _ in range(10)
     ]
-    # Too long for the model; single tokens to choose from; no context; a blank at its end; begin-of-text tokens.
+    # Too long for the model; single tokens to choose from; no context; a blank at its end; begin-of-text
+    # tokens.
     choices += [
         {"context": draw(190, 220), "choices": [draw(3, 9), draw(3, 9)], "label": 1},
         {"context": draw(20, 21), "choices": ["y", "n"], "label": 1},

@@ -91,7 +91,7 @@ def test_files_that_are_no_operators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="no file"):
         OperatorSet.load(path)
     save_file({"a": np.ones(2)}, path)
-    advice = "; give the file that `ghoststream solve` wrote, or solve again$"
+    advice = "; give the file that `ghoststream fit` wrote, or fit again$"
     with pytest.raises(ArtifactError, match="no readable ghoststream metadata: .*" + advice):
         OperatorSet.load(path)
     save_file({"a": np.ones(2)}, path, {"ghoststream": "[]"})

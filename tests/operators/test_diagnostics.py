@@ -43,7 +43,7 @@ def data(states: list[Hidden], chosen: np.ndarray | None = None) -> tuple[np.nda
     return x, states[SPAN.stop][which][mask].astype(np.float64) - x
 
 
-def fit(name: str, moments: FoldedMoments, ridge: float = 1e-6) -> BoundaryOperator:
+def fit(name: str, moments: FoldedMoments, ridge: float | None = None) -> BoundaryOperator:
     return make_operator(Method(operator=name, ridge=ridge)).fit(moments)
 
 

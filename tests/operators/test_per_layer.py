@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import (
@@ -24,6 +23,7 @@ from ghoststream.statistics import FoldedMoments, Ranges, hadamard_matrix
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers.reducing import moments_of
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 8)
@@ -66,13 +66,13 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
 ) -> None:
     plan = PruningPlan(L, (Span(0, 1), Span(2, 5)))
     out = tmp_path / "operators.safetensors"
-    made = solve(uri, plan, options=Method(per_layer=True), folds=FOLDS, out=out)
+    made = fit(plan, store=uri, per_layer=True, folds=FOLDS, out=out)
     for operator in made.boundaries:
         x = rows(states, operator.span.start)
         np.testing.assert_allclose(
             operator.apply(x), x @ official(states, operator.span), rtol=1e-4, atol=1e-5
         )
-    merged = solve(uri, plan, folds=FOLDS, out=tmp_path / "merged.safetensors")
+    merged = fit(plan, store=uri, folds=FOLDS, out=tmp_path / "merged.safetensors")
     first, longer = zip(made.boundaries, merged.boundaries, strict=True)
     assert first[0].weight is not None
     assert first[1].weight is not None
@@ -80,9 +80,9 @@ def test_ghost_per_layer_is_the_papers_code_for_removals_that_are_apart(
     # The merged map is the best of all linear ones; one that is fitted layer by layer cannot be better.
     residuals = [operator.diagnostics["relative_residual"] for operator in longer]
     assert residuals[0] > residuals[1] * (1 + 1e-6)
-    assert made.metadata["recipe"]["per_layer"] is True
+    assert made.metadata["recipe"]["method"]["per_layer"] is True
     before = out.read_bytes()
-    again = solve(uri, plan, options=Method(per_layer=True), folds=FOLDS, out=out)
+    again = fit(plan, store=uri, per_layer=True, folds=FOLDS, out=out)
     assert out.read_bytes() == before
     assert again.diagnostics == made.diagnostics == OperatorSet.load(out).diagnostics
 
@@ -127,13 +127,7 @@ def ratios(states: list[Hidden], layer: int, turn: Array) -> Array:
 
 @pytest.mark.parametrize("name", ["linear-patch-diagonal", "linear-patch-rotated", "prune-and-comp"])
 def test_baselines_can_be_chained_too(uri: str, states: list[Hidden], tmp_path: Path, name: str) -> None:
-    made = solve(
-        uri,
-        "1:4",
-        operator=name,
-        options=Method(per_layer=True),
-        out=tmp_path / "operators.safetensors",
-    )
+    made = fit("1:4", store=uri, operator=name, per_layer=True, out=tmp_path / "operators.safetensors")
     turn = hadamard_matrix(SHAPE[2]) if name == "linear-patch-rotated" else np.eye(SHAPE[2])
     x = rows(states, 1)
     expected = x
@@ -160,11 +154,11 @@ def test_a_family_without_a_product_is_refused_before_the_work(uri: str, tmp_pat
         fit_per_layer(Alone(Method(operator="alone-for-a-test")), moments[SPAN], layers)
     register_operator("alone-for-a-test")(Alone)
     with pytest.raises(RequestError, match="alone-for-a-test is defined without one map a removed layer"):
-        solve(
-            uri,
+        fit(
             "1:4",
+            store=uri,
             operator="alone-for-a-test",
-            options=Method(per_layer=True),
+            per_layer=True,
             out=tmp_path / "operators.safetensors",
         )
     assert list(tmp_path.iterdir()) == []
@@ -180,7 +174,7 @@ def test_a_fold_without_tokens_is_refused(tmp_path: Path) -> None:
     mask[1] = False
     uri = store_of(tmp_path / "store", random_states(3, (4, 6, 3)), mask=mask)
     with pytest.raises(NumericsError, match=r"fold 1 of 4 .* holds no tokens"):
-        solve(uri, "0:2", options=Method(per_layer=True), out=tmp_path / "operators.safetensors")
+        fit("0:2", store=uri, per_layer=True, out=tmp_path / "operators.safetensors")
 
 
 def degenerate(share: float) -> list[Hidden]:
@@ -201,9 +195,7 @@ def test_svd_is_the_pseudo_inverse_with_small_singular_values_left_out(
     if dropped:
         states[0][..., 5] = states[0][..., 4]  # exactly singular, whatever float32 rounds
     uri = store_of(tmp_path / "store", states, n_layers=2)
-    (operator,) = solve(
-        uri, "0:1", options=Method(solver="svd"), folds=2, out=tmp_path / "o.safetensors"
-    ).boundaries
+    (operator,) = fit("0:1", store=uri, solver="svd", folds=2, out=tmp_path / "o.safetensors").boundaries
     x, y = (part.reshape(-1, 6).astype(np.float64) for part in states)
     best = np.linalg.pinv(x, rcond=1e-6) @ (y - x)
     assert operator.weight is not None

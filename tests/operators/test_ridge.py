@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.cli.parameters import Ridge
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
@@ -20,6 +17,7 @@ from ghoststream.spans import Span
 from ghoststream.statistics import FoldedMoments, Ranges, get_token_weight
 from ghoststream.statistics.token_weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers import requests
 from tests.helpers.reducing import moments_of, reduced_by
 
 pytestmark = pytest.mark.unit
@@ -60,14 +58,9 @@ def fit(uri: str, *, solver: Any = "gram", folds: int = FOLDS, **options: Any) -
 
 
 def reduced(uri: str, solver: str, *, folds: int = FOLDS, **options: Any) -> FoldedMoments:
-    return moments_of(
-        uri,
-        [SPAN],
-        triangles=solver == "tsqr",
-        constant=bool(options.get("intercept")),
-        feature=options.get("features", "hidden"),
-        folds=folds,
-    )[SPAN]
+    named: dict[str, Any] = {name: options[name] for name in ("features", "intercept") if name in options}
+    kind = make_operator(Method.make({"operator": "least-squares", "solver": solver, **named}))
+    return reduced_by(kind, uri, [SPAN], folds=folds)[SPAN]
 
 
 def ridge_fit(
@@ -244,21 +237,27 @@ def test_the_qr_route_with_intercept_stays_right_where_the_gram_fails(tmp_path: 
 
 def test_solve_takes_and_keeps_the_options(uri: str, states: list[Hidden], tmp_path: Path) -> None:
     out = tmp_path / "operators.safetensors"
-    made = solve(
-        uri,
+    made = requests.fit(
         "1:3",
+        store=uri,
         operator="least-squares",
-        options=Method(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
+        solver="tsqr",
+        intercept=True,
+        shrink="zero",
+        ridge="gcv",
         out=out,
     )
-    again = solve(
-        uri,
+    again = requests.fit(
         "1:3",
+        store=uri,
         operator="least-squares",
-        options=Method(solver="tsqr", intercept=True, shrink="zero", ridge="gcv"),
+        solver="tsqr",
+        intercept=True,
+        shrink="zero",
+        ridge="gcv",
         out=out,
     )
-    recipe = made.metadata["recipe"]
+    recipe = made.metadata["recipe"]["method"]
     assert (recipe["ridge"], recipe["shrink"], recipe["solver"], recipe["intercept"]) == (
         "gcv",
         "zero",
@@ -274,10 +273,10 @@ def test_solve_takes_and_keeps_the_options(uri: str, states: list[Hidden], tmp_p
 
 
 @pytest.mark.parametrize(("text", "value"), [("gcv", "gcv"), ("auto", "auto"), ("1e-3", 1e-3)])
-def test_the_command_line_takes_a_ridge_as_a_number_or_how_to_choose_it(text: str, value: Any) -> None:
-    assert Ridge().convert(text, None, None) == value
-    with pytest.raises(click.BadParameter, match="for example 1e-6, auto or gcv"):
-        Ridge().convert(f"{text}?", None, None)
+def test_a_method_takes_a_ridge_as_a_number_or_how_to_choose_it(text: str, value: Any) -> None:
+    assert Method.make({"ridge": text}).ridge == value
+    with pytest.raises(RequestError, match="for example 1e-6, auto or gcv"):
+        Method.make({"ridge": f"{text}?"})
 
 
 def test_what_cannot_be_honoured_is_refused(uri: str) -> None:

@@ -6,23 +6,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.triangular import solve_triangle
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import BoundaryMoments, FoldedMoments, MomentSpec, SumState, open_source
+from ghoststream.statistics import (
+    BoundaryMoments,
+    BoundaryReducer,
+    FoldedMoments,
+    MomentSpec,
+    SumState,
+    open_source,
+)
 from ghoststream.statistics.triangle_boundary import TriangleReducer
-from ghoststream.statistics.triangles import merge_triangles
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers import requests
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 8)
 SPAN = Span(1, 3)
 Array = npt.NDArray[np.float64]
+ROUTES = (BoundaryReducer, TriangleReducer)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def fit(moments: FoldedMoments, solver: Any, **options: Any) -> BoundaryOperator
 
 
 def both(uri: str, **options: Any) -> tuple[FoldedMoments, FoldedMoments]:
-    gram, triangle = (moments_of(uri, [SPAN], triangles=route, **options)[SPAN] for route in (False, True))
+    gram, triangle = (moments_of(uri, [SPAN], kind, **options)[SPAN] for kind in ROUTES)
     return gram, triangle
 
 
@@ -74,8 +81,8 @@ def test_merged_factors_are_those_of_the_whole_data(
     [
         {},
         {"feature": "hidden+normed"},
-        {"feature": "normed", "weights": "relative"},
-        {"weights": "drop_sinks", "folds": 3},
+        {"feature": "normed", "token_weights": "relative"},
+        {"token_weights": "drop_sinks", "folds": 3},
     ],
     ids=str,
 )
@@ -103,8 +110,8 @@ def test_both_routes_agree_where_the_gram_is_sound(
 def test_the_qr_route_stays_right_where_the_gram_fails(tmp_path: Path) -> None:
     """With e = 2^-20 and small integers c, s, t the channels are c, c + e s and e (s + e t), exact in float32.
 
-    The gap is t, an exact map of the channels, but its direction has a size of e^2 = 1e-12 of theirs, however channels are
-    scaled: 1e-24 in the Gram, which cannot hold it.
+    The gap is t, an exact map of the channels, but its direction has a size of e^2 = 1e-12 of theirs, however
+    channels are scaled: 1e-24 in the Gram, which cannot hold it.
     """
     rng = np.random.default_rng(0)
     e = 2.0**-20
@@ -114,7 +121,7 @@ def test_the_qr_route_stays_right_where_the_gram_fails(tmp_path: Path) -> None:
     assert (x.astype(np.float32) == x).all()
     assert (y.astype(np.float32) == y).all()
     uri = store_of(tmp_path / "store", [x.astype(np.float32), y.astype(np.float32)])
-    gram, triangle = (moments_of(uri, [Span(0, 1)], triangles=route)[Span(0, 1)] for route in (False, True))
+    gram, triangle = (moments_of(uri, [Span(0, 1)], kind)[Span(0, 1)] for kind in ROUTES)
     failed, sound = (
         fit(moments, solver, ridge=0.0).diagnostics
         for moments, solver in ((gram, "gram"), (triangle, "tsqr"))
@@ -154,7 +161,7 @@ def test_merging_leaves_both_sides_as_they_are(uri: str) -> None:
     source, reducer = open_source(uri), TriangleReducer((SPAN,))
     left, right = reducer.reduce(source, 0, 4), reducer.reduce(source, 4, 9)
     before = [state.copy() for state in (left, right)]
-    merge_triangles(left, right)
+    reducer.merge(left, right)
     for state, copy in zip((left, right), before, strict=True):
         assert all((state.arrays[name] == array).all() for name, array in copy.arrays.items())
 
@@ -162,24 +169,20 @@ def test_merging_leaves_both_sides_as_they_are(uri: str) -> None:
 def test_a_solve_by_the_qr_route_ends_in_an_operator_file(
     uri: str, states: list[Hidden], tmp_path: Path
 ) -> None:
-    made = solve(
-        uri,
-        "1:3",
-        operator="least-squares",
-        options=Method(solver="tsqr", ridge=0.0),
-        out=tmp_path / "o.safetensors",
+    made = requests.fit(
+        "1:3", store=uri, operator="least-squares", solver="tsqr", ridge=0.0, out=tmp_path / "o.safetensors"
     )
     x, gap = data(states)
     best = np.linalg.lstsq(x, gap)[0]
     weight = made.boundaries[0].weight
     assert weight is not None
     np.testing.assert_allclose(weight, best.T, rtol=1e-4, atol=1e-5)
-    assert made.metadata["recipe"]["solver"] == "tsqr"
+    assert made.metadata["recipe"]["method"]["solver"] == "tsqr"
 
 
 def test_what_the_route_cannot_do_is_refused(uri: str) -> None:
     triangle = both(uri)[1]
-    with pytest.raises(RequestError, match="ghost is defined without solver tsqr"):
+    with pytest.raises(RequestError, match="ghost is defined without the solver tsqr"):
         make_operator(Method(operator="ghost", solver="tsqr"))
     with pytest.raises(RequestError, match="cannot be subtracted; merge those of the other folds"):
         triangle.total().subtract(triangle.fold(0))

@@ -12,15 +12,17 @@ import pytest
 
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.options import Compute, Method, Reduction, Search, Text
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.pipeline import Pipeline
+from ghoststream.stages.pipeline import load_pipeline, with_runtime
 from ghoststream.text import TextSpec
+from ghoststream.text.hub import resolve_split
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 PIPELINES = sorted((ROOT / "pipelines").glob("*.yaml"))
 JOB_FILES = sorted((ROOT / "pipelines" / "cluster").iterdir())
-MINIMAL = "name: x\ncapture: {calibration: ptb}\nselect: {remove: 2}\n"
+MINIMAL = "calibration: ptb\nremove: 2\n"
 
 
 def _commands(text: str, indent: str = "") -> list[list[str]]:
@@ -37,17 +39,19 @@ def _parse(words: list[str]) -> None:
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_pipelines_load_and_can_be_planned(path: Path) -> None:
-    pipeline = Pipeline.load(path)
-    assert pipeline.name == path.stem.replace("_", "-")
-    calibration = TextSpec.parse(pipeline.capture.calibration)
-    assert pipeline.evaluate is not None
-    measured = TextSpec.parse(pipeline.evaluate.text)
+    recovery = load_pipeline(path)
+    assert recovery.name == path.stem.replace("_", "-")
+    assert recovery.evaluate is not None
+    calibration, measured = recovery.calibration.to_calibrate(), recovery.evaluate.to_evaluate()
+    splits = [
+        resolve_split(TextSpec.parse(text.spec), text.part or "all") for text in (calibration, measured)
+    ]
     # What is measured on was not calibrated on.
-    assert (calibration.source, calibration.split) != (measured.source, measured.split)
-    if pipeline.select.spans is not None:
-        plan = PruningPlan.parse(32, pipeline.select.spans)
-        assert pipeline.capture.layers is not None
-        assert {end for span in plan.spans for end in (span.start, span.stop)} <= set(pipeline.capture.layers)
+    assert (calibration.spec, calibration.part, splits[0]) != (measured.spec, measured.part, splits[1])
+    if isinstance(recovery.remove, str):
+        assert PruningPlan.parse(32, recovery.remove).spans
+    else:
+        assert isinstance(recovery.remove, int)
     assert f"`{path.name}`" in (ROOT / "pipelines" / "README.md").read_text(encoding="utf-8")
 
 
@@ -69,35 +73,50 @@ def test_commands_of_the_readme_exist() -> None:
         _parse(words)
 
 
-def test_minimal_pipeline() -> None:
-    pipeline = Pipeline.model_validate(
-        {"name": "x", "capture": {"calibration": "ptb"}, "select": {"remove": 2}}
-    )
-    assert pipeline.solve.operator == "ghost"
-    assert (pipeline.solve.ridge, pipeline.solve.weights) == (None, "uniform")
-    assert pipeline.evaluate is None
+def _written(folder: Path, text: str) -> Path:
+    path = folder / "pipeline.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_minimal_pipeline(tmp_path: Path) -> None:
+    recovery = load_pipeline(_written(tmp_path, MINIMAL))
+    assert recovery.name == "pipeline"
+    assert (recovery.remove, recovery.calibration) == (2, Text(spec="ptb"))
+    assert (recovery.search, recovery.method) == (Search(), Method())
+    assert recovery.method.given() == ()
+    assert (recovery.model, recovery.evaluate, recovery.store) == (None, None, None)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MINIMAL + "sleve: {}\n", "sleve: Extra inputs are not permitted"),
-        (MINIMAL + "solve: {operator: magic}\n", "solve: there is no operator 'magic'"),
-        (MINIMAL.replace("remove: 2", "criterion: shortgpt"), "give either `remove`"),
-        (MINIMAL.replace("remove: 2", "remove: 2, spans: '1:2'"), "give either `remove`"),
-        (MINIMAL.replace("remove: 2", "remove: 2, max_spans: 2"), "`max_spans` is a choice of the criterion"),
-        (MINIMAL.replace("remove: 2", "remove: 0"), "select.remove: Input should be greater"),
-        ("[1, 2]\n", "the file: Input should be a valid dictionary"),
+        (MINIMAL + "sleve: {}\n", "sleve: there is no such option"),
+        (MINIMAL + "search: {beams: 2}\n", "search.beams: there is no such option"),
+        (MINIMAL + "method: {solver: magic}\n", "method.solver: Input should be 'gram'"),
+        (MINIMAL.replace("remove: 2", ""), "remove: is missing"),
+        (MINIMAL + "storage: {layers: '3:3'}\n", "storage.layers: '3:3' names no layer"),
+        (MINIMAL.replace("ptb", "{spec: ptb, length: 1}"), "calibration.length: Input should be greater"),
+        ("[1, 2]\n", "is not a pipeline: it holds no fields"),
         ("name: [\n", "is not YAML"),
     ],
 )
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "pipeline.yaml"
-    path.write_text(text, encoding="utf-8")
     with pytest.raises(RequestError, match=re.escape(message)):
-        Pipeline.load(path)
+        load_pipeline(_written(tmp_path, text))
 
 
 def test_no_pipeline_file(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="there is no pipeline file"):
-        Pipeline.load(tmp_path / "nothing.yaml")
+        load_pipeline(tmp_path / "nothing.yaml")
+
+
+def test_the_command_line_says_where_and_with_what_and_nothing_else(tmp_path: Path) -> None:
+    text = MINIMAL + "model: theirs\ncompute: {dtype: float16, device: cuda}\nreduction: {workers: 3}\n"
+    recovery = load_pipeline(_written(tmp_path, text))
+    assert with_runtime(recovery, None, {}) == recovery
+    changed = with_runtime(recovery, "mine", {"device": "cpu", "scheduler": "tcp://host:1"})
+    assert changed.model == "mine"
+    assert changed.compute == Compute(dtype="float16", device="cpu")
+    assert changed.reduction == Reduction(workers=3, scheduler="tcp://host:1")
+    assert changed.reduction.given() == ("scheduler", "workers")

@@ -39,7 +39,8 @@ def _run(*arguments: object) -> Any:
 
 
 def _shell_lines() -> list[list[str]]:
-    lines = re.findall(r"^    (ghoststream .*)$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^    (ghoststream (?!demo).*)$", text, flags=re.MULTILINE)
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
@@ -55,11 +56,11 @@ def test_the_shell_and_the_python_of_the_readme_run(tmp_path: Path, monkeypatch:
     (tmp_path / "calibration.txt").write_text(_text(128 * 512, seed=0))
     (tmp_path / "heldout.txt").write_text(_text(2 * 512, seed=1))
     lines = _shell_lines()
-    asked = ["plan", "recover", "evaluate", "inspect", "verify", "search", "recover", "recover"]
+    asked = ["estimate", "recover", "evaluate", "select", "recover", "recover", "inspect", "verify"]
     assert [line[0] for line in lines] == asked
     outputs = {line[0]: _run(*line).stdout for line in lines}
-    assert "remove [1,9) (8 of 10 layers)" in outputs["search"], "the one candidate that keeps both ends"
-    assert "it fits" in outputs["plan"]
+    assert "remove [1,9) (8 of 10 layers)" in outputs["select"], "the one candidate that keeps both ends"
+    assert "it fits" in outputs["estimate"]
     assert f"8 of {N_LAYERS} layers" in outputs["recover"]
     assert "recovered checkpoint" in outputs["inspect"]
     assert "sound" in outputs["verify"].splitlines()
@@ -84,7 +85,7 @@ def test_every_command_along_the_chain_gives_json(tmp_path: Path) -> None:
         return json.loads(_run(*arguments, "--json").stdout)
 
     paper = ("--criterion", "streamline", "--operator", "ghost")
-    planned = data("plan", model, "--remove", 3, *paper, *text, "--no-measure")
+    planned = data("estimate", model, "--remove", 3, *paper, *text, "--no-measure")
     assert planned["fits"] is True
     captured = data("capture", model, "--calibration", spec, *text, "--store", store)
     assert captured["layers"] == list(range(N_LAYERS + 1))
@@ -92,20 +93,20 @@ def test_every_command_along_the_chain_gives_json(tmp_path: Path) -> None:
         path.stat().st_size for path in store.rglob("*") if path.is_file()
     )
     plan = tmp_path / "plan.json"
-    selected = data("select", store, "--remove", 3, "--criterion", "shortgpt", "--out", plan)
+    selected = data("select", "--store", store, "--remove", 3, "--criterion", "shortgpt", "--out", plan)
     assert selected == json.loads(plan.read_text())
     chosen = {key: selected[key] for key in ("n_layers", "spans")}
     results = []
     for operator in ("ghost", "linear-patch-diagonal", "none"):
         file, folder = tmp_path / f"{operator}.safetensors", tmp_path / operator
-        solved = data("solve", store, "--plan", plan, "--operator", operator, "--out", file)
-        assert solved["plan"] == chosen
+        fitted = data("fit", "--store", store, "--plan", plan, "--operator", operator, "--out", file)
+        assert fitted["plan"] == chosen
         exported = data("export", model, "--operators", file, "--out", folder)
         assert exported["layers_after"] == N_LAYERS - 3
         assert exported["model_type"] == ("llama" if operator == "none" else "ghosted_llama")
         results += [file, folder]
     models = [model, *results[1::2]]
-    rows = json.loads(_run("evaluate", *models, "--text", spec, "--length", 32, "--json", "-").stdout)
+    rows = json.loads(_run("evaluate", *models, "--text", spec, "--length", 32, "--json").stdout)
     assert [row["model"] for row in rows] == list(map(str, models))
     assert all(row["tokens"] == 24 * 31 for row in rows)
     for path in (model, store, plan, *results):
@@ -114,6 +115,6 @@ def test_every_command_along_the_chain_gives_json(tmp_path: Path) -> None:
     out = tmp_path / "recovered"
     spans = " ".join(f"{start}:{stop}" for start, stop in selected["spans"])
     ghost = ("--operator", "ghost")
-    recovered = data("recover", model, "--plan", spans, *ghost, "--calibration", spec, *text, "--out", out)
+    recovered = data("recover", model, "--remove", spans, *ghost, "--calibration", spec, *text, "--out", out)
     assert recovered["plan"] == chosen
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "ghost" / "model.safetensors").read_bytes()

@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.inspect import inspect_path
-from ghoststream.stages.verify import verify_path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,10 +19,14 @@ from ghoststream.checkpoint import architecture_of, checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Text
 from ghoststream.recovery import absorbing, build_ghost, load_recovered
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.artifacts.inspect import inspect_path
+from ghoststream.stages.artifacts.verify import verify_path
 from ghoststream.stages.export import export
 from ghoststream.stages.lanes import operator_lane
+from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.streaming import Lane, Skeleton, StatesFactory, StreamedPass, make_batches
 from ghoststream.testing.conformance import random_tokens, skip_layers
 from ghoststream.testing.models import save_tiny
@@ -34,7 +35,8 @@ from tests.helpers.resident_taps import LLAMA, MODULES
 pytestmark = pytest.mark.integration
 L, C, INTERMEDIATE, T = 6, 32, 64, 20
 PLAN = PruningPlan.parse(L, "2:3 4:6")
-# Where attention and MLP are side by side, where weights lie the other way round, where there is a multiplier, a bias.
+# Where attention and MLP are side by side, where weights lie the other way round, where there is a
+# multiplier, a bias.
 ARCHITECTURES = ("llama", "gpt2", "granite", "phi", "falcon", "opt")
 WITH_BIAS = ("gpt2", "phi", "opt")
 WIDE = {"falcon": 4 * C}
@@ -43,7 +45,7 @@ WIDE = {"falcon": 4 * C}
 def draw(
     features: str, *, bias: bool = False, plan: PruningPlan = PLAN, intermediate: int = INTERMEDIATE
 ) -> OperatorSet:
-    """Random operators on features that fold."""
+    """Random operators on features that are absorbed."""
     generator = np.random.default_rng(1)
     width = intermediate if features == "mlp" else C
 
@@ -109,7 +111,7 @@ def without_effect(operators: OperatorSet) -> OperatorSet:
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_a_absorbed_checkpoint_is_plain_and_computes_what_the_operators_say(
+def test_an_absorbed_checkpoint_is_plain_and_computes_what_the_operators_say(
     model_type: str, features: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root, out = tiny_checkpoint(model_type), tmp_path / "out"
@@ -209,29 +211,24 @@ def test_a_mixed_plan_keeps_the_other_operators(
     assert ("features", "mlp", "hidden") in [tuple(row) for row in boundaries.rows]
 
 
-def test_a_absorbed_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
+def test_an_absorbed_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = tiny_checkpoint("llama")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, T)))
-    asked: dict[str, Any] = {
-        "text": f"ids:{tmp_path / 'ids.npy'}",
-        "length": T,
-        "sequences": 6,
-        "part": "all",
-    }
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=T, part="all")
     digest = checkpoint_fingerprint(root, CheckpointIndex.open(root))["digest"]
     operators = replace(draw("mlp_output"), metadata={"base": {"digest": digest}})
     export(root, operators, tmp_path / "out")
     operators.save(tmp_path / "operators.safetensors")
-    report = evaluate([root, tmp_path / "out", tmp_path / "operators.safetensors"], **asked)
+    report = evaluate([root, tmp_path / "out", tmp_path / "operators.safetensors"], text=text)
     assert "one pass over the weights" in report.notes[0]
-    alone = evaluate([tmp_path / "out"], **asked).rows[0].losses.perplexity
+    alone = evaluate([tmp_path / "out"], text=text).rows[0].losses.perplexity
     _, folder, file = (row.losses.perplexity for row in report.rows)
     assert folder == pytest.approx(alone, rel=1e-5)
     assert file == pytest.approx(alone, rel=1e-5)
     assert folder != report.rows[0].losses.perplexity
-    ghoststream.capture(root, calibration=asked["text"], store=tmp_path / "store", sequences=6, length=T)
+    ghoststream.capture(root, calibration=text, store=tmp_path / "store")
     continued = evaluate([root, tmp_path / "operators.safetensors"], store=tmp_path / "store")
     assert [row.losses.perplexity for row in continued.rows] == [report.rows[0].losses.perplexity, file]
 

@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.inspect import inspect_path
-from ghoststream.stages.verify import verify_path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,14 +19,17 @@ from ghoststream.checkpoint import architecture_of, checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, NumericsError, RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.options import Method
+from ghoststream.options import Text
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.artifacts.inspect import inspect_path
+from ghoststream.stages.artifacts.verify import verify_path
 from ghoststream.stages.export import export
-from ghoststream.stages.recover import recover
+from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.streaming import Skeleton, make_batches
 from ghoststream.testing.conformance import random_tokens, skip_layers
 from ghoststream.testing.models import save_tiny
+from tests.helpers.requests import recover
 from tests.helpers.resident_taps import LLAMA, MODULES
 from tests.recovery.test_absorbing import WIDE, lane_logits
 
@@ -171,12 +171,7 @@ def test_a_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
 ) -> None:
     root = tiny_checkpoint("llama")
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, T)))
-    asked: dict[str, Any] = {
-        "text": f"ids:{tmp_path / 'ids.npy'}",
-        "length": T,
-        "sequences": 6,
-        "part": "all",
-    }
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=T, part="all")
     digest = checkpoint_fingerprint(root, CheckpointIndex.open(root))["digest"]
     drawn = draw()
     standing = BoundaryOperator(Span(4, 6), "linear", weight=drawn.boundaries[1].weight[:, :C].copy())  # type: ignore[index]
@@ -185,14 +180,14 @@ def test_a_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
     )
     export(root, operators, tmp_path / "out")
     operators.save(tmp_path / "operators.safetensors")
-    report = evaluate([root, tmp_path / "out", tmp_path / "operators.safetensors"], **asked)
+    report = evaluate([root, tmp_path / "out", tmp_path / "operators.safetensors"], text=text)
     assert "one pass over the weights" in report.notes[0]
-    alone = evaluate([tmp_path / "out"], **asked).rows[0].losses.perplexity
+    alone = evaluate([tmp_path / "out"], text=text).rows[0].losses.perplexity
     dense, folder, file = (row.losses.perplexity for row in report.rows)
     assert folder == pytest.approx(alone, rel=1e-5)
     assert file == pytest.approx(alone, rel=1e-5)
     assert folder != dense
-    ghoststream.capture(root, calibration=asked["text"], store=tmp_path / "store", sequences=6, length=T)
+    ghoststream.capture(root, calibration=text, store=tmp_path / "store")
     continued = evaluate([root, tmp_path / "operators.safetensors"], store=tmp_path / "store")
     assert [row.losses.perplexity for row in continued.rows] == [dense, file]
 
@@ -221,12 +216,12 @@ def test_recover_does_all_of_it(tiny_checkpoint: Callable[[str], Path], tmp_path
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(12, T)))
     recover(
         root,
-        plan="2:4",
+        remove="2:4",
         calibration=f"ids:{tmp_path / 'ids.npy'}",
         sequences=12,
         length=T,
         operator="least-squares",
-        options=Method(features="hidden+mlp"),
+        features="hidden+mlp",
         out=out,
     )
     found = load_recovered(out)
@@ -254,7 +249,8 @@ def test_what_cannot_be_absorbed_is_refused(tiny_checkpoint: Callable[[str], Pat
 def test_what_rounding_would_undo_is_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     root, out = tiny_checkpoint("llama"), tmp_path / "out"
     drawn = draw(PruningPlan.parse(L, "4:6"))
-    # I + A has equal rows but for 2 / 1000: what is absorbed into the first two channels grows a thousandfold.
+    # I + A has equal rows but for 2 / 1000: what is absorbed into the first two channels grows a
+    # thousandfold.
     weight = np.array(drawn.boundaries[0].weight)
     weight[:, :C], weight[2:, C:] = 0, 0
     weight[:2, :2] = [[0, 1], [1, 0.002]]

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.solve import solve
 from safetensors.torch import load_file
 from torch import nn
 
 from ghoststream.checkpoint import architecture_of
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.options import Method
+from ghoststream.options import Text
 from ghoststream.recovery import build_ghost, load_recovered
 from ghoststream.recovery.modeling_ghosted import GhostOperator
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
-from ghoststream.stages.session import ModelOptions, ModelSession
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.integration
 HIDDEN, EPSILON = 32, 1e-5
@@ -112,12 +112,12 @@ def test_the_export_loads_strictly_without_ghoststream_and_equals_hooks_on_the_o
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(model_type), dtype=torch.float32).eval()
-    family = architecture_of(model.config)
-    layers = model.get_submodule(family.layers_path)
+    architecture = architecture_of(model.config)
+    layers = model.get_submodule(architecture.layers_path)
     for layer in PLAN.removed:
         layers[layer].forward = lambda hidden_states, *_, **__: hidden_states
     for operator, place in zip(
-        made.boundaries, (layers[2], model.get_submodule(family.final_norm_path)), strict=True
+        made.boundaries, (layers[2], model.get_submodule(architecture.final_norm_path)), strict=True
     ):
         place.register_forward_pre_hook(_hook(operator))
     with torch.no_grad():
@@ -148,22 +148,24 @@ def test_from_text_to_a_lane_that_equals_the_export(
     root = tiny_checkpoint(model_type)
     ids = np.random.default_rng(0).integers(3, 100, (8, 16)).astype(np.int32)
     np.save(tmp_path / "ids.npy", ids)
-    text = f"ids:{tmp_path / 'ids.npy'}"
-    capture(root, calibration=text, sequences=8, length=16, store=tmp_path / "store")
-    made = solve(
-        tmp_path / "store",
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=8, length=16)
+    capture(root, calibration=text, store=tmp_path / "store")
+    made = fit(
         PLAN,
+        store=tmp_path / "store",
         operator="least-squares",
-        options=Method(features=features, intercept=True),
-        weights="relative",
+        features=features,
+        intercept=True,
+        token_weights="relative",
         out=tmp_path / "operators.safetensors",
     )
-    assert made.metadata["recipe"]["features"] == features
-    expected = ModelSession(root, ModelOptions()).norm_epsilon
+    assert made.metadata["recipe"]["method"]["features"] == features
+    expected = ModelSession(root).norm_epsilon
     assert [operator.norm_epsilon for operator in made.boundaries] == [expected, expected]
     export(root, made, tmp_path / "out")
-    lane = evaluate([root, tmp_path / "operators.safetensors"], text=text, length=16, sequences=4)
-    alone = evaluate([tmp_path / "out"], text=text, length=16, sequences=4)
+    few = Text(spec=text.spec, sequences=4, length=16)
+    lane = evaluate([root, tmp_path / "operators.safetensors"], text=few)
+    alone = evaluate([tmp_path / "out"], text=few)
     assert lane.rows[1].losses.sequence_losses == alone.rows[0].losses.sequence_losses
 
 
@@ -174,7 +176,7 @@ def test_from_text_to_a_lane_that_equals_the_export(
 def test_the_epsilon_is_that_of_the_models_own_norm(
     model_type: str, epsilon: float, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    assert ModelSession(tiny_checkpoint(model_type), ModelOptions()).norm_epsilon == epsilon
+    assert ModelSession(tiny_checkpoint(model_type)).norm_epsilon == epsilon
 
 
 def test_a_module_without_its_epsilon_or_of_an_unknown_kind_is_refused() -> None:
@@ -196,20 +198,21 @@ def test_the_command_line_passes_every_option_on(tiny_llama: Path, tmp_path: Pat
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 100, (8, 16)).astype(np.int32))
     text = ("--calibration", f"ids:{tmp_path / 'ids.npy'}", "--sequences", 8, "--length", 16)
     done = run(
-        *("recover", tiny_llama, "--plan", "1:3", *text, "--out", tmp_path / "out"),
-        *("--operator", "least-squares", "--features", "hidden+normed", "--weights", "drop_sinks"),
+        *("recover", tiny_llama, "--remove", "1:3", *text, "--out", tmp_path / "out"),
+        *("--operator", "least-squares", "--features", "hidden+normed", "--token-weights", "drop_sinks"),
     )
     assert done.exit_code == 0, done.stderr
     recovered = load_recovered(tmp_path / "out")
     assert recovered is not None
     assert recovered.operators.boundaries[0].features == "hidden+normed"
-    assert recovered.operators.metadata["recipe"]["weights"] == "drop_sinks"
+    assert recovered.operators.metadata["recipe"]["method"]["token_weights"] == "drop_sinks"
     assert "drop_sinks" in (tmp_path / "out" / "README.md").read_text()
     store = tmp_path / "out.work" / "store"
     assert (tmp_path / "out.work" / "least-squares-hidden+normed-drop_sinks-1-3.safetensors").is_file()
-    solved = run(
+    fitted = run(
         *(
-            "solve",
+            "fit",
+            "--store",
             store,
             "--plan",
             "1:3",
@@ -218,16 +221,26 @@ def test_the_command_line_passes_every_option_on(tiny_llama: Path, tmp_path: Pat
             "--operator",
             "least-squares",
         ),
-        *("--features", "normed", "--ridge", "0.01", "--intercept", "--rank", 4, "--weights", "relative"),
+        *(
+            "--features",
+            "normed",
+            "--ridge",
+            "0.01",
+            "--intercept",
+            "--rank",
+            4,
+            "--token-weights",
+            "relative",
+        ),
     )
-    assert solved.exit_code == 0, solved.stderr
-    recipe = OperatorSet.load(tmp_path / "o.safetensors").metadata["recipe"]
-    assert [recipe[key] for key in ("features", "ridge", "intercept", "rank", "token_weights")] == [
+    assert fitted.exit_code == 0, fitted.stderr
+    method = OperatorSet.load(tmp_path / "o.safetensors").metadata["recipe"]["method"]
+    assert [method[key] for key in ("features", "ridge", "intercept", "rank", "token_weights")] == [
         *("normed", 0.01, True, 4, "relative")
     ]
     for wrong in ("-1", "much", "inf", "nan"):
-        refused = run("solve", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", wrong)
+        refused = run("fit", "--store", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", wrong)
         assert refused.exit_code == 2
         assert "is no ridge; give a number of at least 0, for example 1e-6, auto or gcv" in refused.stderr
-    refused = run("solve", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", "auto")
+    refused = run("fit", "--store", store, "--plan", "1:3", "--out", tmp_path / "x", "--ridge", "auto")
     assert "ghost is defined without a ridge chosen by folds" in refused.stderr

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from ghoststream.stages.searching.search import SEARCH_CRITERIA
-from pydantic import ValidationError
 
-from ghoststream.cli.options import CRITERIA
-from ghoststream.cli.options import SEARCH_CRITERIA as OFFERED
 from ghoststream.errors import (
     ArtifactError,
     BudgetError,
@@ -22,24 +21,25 @@ from ghoststream.errors import (
     RequestError,
     StoreError,
 )
-from ghoststream.options import Method
+from ghoststream.options import Method, Search
 from ghoststream.selection import (
     Choice,
     Criterion,
     Evidence,
     Residual,
-    SelectionResult,
+    Selection,
     criterion_names,
     make_criterion,
+    read_plan,
     register_criterion,
 )
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages import evidence
-from ghoststream.stages.pipeline import SelectPart
-from ghoststream.stages.select import read_plan, select
+from ghoststream.stages.choosing.criteria import search_criterion_names
+from ghoststream.stages.from_store import evidence
 from ghoststream.statistics import FoldedMoments, MomentSpec, Reducer, SumState, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.requests import select
 
 pytestmark = pytest.mark.unit
 L = 8
@@ -69,7 +69,7 @@ def cosine(states: list[Hidden], a: int, b: int) -> float:
 def test_streamline_takes_the_run_of_highest_mean_cosine(
     uri: str, states: list[Hidden], n_remove: int
 ) -> None:
-    result = select(uri, n_remove)
+    result = select(n_remove, store=uri, criterion="streamline")
     starts = range(1, L - n_remove)
     expected = [cosine(states, start, start + n_remove) for start in starts]
     assert [span for span, _ in result.scores] == [Span(start, start + n_remove) for start in starts]
@@ -84,7 +84,7 @@ def test_streamline_takes_the_run_of_highest_mean_cosine(
 def test_shortgpt_takes_the_layers_of_least_block_influence(
     uri: str, states: list[Hidden], n_remove: int
 ) -> None:
-    result = select(uri, n_remove, criterion="shortgpt")
+    result = select(n_remove, store=uri, criterion="shortgpt")
     influence = [1 - cosine(states, layer, layer + 1) for layer in range(L)]
     np.testing.assert_allclose([score for _, score in result.scores], influence, rtol=0, atol=1e-13)
     assert result.plan.removed == tuple(sorted(np.argsort(influence)[:n_remove].tolist()))
@@ -107,7 +107,7 @@ def angles(states: list[Hidden], a: int, b: int, *, last_only: bool) -> float:
 def test_uidl_takes_the_run_of_least_angular_distance(
     uri: str, states: list[Hidden], criterion: str, last_only: bool, n_remove: int
 ) -> None:
-    result = select(uri, n_remove, criterion=criterion)
+    result = select(n_remove, store=uri, criterion=criterion)
     spans = [Span(start, start + n_remove) for start in range(L - n_remove)]
     expected = [angles(states, span.start, span.stop, last_only=last_only) for span in spans]
     assert [span for span, _ in result.scores] == spans
@@ -125,8 +125,8 @@ def test_uidl_looks_at_the_last_token_only(tmp_path: Path) -> None:
         states[layer] = np.roll(states[layer], 1, axis=2)
     states[4] = np.roll(states[4], 1, axis=2)
     uri = store_of(tmp_path / "store", states)
-    assert select(uri, 1, criterion="uidl").plan.removed == (0,)
-    assert select(uri, 1, criterion="uidl-all").plan.removed == (2,)
+    assert select(1, store=uri, criterion="uidl").plan.removed == (0,)
+    assert select(1, store=uri, criterion="uidl-all").plan.removed == (2,)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_uidl_looks_at_the_last_token_only(tmp_path: Path) -> None:
 )
 def test_reverse_order_reads_nothing(tmp_path: Path, criterion: str, expected: tuple[int, ...]) -> None:
     uri = store_of(tmp_path / "store", {0: random_states(0, (2, 3, 4))[0]}, n_layers=L)
-    result = select(uri, 3, criterion=criterion)
+    result = select(3, store=uri, criterion=criterion)
     assert result.plan.removed == expected
     assert dict(result.scores)[Span(2, 3)] == 2.0
 
@@ -148,7 +148,7 @@ def test_a_layer_that_does_nothing_is_removed(tmp_path: Path, criterion: str) ->
     del states[identity + 1]
     states.insert(identity + 1, states[identity].copy())
     uri = store_of(tmp_path / "store", states)
-    assert select(uri, 1, criterion=criterion).plan.removed == (identity,)
+    assert select(1, store=uri, criterion=criterion).plan.removed == (identity,)
 
 
 class Weights:
@@ -211,7 +211,7 @@ def test_large_tensors_are_summed_in_blocks() -> None:
 
 def test_magnitudes_need_a_model(uri: str) -> None:
     with pytest.raises(RequestError, match=r"reads the weights of the model; give the checkpoint .*--model"):
-        select(uri, 2, criterion="magnitude")
+        select(2, store=uri, criterion="magnitude")
 
 
 def repaired(states: list[Hidden], span: Span, *, held_out: bool) -> tuple[float, float]:
@@ -250,7 +250,7 @@ def test_residual_is_that_of_a_ridge_fit_to_the_whole_data(tmp_path: Path, crite
     for layer in (4, 5, 6):
         states[layer][:, 0] *= 300  # a sink, born in layer 3: it counts where it is there already
     uri = store_of(tmp_path / "store", states, mask=ragged_mask(*WIDE[:2]))
-    result = select(uri, 3, criterion=criterion)
+    result = select(3, store=uri, criterion=criterion)
     spans = [Span(start, start + 3) for start in range(1, L - 3)]
     errors, explained = zip(
         *(repaired(states, span, held_out=criterion == "residual") for span in spans), strict=True
@@ -274,30 +274,30 @@ def test_residual_finds_the_linear_span_that_similarity_overlooks(tmp_path: Path
         (states[4] + np.abs(rng.standard_normal(states[4].shape))).astype(np.float32) for _ in (5, 6)
     ]
     uri = store_of(tmp_path / "store", states)
-    result = select(uri, 2, criterion="residual")
+    result = select(2, store=uri, criterion="residual")
     assert result.plan.spans == (Span(2, 4),)
     assert dict(result.scores)[Span(2, 4)] < 1e-3
-    assert select(uri, 2).plan.spans != (Span(2, 4),)
+    assert select(2, store=uri, criterion="streamline").plan.spans != (Span(2, 4),)
 
 
 def test_residual_within_a_small_budget_takes_more_sweeps_and_gives_the_same(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(L, WIDE, seed=11))
-    whole = select(uri, 2, criterion="residual", workers=1)
+    whole = select(2, store=uri, criterion="residual", workers=1)
     reducer = BoundaryReducer(candidate_spans(L, 2), MomentSpec(token_weights="drop_sinks"))
     one = BoundaryReducer((Span(1, 3),), MomentSpec(token_weights="drop_sinks")).task_bytes(WIDE[2], WIDE[1])
     assert one < reducer.task_bytes(WIDE[2], WIDE[1])
     out = tmp_path / "plan.json"
-    assert select(uri, 2, criterion="residual", memory=one, workers=1, out=out) == whole
+    assert select(2, store=uri, criterion="residual", memory=one, workers=1, out=out) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "store"]
     with pytest.raises(BudgetError, match="give more memory"):
-        select(uri, 2, criterion="residual", memory=one - 1, workers=1)
+        select(2, store=uri, criterion="residual", memory=one - 1, workers=1)
 
 
 def test_residual_goes_on_from_what_a_killed_run_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = store_of(tmp_path / "store", random_states(L, WIDE, seed=11))
-    whole = select(uri, 2, criterion="residual")
+    whole = select(2, store=uri, criterion="residual")
     out = tmp_path / "plan.json"
     solved: list[Span] = []
 
@@ -310,23 +310,23 @@ def test_residual_goes_on_from_what_a_killed_run_left(
     fitted, stop_after = evidence._fit, 2
     monkeypatch.setattr(evidence, "_fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        select(uri, 2, criterion="residual", out=out)
+        select(2, store=uri, criterion="residual", out=out)
     assert not out.exists()
     stop_after = -1
     monkeypatch.setattr(BoundaryReducer, "reduce", None)  # nothing is reduced again
-    assert select(uri, 2, criterion="residual", out=out) == whole
+    assert select(2, store=uri, criterion="residual", out=out) == whole
     assert solved == [span for span, _ in whole.scores]
     assert not list(tmp_path.glob("*.partial"))
     (tmp_path / "plan.json.partial").mkdir()  # killed after its rename
-    assert select(uri, 2, criterion="residual", out=out) == whole
+    assert select(2, store=uri, criterion="residual", out=out) == whole
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_one_sequence_cannot_be_held_out(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(4, (1, 30, 3)))
     with pytest.raises(NumericsError, match="one sequence only, none can be held out"):
-        select(uri, 1, criterion="residual")
-    assert select(uri, 1, criterion="residual-in-sample").plan.n_removed == 1
+        select(1, store=uri, criterion="residual")
+    assert select(1, store=uri, criterion="residual-in-sample").plan.n_removed == 1
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_one_sequence_cannot_be_held_out(tmp_path: Path) -> None:
 def test_ties_go_to_the_lowest_layer(tmp_path: Path, criterion: str, expected: tuple[int, ...]) -> None:
     same = random_states(0, (2, 3, 4))[0]
     uri = store_of(tmp_path / "store", [same] * 7)
-    assert select(uri, 2, criterion=criterion).plan.removed == expected
+    assert select(2, store=uri, criterion=criterion).plan.removed == expected
 
 
 @pytest.mark.parametrize(
@@ -362,41 +362,42 @@ def test_ties_go_to_the_lowest_layer(tmp_path: Path, criterion: str, expected: t
 )
 def test_too_many_or_no_layers_are_refused(uri: str, criterion: str, n_remove: int, most: int) -> None:
     with pytest.raises(RequestError, match=f"cannot remove {n_remove} of {L} layers.*from 1 to {most}"):
-        select(uri, n_remove, criterion=criterion)
+        select(n_remove, store=uri, criterion=criterion)
 
 
 def test_a_store_without_the_layers_is_refused(tmp_path: Path, states: list[Hidden]) -> None:
     uri = store_of(tmp_path / "store", {1: states[1], 3: states[3]}, n_layers=L)
     with pytest.raises(StoreError, match=r"does not hold h\[2\]"):
-        select(uri, 2)
+        select(2, store=uri, criterion="streamline")
 
 
 def test_the_plan_file_is_the_selection_and_is_read_back(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    result = select(uri, 3, criterion="shortgpt", out=out)
-    assert SelectionResult.load(out) == result
-    assert read_plan(out, L) == result.plan
+    result = select(3, store=uri, criterion="shortgpt", out=out)
+    assert Selection.load(out) == result
+    assert read_plan(out, L).plan == result.plan
     before = out.read_bytes()
-    assert select(uri, 3, criterion="shortgpt", out=out) == result
+    assert select(3, store=uri, criterion="shortgpt", out=out) == result
     assert out.read_bytes() == before
 
 
 def test_another_plan_or_file_is_never_overwritten(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    select(uri, 3, out=out)
-    with pytest.raises(OutputExistsError, match="not the plan of this request"):
-        select(uri, 2, out=out)
+    select(3, store=uri, criterion="streamline", out=out)
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
+        select(2, store=uri, criterion="streamline", out=out)
     for text in ("notes", "[]", '{"n_layers": 8, "spans": [[1, 2]]}'):
         out.write_text(text)
-        with pytest.raises(OutputExistsError, match="not the plan of this request"):
-            select(uri, 3, out=out)
+        with pytest.raises(OutputExistsError, match="not the result of this request"):
+            select(3, store=uri, criterion="streamline", out=out)
         assert out.read_text() == text
 
 
 def test_plans_are_read_from_files_spans_and_plans(tmp_path: Path) -> None:
     plan = PruningPlan(L, (Span(1, 3),))
     (tmp_path / "hand.json").write_text('{"n_layers": 8, "spans": [[1, 3]]}')
-    assert [read_plan(source, L) for source in (plan, "1:3", "[1,3)", tmp_path / "hand.json")] == [plan] * 4
+    sources = (plan, "1:3", "[1,3)", tmp_path / "hand.json")
+    assert [read_plan(source, L).plan for source in sources] == [plan] * 4
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(PlanError, match="not a pruning plan"):
@@ -411,18 +412,47 @@ def test_plans_are_read_from_files_spans_and_plans(tmp_path: Path) -> None:
         read_plan("6:9", L)
 
 
-def test_selections_that_were_edited_are_refused(tmp_path: Path) -> None:
+def test_selections_that_were_edited_are_refused(uri: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with pytest.raises(InputNotFoundError):
-        SelectionResult.load(path)
-    for text, message in (
-        ("[]", "does not hold a JSON object"),
-        ("{}", "plan.json: .*not a pruning plan"),
-        ('{"n_layers": 8, "spans": [[1, 2]]}', "plan.json: the selection lacks a part"),
+        Selection.load(path)
+    path.write_text("{}")
+    with pytest.raises(PlanError, match=r"plan.json: .*not a pruning plan"):
+        Selection.load(path)
+    path.unlink()
+    select(2, store=uri, criterion="streamline", out=path)
+    whole = json.loads(path.read_text())
+    assert {"criterion", "meaning", "candidates", "methods", "recipe"} < set(whole)
+    for name in sorted(set(whole) - {"encoding-type", "encoding-version", "n_layers", "spans"}):
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(ArtifactError, match=f"lacks a part of what .* writes .*{name}.* select again"):
+            read_plan(path, L)
+    method = Method(operator="ghost").to_json()
+    for methods, problem in (
+        ([method] * 2, "how 2 of 1 spans are repaired"),
+        ([{**method, "operator": 3}], "operator"),
+        ([{**method, "colour": "red"}], "colour: there is no such option"),
+        ("ghost", "lacks a part"),
     ):
-        path.write_text(text)
-        with pytest.raises(ArtifactError, match=message):
-            SelectionResult.load(path)
+        path.write_text(json.dumps({**whole, "methods": methods}))
+        with pytest.raises(ArtifactError, match=problem):
+            read_plan(path, L)
+    path.write_text(json.dumps({**whole, "spans": [[9, 12]]}))
+    with pytest.raises((ArtifactError, PlanError), match=r"plan\.json"):
+        read_plan(path, L)
+
+
+def test_a_plan_of_fewer_spans_than_the_best_candidate_says_so() -> None:
+    def found(spans: str, *rows: dict[str, Any]) -> Selection:
+        return Selection(PruningPlan.parse(L, spans), "measured", candidates=rows)
+
+    two, one = {"spans": [[1, 2], [3, 4]], "gap": 0.1}, {"spans": [[3, 5]], "gap": 0.11}
+    assert found("3:5", two, one).has_fewer_spans
+    assert not found("1:2 3:4", two, one).has_fewer_spans
+    assert not found("3:5", one, two).has_fewer_spans
+    # Scores of single layers, and a user's plan, have no better candidate.
+    assert not found("1:3", {"spans": [[1, 2]], "score": 0.1}).has_fewer_spans
+    assert not found("3:5").has_fewer_spans
 
 
 def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
@@ -435,24 +465,40 @@ def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:
             return Choice(((span, 0.0),), (span,), {"seen": [1, 2]})
 
     assert "last-for-a-test" in criterion_names()
-    result = select(uri, 2, criterion="last-for-a-test")
+    result = select(2, store=uri, criterion="last-for-a-test")
     assert result.plan.removed == (L - 2, L - 1)
     assert result.details == {"seen": [1, 2]}
     with pytest.raises(RequestError, match="registered already"):
         register_criterion("last-for-a-test")(lambda: Last())
     with pytest.raises(RequestError, match=f"cannot remove {L} of {L} layers: at least one must survive"):
-        select(uri, L, criterion="last-for-a-test")
+        select(L, store=uri, criterion="last-for-a-test")
     with pytest.raises(RequestError, match=r"no criterion 'nearest'; known are .*shortgpt, .*streamline"):
         make_criterion("nearest")
 
 
-def test_commands_offer_all_criteria() -> None:
+def test_the_help_names_all_criteria() -> None:
+    text = str(Search.model_fields["criterion"].description)
+    named = set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text))
     known = {name for name in criterion_names() if not name.endswith("-for-a-test")} - {"middle-influence"}
-    assert set(CRITERIA) == known
-    assert set(OFFERED) == set(SEARCH_CRITERIA)
+    assert {*known, *search_criterion_names()} <= named
 
 
 @pytest.mark.parametrize("criterion", ["nearest", "Streamline"])
-def test_pipelines_refuse_unknown_criteria(criterion: str) -> None:
-    with pytest.raises(ValidationError, match="no criterion"):
-        SelectPart(remove=2, criterion=criterion)
+def test_unknown_criteria_are_refused(criterion: str, uri: str) -> None:
+    with pytest.raises(RequestError, match=f"no criterion '{criterion}'"):
+        select(2, store=uri, criterion=criterion)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "measured"}, "the criterion measured runs the model; give --calibration"),
+        ({"max_spans": 2}, "--max-spans would not be used: the criterion streamline runs nothing"),
+        ({"operator": "ghost"}, "--operator would not be used: the criterion streamline does not fit"),
+        ({"reduce_device": "cpu"}, "--reduce-device would not be used: criteria sum on the host"),
+        ({"dtype": "float32"}, "--dtype would not be used: no model is given"),
+    ],
+)
+def test_what_a_store_would_not_use_is_refused(options: dict[str, Any], message: str, uri: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        select(2, store=uri, **{"criterion": "streamline", **options})

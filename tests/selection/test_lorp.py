@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ghoststream.errors import NumericsError
 from ghoststream.selection import lorp
 from ghoststream.spans import Span
-from ghoststream.stages.select import select
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.requests import select
 
 pytestmark = pytest.mark.unit
 Array = npt.NDArray[np.float64]
@@ -101,7 +101,8 @@ def test_clusters_do_not_depend_on_the_numbers_of_layers(seed: int) -> None:
 @settings(max_examples=25)
 @given(size=st.integers(5, 14), seed=st.integers(0, 2**16))
 def test_two_clusters_are_the_best_split_of_the_normalised_cut(size: int, seed: int) -> None:
-    # Shi and Malik: (D - W) v = l D v; the eigenvector of the least l is constant, the next one is split in two.
+    # Shi and Malik: (D - W) v = l D v; the eigenvector of the least l is constant, the next one is split in
+    # two.
     affinity = (similarity_of(size, np.random.default_rng(seed)) + 1.0) / 2.0
     np.fill_diagonal(affinity, 0.0)
     degrees = np.diag(affinity.sum(axis=1))
@@ -153,12 +154,13 @@ def test_two_phases_of_a_model_are_pruned_apart(tmp_path: Path) -> None:
     shape = (4, 10, 24)
     mask = ragged_mask(*shape[:2])
     phases = rng.standard_normal((2, *shape))
-    # The fourth layer of the first phase and the second of the other are nearest to what their phase has in common.
+    # The fourth layer of the first phase and the second of the other are nearest to what their phase has in
+    # common.
     spread = [0.9, 0.8, 0.7, 0.1, 0.6, 0.9, 0.1, 0.5, 0.8]
     states = [phases[int(i > 4)] + s * rng.standard_normal(shape) for i, s in enumerate(spread)]
     states.append(rng.standard_normal(shape))
     uri = store_of(tmp_path / "store", states, mask=mask)
-    result = select(uri, 2, criterion="lorp")
+    result = select(2, store=uri, criterion="lorp")
     rows = np.stack(states[:9])[:, mask].astype(np.float32).astype(np.float64)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
     table = np.einsum("itc,jtc->ij", rows, rows) / mask.sum()
@@ -177,12 +179,12 @@ def test_a_store_whose_layers_oppose_each_other_has_a_file_too(tmp_path: Path) -
     first = random_states(1, (2, 3, 4))[0]
     uri = store_of(tmp_path / "store", [first, -first, -first, first, first])
     out = tmp_path / "plan.json"
-    result = select(uri, 1, criterion="lorp", out=out)
+    result = select(1, store=uri, criterion="lorp", out=out)
     assert result.details["representation_locality"] is None
-    assert select(uri, 1, criterion="lorp", out=out) == result
+    assert select(1, store=uri, criterion="lorp", out=out) == result
 
 
 def test_an_empty_mask_is_refused(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(4, (2, 3, 4)), mask=np.zeros((2, 3), dtype=bool))
     with pytest.raises(NumericsError, match="no token of the store counts"):
-        select(uri, 1, criterion="lorp")
+        select(1, store=uri, criterion="lorp")

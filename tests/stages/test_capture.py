@@ -83,7 +83,8 @@ def test_states_in_scratch_files_give_the_same_store(
 ) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     _capture(folder, ids_file, tmp_path / "a")
-    # Two layers, the work on a micro-batch of 2, three copies of a shard, three batches that wait: no room for states.
+    # Two layers, the work on a micro-batch of 2, three copies of a shard, three batches that wait: no room
+    # for states.
     unit, width = Skeleton(folder).unit_bytes, 32 * 4
     work = max(unit // 2, 2 * T * (4 * 64 + 8 * 32) * 4)
     least = 2 * unit + work + 3 * S * T * width + 3 * 2 * T * width

@@ -100,7 +100,8 @@ def test_a_worker_killed_at_every_operation(
 @pytest.mark.soak
 def test_a_worker_killed_beside_another_one(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
     result = _split(tmp_path, {"kill beside": 40}, tiny_llama, ids, "narrower")
-    # The operation that is last for one worker may not come for another, whose share is smaller or who does not fold.
+    # The operation that is last for one worker may not come for another, whose share is smaller or who does
+    # not fold.
     assert sum(run["died"] == 9 for run in result["beside"]) > 20
     for run in result["beside"]:
         assert run["died"] in {0, 9}

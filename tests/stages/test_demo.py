@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ghoststream.errors import InputNotFoundError, MismatchError, OutputExistsError
+from ghoststream.options import Text
 from ghoststream.stages import demo as demo_stage
 from ghoststream.stages import demo_model
 from ghoststream.streaming import StreamedPass
@@ -55,7 +56,8 @@ def test_the_figures_are_those_of_the_checkpoints_that_it_wrote(small_demo: Path
     assert report.published.chosen_by == demo_stage.PUBLISHED[0]
     assert report.recovery.chosen_by == "measured"
     tokenizer = AutoTokenizer.from_pretrained(small_demo)
-    held_out = prepare_tokens("python-docs", tokenizer, sequences=4, length=32, part="heldout")
+    others = Text(spec="python-docs", sequences=4, length=32, part="heldout")
+    held_out = prepare_tokens(others, tokenizer)
     ids = torch.from_numpy(held_out.ids).long()
     losses = {}
     for what in WHAT:

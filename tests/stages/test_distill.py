@@ -154,7 +154,8 @@ def test_training_is_that_of_a_resident_model(
         assert one.diagnostics["step_losses"] == pytest.approx(losses, rel=1e-4)
         assert one.diagnostics["held_out_divergence_before"] == pytest.approx(before[0], rel=1e-5)
         assert one.diagnostics["held_out_loss_before"] == pytest.approx(before[1], rel=1e-5)
-        # Adam divides by the gradient's size: where that is near zero, rounding decides the direction of an entry.
+        # Adam divides by the gradient's size: where that is near zero, rounding decides the direction of an
+        # entry.
         assert one.diagnostics["held_out_divergence"] == pytest.approx(after[0], rel=1e-3)
         assert one.diagnostics["held_out_loss"] == pytest.approx(after[1], rel=1e-3)
         assert one.diagnostics["fitted"] == {"relative_residual": 0.5, "warnings": ["of the fit"]}

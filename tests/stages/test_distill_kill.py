@@ -67,7 +67,8 @@ def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None
     whole = tmp_path / "whole" / "trained.safetensors"
     whole.parent.mkdir()
     run(tmp_path, whole)
-    # What the dense model gave (1), the state before the first step (2) and after each one (3 to 6), the result (7).
+    # What the dense model gave (1), the state before the first step (2) and after each one (3 to 6), the
+    # result (7).
     renames = STEPS + 3
     for number in range(1, renames + 1):
         for when in ("before", "after"):

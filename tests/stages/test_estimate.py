@@ -307,6 +307,22 @@ def test_a_given_plan_needs_its_boundaries_only(tiny_llama: Path) -> None:
     assert "disk, store" not in passes.needs
 
 
+def test_an_evaluation_is_a_pass_of_both_models(tiny_llama: Path) -> None:
+    request = Recovery(
+        remove=2,
+        calibration=Text(spec="c4", sequences=4, length=8),
+        evaluate=Text(spec="c4", sequences=3, length=16),
+        compute=Compute(device="cpu"),
+    )
+    found = estimate(request, model=tiny_llama, measure=False)
+    model, last = found.model, found.stages[-1]
+    assert last.name == "evaluate"
+    assert last.read_bytes == model.checkpoint_bytes + found.needs["disk, export"].n_bytes
+    assert last.flops == (6 + 4) * 3 * 16 * (2 * model.layer_elements + 4 * 16 * 32)
+    unknown = request.model_copy(update={"evaluate": Text(spec="c4")})
+    assert estimate(unknown, model=tiny_llama, measure=False).stages[-1].name == "export"
+
+
 def test_a_request_without_a_model() -> None:
     with pytest.raises(RequestError, match="recovery names no model"):
         estimate(Recovery(remove=1, calibration=Text(spec="c4")))

@@ -58,7 +58,7 @@ def _largest(spec: MomentSpec | None = None) -> int:
 def _sweeps(
     method: Method, spans: tuple[Span, ...] = PLAN.spans, memory: int = 10**9, folds: int = 4
 ) -> tuple[SweepCost, ...]:
-    reduction = Reduction(memory=memory, workers=1)
+    reduction = Reduction.make({"memory": memory, "workers": 1})
     return solve_sweeps(make_operator(method), spans, STORE, folds=folds, reduction=reduction)
 
 
@@ -91,7 +91,7 @@ def test_the_sweeps_of_a_fit_are_those_that_it_makes(
         Source(store=uri),
         method=method,
         search=Search(folds=folds),
-        reduction=Reduction(memory=memory, workers=1),
+        reduction=Reduction.make({"memory": memory, "workers": 1}),
         out=tmp_path / "operators.safetensors",
         progress=told,
     )
@@ -113,7 +113,7 @@ def test_what_is_said_to_be_kept_on_disk_is_kept_at_most(
 
     monkeypatch.setattr(BoundaryMoments, "__init__", measured)
     memory = _largest()
-    fit(PLAN, Source(store=uri), out=out, reduction=Reduction(memory=memory, workers=1))
+    fit(PLAN, Source(store=uri), out=out, reduction=Reduction.make({"memory": memory, "workers": 1}))
     (cost,) = _sweeps(Method(operator="ghost"), memory=memory)
     assert cost.sweeps == 4
     # Four folds keep a state of every span; beyond that the run at work may hold some more.
@@ -123,7 +123,8 @@ def test_what_is_said_to_be_kept_on_disk_is_kept_at_most(
 
 @pytest.mark.parametrize("criterion", ["residual", "residual-in-sample"])
 def test_the_sweeps_of_select_are_those_that_it_makes(uri: str, tmp_path: Path, criterion: str) -> None:
-    reduction = Reduction(memory=_largest(MomentSpec(token_weights="drop_sinks")), workers=1)
+    memory = _largest(MomentSpec(token_weights="drop_sinks"))
+    reduction = Reduction.make({"memory": memory, "workers": 1})
     shape = SelectionShape(L, 3, SHAPE[2], SHAPE[0], SHAPE[1], store_bytes=1, layer_bytes=1, layer_elements=1)
     (cost,) = select_sweeps(make_criterion(criterion).cost(shape).repairs, STORE, reduction)
     told = Told()
@@ -147,7 +148,7 @@ def test_wide_features_are_reduced_span_by_span() -> None:
     spans, shape = PruningPlan.parse(80, "40:48 60:64").spans, StoreShape(128, 512, 8192)
 
     def costs(memory: int) -> tuple[SweepCost, ...]:
-        reduction = Reduction(memory=memory, workers=1)
+        reduction = Reduction.make({"memory": memory, "workers": 1})
         return solve_sweeps(kind, spans, shape, folds=4, reduction=reduction, tap_width=28672)
 
     (cost,) = costs(2**36)

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from ghoststream.stages.inspect import flatten, inspect_path
-from ghoststream.stages.searching.result import SearchResult
-from ghoststream.stages.verify import verify_path
 from safetensors.torch import save_file
 
 from ghoststream.errors import ArtifactError, CheckpointError, InputNotFoundError, RequestError
 from ghoststream.evaluation.tasks import TaskMetric, TaskResult, TaskRow
 from ghoststream.files import write_sums
+from ghoststream.options import Method, Recovery, Text
+from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.artifacts import Kind, identify
+from ghoststream.stages.artifacts.explain import flatten
+from ghoststream.stages.artifacts.identify import Kind, identify
+from ghoststream.stages.artifacts.inspect import inspect_path
+from ghoststream.stages.artifacts.verify import verify_path
+from ghoststream.stages.estimation.estimate import estimate
 
 pytestmark = pytest.mark.unit
 PLAN = {"n_layers": 6, "spans": [[1, 3]]}
@@ -112,18 +115,20 @@ def test_operators_metadata_that_is_no_json(tmp_path: Path) -> None:
     path = tmp_path / "operators.safetensors"
     save_file({"a": torch.zeros(2)}, path, metadata={"ghoststream": "{"})
     assert identify(path) is Kind.OPERATORS
-    with pytest.raises(ArtifactError, match=r"metadata is not JSON .* run `ghoststream solve` again"):
+    with pytest.raises(ArtifactError, match=r"metadata is not JSON .* run `ghoststream fit` again"):
         inspect_path(path)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_pruning_plan(tmp_path: Path, *, wrapped: bool) -> None:
-    path = _write(tmp_path / "plan.json", {"plan": PLAN, "criterion": "streamline"} if wrapped else PLAN)
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_pruning_plan(tmp_path: Path, *, is_chosen: bool) -> None:
+    rows = ({"spans": [[1, 3]], "score": 0.5, "chosen": True},)
+    selection = Selection(PruningPlan.parse(6, "1:3"), "streamline", candidates=rows)
+    path = _write(tmp_path / "plan.json", selection.to_json() if is_chosen else PLAN)
     report = inspect_path(path)
     assert report.kind == "pruning plan"
     assert report.facts["removes"] == "[1,3) (2 of 6 layers)"
     assert report.facts["keeps"] == "0, 3, 4, 5"
-    assert len(report.tables) == int(wrapped)
+    assert len(report.tables) == int(is_chosen)
     assert verify_path(path).sound
 
 
@@ -132,14 +137,9 @@ def test_pruning_plan_that_cannot_be(tmp_path: Path) -> None:
     assert "at least one must survive" in verify_path(path).problems[0]
 
 
-def test_run_plan(tiny_llama: Path, tmp_path: Path) -> None:
-    from ghoststream.options import Recovery, Text
-    from ghoststream.stages.estimation.estimate import estimate
-
-    path = _write(
-        tmp_path / "run.json",
-        estimate(Recovery(remove=1, calibration=Text(spec="c4")), model=tiny_llama, measure=False).to_json(),
-    )
+def test_estimate(tiny_llama: Path, tmp_path: Path) -> None:
+    found = estimate(Recovery(remove=1, calibration=Text(spec="c4")), model=tiny_llama, measure=False)
+    path = _write(tmp_path / "estimate.json", found.to_json())
     report = inspect_path(path)
     assert report.kind == "estimate"
     assert report.facts["model.n_layers"] == 6
@@ -160,23 +160,32 @@ def test_evaluation(tmp_path: Path, *, as_list: bool) -> None:
 def test_the_plan_of_a_search(tmp_path: Path) -> None:
     rows = [
         {
-            "plan": PruningPlan.parse(6, plan).to_json(),
+            "spans": PruningPlan.parse(6, plan).to_json()["spans"],
+            "chosen": plan == "1:3",
             "repair": ["ghost, hidden, uniform"],
             "loss": 4 + gap,
             "gap": gap,
         }
         for plan, gap in (("1:3", 0.25), ("2:4", 0.5))
     ]
-    method = {"operator": "least-squares", "features": "hidden+mlp", "weights": "drop_sinks"}
-    recipe = {"sequences": 9, "methods": [method], "text": {"length": 16}}
-    found = SearchResult(PruningPlan.parse(6, "1:3"), (method,), "measured", tuple(rows), 4.0, recipe, 2)
+    method = Method(operator="least-squares", features="hidden+mlp", token_weights="drop_sinks")
+    found = Selection(
+        plan=PruningPlan.parse(6, "1:3"),
+        criterion="measured",
+        candidates=tuple(rows),
+        methods=(method,),
+        dense_loss=4.0,
+        passes=2,
+        recipe={"sequences": 9, "methods": [method.to_json()], "text": {"length": 16}},
+    )
     path = _write(tmp_path / "plan.json", found.to_json())
     report = inspect_path(path)
     assert report.facts["removes"] == "[1,3) (2 of 6 layers)"
     assert report.facts["repaired by"] == "least-squares, hidden+mlp, drop_sinks"
     candidates, settings = report.tables
-    assert candidates.headers == ["removed", "repaired by", "loss", "above dense"]
-    assert candidates.rows[0] == ["[1,3)", "ghost, hidden, uniform", 4.25, 0.25]
+    assert candidates.headers == ["removed", "repaired by", "loss", "above dense", ""]
+    assert candidates.rows[0] == ["[1,3)", "ghost, hidden, uniform", 4.25, 0.25, "chosen"]
+    assert candidates.rows[1] == ["[2,4)", "ghost, hidden, uniform", 4.5, 0.5, ""]
     assert settings.rows == [("sequences", "9"), ("text.length", "16")]
     assert verify_path(path).sound
 

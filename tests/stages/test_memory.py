@@ -14,7 +14,8 @@ pytestmark = pytest.mark.integration
 _REPOSITORY = Path(__file__).parents[2]
 _DRIVER = _REPOSITORY / "tests/helpers/memory_driver.py"
 _MIB = 2**20
-# What Python objects, zarr's bookkeeping and the threads' stacks take besides the buffers that are accounted for.
+# What Python objects, zarr's bookkeeping and the threads' stacks take besides the buffers that are accounted
+# for.
 _SLACK = 4 * _MIB
 
 
@@ -41,8 +42,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Figures:
     environment = {
         **os.environ,
         "PYTHONPATH": str(_REPOSITORY),
-        # glibc keeps freed blocks below a threshold that it raises up to 32 MiB as it goes: at this size of model
-        # that would measure the allocator's habits, not what the stages hold. At 70B no block is that small.
+        # glibc keeps freed blocks below a threshold that it raises up to 32 MiB as it goes: at this size of
+        # model that would measure the allocator's habits, not what the stages hold. At 70B no block is that
+        # small.
         "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
     }
     command = [sys.executable, str(_DRIVER), str(tmp_path_factory.mktemp("memory"))]
@@ -57,8 +59,8 @@ def test_the_model_is_much_larger_than_what_is_held(figures: Figures) -> None:
 
 
 def test_capture(figures: Figures) -> None:
-    # Two layers and half a U at work, the states of 16 x 64 tokens (2 MiB), three shards of the store (1 MiB each), three
-    # batches on their way there (0.8 MiB): 26.9 + 2 + 3 + 0.8 + 4 = 36.7 MiB.
+    # Two layers and half a U at work, the states of 16 x 64 tokens (2 MiB), three shards of the store (1 MiB
+    # each), three batches on their way there (0.8 MiB): 26.9 + 2 + 3 + 0.8 + 4 = 36.7 MiB.
     assert figures.peaks["capture"] < figures.budget + figures.states + _SLACK
 
 
@@ -86,12 +88,13 @@ def test_select(figures: Figures) -> None:
     assert figures.peaks["select"] < 4 * min(1024, figures.tokens) * figures.hidden * 4 + _SLACK
 
 
-def test_solve(figures: Figures) -> None:
-    # Reducing, one worker: a Gram and a cross-moment, 16 C^2 (4 MiB), and 4 blocks of 1,024 tokens in float64, 16 MiB.
-    # Solving: 56 C^2 (14 MiB). The larger, 20 MiB, the operator, 4 C^2 (1 MiB), and 4: 25 MiB.
+def test_fit(figures: Figures) -> None:
+    # Reducing, one worker: a Gram and a cross-moment, 16 C^2 (4 MiB), and 4 blocks of 1,024 tokens in
+    # float64, 16 MiB. Solving: 56 C^2 (14 MiB). The larger, 20 MiB, the operator, 4 C^2 (1 MiB), and 4: 25
+    # MiB.
     square = figures.hidden**2
     blocks = 4 * min(2048, figures.tokens) * figures.hidden * 8
-    assert figures.peaks["solve"] < max(16 * square + blocks, 56 * square) + 4 * square + _SLACK
+    assert figures.peaks["fit"] < max(16 * square + blocks, 56 * square) + 4 * square + _SLACK
 
 
 def test_export(figures: Figures) -> None:
@@ -100,8 +103,9 @@ def test_export(figures: Figures) -> None:
 
 
 def test_evaluate(figures: Figures) -> None:
-    # As a capture without a store, for two lanes (4 MiB), the operator as it was read and as it computes (2 MiB), and
-    # the logits of one batch of 128 tokens (2 MiB) with their exponentials: 26.9 + 4 + 2 + 4 + 4 = 40.9 MiB.
+    # As a capture without a store, for two lanes (4 MiB), the operator as it was read and as it computes (2
+    # MiB), and the logits of one batch of 128 tokens (2 MiB) with their exponentials: 26.9 + 4 + 2 + 4 + 4 =
+    # 40.9 MiB.
     logits = 2 * 128 * figures.vocabulary * 4
     bound = 2.5 * figures.unit + 2 * figures.states + 8 * figures.hidden**2 + logits + _SLACK
     assert figures.peaks["evaluate"] < bound

@@ -11,6 +11,7 @@ import pytest
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import ArtifactError, OutputExistsError
 from ghoststream.files import file_digest, verify_sums
+from ghoststream.options import Method, Storage, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
@@ -114,7 +115,8 @@ def test_shards_are_not_read_for_their_checksums(
 def test_capture_stopped_before_its_last_scratch_is_gone(
     tiny_llama: Path, ids: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"calibration": ids, "sequences": 6, "length": 16, "layers": (1, 4)}
+    text = Text(spec=ids, sequences=6, length=16)
+    options: dict[str, Any] = {"calibration": text, "storage": Storage(layers=(1, 4))}
     capture(tiny_llama, store=tmp_path / "whole", **options)
 
     def stopped(store: ActivationStore, layer: int) -> None:
@@ -137,14 +139,14 @@ def test_capture_stopped_before_its_last_scratch_is_gone(
 def test_recover_again_changes_nothing(
     tiny_llama: Path, ids: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"remove": 2, "calibration": ids, "sequences": 6, "length": 16}
+    options: dict[str, Any] = {"remove": 2, "calibration": Text(spec=ids, sequences=6, length=16)}
     first = recover(tiny_llama, out=tmp_path / "out", **options)
     before = {path: stamp for path, stamp in _stamps(tmp_path).items() if Path(path).is_file()}
     monkeypatch.delattr(StreamedPass, "run")
     again = recover(tiny_llama, out=tmp_path / "out", **options)
     assert again.to_json() == first.to_json()
     assert {path: stamp for path, stamp in _stamps(tmp_path).items() if Path(path).is_file()} == before
-    for change in ({"remove": 3}, {"operator": "linear-patch-diagonal"}):
+    for change in ({"remove": 3}, {"method": Method(operator="linear-patch-diagonal")}):
         with pytest.raises(OutputExistsError, match="recovered checkpoint of another request"):
             recover(tiny_llama, out=tmp_path / "out", **{**options, **change})
 
@@ -154,6 +156,6 @@ def test_recover_into_the_folder_that_one_is_in(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    recover(tiny_llama, remove=2, calibration=ids, sequences=6, length=16, out=Path())
+    recover(tiny_llama, remove=2, calibration=Text(spec=ids, sequences=6, length=16), out=Path())
     assert (tmp_path / "here.work").is_dir()
     assert (tmp_path / "here" / "config.json").is_file()

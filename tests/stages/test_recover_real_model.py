@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
 
+from ghoststream.options import Method, Recovery, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.demo_model import demo_model
-from ghoststream.stages.recover import recover
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.recover import run
 from ghoststream.streaming import (
     Batch,
     Lane,
@@ -51,7 +52,7 @@ def test_streamed_logits_are_the_resident_models_bit_for_bit(smollm2: Path) -> N
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokens = prepare_tokens("python-docs", tokenizer, sequences=3, length=96, part="heldout")
+    tokens = prepare_tokens(Text(spec="python-docs", sequences=3, length=96, part="heldout"), tokenizer)
     batches = make_batches(tokens.ids, tokens.mask, 2)
     skeleton = Skeleton(smollm2, dtype=torch.float32)
     logits = _Logits()
@@ -67,27 +68,17 @@ def test_streamed_logits_are_the_resident_models_bit_for_bit(smollm2: Path) -> N
 
 def test_recovery_repairs_most_of_the_damage(smollm2: Path, tmp_path: Path) -> None:
     """Six layers where the paper's operator is known to help (pruned 85, repaired 51, dense 36 on WikiText-2)."""
-    recover(
-        smollm2,
-        plan="13:19",
-        calibration="python-docs",
-        out=tmp_path / "recovered",
-        operator="ghost",
-        sequences=48,
-        length=128,
-    )
-    recover(
-        smollm2,
-        plan="13:19",
-        calibration="python-docs",
-        out=tmp_path / "pruned",
-        operator="none",
-        store=tmp_path / "recovered.work" / "store",
-        sequences=48,
-        length=128,
-    )
+    for operator, out in (("ghost", "recovered"), ("none", "pruned")):
+        request = Recovery(
+            model=str(smollm2),
+            remove="13:19",
+            calibration=Text(spec="python-docs", sequences=48, length=128),
+            method=Method(operator=operator),
+            store=str(tmp_path / "store"),
+        )
+        run(request, tmp_path / out)
     models = [smollm2, tmp_path / "pruned", tmp_path / "recovered"]
-    dense, pruned, repaired = evaluate(models, text="python-docs", length=128, sequences=16).rows
+    dense, pruned, repaired = evaluate(models, text=Text(spec="python-docs", length=128, sequences=16)).rows
     assert dense.passes == pruned.passes == repaired.passes
     assert dense.loss < repaired.loss
     assert repaired.loss - dense.loss < 0.75 * (pruned.loss - dense.loss)

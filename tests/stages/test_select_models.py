@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ghoststream.errors import MismatchError, RequestError
+from ghoststream.options import Storage, Text
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.recover import recover
-from ghoststream.stages.select import select
 from ghoststream.testing.models import save_tiny
 from tests.helpers.command_bench import Bench, succeed
+from tests.helpers.requests import recover, select
 
 pytestmark = pytest.mark.integration
 
@@ -25,6 +25,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "ids.npy"
     np.save(path, np.random.default_rng(0).integers(3, 120, size=(6, 12), dtype=np.int32))
     return f"ids:{path}"
+
+
+def captured(model: Path, text: str, store: Path) -> None:
+    windows = Text(spec=text, sequences=2, length=12)
+    capture(model, calibration=windows, store=store, storage=Storage(layers=(0,)))
 
 
 def weights_of(folder: Path, power: int) -> list[float]:
@@ -50,8 +55,8 @@ def test_magnitudes_are_those_of_the_resident_model(
     power: int,
 ) -> None:
     folder = tiny_checkpoint(family)
-    capture(folder, calibration=text, sequences=2, length=12, store=tmp_path / "store", layers=(0,))
-    result = select(tmp_path / "store", 2, criterion=criterion, model=folder)
+    captured(folder, text, tmp_path / "store")
+    result = select(2, store=tmp_path / "store", criterion=criterion, model=folder)
     expected = weights_of(folder, power)
     np.testing.assert_allclose([score for _, score in result.scores], expected, rtol=1e-12)
     assert set(result.plan.removed) == set(np.argsort(expected)[:2].tolist())
@@ -60,10 +65,10 @@ def test_magnitudes_are_those_of_the_resident_model(
 def test_the_model_must_be_the_one_that_the_store_was_made_of(
     tiny_llama: Path, text: str, tmp_path: Path
 ) -> None:
-    capture(tiny_llama, calibration=text, sequences=2, length=12, store=tmp_path / "store", layers=(0,))
+    captured(tiny_llama, text, tmp_path / "store")
     other = save_tiny("llama", tmp_path / "other", num_hidden_layers=5)
-    with pytest.raises(MismatchError, match="was made of another checkpoint"):
-        select(tmp_path / "store", 2, criterion="magnitude", model=other)
+    with pytest.raises(MismatchError, match="was not captured from"):
+        select(2, store=tmp_path / "store", criterion="magnitude", model=other)
 
 
 @pytest.mark.parametrize("criterion", ["residual", "lorp", "uidl", "reverse", "magnitude"])
@@ -80,7 +85,7 @@ def test_recover_takes_any_criterion(tiny_llama: Path, text: str, tmp_path: Path
     )
     assert report.plan.n_removed == 2
     assert report.chosen_by == criterion
-    chosen = select(tmp_path / "out.work" / "store", 2, criterion=criterion, model=tiny_llama)
+    chosen = select(2, store=tmp_path / "out.work" / "store", criterion=criterion, model=tiny_llama)
     assert chosen.plan == report.plan
 
 
@@ -100,6 +105,7 @@ def test_the_command_prints_scores_and_details(bench: Bench, tmp_path: Path) -> 
     plan = tmp_path / "plan.json"
     arguments = (
         "select",
+        "--store",
         bench.store,
         "--remove",
         2,
@@ -111,10 +117,12 @@ def test_the_command_prints_scores_and_details(bench: Bench, tmp_path: Path) -> 
         plan,
     )
     found = data(*arguments)
-    assert found["details"]["weights"] == "drop_sinks"
-    assert len(found["details"]["explained_gap"]) == len(found["scores"]) == 3
+    assert found["details"]["token_weights"] == "drop_sinks"
+    assert len(found["details"]["explained_gap"]) == len(found["candidates"]) == 3
     assert data(*arguments) == found == json.loads(plan.read_text())
     shown = succeed("inspect", plan).stdout
     assert "explained_gap" in shown
-    found = data("select", bench.store, "--remove", 2, "--criterion", "magnitude", "--model", bench.model)
-    assert sum(row["chosen"] for row in found["scores"]) == 2
+    found = data(
+        "select", "--store", bench.store, "--remove", 2, "--criterion", "magnitude", "--model", bench.model
+    )
+    assert sum(row["chosen"] for row in found["candidates"]) == 2

@@ -20,9 +20,10 @@ _SCRIPT = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import torch
+from ghoststream.options import Compute, Text
 from ghoststream.progress import SilentProgress
-from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
-from ghoststream.stages.searching.taylor import taylor_scores
+from ghoststream.stages.choosing.taylor import taylor_scores
+from ghoststream.stages.session import ModelSession
 from ghoststream.streaming.budget import layer_work_bytes
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.synthetic import save_ids, save_synthetic
@@ -32,8 +33,8 @@ torch.set_num_threads(1)
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256}
 
 def scores(model, text, sequences, limit=None):
-    session = ModelSession(model, ModelOptions(host_memory=limit, scratch=root))
-    tokens = session.tokens(TextOptions(text, sequences, length))
+    session = ModelSession(model, Compute(host_memory=limit, scratch=root))
+    tokens = session.tokens(Text(spec=text, sequences=sequences, length=length))
     return taylor_scores(session, tokens, micro_batch=micro_batch, progress=SilentProgress())
 
 tiny = save_synthetic(root / "tiny", **sizes, dtype=torch.float32)
@@ -42,7 +43,7 @@ scores(tiny, save_ids(root / "tiny.npy", sequences=4, length=length, vocab_size=
 for out, into in ((512, 512), (128, 512), (1408, 512), (512, 1408), (vocabulary, 512)):
     states = torch.ones(micro_batch, length, into, requires_grad=True)
     torch.nn.functional.linear(states, torch.ones(out, into, requires_grad=True)).sum().backward()
-skeleton = ModelSession(deep, ModelOptions()).skeleton
+skeleton = ModelSession(deep).skeleton
 unit = skeleton.unit_bytes
 work = micro_batch * length * layer_work_bytes(skeleton, length)
 gradients = unit + 4 * 1408 * 512
@@ -68,7 +69,7 @@ def test_gradients_take_two_layers_and_those_of_one(tmp_path: Path) -> None:
     figures = json.loads(done.stdout)
     few, many = figures["peaks"]
     assert figures["checkpoint"] > 2 * figures["limit"]
-    # 2.5 layers, the gradients of one, four forwards of 128 tokens: 55 of 124 MiB. The states of six more sequences, once
-    # a layer, would be 8 MiB more.
+    # 2.5 layers, the gradients of one, four forwards of 128 tokens: 55 of 124 MiB. The states of six more
+    # sequences, once a layer, would be 8 MiB more.
     assert few < figures["limit"] + _SLACK, figures
     assert many - few < _SLACK, figures

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator
@@ -15,6 +14,7 @@ from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import random_states, store_of
 from tests.helpers.reducing import moments_of
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.unit
 SPAN = Span(0, 2)
@@ -58,7 +58,7 @@ def test_the_operator_predicts_as_well(tmp_path: Path) -> None:
 
 def test_the_recipe_says_it_and_unknown_precisions_are_refused(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (4, 6, 5)))
-    made = solve(uri, "0:1", precision="float32-blocked", out=tmp_path / "o.safetensors")
-    assert made.metadata["recipe"]["precision"] == "float32-blocked"
+    made = fit("0:1", store=uri, precision="float32-blocked", out=tmp_path / "o.safetensors")
+    assert made.metadata["recipe"]["method"]["precision"] == "float32-blocked"
     with pytest.raises(RequestError, match="no precision 'float16'; known are float64, float32-blocked"):
         BoundaryReducer((SPAN,), MomentSpec(precision="float16"))  # type: ignore[arg-type]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, RequestError
 from ghoststream.spans import PruningPlan
 from ghoststream.statistics import register_token_weight
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.requests import fit, ranges_of
 
 pytestmark = pytest.mark.faults
 N_RANGES = 24
@@ -29,8 +29,9 @@ N_REDUCTIONS = len(PLAN.spans) * N_RANGES
 _START_SECONDS = 60.0
 
 
-# A user's weight in a file of their own, which the workers can import. It is registered in the client only: tasks
-# carry the rule itself. It takes its time and leaves a line in a log; on the word `die` it ends its process.
+# A user's weight in a file of their own, which the workers can import. It is registered in the client only:
+# tasks carry the rule itself. It takes its time and leaves a line in a log; on the word `die` it ends its
+# process.
 RULE = """
 import os, signal, time
 from pathlib import Path
@@ -65,13 +66,17 @@ os.kill(pid, signal.SIGKILL)
 CLIENT = """
 import sys
 from pathlib import Path
+from functools import partial
 from users_rule import SlowUniform
-from ghoststream.stages.solve import solve
-from ghoststream.statistics import register_token_weight
+from ghoststream import fit
+from ghoststream.options import Method, Reduction, Source
+from ghoststream.statistics import Ranges, register_token_weight
 
 uri, out, log, scheduler, name = sys.argv[1:]
 rule = register_token_weight(SlowUniform(name, log, 0.1))
-solve(uri, "1:3 4:5", weights=rule.name, range_sequences=1, out=Path(out), scheduler=scheduler)
+Ranges.make = partial(Ranges.make, range_sequences=1)
+method, reduction = Method(token_weights=rule.name), Reduction(scheduler=scheduler)
+fit("1:3 4:5", Source(store=uri), out=Path(out), method=method, reduction=reduction)
 """
 
 
@@ -87,8 +92,8 @@ class Cluster:
     def start(self, n_workers: int, *, before: Sequence[str] = (), allowed_failures: int = 0) -> str:
         """Start a scheduler and workers, and return its address.
 
-        ``before`` are words before a worker's command; a range that ends more workers than ``allowed_failures`` is
-        given up.
+        ``before`` are words before a worker's command; a range that ends more workers than
+        ``allowed_failures`` is given up.
         """
         self._environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")]),
@@ -169,7 +174,8 @@ def _run(rule: Any, uri: str, out: Path, scheduler: Any) -> list[str]:
     log = out.with_suffix(".log")
     log.touch()
     rule.log = str(log)
-    solve(uri, PLAN, weights=rule.name, range_sequences=1, out=out, scheduler=scheduler)
+    with ranges_of(1):
+        fit(PLAN, store=uri, token_weights=rule.name, out=out, scheduler=scheduler)
     return log.read_text().splitlines()
 
 
@@ -260,13 +266,13 @@ def test_workers_that_see_neither_store_nor_folder_are_named(
     with pytest.raises(
         RequestError, match=rf"1 of 1 workers .* cannot open the store .*{uri}.* that all workers"
     ):
-        solve(uri, PLAN, out=out, scheduler=address)
+        fit(PLAN, store=uri, out=out, scheduler=address)
     cluster.kill()
     address = cluster.start(1, before=_with_empty(hidden))
     with pytest.raises(
         RequestError, match=rf"1 of 1 workers .* does not see {hidden}.* that all workers share"
     ):
-        solve(uri, PLAN, out=out, scheduler=address)
+        fit(PLAN, store=uri, out=out, scheduler=address)
     assert not out.exists()
 
 
@@ -279,7 +285,7 @@ def test_a_worker_of_another_version_is_refused(cluster: Cluster, uri: str, tmp_
         RequestError,
         match=r"1 of 1 workers run another ghoststream than this process \(.*\): tcp://\S+: 9.9.9;",
     ):
-        solve(uri, PLAN, out=out, scheduler=cluster.start(1))
+        fit(PLAN, store=uri, out=out, scheduler=cluster.start(1))
     assert not out.exists()
 
 
@@ -310,7 +316,7 @@ def test_a_worker_with_too_little_memory_is_refused_before_it_starts(uri: str, t
             BudgetError, match=r"30,000 bytes of memory for 3 threads, each of which takes [\d,]+ for"
         ),
     ):
-        solve(uri, PLAN, out=out, scheduler=client)
+        fit(PLAN, store=uri, out=out, scheduler=client)
     assert not out.exists()
 
 

@@ -247,7 +247,7 @@ def test_norm_states_merge_in_any_grouping(uri: str) -> None:
 
 @pytest.mark.parametrize("statistic", [pairwise_similarity, norm_profile])
 def test_the_same_bits_on_one_thread_or_many(uri: str, statistic: Callable[..., Any]) -> None:
-    one, many = statistic(uri, workers=1), statistic(uri, workers=4)
+    one, many = (statistic(uri, reduction=Reduction(workers=number)) for number in (1, 4))
     for name, value in vars(one).items():
         np.testing.assert_array_equal(value, getattr(many, name))
 

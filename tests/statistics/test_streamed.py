@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges
+from ghoststream.statistics import FoldedMoments, ModelFacts, MomentSpec, Ranges
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.streamed import streamed_moments
 from ghoststream.statistics.triangle_boundary import TriangleReducer
@@ -43,18 +43,18 @@ def test_they_are_those_of_the_store(
     kind: Any, batch: int, folds: int, range_sequences: int | None, tmp_path: Path
 ) -> None:
     states, mask = random_states(4, (S, T, C)), ragged_mask(S, T)
-    options: dict[str, Any] = {"feature": "normed", "weights": "relative", "block_tokens": 12}
+    options: dict[str, Any] = {"feature": "normed", "token_weights": "relative", "block_tokens": 12}
     store = store_of(tmp_path / "store", states, mask=mask, norm_epsilon=EPSILON)
     expected = moments_of(
         store,
         [SPAN],
-        triangles=kind is TriangleReducer,
+        kind,
         folds=folds,
         range_sequences=range_sequences,
         **options,
     )[SPAN]
     found = streamed_moments(
-        kind((SPAN,), **options),
+        kind((SPAN,), MomentSpec(**options)),
         Ranges.make(S, folds=folds, range_sequences=range_sequences),
         _batches(states, batch),
         mask=mask,

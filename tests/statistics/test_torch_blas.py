@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import RequestError
-from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import MomentSpec, Precision, reduce, store_ranges
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.torch_blas import DeviceBoundaryReducer, add_product
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.requests import fit, ranges_of
 
 pytestmark = pytest.mark.unit
 SPANS = (Span(0, 2), Span(0, 3), Span(1, 3))
@@ -86,19 +85,21 @@ def test_operators_solved_from_a_device_are_those_of_the_host(
     uri: str, tmp_path: Path, precision: Precision
 ) -> None:
     there, again, here = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "here"))
-    method = Method(ridge=1e-3)
-    options: dict[str, Any] = {"operator": "least-squares", "options": method, "precision": precision}
-    found = solve(uri, "0:2", out=there, reduce_device="cpu", range_sequences=2, **options)
-    exact = solve(uri, "0:2", out=here, range_sequences=2, operator="least-squares", options=method)
+    method: dict[str, Any] = {"operator": "least-squares", "ridge": 1e-3}
+    options: dict[str, Any] = {**method, "precision": precision, "reduce_device": "cpu"}
+    with ranges_of(2):
+        found = fit("0:2", store=uri, out=there, **options)
+        exact = fit("0:2", store=uri, out=here, **method)
+        fit("0:2", store=uri, out=again, workers=2, **options)
     assert found.metadata["recipe"]["reduce_device"] == "cpu"
     assert exact.metadata["recipe"]["reduce_device"] is None
     one, other = (operators.boundaries[0].weight for operators in (found, exact))
     assert one is not None
     assert other is not None
-    # A relative ridge of 1e-3 bounds the condition by 24e3, by which the error of Gram and cross-moment grows at most.
+    # A relative ridge of 1e-3 bounds the condition by 24e3, by which the error of Gram and cross-moment grows
+    # at most.
     tolerance = 24e3 * (1e-13 if precision == "float64" else GAMMA) + 1e-6
     assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
-    solve(uri, "0:2", out=again, reduce_device="cpu", range_sequences=2, workers=2, **options)
     assert there.read_bytes() == again.read_bytes()
 
 
@@ -106,11 +107,11 @@ def test_what_is_no_gram_is_not_reduced_on_a_device(uri: str, tmp_path: Path) ->
     for refused in (
         {"operator": "diagonal"},
         {"operator": "linear-patch-rotated"},
-        {"operator": "least-squares", "options": Method(solver="tsqr")},
-        {"operator": "least-squares", "options": Method(solver="sketch-range", rank=2)},
+        {"operator": "least-squares", "solver": "tsqr"},
+        {"operator": "least-squares", "solver": "sketch-range", "rank": 2},
     ):
         with pytest.raises(RequestError, match=r"leave (--reduce-device )?cpu out"):
-            solve(uri, "0:2", out=tmp_path / "o.safetensors", reduce_device="cpu", **refused)
+            fit("0:2", store=uri, out=tmp_path / "o.safetensors", reduce_device="cpu", **refused)
     assert not (tmp_path / "o.safetensors").exists()
 
 
@@ -120,7 +121,7 @@ def test_workers_without_the_device_are_named(uri: str, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
     with pytest.raises(RequestError, match="the device cuda was asked for, and torch sees none of that name"):
-        solve(uri, "0:2", out=tmp_path / "here.safetensors", reduce_device="cuda")
+        fit("0:2", store=uri, out=tmp_path / "here.safetensors", reduce_device="cuda")
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
@@ -128,7 +129,7 @@ def test_workers_without_the_device_are_named(uri: str, tmp_path: Path) -> None:
             RequestError, match=r"1 of 1 workers .*: the device cuda:1 was asked for, and torch sees none"
         ),
     ):
-        solve(uri, "0:2", out=tmp_path / "there.safetensors", reduce_device="cuda:1", scheduler=client)
+        fit("0:2", store=uri, out=tmp_path / "there.safetensors", reduce_device="cuda:1", scheduler=client)
     assert list(tmp_path.glob("*.safetensors")) == []
 
 

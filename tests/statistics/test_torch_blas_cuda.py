@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 
 from ghoststream.spans import Span
 from ghoststream.statistics import Precision
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 from tests.helpers.reducing import moments_of
+from tests.helpers.requests import fit, ranges_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,5 +43,6 @@ def test_the_number_of_tasks_at_a_time_changes_no_bit(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(3, (12, 100, 64)))
     files = [tmp_path / f"{workers}.safetensors" for workers in (1, 3)]
     for workers, out in zip((1, 3), files, strict=True):
-        solve(uri, "0:2", out=out, reduce_device=DEVICE, workers=workers, range_sequences=1)
+        with ranges_of(1):
+            fit("0:2", store=uri, out=out, reduce_device=DEVICE, workers=workers)
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -20,6 +20,7 @@ from ghoststream.stages.choosing.taylor import taylor_scores
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import (
     BoundaryMap,
+    Lane,
     MemoryBudget,
     ModuleMap,
     PassMemory,
@@ -35,8 +36,9 @@ from ghoststream.text import TokenSet
 pytestmark = pytest.mark.integration
 S, T, C, L, MICRO = 5, 12, 32, 6, 2
 
-# Both add the same products in float32, the resident model all sequences at once, the streamed one micro-batch by
-# micro-batch: sums of at most 60 tokens through six layers, a few hundred roundings of 6e-8 each.
+# Both add the same products in float32, the resident model all sequences at once, the streamed one
+# micro-batch by micro-batch: sums of at most 60 tokens through six layers, a few hundred roundings of 6e-8
+# each.
 TOLERANCE = 2e-5
 
 
@@ -175,7 +177,7 @@ def test_operator_gradients_are_those_of_the_resident_model(
     maps, same = make_maps(plan), make_maps(plan)
     loss = resident_loss(repaired_resident(plan, same), ids, mask)
     loss.backward()
-    value = streamed(tiny_llama, ids, mask, plan=plan, maps=mapped(maps))
+    value = streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, mapped(maps)))
     assert value == pytest.approx(loss.item(), rel=1e-6)
     for span in plan.spans:
         for found, expected in zip(maps[span].parameters(), same[span].parameters(), strict=True):
@@ -191,7 +193,7 @@ def test_a_span_without_a_map_is_cut_on_the_way_back_too(
     plan = PruningPlan(L, (Span(1, 2), Span(4, 5)))
     maps, same = ({span: made for span, made in make_maps(plan).items() if span.start == 1} for _ in range(2))
     resident_loss(repaired_resident(plan, same), ids, mask).backward()
-    streamed(tiny_llama, ids, mask, plan=plan, maps=mapped(maps))
+    streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, mapped(maps)))
     for found, expected in zip(maps[Span(1, 2)].parameters(), same[Span(1, 2)].parameters(), strict=True):
         assert found.grad is not None
         assert expected.grad is not None
@@ -276,23 +278,28 @@ def test_what_cannot_be_done_is_refused(
     with pytest.raises(RequestError, match="nothing asks for a gradient"):
         streamed(tiny_llama, ids, mask)
     with pytest.raises(RequestError, match="nothing asks for a gradient"):
-        streamed(tiny_llama, ids, mask, plan=plan, maps=mapped(frozen))
+        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, mapped(frozen)))
     with pytest.raises(RequestError, match="vanish in float16"):
         streamed(tiny_llama, ids, mask, gradients=Collected(), dtype=torch.float16)
     with pytest.raises(RequestError, match="ends before layer 3"):
         streamed(tiny_llama, ids, mask, gradients=Collected(), options=PassOptions(last_layer=3))
+    bare: Any = {Span(1, 2): lambda states: states}
     with pytest.raises(
         RequestError, match=r"map at \[1,2\) of this pass is a function and no BoundaryMap; wrap"
     ):
-        streamed(tiny_llama, ids, mask, plan=plan, maps={Span(1, 2): lambda states: states})
+        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, bare))
     for kind, says in ((Fitted, "is fitted while a pass runs"), (Tapped, "reads the layer before it")):
         with pytest.raises(RequestError, match=rf"map at \[1,2\) {says}: it cannot be differentiated"):
-            streamed(tiny_llama, ids, mask, plan=plan, maps={Span(1, 2): kind()})
+            streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): kind()}))
     detached = ModuleMap(lambda states: states.detach())
     with pytest.raises(RequestError, match=r"map at \[1,2\) returns states without a gradient"):
-        streamed(tiny_llama, ids, mask, plan=plan, maps={Span(1, 2): detached}, gradients=Collected())
+        streamed(
+            tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): detached}), gradients=Collected()
+        )
     with pytest.raises(RequestError, match=r"not at a boundary of the plan"):
-        streamed(tiny_llama, ids, mask, maps=mapped(make_maps(plan)))
+        streamed(
+            tiny_llama, ids, mask, lane=Lane("repaired", PruningPlan(plan.n_layers), mapped(make_maps(plan)))
+        )
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,6 @@ def test_only_what_fits_the_budget_is_kept(tiny_llama: Path) -> None:
                     calls.layer(0, batch, value)
     finally:
         handle.remove()
-    # Sequences 0, 2, 4, 6 and 8 are not padded and share one recording; the masks of 20 x 20 float32 of some of the
-    # four others fit the budget beside it, the rest is recorded again.
+    # Sequences 0, 2, 4, 6 and 8 are not padded and share one recording; the masks of 20 x 20 float32 of some
+    # of the four others fit the budget beside it, the rest is recorded again.
     assert 9 < len(recorded) < 9 + 4

@@ -118,7 +118,8 @@ def test_the_computation_waits_for_a_slow_place(tmp_path: Path) -> None:
     worker.start()
     assert third.wait(WAIT_SECONDS)
     worker.join(timeout=0.2)
-    # Two wait in the queue (one of them in the writer's hands); the third was computed and cannot be put down.
+    # Two wait in the queue (one of them in the writer's hands); the third was computed and cannot be put
+    # down.
     assert computed == [0, 1, 2]
     place.gate.set()
     worker.join(WAIT_SECONDS)

@@ -73,7 +73,8 @@ def test_a_buffer_is_filled_behind_the_work_on_the_layer_that_was_in_it(skeleton
     copies.issued = 2
     slots.used(second)
     slots.read(specs[3])
-    # New buffers wait for what was issued when they were made (nothing); after that for the layer before the last.
+    # New buffers wait for what was issued when they were made (nothing); after that for the layer before the
+    # last.
     assert copies.behind == [0, 0, 1, 2]
     assert _storage(third) == _storage(first) != _storage(second)
 

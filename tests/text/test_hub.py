@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from ghoststream.errors import TextError
+from ghoststream.options import TextPart
 from ghoststream.text import Document, TextSpec, load_documents
 from ghoststream.text.hub import resolve_split
-from ghoststream.text.spec import Part
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +44,7 @@ def use(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], *, offline:
     return library
 
 
-def load(text: str, part: Part = "all", max_bytes: int | None = None) -> list[Document]:
+def load(text: str, part: TextPart = "all", max_bytes: int | None = None) -> list[Document]:
     return list(load_documents(TextSpec.parse(text), part=part, max_bytes=max_bytes))
 
 
@@ -124,7 +124,7 @@ def test_c4_reads_one_file_of_the_split(monkeypatch: pytest.MonkeyPatch) -> None
         ("file:a.txt", "fit", None),
     ],
 )
-def test_parts_stand_for_splits(spec: str, part: Part, split: str | None) -> None:
+def test_parts_stand_for_splits(spec: str, part: TextPart, split: str | None) -> None:
     assert resolve_split(TextSpec.parse(spec), part) == split
 
 

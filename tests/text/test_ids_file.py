@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ghoststream.errors import InputNotFoundError, TextError
+from ghoststream.options import Text
 from ghoststream.text import TokenSet, prepare_tokens
 
 pytestmark = pytest.mark.unit
@@ -17,9 +18,8 @@ pytestmark = pytest.mark.unit
 def prepare(
     path: Path, sequences: int | None = None, length: int = 4, vocabulary_size: int | None = None
 ) -> TokenSet:
-    return prepare_tokens(
-        f"ids:{path}", None, sequences=sequences, length=length, vocabulary_size=vocabulary_size
-    )
+    text = Text(spec=f"ids:{path}", sequences=sequences, length=length)
+    return prepare_tokens(text, None, vocabulary_size=vocabulary_size)
 
 
 def test_rows_are_used_as_they_are(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from ghoststream.errors import TextError
+from ghoststream.options import Text
 from ghoststream.testing.tokenizers import CHARACTERS, CHAT_TEMPLATE, tiny_tokenizer
 from ghoststream.text import TokenSet, prepare, prepare_tokens, tokenizer_fingerprint
 
@@ -26,8 +28,8 @@ def ids(text: str) -> list[int]:
 
 
 def tokens_of(path: Path, tokenizer: PreTrainedTokenizerFast | None = None, **options: Any) -> TokenSet:
-    arguments = {"sequences": None, "length": 4, **options}
-    return prepare_tokens(f"file:{path}", tokenizer or tiny_tokenizer(), **arguments)
+    text = Text(spec=f"file:{path}", **{"length": 4, **options})
+    return prepare_tokens(text, tokenizer or tiny_tokenizer())
 
 
 def write_lines(path: Path, *rows: dict[str, Any]) -> Path:
@@ -190,7 +192,7 @@ def test_no_document_with_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sequences", "length"), [(0, 4), (1, 1), (-1, 4), (None, 0)])
 def test_senseless_sizes_are_refused(text_file: Path, sequences: int | None, length: int) -> None:
-    with pytest.raises(TextError, match="at least 1 sequence of 2 tokens"):
+    with pytest.raises(ValidationError, match="greater than or equal to"):
         tokens_of(text_file, sequences=sequences, length=length)
 
 
@@ -202,12 +204,12 @@ def test_always_needs_a_bos_token(text_file: Path, pack: bool) -> None:
 
 def test_text_needs_a_tokenizer(text_file: Path) -> None:
     with pytest.raises(TextError, match="the model has no tokenizer; give token ids with ids:"):
-        prepare_tokens(f"file:{text_file}", None, sequences=None, length=4)
+        prepare_tokens(Text(spec=f"file:{text_file}", length=4), None)
 
 
 def test_a_tokenizer_of_another_model(text_file: Path) -> None:
     with pytest.raises(TextError, match="the ids or the tokenizer belong to another model"):
-        tokens_of(text_file, vocabulary_size=50)
+        prepare_tokens(Text(spec=f"file:{text_file}", length=4), tiny_tokenizer(), vocabulary_size=50)
 
 
 def test_a_chat_without_or_against_a_template(tmp_path: Path) -> None:
@@ -280,10 +282,10 @@ def test_the_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
 
 def test_python_docs_have_enough_text_for_a_demonstration() -> None:
     tokenizer = tiny_tokenizer()
-    fit = prepare_tokens("python-docs", tokenizer, sequences=96, length=512, part="fit")
-    heldout = prepare_tokens("python-docs", tokenizer, sequences=16, length=512, part="heldout")
+    fit = prepare_tokens(Text(spec="python-docs", sequences=96, part="fit"), tokenizer)
+    heldout = prepare_tokens(Text(spec="python-docs", sequences=16, part="heldout"), tokenizer)
     assert fit.recipe()["part"] == "fit"
     assert heldout.recipe()["part"] == "heldout"
     assert fit.recipe()["text_digest"] != heldout.recipe()["text_digest"]
-    named = prepare_tokens("python-docs:heldout", tokenizer, sequences=16, length=512)
+    named = prepare_tokens(Text(spec="python-docs:heldout", sequences=16), tokenizer)
     assert named.digest == heldout.digest

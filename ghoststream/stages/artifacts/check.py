@@ -1,4 +1,7 @@
-"""Complete checks, one for each kind of artifact; each returns what is broken."""
+"""Complete checks, one for each kind of artifact; each returns what is broken.
+
+What reads one kind is imported there: a plan must not wait for the libraries of a store.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ from pathlib import Path
 from ghoststream.checkpoint.index import CheckpointIndex, read_header
 from ghoststream.errors import DataError, GhoststreamError, PlanError
 from ghoststream.files import SUMS_NAME, read_json, verify_sums
-from ghoststream.recovery.provenance import PROVENANCE_NAME
-from ghoststream.selection import Selection
+from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan
 
 
@@ -67,6 +69,8 @@ def check_tensors(path: str) -> list[str]:
 
 def check_plan(path: str) -> list[str]:
     """Read a plan file whole."""
+    from ghoststream.selection import Selection
+
     try:
         Selection.load(Path(path))
     except PlanError as error:

@@ -1,4 +1,7 @@
-"""What each kind of artifact is, from its headers and metadata."""
+"""What each kind of artifact is, from its headers and metadata.
+
+What reads one kind is imported there: a plan must not wait for the libraries of a store.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,7 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_head
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
 from ghoststream.options import Method, dtype_name
-from ghoststream.recovery.provenance import PROVENANCE_NAME
-from ghoststream.selection import Selection, candidate_table
+from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.artifacts.identify import OPERATORS_KEY
 
@@ -149,6 +151,8 @@ def explain_tensors(path: str) -> Explanation:
 
 def explain_plan(path: str) -> Explanation:
     """Say which layers a plan removes, and how it came about."""
+    from ghoststream.selection import Selection, candidate_table
+
     found = Selection.load(Path(path))
     plan = found.plan
     facts = {
@@ -234,7 +238,7 @@ def _tensor_facts(entries: Any) -> dict[str, Any]:
     return {
         "tensors": len(tensors),
         "bytes": format_bytes(sum(entry.n_bytes for entry in tensors)),
-        "parameters": sum(entry.n_bytes // entry.dtype.itemsize for entry in tensors),
+        "parameters": sum(entry.n_bytes // entry.itemsize for entry in tensors),
         "stored as": ", ".join(f"{name} ({count})" for name, count in kinds.most_common()),
     }
 

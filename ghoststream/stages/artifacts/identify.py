@@ -11,7 +11,7 @@ from typing import Any
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_metadata
 from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.files import read_json
-from ghoststream.recovery.provenance import PROVENANCE_NAME
+from ghoststream.recovery.names import PROVENANCE_NAME
 
 #: Metadata key of an operators file.
 OPERATORS_KEY = "ghoststream"

@@ -30,12 +30,13 @@ def capture(
 ) -> ActivationStore:
     """Run a model once over calibration text and keep ``h[0..L]`` (or some of them) in a store.
 
-    Killed at any moment, the same call continues from the last layer that was finished: from the store where it
-    holds that layer at compute dtype, otherwise from a scratch copy inside it.
+    Killed at any moment, the same call continues from the last layer that was finished: from the store where
+    it holds that layer at compute dtype, otherwise from a scratch copy inside it.
 
-    Several workers can share the sequences, each with the same call but for ``worker``, at the same time or one after
-    another, in any order. Each reads the weights and writes shards of its own; the one that finishes last completes
-    the store, and every file is then byte for byte what one worker alone would have left.
+    Several workers can share the sequences, each with the same call but for ``worker``, at the same time or
+    one after another, in any order. Each reads the weights and writes shards of its own; the one that
+    finishes last completes the store, and every file is then byte for byte what one worker alone would have
+    left.
 
     Args:
         model: Local folder or hub id.
@@ -43,8 +44,9 @@ def capture(
         store: Path or URL of the store.
         storage: Which hidden states are kept, and their dtype.
         compute: How the model is opened and run.
-        worker: ``(i, n)``: do the share of worker ``i`` of ``n``, counted from 1. Shares are whole shards and whole
-            micro-batches; where there are fewer of these than workers, the last workers have nothing to do.
+        worker: ``(i, n)``: do the share of worker ``i`` of ``n``, counted from 1. Shares are whole shards and
+            whole micro-batches; where there are fewer of these than workers, the last workers have nothing to
+            do.
         progress: Who is told how far it is.
 
     Returns:
@@ -52,15 +54,16 @@ def capture(
 
     Raises:
         MismatchError: If the store was made from another model, text or recipe.
-        RequestError: If the store is being captured in other shares, or in shares and ``worker`` is not given.
+        RequestError: If the store is being captured in other shares, or in shares and ``worker`` is not
+            given.
         BusyError: If another process is writing the store, or this worker's share of it.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         NumericsError: If hidden states stop being finite.
         GhoststreamError: What opening the model, the text or the store raises.
 
-    Memory: what :class:`~ghoststream.streaming.PassMemory` states, ``S * T * C`` elements of states where they fit, three
-    micro-batches on their way to the store, and three times one shard of it (a shard is 16 MiB or one sequence).
-    With ``worker``, S is the number of sequences in its share.
+    Memory: what :class:`~ghoststream.streaming.PassMemory` states, ``S * T * C`` elements of states where
+    they fit, three micro-batches on their way to the store, and three times one shard of it (a shard is 16
+    MiB or one sequence). With ``worker``, S is the number of sequences in its share.
     """
     session = ModelSession(model, compute)
     return capture_session(
@@ -136,8 +139,8 @@ def _recipe(
 def _sequences_per_shard(n_sequences: int, most: int, micro_batch: int) -> int:
     """Return how many sequences make a shard: whole micro-batches, or an even part of one that is too large.
 
-    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even parts of a
-    micro-batch of a prime number of sequences are single sequences.
+    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even
+    parts of a micro-batch of a prime number of sequences are single sequences.
     """
     if n_sequences <= most:
         return n_sequences
@@ -155,9 +158,9 @@ def _share(
     start, stop = _rows_of(number, count, n_sequences, step)
     if start == stop:
         progress.log(
-            f"worker {number} of {count} has nothing to do: {n_sequences} sequences make"
-            f" {math.ceil(n_sequences / step)} shares at most (whole shards of {recipe.sequences_per_shard} and"
-            f" whole micro-batches of {recipe.micro_batch})"
+            f"worker {number} of {count} has nothing to do: {n_sequences} sequences make "
+            f"{math.ceil(n_sequences / step)} shares at most (whole shards of {recipe.sequences_per_shard} "
+            f"and whole micro-batches of {recipe.micro_batch})"
         )
     else:
         progress.log(f"worker {number} of {count}: sequences [{start},{stop}) of {n_sequences}")

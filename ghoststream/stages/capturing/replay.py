@@ -30,9 +30,9 @@ def replay(
 ) -> Generator[tuple[int, dict[str, torch.Tensor]], None, None]:
     """Run one decoder layer on the hidden states ``h[layer]`` of a store and give its inner activations.
 
-    Compute dtype, attention implementation and micro-batches are those of the capture, so that in fp32 on the CPU the
-    taps are bit for bit those of the pass that made the store. Everything is checked before this returns; the
-    layer is read when the first batch is asked for.
+    Compute dtype, attention implementation and micro-batches are those of the capture, so that in fp32 on the
+    CPU the taps are bit for bit those of the pass that made the store. Everything is checked before this
+    returns; the layer is read when the first batch is asked for.
 
     Args:
         model: The model that the store was captured from: local folder or hub id.
@@ -40,8 +40,8 @@ def replay(
         layer: Number of the decoder layer, ``0 <= layer < L``. Features of the layer before a boundary
             ``[start, stop)`` are taps of layer ``start - 1``.
         taps: Which of ``ghoststream.streaming.TAPS``; see ``docs/taps.md``.
-        sequences: Only sequences ``[start, stop)``. Micro-batches that reach beyond them are run whole and cut, so
-            that the bits do not depend on it.
+        sequences: Only sequences ``[start, stop)``. Micro-batches that reach beyond them are run whole and
+            cut, so that the bits do not depend on it.
         allow_rounded: Accept a store whose states were rounded to less than compute dtype. The layer then
             computes from the rounded states, and nothing is bit for bit what it was in the pass.
         compute: How the model is opened, and on which device the layer is computed.
@@ -49,19 +49,21 @@ def replay(
 
     Returns:
         An iterator of ``(first sequence, {tap: tensor})``, one for each micro-batch in order. Tensors are
-        ``(n, T, width)`` at compute dtype, on ``device``, in memory of their own. Padding has values too: the store's
-        mask says which tokens count. The weights are freed when the iterator ends or is closed.
+        ``(n, T, width)`` at compute dtype, on ``device``, in memory of their own. Padding has values too: the
+        store's mask says which tokens count. The weights are freed when the iterator ends or is closed.
 
     Raises:
-        MismatchError: If the store is of another model, or its states are rounded and ``allow_rounded`` is not set.
+        MismatchError: If the store is of another model, or its states are rounded and ``allow_rounded`` is
+            not set.
         RequestError: If the layer, a tap or the sequences do not exist, or ``h[layer]`` was not captured.
         UnsupportedModelError: If the layer does not have one of the taps.
         StoreError: If ``h[layer]`` is not complete, or (while iterating) damaged.
         NumericsError: While iterating, if a stored state is not finite.
         GhoststreamError: What opening the model or the store raises.
 
-    Memory: the layer and the frame (final norm, learned positions) at compute dtype, and of one micro-batch the states,
-    the layer's work and the taps, more of these only if the caller keeps them; the token ids of all sequences.
+    Memory: the layer and the frame (final norm, learned positions) at compute dtype, and of one micro-batch
+    the states, the layer's work and the taps, more of these only if the caller keeps them; the token ids of
+    all sequences.
     """
     source = ActivationStore.open(str(store))
     notes = rounding_notes(source, allow_rounded=allow_rounded)

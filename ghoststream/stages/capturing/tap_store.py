@@ -64,8 +64,8 @@ def require_taps(features: str, spans: Sequence[Span], skeleton: Skeleton, *, in
     for span in spans if taps else ():
         if span.start == 0:
             msg = (
-                f"the features {features} are of the layer before the boundary, and {span} begins with the first layer; "
-                "use features of the hidden state, or another span"
+                f"the features {features} are of the layer before the boundary, and {span} begins with the "
+                "first layer; use features of the hidden state, or another span"
             )
             raise RequestError(msg)
         if span.start > skeleton.n_layers:
@@ -84,11 +84,13 @@ def wanted_taps(
     Args:
         features: Name of the features.
         spans: The removed spans.
-        session: The model of the store, if it is known; see :func:`~ghoststream.stages.capturing.replay.session_of`.
+        session: The model of the store, if it is known; see
+            :func:`~ghoststream.stages.capturing.replay.session_of`.
         intercept: Whether operators will have a constant.
 
     Raises:
-        RequestError: If the model is needed and not given, taps differ in width, or what :func:`require_taps` raises.
+        RequestError: If the model is needed and not given, taps differ in width, or what :func:`require_taps`
+            raises.
         UnsupportedModelError: What :func:`require_taps` raises.
     """
     taps = taps_of(features)
@@ -96,8 +98,8 @@ def wanted_taps(
         return None
     if session is None:
         msg = (
-            f"the features {features} are of the layer before each boundary, which is run again on the stored states: "
-            "give the model that the store was captured from (--model)"
+            f"the features {features} are of the layer before each boundary, which is run again on the "
+            "stored states: give the model that the store was captured from (--model)"
         )
         raise RequestError(msg)
     require_taps(features, spans, session.skeleton, intercept=intercept)
@@ -116,14 +118,16 @@ def require_fit_memory(wanted: WantedTaps, kind: OperatorKind, store: HiddenStat
     """Check that this machine can hold a fit on wide features before anything is computed for it.
 
     Raises:
-        BudgetError: If it cannot: 47 GB for 28,672 features of a hidden size of 8,192, while folds choose the ridge.
+        BudgetError: If it cannot: 47 GB for 28,672 features of a hidden size of 8,192, while folds choose the
+            ridge.
     """
     width = get_feature(kind.features).width(wanted.width)
     needed, free = kind.cost(FitShape(store.hidden, width, 0)).memory.n_bytes, free_host_memory()
     if needed > free:
         msg = (
-            f"fitting {width:,} features ({kind.features}) takes {format_bytes(needed)} of memory, {format_bytes(free)} are "
-            "free; use --solver sketch-features with --rank, or --features mlp_output"
+            f"fitting {width:,} features ({kind.features}) takes {format_bytes(needed)} of memory, "
+            f"{format_bytes(free)} are free; use --solver sketch-features with --rank, or --features "
+            "mlp_output"
         )
         raise BudgetError(msg)
 
@@ -157,8 +161,8 @@ def tap_width(skeleton: Skeleton, layer: int, tap: str) -> int:
 def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress: Progress) -> TapSource:
     """Run layers again on the hidden states of a store, one after the other, and keep taps of each, side by side.
 
-    A killed run goes on: layers that are complete are not run again. Hidden states that were rounded in the store are
-    accepted with a warning.
+    A killed run goes on: layers that are complete are not run again. Hidden states that were rounded in the
+    store are accepted with a warning.
 
     Args:
         wanted: Which taps.
@@ -173,8 +177,8 @@ def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress:
         BudgetError: If they do not fit the disk.
         GhoststreamError: What :func:`ghoststream.replay` raises.
 
-    Memory: what :func:`ghoststream.replay` states, the taps of one micro-batch once more, and three shards of 64 MiB. Disk:
-    ``S T`` times the width of the taps, in elements of compute dtype, a layer.
+    Memory: what :func:`ghoststream.replay` states, the taps of one micro-batch once more, and three shards of
+    64 MiB. Disk: ``S T`` times the width of the taps, in elements of compute dtype, a layer.
     """
     source = ActivationStore.open(str(store))
     width, layers = wanted.width, wanted.layers

@@ -41,8 +41,8 @@ def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[Meth
 def choose_methods(session: ModelSession, repairs: Sequence[Repair], measure: Measure) -> tuple[Repair, ...]:
     """Choose how each boundary of each repair is fitted: what leaves the lowest loss on held-out text.
 
-    Boundaries are decided one after the other, in the order of the layers, with those behind as they are given: one call of
-    ``measure``, which is one pass, for each boundary of the longest plan.
+    Boundaries are decided one after the other, in the order of the layers, with those behind as they are
+    given: one call of ``measure``, which is one pass, for each boundary of the longest plan.
 
     Args:
         session: The model.

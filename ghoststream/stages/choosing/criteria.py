@@ -58,7 +58,10 @@ class Chosen:
 
 
 class SearchCriterion:
-    """A rule that chooses layers by running the model. The first and the last layer are kept unless it says otherwise."""
+    """A rule that chooses layers by running the model.
+
+    The first and the last layer are kept unless it says otherwise.
+    """
 
     meaning: ClassVar[str]
     """What the figures say, in one line."""
@@ -120,11 +123,12 @@ def make_search_criterion(name: str) -> SearchCriterion:
 class Measured(SearchCriterion):
     """Runs of layers, each candidate repaired and measured on held-out windows.
 
-    Plans of one span, of two and so on up to ``max_spans`` are made side by side, with spans of equal lengths and with one twice as
-    long as the others (:func:`~ghoststream.stages.choosing.growth.partitions`). Spans are added one at a time to the ``beam`` best
-    plans so far: one pass for each of ``max_spans`` steps. After the first step those are measured whose spans cost least alone.
-    Fewer spans are preferred where they are not worse by more than the standard error of the best plan's loss above the dense
-    model's. With ``auto``, four of the best plans, the best of each number of spans among them, are then repaired in every way of
+    Plans of one span, of two and so on up to ``max_spans`` are made side by side, with spans of equal lengths
+    and with one twice as long as the others (:func:`~ghoststream.stages.choosing.growth.partitions`). Spans
+    are added one at a time to the ``beam`` best plans so far: one pass for each of ``max_spans`` steps. After
+    the first step those are measured whose spans cost least alone. Fewer spans are preferred where they are
+    not worse by more than the standard error of the best plan's loss above the dense model's. With ``auto``,
+    four of the best plans, the best of each number of spans among them, are then repaired in every way of
     :data:`~ghoststream.stages.choosing.auto.METHODS`, one pass more for each span.
     """
 
@@ -230,8 +234,8 @@ class Taylor(SearchCriterion):
         super().check(n_layers, remove, search)
         if remove > n_layers - self.keep_first - self.keep_last:
             msg = (
-                f"cannot remove {remove} of {n_layers} layers by taylor-plus, which keeps the first {self.keep_first} and the"
-                f" last {self.keep_last}; use taylor, or another criterion"
+                f"cannot remove {remove} of {n_layers} layers by taylor-plus, which keeps the first "
+                f"{self.keep_first} and the last {self.keep_last}; use taylor, or another criterion"
             )
             raise RequestError(msg)
 

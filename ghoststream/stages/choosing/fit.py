@@ -14,7 +14,7 @@ from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.auto import named_method
 from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
-from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial
 from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
 from ghoststream.stages.output import Output
@@ -36,11 +36,11 @@ def fit_in_passes(
 ) -> OperatorSet:
     """Fit the operators of a plan one after another, in one pass over a model and without a store.
 
-    See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does; otherwise in each of
-    the ways of :data:`~ghoststream.stages.choosing.auto.METHODS` (behind another boundary
-    :data:`~ghoststream.stages.choosing.auto.LATER_METHODS`), of which the one is taken that leaves the lowest loss on held-out
-    windows: a pass more for each span. Then all windows serve to fit. Nothing is kept of a run that is killed but the figures of
-    ``auto``.
+    See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does;
+    otherwise in each of the ways of :data:`~ghoststream.stages.choosing.auto.METHODS` (behind another
+    boundary :data:`~ghoststream.stages.choosing.auto.LATER_METHODS`), of which the one is taken that leaves
+    the lowest loss on held-out windows: a pass more for each span. Then all windows serve to fit. Nothing is
+    kept of a run that is killed but the figures of ``auto``.
 
     Raises:
         RequestError: If options cannot be honoured, or the text gives too little to hold some out.
@@ -50,8 +50,8 @@ def fit_in_passes(
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         NumericsError: If a state or a solution is not finite.
 
-    Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what the operator's
-    ``cost`` states for one boundary; while ``auto`` measures, that of
+    Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what
+    the operator's ``cost`` states for one boundary; while ``auto`` measures, that of
     :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
     """
     repair = _known_repair(selection, named_method(method))
@@ -81,7 +81,7 @@ def fit_in_passes(
         return found
     metadata: dict[str, Any] = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
-    with output.lock():
+    with output.writing():
         if repair is None:
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
@@ -90,7 +90,6 @@ def fit_in_passes(
         hidden = session.skeleton.hidden_size
         operators = OperatorSet(selection.plan, method.operator or AUTO, tuple(fits), hidden, metadata)
         operators.save(output.path)
-        output.finish()
     return operators
 
 
@@ -98,7 +97,9 @@ def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
     """Return how boundaries are fitted, where an operator is named or the plan's file says it."""
     if method is not None:
         return Repair.alike(selection.plan, method)
-    return Repair(selection.plan, selection.methods) if selection.methods else None
+    # A file may have been edited by hand.
+    methods = tuple(map(passing_method, selection.methods))
+    return Repair(selection.plan, methods) if methods else None
 
 
 def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:

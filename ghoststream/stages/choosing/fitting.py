@@ -29,10 +29,10 @@ DENSE = "dense"
 class StreamedFit(BoundaryMap):
     """Fits one boundary to the dense lane, as the pass comes by.
 
-    With the first boundary of a plan that is the operator that a fit from a store gives, bit for bit (the same sequences,
-    ranges and folds; fp32 on CPU). At later boundaries it is the sequential fit: the inputs are those of the model
-    repaired so far; unless it takes over what another one fitted that comes by before it. Taps that the features read
-    are kept beside the states until the stop of the span.
+    With the first boundary of a plan that is the operator that a fit from a store gives, bit for bit (the
+    same sequences, ranges and folds; fp32 on CPU). At later boundaries it is the sequential fit: the inputs
+    are those of the model repaired so far; unless it takes over what another one fitted that comes by before
+    it. Taps that the features read are kept beside the states until the stop of the span.
 
     Args:
         span: The removed span.
@@ -43,11 +43,11 @@ class StreamedFit(BoundaryMap):
         source: Whose operator it takes in the place of a fit of its own.
 
     Raises:
-        UnsupportedModelError: If the features read the layer before the span and there is none, it has no such taps, or
-            an operator on them could not be absorbed into it.
+        UnsupportedModelError: If the features read the layer before the span and there is none, it has no
+            such taps, or an operator on them could not be absorbed into it.
 
-    Memory: while fitting what the operator's ``cost`` states for one boundary, afterwards ``p C`` elements at compute dtype, until the
-    map was applied; the taps of all sequences, while the pass is inside the span.
+    Memory: while fitting what the operator's ``cost`` states for one boundary, afterwards ``p C`` elements at
+    compute dtype, until the map was applied; the taps of all sequences, while the pass is inside the span.
     """
 
     target = DENSE
@@ -143,15 +143,17 @@ _Path = tuple[tuple[Span, Method], ...]
 class FittedLanes:
     """The lanes of one pass whose boundaries are fitted one after another to its dense lane.
 
-    Maps are made once for all that was removed and fitted up to them, themselves included: lanes that begin alike have their
-    first maps in common, and do that part of the way together. An operator with dense inputs is fitted once for all lanes, by a
-    helper that goes over its boundary alone.
+    Maps are made once for all that was removed and fitted up to them, themselves included: lanes that begin
+    alike have their first maps in common, and do that part of the way together. An operator with dense inputs
+    is fitted once for all lanes, by a helper that goes over its boundary alone.
 
     Args:
-        ranges: How the sequences that serve to fit are divided; ``None`` if nothing is fitted: the spans are just cut.
+        ranges: How the sequences that serve to fit are divided; ``None`` if nothing is fitted: the spans are
+            just cut.
         mask: True at tokens that count, bool ``(S, T)``.
         session: The model.
-        carried: Sequences that the dense lane and all others carry on; see :class:`~ghoststream.streaming.Lane`.
+        carried: Sequences that the dense lane and all others carry on; see
+            :class:`~ghoststream.streaming.Lane`.
     """
 
     def __init__(

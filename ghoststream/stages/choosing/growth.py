@@ -35,8 +35,9 @@ def grow(
 ) -> Ranked:
     """Make plans of spans of these sizes, for each of :func:`~ghoststream.stages.choosing.passes.partitions` by itself, but in the same passes.
 
-    The first step measures every span of each first size. In each later one a span is added to the best plans so far, where
-    spans that cost least alone come first: the loss of a plan is nearly that of its spans together.
+    The first step measures every span of each first size. In each later one a span is added to the best plans
+    so far, where spans that cost least alone come first: the loss of a plan is nearly that of its spans
+    together.
 
     Args:
         trial: Measures plans.
@@ -81,7 +82,8 @@ def extended(plans: Mapping[PruningPlan, float], size: int, alone: Mapping[Span,
     Args:
         plans: What is extended, and the loss of each above the dense model's.
         size: Layers of the new span.
-        alone: That loss of single spans. A span that is not among them costs what those do that it is a part of.
+        alone: That loss of single spans. A span that is not among them costs what those do that it is a part
+            of.
     """
     cost: dict[PruningPlan, float] = {}
     for plan, loss in plans.items():
@@ -115,7 +117,8 @@ def finalists(ranked: Ranked, count: int) -> list[Repair]:
 def fewest_spans(ranked: Ranked) -> Repair:
     """Return the best repair among those of fewest spans that are within a standard error of the best of all.
 
-    Each span more is an operator more at inference. The standard error is that of the loss above the dense model's.
+    Each span more is an operator more at inference. The standard error is that of the loss above the dense
+    model's.
     """
     _, best = ranked[0]
     limit = preference({**best, "gap": best["gap"] + (best["gap_standard_error"] or 0.0)})

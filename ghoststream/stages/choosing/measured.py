@@ -1,8 +1,9 @@
 """Measuring plans: each is repaired and run on held-out text, all in one read of the weights.
 
-When the dense lane of a pass reaches the ``stop`` of a candidate span, everything that its fit needs has come by: the
-operator is solved there and then, applied to the held-out states kept at ``start``, and the repaired lane goes on
-from ``stop`` with the held-out sequences alone. Similarity says what hurts unrepaired; this says what can be repaired.
+When the dense lane of a pass reaches the ``stop`` of a candidate span, everything that its fit needs has come
+by: the operator is solved there and then, applied to the held-out states kept at ``start``, and the repaired
+lane goes on from ``stop`` with the held-out sequences alone. Similarity says what hurts unrepaired; this says
+what can be repaired.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def measure_repairs(
         session: The model.
         tokens: Sequences to fit on, then sequences to measure on.
         repairs: What to try; any number.
-        ranges: How the sequences to fit on are divided; all others are measured on, in whole micro-batches. ``None`` if
-            nothing is fitted, whatever the methods: all are measured on.
+        ranges: How the sequences to fit on are divided; all others are measured on, in whole micro-batches.
+            ``None`` if nothing is fitted, whatever the methods: all are measured on.
         micro_batch: Sequences in one forward; divides ``ranges.n_sequences``.
         progress: Who is told how far it is.
 
@@ -89,16 +90,16 @@ def measure_repairs(
         NumericsError: If a state or a solution is not finite.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
 
-    Repairs that begin alike, with the same first spans fitted in the same way, go together up to where they part: these
-    are fitted once. So is each operator with dense inputs, for all repairs that have it.
+    Repairs that begin alike, with the same first spans fitted in the same way, go together up to where they
+    part: these are fitted once. So is each operator with dense inputs, for all repairs that have it.
 
-    Memory: that of the pass; the states of all sequences once for each distinct ``start`` that waits for its ``stop`` (at
-    most as many as the longest span has layers, and those of later boundaries with dense inputs; with their taps once for
-    each distinct map that reads taps), once for the
-    dense lane and for each distinct beginning that is between two spans; of the held-out sequences once for each candidate
-    that is behind its last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense pass:
-    ``1 + sum over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share of the layers
-    between its last span and the next, and the fits.
+    Memory: that of the pass; the states of all sequences once for each distinct ``start`` that waits for its
+    ``stop`` (at most as many as the longest span has layers, and those of later boundaries with dense inputs;
+    with their taps once for each distinct map that reads taps), once for the dense lane and for each distinct
+    beginning that is between two spans; of the held-out sequences once for each candidate that is behind its
+    last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense pass: ``1 + sum
+    over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share of the
+    layers between its last span and the next, and the fits.
     """
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)

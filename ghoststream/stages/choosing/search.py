@@ -60,11 +60,10 @@ def search_session(
     found = output.existing(Selection.load, lambda selection: selection.digest)
     if found is not None:
         return found
-    with output.lock():
+    with output.writing():
         trial = Trial(session, tokens, division, lanes=search.lanes, output=output, progress=progress)
         selection = _choose(rule, trial, remove, search, wanted, recipe)
         selection.save(output.path)
-        output.finish()
     return selection
 
 

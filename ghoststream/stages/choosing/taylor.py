@@ -19,15 +19,16 @@ def taylor_scores(
 ) -> list[float]:
     """Return the first-order importance of every decoder layer, ``sum_k sum_ij |dL/dW_k,ij * W_k,ij|``.
 
-    ``L`` is the mean next-token loss over all tokens, ``k`` runs over the weight matrices of a layer: tensors of at least two
-    dimensions, so that norms and biases do not count (the paper's formula; its code adds the norms' weights). The products
-    are summed in float64. Taylor+ removes the layers of lowest score and keeps the first four and the last two; that choice
-    is the caller's. The paper takes 10 sequences of 128 tokens.
+    ``L`` is the mean next-token loss over all tokens, ``k`` runs over the weight matrices of a layer: tensors
+    of at least two dimensions, so that norms and biases do not count (the paper's formula; its code adds the
+    norms' weights). The products are summed in float64. Taylor+ removes the layers of lowest score and keeps
+    the first four and the last two; that choice is the caller's. The paper takes 10 sequences of 128 tokens.
 
     Args:
         session: The model; its compute dtype is float32 or bfloat16.
         tokens: The calibration text.
-        micro_batch: Sequences in one forward; the gradients of all are added before the absolute value is taken.
+        micro_batch: Sequences in one forward; the gradients of all are added before the absolute value is
+            taken.
         progress: Who is told how far it is.
 
     Returns:
@@ -40,9 +41,10 @@ def taylor_scores(
         NumericsError: If a state or a gradient is not finite.
         UnsupportedModelError: If a layer cannot be differentiated.
 
-    Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` with four bytes for each element of the matrices of one
-    layer, the states of all sequences ``L + 3`` times (in scratch, where they do not fit). Cost: every layer is read
-    twice; the arithmetic of four forward passes (one on the way there, three on the way back).
+    Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` with four bytes for each element of
+    the matrices of one layer, the states of all sequences ``L + 3`` times (in scratch, where they do not
+    fit). Cost: every layer is read twice; the arithmetic of four forward passes (one on the way there, three
+    on the way back).
     """
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)

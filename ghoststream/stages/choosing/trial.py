@@ -51,8 +51,8 @@ class Division:
         n_fit = (n_sequences - wanted) // micro_batch * micro_batch
         if wanted < 1 or n_fit < 1:
             msg = (
-                f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to fit and"
-                f" {wanted} to measure on; give more sequences, or a smaller micro-batch"
+                f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to "
+                f"fit and {wanted} to measure on; give more sequences, or a smaller micro-batch"
             )
             raise RequestError(msg)
         return cls(micro_batch, Ranges.make(n_fit, folds=search.folds))

@@ -43,37 +43,40 @@ def distill(
 ) -> OperatorSet:
     """Train operators so that the repaired model's next-token distributions come near the dense model's.
 
-    The loss is the divergence over the dense model's ``top`` largest logits (Ghosted Layers, arXiv 2605.15491, appendix D);
-    the optimiser is Adam; every other weight is frozen. The dense model runs once, and its states in front of the first span
-    and its largest logits are kept beside ``out`` until that is written; every step is one pass forward and one
-    backward over the layers behind the first span. Killed at any moment, the same request goes on behind the last step and
-    ends with the same file.
+    The loss is the divergence over the dense model's ``top`` largest logits (Ghosted Layers, arXiv
+    2605.15491, appendix D); the optimiser is Adam; every other weight is frozen. The dense model runs once,
+    and its states in front of the first span and its largest logits are kept beside ``out`` until that is
+    written; every step is one pass forward and one backward over the layers behind the first span. Killed at
+    any moment, the same request goes on behind the last step and ends with the same file.
 
     Args:
         model: Local folder or hub id.
-        operators: What ``fit`` or ``solve`` made, or the file that it wrote: linear or diagonal, on the hidden state, the
-            normed one, or both.
+        operators: What ``fit`` or ``solve`` made, or the file that it wrote: linear or diagonal, on the
+            hidden state, the normed one, or both.
         calibration: Text to calibrate on, or its specification.
         out: Operator file (safetensors) to write.
         training: Steps, rate and what is held out.
-        compute: How the model is opened and run; ``micro_batch`` is by default a quarter of what a pass forward takes.
+        compute: How the model is opened and run; ``micro_batch`` is by default a quarter of what a pass
+            forward takes.
         progress: Who is told how far it is.
 
     Returns:
-        The operators. Their diagnostics have ``held_out_divergence``, ``held_out_loss`` and both ``..._before``, the
-        divergence of every step under ``step_losses``, and the figures of the fit under ``fitted``; a warning says so where
-        the held-out divergence did not fall.
+        The operators. Their diagnostics have ``held_out_divergence``, ``held_out_loss`` and both
+        ``..._before``, the divergence of every step under ``step_losses``, and the figures of the fit under
+        ``fitted``; a warning says so where the held-out divergence did not fall.
 
     Raises:
-        RequestError: If there is nothing to train, an operator is absorbed into a weight, or the numbers do not fit the text.
+        RequestError: If there is nothing to train, an operator is absorbed into a weight, or the numbers do
+            not fit the text.
         MismatchError: If the operators are for another model.
         OutputExistsError: If ``out`` holds something else.
-        BudgetError: If two layers and a micro-batch do not fit the memory given, or the disk has too little space.
+        BudgetError: If two layers and a micro-batch do not fit the memory given, or the disk has too little
+            space.
         NumericsError: If a state or a gradient is not finite.
         GhoststreamError: What opening the model, the operators or the text raises.
 
-    Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``: ``S T (C b + 8 top)`` bytes and
-    three times the operators.
+    Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``:
+    ``S T (C b + 8 top)`` bytes and three times the operators.
     """
     training, progress = training or Training(), progress or SilentProgress()
     session = ModelSession(model, compute)
@@ -88,7 +91,7 @@ def distill(
     if found is not None:
         return found
     folder = output.work / output.short_digest
-    with output.lock():
+    with output.writing():
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         teacher = Teacher(folder, session, given.plan.spans[0].start, settings.top)
@@ -103,7 +106,6 @@ def distill(
             given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
         )
         trained.save(output.path, temporary=folder / "operators.safetensors")
-        output.finish()
     return trained
 
 
@@ -122,8 +124,9 @@ def _require_trainable(operators: OperatorSet, session: ModelSession) -> None:
     other = [one for one in operators.operators if (one.form, one.features) not in KNOWN]
     if other:
         msg = (
-            f"the operator of {other[0].span} ({other[0].form} on {other[0].features}) changes a weight of the model, which"
-            " distillation leaves alone; fit operators on hidden, normed or hidden+normed features"
+            f"the operator of {other[0].span} ({other[0].form} on {other[0].features}) changes a weight of "
+            "the model, which distillation leaves alone; fit operators on hidden, normed or hidden+normed "
+            "features"
         )
         raise RequestError(msg)
 
@@ -134,8 +137,8 @@ def _settings(training: Training, session: ModelSession, tokens: TokenSet) -> Di
     n_train = n_sequences - held_out
     if held_out < 1 or n_train < batch:
         msg = (
-            f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one batch of {batch} to"
-            " train on; give more windows, or a smaller batch"
+            f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one batch "
+            f"of {batch} to train on; give more windows, or a smaller batch"
         )
         raise RequestError(msg)
     if training.steps is not None:
@@ -179,8 +182,9 @@ def _diagnostics(before: HeldOut, after: HeldOut, losses: Sequence[float]) -> di
     warnings = []
     if after.divergence >= before.divergence:
         warnings.append(
-            f"distillation did not help: on held-out windows the divergence went from {before.divergence:.6g} to"
-            f" {after.divergence:.6g}; keep the operators that it began with, or train with another --learning-rate"
+            "distillation did not help: on held-out windows the divergence went from "
+            f"{before.divergence:.6g} to {after.divergence:.6g}; keep the operators that it began with, or "
+            "train with another --learning-rate"
         )
     return {
         "held_out_divergence_before": before.divergence,

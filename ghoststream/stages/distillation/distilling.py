@@ -92,7 +92,8 @@ class _State:
 class TrainedOperator(BoundaryMap):
     """An operator whose parameters are float32 and require gradients; it computes in the dtype of the states.
 
-    It computes what the module in a recovered checkpoint does, its parameters rounded to the dtype of the states.
+    It computes what the module in a recovered checkpoint does, its parameters rounded to the dtype of the
+    states.
     """
 
     def __init__(self, operator: BoundaryOperator, device: torch.device) -> None:
@@ -130,8 +131,8 @@ class Distillation:
         settings: How they are trained.
         path: File that is written after every step.
 
-    Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 16 bytes for each parameter
-    of an operator (itself, its gradient, two moments).
+    Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 16
+    bytes for each parameter of an operator (itself, its gradient, two moments).
     """
 
     def __init__(
@@ -203,8 +204,7 @@ class Distillation:
             batches,
             loss,
             memory.states_factory(batches),
-            plan=self._plan,
-            maps=self.operators,
+            lane=Lane("repaired", self._plan, self.operators),
             options=self._options(view),
         ).run()
         self._optimizer.step()

@@ -25,8 +25,9 @@ class Teacher:
     """The dense model's states ``h[start]`` and its ``top`` largest logits, for every token of a text.
 
     Args:
-        folder: Where they are kept: ``states.npy`` (bytes of the states at compute dtype, ``(S, T, C b)``), ``logits.npy``
-            (float32, ``(S, T, top)``) and ``entries.npy`` (int32, the same shape); ``teacher.json`` is written last.
+        folder: Where they are kept: ``states.npy`` (bytes of the states at compute dtype, ``(S, T, C b)``),
+            ``logits.npy`` (float32, ``(S, T, top)``) and ``entries.npy`` (int32, the same shape);
+            ``teacher.json`` is written last.
         session: The model.
         start: Position of the states.
         top: How many logits; at most the vocabulary.

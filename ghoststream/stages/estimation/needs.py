@@ -100,7 +100,7 @@ def all_stages(route: Route, rates: Rates | None) -> tuple[StageCost, ...]:
 
     FLOPs of a pass: 2 per weight and token, and ``4 T C`` per token and layer for attention. Every expert of
     a mixture is counted, so mixtures come out too slow. Where moments are reduced, hidden states are read as
-    often as the sweeps say.
+    often as the sweeps say. An evaluation is left out if nobody says how many windows of its text there are.
     """
     job, stages = route.job, []
     if job.captures:
@@ -120,6 +120,12 @@ def all_stages(route: Route, rates: Rates | None) -> tuple[StageCost, ...]:
         stages.append(_stage("solve", read, written, flops, rates, double=True))
     n_bytes = _exported(job)
     stages.append(_stage("export", n_bytes, n_bytes, 0.0, rates))
+    text = None if job.recovery.evaluate is None else job.recovery.evaluate.to_evaluate()
+    if text is not None and text.sequences is not None:
+        read = job.sizes.checkpoint_bytes + n_bytes
+        n_layers = 2 * job.sizes.n_layers - job.n_removed
+        flops = n_layers * _layer_flops(job, text.sequences * text.length, text.length)
+        stages.append(_stage("evaluate", read, 0, flops, rates))
     return tuple(stages)
 
 
@@ -180,8 +186,11 @@ def _stage(
 
 
 def _dense_flops(job: Job) -> float:
-    of_token = 2.0 * job.sizes.layer_elements + 4.0 * job.text.length * job.sizes.hidden
-    return job.n_tokens * of_token * job.sizes.n_layers
+    return job.sizes.n_layers * _layer_flops(job, job.n_tokens, job.text.length)
+
+
+def _layer_flops(job: Job, n_tokens: int, length: int) -> float:
+    return n_tokens * (2.0 * job.sizes.layer_elements + 4.0 * length * job.sizes.hidden)
 
 
 def _exported(job: Job) -> int:

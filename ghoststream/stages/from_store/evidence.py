@@ -78,8 +78,8 @@ class StoreEvidence:
     def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> Mapping[Span, Residual]:
         """Return what a least-squares repair leaves at each span; of ``method`` features, weights and a relative ridge count.
 
-        Memory: what :func:`~ghoststream.statistics.reduce` states, within the budget; then, for one span at a time, ``56 C^2``
-        bytes: its moments, one fold, the total without it, and a solution.
+        Memory: what :func:`~ghoststream.statistics.reduce` states, within the budget; then, for one span at a
+        time, ``56 C^2`` bytes: its moments, one fold, the total without it, and a solution.
         """
         uri, kind = self._uri, make_operator(method)
         ranges = Ranges.make(self._store.n_sequences, folds=folds)

@@ -55,29 +55,33 @@ def fit_from_store(
 ) -> OperatorSet:
     """Fit one operator for each span of a plan from a store; see :func:`ghoststream.fit`.
 
-    Partial statistics and fitted boundaries are kept in ``<out>.partial`` until the file is written: killed at any moment, the same
-    request finishes with the identical file and repeats at most one range or one boundary.
+    Partial statistics and fitted boundaries are kept in ``<out>.partial`` until the file is written: killed
+    at any moment, the same request finishes with the identical file and repeats at most one range or one
+    boundary.
 
     Raises:
         PlanError: If the plan does not fit the store's model.
-        RequestError: If an option is out of range, a name unknown, the operator defined without an option, or the device not
-            there.
+        RequestError: If an option is out of range, a name unknown, the operator defined without an option, or
+            the device not there.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
-        StoreError: If a hidden state that is needed is not in the store (``per_layer`` needs those inside the spans).
+        StoreError: If a hidden state that is needed is not in the store (``per_layer`` needs those inside the
+            spans).
         NumericsError: If a hidden state or a solution is not finite.
-        UnsupportedModelError: If an operator on features of the layer before could not be absorbed into the model.
+        UnsupportedModelError: If an operator on features of the layer before could not be absorbed into the
+            model.
         MismatchError: If the store is of another model than the one given.
-        BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the moments of one span or the fit of a
-            wide feature not the memory.
+        BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the moments of one
+            span or the fit of a wide feature not the memory.
 
-    Memory: with p features (``p = C``, or ``2 C`` for ``hidden+normed``), while reducing, for each worker thread one state of
-    ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span and 4 blocks of 2,048 tokens in float64 (8 for
-    such weights, ``2 p / C`` more for such features); while solving, what the operator's ``cost`` states, and the operators,
-    ``4 p C`` bytes each. ``O(C)`` where the operator needs no Gram. Disk: at most ``log2(ranges) + 2`` states for each fold.
-    ``per_layer`` multiplies the state by the layers of a span, and adds two ``8 p C`` while solving. With features of the layer
-    before, ``p = I`` for ``mlp`` and ``C + I`` for ``hidden+mlp``, spans are reduced one after the other, so that there is one state;
-    disk: ``S T p`` elements of compute dtype a span.
+    Memory: with p features (``p = C``, or ``2 C`` for ``hidden+normed``), while reducing, for each worker
+    thread one state of ``8 p^2`` bytes a start (a span for weights other than uniform) and ``8 p C`` a span
+    and 4 blocks of 2,048 tokens in float64 (8 for such weights, ``2 p / C`` more for such features); while
+    solving, what the operator's ``cost`` states, and the operators, ``4 p C`` bytes each. ``O(C)`` where the
+    operator needs no Gram. Disk: at most ``log2(ranges) + 2`` states for each fold. ``per_layer`` multiplies
+    the state by the layers of a span, and adds two ``8 p C`` while solving. With features of the layer
+    before, ``p = I`` for ``mlp`` and ``C + I`` for ``hidden+mlp``, spans are reduced one after the other, so
+    that there is one state; disk: ``S T p`` elements of compute dtype a span.
     """
     kind = make_store_kind(method)
     store = open_source(store_uri)
@@ -90,7 +94,7 @@ def fit_from_store(
     taps = _taps(job, model)
     if reduction.reduce_device is not None and reduction.scheduler is None:
         require_device(reduction.reduce_device)
-    with output.lock():
+    with output.writing():
         return job.run(output, taps)
 
 
@@ -152,7 +156,6 @@ class _Job:
             self.plan, str(self.kind.method.operator), boundaries, self.store.hidden, metadata
         )
         operators.save(output.path, temporary=output.work / "operators.safetensors")
-        output.finish()
         return operators
 
     def _reduce(

@@ -29,8 +29,8 @@ def select_from_store(
 ) -> Selection:
     """Choose layers by a criterion that reads a store; see :func:`ghoststream.select`.
 
-    What ``residual`` gathers is kept beside ``out`` until that is written: a killed run repeats at most one range of sequences,
-    or one candidate.
+    What ``residual`` gathers is kept beside ``out`` until that is written: a killed run repeats at most one
+    range of sequences, or one candidate.
 
     Raises:
         RequestError: If the criterion is unknown, cannot remove so many layers or needs a model.
@@ -52,11 +52,10 @@ def select_from_store(
     found = output.existing(Selection.load, lambda selection: selection.digest)
     if found is not None:
         return found
-    with output.lock():
+    with output.writing():
         evidence = StoreEvidence(store_uri, store, model, reduction, output.work, progress)
         selection = _choose(rule, name, evidence, remove, recipe)
         selection.save(output.path)
-        output.finish()
     return selection
 
 

@@ -33,21 +33,22 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure perplexities on non-overlapping windows of a text, streamed.
 
-    A recovered folder or an operator file that is given together with its base becomes a lane of the base's pass
-    (known by the base's fingerprint); any other model is a pass of its own, and the report's notes say so.
+    A recovered folder or an operator file that is given together with its base becomes a lane of the base's
+    pass (known by the base's fingerprint); any other model is a pass of its own, and the report's notes say
+    so.
 
     Args:
         models: Local folders, hub ids or operator files, in the order in which rows are wanted.
         text: Text to measure on, or its specification; or give ``store``.
-        store: Activation store of the models' base, whose text is measured on: the pass starts from the last stored
-            states that all models share, and the layers before are not computed again.
+        store: Activation store of the models' base, whose text is measured on: the pass starts from the last
+            stored states that all models share, and the layers before are not computed again.
         compute: How models are opened and run.
         out: Where to write the rows as JSON; may hold the rows of just this request.
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If no model is given, an operator file without its base, both or neither of ``text`` and ``store``,
-            or ``out`` cannot be written.
+        RequestError: If no model is given, an operator file without its base, both or neither of ``text`` and
+            ``store``, or ``out`` cannot be written.
         MismatchError: If the store is not of the models' base, or was computed in another way.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``out`` holds anything else.

@@ -96,8 +96,8 @@ def _usable_capture(store: ActivationStore, session: ModelSession) -> CaptureRec
     captured = CaptureRecipe.model_validate(store.recipe)
     if captured.model_digest != session.fingerprint["digest"]:
         msg = (
-            f"{store.uri} was captured from another model than {session.name}; give the model of the store, and what"
-            " was recovered from it"
+            f"{store.uri} was captured from another model than {session.name}; give the model of the store, "
+            "and what was recovered from it"
         )
         raise MismatchError(msg)
     asked = {
@@ -114,8 +114,8 @@ def _usable_capture(store: ActivationStore, session: ModelSession) -> CaptureRec
         raise MismatchError(msg)
     if captured.store_dtype != captured.dtype:
         msg = (
-            f"{store.uri} holds states rounded from {captured.dtype} to {captured.store_dtype}: going on from them would"
-            " change the figures; measure on the text itself"
+            f"{store.uri} holds states rounded from {captured.dtype} to {captured.store_dtype}: going on "
+            "from them would change the figures; measure on the text itself"
         )
         raise MismatchError(msg)
     return captured

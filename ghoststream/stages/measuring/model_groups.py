@@ -67,8 +67,8 @@ def group_models(
 ) -> list[ModelGroup]:
     """Open models and find out which are lanes of which.
 
-    A recovered folder or an operator file that is given together with its base becomes a lane of the base's pass
-    (known by the base's fingerprint); any other model is a group of its own.
+    A recovered folder or an operator file that is given together with its base becomes a lane of the base's
+    pass (known by the base's fingerprint); any other model is a group of its own.
 
     Args:
         models: Local folders, hub ids or operator files.

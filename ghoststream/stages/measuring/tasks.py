@@ -47,8 +47,8 @@ def evaluate_tasks(
 ) -> TaskReport:
     """Measure models on tasks of lm-evaluation-harness, streamed.
 
-    The harness gives all requests of all tasks; these go through the layers together, for every model that shares the
-    weights, and the harness makes metrics of the answers. Models share a pass as in
+    The harness gives all requests of all tasks; these go through the layers together, for every model that
+    shares the weights, and the harness makes metrics of the answers. Models share a pass as in
     :func:`~ghoststream.stages.measuring.evaluate.evaluate`.
 
     Log-probabilities are taken in float32 whatever the compute dtype, as by the harness with
@@ -64,14 +64,16 @@ def evaluate_tasks(
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If the extra ``tasks`` is not installed, no model is given or an operator file without its base, a
-            task is unknown, cannot be loaded or lets the model generate text, or ``out`` cannot be written.
+        RequestError: If the extra ``tasks`` is not installed, no model is given or an operator file without
+            its base, a task is unknown, cannot be loaded or lets the model generate text, or ``out`` cannot
+            be written.
         InputNotFoundError: If ``include_path`` or a model does not exist, or a model has no tokenizer.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``out`` holds anything else.
         GhoststreamError: What opening models raises.
 
-    Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and tokens.
+    Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and
+    tokens.
     """
     progress = progress or SilentProgress()
     groups = group_models(models, compute or Compute())

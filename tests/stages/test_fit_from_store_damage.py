@@ -1,4 +1,4 @@
-"""Stores that are damaged or do not fit the request: nothing is solved from them, and what was sound is kept."""
+"""Stores that are damaged or do not fit the request: nothing is fitted, and what was sound is kept."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.activations import StoreRef
 from ghoststream.errors import NumericsError, StoreError
-from ghoststream.options import Method, Solver
+from ghoststream.options import Solver
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.cluster import Needs, _problem_of
 from ghoststream.statistics.sums import SumState
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.requests import fit, ranges_of
 
 pytestmark = pytest.mark.integration
 SHAPE = (16, 8, 12)
@@ -39,7 +39,7 @@ def test_a_flipped_bit_stops_the_range_that_reads_it_and_no_other_is_repeated(
     uri: str, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole.safetensors", tmp_path / "operators.safetensors"
-    solve(uri, "1:3", out=whole, range_sequences=1)
+    fit("1:3", store=uri, out=whole)
     reduce, reduced = BoundaryReducer.reduce, []
 
     def counted(self: BoundaryReducer, source: object, start: int, stop: int) -> SumState:
@@ -50,10 +50,10 @@ def test_a_flipped_bit_stops_the_range_that_reads_it_and_no_other_is_repeated(
     monkeypatch.setattr(BoundaryReducer, "reduce", counted)
     _flip(Path(uri, SHARD), 40)
     with pytest.raises(StoreError, match=r"shard hidden/3/c\.3\.0\.0, chunk 0 \(sequences \[12,13\)\)"):
-        solve(uri, "1:3", out=out, range_sequences=1, workers=workers)
+        fit("1:3", store=uri, out=out, workers=workers)
     assert not out.exists()
     _flip(Path(uri, SHARD), 40)
-    solve(uri, "1:3", out=out, range_sequences=1, workers=workers)
+    fit("1:3", store=uri, out=out, workers=workers)
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(reduced) == list(range(SHAPE[0])), "each range once, the one that failed when it was sound"
 
@@ -61,7 +61,7 @@ def test_a_flipped_bit_stops_the_range_that_reads_it_and_no_other_is_repeated(
 def test_a_missing_shard_is_found_before_anything_is_read(uri: str, tmp_path: Path) -> None:
     Path(uri, SHARD).unlink()
     with pytest.raises(StoreError, match=r"hidden/3/c\.3\.0\.0 is missing, though it was committed"):
-        solve(uri, "1:3", out=tmp_path / "operators.safetensors")
+        fit("1:3", store=uri, out=tmp_path / "operators.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
 
 
@@ -78,8 +78,11 @@ def test_a_store_with_a_part_of_another_models_is_refused(
         shutil.copy(source, target)
     out = tmp_path / "operators.safetensors"
     # Every chunk is sound in itself; ranges that are no whole shards read parts of them only.
-    with pytest.raises(StoreError, match=r"shard hidden/3/c\.\d.* is not what was committed"):
-        solve(uri, "1:3", out=out, range_sequences=range_sequences)
+    with (
+        ranges_of(range_sequences),
+        pytest.raises(StoreError, match=r"shard hidden/3/c\.\d.* is not what was committed"),
+    ):
+        fit("1:3", store=uri, out=out)
     assert not out.exists()
 
 
@@ -89,18 +92,20 @@ def test_a_fold_without_tokens_is_named(tmp_path: Path) -> None:
     uri = store_of(tmp_path / "store", random_states(2, SHAPE), mask=mask)
     out = tmp_path / "operators.safetensors"
     with pytest.raises(NumericsError, match=r"fold 1 of 4 .* holds no tokens"):
-        solve(uri, "0:1", out=out, range_sequences=1)
+        fit("0:1", store=uri, out=out)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("solver", ["gram", "tsqr"])
 def test_a_rank_beyond_the_tokens_is_warned_of_and_finite(tmp_path: Path, solver: Solver) -> None:
     uri = store_of(tmp_path / "store", random_states(2, (2, 3, 12)))
-    found = solve(
-        uri,
+    found = fit(
         "0:1",
+        store=uri,
         operator="least-squares",
-        options=Method(rank=8, ridge=1e-6, solver=solver),
+        rank=8,
+        ridge=1e-6,
+        solver=solver,
         out=tmp_path / "operators.safetensors",
     )
     assert any("6 tokens for 12 features" in text for text in found.warnings)

@@ -1,4 +1,4 @@
-"""Sequential fit: the first operator is solve's, later ones are fitted on the stream repaired so far."""
+"""Sequential fit: the first operator is that of a fit from a store, later ones see the stream repaired so far."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.repair.fit import fit
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import OutputExistsError, PlanError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Method
+from ghoststream.options import Compute, Text
 from ghoststream.recovery import build_ghost
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
+from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.testing.models import save_tiny, tiny_model
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.integration
 S, T, C = 12, 24, 32
@@ -36,12 +35,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"ids:{path}"
 
 
-def test_one_span_is_what_solve_fits(model: Path, text: str, tmp_path: Path) -> None:
-    capture(model, calibration=text, sequences=S, length=T, micro_batch=2, store=tmp_path / "store")
-    solved = solve(tmp_path / "store", "2:4", out=tmp_path / "solved.safetensors").boundaries[0]
+def captured(model: Path, text: str, store: Path) -> None:
+    windows = Text(spec=text, sequences=S, length=T)
+    capture(model, calibration=windows, compute=Compute(micro_batch=2), store=store)
+
+
+def test_one_span_is_what_a_fit_from_a_store_gives(model: Path, text: str, tmp_path: Path) -> None:
+    captured(model, text, tmp_path / "store")
+    solved = fit("2:4", store=tmp_path / "store", out=tmp_path / "solved.safetensors").boundaries[0]
     fitted = fit(
-        model,
         "2:4",
+        model=model,
         calibration=text,
         sequences=S,
         length=T,
@@ -56,27 +60,28 @@ def test_one_span_is_what_solve_fits(model: Path, text: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("features", ["hidden", "hidden+mlp"])
-def test_on_dense_states_all_operators_are_those_of_solve(
+def test_on_dense_states_all_operators_are_those_of_a_fit_from_a_store(
     features: str, model: Path, text: str, tmp_path: Path
 ) -> None:
-    capture(model, calibration=text, sequences=S, length=T, micro_batch=2, store=tmp_path / "store")
-    solved = solve(
-        tmp_path / "store",
+    captured(model, text, tmp_path / "store")
+    given: dict[str, Any] = {"model": model} if "mlp" in features else {}
+    solved = fit(
         "1:2 3:5",
+        store=tmp_path / "store",
         operator="least-squares",
-        options=Method(features=features),
-        model=model,
+        features=features,
+        **given,
         out=tmp_path / "solved.safetensors",
     )
     fitted = fit(
-        model,
         "1:2 3:5",
+        model=model,
         calibration=text,
         sequences=S,
         length=T,
         micro_batch=2,
         operator="least-squares",
-        options=Method(features=features),
+        features=features,
         inputs="dense",
         out=tmp_path / "fitted.safetensors",
     )
@@ -113,8 +118,8 @@ def test_the_second_operator_is_the_least_squares_fit_on_the_repaired_stream(
     model: Path, text: str, tmp_path: Path
 ) -> None:
     operators = fit(
-        model,
         "1:2 3:5",
+        model=model,
         calibration=text,
         sequences=S,
         length=T,
@@ -143,34 +148,41 @@ def test_every_option_of_the_operator_makes_another_request(
 ) -> None:
     out = tmp_path / "ops.safetensors"
 
-    def fitted(options: Method) -> OperatorSet:
+    def fitted(**options: Any) -> OperatorSet:
         return fit(
-            model,
             "1:2",
+            model=model,
             calibration=text,
             sequences=S,
             length=T,
             operator="least-squares",
-            options=options,
             out=out,
+            **options,
         )
 
-    fitted(Method(ridge=1e-3))
+    fitted(ridge=1e-3)
     with pytest.raises(OutputExistsError, match="not the result of this request"):
-        fitted(Method(ridge=1e-3, **changed))
+        fitted(ridge=1e-3, **changed)
 
 
 def test_the_file_is_used_like_any_other(model: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "ops.safetensors"
-    settings: dict[str, Any] = {"calibration": text, "sequences": S, "length": T, "operator": "ghost"}
-    fit(model, "1:2 3:5", out=out, **settings)
+    settings: dict[str, Any] = {
+        "model": model,
+        "calibration": text,
+        "sequences": S,
+        "length": T,
+        "operator": "ghost",
+    }
+    fit("1:2 3:5", out=out, **settings)
     export(model, out, tmp_path / "recovered")
-    report = evaluate([model, out, tmp_path / "recovered"], text=text, length=T)
+    windows = Text(spec=text, length=T)
+    report = evaluate([model, out, tmp_path / "recovered"], text=windows)
     assert report.rows[1].loss == report.rows[2].loss
     assert {row.passes for row in report.rows} == {0}
-    again = fit(model, "1:2 3:5", out=out, **settings)
+    again = fit("1:2 3:5", out=out, **settings)
     assert again.plan.n_removed == 3
     with pytest.raises(OutputExistsError, match="not the result of this request"):
-        fit(model, "1:2", out=out, **settings)
+        fit("1:2", out=out, **settings)
     with pytest.raises(PlanError):
-        fit(model, "4:9", out=tmp_path / "other.safetensors", **settings)
+        fit("4:9", out=tmp_path / "other.safetensors", **settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,26 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from ghoststream.stages.evaluate import evaluate
-from ghoststream.stages.repair.auto import LATER_METHODS, METHODS
-from ghoststream.stages.repair.fit import fit
-from ghoststream.stages.repair.fitting import StreamedFit
-from ghoststream.stages.repair.measured import measure_repairs
-from ghoststream.stages.repair.methods import FitMethod, Repair
-from ghoststream.stages.searching.growth import extended, fewest_spans, finalists, partitions
-from ghoststream.stages.searching.result import SearchResult
-from ghoststream.stages.searching.search import search
-from ghoststream.stages.solve import solve
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from ghoststream.cli import main
 from ghoststream.errors import NumericsError, OutputExistsError, RequestError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.options import Method
+from ghoststream.options import Compute, Method, Text
 from ghoststream.progress import SilentProgress
+from ghoststream.selection import Selection, read_plan
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.select import read_plan
-from ghoststream.stages.session import ModelOptions, ModelSession, TextOptions
+from ghoststream.stages.choosing.fitting import StreamedFit
+from ghoststream.stages.choosing.measured import measure_repairs
+from ghoststream.stages.choosing.passes import partitions
+from ghoststream.stages.choosing.repair import Repair, labels, passing_method
+from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import DEFAULT_FOLDS, Ranges
 from ghoststream.testing.models import save_tiny
+from tests.helpers.requests import fit, select
 
 pytestmark = pytest.mark.integration
 L, S, HELD, T = 6, 14, 4, 24
@@ -57,34 +51,48 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> SearchResult:
-    settings: dict[str, Any] = {
-        "sequences": S,
-        "length": T,
-        "held_out": HELD,
-        "micro_batch": MICRO_BATCH,
-        "operator": "ghost",
-        "max_spans": 1 if options.get("criterion", "measured") == "measured" else None,
-        **options,
-    }
-    return search(model, n_remove, calibration=f"ids:{ids / 'all.npy'}", **settings)
+UNREPAIRED = ("sleb", "perplexity", "taylor", "taylor-plus")
+
+
+def _text(ids: Path) -> dict[str, Any]:
+    return {"calibration": f"ids:{ids / 'all.npy'}", "sequences": S, "length": T, "micro_batch": MICRO_BATCH}
+
+
+def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> Selection:
+    criterion = options.get("criterion", "measured")
+    defaults: dict[str, Any] = {} if criterion in UNREPAIRED else {"held_out": HELD, "operator": "ghost"}
+    if criterion == "measured":
+        defaults["max_spans"] = 1
+    given = {name: value for name, value in {**defaults, **options}.items() if value is not None}
+    return select(n_remove, model=model, **_text(ids), **given)
+
+
+def _named(method: Method) -> dict[str, Any]:
+    """A method by the options that name it."""
+    return {name: getattr(method, name) for name in ("operator", "features", "token_weights")}
+
+
+def _least_squares(features: str, **options: Any) -> Method:
+    return passing_method(Method(operator="least-squares", features=features, **options))
+
+
+def _session(model: Path, ids: Path) -> tuple[ModelSession, Any]:
+    """The model, open, and its tokens."""
+    session = ModelSession(model, Compute(micro_batch=MICRO_BATCH))
+    return session, session.tokens(Text(spec=f"ids:{ids / 'all.npy'}", sequences=S, length=T))
 
 
 def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **options: Any) -> list[float]:
     """Loss on the held-out sequences of the dense model, and of each plan fitted on a store of the others."""
-    capture(
-        model,
-        calibration=f"ids:{ids / 'fit.npy'}",
-        sequences=S - HELD,
-        length=T,
-        micro_batch=MICRO_BATCH,
-        store=tmp_path / "store",
-    )
+    compute = Compute(micro_batch=MICRO_BATCH)
+    windows = Text(spec=f"ids:{ids / 'fit.npy'}", sequences=S - HELD, length=T)
+    capture(model, calibration=windows, store=tmp_path / "store", compute=compute)
     files = []
     for number, plan in enumerate(plans):
         files.append(tmp_path / f"{number}.safetensors")
-        solve(tmp_path / "store", plan, out=files[-1], model=model, **options)
-    report = evaluate([model, *files], text=f"ids:{ids / 'held.npy'}", length=T, micro_batch=MICRO_BATCH)
+        fit(plan, store=tmp_path / "store", out=files[-1], model=model, **options)
+    held = Text(spec=f"ids:{ids / 'held.npy'}", length=T)
+    report = evaluate([model, *files], text=held, compute=compute)
     return [row.loss for row in report.rows]
 
 
@@ -92,10 +100,10 @@ def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **opti
     "method",
     [
         {},
-        {"operator": "least-squares", "weights": "relative"},
+        {"operator": "least-squares", "token_weights": "relative"},
         {"operator": "linear-patch-diagonal"},
-        {"operator": "least-squares", "options": Method(features="mlp")},
-        {"operator": "least-squares", "options": Method(features="hidden+mlp")},
+        {"operator": "least-squares", "features": "mlp"},
+        {"operator": "least-squares", "features": "hidden+mlp"},
     ],
     ids=["ghost", "least-squares", "linear-patch", "mlp", "hidden+mlp"],
 )
@@ -106,7 +114,7 @@ def test_one_pass_finds_what_candidates_one_by_one_find(
     starts = [1, 2, 3]
     plans = [f"{s}:{s + 2}" for s in starts]
     dense, *losses = _one_by_one(model, ids, tmp_path, plans, **method)
-    found = {row["plan"]["spans"][0][0]: row["loss"] for row in result.candidates}
+    found = {row["spans"][0][0]: row["loss"] for row in result.candidates}
     assert found == dict(zip(starts, losses, strict=True))
     assert result.dense_loss == dense
     assert result.passes == 1
@@ -122,7 +130,7 @@ def test_one_pass_finds_what_candidates_one_by_one_find(
     [
         {},
         {"max_spans": 2, "beam": 2},
-        {"max_spans": 2, "operator": "least-squares", "options": Method(features="hidden+mlp")},
+        {"max_spans": 2, "operator": "least-squares", "features": "hidden+mlp"},
         {"criterion": "sleb"},
     ],
     ids=["one span", "beginnings in common", "with taps", "nothing fitted"],
@@ -150,13 +158,12 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
 
     original = StreamedFit.fit
     monkeypatch.setattr(StreamedFit, "fit", counted)
-    session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
-    tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
-    joint = FitMethod("least-squares", Method(features="hidden+mlp"))
+    session, tokens = _session(model, ids)
+    joint = _least_squares("hidden+mlp")
     repairs = [
         Repair.alike(PruningPlan.parse(L, plan), joint) for plan in ("1:2", "1:2 3:4", "1:2 4:5", "3:4")
     ]
-    repairs.append(repairs[1].changed(1, FitMethod("ghost")))
+    repairs.append(repairs[1].changed(1, passing_method(Method(operator="ghost"))))
     wanted: dict[str, Any] = {
         "ranges": Ranges.make(S - HELD, folds=5),
         "micro_batch": MICRO_BATCH,
@@ -172,7 +179,7 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
 
 
 @pytest.mark.parametrize("features", ["hidden", "hidden+mlp"])
-def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_makes_it(
+def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_a_fit_from_a_store_is(
     features: str, model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits: list[Span] = []
@@ -183,12 +190,11 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
 
     original = StreamedFit._moments
     monkeypatch.setattr(StreamedFit, "_moments", counted)
-    session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
-    tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
-    method = FitMethod("least-squares", Method(features=features), inputs="dense")
+    session, tokens = _session(model, ids)
+    method = _least_squares(features, inputs="dense")
     plans = ["1:2 4:5", "2:3 4:5", "4:5"]
     repairs = [Repair.alike(PruningPlan.parse(L, plan), method) for plan in plans]
-    sequential = repairs[0].changed(1, replace(method, inputs="repaired"))
+    sequential = repairs[0].changed(1, _least_squares(features))
     dense, found = measure_repairs(
         session,
         tokens,
@@ -199,7 +205,7 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
     )
     assert sorted(fits) == [Span(1, 2), Span(2, 3), Span(4, 5), Span(4, 5)], "once, and once more in sequence"
     assert [dense.loss, *(one.losses.loss for one in found[:3])] == _one_by_one(
-        model, ids, tmp_path, plans, operator="least-squares", options=Method(features=features)
+        model, ids, tmp_path, plans, operator="least-squares", features=features
     )
     assert found[3].losses.loss != found[0].losses.loss
 
@@ -207,25 +213,21 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_solve_m
 def test_auto_tries_both_kinds_of_inputs_behind_another_boundary(
     model: Path, ids: Path, tmp_path: Path
 ) -> None:
-    operators = fit(
-        model,
-        "1:2 3:4",
-        calibration=f"ids:{ids / 'all.npy'}",
-        sequences=S,
-        length=T,
-        held_out=HELD,
-        micro_batch=MICRO_BATCH,
-        out=tmp_path / "operators.safetensors",
-    )
+    out = tmp_path / "operators.safetensors"
+    operators = fit("1:2 3:4", model=model, held_out=HELD, out=out, **_text(ids))
     rows = operators.metadata["chosen"]
     behind = {row["repair"][1] for row in rows if row["repair"][0] == rows[0]["repair"][0]}
-    assert behind == {method.label for method in LATER_METHODS}
+    assert behind == set(labels(LATER_METHODS))
     assert sum(label.endswith("on dense states") for label in behind) == 2
     assert not any(row["repair"][0].endswith("on dense states") for row in rows)
 
 
-def _removed(result: SearchResult) -> set[tuple[int, ...]]:
-    return {PruningPlan.from_json(row["plan"]).removed for row in result.candidates}
+def _plan_of(row: Any) -> PruningPlan:
+    return PruningPlan(L, tuple(Span(*span) for span in row["spans"]))
+
+
+def _removed(result: Selection) -> set[tuple[int, ...]]:
+    return {_plan_of(row).removed for row in result.candidates}
 
 
 def test_plans_of_several_spans_grow_beside_those_of_one(model: Path, ids: Path) -> None:
@@ -246,12 +248,12 @@ def test_plans_of_several_spans_grow_beside_those_of_one(model: Path, ids: Path)
 def test_one_span_may_be_twice_as_long_as_the_other(ids: Path, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=8)
     found = _search(model, ids, 4, max_spans=2)
-    assert found.recipe["spans"] == [[4], [2, 2], [3, 1]]
-    best_of_three = SearchResult.to_json(_search(model, ids, 3, max_spans=1))["spans"][0]
+    assert partitions(4, 2) == [[4], [2, 2], [3, 1]]
+    best_of_three = _search(model, ids, 3, max_spans=1).to_json()["spans"][0]
     uneven = {
-        tuple(map(tuple, row["plan"]["spans"]))
+        tuple(map(tuple, row["spans"]))
         for row in found.candidates
-        if sorted(stop - start for start, stop in row["plan"]["spans"]) == [1, 3]
+        if sorted(stop - start for start, stop in row["spans"]) == [1, 3]
     }
     assert uneven
     assert all(tuple(best_of_three) in spans for spans in uneven), "one layer is added to the best three"
@@ -265,43 +267,11 @@ def test_where_no_room_is_left_for_a_second_span_one_is_removed(model: Path, ids
     assert found.plan.removed == tuple(range(1, L - 1))
 
 
-@settings(max_examples=200)
-@given(n_remove=st.integers(1, 60), max_spans=st.integers(1, 6))
-def test_the_layers_are_shared_out_whole(n_remove: int, max_spans: int) -> None:
-    found = partitions(n_remove, min(max_spans, n_remove))
-    assert all(sum(sizes) == n_remove and min(sizes) > 0 for sizes in found)
-    assert all(sizes == sorted(sizes, reverse=True) for sizes in found)
-    assert len({tuple(sizes) for sizes in found}) == len(found)
-    assert {len(sizes) for sizes in found} == set(range(1, min(max_spans, n_remove) + 1))
-    for sizes in found:
-        equal = sizes[0] - sizes[-1] <= 1
-        assert equal or len(set(sizes[1:])) == 1
-        assert equal or abs(sizes[0] - 2 * sizes[-1]) <= len(sizes)
-
-
-def _ranked(*found: tuple[str, float, float | None]) -> list[tuple[Repair, dict[str, Any]]]:
-    return [
-        (
-            Repair.alike(PruningPlan.parse(9, plan), FitMethod("ghost")),
-            {"gap": gap, "gap_standard_error": error},
-        )
-        for plan, gap, error in found
-    ]
-
-
-def test_fewer_spans_are_taken_where_they_are_not_surely_worse() -> None:
-    two, other, one = ("1:2 3:4", 0.50, 0.04), ("1:2 5:6", 0.51, 0.5), ("5:7", 0.53, 0.02)
-    assert str(fewest_spans(_ranked(two, other, one)).plan) == "[5,7)"
-    assert str(fewest_spans(_ranked(two, other, ("5:7", 0.55, 0.9))).plan) == "[1,2) [3,4)"
-    assert str(fewest_spans(_ranked(("1:2 3:4", 0.50, None), one)).plan) == "[1,2) [3,4)"
-    refused = [(repair, row | {"refusal": "grows"}) for repair, row in _ranked(("5:7", 0.4, 0.1))]
-    assert str(fewest_spans([*_ranked(two), *refused]).plan) == "[1,2) [3,4)"
-
-
 def test_the_command_says_why_the_best_row_is_not_the_plan(model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(3, 128, size=(S, T)))
     request = (
-        "search",
+        "select",
+        "--model",
         model,
         "--remove",
         2,
@@ -315,32 +285,17 @@ def test_the_command_says_why_the_best_row_is_not_the_plan(model: Path, tmp_path
         main, [str(part) for part in (*request, *sizes, "--out", tmp_path / "plan.json")]
     )
     assert shown.exit_code == 0, shown.output
-    found = SearchResult.load(tmp_path / "plan.json")
-    best, row = (PruningPlan.from_json(one["plan"]) for one in found.candidates[:2])
+    found = Selection.load(tmp_path / "plan.json")
+    best, row = (_plan_of(one) for one in found.candidates[:2])
     assert (len(best.spans), len(row.spans), found.plan) == (2, 1, row)
     assert (
         found.candidates[1]["gap"] <= found.candidates[0]["gap"] + found.candidates[0]["gap_standard_error"]
     )
     assert found.has_fewer_spans
-    assert "of fewer spans than the best" in shown.stdout
-
-
-def test_spans_that_cost_least_alone_are_added_first() -> None:
-    alone = {Span(1, 3): 0.5, Span(2, 4): 0.3, Span(4, 6): 0.2, Span(5, 7): 0.1, Span(6, 8): 0.4}
-    plans = {PruningPlan.parse(9, "2:4"): 0.3, PruningPlan.parse(9, "5:7"): 0.1}
-    pairs = [str(plan) for plan in extended(plans, 2, alone)]
-    # 5:7 with 2:4 is found from either, at 0.1 + 0.3; then 5:7 with 1:3 (0.6), 2:4 with 4:6 (0.5), 2:4 with 6:8 (0.7).
-    assert pairs[0] == "[2,4) [5,7)"
-    assert pairs.index("[2,6)") < pairs.index("[1,3) [5,7)") < pairs.index("[2,4) [6,8)")
-    single = extended({PruningPlan.parse(9, "2:4"): 0.3}, 1, alone)
-    # Layer 5 is a part of 4:6 and of 5:7, the cheaper of which counts; layer 7 of 6:8 alone.
-    assert [str(plan) for plan in single] == ["[2,4) [5,6)", "[2,4) [6,7)", "[2,5)", "[2,4) [7,8)", "[1,4)"]
-
-
-def test_the_best_of_each_number_of_spans_is_repaired_in_every_way() -> None:
-    ranked = _ranked(("1:2 3:4", 1, 0), ("1:2 4:5", 2, 0), ("1:2 5:6", 3, 0), ("3:5", 4, 0), ("4:6", 5, 0))
-    assert [str(one.plan) for one in finalists(ranked, 3)] == ["[1,2) [3,4)", "[1,2) [4,5)", "[3,5)"]
-    assert [str(one.plan) for one in finalists(ranked, 9)] == [str(one.plan) for one, _ in ranked]
+    assert [one["chosen"] for one in found.candidates] == [
+        number == 1 for number in range(len(found.candidates))
+    ]
+    assert "it has fewer spans than the best candidate" in shown.stdout
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
@@ -355,10 +310,13 @@ def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
             raise KeyboardInterrupt
         return measure_repairs(*args, **kwargs)
 
-    monkeypatch.setattr("ghoststream.stages.searching.steps.measure_repairs", counted)
+    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
     with pytest.raises(KeyboardInterrupt):
         _search(model, ids, 2, lanes=1, out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()
+    (kept,) = (tmp_path / "plan.json.partial").iterdir()
+    assert kept.name.startswith("candidates-")
+    assert len(json.loads(kept.read_text())["candidates"]) == 1
     assert _search(model, ids, 2, lanes=1, out=tmp_path / "plan.json").candidates == whole.candidates
     assert len(passes) == 4, "one, the one that was stopped, that again, and the last"
     assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
@@ -368,10 +326,11 @@ def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
 def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     result = _search(model, ids, 2, out=out)
-    assert read_plan(out, L) == result.plan
+    assert read_plan(out, L) == result
+    assert result.methods
     assert json.loads(out.read_text())["criterion"] == "measured"
     assert _search(model, ids, 2, out=out).to_json() == result.to_json()
-    with pytest.raises(OutputExistsError, match="not the plan of this request"):
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
         _search(model, ids, 3, out=out)
 
 
@@ -381,15 +340,24 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
         (5, {}, "first and the last layer are kept"),
         (2, {"max_spans": 3}, "in 3 spans"),
         (2, {"held_out": S}, "cannot be parted"),
-        (2, {"beam": 0}, "must be at least 1"),
+        (2, {"beam": 0}, "beam: Input should be greater than or equal to 1"),
         (2, {"operator": "nobody"}, "nobody"),
-        (2, {"operator": "auto", "weights": "relative"}, "chooses weights, features and inputs itself"),
-        (2, {"criterion": "cosine"}, "no criterion 'cosine' that runs the model"),
-        (2, {"criterion": "sleb", "max_spans": 2}, "removes single layers"),
+        (
+            2,
+            {"operator": "auto", "token_weights": "relative"},
+            "--token-weights would not be used: .* auto chooses",
+        ),
+        (2, {"criterion": "cosine"}, "no criterion 'cosine'; known are"),
+        (2, {"criterion": "streamline"}, "streamline reads a store"),
+        (2, {"criterion": "sleb", "max_spans": 2}, "--max-spans would not be used: the criterion sleb"),
+        (2, {"criterion": "sleb", "operator": "ghost"}, "--operator would not be used: .* repairs nothing"),
+        (2, {"criterion": "perplexity", "held_out": 2}, "--held-out would not be used: .* on all windows"),
+        (2, {"criterion": "taylor", "lanes": 2}, "--lanes would not be used"),
+        (2, {"workers": 2}, "--workers would not be used: no store is read"),
         (1, {"criterion": "taylor-plus"}, "keeps the first 4 and the last 2"),
         (
             2,
-            {"operator": "least-squares", "options": Method(solver="sketch-range", rank=2)},
+            {"operator": "least-squares", "solver": "sketch-range", "rank": 2},
             "sketch-range needs a store",
         ),
     ],
@@ -405,50 +373,34 @@ def test_auto_takes_the_way_to_repair_that_is_best_on_held_out_text(model: Path,
     found = _search(model, ids, 2, operator="auto")
     by_name: dict[str, list[float]] = {}
     for method in METHODS:
-        single = _search(
-            model, ids, 2, operator=method.operator, weights=method.weights, options=method.options
-        )
-        by_name[method.label] = [row["gap"] for row in single.candidates]
+        single = _search(model, ids, 2, **_named(method))
+        by_name[labels([method])[0]] = [row["gap"] for row in single.candidates]
     assert found.candidates[0]["gap"] == min(min(gaps) for gaps in by_name.values())
     assert found.passes == 2, "spans are compared, then ways to repair them"
-    repair = found.repair
-    assert repair is not None
-    assert found.candidates[0]["repair"] == [repair.methods[0].label]
+    assert found.candidates[0]["repair"] == labels(found.methods)
+    assert [row["chosen"] for row in found.candidates] == [True, *[False] * (len(found.candidates) - 1)]
 
 
 def test_fit_repairs_as_the_search_chose(model: Path, ids: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    repair = _search(model, ids, 2, operator="auto", out=plan).repair
-    assert repair is not None
-    text: dict[str, Any] = {"calibration": f"ids:{ids / 'all.npy'}", "sequences": S, "length": T}
-    fit(model, plan, operator="auto", out=tmp_path / "auto.safetensors", micro_batch=MICRO_BATCH, **text)
-    (method,) = repair.methods
-    fit(
-        model,
-        plan,
-        operator=method.operator,
-        weights=method.weights,
-        options=method.options,
-        out=tmp_path / "named.safetensors",
-        micro_batch=MICRO_BATCH,
-        **text,
-    )
+    (method,) = _search(model, ids, 2, operator="auto", out=plan).methods
+    fit(plan, model=model, operator="auto", out=tmp_path / "auto.safetensors", **_text(ids))
+    fit(plan, model=model, out=tmp_path / "named.safetensors", **_named(method), **_text(ids))
     auto, named = (OperatorSet.load(tmp_path / f"{name}.safetensors") for name in ("auto", "named"))
     assert auto.operators[0].features == named.operators[0].features
     assert np.array_equal(np.asarray(auto.operators[0].weight), np.asarray(named.operators[0].weight))
+    with pytest.raises(RequestError, match="--held-out would not be used: nothing is measured"):
+        fit(plan, model=model, held_out=HELD, out=tmp_path / "other", **_text(ids))
 
 
 def test_fit_chooses_for_a_plan_what_a_search_would(model: Path, ids: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"sequences": S, "length": T, "held_out": HELD, "micro_batch": MICRO_BATCH}
     out = tmp_path / "operators.safetensors"
-    operators = fit(model, "2:4", calibration=f"ids:{ids / 'all.npy'}", operator="auto", out=out, **settings)
+    operators = fit("2:4", model=model, operator="auto", held_out=HELD, out=out, **_text(ids))
     rows = {row["repair"][0]: row["gap"] for row in operators.metadata["chosen"]}
     for method in METHODS:
-        single = _search(
-            model, ids, 2, operator=method.operator, weights=method.weights, options=method.options
-        )
-        gaps = {tuple(row["plan"]["spans"][0]): row["gap"] for row in single.candidates}
-        assert rows[method.label] == gaps[2, 4]
+        single = _search(model, ids, 2, **_named(method))
+        gaps = {tuple(row["spans"][0]): row["gap"] for row in single.candidates}
+        assert rows[labels([method])[0]] == gaps[2, 4]
     best = min(rows, key=lambda label: rows[label])
     assert operators.operators[0].features == best.split(", ")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["operators.safetensors"]
@@ -469,10 +421,11 @@ def test_perplexity_removes_the_layers_whose_absence_costs_least(model: Path, id
     found = _search(model, ids, 2, criterion="perplexity")
     losses = {layer: _loss_without(model, ids, {layer}) for layer in range(1, L - 1)}
     assert found.plan.removed == tuple(sorted(sorted(losses, key=lambda layer: losses[layer])[:2]))
-    rows = {row["plan"]["spans"][0][0]: row["loss"] for row in found.candidates}
+    rows = {row["spans"][0][0]: row["loss"] for row in found.candidates}
     assert rows == pytest.approx(losses, rel=1e-5)
     assert found.passes == 1
-    assert found.repair is None
+    assert found.methods == ()
+    assert {span.start for span in found.chosen} == set(found.plan.removed)
 
 
 def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
@@ -484,18 +437,18 @@ def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
         }
         gone.add(min(losses, key=lambda layer: losses[layer]))
     assert set(found.plan.removed) == gone
+    assert found.chosen == found.plan.spans
     assert found.passes == 2
 
 
 def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
     found = _search(model, ids, 3, criterion="prune-and-repair")
-    session = ModelSession(model, ModelOptions(micro_batch=MICRO_BATCH))
-    tokens = session.tokens(TextOptions(f"ids:{ids / 'all.npy'}", S, T))
+    session, tokens = _session(model, ids)
     wanted: dict[str, Any] = {
         "ranges": Ranges.make(S - HELD, folds=DEFAULT_FOLDS),
         "micro_batch": MICRO_BATCH,
     }
-    plan = PruningPlan(L)
+    plan, ghost = PruningPlan(L), passing_method(Method(operator="ghost"))
     for _ in range(3):
         longer = [
             PruningPlan(L, (*plan.spans, Span(layer, layer + 1)))
@@ -503,9 +456,9 @@ def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
             if layer not in plan.removed
         ]
         gaps = [
-            measure_repairs(
-                session, tokens, [Repair.alike(one, FitMethod("ghost"))], progress=SilentProgress(), **wanted
-            )[1][0].gap
+            measure_repairs(session, tokens, [Repair.alike(one, ghost)], progress=SilentProgress(), **wanted)[
+                1
+            ][0].gap
             for one in longer
         ]
         plan = longer[int(np.argmin(gaps))]
@@ -528,7 +481,8 @@ def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> No
     ]
     found = _search(model, ids, 2, criterion="taylor")
     assert found.plan.removed == tuple(sorted(int(layer) for layer in np.argsort(scores)[:2]))
-    assert {row["plan"]["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
+    assert {span.start for span in found.chosen} == set(found.plan.removed)
+    assert {row["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
         dict(enumerate(scores)), rel=1e-4
     )
 
@@ -541,16 +495,15 @@ def test_what_cannot_be_written_is_measured_and_not_chosen(
             msg = "lost in rounding"
             raise NumericsError(msg)
 
-    joint = Method(features="hidden+mlp")
-    settings: dict[str, Any] = {"operator": "least-squares", "weights": "drop_sinks", "options": joint}
+    settings = _named(_least_squares("hidden+mlp", token_weights="drop_sinks"))
     sound = _search(model, ids, 2, **settings)
-    monkeypatch.setattr("ghoststream.stages.repair.measured.require_exportable", refuse)
+    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_exportable", refuse)
     refused = _search(model, ids, 2, **settings)
     assert [row["gap"] for row in refused.candidates] == [row["gap"] for row in sound.candidates]
     assert {row["refusal"] for row in refused.candidates} == {"lost in rounding"}
     found = _search(model, ids, 2, operator="auto")
-    assert found.repair is not None
-    assert "hidden+mlp" not in {method.features for method in found.repair.methods}
+    assert found.methods
+    assert "hidden+mlp" not in {method.features for method in found.methods}
     assert [bool(row.get("refusal")) for row in found.candidates] == sorted(
         bool(row.get("refusal")) for row in found.candidates
     )

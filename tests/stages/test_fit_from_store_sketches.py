@@ -1,4 +1,4 @@
-"""Sketches through the solve stage: files, recipes, interruption, a Dask cluster of two processes."""
+"""Sketches through a fit from a store: files, recipes, interruption, a Dask cluster of two processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import BudgetError, OutputExistsError, RequestError
 from ghoststream.operators import OperatorSet, make_operator
@@ -22,13 +21,13 @@ from ghoststream.statistics.sketch_projection import ProjectionReducer
 from ghoststream.statistics.sketch_range import RangeReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 from tests.helpers.reducing import reduced_by
+from tests.helpers.requests import fit, ranges_of
 
 pytestmark = pytest.mark.integration
 SHAPE = (8, 24, 12)
 SKETCHES: dict[str, dict[str, Any]] = {
     "sketch-features": {"sketch_size": 8, "rank": 4, "power_iterations": 1},
     "sketch-range": {"rank": 3},
-    "sketch-rows": {"sketch_size": 60, "rank": 5},
 }
 
 BUDGETS = {"sketch-features": 30_000, "sketch-range": 32_000}
@@ -42,20 +41,20 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(uri: str, solver: Any, out: Path, **options: Any) -> OperatorSet:
     plan = options.pop("plan", "1:3 4:5")
-    chosen = {"folds": 2, "range_sequences": 2, "solver": solver, **SKETCHES[solver], **options}
-    method = Method(**{name: chosen.pop(name) for name in Method.model_fields if name in chosen})
-    return solve(uri, plan, operator="least-squares", options=method, out=out, **chosen)
+    chosen = {"operator": "least-squares", "folds": 2, "solver": solver, **SKETCHES[solver], **options}
+    with ranges_of(2):
+        return fit(plan, store=uri, out=out, **chosen)
 
 
 @pytest.mark.parametrize("solver", SKETCHES)
 def test_the_file_says_how_it_was_sketched(uri: str, tmp_path: Path, solver: str) -> None:
     out = tmp_path / "o.safetensors"
     made = run(uri, solver, out, seed=7)
-    recipe = made.metadata["recipe"]
-    assert recipe["solver"] == solver
-    assert recipe["seed"] == 7
-    assert {name: recipe[name] for name in SKETCHES[solver]} == SKETCHES[solver]
-    assert recipe["ridge"] == 1e-4
+    method = made.metadata["recipe"]["method"]
+    assert method["solver"] == solver
+    assert method["seed"] == 7
+    assert {name: method[name] for name in SKETCHES[solver]} == SKETCHES[solver]
+    assert method["ridge"] == 1e-4
     for operator in OperatorSet.load(out).boundaries:
         assert operator.weight is not None
         assert np.linalg.matrix_rank(operator.weight, tol=1e-5) == SKETCHES[solver]["rank"]
@@ -113,22 +112,22 @@ def test_spans_are_sketched_in_as_many_sweeps_as_the_memory_asks(
     uri: str, tmp_path: Path, solver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = [Span(1, 3), Span(1, 4), Span(2, 4), Span(4, 5)]
-    family: Any = make_operator(Method(operator="least-squares", solver=solver, **SKETCHES[solver]))
+    kind: Any = make_operator(Method(operator="least-squares", solver=solver, **SKETCHES[solver]))
     labels = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "start", lambda task, *_: labels.append(task))
     spec = MomentSpec(block_tokens=24)
     monkeypatch.setattr(ProjectedLeastSquares, "spec", property(lambda _: spec))
     run: dict[str, Any] = {"folds": 2}
-    whole = reduced_by(family, uri, spans, **run)
+    whole = reduced_by(kind, uri, spans, **run)
     run |= {"workdir": tmp_path, "memory": BUDGETS[solver], "workers": 1, "progress": progress}
-    parts = reduced_by(family, uri, spans, **run)
+    parts = reduced_by(kind, uri, spans, **run)
     assert any("sweep 2 of" in label for label in labels)
     for span in spans:
-        one, other = family.fit(whole[span]), family.fit(parts[span])
+        one, other = kind.fit(whole[span]), kind.fit(parts[span])
         assert one.weight.tobytes() == other.weight.tobytes()
         assert one.diagnostics == other.diagnostics
     with pytest.raises(BudgetError, match=r"take .* bytes a task, 1,000 are allowed"):
-        family.reduce(uri, spans, **{**run, "memory": 1000})
+        reduced_by(kind, uri, spans, **{**run, "memory": 1000})
     with pytest.raises(RequestError, match="there are no spans to reduce"):
-        family.reduce(uri, [])
+        reduced_by(kind, uri, [])

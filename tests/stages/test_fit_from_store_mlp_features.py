@@ -1,4 +1,4 @@
-"""Features of the layer before a boundary: operators fitted on replayed taps, against hooks on the resident model and numpy."""
+"""Features of the layer before a boundary: operators on replayed taps, against hooks on the model and numpy."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ghoststream.stages.solve import solve
 from torch import nn
 
 import ghoststream
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import BudgetError, MismatchError, RequestError, StoreError, UnsupportedModelError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Method
+from ghoststream.options import Compute, Storage, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
+from ghoststream.stages.capturing.replay import replay_layer
 from ghoststream.stages.lanes import operator_lane
-from ghoststream.stages.recover import recover
 from ghoststream.statistics import Feature, ModelFacts, register_feature
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.conformance import load_resident
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
+from tests.helpers import requests
 from tests.helpers.command_bench import run
 from tests.helpers.reducing import moments_of
 
@@ -52,8 +52,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def store(folder: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("mlp-store") / "store"
-    ghoststream.capture(folder, calibration=text, store=place, sequences=S, length=T, micro_batch=5)
+    capture(folder, text, place, micro_batch=5)
     return place
+
+
+def capture(folder: Path, text: str, store: Path, *, micro_batch: int | None = None, **storage: Any) -> None:
+    ghoststream.capture(
+        folder,
+        calibration=Text(spec=text, sequences=S, length=T),
+        store=store,
+        storage=Storage(**storage),
+        compute=Compute(micro_batch=micro_batch),
+    )
 
 
 class Seen:
@@ -102,9 +112,7 @@ def seen(folder: Path, store: Path) -> Seen:
 
 def fit(store: Path, folder: Path, out: Path, features: str, plan: Any = PLAN, **options: Any) -> OperatorSet:
     options = {"operator": "least-squares", "features": features, "ridge": 1e-3, "folds": 3, **options}
-    names = [name for name in Method.model_fields if name in options and name != "operator"]
-    method = Method(**{name: options.pop(name) for name in names})
-    return solve(store, plan, model=folder, options=method, out=out, **options)
+    return requests.fit(plan, store=store, model=folder, out=out, **options)
 
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output", "hidden+mlp"])
@@ -162,7 +170,7 @@ def test_state_and_mlp_take_every_option_of_least_squares(
     assert all(one.diagnostics["absorption_growth"] > 0 for one in (joined, factored, sketched))
 
     chosen = fit(
-        store, folder, tmp_path / "auto", "hidden+mlp", "2:4", ridge="auto", weights="drop_sinks"
+        store, folder, tmp_path / "auto", "hidden+mlp", "2:4", ridge="auto", token_weights="drop_sinks"
     ).boundaries[0]
     single = [
         fit(store, folder, tmp_path / name, name, "2:4", ridge="auto").boundaries[0]
@@ -192,10 +200,11 @@ def test_weights_and_masks_hold_for_taps_too(folder: Path, tmp_path: Path) -> No
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     tiny_tokenizer().save_pretrained(folder)
     place = tmp_path / "store"
-    ghoststream.capture(
-        folder, calibration=f"file:{tmp_path / 'text.jsonl'}", store=place, sequences=7, length=T, pack=False
-    )
-    operator = fit(place, folder, tmp_path / "o", "mlp", "2:4", weights="relative", folds=0).boundaries[0]
+    text = Text(spec=f"file:{tmp_path / 'text.jsonl'}", sequences=7, length=T, pack=False)
+    ghoststream.capture(folder, calibration=text, store=place)
+    operator = fit(place, folder, tmp_path / "o", "mlp", "2:4", token_weights="relative", folds=0).boundaries[
+        0
+    ]
     mask = ActivationStore.open(str(place)).mask().reshape(-1)
     assert not mask.all()
     seen = Seen(folder, place)
@@ -250,14 +259,14 @@ def test_a_kill_costs_the_taps_of_one_layer_and_no_bit(
     fit(store, folder, whole, "mlp")
     asked: list[int] = []
 
-    def interrupted(model: Any, source: Any, layer: int, taps: Any, **options: Any) -> Any:
+    def interrupted(session: Any, source: Any, layer: int, *rest: Any) -> Any:
         asked.append(layer)
-        for number, part in enumerate(ghoststream.replay(model, source, layer, taps, **options)):
+        for number, part in enumerate(replay_layer(session, source, layer, *rest)):
             if layer == 4 and number == 1 and asked.count(4) == 1:
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(tap_store, "replay", interrupted)
+    monkeypatch.setattr(tap_store, "replay_layer", interrupted)
     out = tmp_path / "new" / "killed"
     with pytest.raises(KeyboardInterrupt):
         fit(store, folder, out, "mlp")
@@ -335,9 +344,9 @@ def test_sigkill_at_any_time_costs_no_bit(store: Path, folder: Path, tmp_path: P
     expected, out = tmp_path / "expected", tmp_path / "out"
     fit(store, folder, expected, "mlp")
     script = (
-        "import sys; from pathlib import Path; from ghoststream import solve\n"
-        "solve(sys.argv[1], '2:4 5:6', model=sys.argv[2], options=Method(features='mlp', ridge=1e-3),"
-        " operator='least-squares', folds=3, out=Path(sys.argv[3]))"
+        "import sys; from ghoststream import Method, Search, Source, fit\nfit('2:4 5:6', "
+        "Source(store=sys.argv[1], model=sys.argv[2]), search=Search(folds=3), out=sys.argv[3], "
+        "method=Method(operator='least-squares', features='mlp', ridge=1e-3))"
     )
     command = [sys.executable, "-c", script, str(store), str(folder), str(out)]
     with subprocess.Popen(command) as process:
@@ -353,11 +362,11 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 ) -> None:
     out = tmp_path / "new" / "out"
     with pytest.raises(RequestError, match="give the model"):
-        solve(store, PLAN, options=Method(features="mlp"), operator="least-squares", out=out)
+        requests.fit(PLAN, store=store, features="mlp", operator="least-squares", out=out)
     with pytest.raises(RequestError, match=r"\[0,2\) begins with the first layer"):
         fit(store, folder, out, "mlp", "0:2")
     with pytest.raises(RequestError, match=r"\[0,2\) begins with the first layer"):
-        recover(folder, plan="0:2", calibration=text, out=out, operator="replace-me-ls")
+        requests.recover(folder, remove="0:2", calibration=text, out=out, operator="replace-me-ls")
     with pytest.raises(UnsupportedModelError, match="has no bias"):
         fit(store, folder, out, "mlp", intercept=True)
     with pytest.raises(RequestError, match="ghost is defined without features mlp"):
@@ -376,9 +385,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     other = save_tiny("llama", tmp_path / "other", seed=5)
     with pytest.raises(MismatchError, match="was not captured from"):
         fit(store, other, out, "mlp")
-    ghoststream.capture(
-        folder, calibration=text, store=tmp_path / "few", sequences=S, length=T, layers=(2, 4)
-    )
+    capture(folder, text, tmp_path / "few", layers=(2, 4))
     with pytest.raises((StoreError, RequestError), match=r"h\[1\]"):
         fit(tmp_path / "few", folder, out, "mlp", "2:4")
 
@@ -387,23 +394,26 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     ("model_type", "reason"),
     [("gemma2", "the norm post_feedforward_layernorm"), ("olmo2", "the norm"), ("mixtral", "with experts")],
 )
-def test_families_that_cannot_fold_are_refused_by_name(
-    model_type: str, reason: str, store: Path, text: str, tmp_path: Path
+def test_architectures_that_cannot_absorb_are_refused_by_name(
+    model_type: str, reason: str, text: str, tmp_path: Path
 ) -> None:
-    model = save_tiny(model_type, tmp_path / "model")
+    model, store = save_tiny(model_type, tmp_path / "model"), tmp_path / "store"
+    capture(model, text, store, layers=(1, 2, 4, 5, 6))
     for features in ("mlp", "mlp_output", "hidden+mlp"):
         with pytest.raises(UnsupportedModelError, match=reason):
             fit(store, model, tmp_path / "out", features)
     with pytest.raises(UnsupportedModelError, match=reason):
-        recover(model, plan="2:4", calibration=text, out=tmp_path / "out", operator="replace-me-ls")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        requests.recover(
+            model, remove="2:4", calibration=text, out=tmp_path / "out", operator="replace-me-ls"
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "store"]
 
 
 def test_rounded_states_are_taken_with_a_warning(folder: Path, text: str, tmp_path: Path) -> None:
     place = tmp_path / "store"
-    ghoststream.capture(folder, calibration=text, store=place, sequences=S, length=T, store_dtype="bfloat16")
+    capture(folder, text, place, store_dtype="bfloat16")
     found = run(
-        *("solve", place, "--plan", "2:4", "--operator", "replace-me-ls", "--model", folder),
+        *("fit", "--store", place, "--plan", "2:4", "--operator", "replace-me-ls", "--model", folder),
         *("--out", tmp_path / "operators", "--json"),
     )
     assert found.exit_code == 0, found.stderr

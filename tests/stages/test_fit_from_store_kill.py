@@ -1,4 +1,4 @@
-"""SIGKILL at every kind of moment of a solve; the same request then ends with the same bytes."""
+"""SIGKILL at every kind of moment of a fit from a store; the same request then ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ghoststream.stages.solve import solve
 
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sums import SumState
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.faults
 SPANS = "1:3 4:5"
@@ -24,7 +24,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from ghoststream.files import FileLock
-from ghoststream.stages.solve import solve
+from ghoststream import Reduction, Source, fit
 from ghoststream.statistics.boundary import BoundaryReducer
 
 store, out, number, when, log = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
@@ -50,7 +50,7 @@ def counted(self, target):
 Path.replace = counted
 if when == "release":
     FileLock.release = lambda self: os.kill(os.getpid(), signal.SIGKILL)
-solve(store, "1:3 4:5", out=out, workers=1, range_sequences=1)
+fit("1:3 4:5", Source(store=store), out=out, reduction=Reduction(workers=1))
 """
 
 
@@ -62,7 +62,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def expected(uri: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     out = tmp_path_factory.mktemp("whole") / "operators.safetensors"
-    solve(uri, SPANS, out=out, range_sequences=1)
+    fit(SPANS, store=uri, out=out)
     return out.read_bytes()
 
 
@@ -80,7 +80,7 @@ def expected(uri: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
         (19, "release"),
     ],
 )
-def test_a_killed_solve_ends_with_identical_files(
+def test_a_killed_fit_ends_with_identical_files(
     uri: str, expected: bytes, tmp_path: Path, number: int, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, log = tmp_path / "operators.safetensors", tmp_path / "log"
@@ -98,7 +98,7 @@ def test_a_killed_solve_ends_with_identical_files(
         return reduce(self, source, start, stop)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BoundaryReducer, "reduce", counted)
-    solve(uri, SPANS, out=out, workers=1, range_sequences=1)
+    fit(SPANS, store=uri, out=out, workers=1)
     assert out.read_bytes() == expected
     if not is_finished:
         assert len(reduced) == RANGES - kept

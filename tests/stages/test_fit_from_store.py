@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ghoststream.stages.operators_file import work_folder
-from ghoststream.stages.solve import solve
 
 from ghoststream.errors import (
     BudgetError,
@@ -22,13 +20,13 @@ from ghoststream.errors import (
 )
 from ghoststream.files import FileLock
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.select import select
+from ghoststream.stages.from_store.fit import _Job
 from ghoststream.statistics import SumState, open_source
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.requests import fit, ranges_of, select
 
 pytestmark = pytest.mark.integration
 L = 6
@@ -64,7 +62,7 @@ class Recorder(SilentProgress):
 
 
 def test_operators_predict_as_well_as_least_squares_on_the_stored_bits(uri: str, tmp_path: Path) -> None:
-    found = solve(uri, PLAN, out=tmp_path / "operators.safetensors")
+    found = fit(PLAN, store=uri, out=tmp_path / "operators.safetensors")
     source, mask = open_source(uri), ragged_mask(*SHAPE[:2])
     for operator in found.boundaries:
         x, y = (
@@ -85,34 +83,36 @@ def test_the_file_says_what_it_is_and_a_second_run_changes_nothing(
     uri: str, tmp_path: Path, operator: str
 ) -> None:
     out = tmp_path / "new" / "operators.safetensors"
-    made = solve(uri, PLAN, operator=operator, out=out)
+    made = fit(PLAN, store=uri, operator=operator, out=out)
     before = out.read_bytes()
-    again = solve(uri, PLAN, operator=operator, out=out)
+    again = fit(PLAN, store=uri, operator=operator, out=out)
     assert out.read_bytes() == before
     assert again.diagnostics == made.diagnostics == OperatorSet.load(out).diagnostics
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert (again.kind, again.plan, again.hidden) == (operator, PLAN, SHAPE[2])
     assert again.metadata["base"] == open_source(uri).fingerprint["checkpoint"]
-    assert again.metadata["recipe"]["ridge"] == (1e-6 if operator == "ghost" else None)
-    assert again.metadata["recipe"]["weights"] == "uniform"
+    method = again.metadata["recipe"]["method"]
+    assert method["operator"] == operator
+    assert method["ridge"] == (1e-6 if operator == "ghost" else None)
+    assert method["token_weights"] == "uniform"
     for key in ("relative_residual", "relative_residual_out_of_sample", "r2", "n_tokens"):
         assert all(diagnostics[key] is not None for diagnostics in again.diagnostics.values())
 
 
 def test_plans_come_from_select_from_spans_or_as_they_are(uri: str, tmp_path: Path) -> None:
-    chosen = select(uri, 2, out=tmp_path / "plan.json").plan
+    chosen = select(2, criterion="streamline", store=uri, out=tmp_path / "plan.json").plan
     (span,) = chosen.spans
     runs: list[PruningPlan | str | Path] = [chosen, str(span), tmp_path / "plan.json"]
     files = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for plan, out in zip(runs, files, strict=True):
-        solve(uri, plan, out=out)
+        fit(plan, store=uri, out=out)
     assert len({out.read_bytes() for out in files}) == 1
 
 
 def test_workers_change_no_bit(uri: str, tmp_path: Path) -> None:
     outs = [tmp_path / f"{workers}.safetensors" for workers in (1, 2, 5)]
     for workers, out in zip((1, 2, 5), outs, strict=True):
-        solve(uri, PLAN, out=out, workers=workers, range_sequences=1)
+        fit(PLAN, store=uri, out=out, workers=workers)
     assert len({out.read_bytes() for out in outs}) == 1
 
 
@@ -139,14 +139,14 @@ def test_when_a_range_fails_the_others_have_stopped_before_the_error_leaves(
     monkeypatch.setattr(SumState, "save", noted)
     out = tmp_path / "operators.safetensors"
     with pytest.raises(NumericsError, match="broken on purpose"):
-        solve(uri, PLAN, out=out, workers=2, range_sequences=1)
+        fit(PLAN, store=uri, out=out, workers=2)
     events.append("raised")
     raised.set()
     assert written.wait(10)
     assert events == ["written", "raised"]
     assert [path.name for path in tmp_path.iterdir()] == [f"{out.name}.partial"]
     monkeypatch.undo()
-    solve(uri, PLAN, out=out, range_sequences=1)
+    fit(PLAN, store=uri, out=out)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
@@ -154,21 +154,22 @@ def test_a_solved_boundary_that_the_disk_damaged_is_solved_again(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = tmp_path / "operators.safetensors", tmp_path / "whole.safetensors"
-    solve(uri, PLAN, out=whole)
-    monkeypatch.setattr("ghoststream.stages.solve._write", _stop_after_fitting)
+    fit(PLAN, store=uri, out=whole)
+    monkeypatch.setattr(_Job, "_solve", _stop_after_fitting)
     with pytest.raises(OSError, match="stopped on purpose"):
-        solve(uri, PLAN, out=out)
+        fit(PLAN, store=uri, out=out)
     monkeypatch.undo()
     first, *_ = sorted((tmp_path / f"{out.name}.partial").glob("boundary-*"))
     first.write_bytes(first.read_bytes()[:-8])
-    solve(uri, PLAN, out=out)
+    fit(PLAN, store=uri, out=out)
     assert out.read_bytes() == whole.read_bytes()
 
 
-def _stop_after_fitting(family: Any, moments: Any, request: Any, out: Path, progress: Any) -> None:
-    from ghoststream.stages.solve import _fit_all
+_solve = _Job._solve
 
-    _fit_all(family, moments, request, work_folder(out), progress)
+
+def _stop_after_fitting(*given: Any) -> None:
+    _solve(*given)
     raise OSError("stopped on purpose")
 
 
@@ -176,7 +177,7 @@ def test_a_dask_cluster_gives_the_same_bits(uri: str, tmp_path: Path) -> None:
     from distributed import Client, LocalCluster
 
     here, address, client_out = (tmp_path / f"{name}.safetensors" for name in ("here", "address", "client"))
-    expected = solve(uri, PLAN, out=here, range_sequences=1)
+    expected = fit(PLAN, store=uri, out=here)
     progress = Recorder()
     with (
         LocalCluster(
@@ -184,11 +185,11 @@ def test_a_dask_cluster_gives_the_same_bits(uri: str, tmp_path: Path) -> None:
         ) as cluster,
         Client(cluster) as client,
     ):
-        solve(
-            uri, PLAN, out=address, range_sequences=1, scheduler=cluster.scheduler_address, progress=progress
+        fit(PLAN, store=uri, out=address, scheduler=cluster.scheduler_address, progress=progress)
+        fit(PLAN, store=uri, out=client_out, scheduler=client)
+        assert select(2, criterion="streamline", store=uri, scheduler=client) == select(
+            2, criterion="streamline", store=uri
         )
-        solve(uri, PLAN, out=client_out, range_sequences=1, scheduler=client)
-        assert select(uri, 2, scheduler=client) == select(uri, 2)
         path = store_of(tmp_path / "broken", random_states(2, (4, 6, 5)))
         with pytest.raises(NumericsError, match="NaN or infinity"):
             _break_reading(path, client, tmp_path)
@@ -203,7 +204,7 @@ def _break_reading(path: str, client: object, folder: Path) -> None:
     read = ActivationStore.read_numpy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ActivationStore, "read_numpy", lambda *a, **k: read(*a, **k) * np.nan)
-        solve(path, "1:2", out=folder / "broken.safetensors", scheduler=client)
+        fit("1:2", store=path, out=folder / "broken.safetensors", scheduler=client)
 
 
 def test_a_scheduler_that_does_not_answer_is_named(
@@ -211,7 +212,7 @@ def test_a_scheduler_that_does_not_answer_is_named(
 ) -> None:
     monkeypatch.setattr("ghoststream.statistics.cluster._CONNECT_SECONDS", 1)
     with pytest.raises(RequestError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
-        solve(uri, PLAN, out=tmp_path / "operators.safetensors", scheduler="tcp://127.0.0.1:9")
+        fit(PLAN, store=uri, out=tmp_path / "operators.safetensors", scheduler="tcp://127.0.0.1:9")
 
 
 def test_workers_that_do_not_share_the_folder_are_named(uri: str, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_workers_that_do_not_share_the_folder_are_named(uri: str, tmp_path: Path
 def test_progress_counts_sequences_and_boundaries_and_passes_warnings_on(tmp_path: Path) -> None:
     progress = Recorder()
     uri = store_of(tmp_path / "store", random_states(3, (8, 2, 32)))
-    found = solve(uri, "1:2", out=tmp_path / "operators.safetensors", progress=progress)
+    found = fit("1:2", store=uri, out=tmp_path / "operators.safetensors", progress=progress)
     assert progress.events == [("moments", 8, "sequences"), ("solve", 1, "boundaries")]
     assert progress.done == {"moments": 8, "solve": 1}
     assert any("16 tokens for 32 features" in text for text in found.warnings)
@@ -238,35 +239,35 @@ def test_what_exists_is_never_overwritten(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "operators.safetensors"
     out.write_text("precious")
     with pytest.raises(OutputExistsError, match="not the result of this request"):
-        solve(uri, PLAN, out=out)
+        fit(PLAN, store=uri, out=out)
     assert out.read_text() == "precious"
     out.unlink()
-    solve(uri, PLAN, out=out)
+    fit(PLAN, store=uri, out=out)
     before = out.read_bytes()
     for plan, options in (
-        (PLAN, {"options": Method(ridge=1e-3)}),
+        (PLAN, {"ridge": 1e-3}),
         (PLAN, {"folds": 2}),
         ("2:4", {}),
     ):
         with pytest.raises(OutputExistsError, match="not the result of this request"):
-            solve(uri, plan, out=out, **options)
+            fit(plan, store=uri, out=out, **options)
     with pytest.raises(OutputExistsError):
-        solve(uri, PLAN, out=tmp_path)
+        fit(PLAN, store=uri, out=tmp_path)
     assert out.read_bytes() == before
 
 
 def test_a_place_that_cannot_be_a_folder_is_refused(uri: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RequestError, match=r"cannot write .*choose a place that you may write to"):
-        solve(uri, PLAN, out=tmp_path / "file" / "operators.safetensors")
+        fit(PLAN, store=uri, out=tmp_path / "file" / "operators.safetensors")
 
 
 def test_what_another_process_holds_is_left_when_the_result_is_there(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "operators.safetensors"
-    made = solve(uri, PLAN, out=out)
+    made = fit(PLAN, store=uri, out=out)
     lock = FileLock(out.with_name(f".{out.name}.lock"), guarded=out)
     with lock:
-        assert solve(uri, PLAN, out=out).diagnostics == made.diagnostics
+        assert fit(PLAN, store=uri, out=out).diagnostics == made.diagnostics
         assert lock.path.exists()
 
 
@@ -276,23 +277,23 @@ def test_two_processes_do_not_write_one_file(uri: str, tmp_path: Path) -> None:
         FileLock(out.with_name(f".{out.name}.lock"), guarded=out),
         pytest.raises(BusyError, match="being written by another process"),
     ):
-        solve(uri, PLAN, out=out)
+        fit(PLAN, store=uri, out=out)
 
 
 def test_requests_that_cannot_be_met_end_before_anything_is_written(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "operators.safetensors"
     with pytest.raises(PlanError, match="model of 7 layers, this model has 6"):
-        solve(uri, PruningPlan(7, (Span(1, 2),)), out=out)
-    with pytest.raises(RequestError, match="the ridge is -1"):
-        solve(uri, PLAN, out=out, options=Method(ridge=-1), operator="none")
+        fit(PruningPlan(7, (Span(1, 2),)), store=uri, out=out)
+    with pytest.raises(RequestError, match="-1 is no ridge"):
+        fit(PLAN, store=uri, out=out, ridge=-1, operator="none")
     with pytest.raises(RequestError, match="no operator 'nonsense'"):
-        solve(uri, PLAN, out=out, operator="nonsense")
-    with pytest.raises(RequestError, match="folds empty"):
-        solve(uri, PLAN, out=out, range_sequences=12)
+        fit(PLAN, store=uri, out=out, operator="nonsense")
+    with pytest.raises(RequestError, match="folds empty"), ranges_of(12):
+        fit(PLAN, store=uri, out=out)
     states = random_states(L, SHAPE)
     partly = store_of(tmp_path / "partly", {0: states[0], 2: states[2]}, n_layers=L)
     with pytest.raises(StoreError, match=r"does not hold h\[1\]"):
-        solve(partly, PLAN, out=out)
+        fit(PLAN, store=partly, out=out)
     assert not out.exists()
 
 
@@ -301,17 +302,17 @@ def test_a_disk_too_small_is_found_before_the_work(
 ) -> None:
     monkeypatch.setattr("ghoststream.files.space.free_disk", lambda _: 1000)
     with pytest.raises(BudgetError, match="partial statistics of the boundaries needs"):
-        solve(uri, PLAN, out=tmp_path / "operators.safetensors")
+        fit(PLAN, store=uri, out=tmp_path / "operators.safetensors")
 
 
 def test_solving_one_boundary_takes_56_bytes_a_pair_of_channels(tmp_path: Path) -> None:
     # C = 512: the solve holds 7 C x C float64 = 14 MiB; one range task 2 of them and 4 blocks of 1 MiB.
     hidden = 512
     uri = store_of(tmp_path / "store", random_states(2, (16, 64, hidden)))
-    solve(uri, "0:1", operator="none", out=tmp_path / "warm", workers=1)
+    fit("0:1", store=uri, operator="none", out=tmp_path / "warm", workers=1)
     tracemalloc.start()
     try:
-        solve(uri, "0:1", out=tmp_path / "operators.safetensors", workers=1)
+        fit("0:1", store=uri, out=tmp_path / "operators.safetensors", workers=1)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -322,10 +323,10 @@ def test_three_spans_take_the_memory_of_one_while_solving(tmp_path: Path) -> Non
     # The states of all three are on disk; one boundary is loaded at a time. Their range task holds 6 C x C.
     hidden = 512
     uri = store_of(tmp_path / "store", random_states(6, (8, 32, hidden)))
-    solve(uri, "0:1", operator="none", out=tmp_path / "warm", workers=1)
+    fit("0:1", store=uri, operator="none", out=tmp_path / "warm", workers=1)
     tracemalloc.start()
     try:
-        solve(uri, "0:1 2:3 4:6", out=tmp_path / "operators.safetensors", workers=1)
+        fit("0:1 2:3 4:6", store=uri, out=tmp_path / "operators.safetensors", workers=1)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -1,0 +1,100 @@
+"""The pages name what there is: links lead somewhere, commands can be given, made pages are up to date."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from ghoststream.cli import main
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / name / "README.md" for name in ("examples", "pipelines")),
+        *DOCS.rglob("*.md"),
+    ]
+)
+COLUMNS = 110
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _commands(text: str) -> list[list[str]]:
+    lines = re.findall(r"^    (ghoststream .*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _script(path: Path) -> dict[str, Any]:
+    return runpy.run_path(str(path))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), target
+            assert not anchor or anchor in _anchors(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_commands_can_be_given(page: Path) -> None:
+    for words in _commands(page.read_text(encoding="utf-8")):
+        command = main.get_command(click.Context(main), words[1])
+        assert command is not None, words
+        given = {word for word in words if word.startswith("--")}
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        assert given <= known, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_lines_are_short(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    # A row of a table is one line, and a long address cannot be broken.
+    long = [
+        line for line in lines if len(line) > COLUMNS and not line.lstrip().startswith("|") and " " in line
+    ]
+    assert not [line for line in long if "http" not in line and "](" not in line]
+
+
+def test_the_index_has_every_page() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (DOCS / "index.md").read_text(encoding="utf-8"))
+    assert {(DOCS / link).resolve() for link in links} == {*PAGES, *DOCS.rglob("*.md")} - {DOCS / "index.md"}
+
+
+def test_the_options_are_those_that_there_are() -> None:
+    made = _script(DOCS / "make_options.py")["page"]()
+    assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run python docs/make_options.py"
+
+
+def test_the_picture_of_the_readme_is_that_of_its_table() -> None:
+    script = _script(ROOT / "benchmarks" / "readme_picture.py")
+    drawn = script["picture"](script["gaps"]((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert script["PICTURE"].read_text(encoding="utf-8") == drawn, "run python benchmarks/readme_picture.py"
+
+
+def test_the_readme_has_every_room_and_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    tree = text[text.index("    ghoststream/\n") :]
+    named = set(re.findall(r"^      ([a-z_]+(?:/|\.py))", tree, flags=re.MULTILINE))
+    package = ROOT / "ghoststream"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert named == rooms | {path.name for path in package.glob("[a-z]*.py")}

@@ -1,0 +1,257 @@
+"""Outputs of select and fit: one writer at a time, what is kept meanwhile, what a killed one leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ghoststream
+from ghoststream.errors import BusyError, OutputExistsError, RequestError
+from ghoststream.files import fsync_folder, read_json
+from ghoststream.options import Text
+from ghoststream.stages.choosing.measured import measure_repairs
+from ghoststream.stages.from_store.fit import _Job
+from ghoststream.stages.output import Output
+from ghoststream.testing.models import save_tiny
+from tests.helpers.requests import fit, select
+
+pytestmark = pytest.mark.integration
+S, T = 8, 16
+STEPS = ("select from a store", "select by running", "fit from a store", "fit in passes", "fit by auto")
+_WORK = {
+    "select from a store": "ghoststream.stages.from_store.select._choose",
+    "select by running": "ghoststream.stages.choosing.search._choose",
+    "fit from a store": "ghoststream.stages.from_store.fit._Job._solve",
+    "fit in passes": "ghoststream.stages.choosing.fit._run",
+    "fit by auto": "ghoststream.stages.choosing.fit._run",
+}
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A request of each step, and the command of two of them."""
+
+    model: Path
+    store: Path
+    text: str
+
+    def __getitem__(self, step: str) -> Callable[[Path], Any]:
+        def run(out: Path) -> Any:
+            text: dict[str, Any] = {
+                "model": self.model,
+                "calibration": self.text,
+                "sequences": S,
+                "length": T,
+            }
+            requests: dict[str, Callable[..., Any]] = {
+                "select from a store": partial(select, 1, store=self.store, criterion="residual"),
+                "select by running": partial(select, 1, operator="ghost", **text),
+                "fit from a store": partial(fit, "2:3", store=self.store),
+                "fit in passes": partial(fit, "2:3", operator="ghost", **text),
+                "fit by auto": partial(fit, "2:3", **text),
+            }
+            return requests[step](out=out)
+
+        return run
+
+    def command(self, step: str) -> tuple[object, ...]:
+        """Return the same by the command line, without its output."""
+        text = ("--model", self.model, "--calibration", self.text, "--sequences", S, "--length", T)
+        return {
+            "select by running": ("select", "--remove", 1, "--operator", "ghost", *text),
+            "fit from a store": ("fit", "--store", self.store, "--plan", "2:3"),
+        }[step]
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
+    root = tmp_path_factory.mktemp("output")
+    model = save_tiny("llama", root / "model", num_hidden_layers=4)
+    np.save(root / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(S, T)))
+    text = f"ids:{root / 'ids.npy'}"
+    ghoststream.capture(model, calibration=Text(spec=text, sequences=S, length=T), store=root / "store")
+    return Requests(model, root / "store", text)
+
+
+@pytest.fixture(scope="module")
+def expected(requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of runs that nothing disturbs."""
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+    for step in STEPS:
+        requests[step](folder / step)
+        found[step] = (folder / step).read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(STEPS)
+    return found
+
+
+def _amid(monkeypatch: pytest.MonkeyPatch, step: str, do: Callable[[], None]) -> None:
+    """Do something while a step is at its work."""
+    place, _, name = _WORK[step].rpartition(".")
+    owner = sys.modules.get(place) or _Job
+    work = getattr(owner, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        do()
+        return work(*args, **options)
+
+    monkeypatch.setattr(_WORK[step], call)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_second_writer_is_refused_from_the_work_to_the_end(
+    step: str,
+    requests: Requests,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    refused: list[str] = []
+
+    def again() -> None:
+        # Not this function once more, should the second one come to its work.
+        assert len(refused) == 0
+        refused.append("work")
+        with pytest.raises(BusyError, match=rf"being written by another process \(process {os.getpid()} on"):
+            requests[step](out)
+
+    def last(folder: Path) -> None:
+        with pytest.raises(BusyError):
+            Output(out, {}).lock().acquire()
+        refused.append("end")
+        fsync_folder(folder)
+
+    _amid(monkeypatch, step, again)
+    monkeypatch.setattr("ghoststream.stages.output.fsync_folder", last)
+    requests[step](out)
+    assert refused == ["work", "end"]
+    assert out.read_bytes() == expected[step]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("step", ["select by running", "fit from a store"])
+def test_a_second_process_is_refused_and_changes_nothing(
+    step: str,
+    requests: Requests,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, seen = tmp_path / "out", []
+
+    def start() -> None:
+        command = [sys.executable, "-m", "ghoststream", *requests.command(step), "--out", out]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        seen.append((done.returncode, done.stderr))
+
+    _amid(monkeypatch, step, start)
+    requests[step](out)
+    ((code, message),) = seen
+    assert code == 2, message
+    assert f"{out} is being written by another process (process {os.getpid()} on" in message
+    assert out.read_bytes() == expected[step]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_a_run_left_that_was_killed_after_its_rename_is_removed(
+    step: str, requests: Requests, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(expected[step])
+    work, lock = tmp_path / "out.partial", tmp_path / ".out.lock"
+    work.mkdir()
+    (work / "candidates-0123456789abcdef.json").write_text("{}")
+    lock.write_text("")
+    requests[step](out)
+    assert out.read_bytes() == expected[step]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_figures_of_auto_are_kept_until_the_operators_are_written(
+    requests: Requests, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, passes = tmp_path / "out", []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        passes.append(args[2])
+        return measure_repairs(*args, **options)
+
+    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
+    with monkeypatch.context() as patched:
+        _amid(patched, "fit by auto", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            requests["fit by auto"](out)
+    assert len(passes) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    (kept,) = (tmp_path / "out.partial").iterdir()
+    assert len(read_json(kept)["candidates"]) == len(passes[0])
+    requests["fit by auto"](out)
+    assert len(passes) == 1, "nothing is measured again"
+    assert out.read_bytes() == expected["fit by auto"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("left", ["{", "[]", '{"recipe_digest": "sha256:0", "candidates": {}}'])
+def test_figures_that_are_damaged_or_of_another_request_are_measured_again(
+    left: str,
+    requests: Requests,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, out = "select by running", tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("ghoststream.stages.choosing.search.Selection.save", lambda *_: _stop())
+        with pytest.raises(KeyboardInterrupt):
+            requests[step](out)
+    (kept,) = (tmp_path / "out.partial").iterdir()
+    kept.write_text(left)
+    requests[step](out)
+    assert out.read_bytes() == expected[step]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_result_is_known_by_the_digest_of_its_request(tmp_path: Path) -> None:
+    out = Output(tmp_path / "out", {"a": 1})
+    assert out.existing(Path.read_text, lambda _: None) is None
+    out.path.write_text("mine")
+    assert out.existing(Path.read_text, lambda _: out.digest) == "mine"
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
+        out.existing(Path.read_text, lambda _: Output(tmp_path / "out", {"a": 2}).digest)
+    with pytest.raises(OutputExistsError, match="not the result of this request"):
+        Output(tmp_path, {"a": 1}).existing(Path.read_text, lambda _: out.digest)
+    with pytest.raises(RequestError, match="cannot write"):
+        Output(out.path / "below", {"a": 1}).existing(Path.read_text, lambda _: None)
+    assert out.path.read_text() == "mine"
+
+
+def test_what_another_process_has_written_meanwhile_is_not_overwritten(
+    requests: Requests, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def slow(*_: Any) -> None:
+        out.write_bytes(expected["fit in passes"])
+
+    for step in STEPS:
+        out.unlink(missing_ok=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(Output, "existing", slow)
+            with pytest.raises(OutputExistsError, match="written by another process meanwhile"):
+                requests[step](out)
+        assert out.read_bytes() == expected["fit in passes"]
+        assert list(tmp_path.iterdir()) == [out]

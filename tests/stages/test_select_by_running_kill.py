@@ -1,0 +1,135 @@
+"""SIGKILL while layers are chosen and while ``auto`` fits: the same request ends with the same bytes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ghoststream.stages.choosing.measured import measure_repairs
+from ghoststream.testing.models import save_tiny
+from tests.helpers.requests import fit, select
+
+pytestmark = pytest.mark.faults
+S, T, LANES = 8, 16, 2
+# Plans of four layers but the first and the last, two a pass; both boundaries of a plan, one a pass.
+PASSES = {"select": 2, "fit": 2}
+
+# Kills itself before or after its n-th rename, or when it would give its lock back. Each pass ends with a
+# rename, and the result is the last.
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import ghoststream
+from ghoststream import Method, Search, Source, Text
+from ghoststream.files import FileLock
+
+step, model, text, out, number, when = *sys.argv[1:5], int(sys.argv[5]), sys.argv[6]
+replace, count = Path.replace, 0
+
+def counted(self, target):
+    global count
+    count += 1
+    if count == number and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = replace(self, target)
+    if count == number and when == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+Path.replace = counted
+if when == "release":
+    FileLock.release = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+source = Source(model=model, calibration=Text(spec=text, sequences=8, length=16))
+if step == "select":
+    search = Search(max_spans=1, lanes=2)
+    ghoststream.select(1, source, search=search, method=Method(operator="ghost"), out=out)
+else:
+    ghoststream.fit("1:2 3:4", source, out=out)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("kill") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
+    return f"ids:{path}"
+
+
+@pytest.fixture(scope="module")
+def request_of(model: Path, text: str) -> Callable[[str, Path], Any]:
+    def run(step: str, out: Path) -> Any:
+        source: dict[str, Any] = {"model": model, "calibration": text, "sequences": S, "length": T}
+        if step == "select":
+            return select(1, out=out, max_spans=1, lanes=LANES, operator="ghost", **source)
+        return fit("1:2 3:4", out=out, **source)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(
+    request_of: Callable[[str, Path], Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+    for step in PASSES:
+        request_of(step, folder / step)
+        found[step] = (folder / step).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "when"),
+    [
+        ("select", 1, "before"),
+        ("select", 1, "after"),
+        ("select", 3, "before"),
+        ("select", 3, "after"),
+        ("fit", 1, "after"),
+        ("fit", 2, "before"),
+        ("fit", 3, "before"),
+        ("fit", 3, "release"),
+    ],
+)
+def test_a_killed_run_ends_with_identical_files(
+    step: str,
+    number: int,
+    when: str,
+    model: Path,
+    text: str,
+    request_of: Callable[[str, Path], Any],
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, step, str(model), text, str(out), str(number), when]
+    assert subprocess.run(command, check=False, timeout=300).returncode == -signal.SIGKILL
+    is_finished = when == "release" or (number, when) == (PASSES[step] + 1, "after")
+    assert out.exists() == is_finished
+    assert (tmp_path / ".out.lock").exists()
+    passes = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        passes.append(args[2])
+        return measure_repairs(*args, **options)
+
+    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
+    request_of(step, out)
+    assert out.read_bytes() == expected[step]
+    assert list(tmp_path.iterdir()) == [out]
+    kept = number - (when == "before")
+    assert len(passes) == (0 if is_finished else PASSES[step] - kept), (
+        "no pass is repeated but the one at work"
+    )

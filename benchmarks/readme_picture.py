@@ -17,6 +17,7 @@ SERIES = {"not repaired": "#c9ced6", "published method": "#6f8fb3", "`ghoststrea
 """Rows of the table that are drawn, and their colours."""
 TEXTS = ("C4", "WikiText-2")
 REMOVED = (6, 9, 12)
+TITLE = "Loss above the dense model, nats a token (lower is better)"
 WIDTH, HEIGHT, BAR, TOP, FLOOR = 760, 300, 30, 76, 250
 
 
@@ -42,8 +43,7 @@ def picture(table: Mapping[str, list[float]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"',
         ' font-family="sans-serif" font-size="13" fill="#222222">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        '<text x="20" y="22" font-size="14">'
-        "Loss above the dense model, nats a token (lower is better)</text>",
+        f'<text x="20" y="22" font-size="14">{TITLE}</text>',
         *_legend(),
     ]
     highest = max(gap for row in table.values() for gap in row if not math.isnan(gap))

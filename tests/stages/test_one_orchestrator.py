@@ -16,7 +16,8 @@ import yaml
 
 import ghoststream as gs
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.options import Options, Recovery
+from ghoststream.option_types import Options
+from ghoststream.options import Recovery
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.text.prepare import prepare_tokens

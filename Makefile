@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo unit test lint format soak bench clean
+.PHONY: help setup demo unit test lint format soak docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -58,6 +58,10 @@ format: $(STAMP) ## rewrite the code as lint wants it
 
 soak: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+docs: $(STAMP) ## rewrite the pages that are made: the options, the picture of the README
+	$(BIN)/python docs/make_options.py
+	$(BIN)/python benchmarks/readme_picture.py
 
 bench: $(STAMP) ## the measurements that need nothing but this folder; see benchmarks/ for the others
 	@set -e; for name in memory overlap moments cluster; do echo "== $$name"; $(BIN)/python benchmarks/bench_$$name.py; done

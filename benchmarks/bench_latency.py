@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def load(folders: Mapping[str, Path]) -> dict[str, Any]:
 def time_once(model: Any, prompt: int, tokens: int) -> dict[str, float]:
     """Return the seconds that a prompt takes, and those of one generated token after a short prompt."""
     ids = torch.arange(prompt)[None] % model.config.vocab_size
-    generate = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generate: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     few, many = (
-        _seconds(lambda n=n: model.generate(ids[:, :16], min_new_tokens=n, max_new_tokens=n, **generate))
+        _seconds(partial(model.generate, ids[:, :16], min_new_tokens=n, max_new_tokens=n, **generate))
         for n in (1, 1 + tokens)
     )
     return {

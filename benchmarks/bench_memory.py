@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ByteSize
 from random_checkpoint import PRESETS, make, place_of
 
 from ghoststream.testing.synthetic import save_ids
@@ -92,10 +93,10 @@ def _calls(
     }
 
 
-def least_memory(skeleton: Any) -> int:
+def least_memory(skeleton: Any) -> ByteSize:
     """Return a budget for weights, work and buffers of a stage that leaves no room for states."""
     batches = 3 * _TOKENS_AT_A_TIME * skeleton.hidden_size * skeleton.dtype.itemsize
-    return int(skeleton.unit_bytes * 5 // 2 + 3 * _SHARD_BYTES + batches)
+    return ByteSize(skeleton.unit_bytes * 5 // 2 + 3 * _SHARD_BYTES + batches)
 
 
 def measure(stage: str, model: Path, text: str, work: Path, sequences: int, length: int) -> dict[str, Any]:

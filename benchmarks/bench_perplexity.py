@@ -36,16 +36,16 @@ def main() -> None:
     calibration = gs.Text(spec=options.calibration, sequences=options.fit_sequences, length=options.length)
     gs.capture(options.model, calibration=calibration, store=store)
     plans = dict.fromkeys(options.spans, "given") | chosen_plans(store, options.remove)
-    files, cells = fit_all(store, plans, work)
+    files, rows = fit_all(store, plans, work)
     text = gs.Text(spec=options.text, length=options.length, sequences=options.sequences)
     report = gs.evaluate([options.model, *files], text=text)
-    dense, *rows = report.rows
-    for cell, row in zip(cells, rows, strict=True):
-        cell |= {"perplexity": row.perplexity, "loss": row.loss, "standard_error": row.standard_error}
-    options.json.write_text(json.dumps({"dense": dense.to_json(), "cells": cells}, indent=2))
+    dense, *measured = report.rows
+    for row, found in zip(rows, measured, strict=True):
+        row |= {"perplexity": found.perplexity, "loss": found.loss, "standard_error": found.standard_error}
+    options.json.write_text(json.dumps({"dense": dense.to_json(), "cells": rows}, indent=2))
     print(f"dense {dense.perplexity:.1f} ({dense.tokens} tokens)\n")
     lines = [
-        (plan, by, *(f"{cell['perplexity']:.1f}" for cell in cells if cell["plan"] == plan))
+        (plan, by, *(f"{row['perplexity']:.1f}" for row in rows if row["plan"] == plan))
         for plan, by in plans.items()
     ]
     print(markdown_table(("removed", "chosen by", *REPAIRS), lines))
@@ -63,16 +63,16 @@ def chosen_plans(store: Path, numbers: list[int]) -> dict[str, str]:
 
 def fit_all(store: Path, plans: dict[str, str], work: Path) -> tuple[list[Path], list[dict[str, Any]]]:
     """Fit every repair at every plan; return the operator files and the JSON data of each model."""
-    files, cells = [], []
+    files, rows = [], []
     for plan, by in plans.items():
         for name, method in REPAIRS.items():
             file = work / f"{plan}-{name}.safetensors".replace(" ", "_").replace(":", "-")
             operators = gs.fit(plan, gs.Source(store=str(store)), out=file, method=method)
             files.append(file)
-            cells.append(
+            rows.append(
                 {"plan": plan, "chosen_by": by, "operator": name, "diagnostics": operators.diagnostics}
             )
-    return files, cells
+    return files, rows
 
 
 def _options() -> argparse.Namespace:

@@ -187,9 +187,11 @@ def main() -> None:
     )
     span = Span(*map(int, options.span.split(":")))
     runs: list[SolverRun] = []
+    if options.store:
+        runs += run(Boundary(options.store, span, options.workers), options.ranks)
     with tempfile.TemporaryDirectory(prefix="bench-sketches-") as folder:
-        for hidden in [None] if options.store else options.hidden:
-            store = options.store or decaying_states(
+        for hidden in [] if options.store else options.hidden:
+            store = decaying_states(
                 Path(folder) / str(hidden),
                 options.tokens,
                 hidden,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -146,7 +147,7 @@ def prediction_error(store: Path, fitted: Array) -> float:
         gap = targets - inputs
         left += float(np.square(gap - inputs @ fitted).sum())
         whole += float(np.square(gap).sum())
-    return (left / whole) ** 0.5
+    return math.sqrt(left / whole)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def streamed(skeleton: Any, ids: Any, micro_batch: int) -> PreparedRun:
         states: Any = None
 
         def wants(self, position: int) -> bool:
-            return position == skeleton.n_layers
+            return bool(position == skeleton.n_layers)
 
         def observe(self, position: int, batch: Batch, states: Any) -> None:
             self.states = states

@@ -51,8 +51,8 @@ def llm_compressor(model: Path, ids: Any, micro_batch: int, work: Path) -> Prepa
     with load_context():
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16", **_layers_on_disk(model, work))
     layers = {type(layer).__name__ for layer in loaded.model.layers}
-    batches = [{"input_ids": batch} for batch in _batches(ids, micro_batch)]
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    batches: Any = [{"input_ids": batch} for batch in _batches(ids, micro_batch)]
+    loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)
     arguments = DatasetArguments(propagate_error=False, sequential_targets=sorted(layers))
     seen = _watch_norm(loaded.model)
 

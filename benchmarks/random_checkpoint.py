@@ -13,13 +13,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 PLACE = Path("/tmp/ghoststream-bench")
 """Where checkpoints of presets are kept between runs."""
 
 _INDEX = "model.safetensors.index.json"
 
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192},
     "1.5gb": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 14, "vocab_size": 32000},
     "3gb": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 32, "vocab_size": 32000},

@@ -1,4 +1,7 @@
-"""Draw ``docs/images/recover.svg`` from the first table of the README: ``python benchmarks/readme_picture.py``."""
+"""Draw ``docs/images/recover.svg`` from the first table of the README.
+
+python benchmarks/readme_picture.py
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ SERIES = {"not repaired": "#c9ced6", "published method": "#6f8fb3", "`ghoststrea
 """Rows of the table that are drawn, and their colours."""
 TEXTS = ("C4", "WikiText-2")
 REMOVED = (6, 9, 12)
+TITLE = "Loss above the dense model, nats a token (lower is better)"
 WIDTH, HEIGHT, BAR, TOP, FLOOR = 760, 300, 30, 76, 250
 
 
@@ -39,7 +43,7 @@ def picture(table: Mapping[str, list[float]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"',
         ' font-family="sans-serif" font-size="13" fill="#222222">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        '<text x="20" y="22" font-size="14">Loss above the dense model, nats a token (lower is better)</text>',
+        f'<text x="20" y="22" font-size="14">{TITLE}</text>',
         *_legend(),
     ]
     highest = max(gap for row in table.values() for gap in row if not math.isnan(gap))
@@ -69,7 +73,8 @@ def _panel(table: Mapping[str, list[float]], index: int, per_nat: float) -> Iter
             if not math.isnan(gap):
                 yield from _bar(x + place * (BAR + 2), gap, gap * per_nat, colour)
         yield f'<text x="{x + 47}" y="{FLOOR + 18}" text-anchor="middle">{removed} layers</text>'
-    yield f'<text x="{left + width // 2}" y="{FLOOR + 40}" text-anchor="middle" font-weight="bold">{TEXTS[index]}</text>'
+    place = f'x="{left + width // 2}" y="{FLOOR + 40}"'
+    yield f'<text {place} text-anchor="middle" font-weight="bold">{TEXTS[index]}</text>'
 
 
 def _bar(x: int, gap: float, height: float, colour: str) -> Iterator[str]:

@@ -35,7 +35,7 @@ name in all three. The command line writes it with hyphens:
 
 | command line | Python | pipeline file |
 | --- | --- | --- |
-| `--token-weights drop_sinks` | `Method(token_weights="drop_sinks")` | `method: {token_weights: drop_sinks}` |
+| `--operator ghost` | `Method(operator="ghost")` | `method: {operator: ghost}` |
 
 Unknown fields are refused, and so is an option that would not be used. [Settings](settings.md) says which
 settings suit which purpose.

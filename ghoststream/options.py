@@ -422,7 +422,10 @@ class Compute(Options):
 
 
 class Reduction(Options):
-    """Where statistics of a store are reduced, and what that may take; changes no bit but by ``reduce_device``."""
+    """Where statistics of a store are reduced, and what that may take.
+
+    Changes no bit but by ``reduce_device``.
+    """
 
     title: ClassVar[str] = "Statistics of a store"
 
@@ -480,7 +483,7 @@ class Training(Options):
 
 
 class Recovery(Options):
-    """A whole job: what a pipeline file holds, what ``recover`` builds of its options, and what ``estimate`` prices."""
+    """A whole job: a pipeline file holds it, ``recover`` builds it, and ``estimate`` prices it."""
 
     name: str = Field(
         default="recovery", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the job."
@@ -488,7 +491,7 @@ class Recovery(Options):
     description: str = Field(default="", description="What it is for.")
     model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
     remove: int | str | PruningPlan = Field(
-        description="Layers to remove: how many, chosen by the criterion; or which: a plan file, or spans such as 13:19."
+        description="Layers to remove: how many (a criterion chooses them), a plan file, or spans like 13:19."
     )
     calibration: Text = Field(description="Text to calibrate on.")
     search: Search = Search()

@@ -1,4 +1,7 @@
-"""Things known by name, which users and installed packages add to: features, token weights, operators, criteria, texts."""
+"""Things known by name, which users and installed packages add to.
+
+They are features, token weights, operators, criteria and text sources.
+"""
 
 from __future__ import annotations
 
@@ -90,13 +93,19 @@ class Registry(Generic[_Entry]):
         first = offered[0]
         packages = sorted({_package(point) for point in offered})
         if len({point.value for point in offered}) > 1:
-            msg = f"the {self._kind} {first.name!r} is in several packages: {', '.join(packages)}; uninstall all but one"
+            msg = (
+                f"the {self._kind} {first.name!r} is in several packages: {', '.join(packages)}; uninstall "
+                "all but one"
+            )
             raise RequestError(msg)
         what = f"the {self._kind} {first.name!r} of the installed package {packages[0]}"
         try:
             entry: _Entry = first.load()
         except Exception as error:
-            msg = f"{what} ({first.value}) cannot be imported: {error!r}; correct, update or uninstall that package"
+            msg = (
+                f"{what} ({first.value}) cannot be imported: {error!r}; correct, update or uninstall that "
+                "package"
+            )
             raise RequestError(msg) from error
         if self._name_of is not None and self._name_of(entry) != first.name:
             msg = f"{what} calls itself {self._name_of(entry)!r}; give its entry point that name"

@@ -131,7 +131,7 @@ class PruningPlan:
         return tuple(layer for layer in range(self.n_layers) if layer not in gone)
 
     def boundary_index(self, span: Span) -> int:
-        """Return the new number of the first surviving layer after ``span`` (``len(kept)``: the final norm)."""
+        """Return the new number of the first kept layer after ``span`` (``len(kept)``: the final norm)."""
         return span.stop - sum(len(other) for other in self.spans if other.start <= span.start)
 
     def require_fits(self, n_layers: int) -> None:

@@ -1,4 +1,5 @@
-"""What every test shares: no network, one thread, repeatable examples, tiny checkpoints made once a session."""
+"""What every test shares: no network, one thread, repeatable examples, tiny checkpoints made once a
+session."""
 
 from __future__ import annotations
 

@@ -57,12 +57,13 @@ def _machine(run: Run) -> dict[str, Any]:
         "nvidia-smi": _command("nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader"),
     }
     if run.on_gpu:
-        found["gpu"] = {
+        gpu: dict[str, Any] = {
             "name": torch.cuda.get_device_name(),
             "capability": torch.cuda.get_device_capability(),
             "mem_get_info": torch.cuda.mem_get_info(),
             "cuda": torch.version.cuda,
         }
+        found["gpu"] = gpu
     return found
 
 

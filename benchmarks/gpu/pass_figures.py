@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -120,7 +121,7 @@ def _limited_passes(run: Run, dense: Measured) -> None:
     if not run.on_gpu:
         return
     for name, on_host in (("pass_warm_states_on_host", True), ("pass_warm_states_in_scratch", False)):
-        run.step(name, lambda on_host=on_host: _least(run, dense, on_host=on_host), least=15)
+        run.step(name, partial(_least, run, dense, on_host=on_host), least=15)
 
 
 def _least(run: Run, dense: Measured, *, on_host: bool) -> dict[str, Any]:
@@ -137,12 +138,13 @@ def _least(run: Run, dense: Measured, *, on_host: bool) -> dict[str, Any]:
 def _disk(run: Run) -> None:
     most = 10**9 if run.o.tiny else 8 * 10**9
     for threads, direct in ((1, False), (4, False), (1, True), (4, True), (8, True)):
-
-        def rate(threads: int = threads, *, direct: bool = direct) -> dict[str, Any]:
-            return {"GBps": read_raw(run.model, threads, direct=direct, most=most)}
-
+        rate = partial(read_raw, run.model, threads, direct=direct, most=most)
         name = f"disk_cold_{threads}_threads_{'direct' if direct else 'buffered'}"
-        run.step(name, lambda rate=rate: _cold(run, rate), least=12, free=False)
+        run.step(name, partial(_cold, run, partial(_rate, rate)), least=12, free=False)
+
+
+def _rate(read: Callable[[], float]) -> dict[str, float]:
+    return {"GBps": read()}
 
 
 def _read_alone(run: Run) -> dict[str, Any]:

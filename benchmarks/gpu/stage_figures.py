@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from linux import io_counters
 from pass_figures import GIB, load
 from right_answers import equal_to_resident, small_models
@@ -130,8 +131,14 @@ def _difference(on: Stages) -> dict[str, Any] | None:
     files = [on.operators(name) for name in (None, "cuda")]
     if not all(path.exists() for path in files):
         return None
-    one, other = (gs.OperatorSet.load(path).boundaries[0].weight for path in files)
+    one, other = (_weight(path) for path in files)
     return {"relative_difference_of_operators": float(np.linalg.norm(one - other) / np.linalg.norm(one))}
+
+
+def _weight(path: Path) -> npt.NDArray[np.float32]:
+    weight = gs.OperatorSet.load(path).boundaries[0].weight
+    assert weight is not None
+    return weight
 
 
 def _on_a_full_device(on: Stages) -> dict[str, Any]:

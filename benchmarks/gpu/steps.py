@@ -9,7 +9,6 @@ import os
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -167,11 +166,13 @@ class Threads:
 
     def parts(self) -> dict[str, float]:
         """Return the part of each thread, the busiest first."""
-        found: Counter[str] = Counter()
+        found: dict[str, float] = {}
         for number, (name, seconds) in self._seen.items():
             if name != "sampler":
-                found[name] += (seconds - self._first.get(number, 0.0)) / self.wall
-        return {name: round(part, 3) for name, part in found.most_common(9) if part > 0.004}
+                busy = (seconds - self._first.get(number, 0.0)) / self.wall
+                found[name] = found.get(name, 0.0) + busy
+        busiest = sorted(found.items(), key=lambda item: -item[1])[:9]
+        return {name: round(part, 3) for name, part in busiest if part > 0.004}
 
     def _watch(self) -> None:
         while not self._over.wait(0.05):

@@ -24,7 +24,9 @@ def index_bytes(chunks_per_shard: int) -> int:
 
 
 def shard_checksums(shard: Bytes, chunks_per_shard: int) -> str:
-    """Return the CRC32C of each chunk of a shard and of its index, as they lie in the file: 8 hexadecimal digits each.
+    """Return the CRC32C of each chunk of a shard and of its index.
+
+    As they lie in the file, 8 hexadecimal digits each.
 
     Args:
         shard: The whole file, uint8 ``(n,)``: chunks of one size, one after the other, and the index.

@@ -48,7 +48,10 @@ class Encoding:
 def _parse(version: Any, where: str) -> tuple[int, int]:
     match = _VERSION.fullmatch(str(version))
     if match is None:
-        msg = f"{where} has the encoding-version {version!r}, and one like '1.0' was expected; the file was edited"
+        msg = (
+            f"{where} has the encoding-version {version!r}, and one like '1.0' was expected; the file was "
+            "edited"
+        )
         raise StoreError(msg)
     return int(match[1]), int(match[2])
 

@@ -92,7 +92,7 @@ def unreachable(uri: str, error: UnreadableObjectError) -> StoreError:
 
 
 class GuardedStore(WrapperStore[Store]):
-    """Wrap any Zarr store: ``set`` notes digest, size and checksums, ``get`` of a committed object checks them.
+    """Wraps a store: ``set`` notes digest, size and checksums, ``get`` of a committed object checks them.
 
     Nothing is read twice: the digest of a shard is taken from the bytes on their way to the store. A
     committed object that is missing is an error here, where Zarr would hand out fill values. The digest is

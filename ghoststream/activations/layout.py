@@ -151,7 +151,7 @@ def hidden_path(layer: int) -> str:
 
 
 def scratch_path(layer: int, folder: str = "") -> str:
-    """Return the path of the scratch array of ``h[layer]`` in a folder (``""`` or with a slash at its end)."""
+    """Return the path of the scratch array of ``h[layer]`` in a folder (``""``, or ending with a slash)."""
     return f"{folder}{SCRATCH_PREFIX}{layer}"
 
 
@@ -225,7 +225,10 @@ def create_token_array(
 
 
 def open_array(store: GuardedStore, path: str) -> zarr.Array[Any]:
-    """Open an array for reading and writing whole shards; a missing chunk is an error where zarr can say so."""
+    """Open an array for reading and writing whole shards.
+
+    A missing chunk is an error where zarr can say so.
+    """
     array = zarr.open_array(store, path=path, zarr_format=3, mode="r" if store.read_only else "r+")
     options: dict[str, Any] = {"write_empty_chunks": True}
     if hasattr(array.async_array.config, "read_missing_chunks"):

@@ -1,4 +1,4 @@
-"""Where a store is: a local folder or anything that Zarr's storage classes take, with the few verbs used here."""
+"""Where a store is: a local folder or anything that Zarr's storage classes take."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Location:
 
     @contextmanager
     def writing(self, key: str, n_bytes: int) -> Iterator[None]:
-        """Turn a full local disk, or a bucket that does not exist or cannot be reached, into an error that says so.
+        """Turn a full local disk, or a bucket that does not exist or cannot be reached, into a clear error.
 
         Raises:
             DiskFullError: If no space was left.
@@ -256,7 +256,7 @@ def locate(
 
 @contextmanager
 def _reaching(location: Location, what: str) -> Iterator[None]:
-    """Turn what a storage class raises when a place that is not local is not reached into an error that says so."""
+    """Turn what a storage class raises when a remote place is not reached into an error that says so."""
     try:
         yield
     except (GhoststreamError, FileNotFoundError, MemoryError):

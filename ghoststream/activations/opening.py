@@ -107,7 +107,7 @@ def make_store(location: Location, manifest: Manifest, tokens: TokenArrays) -> N
 
 
 def _creation(manifest: Manifest, tokens: TokenArrays) -> dict[str, bytes]:
-    """Return the objects of a store without hidden states, the manifest left out, and note their records in it."""
+    """Return the objects of an empty store, without the manifest, and note their records in it."""
     layout, draft = manifest.layout, Location("draft", MemoryStore(), None)
     guard = GuardedStore(draft.store)
     create_groups(guard, ("", *_FOLDERS))
@@ -176,7 +176,10 @@ def load_manifest(location: Location) -> Manifest:
     if content is not None:
         return Manifest.from_bytes(content, f"{location.uri}/{MANIFEST_KEY}")
     if location.is_empty():
-        msg = f"there is no activation store at {location.uri}; check the path, or run `ghoststream capture` first"
+        msg = (
+            f"there is no activation store at {location.uri}; check the path, or run `ghoststream capture` "
+            "first"
+        )
         raise InputNotFoundError(msg)
     if _root_type(location) == encoding.STORE.type:
         msg = (
@@ -228,7 +231,7 @@ def require_sound(location: Location, manifest: Manifest) -> None:
 
 
 def clear_leftovers(location: Location, manifest: Manifest) -> None:
-    """Remove what a killed run left: partial files, shards of layers that were not committed, dropped scratch.
+    """Remove what a killed run left: partial files, shards of uncommitted layers, dropped scratch.
 
     Call only where no part is being written: what workers have and the manifest does not list is removed as
     well.

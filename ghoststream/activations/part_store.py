@@ -112,7 +112,7 @@ class PartStore(WritableStore):
                 opening.clear_leftovers(self._location, joined)
 
     def listed(self) -> Manifest:
-        """Return the manifest of what concerns this part: metadata, tokens, and its own shards of each layer."""
+        """Return the manifest of this part: metadata, tokens, and its own shards of each layer."""
         arrays = dict(self._manifest.arrays)
         for layer in self.completed_layers():
             path = hidden_path(layer)
@@ -135,7 +135,10 @@ class PartStore(WritableStore):
     def _read_stored(self, path: str, start: int, stop: int) -> npt.NDArray[Any]:
         first, last = self._rows
         if path not in self._whole and not first <= start < stop <= last:
-            msg = f"sequences [{start},{stop}) are empty or outside of [{first},{last}), this worker's part of {self.uri}"
+            msg = (
+                f"sequences [{start},{stop}) are empty or outside of [{first},{last}), this worker's part of "
+                f"{self.uri}"
+            )
             raise RequestError(msg)
         return super()._read_stored(path, start, stop)
 

@@ -1,4 +1,4 @@
-"""Parts: what each worker of a capture that is split has finished, until all of it is joined into the manifest.
+"""Parts: what each worker of a split capture has finished, until all of it is joined into the manifest.
 
 A worker owns a run of whole shards and commits its layers in a marker of its own,
 ``parts/<start>-<stop>/part.json``. When the markers cover every sequence of every layer, whoever notices

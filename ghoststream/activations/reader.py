@@ -58,7 +58,10 @@ def read_rows(array: zarr.Array[Any], start: int, stop: int, uri: str) -> npt.ND
 
 
 def _read(array: zarr.Array[Any], start: int, stop: int) -> npt.NDArray[Any]:
-    """Read a few shards at a time: what zarr is done with is freed a little later, while it goes on with others."""
+    """Read a few shards at a time.
+
+    What zarr is done with is freed a little later, while it goes on with others.
+    """
     rows: npt.NDArray[Any] = np.empty((stop - start, *array.shape[1:]), dtype=array.dtype)
     step = _SHARDS_AT_A_TIME * (array.shards or array.chunks)[0]
     first = start

@@ -1,7 +1,7 @@
-"""Stores that are open in this process, for tasks that read one after the other: each is opened once as long as it is the same.
+"""Stores that are open in this process, for tasks that read one after the other.
 
-Opening a store checks that every shard is there, which on an object store is a request for each. Tasks need
-not do that again: whatever they read is checked as it is read.
+Each is opened once as long as it is the same. Opening a store checks that every shard is there, which on an
+object store is a request for each. Tasks need not do that again: whatever they read is checked as it is read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class StoreRef:
 
     @classmethod
     def of(cls, uri: str) -> StoreRef:
-        """Return the reference of a store as it is now; what has changed since this process opened it is checked in full.
+        """Return the reference of a store as it is now.
+
+        What has changed since this process opened it is checked in full.
 
         Raises what :meth:`ActivationStore.open` does. Cost: the manifest is read; see there if it has
         changed.
@@ -46,7 +48,7 @@ class StoreRef:
         return cls(uri, digest, store.identity())
 
     def open(self) -> ActivationStore:
-        """Return the store: the one that is open already, or a new one whose shards are checked when they are read.
+        """Return the store: the open one, or a new one whose shards are checked when they are read.
 
         A store that has grown since is the same.
 

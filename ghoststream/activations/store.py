@@ -94,9 +94,10 @@ class ActivationStore(WritableStore):
 
     @classmethod
     def reopen(cls, uri: StoreLike, *, storage_options: Mapping[str, Any] | None = None) -> Self:
-        """Open a store for reading that was opened and checked before: only its manifest is read and checked now.
+        """Open a store for reading that was opened and checked before.
 
-        Metadata, shards and chunks are checked when they are read, as always.
+        Only its manifest is read and checked now. Metadata, shards and chunks are checked when they are read,
+        as always.
 
         Raises:
             InputNotFoundError: If nothing is there.
@@ -135,7 +136,7 @@ class ActivationStore(WritableStore):
         return cls(location, manifest, lock)
 
     def manifest_digest(self) -> str:
-        """Return the digest of all that the manifest says: what is committed, what made it, and what was noted."""
+        """Return the digest of all that the manifest says: what is committed, made it, and was noted."""
         return self._manifest.digest()
 
     def identity(self) -> str:
@@ -155,7 +156,9 @@ class ActivationStore(WritableStore):
             self._save()
 
     def parts(self) -> tuple[Part, ...]:
-        """Return the parts in which the store is being captured, by their first sequence; none once it is complete.
+        """Return the parts in which the store is being captured, by their first sequence.
+
+        None once it is complete.
 
         Raises:
             StoreError: If what a worker noted is damaged.

@@ -45,7 +45,7 @@ class TokenArrays(NamedTuple):
     mask: npt.NDArray[np.bool_]
 
     def digest(self) -> str:
-        """Return ``sha256:<hex>`` of names, dtypes, shapes and little-endian values, as a token set has it."""
+        """Return ``sha256:<hex>`` of names, dtypes, shapes and little-endian values, as of a token set."""
         sha256 = hashlib.sha256()
         for name, array, dtype in zip(self._fields, self, ("<i4", "<i4", "|u1"), strict=True):
             sha256.update(canonical_json([name, dtype, list(array.shape)]).encode())
@@ -65,7 +65,10 @@ def require_tokens(source: TokenSource, layout: StoreLayout) -> TokenArrays:
     for name, expected in wanted.items():
         found = np.shape(getattr(source, name))
         if found != expected:
-            msg = f"token {name} have the shape {found}, and the store is laid out for {expected}; pass the same tokens"
+            msg = (
+                f"token {name} have the shape {found}, and the store is laid out for {expected}; pass the "
+                "same tokens"
+            )
             raise RequestError(msg)
     ids, lengths = _int32(source.ids, "ids"), _int32(source.lengths, "lengths")
     if lengths.min() < 0 or lengths.max() > layout.length:

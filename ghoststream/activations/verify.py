@@ -17,7 +17,7 @@ from ghoststream.errors import MismatchError, NumericsError, StoreError
 
 
 def verify_store(uri: StoreLike, *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Check a store completely: manifest, metadata, the digest and chunk checksums of every shard, tokens, values.
+    """Check a whole store: manifest, metadata, the digest and chunk checksums of every shard, tokens, values.
 
     Args:
         uri: A folder, a URL, or a Zarr store object.

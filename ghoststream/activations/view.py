@@ -179,7 +179,7 @@ class StoreView:
         return decode_numpy(stored, self._dtype_of(path), dtype)
 
     def read_scratch(self, layer: int, start: int, stop: int) -> torch.Tensor:
-        """Read scratch hidden states ``h[layer]`` of sequences ``[start, stop)`` in the dtype they were written in.
+        """Read scratch hidden states ``h[layer]`` of sequences ``[start, stop)`` as they were written.
 
         Scratch belongs to the writer: a store that is open for reading only has none.
 
@@ -189,7 +189,10 @@ class StoreView:
         """
         path = self._scratch_path(layer)
         if path not in self._manifest.arrays:
-            msg = f"{self.uri} has no committed scratch copy of h[{layer}] (there are {list(self.scratch_layers())})"
+            msg = (
+                f"{self.uri} has no committed scratch copy of h[{layer}] (there are "
+                f"{list(self.scratch_layers())})"
+            )
             raise StoreError(msg)
         return self._read(path, start, stop, require_finite=False)
 
@@ -206,9 +209,9 @@ class StoreView:
         return TokenArrays(ids, lengths, mask)
 
     def mask(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.bool_]:
-        """Return the token mask of sequences ``[start, stop)``, by default all: bool (n, T), True where a token counts.
+        """Return the token mask of sequences ``[start, stop)``, by default all.
 
-        It is read once, and must not be changed.
+        It is bool (n, T), True where a token counts. It is read once, and must not be changed.
 
         Raises:
             RequestError: If the range is empty or reaches outside.

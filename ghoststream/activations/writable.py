@@ -22,7 +22,9 @@ from ghoststream.errors import OutputExistsError, RequestError
 
 
 class WritableStore(StoreView):
-    """A store, or a run of its sequences, that one process writes; a context manager that gives the lock back.
+    """A store, or a run of its sequences, that one process writes.
+
+    A context manager that gives the lock back.
 
     Args:
         location: Where the store is.

@@ -161,7 +161,10 @@ class LayerWriter:
             )
             raise RequestError(msg)
         if states.ndim != 3 or tuple(states.shape[1:]) != (layout.length, layout.hidden):
-            msg = f"{path} takes hidden states of shape (n, {layout.length}, {layout.hidden}), got {tuple(states.shape)}"
+            msg = (
+                f"{path} takes hidden states of shape (n, {layout.length}, {layout.hidden}), got "
+                f"{tuple(states.shape)}"
+            )
             raise RequestError(msg)
         if not states.is_floating_point():
             msg = f"{path} takes floating hidden states, got {states.dtype}"

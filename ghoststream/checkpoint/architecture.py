@@ -196,7 +196,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "kimi_linear": _STATE_SPACE,
         "lfm2": _STATE_SPACE,
         "lfm2_moe": _STATE_SPACE,
-        "llama4_text": "its causal model does not say where its decoder is, which a recovered checkpoint needs",
+        "llama4_text": "its causal model does not say where its decoder is: a recovered checkpoint has to",
         "mamba": _STATE_SPACE,
         "mamba2": _STATE_SPACE,
         "minimax": _STATE_SPACE,

@@ -17,7 +17,7 @@ _SAMPLE_BYTES = 1024
 
 
 def checkpoint_fingerprint(root: Path, index: CheckpointIndex | None = None) -> dict[str, Any]:
-    """Digest a checkpoint's config and index, and of every shard its header, its size and a sample of its weights.
+    """Digest a checkpoint's config and index, and each shard's header, size and a sample of its weights.
 
     The sample is a kibibyte from the middle of every tensor: two trainings of one architecture never share
     it, while a few bytes changed elsewhere are not noticed.

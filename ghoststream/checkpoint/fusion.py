@@ -19,7 +19,10 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A checkpoint tensor and the place that it fills: ``parameter[index]``; ``()`` is the whole parameter."""
+    """A checkpoint tensor and the place that it fills: ``parameter[index]``.
+
+    ``()`` is the whole parameter.
+    """
 
     source: str
     index: Index = ()
@@ -63,7 +66,10 @@ def place_sources(
             ordered = [block for pattern in converter.source_patterns for block in state.get(pattern, ())]
             state = {target: [_concatenate(target, ordered, operation.dim)]}
         else:
-            msg = f"{target} is computed from several tensors on load ({kind}); such checkpoints cannot be streamed"
+            msg = (
+                f"{target} is computed from several tensors on load ({kind}); such checkpoints cannot be "
+                "streamed"
+            )
             raise UnsupportedModelError(msg)
     (blocks,) = state.values()
     return blocks[0].shape, blocks[0].pieces
@@ -105,5 +111,8 @@ def _moved(place: int | slice, offset: int) -> int | slice:
 
 def _require_equal(target: str, shapes: Sequence[tuple[int, ...]]) -> None:
     if len(set(shapes)) > 1:
-        msg = f"the tensors that make {target} do not fit together (shapes {', '.join(map(str, sorted(set(shapes))))})"
+        msg = (
+            f"the tensors that make {target} do not fit together (shapes "
+            f"{', '.join(map(str, sorted(set(shapes))))})"
+        )
         raise CheckpointError(msg)

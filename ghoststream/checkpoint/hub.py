@@ -55,7 +55,10 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Resolved
         return ResolvedModel(str(model), path.resolve())
     text = str(model)
     if path.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
-        msg = f"no model folder at {model}; give a folder with config.json and safetensors, or a hub id like org/name"
+        msg = (
+            f"no model folder at {model}; give a folder with config.json and safetensors, or a hub id like "
+            "org/name"
+        )
         raise InputNotFoundError(msg)
     return _download(text, revision)
 
@@ -70,7 +73,10 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
     resolved = resolve_model(model, revision=revision)
     path = resolved.root / "config.json"
     if not path.is_file():
-        msg = f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy it again"
+        msg = (
+            f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy "
+            "it again"
+        )
         raise CheckpointError(msg)
     try:
         is_config = isinstance(read_json(path), dict)

@@ -134,7 +134,10 @@ def read_header(path: Path) -> list[TensorEntry]:
         entry = _entry(path, name, item, data_start)
         expected = prod(entry.shape) * entry.itemsize
         if expected != entry.n_bytes:
-            msg = f"{path}: tensor {name} of shape {entry.shape} should have {expected} bytes, not {entry.n_bytes}"
+            msg = (
+                f"{path}: tensor {name} of shape {entry.shape} should have {expected} bytes, not "
+                f"{entry.n_bytes}"
+            )
             raise CheckpointError(msg)
         if entry.offset + entry.n_bytes > size:
             msg = (
@@ -152,7 +155,10 @@ def _entry(path: Path, name: str, item: Any, data_start: int) -> TensorEntry:
         shape = tuple(int(size) for size in item["shape"])
         return TensorEntry(name, path.name, str(item["dtype"]), shape, data_start + begin, end - begin)
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"{path} is not a safetensors file: its header says {item!r} of {name!r}; download or copy it again"
+        msg = (
+            f"{path} is not a safetensors file: its header says {item!r} of {name!r}; download or copy it "
+            "again"
+        )
         raise CheckpointError(msg) from error
 
 
@@ -174,7 +180,10 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
         msg = f"shard {path.name} is missing from {path.parent}; download or copy it again"
         raise CheckpointError(msg) from None
     except (ValueError, TypeError) as error:
-        msg = f"{path} is not a complete safetensors file (its header cannot be read); download or copy it again"
+        msg = (
+            f"{path} is not a complete safetensors file (its header cannot be read); download or copy it "
+            "again"
+        )
         raise CheckpointError(msg) from error
     return header, 8 + length, size
 

@@ -129,7 +129,10 @@ class TensorReader:
                     break
                 done += got
         except OSError as error:
-            msg = f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard again"
+            msg = (
+                f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard "
+                "again"
+            )
             raise CheckpointError(msg) from error
         if done != entry.n_bytes:
             msg = (

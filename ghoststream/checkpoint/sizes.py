@@ -69,7 +69,10 @@ class ModelSizes:
 
     @property
     def intermediate(self) -> int:
-        """Width I of what enters the last map of the first layer's MLP; 0 where no operator can be absorbed into it."""
+        """Width I of what enters the last map of the first layer's MLP.
+
+        0 where no operator can be absorbed into it.
+        """
         return 0 if self.refusal else self.taps[_MLP]
 
     def tap_width(self, names: Sequence[str]) -> int:

@@ -112,7 +112,10 @@ def copied_tensor(root: Path, entry: TensorEntry, name: str) -> TensorSource:
                 while left:
                     count = file.readinto(buffer[: min(left, len(buffer))])
                     if not count:
-                        msg = f"{path} ended inside tensor {entry.name}: it changed while it was read; copy it again"
+                        msg = (
+                            f"{path} ended inside tensor {entry.name}: it changed while it was read; copy it "
+                            "again"
+                        )
                         raise CheckpointError(msg)
                     yield buffer[:count]
                     left -= count
@@ -126,7 +129,7 @@ def copied_tensor(root: Path, entry: TensorEntry, name: str) -> TensorSource:
 
 
 def stored_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSource:
-    """Write a tensor that is in memory, cast to ``dtype`` (round to nearest even) one block of rows at a time."""
+    """Write a tensor in memory, cast to ``dtype`` (nearest even) one block of rows at a time."""
     names = {known: name for name, known in DTYPES.items()}
 
     def chunks(buffer: memoryview) -> Iterator[memoryview]:

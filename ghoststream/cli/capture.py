@@ -35,7 +35,7 @@ class WorkerShare(click.ParamType[tuple[int, int]]):
     "capture",
     cls=Command,
     short_help="Run a model once and keep its hidden states.",
-    example="ghoststream capture models/llama --calibration wikitext2:train --sequences 128 --store llama.store",
+    example="ghoststream capture llama --calibration wikitext2:train --sequences 128 --store llama.store",
 )
 @model_argument
 @click.option(

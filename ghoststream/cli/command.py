@@ -1,4 +1,4 @@
-"""What every command is: a help with sections, of which a short one shows the usual options, and an example."""
+"""What every command is: a help with sections, a short help of the usual options, and an example."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ghoststream.options import Compute, Text, Training
     "distill",
     cls=Command,
     short_help="Train operators towards the dense model's logits; all else is frozen.",
-    example="ghoststream distill models/llama operators.safetensors --calibration wikitext2:train --out trained.safetensors",
+    example="ghoststream distill llama operators.safetensors --calibration c4 --out trained.safetensors",
 )
 @model_argument
 @click.argument("operators")

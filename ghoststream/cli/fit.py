@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "fit",
     cls=Command,
     short_help="Fit the operators of a plan.",
-    example="ghoststream fit --model models/llama --plan plan.json --calibration wikitext2:train --out operators.safetensors",
+    example="ghoststream fit --model llama --plan plan.json --calibration c4 --out operators.safetensors",
 )
 @click.option(
     "--plan",

@@ -19,7 +19,7 @@ from ghoststream.cli.output import print_facts, print_json, print_table
 @json_option
 @debug_option
 def command(path: str, *, as_json: bool) -> None:
-    """Explain PATH: a checkpoint, a recovered checkpoint, a store, an operators file, a plan or an evaluation.
+    """Explain PATH: a checkpoint, a recovered checkpoint, a store, operators, a plan or an evaluation.
 
     Only headers and metadata are read; `ghoststream verify` reads everything.
     """

@@ -22,7 +22,10 @@ _SHARE_BETWEEN_LINES = 0.1
 
 
 class LineProgress:
-    """Writes a line when a task starts and ends, and in between every 10 % but at most every second, or every 10 s."""
+    """Writes a line when a task starts and ends, and in between.
+
+    A line in between comes every 10 %, at most every second, and at least every 10 s.
+    """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream

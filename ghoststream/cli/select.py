@@ -23,7 +23,7 @@ _MOST_ROWS = 20
     "select",
     cls=Command,
     short_help="Choose the layers to remove.",
-    example="ghoststream select --model models/llama --remove 8 --calibration wikitext2:train --out plan.json",
+    example="ghoststream select --model llama --remove 8 --calibration wikitext2:train --out plan.json",
 )
 @click.option(
     "--remove", type=click.IntRange(min=1), metavar="N", required=True, help="How many layers to remove."

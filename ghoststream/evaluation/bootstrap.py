@@ -64,7 +64,10 @@ def paired_bootstrap(
 
     before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if before.ndim != 1 or before.shape != after.shape or not len(before):
-        msg = f"cannot compare scores of shape {before.shape} with {after.shape}: give one score an item and model"
+        msg = (
+            f"cannot compare scores of shape {before.shape} with {after.shape}: give one score an item and "
+            "model"
+        )
         raise RequestError(msg)
     differences = after - before
     mean = float(differences.mean())

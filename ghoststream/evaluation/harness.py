@@ -30,7 +30,8 @@ Request = tuple[str, tuple[str, ...]]
 """The harness's kind of a request, and its arguments: ``("loglikelihood", (context, continuation))``."""
 
 Answer = tuple[float, bool] | float
-"""Log-likelihood in nats and whether it is the greedy continuation; for a rolling one the log-likelihood alone."""
+"""Log-likelihood in nats and whether it is the greedy continuation; for a rolling one the log-likelihood
+alone."""
 
 _ROLLING = "loglikelihood_rolling"
 _SCORED = ("multiple_choice", "loglikelihood", _ROLLING)
@@ -150,7 +151,10 @@ class _Encoder(TemplateLM):
         self.tokenizer = tokenizer
         self._max_length = max_length
         if self.prefix_token_id is None:
-            msg = f"the tokenizer of {name} has neither a begin-of-text nor an end-of-text token; tasks need one"
+            msg = (
+                f"the tokenizer of {name} has neither a begin-of-text nor an end-of-text token; tasks need "
+                "one"
+            )
             raise RequestError(msg)
         self._prefix = tokenizer.decode(self.prefix_token_id)
 

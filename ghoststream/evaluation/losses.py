@@ -94,7 +94,10 @@ class LossAccumulator:
 
 
 def row_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return logits ``(k, V)`` in runs of rows that are turned into losses at once: on the CPU what its caches hold."""
+    """Return logits ``(k, V)`` in runs of rows that are turned into losses at once.
+
+    On the CPU they are what its caches hold.
+    """
     if logits.device.type != "cpu":
         return (logits,)
     blocks: tuple[torch.Tensor, ...] = logits.split(max(1, _ROWS_BYTES // (4 * int(logits.shape[1]))))
@@ -117,7 +120,10 @@ def _block_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def next_tokens(batch: Batch) -> torch.Tensor:
-    """Return the token that each flattened token of a batch is to predict; ``IGNORED`` where there is none."""
+    """Return the token that each flattened token of a batch is to predict.
+
+    ``IGNORED`` where there is none.
+    """
     targets = torch.full_like(batch.ids, IGNORED)
     targets[:, :-1] = batch.ids[:, 1:]
     if batch.mask is not None:

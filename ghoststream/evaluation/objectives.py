@@ -19,7 +19,7 @@ from ghoststream.streaming import Batch
 
 
 def default_loss_tokens(vocab_size: int, unit_bytes: int) -> int:
-    """How many tokens' logits to differentiate at once: four chunks of them take a quarter of U, or 128 MiB if that is more."""
+    """How many tokens' logits to differentiate at once: four chunks take U / 4, at least 128 MiB."""
     return default_logit_tokens(vocab_size, unit_bytes // 4)
 
 
@@ -50,7 +50,10 @@ class NextTokenLoss:
         return int((next_tokens(batch) != IGNORED).sum())
 
     def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """Return what flattened tokens ``[first, first + k)`` add to the mean; ``logits`` has shape ``(k, V)``."""
+        """Return what flattened tokens ``[first, first + k)`` add to the mean.
+
+        ``logits`` has shape ``(k, V)``.
+        """
         targets = next_tokens(batch)[first : first + int(logits.shape[0])].to(logits.device)
         summed = cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
         return summed / self._n_tokens
@@ -85,12 +88,15 @@ class TopLogitsLoss:
         self._n_tokens = n_tokens
 
     def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """Return what flattened tokens ``[first, first + k)`` add to the mean; ``logits`` has shape ``(k, V)``."""
+        """Return what flattened tokens ``[first, first + k)`` add to the mean.
+
+        ``logits`` has shape ``(k, V)``.
+        """
         return token_divergences(self._teacher, batch, first, logits).sum() / self._n_tokens
 
 
 class DivergenceAccumulator:
-    """A :class:`~ghoststream.streaming.LogitsObserver` of the divergence from a teacher and of next-token losses.
+    """Adds up the divergence from a teacher and next-token losses, as logits come.
 
     Args:
         teacher: Who gives the largest logits.

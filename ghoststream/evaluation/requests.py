@@ -118,7 +118,10 @@ class RequestBatches:
         self.batches = tuple(batches)
 
     def scored(self, batch: Batch) -> torch.Tensor:
-        """Return the flattened tokens of a batch whose logits are needed; see :class:`~ghoststream.streaming.Lane`."""
+        """Return the flattened tokens of a batch whose logits are needed.
+
+        See :class:`~ghoststream.streaming.Lane`.
+        """
         return self._questions[batch.index].positions
 
     def questions(self, batch: Batch) -> BatchQuestions:
@@ -139,7 +142,7 @@ class RequestBatches:
 
 
 class RequestScores:
-    """A :class:`~ghoststream.streaming.LogitsObserver` that adds up the log-probabilities of each request's tokens.
+    """Adds up the log-probabilities of each request's tokens, as logits come.
 
     The softmax is taken in float32, sums in float64.
 
@@ -155,7 +158,10 @@ class RequestScores:
         self._greedy: npt.NDArray[np.bool_] = np.ones(requests.n_requests, dtype=np.bool_)
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
-        """Score the questions that scored tokens ``[first, first + k)`` answer; ``logits`` has shape ``(k, V)``."""
+        """Score the questions that scored tokens ``[first, first + k)`` answer.
+
+        ``logits`` has shape ``(k, V)``.
+        """
         asked = self._requests.questions(batch)
         begin, end = np.searchsorted(asked.slots, [first, first + logits.shape[0]])
         rows = torch.from_numpy(asked.slots[begin:end] - first).to(logits.device)
@@ -169,7 +175,7 @@ class RequestScores:
         np.logical_and.at(self._greedy, owners, (likeliest[rows] == tokens).cpu().numpy())
 
     def results(self) -> list[tuple[float, bool]]:
-        """Return of each request its log-likelihood in nats, and whether greedy decoding would write just that."""
+        """Return of each request its log-likelihood in nats, and whether it is the greedy one."""
         return list(zip(self._sums.tolist(), self._greedy.tolist(), strict=True))
 
 

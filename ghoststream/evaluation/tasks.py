@@ -147,7 +147,10 @@ def compare_rows(
     """
     known = [[(task.name, task.items_digest) for task in row.tasks] for row in (first, second)]
     if known[0] != known[1]:
-        msg = f"{first.model} and {second.model} were measured on different items; measure both on the same tasks"
+        msg = (
+            f"{first.model} and {second.model} were measured on different items; measure both on the same "
+            "tasks"
+        )
         raise MismatchError(msg)
     return paired_bootstrap(
         first.item_scores(metric), second.item_scores(metric), resamples=resamples, seed=seed
@@ -155,7 +158,10 @@ def compare_rows(
 
 
 def task_results(found: Mapping[str, Any]) -> tuple[TaskResult, ...]:
-    """Turn the results of the harness (``lm_eval.evaluator.evaluate`` with samples) into ours, tasks in its order."""
+    """Turn the results of the harness into ours, tasks in its order.
+
+    Those are the results of ``lm_eval.evaluator.evaluate`` with samples.
+    """
     return tuple(
         TaskResult(
             name,

@@ -100,7 +100,10 @@ def _dumps(data: Any, *, indent: int | None) -> str:
         place = next(_not_finite(data, ""), None)
         if place is None:
             raise
-        msg = f"the value at {place} is NaN or infinite, which JSON cannot hold; the computation before it failed"
+        msg = (
+            f"the value at {place} is NaN or infinite, which JSON cannot hold; the computation before it "
+            "failed"
+        )
         raise NumericsError(msg) from error
 
 

@@ -116,7 +116,10 @@ class StagingFolder:
 
     def _take_over(self) -> None:
         if self.path.exists() and not self.path.is_dir():
-            msg = f"{self.path} is a file, unfinished work was to be kept there; move it or choose another place"
+            msg = (
+                f"{self.path} is a file, unfinished work was to be kept there; move it or choose another "
+                "place"
+            )
             raise OutputExistsError(msg)
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

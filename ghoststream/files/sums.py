@@ -66,9 +66,9 @@ def verify_sums(folder: Path) -> list[str]:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Return the names of files that ``SHA256SUMS`` lists and that are not there; nothing but names is looked at.
+    """Return the names of files that ``SHA256SUMS`` lists and that are not there.
 
-    A folder without a readable checksum file lacks at least that one.
+    Nothing but names is looked at. A folder without a readable checksum file lacks at least that one.
     """
     try:
         text = (folder / SUMS_NAME).read_bytes().decode(errors="surrogateescape")

@@ -142,7 +142,10 @@ class OperatorSet:
     def __post_init__(self) -> None:
         spans = tuple(operator.span for operator in self.boundaries)
         if spans != self.plan.spans:
-            msg = f"operators for {list(map(str, spans))} do not fit the plan {self.plan}; give one a span, in order"
+            msg = (
+                f"operators for {list(map(str, spans))} do not fit the plan {self.plan}; give one a span, in "
+                "order"
+            )
             raise RequestError(msg)
 
     @property
@@ -163,10 +166,10 @@ class OperatorSet:
         )
 
     def save(self, path: Path, *, temporary: Path | None = None) -> None:
-        """Write ONE safetensors file: tensors ``boundary.{start}-{stop}.weight`` (and ``.bias``), one metadata key.
+        """Write one safetensors file with one metadata key.
 
-        Equal content gives equal bytes. The file appears whole or not at all. ``temporary`` is its name while
-        it is written (same file system).
+        Tensors are ``boundary.{start}-{stop}.weight`` (and ``.bias``). Equal content gives equal bytes. The
+        file appears whole or not at all. ``temporary`` is its name while it is written (same file system).
 
         Raises:
             DiskFullError: If no space is left.

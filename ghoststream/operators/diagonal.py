@@ -11,9 +11,10 @@ from ghoststream.statistics import BoundaryMoments
 
 @register_operator("diagonal")
 class Diagonal(StructuredLeastSquares):
-    """``M = diag(s)``, ``s_k = sum w x_k d_k / (sum w x_k^2 + r)``, of ``x`` and ``d`` less their means with an intercept.
+    """``M = diag(s)``, ``s_k = sum w x_k d_k / (sum w x_k^2 + r)``.
 
-    Of LinearPatch's form, with the scales that predict best.
+    With an intercept, of ``x`` and ``d`` less their means. Of LinearPatch's form, with the scales that
+    predict best.
 
     Memory: ``O(C + T)``.
     """
@@ -42,9 +43,9 @@ class Diagonal(StructuredLeastSquares):
 
 @register_operator("scalar")
 class Scalar(Diagonal):
-    """``M = s I``, ``s = sum w x.d / (sum w |x|^2 + r C)``, of ``x`` and ``d`` less their means with an intercept.
+    """``M = s I``, ``s = sum w x.d / (sum w |x|^2 + r C)``.
 
-    Written as a diagonal.
+    With an intercept, of ``x`` and ``d`` less their means. Written as a diagonal.
 
     Memory: ``O(C + T)``.
     """

@@ -38,11 +38,11 @@ PAPER_TRUNCATION = 1e-6
 
 @register_operator("ghost")
 class Ghost(OperatorKind):
-    """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, no intercept; the weights are uniform in the paper.
+    """``W* = I + M*`` with ``(X^T X + eps I) M = X^T delta``, no intercept.
 
-    With ``solver`` ``svd``, ``M* = X^+ delta`` in its place, the paper's equation as it is written: singular
-    values of ``X`` below 1e-6 of the largest are left out. It takes triangular factors, because a Gram holds
-    their squares only.
+    The weights are uniform in the paper. With ``solver`` ``svd``, ``M* = X^+ delta`` in its place, the
+    paper's equation as it is written: singular values of ``X`` below 1e-6 of the largest are left out. It
+    takes triangular factors, because a Gram holds their squares only.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number`` and
     ``numerical_rank`` of the Gram, ``antisymmetric_share`` = ``|(M - M^T)/2|_F / |M|_F`` (the symmetric share
@@ -63,7 +63,10 @@ class Ghost(OperatorKind):
         super().__init__(method)
         self.by_svd = method.solver == "svd"
         if self.by_svd and method.ridge is not None:
-            msg = "the solver svd leaves small singular values out and takes no ridge; leave one of the two away"
+            msg = (
+                "the solver svd leaves small singular values out and takes no ridge; leave one of the two "
+                "away"
+            )
             raise RequestError(msg)
         self.ridge: float | None = None
         if not self.by_svd:

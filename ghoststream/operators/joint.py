@@ -22,7 +22,8 @@ from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP
 Array = npt.NDArray[np.float64]
 
 GROWTH_OF_BFLOAT16 = 512.0
-"""Growth (see :func:`absorbed_part`) at which what is absorbed is as large as its own rounding in bfloat16: one over the unit roundoff."""
+"""Growth (see :func:`absorbed_part`) at which what is absorbed is as large as its own rounding in bfloat16:
+one over the unit roundoff."""
 
 _ADVICE = "give a larger ridge, or use the features hidden"
 
@@ -86,7 +87,7 @@ def joined(standing: BoundaryOperator, absorbed: BoundaryOperator) -> BoundaryOp
 
 
 def describe_absorption(operator: BoundaryOperator) -> BoundaryOperator:
-    """Note in the diagnostics of an operator of two parts its ``absorption_growth``, and warn where little can be absorbed.
+    """Note the ``absorption_growth`` of an operator of two parts; warn where little can be absorbed.
 
     ``absorption_growth`` is the growth of :func:`absorbed_part`; None where there is no such part. Memory is
     as there.

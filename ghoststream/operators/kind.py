@@ -1,4 +1,4 @@
-"""What every operator kind is: a way to repair boundaries, by the options of :class:`~ghoststream.options.Method`."""
+"""What every operator kind is: a way to repair boundaries, by the options of a method."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class OperatorKind:
     def reducers(
         self, spans: tuple[Span, ...], *, hidden: int, n_folds: int, taps: Taps | None = None
     ) -> tuple[tuple[str, BoundaryReducer], ...]:
-        """Return what :meth:`reduce` runs over a store, one after the other, each with its name: for estimates.
+        """Return what :meth:`reduce` runs over a store, in order, each with its name: for estimates.
 
         Raises:
             RequestError: If the options do not fit the sizes.
@@ -157,7 +157,9 @@ class OperatorKind:
         raise NotImplementedError
 
     def change(self, moments: BoundaryMoments) -> Array:
-        """Return ``M`` of ``y = x (I + M)``, ``(C, C)``, or its diagonal, ``(C,)``; ``moments`` may be overwritten.
+        """Return ``M`` of ``y = x (I + M)``, ``(C, C)``, or its diagonal, ``(C,)``.
+
+        ``moments`` may be overwritten.
 
         Raises:
             RequestError: If maps of this kind cannot be multiplied, which is the default.
@@ -216,7 +218,7 @@ class OperatorKind:
 def linear_cost(
     shape: FitShape, *, square: int = 48, cross: int = 32, n_cubes: int = 40, tokens: float = 0.0
 ) -> Cost:
-    """Return what fitting a linear map on ``p`` features takes: by default, of what chooses its ridge by folds.
+    """Return what fitting a linear map on ``p`` features takes, by default with a ridge chosen by folds.
 
     FLOPs: ``p^2 + 2 p C`` a token for the moments, ``2 p^3 + p^2 C`` for the solution.
 

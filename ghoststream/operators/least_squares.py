@@ -52,7 +52,7 @@ class _Fit:
 
 
 class LeastSquares(OperatorKind):
-    """``min sum w |phi M + b - d|^2 + r |M|^2`` with ``r`` relative to ``trace(G) / p``, of full or of reduced rank.
+    """``min sum w |phi M + b - d|^2 + r |M|^2`` with ``r`` relative to ``trace(G) / p``, full or of low rank.
 
     ``ridge`` is ``auto`` by default: the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts
     held-out folds best, at full rank; ``gcv`` takes that of the smallest generalised cross-validation. It

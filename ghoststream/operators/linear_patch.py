@@ -1,4 +1,4 @@
-"""LinearPatch (Chen et al., arXiv 2505.24680): one scale a channel, in the basis of the model or in a rotated one."""
+"""LinearPatch (Chen et al., arXiv 2505.24680): one scale a channel, in the model's basis or a rotated one."""
 
 from __future__ import annotations
 
@@ -61,12 +61,13 @@ class LinearPatchDiagonal(OperatorKind):
 
 @register_operator("linear-patch-rotated")
 class LinearPatchRotated(LinearPatchDiagonal):
-    """``y = x H diag(d) H^T`` with the scales ``d`` of ``x H`` and ``y H``, ``H`` a Hadamard matrix over ``sqrt(C)``.
+    """``y = x H diag(d) H^T`` with the scales ``d`` of ``x H`` and ``y H``.
 
-    The scales are always taken in the basis that they are applied in (the official code of *Ghosted Layers*
-    takes those of single removed layers in the basis of the model). Hadamard matrices of one order are many;
-    the result depends a little on which one it is (see :mod:`ghoststream.statistics.rotation`). The map is
-    written as a whole matrix, which costs ``2 C^2`` FLOP a token, as ``ghost`` does.
+    ``H`` is a Hadamard matrix over ``sqrt(C)``. The scales are always taken in the basis that they are
+    applied in (the official code of *Ghosted Layers* takes those of single removed layers in the basis of the
+    model). Hadamard matrices of one order are many; the result depends a little on which one it is (see
+    :mod:`ghoststream.statistics.rotation`). The map is written as a whole matrix, which costs ``2 C^2`` FLOP
+    a token, as ``ghost`` does.
 
     Memory: ``O(C + T)`` for the scales, ``24 C^2`` bytes while the matrix is made.
     """

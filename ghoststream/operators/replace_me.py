@@ -1,4 +1,4 @@
-"""ReplaceMe's least squares (arXiv 2505.02819): a map of what the MLP before the boundary adds to the residual stream."""
+"""ReplaceMe's least squares (arXiv 2505.02819): a map of what the MLP before the boundary adds."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class ReplaceMeKind(OperatorKind):
 
 @register_operator("replace-me-ls")
 class ReplaceMe(ReplaceMeKind):
-    """``T = (M^T M + alpha I)^-1 M^T (h[stop] - Y)`` with ``Y = h[start] - M``, ``M`` what the MLP before adds (equation 5).
+    """``T = (M^T M + alpha I)^-1 M^T (h[stop] - Y)``, ``Y = h[start] - M`` (equation 5).
 
-    The layer then adds ``M T`` in the place of ``M``: ``y = h[start] + M A`` with ``A = T - I``. As
-    ``h[stop] - Y`` is the gap and ``M``, ``A = (G + alpha I)^-1 (K - alpha I)`` with the moments of the
-    features ``mlp_output``: the ridge draws ``T``, not ``A``, to zero. ``alpha`` is absolute and 0 by
-    default, as in the published settings; the weights are uniform there.
+    ``M`` is what the MLP before adds. The layer then adds ``M T`` in the place of ``M``: ``y = h[start] + M
+    A`` with ``A = T - I``. As ``h[stop] - Y`` is the gap and ``M``, ``A = (G + alpha I)^-1 (K - alpha I)``
+    with the moments of the features ``mlp_output``: the ridge draws ``T``, not ``A``, to zero. ``alpha`` is
+    absolute and 0 by default, as in the published settings; the weights are uniform there.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``condition_number``,
     ``numerical_rank`` and ``effective_dof`` of the Gram, ``ridge``, ``solver``, ``solver_fallback``,

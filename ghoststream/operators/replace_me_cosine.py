@@ -1,4 +1,4 @@
-"""ReplaceMe's cosine distance (arXiv 2505.02819): the map of its least squares, found by Adam for another objective."""
+"""ReplaceMe's cosine distance (arXiv 2505.02819): the same map, found by Adam."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ class RowMoments(FoldedMoments):
 
 @register_operator("replace-me-cosine")
 class ReplaceMeCosine(ReplaceMeKind):
-    """``min mean(1 - cos(M T, h[stop] - Y))`` over ``T``, ``M`` and ``Y`` as in :class:`~ghoststream.operators.replace_me.ReplaceMe`.
+    """``min mean(1 - cos(M T, h[stop] - Y))`` over ``T``.
 
-    Adam from ``T = I`` at rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that
-    is drawn anew each epoch, read from the stores, in float32. Tokens count by their weights (uniform in the
-    paper). The published code compares single tokens drawn from all sequences; whole sequences are what a
-    store can be read by.
+    ``M`` and ``Y`` are those of :class:`~ghoststream.operators.replace_me.ReplaceMe`. Adam from ``T = I`` at
+    rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that is drawn anew each
+    epoch, read from the stores, in float32. Tokens count by their weights (uniform in the paper). The
+    published code compares single tokens drawn from all sequences; whole sequences are what a store can be
+    read by.
 
     Diagnostics beside those of least squares: ``cosine_distance``, the weighted mean of ``1 - cos`` over all
     tokens, and out of sample ``cosine_distance_out_of_sample`` and ``relative_residual_out_of_sample``, those
@@ -75,7 +76,10 @@ class ReplaceMeCosine(ReplaceMeKind):
     def reducer(
         self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
     ) -> BoundaryReducer:
-        """Return what builds Grams, by which residuals are reported; on the host, where the tokens are read too."""
+        """Return what builds Grams, by which residuals are reported.
+
+        On the host, where the tokens are read too.
+        """
         self.require_host(device)
         return super().reducer(spans, hidden=hidden, taps=taps)
 
@@ -109,7 +113,10 @@ class ReplaceMeCosine(ReplaceMeKind):
             NumericsError: If the search diverges, or fold 0 is empty.
         """
         if not isinstance(moments, RowMoments):
-            msg = f"the operator {self.method.operator} reads the tokens of {moments.span} themselves; reduce with it"
+            msg = (
+                f"the operator {self.method.operator} reads the tokens of {moments.span} themselves; reduce "
+                "with it"
+            )
             raise RequestError(msg)
         total, rows = moments.total(), moments.rows
         require_tokens(total)
@@ -194,7 +201,10 @@ class ReplaceMeCosine(ReplaceMeKind):
 
 @register_operator("replace-me-cosine-whole")
 class ReplaceMeCosineWhole(ReplaceMeCosine):
-    """``min mean(1 - cos(Y + M T, h[stop]))``: the objective of the paper's equation 4 (``accurate`` in the published code)."""
+    """``min mean(1 - cos(Y + M T, h[stop]))``.
+
+    This is the objective of the paper's equation 4 (``accurate`` in the published code).
+    """
 
     whole = True
 

@@ -1,4 +1,7 @@
-"""Centred and retargeted moments, and the ridge that predicts best: by held-out folds or by generalised cross-validation."""
+"""Centred and retargeted moments, and the ridge that predicts best.
+
+It is found by held-out folds or by generalised cross-validation.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +58,17 @@ class RidgeChoice:
 
     @classmethod
     def best(cls, residuals: Array, energy: float) -> RidgeChoice:
-        """Return the ridge of the smallest residual; ``residuals`` are over the grid, ``energy`` is that of the gap."""
+        """Return the ridge of the smallest residual.
+
+        ``residuals`` are over the grid, ``energy`` is that of the gap.
+        """
         relative = np.sqrt(np.maximum(residuals, 0.0) / energy) if energy > 0 else residuals
         ratio = RIDGE_GRID[int(np.argmin(relative))]
         return cls(ratio, tuple(zip(RIDGE_GRID, relative.tolist(), strict=True)))
 
 
 def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
-    """Turn moments into those of ``phi - mean phi`` and ``d - mean d``, for any means, those of other tokens too.
+    """Turn moments into those of ``phi - mean phi`` and ``d - mean d``, for means of these or other tokens.
 
     ``sum w (phi - m)(phi - m)^T = G - m s^T - s m^T + W m m^T`` with ``s = sum w phi``, and so on; with their
     own means, the moments of a fit with intercept. Only Gram, cross-moment, gap energy and the two sums are
@@ -84,10 +90,11 @@ def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
 
 
 def retarget_in_place(moments: BoundaryMoments) -> None:
-    """Put the target ``y`` in the place of the gap ``y - x``; the features must begin with the hidden state ``x``.
+    """Put the target ``y`` in the place of the gap ``y - x``.
 
-    Ridge regression of ``y`` then gives the map ``W`` itself, which the ridge draws to zero, not
-    ``M = W - I``. Cross-moment or factors, gap energy and gap sum are changed.
+    The features must begin with the hidden state ``x``. Ridge regression of ``y`` then gives the map ``W``
+    itself, which the ridge draws to zero, not ``M = W - I``. Cross-moment or factors, gap energy and gap sum
+    are changed.
 
     Memory: nothing of size ``p C`` but one temporary of a factor.
     """
@@ -164,12 +171,12 @@ def choose_ridge(
 
 
 def choose_by_gcv(total: BoundaryMoments, *, intercept: bool, towards_zero: bool = False) -> RidgeChoice:
-    """Return the ridge of the grid with the smallest generalised cross-validation (Golub, Heath, Wahba 1979, eq. 1.4).
+    """Return the ridge of the grid with the smallest generalised cross-validation.
 
-    ``V(r) = n |(I - A) D|^2 / (n - trace A)^2`` with ``A`` the hat matrix at ridge ``r`` (the constant of an
-    intercept counts in its trace) and ``n`` the tokens that count. It needs no folds, and takes tokens for
-    independent, which those of one sequence are not. The curve has the relative residual that it estimates,
-    ``sqrt(n V) / |D|``.
+    That is equation 1.4 of Golub, Heath and Wahba, 1979. ``V(r) = n |(I - A) D|^2 / (n - trace A)^2`` with
+    ``A`` the hat matrix at ridge ``r`` (the constant of an intercept counts in its trace) and ``n`` the
+    tokens that count. It needs no folds, and takes tokens for independent, which those of one sequence are
+    not. The curve has the relative residual that it estimates, ``sqrt(n V) / |D|``.
 
     Args:
         total: Moments over all tokens; not changed.
@@ -199,7 +206,7 @@ def choose_by_gcv(total: BoundaryMoments, *, intercept: bool, towards_zero: bool
 
 
 def _spectral_residual(moments: BoundaryMoments) -> tuple[Array, Callable[[Array], float]]:
-    """Return the eigenvalues ``l`` of the Gram, and the residual in sample as a function of ``l / (l + r)``."""
+    """Return the Gram's eigenvalues ``l``, and the in-sample residual as a function of ``l / (l + r)``."""
     if moments.has_triangle:
         singular, _, coefficients = triangle_svd(moments)
         explained = np.einsum("pc,pc->p", coefficients, coefficients)

@@ -104,7 +104,9 @@ def range_sweeps(sketch: Sketch, n_folds: int) -> tuple[tuple[str, BoundaryReduc
 
 
 def project_by_features(run: SketchRun, sketch: Sketch, power_iterations: int) -> dict[Span, FoldedMoments]:
-    """Project to a random subspace of ``columns`` dimensions, after some steps of subspace iteration (one sweep each).
+    """Project to a random subspace of ``columns`` dimensions.
+
+    Some steps of subspace iteration come before, one sweep each.
 
     Memory: ``16 p k`` bytes a span, and that of the sweeps.
     """
@@ -120,7 +122,7 @@ def project_by_features(run: SketchRun, sketch: Sketch, power_iterations: int) -
 
 
 def project_by_range(run: SketchRun, sketch: Sketch, ratio: float) -> dict[Span, FoldedMoments]:
-    """Project to the range of the best map of a sketched gap: of all tokens and, for each fold, of all others.
+    """Project to the range of the best map of a sketched gap: all tokens and, for each fold, of all others.
 
     Memory: two Grams and one factor, ``8 p k`` bytes for each span and subspace, and that of the two sweeps.
     """

@@ -1,8 +1,8 @@
-"""Least squares from sketches: the problem of ``least-squares``, with less work or less memory and an error that is measured.
+"""Least squares from sketches: less work or less memory, and an error that is measured.
 
-Two solvers, each seeded, merged by addition over ranges, and exact where a sketch is as large as the problem.
-``J`` is the objective ``sum w |phi A - d|^2 + r |A|^2``, and ``F = (Phi; sqrt(r) I) A*`` what the best map
-``A*`` of any rank fits.
+The problem is that of ``least-squares``. Two solvers, each seeded, merged by addition over ranges, and exact
+where a sketch is as large as the problem. ``J`` is the objective ``sum w |phi A - d|^2 + r |A|^2``, and ``F =
+(Phi; sqrt(r) I) A*`` what the best map ``A*`` of any rank fits.
 
 ``sketch-features``: one sweep, memory ``O((p + C) k)``. Features are projected to ``Phi W``, where least
 squares is exact; ``W`` is an orthonormal basis of the range of a Gaussian ``Omega`` ``(p, k)``. For any
@@ -81,7 +81,7 @@ class _Fit:
 
 
 class ProjectedLeastSquares(OperatorKind):
-    """Least squares on projected features: ``least-squares`` with the solvers ``sketch-features`` and ``sketch-range``.
+    """Least squares on projected features: the solvers ``sketch-features`` and ``sketch-range``.
 
     Residuals are exact, those of the map that is written. Out of sample they are so without reserve for
     ``sketch-range``, whose subspaces are found without the fold that is held out, and for ``sketch-features``
@@ -162,7 +162,10 @@ class ProjectedLeastSquares(OperatorKind):
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         if not isinstance(moments, ProjectedMoments):
-            msg = f"the solver {self.method.solver} needs moments of its own sketch at {moments.span}; reduce with it"
+            msg = (
+                f"the solver {self.method.solver} needs moments of its own sketch at {moments.span}; reduce "
+                "with it"
+            )
             raise RequestError(msg)
         basis, _ = moments.basis()
         fitted, diagnostics = describe(

@@ -42,7 +42,10 @@ class Problem:
 
     @property
     def condition_number(self) -> float | None:
-        """Largest over smallest eigenvalue; None without, or where the smallest is zero to float64 precision."""
+        """Largest over smallest eigenvalue.
+
+        None without, or where the smallest is zero to float64 precision.
+        """
         if self.values is None:
             return None
         largest, smallest = float(self.values.max()), float(self.values.min())
@@ -59,11 +62,11 @@ class _Fit:
 
 
 class StructuredLeastSquares(OperatorKind):
-    """``min sum w |x M + b - d|^2 + r |M|_F^2`` over maps ``M`` of a structure, with ``r`` relative to ``trace(G) / C``.
+    """``min sum w |x M + b - d|^2 + r |M|_F^2`` over maps ``M`` of a structure.
 
-    The ridge draws ``y = x (I + M)`` to the identity, and is 0 unless it is given; ``auto`` is the one of
-    :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out folds best. Without ``intercept``
-    ``b`` is 0.
+    ``r`` is relative to ``trace(G) / C``. The ridge draws ``y = x (I + M)`` to the identity, and is 0 unless
+    it is given; ``auto`` is the one of :data:`~ghoststream.operators.ridge.RIDGE_GRID` that predicts held-out
+    folds best. Without ``intercept`` ``b`` is 0.
 
     Diagnostics beside those of :func:`~ghoststream.operators.diagnostics.describe`: ``ridge``,
     ``ridge_relative``, ``ridge_curve``, ``effective_dof`` (a channel), ``condition_number`` (None for

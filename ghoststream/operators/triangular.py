@@ -17,7 +17,7 @@ _PANEL = 32
 
 
 def own_factors(moments: BoundaryMoments) -> tuple[Array, Array]:
-    """Return the factors ``R`` ``(p, p)`` and ``Q^T D`` ``(p, C)`` of the features without their constant, as views.
+    """Return the factors ``R`` ``(p, p)`` and ``Q^T D`` ``(p, C)`` of features without a constant, as views.
 
     Where a constant came before them, they are those of features and gap less their means.
     """
@@ -26,12 +26,13 @@ def own_factors(moments: BoundaryMoments) -> tuple[Array, Array]:
 
 
 def solve_triangle(moments: BoundaryMoments, ridge: float) -> Solution:
-    """Solve ``min |R M - Q^T D|^2 + ridge |M|^2``: what ``(G + ridge I) M = K`` says, without squaring the condition.
+    """Solve ``min |R M - Q^T D|^2 + ridge |M|^2``.
 
-    Columns are scaled by powers of two, the ridge enters as rows ``sqrt(ridge) I`` under ``R``, and back
-    substitution gives ``M``. Where the scaled factor is singular to float64, its reciprocal condition
-    estimated below :func:`~ghoststream.operators.solver.smallest_reciprocal`, the least-squares solution of
-    minimum norm in scaled coordinates, by singular values.
+    That is what ``(G + ridge I) M = K`` says, without squaring the condition. Columns are scaled by powers of
+    two, the ridge enters as rows ``sqrt(ridge) I`` under ``R``, and back substitution gives ``M``. Where the
+    scaled factor is singular to float64, its reciprocal condition estimated below
+    :func:`~ghoststream.operators.solver.smallest_reciprocal`, the least-squares solution of minimum norm in
+    scaled coordinates, by singular values.
 
     Args:
         moments: Moments with triangular factors; not changed. With a constant before the features, ``M`` is
@@ -75,7 +76,7 @@ def solve_triangle(moments: BoundaryMoments, ridge: float) -> Solution:
 
 
 def solve_pseudo_inverse(moments: BoundaryMoments, threshold: float) -> Solution:
-    """Return ``M = Phi^+ D`` with the singular values of ``Phi`` below ``threshold`` times the largest left out.
+    """Return ``M = Phi^+ D`` without singular values of ``Phi`` below ``threshold`` times the largest.
 
     ``Phi`` and ``R`` have the same singular values and right singular vectors, so that of ``R = U S V^T``
     serves: ``M = V S^+ U^T Q^T D``.
@@ -115,7 +116,9 @@ def triangle_svd(moments: BoundaryMoments) -> tuple[Array, Array, Array]:
 
 
 def triangle_spectrum(moments: BoundaryMoments) -> Spectrum:
-    """Return what the squared singular values of ``R`` say of the problem; they are the eigenvalues of the Gram.
+    """Return what the squared singular values of ``R`` say of the problem.
+
+    They are the eigenvalues of the Gram.
 
     Memory: ``16 p^2`` bytes.
     """

@@ -106,7 +106,7 @@ class Absorption:
         return absorbed_part(whole, rounded(standing_part(whole), self.dtype)) if is_joint(whole) else whole
 
     def require_precise(self, index: CheckpointIndex) -> None:
-        """Check that what is absorbed of an operator of two parts is larger than its own rounding to the weight's dtype.
+        """Check that the absorbed part of an operator is larger than its rounding to the weight's dtype.
 
         Raises:
             NumericsError: If it is not, or cannot be made.
@@ -224,7 +224,10 @@ def require_absorbable(
     path = f"{skeleton.architecture.layers_path}.{span.start - 1}.{found.path}"
     names = skeleton.keys.names
     if f"{path}.weight" not in names:
-        msg = f"{place}: the checkpoint does not hold {path}.weight as one tensor; use features of the hidden state"
+        msg = (
+            f"{place}: the checkpoint does not hold {path}.weight as one tensor; use features of the hidden "
+            "state"
+        )
         raise UnsupportedModelError(msg)
     bias = names.get(f"{path}.bias")
     if constant and bias is None and features != HIDDEN_AND_MLP.name:
@@ -237,7 +240,9 @@ def require_absorbable(
 def find_absorptions(
     skeleton: Skeleton, operators: OperatorSet, dtype: torch.dtype | None = None
 ) -> dict[Span, Absorption]:
-    """Return the absorptions of a plan's operators, by span, as :func:`find_absorption` does; those on other features are left out.
+    """Return the absorptions of a plan's operators, by span, as :func:`find_absorption` does.
+
+    Those on other features are left out.
 
     Raises:
         NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed is lost in
@@ -255,7 +260,7 @@ def find_absorptions(
 
 
 def require_exportable(skeleton: Skeleton, operator: BoundaryOperator) -> None:
-    """Check that an operator on :data:`ABSORBED` features can be written with the precision of the weight it is absorbed into.
+    """Check that an operator on :data:`ABSORBED` features fits the precision of its weight.
 
     Raises:
         NumericsError: If it cannot.

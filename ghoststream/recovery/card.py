@@ -20,8 +20,8 @@ tags:
 """
 
 _RECOVERED = """
-Layers were removed from this model, and at each place where they were one operator, found in closed form, stands
-in for them (*Ghosted Layers*, arXiv 2605.15491). Nothing was trained.
+Layers were removed from this model. At each place where they were, one operator stands in for them. It was
+found in closed form (*Ghosted Layers*, arXiv 2605.15491). Nothing was trained.
 
 ## Loading
 
@@ -32,9 +32,9 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-`trust_remote_code=True` runs `modeling_ghosted.py` of this folder, which needs only torch and transformers. After
-`import ghoststream` it is not needed. The model has a type of its own, `{model_type}`, so that a program which does
-not know the operators refuses it instead of loading it without them.
+`trust_remote_code=True` runs `modeling_ghosted.py` of this folder, which needs only torch and transformers.
+After `import ghoststream` it is not needed. The model has a type of its own, `{model_type}`: a program that
+does not know the operators refuses it instead of loading it without them.
 """
 
 _PRUNED = """
@@ -43,17 +43,17 @@ Layers were removed from this model; nothing stands in for them. It is an ordina
 """
 
 _FOLDED = """
-Layers were removed from this model, and at each place where they were one operator, found in closed form, stands in for
-them; it is absorbed into the last weight of the MLP before. Nothing was trained and no parameter was added. It is an
-ordinary checkpoint of type `{model_type}` and loads like any other.
+Layers were removed from this model. At each place where they were, one operator stands in for them. It was
+found in closed form, and absorbed into the last weight of the MLP before. Nothing was trained and no
+parameter was added. It is an ordinary checkpoint of type `{model_type}` and loads like any other.
 """
 
 _HIDDEN_STATES = """
 ## `output_hidden_states`
 
-Entry `i` is what decoder layer `i - 1` returned, entry 0 the embeddings. At a boundary that is the state *before*
-the operator: the layer in the column "in front of layer" computes with the operator applied to that entry. The last
-entry is the output of the final norm.
+Entry `i` is what decoder layer `i - 1` returned, entry 0 the embeddings. At a boundary that is the state
+*before* the operator: the layer in the column "in front of layer" computes with the operator applied to that
+entry. The last entry is the output of the final norm.
 """
 
 

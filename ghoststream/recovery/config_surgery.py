@@ -173,7 +173,10 @@ def check_pruned_model(original: Any, pruned: Any, layers_path: str, plan: Pruni
     """
     before, after = original.get_submodule(layers_path), pruned.get_submodule(layers_path)
     if len(after) != len(plan.kept):
-        msg = f"the pruned configuration makes {len(after)} layers instead of {len(plan.kept)}: it cannot be pruned"
+        msg = (
+            f"the pruned configuration makes {len(after)} layers instead of {len(plan.kept)}: it cannot be "
+            "pruned"
+        )
         raise UnsupportedModelError(msg)
     for position, layer in enumerate(plan.kept):
         old = layer_signature(before[layer]) | _mask_kind(original.config, layer)

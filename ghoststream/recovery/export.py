@@ -166,7 +166,10 @@ def export_recovered(
 
 def _require_exportable(skeleton: Skeleton) -> None:
     if str(skeleton.config.model_type).startswith(modeling_ghosted.TYPE_PREFIX):
-        msg = f"{skeleton.root} is a recovered checkpoint already; export from its base, with a plan for the base"
+        msg = (
+            f"{skeleton.root} is a recovered checkpoint already; export from its base, with a plan for the "
+            "base"
+        )
         raise UnsupportedModelError(msg)
     if not type(skeleton.model).__module__.startswith("transformers."):
         msg = f"{skeleton.root} runs code of its own, which a recovered checkpoint cannot build on"

@@ -34,7 +34,10 @@ def build_ghost(
         msg = f"the operator of span {operator.span} is the identity: a lane needs no map there"
         raise RequestError(msg)
     if is_absorbed(operator):
-        msg = f"the operator of span {operator.span} on {operator.features} is absorbed into a weight: it has no module"
+        msg = (
+            f"the operator of span {operator.span} on {operator.features} is absorbed into a weight: it has "
+            "no module"
+        )
         raise RequestError(msg)
     width = next(iter(arrays.values())).shape[0]
     with torch.device("meta"):

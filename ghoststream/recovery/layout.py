@@ -79,12 +79,15 @@ def leaf_names(operator: BoundaryOperator) -> dict[str, Any]:
 
 
 def operator_entries(operators: OperatorSet, names: LayerNames) -> list[dict[str, Any]]:
-    """Describe the operators that stand in the model, the absorbed ones left out, as ``config.ghost_operators`` does."""
+    """Describe the operators that stand in the model as ``config.ghost_operators`` does.
+
+    Absorbed ones are left out.
+    """
     return [operator_entry(operator, operators.plan, names) for operator in standing_operators(operators)]
 
 
 def standing_operators(operators: OperatorSet) -> tuple[BoundaryOperator, ...]:
-    """Return the operators that stand in the model as modules: all but identities, without what is absorbed."""
+    """Return the operators that stand as modules: all but identities, without what is absorbed."""
     found = (standing_operator(operator) for operator in operators.operators)
     return tuple(operator for operator in found if operator is not None)
 

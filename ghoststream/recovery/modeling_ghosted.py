@@ -45,10 +45,10 @@ _AUTO_CLASSES = {
 
 
 class GhostOperator(nn.Module):
-    """The map at a boundary: ``y = x + phi(x) W^T (+ b)`` (form ``linear``) or ``y = x + x * w`` (form ``diagonal``).
+    """The map at a boundary, of the form ``linear`` or ``diagonal``.
 
-    All parameters start at zero, which makes the map the identity. Input and output have shape
-    ``(..., width)``.
+    They are ``y = x + phi(x) W^T (+ b)`` and ``y = x + x * w``. All parameters start at zero, which makes the
+    map the identity. Input and output have shape ``(..., width)``.
 
     Args:
         width: Hidden size of the model.
@@ -170,7 +170,10 @@ def _init_inner_weights(model: Any, module: nn.Module) -> None:
 
 
 def _reset_if_ghost(module: nn.Module) -> bool:
-    """Zero an operator's own parameters; transformers guards ``nn.init`` so that loaded ones are left alone."""
+    """Zero an operator's own parameters.
+
+    Transformers guards ``nn.init`` so that loaded ones are left alone.
+    """
     is_ghost = isinstance(module, GhostOperator) or getattr(module, "is_ghost", False)
     if is_ghost:
         for parameter in module.parameters(recurse=False):

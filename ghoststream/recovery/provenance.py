@@ -256,9 +256,10 @@ def _read_boundary(folder: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
 
 
 def _absorbed_operator(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
-    """Return what was absorbed as a map of the features ``mlp``: ``s`` times what was added to the base's weight and bias.
+    """Return what was absorbed as a map of the features ``mlp``.
 
-    It is what the checkpoint computes, roundings included, also where it was fitted on ``mlp_output``.
+    It is ``s`` times what was added to the base's weight and bias. It is what the checkpoint computes,
+    roundings included, also where it was fitted on ``mlp_output``.
 
     Args:
         folder: The recovered checkpoint.

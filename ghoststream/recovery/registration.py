@@ -23,7 +23,7 @@ _ARCHITECTURES = "ghoststream.checkpoint.architecture"
 
 
 def register_auto_classes() -> None:
-    """Let ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` load recovered models without remote code.
+    """Let ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` load recovered models by themselves.
 
     Calling it again changes nothing. The modelling file of this installation is then used instead of the one
     in the checkpoint's folder.

@@ -1,4 +1,4 @@
-"""Taking the language model out of a composite checkpoint (text with images or sound), as a checkpoint of its own.
+"""Taking the language model out of a composite checkpoint (text with images or sound).
 
 Composite models cannot be streamed: what surrounds the decoder differs from one to the next. Their decoder is
 an ordinary language model, and its tensors only carry another prefix.
@@ -42,10 +42,10 @@ def write_text_part(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the language model of a composite checkpoint as an ordinary checkpoint; tensors are copied byte for byte.
+    """Write the language model of a composite checkpoint as an ordinary checkpoint.
 
-    For text alone both compute the same. The tensors are matched strictly with the architecture before
-    anything is written.
+    Tensors are copied byte for byte. For text alone both compute the same. The tensors are matched strictly
+    with the architecture before anything is written.
 
     Args:
         root: Folder of the composite checkpoint.

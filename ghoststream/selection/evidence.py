@@ -45,7 +45,7 @@ class Evidence(Protocol):
         """
 
     def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> Mapping[Span, Residual]:
-        """Return what a repair would leave at each of the spans, from as few sweeps over the store as memory allows.
+        """Return what a repair would leave at each of the spans, in as few sweeps as memory allows.
 
         Args:
             spans: The candidates.

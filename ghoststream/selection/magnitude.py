@@ -1,4 +1,7 @@
-"""The layers of smallest weights (Shortened LLaMA, Kim et al., arXiv 2402.02834; Lu et al., arXiv 2411.15558)."""
+"""The layers of smallest weights.
+
+Shortened LLaMA (Kim et al., arXiv 2402.02834) and Lu et al. (arXiv 2411.15558).
+"""
 
 from __future__ import annotations
 

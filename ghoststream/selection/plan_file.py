@@ -1,4 +1,7 @@
-"""The plan file: which layers go, and, where a criterion chose them, what it saw and how they are to be repaired."""
+"""The plan file: which layers go.
+
+Where a criterion chose them, it also says what was seen and how they are to be repaired.
+"""
 
 from __future__ import annotations
 
@@ -107,10 +110,16 @@ class Selection:
         try:
             selection = cls._from_json(data)
         except (KeyError, TypeError, ValueError) as error:
-            msg = f"{path} lacks a part of what `ghoststream select` writes ({error!r}); it was edited, select again"
+            msg = (
+                f"{path} lacks a part of what `ghoststream select` writes ({error!r}); it was edited, select "
+                "again"
+            )
             raise ArtifactError(msg) from error
         if selection.methods and len(selection.methods) != len(selection.plan.spans):
-            msg = f"{path} says how {len(selection.methods)} of {len(selection.plan.spans)} spans are repaired; select again"
+            msg = (
+                f"{path} says how {len(selection.methods)} of {len(selection.plan.spans)} spans are "
+                "repaired; select again"
+            )
             raise ArtifactError(msg)
         return selection
 

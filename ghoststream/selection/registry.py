@@ -85,7 +85,10 @@ class Criterion:
         raise NotImplementedError
 
     def cost(self, shape: SelectionShape) -> Cost:
-        """Return what choosing takes; by default one read of the store, for a pair of states of each layer."""
+        """Return what choosing takes.
+
+        By default one read of the store, for a pair of states of each layer.
+        """
         return cosine_cost(shape, n_pairs=shape.n_layers, live=3)
 
 

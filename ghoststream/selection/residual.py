@@ -1,4 +1,4 @@
-"""The run of layers that a least-squares repair explains best, from one sweep of moments over all candidates."""
+"""The run of layers that a least-squares repair explains best, by one sweep over all candidates."""
 
 from __future__ import annotations
 
@@ -93,7 +93,10 @@ class RepairResidual(Criterion):
         if not self.held_out:
             return residual.in_sample
         if residual.held_out is None:
-            msg = "the store holds one sequence only, none can be held out; capture more, or use residual-in-sample"
+            msg = (
+                "the store holds one sequence only, none can be held out; capture more, or use "
+                "residual-in-sample"
+            )
             raise NumericsError(msg)
         return residual.held_out
 

@@ -44,5 +44,8 @@ class ShortGPTPublished(Criterion):
         return Choice.highest(((Span(*pair), value) for pair, value in means.items()), remove)
 
     def cost(self, shape: SelectionShape) -> Cost:
-        """Return one read of the store, sequence by sequence, for a pair of hidden states of each layer but the last."""
+        """Return one read of the store for a pair of hidden states of each layer but the last.
+
+        Sequence by sequence.
+        """
         return cosine_cost(shape, n_pairs=shape.n_layers - 1, live=3, rows=shape.length)

@@ -1,4 +1,4 @@
-"""LLM-Streamline's choice (Chen et al., arXiv 2403.19135): the run of layers that turns the hidden state least."""
+"""LLM-Streamline's choice (Chen et al., arXiv 2403.19135): the layers that turn the hidden state least."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class StreamlinePublished(Criterion):
         return Choice.highest(scores.items(), 1)
 
     def cost(self, shape: SelectionShape) -> Cost:
-        """Return one read of the store, sequence by sequence, for a pair of hidden states of each candidate."""
+        """Return one read of the store by sequences, for a pair of hidden states of each candidate."""
         return cosine_cost(
             shape, n_pairs=max(1, shape.n_layers - shape.remove - 1), live=shape.remove + 2, rows=shape.length
         )

@@ -1,4 +1,4 @@
-"""The demo: a recovery by the defaults beside the published method, on a model and a text that need no network."""
+"""The demo: a recovery by the defaults beside the published method, on a model and a text at hand."""
 
 from __future__ import annotations
 
@@ -187,7 +187,10 @@ def _run(model: Path, root: Path, sequences: int, tell: Progress) -> DemoReport:
 
 
 def _gap(row: EvaluationRow, dense: EvaluationRow) -> tuple[float, float]:
-    """Return the mean loss above the dense model's over windows, and its standard error; windows are paired."""
+    """Return the mean loss above the dense model's over windows, and its standard error.
+
+    Windows are paired.
+    """
     mine, theirs = row.losses.sequence_losses, dense.losses.sequence_losses
     gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
     return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))

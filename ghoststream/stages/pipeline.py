@@ -34,7 +34,7 @@ def load_pipeline(path: Path) -> Recovery:
 
 
 def with_runtime(recovery: Recovery, model: str | None, given: Mapping[str, Any]) -> Recovery:
-    """Return a recovery with what the command line says of the model and of the machine in the place of the file's.
+    """Return a recovery; what the command line says of model and machine takes the place of the file's.
 
     Args:
         recovery: What the file says.

@@ -1,4 +1,4 @@
-"""Recover: choose layers, fit operators, export and measure, each step of which continues where it was stopped."""
+"""Recover: choose layers, fit operators, export, measure; each step goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -202,7 +202,10 @@ def _evaluate(
 
 
 def _check_output(out: Path, session: ModelSession, recovery: Recovery, steps: Steps) -> None:
-    """Find what can be found before the pass that would make the export fail after it; export checks the rest."""
+    """Find what can be found before the pass that would make the export fail after it.
+
+    Export checks the rest.
+    """
     if out.exists() and not out.is_dir():
         msg = f"{out} is a file, a folder was to be made there; choose another place"
         raise OutputExistsError(msg)

@@ -87,7 +87,7 @@ class ModelSession:
         return PassMemory(self.skeleton, budget, length, buffers=buffers, gradients=gradients)
 
     def micro_batch(self, length: int) -> int:
-        """Return how many sequences of ``length`` tokens are computed at once: as given, or as memory allows."""
+        """Return how many sequences of ``length`` tokens go at once, as given or as memory allows."""
         return self.compute.micro_batch or self.memory(length).choose_micro_batch()
 
     def tokens(self, text: Text) -> TokenSet:
@@ -123,7 +123,10 @@ def _build_skeleton(root: Path, device: torch.device, compute: Compute) -> Skele
         # What transformers has against the options or the configuration; a missing package for an attention
         # too.
         reason = shorten(str(error), 400, placeholder="...")
-        msg = f"transformers cannot build the model in {root} ({reason}); choose another --attention, or check config.json"
+        msg = (
+            f"transformers cannot build the model in {root} ({reason}); choose another --attention, or check "
+            "config.json"
+        )
         raise UnsupportedModelError(msg) from error
 
 
@@ -139,7 +142,10 @@ def load_tokenizer(root: Path, compute: Compute) -> Any:
         return AutoTokenizer.from_pretrained(root, trust_remote_code=compute.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = shorten(str(error), 200, placeholder="...")
-        msg = f"{root} has no tokenizer that can be loaded ({reason}); copy its tokenizer files there, or use ids:FILE.npy"
+        msg = (
+            f"{root} has no tokenizer that can be loaded ({reason}); copy its tokenizer files there, or use "
+            "ids:FILE.npy"
+        )
         raise InputNotFoundError(msg) from error
 
 

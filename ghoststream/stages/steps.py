@@ -179,7 +179,7 @@ class Steps:
         return tuple(sorted(needed))
 
     def _capture(self, needed: tuple[int, ...] | None) -> str:
-        """Capture the hidden states that are needed, all of them by default, unless the request says which."""
+        """Capture the hidden states that are needed: all, unless the request says which."""
         recovery = self._recovery
         self.store = recovery.store or str(self._work / "store")
         layers = needed if recovery.storage.layers is None else recovery.storage.layers

@@ -76,7 +76,9 @@ def panel_bytes(width: int, hidden: int, itemsize: int = 8) -> int:
 
 
 def add_gram_upper(gram: Array, rows: Rows) -> None:
-    """Add ``rows^T rows`` to the upper triangle of ``gram``, in place (half the work of a product, and a panel's).
+    """Add ``rows^T rows`` to the upper triangle of ``gram``, in place.
+
+    It is half the work of a product, and a panel's.
 
     Args:
         gram: ``(p, p)`` float64; its lower triangle is not read, and holds nothing of use afterwards.

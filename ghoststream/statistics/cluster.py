@@ -1,4 +1,4 @@
-"""A Dask cluster that is asked to reduce: reaching it, looking whether its workers can, and what their failures mean."""
+"""A Dask cluster that is asked to reduce: reaching it, checking its workers, explaining failures."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ def explained(needs: Needs) -> Iterator[None]:
         )
         raise BudgetError(msg) from error
     except CancelledError as error:
-        msg = f"the scheduler was lost, or the work was cancelled there; start it again if it is gone, and {again}"
+        msg = (
+            "the scheduler was lost, or the work was cancelled there; start it again if it is gone, and "
+            f"{again}"
+        )
         raise RequestError(msg) from error
 
 

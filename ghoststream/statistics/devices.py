@@ -47,7 +47,9 @@ def require_device(name: str) -> None:
 
 
 def device_tasks(name: str, n_bytes: int) -> int | None:
-    """Return how many tasks of ``n_bytes`` fit a device at a time, at least 1; None where memory is the host's.
+    """Return how many tasks of ``n_bytes`` fit a device at a time, at least 1.
+
+    None where memory is the host's.
 
     Raises:
         RequestError: If this process does not have the device.

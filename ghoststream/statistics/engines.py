@@ -85,7 +85,10 @@ class _Place:
         return any(path == ref for path in self._files())
 
     def put(self, state: SumState, reducer: Reducer) -> StateRef:
-        """Save a state, merged with those it meets: what waits beside it is not read again by a task of its own."""
+        """Save a state, merged with those it meets.
+
+        What waits beside it is not read again by a task of its own.
+        """
         if self.path is None:
             return state
         target, merged = self.path, []

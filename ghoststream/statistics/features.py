@@ -68,7 +68,10 @@ class Feature:
     taps: tuple[str, ...] = ()
 
     def width(self, hidden: int) -> int:
-        """Return the number of features p for a hidden size C (for taps, their width together); by default as many."""
+        """Return the number of features p for a hidden size C (for taps, their width together).
+
+        By default as many.
+        """
         return hidden
 
     def rows(self, states: Array, facts: ModelFacts) -> Array:
@@ -103,7 +106,10 @@ class NormedFeature(Feature):
 
 
 class HiddenAndNormedFeature(Feature):
-    """``phi(x) = (x, x / sqrt(mean(x^2) + eps))``, of width ``2 C``: what either of the two can do, and more."""
+    """``phi(x) = (x, x / sqrt(mean(x^2) + eps))``, of width ``2 C``.
+
+    It can do what either of the two can, and more.
+    """
 
     name = "hidden+normed"
 
@@ -143,7 +149,8 @@ class TapFeature(Feature):
 
 
 MLP = TapFeature("mlp", ("mlp_intermediate",))
-"""What enters the last linear map (``down_proj``) of the MLP of the layer before the boundary; of its width I."""
+"""What enters the last linear map (``down_proj``) of the MLP of the layer before the boundary; of its width
+I."""
 
 MLP_OUTPUT = TapFeature("mlp_output", ("mlp_contribution",))
 """What that MLP adds to the residual stream: the feature of ReplaceMe (arXiv 2505.02819)."""
@@ -174,7 +181,9 @@ class SizedFeature(Feature):
 
 
 def taps_of(name: str) -> tuple[str, ...]:
-    """Return the taps that a registered feature reads, in the order of its columns; none if it reads the hidden states.
+    """Return the taps that a registered feature reads, in the order of its columns.
+
+    None if it reads the hidden states.
 
     Raises:
         RequestError: If there is no feature of this name.

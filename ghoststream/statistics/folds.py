@@ -67,9 +67,10 @@ class FoldedMoments:
         return self._merged(range(self.n_folds))
 
     def without(self, index: int, total: BoundaryMoments, fold: BoundaryMoments) -> BoundaryMoments:
-        """Return the moments over all folds but one, of two at least; ``total`` is over all of them, ``fold`` that one.
+        """Return the moments over all folds but one, of two at least.
 
-        Sums are taken out of the total; triangular factors of the others are merged.
+        ``total`` is over all of them, ``fold`` that one. Sums are taken out of the total; triangular factors
+        of the others are merged.
         """
         if not total.has_triangle:
             return total.subtract(fold)

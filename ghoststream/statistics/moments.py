@@ -54,12 +54,15 @@ class BoundaryMoments:
 
     @property
     def triangle(self) -> Array:
-        """``R`` of ``sqrt(w) Phi = Q R``, ``(p, p)``, upper triangular, column-major; see :attr:`has_constant`."""
+        """``R`` of ``sqrt(w) Phi = Q R``, ``(p, p)``, upper triangular, column-major.
+
+        See :attr:`has_constant`.
+        """
         return self._get("triangle").T
 
     @property
     def has_constant(self) -> bool:
-        """Whether a constant comes before the features in the triangular factors, which makes them one larger."""
+        """Whether a constant, and with it one row more, comes before the features in the factors."""
         return self.has_triangle and len(self.triangle) > len(self.feature_sum)
 
     @property
@@ -114,7 +117,10 @@ class BoundaryMoments:
 
     @property
     def ratio_sum(self) -> Array:
-        """Sum over sequences of ``mean_t |y| / mean_t |x|`` per channel, ``(C,)`` (LinearPatch, 2505.24680); no weights."""
+        """Sum over sequences of ``mean_t |y| / mean_t |x|`` per channel, ``(C,)`` (LinearPatch, 2505.24680).
+
+        No weights.
+        """
         return self._get("ratio_sum")
 
     @property
@@ -258,12 +264,18 @@ class BoundaryMoments:
 
     def _require_same(self, other: BoundaryMoments) -> None:
         if self.span != other.span:
-            msg = f"cannot combine the moments of {self.span} and {other.span}; they are of different boundaries"
+            msg = (
+                f"cannot combine the moments of {self.span} and {other.span}; they are of different "
+                "boundaries"
+            )
             raise RequestError(msg)
 
 
 def gram_prefix(feature: str, token_weights: str, span: Span) -> str:
-    """Name prefix of a span's Gram in a reduction's state; with uniform weights all spans of one start share it."""
+    """Name prefix of a span's Gram in a reduction's state.
+
+    With uniform weights all spans of one start share it.
+    """
     if token_weights == UNIFORM:
         return f"gram/{feature}/{span.start}/"
     return f"gram/{feature}/{token_weights}/{span.start}-{span.stop}/"

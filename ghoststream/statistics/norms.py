@@ -1,4 +1,4 @@
-"""Norms of hidden states by layer and position: where massive activations are born and die, and channel sizes."""
+"""Norms of hidden states by layer and position: where massive activations are born and die."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NormReducer(Reducer):
         return total
 
     def merge(self, left: SumState, right: SumState) -> SumState:
-        """Return the state of both: sums added, of the largest ratios the larger one (the left one if equal)."""
+        """Return the state of both: sums added, of largest ratios the larger one (if equal, the left)."""
         larger = right.arrays["largest_ratio"] > left.arrays["largest_ratio"]
         merged = left.copy().add_in_place(right)
         for name in ("largest_ratio", "largest_norm", "largest_sequence", "largest_position"):
@@ -198,7 +198,7 @@ def norm_profile(
     *,
     progress: Progress | None = None,
 ) -> NormProfile:
-    """Return norms, massive activations and mean absolute channels of hidden states (all stored ones by default).
+    """Return norms, massive activations and mean absolute channels of hidden states, by default all stored.
 
     One read of the store.
 

@@ -27,7 +27,7 @@ _TABLES = ("cosine", "angle", "last_cosine", "last_angle")
 
 @dataclass(frozen=True)
 class AllPairsReducer(Reducer):
-    """Sums of the cosine and of the angular distance between ``h[a]`` and ``h[b]`` of one token, for all pairs.
+    """Sums of cosine and angular distance between ``h[a]`` and ``h[b]`` of one token, for all pairs.
 
     Apart for all tokens and for the last token of each sequence that is not masked. The angular distance is
     ``arccos(cosine) / pi``, 0 to 1 (arXiv 2403.17887, eq. 7). A token whose hidden state is zero counts as
@@ -148,7 +148,10 @@ class PairTables:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Hidden states of one sequence: ``rows`` ``(tokens, layers, C)`` float32, ``norms`` ``(tokens, layers)``."""
+    """Hidden states of one sequence.
+
+    ``rows`` is ``(tokens, layers, C)`` float32, ``norms`` is ``(tokens, layers)``.
+    """
 
     rows: npt.NDArray[np.float32]
     norms: Array
@@ -200,7 +203,10 @@ def pairwise_similarity(
 def _tiled(
     reducer: AllPairsReducer, source: HiddenStateSource, reduction: Reduction
 ) -> tuple[AllPairsReducer, int | None]:
-    """Return tiles of layers that fit the memory, and the tasks at a time: fewer only if two hidden states did not fit."""
+    """Return tiles of layers that fit the memory, and the tasks at a time.
+
+    Tasks are fewer only if two hidden states did not fit.
+    """
     memory, workers = reduction.memory, reduction.workers
     if memory is None:
         return reducer, workers

@@ -38,7 +38,7 @@ class Reducer:
         raise NotImplementedError
 
     def task_bytes(self, hidden: int, length: int) -> int:
-        """Return the peak bytes of one task for hidden size ``hidden`` and sequences of ``length`` positions."""
+        """Return the peak bytes of one task for this hidden size and ``length`` positions a sequence."""
         raise NotImplementedError
 
     def most_tasks(self, hidden: int, length: int) -> int | None:

@@ -116,7 +116,10 @@ def _jobs(
     jobs = [ReductionJob(store, sweep.reducer, ranges) for sweep in sweeps]
     if workdir is None:
         if len(sweeps) > 1:
-            msg = f"{len(sweeps)} sweeps do not fit the memory at once; give a work folder, where finished ones wait"
+            msg = (
+                f"{len(sweeps)} sweeps do not fit the memory at once; give a work folder, where finished "
+                "ones wait"
+            )
             raise RequestError(msg)
         return jobs
     jobs = [_with_folder(job, workdir, digest) for job in jobs]

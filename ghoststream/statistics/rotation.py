@@ -58,7 +58,9 @@ class RotatedReducer(BoundaryReducer):
 
 
 def rotate(rows: Array) -> Array:
-    """Return ``rows H``, ``(n, C)``, ``H`` a Hadamard matrix of order C over ``sqrt(C)``; it need not be symmetric.
+    """Return ``rows H``, ``(n, C)``, ``H`` a Hadamard matrix of order C over ``sqrt(C)``.
+
+    It need not be symmetric.
 
     Raises:
         RequestError: If no Hadamard matrix of this order is known here.
@@ -80,7 +82,9 @@ def rotate(rows: Array) -> Array:
 
 
 def hadamard_matrix(size: int) -> Array:
-    """Return ``H``, ``(size, size)`` float64, orthogonal; row ``i`` is what :func:`rotate` makes of unit vector ``i``.
+    """Return ``H``, ``(size, size)`` float64, orthogonal.
+
+    Row ``i`` is what :func:`rotate` makes of unit vector ``i``.
 
     Raises:
         RequestError: If no Hadamard matrix of this order is known here.

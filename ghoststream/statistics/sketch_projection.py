@@ -1,4 +1,4 @@
-"""Boundaries on features that are projected to few dimensions: exact moments of ``Phi W`` for given bases ``W``."""
+"""Boundaries on projected features: exact moments of ``Phi W`` for given bases ``W``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionReducer(BasisReducer):
-    """Builds Grams ``(k, k)`` of ``Phi W`` and cross-moments ``(k, C)`` with the gap, for each basis ``W`` ``(p, k)`` of each span.
+    """Builds Grams ``(k, k)`` of ``Phi W`` and cross-moments ``(k, C)`` with the gap.
 
-    Beside the sums per channel of :class:`~ghoststream.statistics.boundary.BoundaryReducer`, per span
-    ``basis/{j}/gram``, ``basis/{j}/cross`` and ``feature_energy`` = ``sum w |phi|^2``. No array has p^2 or p
-    C entries.
+    One of each for each basis ``W`` ``(p, k)`` of each span. Beside the sums per channel of
+    :class:`~ghoststream.statistics.boundary.BoundaryReducer`, per span ``basis/{j}/gram``,
+    ``basis/{j}/cross`` and ``feature_energy`` = ``sum w |phi|^2``. No array has p^2 or p C entries.
 
     Args:
         bases: The bases.

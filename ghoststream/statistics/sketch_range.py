@@ -1,4 +1,7 @@
-"""First looks at a boundary that find a subspace of the features to project to (see :mod:`ghoststream.operators.sketched`)."""
+"""First looks at a boundary that find a subspace of the features to project to.
+
+See :mod:`ghoststream.operators.sketched`.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class RangeReducer(BoundaryReducer):
-    """Builds the Grams of :class:`BoundaryReducer`, and cross-moments ``sum w phi (Omega^T d)^T`` with a sketch of the gap.
+    """Builds Grams, and cross-moments ``sum w phi (Omega^T d)^T`` with a sketch of the gap.
 
-    ``Omega`` ``(C, k)`` is standard normal and the same for all spans. The cross-moment of a span has ``p k``
-    entries instead of ``p C``, and a token costs ``2 (p + C) k`` operations instead of ``2 p C``.
+    The Grams are those of :class:`BoundaryReducer`. ``Omega`` ``(C, k)`` is standard normal and the same for
+    all spans. The cross-moment of a span has ``p k`` entries instead of ``p C``, and a token costs ``2 (p +
+    C) k`` operations instead of ``2 p C``.
 
     Args:
         columns: ``k``.
@@ -78,7 +82,9 @@ class RangeReducer(BoundaryReducer):
 
 @dataclass(frozen=True, kw_only=True)
 class PowerReducer(BasisReducer):
-    """Builds ``G W`` = ``sum w phi (W^T phi)^T``, ``(p, k)`` a span, without the Gram: one step of subspace iteration.
+    """Builds ``G W`` = ``sum w phi (W^T phi)^T``, ``(p, k)`` a span, without the Gram.
+
+    This is one step of subspace iteration.
 
     Args:
         bases: One basis ``W`` ``(p, k)`` a span.

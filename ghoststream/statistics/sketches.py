@@ -1,4 +1,4 @@
-"""What the sketches of a boundary problem share: their seeded random numbers, and bases that travel with tasks.
+"""What sketches of a boundary problem share: seeded random numbers, and bases that travel with tasks.
 
 All random numbers come from numpy's default generator, seeded by the seed of the recipe, a purpose and, where
 they belong to tokens, the number of the sequence: never by range, worker or block, so that sketches of parts
@@ -27,8 +27,8 @@ from ghoststream.statistics.sums import SumState
 Array = npt.NDArray[np.float64]
 
 N_PROBES = 10
-"""Random vectors that an error estimate takes. The estimate is unbiased; its relative standard deviation is at most
-``sqrt(2 / 10)``, for an error that lies all in one direction."""
+"""Random vectors that an error estimate takes. The estimate is unbiased; its relative standard deviation is
+at most ``sqrt(2 / 10)``, for an error that lies all in one direction."""
 
 GAP, FEATURES, PROBES = 11, 12, 13
 """Purposes of :func:`gaussian`: a sketch of the gap, of the features, and probes of an error."""

@@ -17,7 +17,10 @@ from ghoststream.files import json_digest
 
 
 class HiddenStateSource(Protocol):
-    """The reading side of an activation store: ``layers`` of ``n_sequences`` sequences of ``length`` positions."""
+    """The reading side of an activation store.
+
+    It has ``layers`` of ``n_sequences`` sequences of ``length`` positions.
+    """
 
     @property
     def n_layers(self) -> int:
@@ -101,7 +104,9 @@ def open_source(store_uri: str) -> HiddenStateSource:
 
 
 def reopen_source(store_uri: str) -> HiddenStateSource:
-    """Return a store that this process has opened before, if it has not changed since; else open it with all checks.
+    """Return a store that this process has opened before, if it has not changed since.
+
+    Else open it with all checks.
 
     Raises what :func:`open_source` does.
     """
@@ -160,5 +165,5 @@ def require_finite(
 
 
 def store_digest(source: HiddenStateSource) -> str:
-    """Return the digest of what a store holds by its own account: what was asked for and what it was made from."""
+    """Return the digest of what a store holds by its own account: the request and what it was made from."""
     return json_digest({"recipe": source.recipe, "fingerprint": source.fingerprint})

@@ -52,7 +52,10 @@ class SumState:
         return SumState({name: array.copy() for name, array in self.arrays.items()})
 
     def select(self, prefix: str) -> SumState:
-        """Return the arrays whose name starts with ``prefix``, the prefix cut off; they are shared, not copied."""
+        """Return the arrays whose name starts with ``prefix``, the prefix cut off.
+
+        They are shared, not copied.
+        """
         cut = len(prefix)
         return SumState({name[cut:]: array for name, array in self.arrays.items() if name.startswith(prefix)})
 
@@ -162,7 +165,9 @@ def open_safetensors(path: Path, *, advice: str = _GIVE_OPERATORS) -> Any:
 
 
 def read_metadata(path: Path, *, advice: str = _GIVE_OPERATORS) -> dict[str, Any]:
-    """Return the JSON object under the one metadata key ``ghoststream``; ``advice`` says what to do if it is broken.
+    """Return the JSON object under the one metadata key ``ghoststream``.
+
+    ``advice`` says what to do if it is broken.
 
     Raises:
         InputNotFoundError: If there is no such file.
@@ -173,7 +178,10 @@ def read_metadata(path: Path, *, advice: str = _GIVE_OPERATORS) -> dict[str, Any
     try:
         data = json.loads(text)
     except (TypeError, ValueError) as error:
-        msg = f"{path} carries no readable ghoststream metadata: it was written by something else or is damaged; {advice}"
+        msg = (
+            f"{path} carries no readable ghoststream metadata: it was written by something else or is "
+            f"damaged; {advice}"
+        )
         raise ArtifactError(msg) from error
     if not isinstance(data, dict):
         msg = f"{path} carries ghoststream metadata that is not an object: it is damaged; {advice}"

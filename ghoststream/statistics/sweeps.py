@@ -119,7 +119,10 @@ def spilled_bytes(ranges: Ranges, sweeps: Sequence[Sweep]) -> int:
 
 
 def candidate_spans(n_layers: int, remove: int, *, keep_ends: bool = True) -> tuple[Span, ...]:
-    """Return every span of ``remove`` layers; without those that touch the first or the last layer by default."""
+    """Return every span of ``remove`` layers.
+
+    Without those that touch the first or the last layer by default.
+    """
     first = 1 if keep_ends else 0
     return tuple(Span(start, start + remove) for start in range(first, n_layers - remove + 1 - first))
 
@@ -130,7 +133,10 @@ def single_layers(span: Span) -> tuple[Span, ...]:
 
 
 def span_groups(spans: tuple[Span, ...], *, reads_taps: bool) -> list[tuple[Span, ...]]:
-    """Return which spans are reduced together: all, or each alone where features are wide and no layer is shared."""
+    """Return which spans are reduced together.
+
+    All are, or each alone where features are wide and no layer is shared.
+    """
     return [(span,) for span in spans] if reads_taps else [spans]
 
 

@@ -1,4 +1,4 @@
-"""The rows of one boundary, for fits that need the tokens themselves: a few sequences at a time, from the stores."""
+"""The rows of one boundary, a few sequences at a time, for fits that need the tokens themselves."""
 
 from __future__ import annotations
 

@@ -99,7 +99,10 @@ class DeviceBoundaryReducer(BoundaryReducer):
     def _empty(self, hidden: int, length: int) -> SumState:
         require_device(self.device)
         if self.spec.precision != "float64" and torch.get_float32_matmul_precision() != "highest":
-            msg = "torch is set to compute float32 products in less (TF32); set its float32 matmul precision to highest"
+            msg = (
+                "torch is set to compute float32 products in less (TF32); set its float32 matmul precision "
+                "to highest"
+            )
             raise RequestError(msg)
         state = super()._empty(hidden, length)
         names = (name for name in state.arrays if name.endswith(("/gram", "/cross")))

@@ -21,11 +21,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TriangleReducer(BoundaryReducer):
-    """Builds R factors of ``spans`` over a range of sequences, and the same statistics per channel as Grams have.
+    """Builds R factors of ``spans`` over a range of sequences.
 
-    Per span: ``triangle`` = ``R^T`` ``(p, p)``, lower triangular; ``rotated`` = ``(Q^T sqrt(w) D)^T``
-    ``(C, p)``; ``unexplained`` ``(C,)``. Both are kept transposed, as LAPACK reads columns. Twice the
-    arithmetic of Grams.
+    The same statistics per channel come with them as with Grams. Per span: ``triangle`` = ``R^T`` ``(p, p)``,
+    lower triangular; ``rotated`` = ``(Q^T sqrt(w) D)^T`` ``(C, p)``; ``unexplained`` ``(C,)``. Both are kept
+    transposed, as LAPACK reads columns. Twice the arithmetic of Grams.
 
     Args:
         constant: Whether a feature that is 1 for every token comes before the others. The rest of its factor
@@ -44,7 +44,10 @@ class TriangleReducer(BoundaryReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.spec.precision != "float64":
-            msg = f"triangular factors are built in float64, not {self.spec.precision}; leave one of the two options out"
+            msg = (
+                f"triangular factors are built in float64, not {self.spec.precision}; leave one of the two "
+                "options out"
+            )
             raise RequestError(msg)
 
     @property

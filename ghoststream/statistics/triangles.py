@@ -24,7 +24,9 @@ _OWN = ("triangle", "rotated", "unexplained")
 
 
 def merge_triangles(left: SumState, right: SumState) -> SumState:
-    """Return the state over the tokens of both: factors by QR, everything else by addition; neither is changed.
+    """Return the state over the tokens of both: factors by QR, everything else by addition.
+
+    Neither is changed.
 
     Raises:
         ArtifactError: If the two do not hold the same names and shapes.
@@ -45,9 +47,10 @@ def merge_triangles(left: SumState, right: SumState) -> SumState:
 
 
 def absorb(own: dict[str, Array], rows: Array, targets: Array, *, triangular: int) -> None:
-    """Bring rows below the factor to zero, in place; ``rows`` and ``targets`` are column-major and overwritten.
+    """Bring rows below the factor to zero, in place.
 
-    ``triangular`` is 0 for any rows, or their number where they are upper triangular themselves.
+    ``rows`` and ``targets`` are column-major and overwritten. ``triangular`` is 0 for any rows, or their
+    number where they are upper triangular themselves.
     """
     panel = min(_PANEL, rows.shape[1])
     factor, reflectors, coupling, info = dtpqrt(

@@ -1,4 +1,4 @@
-"""An observer that works behind the pass: shards are written and forced to disk while the next batch computes."""
+"""An observer behind the pass: shards are written and forced to disk while the next batch computes."""
 
 from __future__ import annotations
 

@@ -46,9 +46,10 @@ class _Step:
 
 
 class BackwardPass:
-    """A forward pass that keeps the input of every layer, and the way back: each layer again, in reverse, with autograd.
+    """A forward pass that keeps the input of every layer, and the way back.
 
-    In ten lines, for steps that are layers, or maps at boundaries::
+    Back, each layer is run again, in reverse, with autograd. In ten lines, for steps that are layers, or maps
+    at boundaries::
 
         for step in steps:                                      # a StreamedPass
             inputs[step] = states
@@ -175,7 +176,10 @@ class BackwardPass:
         return total
 
     def _head_gradient(self, batch: Batch, states: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return the loss of a batch and its gradient at ``h[L]``; logits exist for a chunk of tokens at a time."""
+        """Return the loss of a batch and its gradient at ``h[L]``.
+
+        Logits exist for a chunk of tokens at a time.
+        """
         ended = states.clone().requires_grad_()
         with torch.enable_grad():
             finished = self._calls.finish(batch, ended)
@@ -202,7 +206,10 @@ class BackwardPass:
                 with torch.enable_grad():
                     mapped = boundary_map.apply(states).to(above.dtype)
                 if not mapped.requires_grad:
-                    msg = f"the map at {step.span} returns states without a gradient: it cannot be differentiated"
+                    msg = (
+                        f"the map at {step.span} returns states without a gradient: it cannot be "
+                        "differentiated"
+                    )
                     raise RequestError(msg)
                 mapped.backward(above)
                 flow.put(batch, states, step.position)
@@ -233,7 +240,7 @@ class BackwardPass:
         return [name for name, weight in parameters if self._weight_gradients.wants(layer, name, weight)]
 
     def _steps_back(self) -> list[_Step]:
-        """Return what the way back goes through, in its order: all from the last step down to the lowest wanted."""
+        """Return what the way back goes through, in order: from the last step down to the lowest wanted."""
         plan, end = self._plan, self._skeleton.n_layers
         steps: list[_Step] = []
         for position in range(self._options.first_layer, end + 1):

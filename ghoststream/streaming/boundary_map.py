@@ -12,7 +12,8 @@ from ghoststream.spans import Span
 from ghoststream.streaming.batches import Batch
 
 Pairs = Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]
-"""``(batch, inputs, targets)`` of every batch, in order: states ``(n, T, C)``, or inputs ``(n, T, width)``."""
+"""``(batch, inputs, targets)`` of every batch, in order: states ``(n, T, C)``, or inputs ``(n, T,
+width)``."""
 
 
 class BoundaryMap:
@@ -95,7 +96,7 @@ class BoundaryMap:
         """Know that every batch was mapped: what applying takes may be freed."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Return what a :class:`~ghoststream.streaming.backward.BackwardPass` may be asked to differentiate."""
+        """Return what a backward pass may be asked to differentiate."""
         return ()
 
 

@@ -30,11 +30,11 @@ class MemoryBudget:
 
 
 class PassMemory:
-    """The memory of one pass: two layers, the work on a micro-batch, buffers of those who watch; the rest holds states.
+    """The memory of one pass: two layers, the work on a micro-batch, buffers of those who watch.
 
-    Where the layers compute, a pass takes ``2 U + max(U / 2, B T (4 I + 8 C) b)``: the layer in use and the
-    one being read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is the widest matrix of a
-    layer; eager attention takes ``B H T^2 (2 b + 4)`` more). The way back of a
+    The rest holds states. Where the layers compute, a pass takes ``2 U + max(U / 2, B T (4 I + 8 C) b)``: the
+    layer in use and the one being read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is
+    the widest matrix of a layer; eager attention takes ``B H T^2 (2 b + 4)`` more). The way back of a
     :class:`~ghoststream.streaming.backward.BackwardPass` takes four times such a forward, and the gradients.
     The host of an accelerator takes ``2 U``: a layer on its way, and a head.
 
@@ -74,7 +74,9 @@ class PassMemory:
         return sequences_at_work(self._unit, self._work_bytes(1, self._length), self._length, limit)
 
     def states_factory(self, batches: Sequence[Batch]) -> StatesFactory:
-        """Return the maker of places for the states of these batches, of any lengths, within what is left of the budget.
+        """Return the maker of places for the states of these batches.
+
+        They may have any lengths; what is left of the budget is kept.
 
         Raises:
             BudgetError: If weights, work and buffers alone do not fit.

@@ -23,14 +23,17 @@ _HEAD_BLOCK_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What one decoder layer receives besides the hidden states; equal arguments are shared between layers."""
+    """What one decoder layer receives besides the hidden states.
+
+    Equal arguments are shared between layers.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 class _Finished(BaseModelOutputWithPastAndCrossAttentions):
-    """What a decoder returned, for any head: fields that a head may ask for beyond the states are ``None``."""
+    """What a decoder returned: fields that a head may ask for beyond the states are ``None``."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

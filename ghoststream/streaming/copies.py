@@ -24,7 +24,10 @@ class Copies(Protocol):
         """Return a mark behind everything that was computed so far; called by the computing thread."""
 
     def beside(self, mark: Any = None) -> Any:
-        """Return a context whose copies run beside the computation, but behind ``mark``; complete when it ends."""
+        """Return a context whose copies run beside the computation, but behind ``mark``.
+
+        Complete when it ends.
+        """
 
     def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
         """Let the computation use a tensor that was made beside it."""

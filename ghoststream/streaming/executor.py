@@ -235,14 +235,20 @@ def _require_consistent(lanes: Sequence[Lane], first_layer: int, batches: Sequen
             raise RequestError(msg)
         carried = lane.carried
         if carried is not None and not (carried[0] < carried[1] and edges.issuperset(carried)):
-            msg = f"lane {lane.name} carries the sequences {list(carried)} on, which are not whole micro-batches"
+            msg = (
+                f"lane {lane.name} carries the sequences {list(carried)} on, which are not whole "
+                "micro-batches"
+            )
             raise RequestError(msg)
         require_boundary_maps(f"lane {lane.name}", lane.maps)
         for span, boundary_map in lane.maps.items():
             if boundary_map.target is not None:
                 _require_target(lane, span, boundary_map.target, lanes)
             if boundary_map.taps and span.start <= first_layer:
-                msg = f"the map of lane {lane.name} at {span} reads the layer before it, which this pass does not run"
+                msg = (
+                    f"the map of lane {lane.name} at {span} reads the layer before it, which this pass does "
+                    "not run"
+                )
                 raise RequestError(msg)
 
 

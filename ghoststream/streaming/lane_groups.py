@@ -46,7 +46,7 @@ class LaneState:
         return self.batches[0].start <= batch.start and batch.stop <= self.batches[-1].stop
 
     def drop_fitting_batches(self) -> None:
-        """Carry on with those batches only that the lane carries behind its last boundary, and into the head."""
+        """Carry on only with batches that the lane carries behind its last boundary, and into the head."""
         if self.lane.carried is not None:
             start, stop = self.lane.carried
             self.batches = [batch for batch in self.batches if start <= batch.start and batch.stop <= stop]
@@ -92,7 +92,7 @@ class LaneGroups:
         return list(groups.values())
 
     def entering(self, group: Sequence[LaneState], start: int) -> list[tuple[BoundaryMap, HiddenStates]]:
-        """Return the maps of a group that read the layer before ``start``, each with a place for what it keeps."""
+        """Return the maps of a group that read the layer before ``start``, with places for what they keep."""
         found: dict[int, tuple[BoundaryMap, list[LaneState]]] = {}
         for one in group:
             boundary_map = one.lane.map_from(start)

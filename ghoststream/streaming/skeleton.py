@@ -98,7 +98,10 @@ class Skeleton:
         return max(*ends, *(self.layer_bytes(layer) for layer in range(self.n_layers)))
 
     def read_layer(self, layer: int) -> Weights:
-        """Read the weights of decoder layer ``layer``; they are valid until the next but one layer is read."""
+        """Read the weights of decoder layer ``layer``.
+
+        They are valid until the next but one layer is read.
+        """
         return self._slots.read(self._specs(self._layer_name(layer)))
 
     def read_head(self) -> Weights:

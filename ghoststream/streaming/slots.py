@@ -18,7 +18,7 @@ from ghoststream.streaming.weights import Weights, WeightSpec
 
 
 class WeightSlots(Protocol):
-    """Two places for weights: one layer is in use while the next is read, and nothing is allocated either time.
+    """Two places for weights: one layer is in use while the next is read, and nothing is allocated for it.
 
     Reusing the buffers keeps the memory of a pass flat: allocators give such blocks back late or not at all.
     """
@@ -34,7 +34,7 @@ class WeightSlots(Protocol):
         """
 
     def used(self, weights: Weights) -> None:
-        """Know that all work on these weights was issued, so that their place may be filled behind that work."""
+        """Know that all work on these weights was issued: their place may be filled behind it."""
 
     def drop_all(self) -> None:
         """Give both places back: no layer is in use any more."""
@@ -86,7 +86,7 @@ class HostSlots:
 
 
 class DeviceSlots:
-    """Weights are read into one staging buffer of the host and copied to the accelerator beside the computation.
+    """Weights are read into a staging buffer of the host and copied to the device beside computation.
 
     Each weight is on its way while the next one is read. A device buffer is filled behind the work that used
     it last, which the host does not wait for.
@@ -140,7 +140,10 @@ class DeviceSlots:
         return weights
 
     def used(self, weights: Weights) -> None:
-        """Note how far the computation is; what is read into the same buffer next waits for it on the device."""
+        """Note how far the computation is.
+
+        What is read into the same buffer next waits for it on the device.
+        """
         storages = {weight.untyped_storage().data_ptr() for weight in weights.values()}
         for turn, slot in enumerate(self._slots):
             if slot is not None and slot.untyped_storage().data_ptr() in storages:

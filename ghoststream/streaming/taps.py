@@ -19,10 +19,10 @@ from ghoststream.streaming.skeleton import Skeleton
 
 TAPS: Mapping[str, str] = MappingProxyType(
     {
-        "attention_input": "what enters attention: the normed state, or the state itself where only norms after are",
-        "attention_heads": "what enters the last linear map of attention (o_proj): the heads, one after the other",
+        "attention_input": "what enters attention: the normed state, or the state without a norm before",
+        "attention_heads": "what enters the last linear map of attention (o_proj): the heads in order",
         "attention_output": "what the last linear map of attention gives",
-        "attention_contribution": "what attention adds to the residual stream: after a post-norm and a multiplier",
+        "attention_contribution": "what attention adds to the stream: after a post-norm and a multiplier",
         "mlp_input": "what enters the MLP",
         "mlp_intermediate": "what enters the last linear map of the MLP (down_proj)",
         "mlp_output": "what the last linear map of the MLP gives, or the whole block of experts",
@@ -122,9 +122,15 @@ def mlp_projection(architecture: Architecture, module: nn.Module) -> MlpProjecti
     transposed = not isinstance(module.get_submodule(parts.mlp_projection), Conv1D)
     reason = ""
     if parts.mlp_post_norm is not None:
-        reason = f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} of a {kind} and the residual stream"
+        reason = (
+            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} of a {kind} and the residual "
+            "stream"
+        )
     elif scale == 0.0:
-        reason = f"a {kind} with {parts.multiplier} 0 adds nothing of {parts.mlp_projection} to the residual stream"
+        reason = (
+            f"a {kind} with {parts.multiplier} 0 adds nothing of {parts.mlp_projection} to the residual "
+            "stream"
+        )
     return MlpProjection(parts.mlp_projection, transposed, scale, not reason, reason)
 
 

@@ -18,7 +18,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One weight to read: its name in the module, what it is there, and the checkpoint tensors that fill it."""
+    """One weight to read: its name in the module, what it is, and the checkpoint tensors that fill it."""
 
     key: str
     shape: tuple[int, ...]

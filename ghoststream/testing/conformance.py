@@ -201,7 +201,10 @@ def skip_layers(model: Any, layers: Iterable[int]) -> None:
 def random_tokens(
     skeleton: Skeleton, n_sequences: int, length: int, *, padding: Padding, seed: int = 0
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return random token ids and their mask, both ``(n_sequences, length)``; every other sequence is padded."""
+    """Return random token ids and their mask, both ``(n_sequences, length)``.
+
+    Every other sequence is padded.
+    """
     generator = np.random.default_rng(seed)
     ids = generator.integers(3, skeleton.vocab_size, size=(n_sequences, length))
     mask = np.ones(ids.shape, dtype=np.bool_)

@@ -108,7 +108,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
-    """Return the configuration of a tiny random model of the family ``model_type`` (6 layers, hidden size 32)."""
+    """Return the configuration of a tiny model of the family ``model_type`` (6 layers, hidden size 32)."""
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]

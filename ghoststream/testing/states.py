@@ -18,7 +18,7 @@ Hidden = npt.NDArray[np.floating[Any]]
 def random_states(
     n_layers: int, shape: tuple[int, int, int], *, seed: int = 0, change: float = 0.3
 ) -> list[Hidden]:
-    """Return ``h[0..n_layers]``, float32 ``(S, T, C)``: each is the one before, mixed a little, plus noise."""
+    """Return ``h[0..n_layers]``, float32 ``(S, T, C)``: each the one before, mixed a little, plus noise."""
     rng = np.random.default_rng(seed)
     states: list[Hidden] = [rng.standard_normal(shape).astype(np.float32)]
     for _ in range(n_layers):

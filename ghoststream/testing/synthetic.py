@@ -1,4 +1,7 @@
-"""Llama-shaped checkpoints of any size with random weights, written a layer at a time without ever holding the model."""
+"""Llama-shaped checkpoints of any size with random weights.
+
+They are written a layer at a time.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> TokenIds:
-    """Return the ids of ``text`` as int32 ``(n_tokens,)``, with the tokenizer's special tokens if asked for."""
+    """Return the ids of ``text`` as int32 ``(n_tokens,)``, with special tokens if asked for."""
     encoded = tokenizer(
         text,
         add_special_tokens=special,

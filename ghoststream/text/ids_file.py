@@ -35,13 +35,19 @@ def read_ids(path: Path, *, sequences: int | None, length: int) -> npt.NDArray[n
     elif array.shape[1] == length:
         rows = array
     else:
-        msg = f"the sequences in {path} have {array.shape[1]} tokens, {length} were asked for; use --length {array.shape[1]}"
+        msg = (
+            f"the sequences in {path} have {array.shape[1]} tokens, {length} were asked for; use --length "
+            f"{array.shape[1]}"
+        )
         raise TextError(msg)
     if not rows.size:
         msg = f"{path} holds {array.size} tokens, one window needs {length}; give more or a smaller --length"
         raise TextError(msg)
     if sequences is not None and sequences > len(rows):
-        msg = f"{path} gives {len(rows)} sequences of {length} tokens, {sequences} were asked for; ask for fewer"
+        msg = (
+            f"{path} gives {len(rows)} sequences of {length} tokens, {sequences} were asked for; ask for "
+            "fewer"
+        )
         raise TextError(msg)
     wanted = np.asarray(rows[:sequences])
     if wanted.min() < 0 or wanted.max() > _MAX_ID:

@@ -21,7 +21,8 @@ from ghoststream.registry import Registry
 from ghoststream.text.documents import Document
 
 TextSource = Callable[[str, TextPart], Iterator[Document]]
-"""Yields documents, given what a specification says behind the name (empty if nothing) and which part is asked for."""
+"""Yields documents, given what a specification says behind the name (empty if nothing) and which part is
+asked for."""
 
 TEXT_SOURCES: Registry[TextSource] = Registry("text source", group="ghoststream.text_sources")
 

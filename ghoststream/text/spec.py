@@ -87,7 +87,7 @@ class TextSpec:
 
     @property
     def identity(self) -> str:
-        """The specification without folders: paths are no part of a recipe, the text's digest stands for them."""
+        """The specification without folders, for recipes: the text's digest stands for the path."""
         if self.kind in {"file", "ids"} or (self.kind == "hf" and Path(self.source).exists()):
             return self._join(Path(self.source).name)
         if self.kind == "registered" and self.rest and Path(self.rest).exists():

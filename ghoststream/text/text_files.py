@@ -19,7 +19,7 @@ _NUMPY_MAGIC = b"\x93NUMPY"
 
 
 def file_documents(path: Path, *, max_bytes: int | None = None) -> Iterator[Document]:
-    """Yield the documents of a file: JSON lines by suffix (``.jsonl``, ``.ndjson``, ``.json``), else plain text.
+    """Yield a file's documents: JSON lines by suffix (``.jsonl``, ``.ndjson``, ``.json``), else plain text.
 
     A line of JSON holds an object with a ``text`` string or with ``messages``, a chat. Blank lines are
     passed over. Bytes are taken as they are (UTF-8; line ends are not translated), without a byte order mark.
@@ -52,7 +52,7 @@ def messages_or_text(value: Any) -> tuple[str | None, list[Mapping[str, Any]] | 
 
 
 def cut_at_line(data: bytes, max_bytes: int) -> bytes:
-    """Return at most ``max_bytes`` of ``data``: whole lines, else (one longer line) whole UTF-8 characters."""
+    """Return at most ``max_bytes`` of ``data``: whole lines, or whole characters of a longer one."""
     head = data[:max_bytes]
     newline = head.rfind(b"\n")
     if newline >= 0:

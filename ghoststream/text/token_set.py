@@ -56,5 +56,5 @@ class TokenSet:
         return format_digest(sha256)
 
     def recipe(self) -> dict[str, Any]:
-        """Return what decided the tokens, as JSON data: specification, digests of text and tokenizer, options."""
+        """Return what decided the tokens, as JSON: specification, digests, options."""
         return dict(self.account)

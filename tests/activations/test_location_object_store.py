@@ -1,4 +1,5 @@
-"""A store in a bucket: a real S3 server on this machine is spoken to over HTTP, by this process and by workers."""
+"""A store in a bucket: a real S3 server on this machine is spoken to over HTTP, by this process and by
+workers."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 class Server:
-    """An S3 server in a process of its own, with an empty bucket ``bucket``; it forgets everything when it ends."""
+    """An S3 server in a process of its own, with an empty bucket ``bucket``; it forgets everything when it
+    ends."""
 
     def __init__(self, log: Path) -> None:
         self.log, self.port = log, _free_port()

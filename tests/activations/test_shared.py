@@ -1,4 +1,5 @@
-"""Stores that tasks of one process share: opened once, checked when read, the same while they grow, bounded in number."""
+"""Stores that tasks of one process share: opened once, checked when read, the same while they grow, bounded
+in number."""
 
 from __future__ import annotations
 

@@ -186,7 +186,8 @@ def test_a_disk_that_fails_is_not_called_damage(root: Path, monkeypatch: pytest.
 
 
 class _Cut(WrapperStore[MemoryStore]):
-    """A storage class whose connection can be cut; its errors are of no kind that says so, as those of many are."""
+    """A storage class whose connection can be cut; its errors are of no kind that says so, as those of many
+    are."""
 
     is_cut = False
 

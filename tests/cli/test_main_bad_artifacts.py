@@ -14,16 +14,18 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_store_of_another_request(bench: Bench, refused: Callable[..., str]) -> None:
+    fewer = (*bench.capture[:2], "--sequences", 7, "--length", LENGTH)
+    bfloat16, float16 = ("--dtype", "bfloat16"), ("--store-dtype", "float16")
     other_text = ("--calibration", bench.text, "--sequences", 8, "--length", 8)
     cases: tuple[tuple[Path, tuple[object, ...], str], ...] = (
         (bench.other, bench.capture, "recipe.model_digest"),
         (bench.deeper, bench.capture, "recipe.layers is"),
         (bench.wider, bench.capture, "recipe.model_digest"),
         (bench.model, other_text, "recipe.text.length is 16, asked for 8"),
-        (bench.model, (*bench.capture[:2], "--sequences", 7, "--length", LENGTH), "recipe.text.sequences is 8, asked for 7"),
+        (bench.model, fewer, "recipe.text.sequences is 8, asked for 7"),
         (bench.model, (*bench.capture, "--bos", "always"), "recipe.tokens_digest"),
-        (bench.model, (*bench.capture, "--dtype", "bfloat16"), 'recipe.dtype is "float32", asked for "bfloat16"'),
-        (bench.model, (*bench.capture, "--store-dtype", "float16"), 'store_dtype is "float32", asked for "float16"'),
+        (bench.model, (*bench.capture, *bfloat16), 'recipe.dtype is "float32", asked for "bfloat16"'),
+        (bench.model, (*bench.capture, *float16), 'store_dtype is "float32", asked for "float16"'),
         (bench.model, (*bench.capture, "--attention", "eager"), "recipe.attention"),
         (bench.model, (*bench.capture, "--micro-batch", 3), "recipe.micro_batch"),
         (bench.model, (*bench.capture, "--layers", "1:4"), "layers"),

@@ -1,4 +1,5 @@
-"""The commands one after the other on a tiny model, as a person would type them; and the same as a pipeline."""
+"""The commands one after the other on a tiny model, as a person would type them; and the same as a
+pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One declaration of every option: command line, pipeline file and Python agree, and names in help are those there are."""
+"""One declaration of every option: command line, pipeline file and Python agree, and names in help are those
+there are."""
 
 from __future__ import annotations
 

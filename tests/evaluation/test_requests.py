@@ -1,4 +1,5 @@
-"""Requests in batches: every token in its place, little padding, and scores that are those of each request alone."""
+"""Requests in batches: every token in its place, little padding, and scores that are those of each request
+alone."""
 
 from __future__ import annotations
 

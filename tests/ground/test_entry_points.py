@@ -96,7 +96,7 @@ assert [(one.place, one.text) for one in load_documents(spec, part="fit")] == [
 ]
 assert len(list(load_documents(TextSpec.parse("count")))) == 2
 for ask, what in (
-    (lambda: list(load_documents(TextSpec.parse("broken"))), "text source 'broken' of the installed package tiny "),
+    (lambda: [*load_documents(TextSpec.parse("broken"))], "source 'broken' of the installed package tiny "),
     (lambda: get_feature("misnamed"), "package tiny calls itself 'doubled'"),
     (lambda: TextSpec.parse("counts:3"), "or a source of an installed package: broken, count"),
 ):

@@ -71,7 +71,8 @@ def _capture_on_disk(model: Path, work: Path, text: str, sequences: int) -> obje
 
 
 def budget_bytes(skeleton: Skeleton) -> int:
-    """What a capture in which no states are held needs: 2.5 U, three copies of a shard, three batches on their way."""
+    """What a capture in which no states are held needs: 2.5 U, three copies of a shard, three batches on
+    their way."""
     batch = FEW_AT_A_TIME * LENGTH * skeleton.hidden_size * 4
     return skeleton.unit_bytes * 5 // 2 + 3 * SHARD_BYTES + 3 * batch
 
@@ -101,7 +102,8 @@ def _evaluate(model: Path, work: Path, text: str, sequences: int) -> object:
 
 
 def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
-    """Run a stage in a forked process, first on a tiny model, and return the bytes above what was there then."""
+    """Run a stage in a forked process, first on a tiny model, and return the bytes above what was there
+    then."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:

@@ -31,7 +31,8 @@ def reducer_of(
 def moments_of(
     store: str, spans: Iterable[Span], kind: type[BoundaryReducer] = BoundaryReducer, **options: Any
 ) -> dict[Span, FoldedMoments]:
-    """Reduce a store; options are those of ranges, of :class:`Reduction`, of ``reduce`` and of the reducer."""
+    """Reduce a store; options are those of ranges, of :class:`Reduction`, of ``reduce`` and of the
+    reducer."""
     given = {name: options.pop(name) for name in ("folds", "range_sequences") if name in options}
     place = {name: options.pop(name) for name in Reduction.model_fields if name in options}
     run = {name: options.pop(name) for name in ("workdir", "progress", "label") if name in options}
@@ -42,7 +43,8 @@ def moments_of(
 def reduced_by(
     kind: OperatorKind, store: str, spans: Iterable[Span], taps: Any = None, **options: Any
 ) -> dict[Span, FoldedMoments]:
-    """Reduce a store by what an operator kind reads; options are those of ranges, :class:`Reduction` and ``reduce``."""
+    """Reduce a store by what an operator kind reads; options are those of ranges, :class:`Reduction` and
+    ``reduce``."""
     given = {name: options.pop(name) for name in ("folds", "range_sequences") if name in options}
     place = {name: options.pop(name) for name in Reduction.model_fields if name in options}
     return kind.reduce(

@@ -52,7 +52,8 @@ def make_problem(
     noise: float = 0.3,
     seed: int = 0,
 ) -> Problem:
-    """Features of singular values ``j^-decay``, a gap ``Phi A + noise``, ``A`` with the same decay in other directions."""
+    """Features of singular values ``j^-decay``, a gap ``Phi A + noise``, ``A`` with the same decay in other
+    directions."""
     rng = np.random.default_rng(seed)
     n_sequences, length, hidden = shape
     values = np.arange(1.0, hidden + 1) ** -decay

@@ -27,7 +27,8 @@ def save_model(folder: Path, *, adds_bos: bool = False, family: str = "llama") -
 
 
 def write_tasks(folder: Path) -> Path:
-    """Write task files: multiple choice, continuations of which some are greedy, and perplexities of long texts."""
+    """Write task files: multiple choice, continuations of which some are greedy, and perplexities of long
+    texts."""
     rng = np.random.default_rng(0)
 
     def draw(low: int, high: int) -> str:

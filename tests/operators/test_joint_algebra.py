@@ -30,7 +30,8 @@ UNIT = 2.0**-24
 
 @st.composite
 def operators(draw: st.DrawFn) -> BoundaryOperator:
-    """An operator with columns of very different size, as massive activations make them, with or without a constant."""
+    """An operator with columns of very different size, as massive activations make them, with or without a
+    constant."""
     hidden, wide = draw(st.integers(1, 6)), draw(st.integers(1, 9))
     generator = np.random.default_rng(draw(SEEDS))
     sizes = 10.0 ** generator.uniform(-3, draw(st.floats(-2, 2)), size=hidden + wide)
@@ -119,7 +120,8 @@ def test_the_growth_says_what_rounding_costs(seed: int) -> None:
 
 
 def nearly_singular(epsilon: float) -> BoundaryOperator:
-    """An operator with ``I + A`` = ((1, 1), (1, 1 + epsilon)) and ``B`` in the second channel: it grows by 2 / epsilon."""
+    """An operator with ``I + A`` = ((1, 1), (1, 1 + epsilon)) and ``B`` in the second channel: it grows by 2
+    / epsilon."""
     weight = np.zeros((2, 7), dtype=np.float32)
     weight[:, :2] = np.array([[0, 1], [1, epsilon]])
     weight[1, 2:] = 0.1

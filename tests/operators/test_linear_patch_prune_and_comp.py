@@ -1,4 +1,5 @@
-"""LinearPatch in the rotated basis and Prune&Comp against their definitions; Hadamard matrices against theirs."""
+"""LinearPatch in the rotated basis and Prune&Comp against their definitions; Hadamard matrices against
+theirs."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def rows(states: list[Hidden], layer: int, chosen: Array | None = None) -> Array
 
 
 def official(states: list[Hidden], span: Span, chosen: Array | None = None) -> Array:
-    """The paper's code: W = I + solve(X^T X + 1e-6 I, X^T (Y - X)) for each removed layer, applied in turn."""
+    """The paper's code: W = I + solve(X^T X + 1e-6 I, X^T (Y - X)) for each removed layer, applied in
+    turn."""
     turned = np.eye(SHAPE[2])
     for layer in range(span.start, span.stop):
         x, y = rows(states, layer, chosen), rows(states, layer + 1, chosen)

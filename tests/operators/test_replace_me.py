@@ -1,4 +1,5 @@
-"""ReplaceMe against its definition: closed form by lstsq, gradients and steps by hand in numpy, on whole data."""
+"""ReplaceMe against its definition: closed form by lstsq, gradients and steps by hand in numpy, on whole
+data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Ridge by generalised cross-validation, towards zero or identity, and the QR route with intercept and folds."""
+"""Ridge by generalised cross-validation, towards zero or identity, and the QR route with intercept and
+folds."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ def test_gcv_is_its_formula_with_the_hat_matrix(
 
 
 def test_gcv_is_leave_one_out_where_all_leverages_are_equal(tmp_path: Path) -> None:
-    """On an orthogonal design of one row a token leaving one token out has a residual of r_i / (1 - h), h = p / n."""
+    """On an orthogonal design of one row a token leaving one token out has a residual of r_i / (1 - h), h = p
+    / n."""
     rng = np.random.default_rng(3)
     signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=np.float32)
     x = np.tile(signs, (4, 1))[:, None, :]

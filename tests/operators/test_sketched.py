@@ -87,7 +87,8 @@ def test_the_feature_sketch_keeps_its_guarantee(
 def test_the_range_sketch_is_close_to_reduced_rank_regression(
     problems: dict[str, Problem], decay: str, rank: int, oversampling: int
 ) -> None:
-    """What it exceeds the best of that rank by is, in the mean over seeds, at most the error estimate, and that at most
+    """What it exceeds the best of that rank by is, in the mean over seeds, at most the error estimate, and
+    that at most
     what theorem 10.5 says."""
     problem, columns = problems[decay], rank + oversampling
     ridge, energy = problem.ridge(RATIO), (problem.gap**2).sum()
@@ -106,7 +107,8 @@ def test_the_range_sketch_is_close_to_reduced_rank_regression(
 
 
 def theorem(squares: Any, columns: int) -> float:
-    """What a range finder of so many columns misses in the mean, at most, of a matrix of these squared singular values."""
+    """What a range finder of so many columns misses in the mean, at most, of a matrix of these squared
+    singular values."""
     return min((1 + t / (columns - t - 1)) * float(squares[t:].sum()) for t in range(columns - 1))
 
 
@@ -182,7 +184,8 @@ def test_power_iterations_span_powers_of_the_gram(problems: dict[str, Problem]) 
 def test_residuals_out_of_sample_are_of_subspaces_that_have_not_seen_the_fold(
     tmp_path: Path, n_sequences: int
 ) -> None:
-    """With two sequences there are fewer tokens than features in a fold: what has seen it would predict it perfectly."""
+    """With two sequences there are fewer tokens than features in a fold: what has seen it would predict it
+    perfectly."""
     problem = make_problem(tmp_path / "store", shape=(n_sequences, 20, 24))
     columns, seed = 20, 4
     operator = sketched(

@@ -108,7 +108,8 @@ def test_both_routes_agree_where_the_gram_is_sound(
 
 
 def test_the_qr_route_stays_right_where_the_gram_fails(tmp_path: Path) -> None:
-    """With e = 2^-20 and small integers c, s, t the channels are c, c + e s and e (s + e t), exact in float32.
+    """With e = 2^-20 and small integers c, s, t the channels are c, c + e s and e (s + e t), exact in
+    float32.
 
     The gap is t, an exact map of the channels, but its direction has a size of e^2 = 1e-12 of theirs, however
     channels are scaled: 1e-24 in the Gram, which cannot hold it.

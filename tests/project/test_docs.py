@@ -19,7 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-        *(ROOT / name / "README.md" for name in ("examples", "pipelines")),
+        *(ROOT / name / "README.md" for name in ("benchmarks", "examples", "pipelines")),
         *DOCS.rglob("*.md"),
     ]
 )

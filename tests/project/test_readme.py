@@ -1,4 +1,5 @@
-"""The README's shell and Python blocks run as they stand there, and every command along the chain gives JSON."""
+"""The README's shell and Python blocks run as they stand there, and every command along the chain gives
+JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Operators absorbed into the last map of the MLP before: plain checkpoints, lanes, provenance; against resident models."""
+"""Operators absorbed into the last map of the MLP before: plain checkpoints, lanes, provenance; against
+resident models."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def draw(
 
 
 def resident(root: Path, operators: OperatorSet) -> Any:
-    """The original, removed layers cut, with hooks on the last map of each MLP before a boundary that add the operator."""
+    """The original, removed layers cut, with hooks on the last map of each MLP before a boundary that add the
+    operator."""
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
     layers = model.get_submodule(architecture_of(model.config).layers_path)
     skip_layers(model, operators.plan.removed)

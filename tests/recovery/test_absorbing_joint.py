@@ -1,4 +1,5 @@
-"""Operators on ``hidden+mlp``: one part stands at the boundary, the other is absorbed; against hooks on resident models and numpy."""
+"""Operators on ``hidden+mlp``: one part stands at the boundary, the other is absorbed; against hooks on
+resident models and numpy."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def draw(plan: PruningPlan = PLAN, intermediate: int = INTERMEDIATE, *, bias: bo
 
 
 def resident(root: Path, operators: OperatorSet) -> Any:
-    """The original, removed layers cut, where the layer before each boundary gives ``x + x A + a B + c`` in the place of ``x``."""
+    """The original, removed layers cut, where the layer before each boundary gives ``x + x A + a B + c`` in
+    the place of ``x``."""
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
     layers = model.get_submodule(architecture_of(model.config).layers_path)
     skip_layers(model, operators.plan.removed)

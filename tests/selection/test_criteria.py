@@ -215,7 +215,8 @@ def test_magnitudes_need_a_model(uri: str) -> None:
 
 
 def repaired(states: list[Hidden], span: Span, *, held_out: bool) -> tuple[float, float]:
-    """Error of the ridge repair relative to the target and share of the gap explained, from all data at once."""
+    """Error of the ridge repair relative to the target and share of the gap explained, from all data at
+    once."""
     mask = ragged_mask(*WIDE[:2])
     massive = {}
     for end in (span.start, span.stop):

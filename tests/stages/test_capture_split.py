@@ -1,4 +1,5 @@
-"""A capture that is split over workers leaves the files of a single one, however many there are and in any order."""
+"""A capture that is split over workers leaves the files of a single one, however many there are and in any
+order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Distillation of operators: against the same training of a resident model, killed and gone on with, and refused."""
+"""Distillation of operators: against the same training of a resident model, killed and gone on with, and
+refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Evaluation that goes on from a store's hidden states: the figures of the whole pass, without its first layers."""
+"""Evaluation that goes on from a store's hidden states: the figures of the whole pass, without its first
+layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Features of the layer before a boundary: operators on replayed taps, against hooks on the model and numpy."""
+"""Features of the layer before a boundary: operators on replayed taps, against hooks on the model and
+numpy."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def capture(folder: Path, text: str, store: Path, *, micro_batch: int | None = N
 
 
 class Seen:
-    """What hooks on the resident model see: hidden states by number, what enters the last map of each MLP, what it gives."""
+    """What hooks on the resident model see: hidden states by number, what enters the last map of each MLP,
+    what it gives."""
 
     def __init__(self, folder: Path, store: Path) -> None:
         model = load_resident(folder)

@@ -1,4 +1,5 @@
-"""Sequential fit: the first operator is that of a fit from a store, later ones see the stream repaired so far."""
+"""Sequential fit: the first operator is that of a fit from a store, later ones see the stream repaired so
+far."""
 
 from __future__ import annotations
 

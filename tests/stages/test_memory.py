@@ -38,7 +38,8 @@ class Figures:
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Figures:
-    """Figures of a float32 model: 12 layers of 10.75 MiB (this is U), 145 MiB in all; C = 512, 1,024 tokens."""
+    """Figures of a float32 model: 12 layers of 10.75 MiB (this is U), 145 MiB in all; C = 512, 1,024
+    tokens."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(_REPOSITORY),

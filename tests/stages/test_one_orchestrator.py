@@ -1,4 +1,5 @@
-"""One recovery, however it is asked for: the same bytes, every input opened once, and nothing given in vain."""
+"""One recovery, however it is asked for: the same bytes, every input opened once, and nothing given in
+vain."""
 
 from __future__ import annotations
 

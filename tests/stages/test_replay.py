@@ -1,4 +1,5 @@
-"""The replay stage: taps of a captured store are those of the resident model; what does not fit is refused."""
+"""The replay stage: taps of a captured store are those of the resident model; what does not fit is
+refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Real items of two tasks and a real model: the same predictions as the harness's own transformers backend."""
+"""Real items of two tasks and a real model: the same predictions as the harness's own transformers
+backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is said of workers whose libraries are not those of the client; the answers have the form of Dask's."""
+"""What is said of workers whose libraries are not those of the client; the answers have the form of
+Dask's."""
 
 from __future__ import annotations
 

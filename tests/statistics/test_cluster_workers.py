@@ -170,7 +170,8 @@ def rule(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _run(rule: Any, uri: str, out: Path, scheduler: Any) -> list[str]:
-    """Solve with the rule, and return what it wrote: who reduced what, one line for each boundary of a range."""
+    """Solve with the rule, and return what it wrote: who reduced what, one line for each boundary of a
+    range."""
     log = out.with_suffix(".log")
     log.touch()
     rule.log = str(log)

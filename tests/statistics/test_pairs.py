@@ -69,7 +69,8 @@ class InMemory:
 
 
 def by_token(states: list[Hidden], chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Cosine of every pair of layers, token by token, by scipy on the whole data: ``(tokens, L + 1, L + 1)``."""
+    """Cosine of every pair of layers, token by token, by scipy on the whole data: ``(tokens, L + 1, L +
+    1)``."""
     stacked = np.stack(states).astype(np.float64)
     return np.stack(
         [1.0 - cdist(stacked[:, i, j], stacked[:, i, j], "cosine") for i, j in np.argwhere(chosen)]

@@ -1,4 +1,5 @@
-"""Products by torch: on the CPU here, where they must agree with numpy; a device only changes where they run."""
+"""Products by torch: on the CPU here, where they must agree with numpy; a device only changes where they
+run."""
 
 from __future__ import annotations
 

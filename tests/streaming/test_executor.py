@@ -56,7 +56,8 @@ def _stream(skeleton: Skeleton, batches: tuple[Batch, ...], lanes: list[Lane], o
 def test_hidden_states_and_logits_equal_the_resident_models(
     family: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    """Default attention (SDPA where the family has it) and eager; no padding, right, left; three micro-batches."""
+    """Default attention (SDPA where the family has it) and eager; no padding, right, left; three
+    micro-batches."""
     report = check_streamed_equals_resident(tiny_checkpoint(family), attention=(None, "eager"))
     assert report.not_finite == ()
     n_implementations = 1 if family in EAGER_BY_DEFAULT else 2

@@ -1,4 +1,5 @@
-"""States that are fetched ahead and put away behind the computation: same bits, bounded queues, errors that surface."""
+"""States that are fetched ahead and put away behind the computation: same bits, bounded queues, errors that
+surface."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def _run(folder: Path, lanes: list[Lane], options: PassOptions | None = None) ->
 
 
 def _resident_inputs(edit: dict[int, LeastSquares], removed: tuple[int, ...]) -> list[torch.Tensor]:
-    """What enters layers 0..L-1 and the norm of a resident model with removed layers and operators hooked in."""
+    """What enters layers 0..L-1 and the norm of a resident model with removed layers and operators hooked
+    in."""
     model = tiny_model("llama")
     seen: list[list[torch.Tensor]] = [[] for _ in range(N_LAYERS + 1)]
     for position, module in enumerate([*model.model.layers, model.model.norm]):
@@ -167,7 +168,8 @@ def test_a_map_fitted_to_a_lane_without_states_there_is_refused(target: str, tmp
 
 
 def test_a_lane_carries_a_part_of_the_sequences_on(tmp_path: Path) -> None:
-    """Fitted on all sequences, carried on with the last two: their states are those of a lane that carries all."""
+    """Fitted on all sequences, carried on with the last two: their states are those of a lane that carries
+    all."""
     folder = save_tiny("llama", tmp_path / "model")
     plan = PruningPlan(N_LAYERS, (SECOND,))
     whole, part = Watcher(N_LAYERS), Watcher(N_LAYERS)
@@ -230,7 +232,8 @@ class Told(SilentProgress):
 
 
 def test_the_head_tells_of_every_sequence_of_every_lane_that_asks_for_logits(tmp_path: Path) -> None:
-    """Over many lanes it is the longest part of a pass over a small model: as one more layer it would seem to hang."""
+    """Over many lanes it is the longest part of a pass over a small model: as one more layer it would seem to
+    hang."""
     folder, told = save_tiny("llama", tmp_path / "model"), Told()
     whole, part, plan = Logits(), Logits(), PruningPlan(N_LAYERS, (SECOND,))
     lanes = [
@@ -323,7 +326,8 @@ class FittedFromMlp(LeastSquares):
 
 
 def test_what_a_map_keeps_of_its_taps_is_what_it_is_fitted_on_and_applied_to(tmp_path: Path) -> None:
-    """At the stop of the span the kept inputs are there, wider than a state; behind it the lane carries states again."""
+    """At the stop of the span the kept inputs are there, wider than a state; behind it the lane carries
+    states again."""
     fitted, kept, at_stop = FittedFromMlp("dense"), FromMlp(), Watcher(SECOND.stop)
     kept.matrix = torch.zeros(64, 32)
     kept.matrix[range(32), range(32)] = 0.5

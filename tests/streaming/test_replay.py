@@ -151,7 +151,8 @@ def test_a_pass_gives_the_taps_of_each_lane(tiny_llama: Path) -> None:
 
 
 def test_a_recovered_model_is_replayed_too(tiny_llama: Path, tmp_path: Path) -> None:
-    """In front of layer 1 there is an operator: what the layer adds, it adds to the state that the operator gives."""
+    """In front of layer 1 there is an operator: what the layer adds, it adds to the state that the operator
+    gives."""
     plan = PruningPlan.parse(L, "1:3")
     folder = tmp_path / "recovered"
     export(tiny_llama, make_operators(plan), folder)

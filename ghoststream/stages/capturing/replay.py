@@ -158,7 +158,10 @@ def _require_same_model(session: ModelSession, source: ActivationStore) -> None:
     found = source.fingerprint.get("checkpoint", {})
     if found.get("digest") != session.fingerprint["digest"]:
         changed = "; ".join(differences(found, session.fingerprint)[:3])
-        msg = f"{source.uri} was not captured from {session.name} ({changed}); use the model that it was captured from"
+        msg = (
+            f"{source.uri} was not captured from {session.name} ({changed}); use the model that it was "
+            "captured from"
+        )
         raise MismatchError(msg)
 
 

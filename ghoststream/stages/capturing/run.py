@@ -82,7 +82,7 @@ class CaptureRun:
         return tuple(batch for batch in everything if start <= batch.start < stop)
 
     def _buffers(self) -> int:
-        """Bytes that writing takes: a shard in three copies, for the scratch copy too, and what waits for them."""
+        """Bytes that writing takes: a shard in three copies, also of the scratch copy, and what waits."""
         recipe, skeleton = self._recipe, self._session.skeleton
         sequence = recipe.text.length * skeleton.hidden_size
         shard = sequence * recipe.sequences_per_shard * (4 if recipe.store_dtype == "float32" else 2)

@@ -1,4 +1,4 @@
-"""Taps of the layers before boundaries, kept in a store beside that of the hidden states while operators are fitted."""
+"""Taps of the layers before boundaries, kept in a store of their own while operators are fitted."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def require_taps(features: str, spans: Sequence[Span], skeleton: Skeleton, *, in
             )
             raise RequestError(msg)
         if span.start > skeleton.n_layers:
-            msg = f"there is no layer {span.start - 1}: the model has {skeleton.n_layers}; give the model of the store"
+            msg = (
+                f"there is no layer {span.start - 1}: the model has {skeleton.n_layers}; give the model of "
+                "the store"
+            )
             raise RequestError(msg)
         if features in ABSORBED:
             require_absorbable(skeleton, span, features, constant=intercept)
@@ -79,7 +82,9 @@ def require_taps(features: str, spans: Sequence[Span], skeleton: Skeleton, *, in
 def wanted_taps(
     features: str, spans: Sequence[Span], session: ModelSession | None, *, intercept: bool
 ) -> WantedTaps | None:
-    """Return what must be computed again for features of the layer before each boundary; None for other features.
+    """Return what must be computed again for features of the layer before each boundary.
+
+    None for other features.
 
     Args:
         features: Name of the features.
@@ -159,7 +164,7 @@ def tap_width(skeleton: Skeleton, layer: int, tap: str) -> int:
 
 
 def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress: Progress) -> TapSource:
-    """Run layers again on the hidden states of a store, one after the other, and keep taps of each, side by side.
+    """Run layers again on the hidden states of a store, in order, and keep taps of each, side by side.
 
     A killed run goes on: layers that are complete are not run again. Hidden states that were rounded in the
     store are accepted with a warning.

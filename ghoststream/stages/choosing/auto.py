@@ -1,4 +1,4 @@
-"""How to repair, by measurement: the ways that are tried at a boundary, and the one that held-out text prefers."""
+"""How to repair, by measurement: the ways that are tried, and the one that held-out text prefers."""
 
 from __future__ import annotations
 

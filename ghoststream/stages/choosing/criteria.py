@@ -66,7 +66,8 @@ class SearchCriterion:
     meaning: ClassVar[str]
     """What the figures say, in one line."""
     repairs: ClassVar[bool] = True
-    """Whether candidates are repaired; otherwise all sequences are measured on, and no method is asked for."""
+    """Whether candidates are repaired; otherwise all sequences are measured on, and no method is asked
+    for."""
     reads: ClassVar[tuple[str, ...]] = ("lanes",)
     """The fields of :class:`~ghoststream.options.Search` that it reads beyond those of every search."""
 
@@ -79,7 +80,10 @@ class SearchCriterion:
         unread = {"max_spans", "beam", "candidates", "lanes"} - set(self.reads)
         search.refuse(unread, f"the criterion {search.criterion} does not read it")
         if not 1 <= remove <= n_layers - 2:
-            msg = f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept, and at least one must go"
+            msg = (
+                f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept, and at "
+                "least one must go"
+            )
             raise RequestError(msg)
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
@@ -139,11 +143,14 @@ class Measured(SearchCriterion):
         """Check the request; see :meth:`SearchCriterion.check`."""
         super().check(n_layers, remove, search)
         if "max_spans" in search.given() and search.max_spans > remove:
-            msg = f"{remove} layers cannot be removed in {search.max_spans} spans: a span has at least one layer"
+            msg = (
+                f"{remove} layers cannot be removed in {search.max_spans} spans: a span has at least one "
+                "layer"
+            )
             raise RequestError(msg)
 
     def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
-        """Return a pass for each span that is added, and one for each at which ways to repair are compared."""
+        """Return a pass for each span that is added, and one for each where ways to repair are compared."""
         n_spans = min(shape.search.max_spans, shape.remove)
         tried = partitions(shape.remove, n_spans)
         return (*growing(shape, tried), *refining(shape, n_spans=n_spans, plans=REFINED))
@@ -159,7 +166,10 @@ class Measured(SearchCriterion):
 
 @register_search_criterion("prune-and-repair")
 class PruneAndRepair(SearchCriterion):
-    """One layer after the other, each candidate repaired and measured on held-out windows; neighbours make one span."""
+    """One layer after the other, each candidate repaired and measured on held-out windows.
+
+    Neighbours make one span.
+    """
 
     meaning = Measured.meaning
     reads = ("beam", "lanes")
@@ -179,7 +189,10 @@ class PruneAndRepair(SearchCriterion):
 
 @register_search_criterion("sleb")
 class Sleb(SearchCriterion):
-    """One layer after the other, unrepaired: SLEB (arXiv 2402.09025), with the loss on the whole text as its measure."""
+    """One layer after the other, unrepaired: SLEB (arXiv 2402.09025).
+
+    Its measure is the loss on the whole text.
+    """
 
     meaning = "loss of the unrepaired model; the lowest is taken"
     repairs = False
@@ -199,7 +212,10 @@ class Sleb(SearchCriterion):
 
 @register_search_criterion("perplexity")
 class Perplexity(SearchCriterion):
-    """Each layer is left out alone; those whose absence costs least go: Shortened LLaMA's PPL (arXiv 2402.02834). One pass."""
+    """Each layer is left out alone.
+
+    Those whose absence costs least go: Shortened LLaMA's PPL (arXiv 2402.02834). One pass.
+    """
 
     meaning = "loss of the model without one layer; those of the lowest are removed"
     repairs = False
@@ -215,7 +231,9 @@ class Perplexity(SearchCriterion):
 
 @register_search_criterion("taylor")
 class Taylor(SearchCriterion):
-    """The layers of least first-order effect on the loss (Shortened LLaMA); any layer may go. One pass forward and one back.
+    """The layers of least first-order effect on the loss (Shortened LLaMA).
+
+    Any layer may go. One pass forward and one back.
 
     Args:
         keep_first: So many first layers are no candidates.

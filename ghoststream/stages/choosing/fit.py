@@ -1,4 +1,4 @@
-"""The operators of a plan fitted in one pass over a model, each on the model repaired so far: the sequential fit."""
+"""The sequential fit: operators fitted in one pass, each on the model repaired so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators that are fitted while a pass runs: the map of a lane is made when the pass reaches its boundary."""
+"""Operators fitted while a pass runs: a lane's map is made when the pass reaches its boundary."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ class FittedLanes:
         logits: LogitsObserver | None = None,
         until: int | None = None,
     ) -> Lane:
-        """Return the lane of a repair; its maps are :class:`StreamedFit` objects, whose operators can be read after the pass.
+        """Return the lane of a repair.
+
+        Its maps are :class:`StreamedFit` objects, whose operators can be read after the pass.
 
         Raises:
             RequestError: If features of the layer before are asked for where there is none.

@@ -33,7 +33,7 @@ def grow(
     beam: int = 1,
     candidates: int | None = None,
 ) -> Ranked:
-    """Make plans of spans of these sizes, for each of :func:`~ghoststream.stages.choosing.passes.partitions` by itself, but in the same passes.
+    """Make plans of spans of these sizes, each partition by itself, in the same passes.
 
     The first step measures every span of each first size. In each later one a span is added to the best plans
     so far, where spans that cost least alone come first: the loss of a plan is nearly that of its spans

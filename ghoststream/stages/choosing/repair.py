@@ -58,7 +58,7 @@ def labels(methods: Sequence[Method]) -> list[str]:
 
 
 def passing_method(method: Method) -> Method:
-    """Return a method whose operator can be fitted while states come by once, with features and ridge that act.
+    """Return a method, with features and ridge that act, fit for states that come by once.
 
     Raises:
         RequestError: If there is no such operator, it does not take an option, or it needs a store.

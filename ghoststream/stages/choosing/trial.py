@@ -1,4 +1,7 @@
-"""Passes that measure repairs on held-out text; their figures are kept beside the result until that is written."""
+"""Passes that measure repairs on held-out text.
+
+Their figures are kept beside the result until that is written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Distillation: the operators of a plan trained towards the dense model's logits, out of core; off unless asked for."""
+"""Distillation: the operators of a plan trained towards the dense model's logits, out of core.
+
+Off unless asked for.
+"""
 
 from __future__ import annotations
 

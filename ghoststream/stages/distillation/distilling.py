@@ -121,7 +121,9 @@ class TrainedOperator(BoundaryMap):
 
 
 class Distillation:
-    """Trains the operators of one plan; every step is one pass forward and one backward over the layers behind ``start``.
+    """Trains the operators of one plan.
+
+    Every step is one pass forward and one backward over the layers behind ``start``.
 
     Args:
         session: The model.
@@ -240,7 +242,10 @@ class Distillation:
         write_safetensors(self._path, host, metadata)
 
     def _load(self) -> _State:
-        """Return where a run before this got to, its arrays put in place; the beginning if it left nothing whole."""
+        """Return where a run before this got to, its arrays put in place.
+
+        The beginning if it left nothing whole.
+        """
         with suppress(InputNotFoundError, ArtifactError, KeyError):
             found = read_metadata(self._path, advice=_ADVICE)
             with open_safetensors(self._path, advice=_ADVICE) as file:

@@ -1,4 +1,4 @@
-"""What distillation needs of the dense model, computed in one pass and kept on disk: a prefix and its top logits."""
+"""What distillation needs of the dense model, by one pass and on disk: a prefix and top logits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class Teacher:
         return raw.view(self._session.skeleton.dtype)
 
     def top(self, rows: npt.NDArray[np.int64], first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return largest logits and their entries for tokens ``[first, first + count)`` of the sequences ``rows``, flattened."""
+        """Return the largest logits and their entries for some tokens.
+
+        They are those of tokens ``[first, first + count)`` of the sequences ``rows``, flattened.
+        """
         length = self._arrays["logits"].shape[1]
         flat = np.arange(first, first + count)
         place = rows[flat // length], flat % length
@@ -130,7 +133,7 @@ class Teacher:
 
 
 def _allocated(path: Path, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    """Make a mapped file whose blocks are taken now: a full disk would later end the process with a signal."""
+    """Make a mapped file whose blocks are taken now; on a full disk a signal would end the process later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with path.open("r+b") as file:

@@ -175,7 +175,10 @@ def _passing(
 def _stage(
     name: str, read: int, write: int, flops: float, rates: Rates | None, *, double: bool = False
 ) -> StageCost:
-    """Return the work of a stage, and its time where rates are given; ``double`` if it computes in float64."""
+    """Return the work of a stage, and its time where rates are given.
+
+    ``double`` if it computes in float64.
+    """
     if rates is None:
         return StageCost(name, read, write, flops)
     disk, compute = max(rates.disk, 1.0), max(rates.float64 if double else rates.compute, 1.0)

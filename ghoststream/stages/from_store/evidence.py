@@ -43,7 +43,9 @@ Opener = Callable[[], ModelSession]
 
 
 class StoreEvidence:
-    """A store, the model that it was made of, and a place for partial results; see :class:`~ghoststream.selection.Evidence`.
+    """A store, the model that it was made of, and a place for partial results.
+
+    See :class:`~ghoststream.selection.Evidence`.
 
     Args:
         store_uri: Path or URL of the store.
@@ -76,7 +78,9 @@ class StoreEvidence:
         return reduce_whole(self._uri, reducer, self._reduction, progress=self._progress)
 
     def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> Mapping[Span, Residual]:
-        """Return what a least-squares repair leaves at each span; of ``method`` features, weights and a relative ridge count.
+        """Return what a least-squares repair leaves at each span.
+
+        Of ``method`` features, weights and a relative ridge count.
 
         Memory: what :func:`~ghoststream.statistics.reduce` states, within the budget; then, for one span at a
         time, ``56 C^2`` bytes: its moments, one fold, the total without it, and a solution.
@@ -103,7 +107,10 @@ class StoreEvidence:
     @cached_property
     def _session(self) -> ModelSession:
         if self._model is None:
-            msg = "this criterion reads the weights of the model; give the checkpoint that the store was made of (--model)"
+            msg = (
+                "this criterion reads the weights of the model; give the checkpoint that the store was made "
+                "of (--model)"
+            )
             raise RequestError(msg)
         return self._model()
 

@@ -211,7 +211,7 @@ def make_store_kind(method: Method) -> OperatorKind:
 
 
 def _taps(job: _Job, model: Opener | None) -> WantedTaps | None:
-    """Return what must be computed again by the model, whose layers and memory are checked before any work."""
+    """Return what the model must compute again; its layers and memory are checked before any work."""
     kind = job.kind
     if not taps_of(kind.features):
         return None

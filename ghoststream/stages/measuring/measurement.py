@@ -110,7 +110,10 @@ def _usable_capture(store: ActivationStore, session: ModelSession) -> CaptureRec
         if value != getattr(captured, key)
     ]
     if changed:
-        msg = f"{store.uri} was computed with {', '.join(changed)}; leave these options out, or measure on a text"
+        msg = (
+            f"{store.uri} was computed with {', '.join(changed)}; leave these options out, or measure on a "
+            "text"
+        )
         raise MismatchError(msg)
     if captured.store_dtype != captured.dtype:
         msg = (

@@ -43,7 +43,10 @@ class MeasuredModel:
         logits: LogitsObserver,
         scored: Callable[[Batch], torch.Tensor] | None = None,
     ) -> Lane:
-        """Return its lane in a pass over its base; for ``scored`` see :class:`~ghoststream.streaming.Lane`."""
+        """Return its lane in a pass over its base.
+
+        For ``scored`` see :class:`~ghoststream.streaming.Lane`.
+        """
         if self.operators is None:
             return Lane(self.name, PruningPlan(session.skeleton.n_layers), logits=logits, scored=scored)
         return operator_lane(self.name, self.operators, session.skeleton, logits, scored)
@@ -94,7 +97,10 @@ def group_models(
         operators = one.over(group.session) if group is not None else None
         if group is None:
             if one.session is None:
-                msg = f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before or after it"
+                msg = (
+                    f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before "
+                    "or after it"
+                )
                 raise RequestError(msg)
             group = ModelGroup(one.session)
             groups.append(group)
@@ -134,7 +140,10 @@ def require_free_or_same(path: Path, asked: Sequence[tuple[int, dict[str, Any]]]
     except (ArtifactError, KeyError, TypeError):
         found = None
     if found is None or differences(found, [request for _, request in sorted(asked, key=itemgetter(0))]):
-        msg = f"{path} exists and does not hold the figures of this request; choose another name, or move it away"
+        msg = (
+            f"{path} exists and does not hold the figures of this request; choose another name, or move it "
+            "away"
+        )
         raise OutputExistsError(msg)
 
 

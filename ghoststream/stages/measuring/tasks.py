@@ -1,4 +1,4 @@
-"""Tasks: zero-shot accuracy of several models, all requests of all tasks in as few passes over weights as possible."""
+"""Tasks: zero-shot accuracy of several models, in as few passes over weights as possible."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from ghoststream import options
 from ghoststream.cli import main
 from ghoststream.cli.options import FieldOption
-from ghoststream.options import Options, Recovery, Text, flag
+from ghoststream.option_types import Options, flag
+from ghoststream.options import Recovery, Text
 
 PAGE = Path(__file__).with_name("options.md")
 GROUPS: tuple[type[Options], ...] = (

@@ -10,24 +10,12 @@ A new option is one field here and the line that reads it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from ghoststream.errors import RequestError
+from ghoststream.option_types import Bytes, Count, Layers, Number, Options, Ridge, option
 from ghoststream.spans import PruningPlan
 
 AUTO = "auto"
@@ -52,137 +40,6 @@ SPEC_FORMS = (
 def dtype_name(dtype: Any) -> str:
     """Return what options, recipes and files call a torch dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def parse_layers(value: Any) -> Any:
-    """Turn ``"0,10:20,30"`` into numbers, ascending and each once; ``A:B`` is half-open like every span.
-
-    Raises:
-        ValueError: If it names no layer.
-    """
-    if not isinstance(value, str):
-        return value
-    numbers: set[int] = set()
-    try:
-        for part in value.split(","):
-            start, colon, stop = part.partition(":")
-            numbers.update(range(int(start), int(stop) if colon else int(start) + 1))
-    except ValueError:
-        numbers = set()
-    if not numbers or min(numbers) < 0:
-        msg = f"{value!r} names no layer; write for example 0,10:20,30"
-        raise ValueError(msg)
-    return tuple(sorted(numbers))
-
-
-def _parse_ridge(value: Any) -> Any:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0 if value in (None, "auto", "gcv") else -1.0
-    if not 0.0 <= number < float("inf"):
-        msg = f"{value!r} is no ridge; give a number of at least 0, for example 1e-6, auto or gcv"
-        raise ValueError(msg)
-    return value if value in (None, "auto", "gcv") else number
-
-
-_BYTES: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
-
-
-def _parse_bytes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None:
-        msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
-        raise ValueError(msg)
-    # A letter alone stands for a binary unit, as it does for other tools.
-    text = f"{value.rstrip()}iB" if value.rstrip()[-1].lower() in "kmgt" else value
-    return int(_BYTES.validate_python(text))
-
-
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=0)]
-Ridge = Annotated[float | Literal["auto", "gcv"] | None, BeforeValidator(_parse_ridge)]
-Bytes = Annotated[Number, BeforeValidator(_parse_bytes)]
-Layers = Annotated[tuple[Number, ...], BeforeValidator(parse_layers)]
-
-
-def option(default: Any, text: str, *, usual: bool = False, metavar: str | None = None) -> Any:
-    """Declare a field.
-
-    Args:
-        default: Its default.
-        text: What help and documentation say. A short help shows the first line, a full one all of them.
-        usual: Whether a short help shows it.
-        metavar: How the help names a value.
-    """
-    extra: dict[str, Any] = {"usual": usual, **({} if metavar is None else {"metavar": metavar})}
-    return Field(default, description=text, json_schema_extra=extra)
-
-
-class Options(BaseModel):
-    """Base of all groups of options: frozen, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-
-    title: ClassVar[str] = "Options"
-    """Heading of the group in a help."""
-
-    @classmethod
-    def make(cls, values: dict[str, Any], *, where: str = "") -> Self:
-        """Make the options of plain data.
-
-        Args:
-            values: What was given, by field.
-            where: Where it was read, for the message.
-
-        Raises:
-            RequestError: If a field is unknown, missing or out of range.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            msg = f"{where}{': ' if where else ''}{'; '.join(problems(error))}"
-            raise RequestError(msg) from error
-
-    def given(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
-        """Return which of some fields (of all, without names) were given, in the order of declaration."""
-        wanted = None if names is None else set(names)
-        fields = type(self).model_fields
-        return tuple(n for n in fields if n in self.model_fields_set and (wanted is None or n in wanted))
-
-    def refuse(self, names: Iterable[str] | None, because: str) -> None:
-        """Check that none of some fields (of all, with None) was given, since nothing would read it.
-
-        Raises:
-            RequestError: If one was: names it as the command line does.
-        """
-        found = self.given(names)
-        if found:
-            msg = f"{', '.join(map(flag, found))} would not be used: {because}; leave it out"
-            raise RequestError(msg)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON data, for recipes."""
-        return self.model_dump(mode="json")
-
-
-def flag(name: str) -> str:
-    """Write a field's name as the command line does."""
-    return f"--{name.replace('_', '-')}"
-
-
-def problems(error: ValidationError) -> list[str]:
-    """Say what pydantic found, one line a field."""
-    return [f"{'.'.join(map(str, item['loc'])) or 'value'}: {_problem(item)}" for item in error.errors()]
-
-
-def _problem(item: Any) -> str:
-    if item["type"] == "extra_forbidden":
-        return "there is no such option"
-    if item["type"] == "missing":
-        return "is missing"
-    return str(item["msg"]).removeprefix("Value error, ")
 
 
 class Text(Options):

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ghoststream.errors import ArtifactError
 from ghoststream.files import differences as json_differences
 from ghoststream.files import json_digest
-from ghoststream.options import Count, Dtype, Method, Text
+from ghoststream.option_types import Count
+from ghoststream.options import Dtype, Method, Text
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 """A digest as it is stored everywhere: ``sha256:`` and 64 hexadecimal digits."""

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from ghoststream.errors import RequestError
-from ghoststream.options import Options, Text, flag, problems
+from ghoststream.option_types import Options, flag, problems
+from ghoststream.options import Text
 
 _DEBUG_KEY = "ghoststream.debug"
 ALL_KEY = "ghoststream.all"

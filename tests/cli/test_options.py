@@ -18,11 +18,11 @@ from ghoststream.cli import main
 from ghoststream.cli.main import COMMANDS
 from ghoststream.cli.options import FieldOption
 from ghoststream.operators import make_operator, operator_names
+from ghoststream.option_types import Options, flag
 from ghoststream.options import (
     AUTO,
     Compute,
     Method,
-    Options,
     Recovery,
     Reduction,
     Search,
@@ -30,7 +30,6 @@ from ghoststream.options import (
     Storage,
     Text,
     Training,
-    flag,
 )
 from ghoststream.selection import criterion_names, make_criterion
 from ghoststream.stages.choosing.criteria import make_search_criterion, search_criterion_names

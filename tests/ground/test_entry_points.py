@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ghoststream
 from ghoststream.errors import RequestError
 from ghoststream.registry import Registry
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.installed_package import install_package, with_packages
 
 pytestmark = pytest.mark.integration
 
@@ -114,20 +113,14 @@ for ask, what in (
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """A folder like ``site-packages``, with the package and what its installer would have written."""
-    (tmp_path / "tiny.py").write_text(PACKAGE)
-    info = tmp_path / "tiny-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    return tmp_path
+    return install_package(tmp_path, "tiny", PACKAGE, ENTRY_POINTS)
 
 
 def test_an_installed_package_adds_one_of_each(installed: Path) -> None:
     store = store_of(installed / "store", random_states(4, (6, 8, 5)))
-    root = Path(ghoststream.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", USE, store],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, installed)))},
+        env=with_packages(installed),
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ghoststream.options import Compute, Options, Storage, Text
+from ghoststream.option_types import Options
+from ghoststream.options import Compute, Storage, Text
 
 
 def take(options: dict[str, Any], group: type[Options], **more: Any) -> Any:

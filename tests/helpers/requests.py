@@ -12,7 +12,8 @@ import pytest
 
 import ghoststream
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Compute, Method, Options, Reduction, Search, Source, Text
+from ghoststream.option_types import Options
+from ghoststream.options import Compute, Method, Reduction, Search, Source, Text
 from ghoststream.progress import Progress
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan

@@ -16,7 +16,8 @@ import yaml
 
 import ghoststream as gs
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.options import Options, Recovery
+from ghoststream.option_types import Options
+from ghoststream.options import Recovery
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.text.prepare import prepare_tokens
@@ -255,7 +256,7 @@ from ghoststream.operators import BoundaryOperator, OperatorKind
 from ghoststream.selection import Choice, Criterion
 from ghoststream.spans import Span
 from ghoststream.text import Document
-class MeanRatio(OperatorKind):
+class Quartered(OperatorKind):
     def fit(self, moments):
         total = moments.total()
         scale = np.full(total.gap_energy.shape, 0.25, np.float32)
@@ -269,20 +270,21 @@ def poems(rest, part):
     for line in Path(rest).read_text().splitlines():
         yield Document(part, line.encode(), line)
 """
-ENTRY_POINTS = {
-    "ghoststream.operators": {"mean-ratio": "MeanRatio"},
-    "ghoststream.criteria": {"second": "Second"},
-    "ghoststream.text_sources": {"poems": "poems"},
-}
+ENTRY_POINTS = """
+[ghoststream.operators]
+quartered = mine:Quartered
+[ghoststream.criteria]
+second = mine:Second
+[ghoststream.text_sources]
+poems = mine:poems
+"""
 
 
 def test_an_installed_package_adds_operator_criterion_and_text(bench: Bench, tmp_path: Path) -> None:
-    site, text = tmp_path / "site", tmp_path / "poems.txt"
-    site.mkdir()
-    install_package(site, "mine", CODE, ENTRY_POINTS)
+    site, text = install_package(tmp_path / "site", "mine", CODE, ENTRY_POINTS), tmp_path / "poems.txt"
     text.write_text("\n".join(letter * 40 for letter in "abcdefgh"))
     spec = f"poems:{text}"
-    options = ("--criterion", "second", "--operator", "mean-ratio", "--sequences", 6, "--length", LENGTH)
+    options = ("--criterion", "second", "--operator", "quartered", "--sequences", 6, "--length", LENGTH)
     command = ("recover", bench.model, "--remove", 1, "--calibration", spec, *options)
     done = run_with(site, *command, "--out", tmp_path / "command")
     assert done.returncode == 0, done.stderr
@@ -291,7 +293,7 @@ def test_an_installed_package_adds_operator_criterion_and_text(bench: Bench, tmp
         "remove": 1,
         "calibration": {"spec": spec, "sequences": 6, "length": LENGTH},
         "search": {"criterion": "second"},
-        "method": {"operator": "mean-ratio"},
+        "method": {"operator": "quartered"},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(request), encoding="utf-8")
     done = run_with(site, "run", tmp_path / "job.yaml", "--out", tmp_path / "file")
@@ -299,7 +301,7 @@ def test_an_installed_package_adds_operator_criterion_and_text(bench: Bench, tmp
     assert _files(tmp_path / "file") == _files(tmp_path / "command")
     made = json.loads((tmp_path / "file" / "ghoststream.json").read_text())
     assert made["plan"]["spans"] == [[1, 2]]
-    assert made["operators"]["kind"] == "mean-ratio"
+    assert made["operators"]["kind"] == "quartered"
     assert made["operators"]["boundaries"][0]["diagnostics"]["is_mine"] is True
 
 
@@ -308,7 +310,5 @@ def test_without_the_package_its_names_are_unknown(
 ) -> None:
     recover = ("recover", bench.model, "--remove", 1, "--out", tmp_path / "out", "--calibration")
     refused(*recover, bench.text, "--criterion", "second", code=BAD_REQUEST, says="no criterion 'second'")
-    refused(
-        *recover, bench.text, "--operator", "mean-ratio", code=BAD_REQUEST, says="no operator 'mean-ratio'"
-    )
+    refused(*recover, bench.text, "--operator", "quartered", code=BAD_REQUEST, says="no operator 'quartered'")
     refused(*recover, "poems:x", code=BAD_REQUEST, says="text specification 'poems:x'")

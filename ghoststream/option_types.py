@@ -106,10 +106,17 @@ class Options(BaseModel):
             raise RequestError(msg) from error
 
     def given(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
-        """Return which of some fields (of all, without names) were given, in the order of declaration."""
-        wanted = None if names is None else set(names)
+        """Return which of some fields (of all, without names) were given, in the order of declaration.
+
+        None in the place of a default that is None is not given.
+        """
         fields = type(self).model_fields
-        return tuple(n for n in fields if n in self.model_fields_set and (wanted is None or n in wanted))
+        wanted = self.model_fields_set & set(fields if names is None else names)
+        return tuple(
+            name
+            for name, field in fields.items()
+            if name in wanted and not (field.default is None and getattr(self, name) is None)
+        )
 
     def refuse(self, names: Iterable[str] | None, because: str) -> None:
         """Check that none of some fields (of all, with None) was given, since nothing would read it.

@@ -35,6 +35,8 @@ class Magnitude(Criterion):
         keep_last: So many last layers are no candidates.
     """
 
+    reads_weights = True
+
     def __init__(self, *, power: int = 1, keep_first: int = 0, keep_last: int = 0) -> None:
         self.power, self.keep_first, self.keep_last = power, keep_first, keep_last
         norm = "absolute" if power == 1 else "squared"

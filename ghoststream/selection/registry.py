@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ghoststream.costs import Cost, Need, SelectionShape
 from ghoststream.errors import RequestError
@@ -64,9 +64,12 @@ class Criterion:
 
     Attributes:
         meaning: What the score says, in one line.
+        reads_weights: Whether it asks for the weights of layers. A model that is given to any other one is
+            refused.
     """
 
     meaning: str
+    reads_weights: ClassVar[bool] = False
 
     def check(self, n_layers: int, remove: int) -> None:
         """Check the request before anything is read; by default, any layers may go but all.

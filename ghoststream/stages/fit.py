@@ -77,7 +77,9 @@ def fit(
             ("held_out",), "from a store nothing is measured; --folds are for residuals out of sample"
         )
         if not taps_of(make_store_kind(method).features):
-            compute.refuse(None, "no layer is run again for these features")
+            unread = "no layer is run again for these features"
+            source.refuse(("model",), unread)
+            compute.refuse(None, unread)
         return fit_from_store(
             str(source.store),
             plan,

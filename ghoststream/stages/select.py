@@ -8,7 +8,7 @@ from ghoststream.activations import ActivationStore
 from ghoststream.errors import RequestError
 from ghoststream.options import Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.selection import Selection, criterion_names
+from ghoststream.selection import Selection, criterion_names, make_criterion
 from ghoststream.stages.capturing.replay import session_of
 from ghoststream.stages.choosing.criteria import MEASURED, search_criterion_names
 from ghoststream.stages.choosing.search import check_search, search_session
@@ -68,6 +68,8 @@ def select(
         search.refuse(set(Search.model_fields) - {"criterion"}, f"the criterion {name} runs nothing")
         method.refuse(None, f"the criterion {name} does not fit operators")
         reduction.refuse(("reduce_device",), "criteria sum on the host")
+        if not make_criterion(name).reads_weights:
+            source.refuse(("model",), f"the criterion {name} reads no weights")
         return select_from_store(
             str(source.store),
             remove,

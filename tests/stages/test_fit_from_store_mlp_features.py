@@ -24,7 +24,7 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import tap_store
 from ghoststream.stages.capturing.replay import replay_layer
 from ghoststream.stages.lanes import operator_lane
-from ghoststream.statistics import Feature, ModelFacts, register_feature
+from ghoststream.statistics import Feature, ModelFacts, register_feature, taps_of
 from ghoststream.streaming import Skeleton
 from ghoststream.testing.conformance import load_resident
 from ghoststream.testing.models import save_tiny
@@ -114,7 +114,8 @@ def seen(folder: Path, store: Path) -> Seen:
 
 def fit(store: Path, folder: Path, out: Path, features: str, plan: Any = PLAN, **options: Any) -> OperatorSet:
     options = {"operator": "least-squares", "features": features, "ridge": 1e-3, "folds": 3, **options}
-    return requests.fit(plan, store=store, model=folder, out=out, **options)
+    model = folder if taps_of(features) else None
+    return requests.fit(plan, store=store, model=model, out=out, **options)
 
 
 @pytest.mark.parametrize("features", ["mlp", "mlp_output", "hidden+mlp"])

@@ -201,6 +201,7 @@ UNUSED: tuple[tuple[object, ...], ...] = (
     ),
     (*SELECT, *STORED, *GHOST),
     (*SELECT, *STORED, "--dtype", "float32"),
+    (*SELECT, *STORED, "--model", "{model}"),
     (*SELECT, *STORED, "--length", 8),
     *((*SELECT, *RUNNING, option, 3) for option in ("--workers", "--rank")),
     *(
@@ -211,7 +212,7 @@ UNUSED: tuple[tuple[object, ...], ...] = (
     (*FIT, *STORED, "--inputs", "dense"),
     (*FIT, *STORED, "--held-out", 2),
     (*FIT, *STORED, "--device", "cpu"),
-    (*FIT, *STORED, "--model", "{model}", "--dtype", "float32"),
+    (*FIT, *STORED, "--model", "{model}"),
     (*FIT, *STORED, "--sequences", 8),
     (*FIT, *RUNNING, "--scheduler", "tcp://nowhere:1"),
     (*FIT, *RUNNING, *GHOST, "--workers", 2),

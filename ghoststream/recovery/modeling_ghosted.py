@@ -209,6 +209,11 @@ def _model_class(name: str, base: Any) -> Any:
     config = globals().get(config_name) or __getattr__(config_name)
     auto_class = next((auto for suffix, auto in _AUTO_CLASSES.items() if name.endswith(suffix)), None)
     members = {"config_class": config, "_auto_class": auto_class, "__module__": __name__}
+    # transformers answers these from the source of a class's module, which here is not that of the layers.
+    # Experts would be computed in another way than in the base until a model of the base was made.
+    for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
+        if hasattr(base, question):
+            members[question] = staticmethod(getattr(base, question))
     _share_conversions(base.__name__, name)
     _share_conversions(base.config_class.model_type, config.model_type)
     # Named again among the bases because transformers looks for it there, and nowhere else, in custom code.

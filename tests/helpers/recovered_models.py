@@ -52,6 +52,7 @@ def load(folder, auto=AutoModelForCausalLM):
 def examine(folder, ids):
     model, info = load(folder)
     facts = {"info": info, "class": type(model).__name__, "n_layers": model.config.num_hidden_layers}
+    facts["experts"] = getattr(model.config, "_experts_implementation", None)
     out = model(ids, output_hidden_states=True, labels=ids)
     facts["loss"] = out.loss.item()
     operators = [op for op in model.config.ghost_operators if op["layer"] < model.config.num_hidden_layers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ def test_saving_and_training_a_loaded_model(
     assert facts["again_auto_map"] == read_json(exported[model_type] / "config.json")["auto_map"]
     assert facts["fresh_is_identity"]
     assert facts["trains"]
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+def test_experts_are_computed_as_in_the_base(
+    model_type: str,
+    tiny_checkpoint: Callable[[str], Path],
+    exported: dict[str, Path],
+    examined: dict[str, Any],
+) -> None:
+    """Whatever else was loaded in the process; two ways round differently."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(model_type), dtype=torch.float32)
+    wanted = getattr(base.config, "_experts_implementation", None)
+    assert examined[str(exported[model_type])]["experts"] == wanted
 
 
 def test_plain_transformers_refuses(examined: dict[str, Any]) -> None:

@@ -45,7 +45,13 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = save_tiny("llama", tmp_path / "model")
     tiny_tokenizer(adds_bos=True).save_pretrained(model)
     monkeypatch.setattr(demo_stage, "demo_model", lambda _: model)
-    for name, value in {"REMOVE": 2, "LENGTH": 32, "REPORTED_SEQUENCES": 4, "PROMPT": "A dictionary"}.items():
+    for name, value in {
+        "REMOVE": 2,
+        "LENGTH": 32,
+        "HELD_OUT": 3,
+        "REPORTED_SEQUENCES": 4,
+        "PROMPT": "A dictionary",
+    }.items():
         monkeypatch.setattr(demo_stage, name, value)
     return model
 

@@ -183,7 +183,7 @@ def test_the_file_says_what_it_is_and_measures_what_it_says(
     assert out.read_bytes() == bytes_then
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     recipe = trained.metadata["recipe"]
-    assert recipe["distill"]["learning_rate"] == RATE
+    assert recipe["training"]["learning_rate"] == RATE
     assert recipe["operators"] == {"by": "hand"}
     np.save(tmp_path / "held.npy", ids[-HELD:])
     report = evaluate([tiny_llama, out], text=Text(spec=f"ids:{tmp_path / 'held.npy'}", length=T))
@@ -283,8 +283,8 @@ def test_bfloat16_trains_parameters_in_float32(text: str, tiny_llama: Path, tmp_
         ({"dtype": "float16"}, "vanish in float16"),
         ({"held_out": S}, "cannot be parted into 8 held-out ones"),
         ({"batch": S}, "at least one batch of 8"),
-        ({"steps": 0}, "each must be above 0"),
-        ({"learning_rate": 1e39}, "the rate at most 100"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"learning_rate": 1e39}, "learning_rate: Input should be less than or equal to 100"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(
@@ -313,7 +313,14 @@ def test_operators_that_cannot_be_trained_are_refused(
 def test_the_command_prints_what_was_gained(text: str, tiny_llama: Path, tmp_path: Path) -> None:
     given, out = tmp_path / "given.safetensors", tmp_path / "trained.safetensors"
     make_operators(tiny_llama).save(given)
-    numbers = {"--sequences": S, "--length": T, "--held-out": HELD, "--steps": 3, "--batch": 3, "--lr": RATE}
+    numbers = {
+        "--sequences": S,
+        "--length": T,
+        "--held-out": HELD,
+        "--steps": 3,
+        "--batch": 3,
+        "--learning-rate": RATE,
+    }
     arguments = [str(part) for pair in numbers.items() for part in pair]
     result = CliRunner().invoke(
         main, ["distill", str(tiny_llama), str(given), "--calibration", text, "--out", str(out), *arguments]

@@ -22,9 +22,9 @@ from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.recover import RecoveryReport, run
 
 REMOVE = 6
-SEQUENCES, LENGTH = 32, 512
-MAX_SPANS, HELD_OUT = 1, 8
-REPORTED_SEQUENCES = 24
+SEQUENCES, LENGTH = 24, 256
+MAX_SPANS, HELD_OUT = 1, 6
+REPORTED_SEQUENCES = 12
 TEXT = "python-docs"
 DTYPE: Dtype = "float32"
 """Compute type: processors without instructions for bfloat16 take three times as long in it."""

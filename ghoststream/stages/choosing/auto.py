@@ -26,7 +26,7 @@ def named_method(method: Method) -> Method | None:
     """
     if method.operator in (None, AUTO):
         others = set(Method.model_fields) - {"operator"}
-        method.refuse(others, f"the operator {AUTO} chooses it at each boundary; name an operator")
+        method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
         return None
     return passing_method(method)
 

@@ -141,7 +141,9 @@ def flag(name: str) -> str:
 
 def problems(error: ValidationError) -> list[str]:
     """Say what pydantic found, one line a field."""
-    return [f"{'.'.join(map(str, item['loc'])) or 'value'}: {_problem(item)}" for item in error.errors()]
+    return [
+        ": ".join(filter(None, (".".join(map(str, item["loc"])), _problem(item)))) for item in error.errors()
+    ]
 
 
 def _problem(item: Any) -> str:

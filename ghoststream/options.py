@@ -110,10 +110,10 @@ class Source(Options):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.store is None) == (self.calibration is None):
-            msg = "give either a store, or a text to calibrate on"
+            msg = "give either --store, or --model and --calibration"
             raise ValueError(msg)
         if self.calibration is not None and self.model is None:
-            msg = "a text to calibrate on needs the model that is run over it"
+            msg = "--calibration needs the --model that is run over it"
             raise ValueError(msg)
         return self
 

@@ -98,8 +98,8 @@ def _download(model_id: str, revision: str | None) -> ResolvedModel:
         root = snapshot_download(model_id, revision=commit, allow_patterns=list(_WANTED))
     except GhoststreamError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the HTTP library of this version of the hub raises
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         msg = (
             f"no local folder {model_id!r}, and the hub model of that name cannot be had ({reason}); "
             f"check the name and the connection, or give a local folder"

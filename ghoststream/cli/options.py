@@ -61,7 +61,7 @@ class FieldType(click.ParamType[Any]):
         try:
             return TypeAdapter(self._annotation).validate_python(value)
         except ValidationError as error:
-            found = problems(error)[0].partition(": ")[2]
+            found = problems(error)[0]
             self.fail(found if repr(value) in found else f"{value!r}: {found}", param, ctx)
 
 

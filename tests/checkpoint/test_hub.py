@@ -79,13 +79,20 @@ def test_the_disk_is_checked_before_the_download(tmp_path: Path, monkeypatch: py
     assert len(hub.asked) == 1, "nothing was downloaded"
 
 
-def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class _NoConnection(Exception):
+    """What an HTTP library raises: of no kind that the standard library knows."""
+
+
+@pytest.mark.parametrize("kind", [OSError, _NoConnection])
+def test_an_unreachable_hub_says_what_to_do(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub = Hub(tmp_path)
     _connect(monkeypatch, hub)
 
     def fail(*_args: Any, **_kwargs: Any) -> str:
         msg = "no route to host\nand more lines"
-        raise OSError(msg)
+        raise kind(msg)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(

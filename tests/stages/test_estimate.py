@@ -239,7 +239,7 @@ def test_taps_and_absorbed_operators_are_counted(tiny_llama: Path, tmp_path: Pat
         price(save_tiny("olmo2", tmp_path / "olmo2"), remove=2, operator="replace-me-ls")
 
 
-@register_operator("estimate-own")
+@register_operator("priced-for-a-test")
 class _Own(OperatorKind):
     needs_gram = True
 
@@ -248,7 +248,7 @@ class _Own(OperatorKind):
         return Cost(needed, flops=7.0 * shape.n_tokens, write_bytes=12 * shape.hidden)
 
 
-@register_criterion("estimate-own")
+@register_criterion("priced-for-a-test")
 class _OwnCriterion(Criterion):
     meaning = "nothing"
 
@@ -259,7 +259,12 @@ class _OwnCriterion(Criterion):
 
 def test_what_a_user_registered_is_priced_by_its_own_cost(tiny_llama: Path) -> None:
     plan = price(
-        tiny_llama, remove=2, sequences=4, length=8, operator="estimate-own", criterion="estimate-own"
+        tiny_llama,
+        remove=2,
+        sequences=4,
+        length=8,
+        operator="priced-for-a-test",
+        criterion="priced-for-a-test",
     )
     stages = {stage.name: stage for stage in plan.stages}
     assert stages["select"].read_bytes == 2 * plan.needs["disk, store"].n_bytes
@@ -271,21 +276,21 @@ def test_what_a_user_registered_is_priced_by_its_own_cost(tiny_llama: Path) -> N
     assert plan.needs["memory, solve"].formula.startswith("max(1 GB p to fit")
     model = plan.model
     assert plan.needs["disk, export"].n_bytes == model.checkpoint_bytes - 2 * model.layer_bytes + 12 * 32
-    in_passes = price(tiny_llama, remove=2, operator="estimate-own", criterion="perplexity")
+    in_passes = price(tiny_llama, remove=2, operator="priced-for-a-test", criterion="perplexity")
     assert in_passes.needs["memory, fit"].n_bytes == 32 * 10**9
 
 
 def test_what_says_no_cost_is_priced_by_what_it_reads(tiny_llama: Path) -> None:
-    @register_operator("estimate-silent")
+    @register_operator("silent-for-a-test")
     class Silent(OperatorKind):
         needs_gram = True
 
-    @register_criterion("estimate-silent")
+    @register_criterion("silent-for-a-test")
     class SilentCriterion(Criterion):
         meaning = "nothing"
 
     given = {"remove": 2, "sequences": 4, "length": 8}
-    plan = price(tiny_llama, operator="estimate-silent", criterion="estimate-silent", **given)
+    plan = price(tiny_llama, operator="silent-for-a-test", criterion="silent-for-a-test", **given)
     linear = price(tiny_llama, operator="least-squares", criterion="shortgpt", **given)
     assert plan.stages == linear.stages
     assert plan.needs["memory, solve"].n_bytes == linear.needs["memory, solve"].n_bytes

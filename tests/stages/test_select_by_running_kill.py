@@ -92,13 +92,13 @@ def expected(
 @pytest.mark.parametrize(
     ("step", "number", "when"),
     [
-        ("select", 1, "before"),
+        pytest.param("select", 1, "before", marks=pytest.mark.soak),
         ("select", 1, "after"),
         ("select", 3, "before"),
-        ("select", 3, "after"),
-        ("fit", 1, "after"),
-        ("fit", 2, "before"),
-        ("fit", 3, "before"),
+        pytest.param("select", 3, "after", marks=pytest.mark.soak),
+        pytest.param("fit", 1, "after", marks=pytest.mark.soak),
+        pytest.param("fit", 2, "before", marks=pytest.mark.soak),
+        pytest.param("fit", 3, "before", marks=pytest.mark.soak),
         ("fit", 3, "release"),
     ],
 )

@@ -25,9 +25,10 @@ from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.passes import partitions
 from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.from_store.fit import make_store_kind
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import DEFAULT_FOLDS, Ranges
+from ghoststream.statistics import DEFAULT_FOLDS, Ranges, taps_of
 from ghoststream.testing.models import save_tiny
 from tests.helpers.requests import fit, select
 
@@ -87,10 +88,12 @@ def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **opti
     compute = Compute(micro_batch=MICRO_BATCH)
     windows = Text(spec=f"ids:{ids / 'fit.npy'}", sequences=S - HELD, length=T)
     capture(model, calibration=windows, store=tmp_path / "store", compute=compute)
+    method = {name: value for name, value in options.items() if name in Method.model_fields}
+    runs_again = bool(taps_of(make_store_kind(Method.make(method)).features))
     files = []
     for number, plan in enumerate(plans):
         files.append(tmp_path / f"{number}.safetensors")
-        fit(plan, store=tmp_path / "store", out=files[-1], model=model, **options)
+        fit(plan, store=tmp_path / "store", out=files[-1], model=model if runs_again else None, **options)
     held = Text(spec=f"ids:{ids / 'held.npy'}", length=T)
     report = evaluate([model, *files], text=held, compute=compute)
     return [row.loss for row in report.rows]

@@ -66,6 +66,7 @@ def test_streamed_logits_are_the_resident_models_bit_for_bit(smollm2: Path) -> N
             assert torch.equal(logits.seen[batch.index], expected)
 
 
+@pytest.mark.soak
 def test_recovery_repairs_most_of_the_damage(smollm2: Path, tmp_path: Path) -> None:
     """Six layers where the paper's operator is known to help (pruned 85, repaired 51, dense 36 on
     WikiText-2)."""

@@ -171,7 +171,7 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
         "--tasks",
         f"{CHOICES}, {WORDS}",
     ]
-    result = run(*arguments, "--json", figures)
+    result = run(*arguments, "--out", figures)
     assert result.exit_code == 0, result.stderr
     assert "acc_norm" in result.stdout
     assert "over 26 items: " in result.stdout
@@ -181,7 +181,7 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
     for row in rows:
         assert len(row["tasks"][CHOICES]["items"]["acc_norm"]) == 15
         assert row["versions"]["lm_eval"] == row["recipe"]["harness"]
-    again = run(*arguments, "--json", figures)
+    again = run(*arguments, "--out", figures)
     assert again.exit_code == 0
     assert json.loads(figures.read_text()) == rows
     with pytest.raises(OutputExistsError, match="does not hold the figures of this request"):

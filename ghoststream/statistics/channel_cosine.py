@@ -6,22 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ghoststream.errors import NumericsError
-from ghoststream.statistics.reducers import Reducer
-from ghoststream.statistics.similarity import Pair, Rows
+from ghoststream.statistics.similarity import Block, PairReducer
 from ghoststream.statistics.source import HiddenStateSource, require_finite
 from ghoststream.statistics.sums import SumState
-
-Array = npt.NDArray[np.float64]
 
 _LEAST_NORM = 1e-8
 """A norm below it counts as this much, as in ``torch.nn.functional.cosine_similarity``."""
 
 
 @dataclass(frozen=True)
-class ChannelCosineReducer(Reducer):
+class ChannelCosineReducer(PairReducer):
     """Sums, over sequences, of the mean over channels ``c`` of ``cos(h[a][:, c], h[b][:, c])``, a pair each.
 
     A cosine is of two vectors over the tokens of one sequence. The mean is ``cosine_similarity(x, y).mean()``
@@ -33,12 +28,7 @@ class ChannelCosineReducer(Reducer):
         pairs: The pairs.
     """
 
-    pairs: tuple[Pair, ...]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Hidden states that are read."""
-        return tuple(sorted({layer for pair in self.pairs for layer in pair}))
+    counted = "sequences"
 
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""
@@ -46,7 +36,7 @@ class ChannelCosineReducer(Reducer):
 
     def task_bytes(self, hidden: int, length: int) -> int:
         """Peak bytes of one task: the live blocks with their norms, and one block more while it is read."""
-        live = max((self._live(layer) for layer in self.layers), default=0)
+        live = self.live_layers()
         return (live + 2) * length * hidden * 4 + live * hidden * 8
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
@@ -58,48 +48,27 @@ class ChannelCosineReducer(Reducer):
         Raises:
             NumericsError: If a hidden state is NaN or infinite.
         """
-        total = SumState({"sum": np.zeros(len(self.pairs)), "sequences": np.zeros(1)})
+        total = self.empty()
         for sequence in range(start, stop):
             self._add_sequence(total, source, sequence)
         return total
-
-    def means(self, state: SumState) -> dict[Pair, float]:
-        """Return the mean over sequences and channels for every pair.
-
-        Raises:
-            NumericsError: If no token counts.
-        """
-        sequences = float(state.arrays["sequences"][0])
-        if sequences == 0:
-            msg = "no token of the store counts: its mask is empty; capture again with text in every sequence"
-            raise NumericsError(msg)
-        sums = state.arrays["sum"]
-        return {pair: float(value / sequences) for pair, value in zip(self.pairs, sums, strict=True)}
-
-    def _live(self, layer: int) -> int:
-        """Count the hidden states that are held when ``layer`` has been read."""
-        waiting = {end for pair in self.pairs if min(pair) <= layer <= max(pair) for end in pair}
-        return sum(end <= layer for end in waiting)
 
     def _add_sequence(self, total: SumState, source: HiddenStateSource, sequence: int) -> None:
         mask = source.mask(sequence, sequence + 1)[0]
         if not mask.any():
             return
         total.arrays["sequences"] += 1
-        live: dict[int, tuple[Rows, Array]] = {}
-        for layer in self.layers:
+
+        def read(layer: int) -> Block:
             rows = source.read_numpy(layer, sequence, sequence + 1, dtype=np.float32)[0]
             rows = rows if mask.all() else rows[mask]
             energy = np.einsum("tc,tc->c", rows, rows, dtype=np.float64)
             require_finite(rows, layer, sequence, sequence + 1, energy)
-            live[layer] = (rows, np.maximum(np.sqrt(energy), _LEAST_NORM))
-            for number, (a, b) in enumerate(self.pairs):
-                if max(a, b) == layer:
-                    total.arrays["sum"][number] += _mean_cosine(live[a], live[b])
-            waiting = {end for pair in self.pairs if max(pair) > layer for end in pair}
-            live = {other: value for other, value in live.items() if other in waiting}
+            return rows, np.maximum(np.sqrt(energy), _LEAST_NORM)
+
+        self.compare(total, read, _mean_cosine)
 
 
-def _mean_cosine(left: tuple[Rows, Array], right: tuple[Rows, Array]) -> float:
+def _mean_cosine(left: Block, right: Block) -> float:
     dots = np.einsum("tc,tc->c", left[0], right[0], dtype=np.float64)
     return float((dots / (left[1] * right[1])).mean())

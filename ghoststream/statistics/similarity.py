@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,68 @@ Pair = tuple[int, int]
 Rows = npt.NDArray[np.float32]
 
 
+Block = tuple[Rows, npt.NDArray[np.float64]]
+"""Rows of one hidden state, and the norms by which their products are divided."""
+
+
 @dataclass(frozen=True)
-class CosineReducer(Reducer):
+class PairReducer(Reducer):
+    """Sums a comparison of ``h[a]`` and ``h[b]`` for pairs ``(a, b)``; each hidden state is read once.
+
+    Args:
+        pairs: The pairs.
+
+    Attributes:
+        counted: Name of the state's array that counts what is summed over.
+    """
+
+    pairs: tuple[Pair, ...]
+
+    counted: ClassVar[str]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Hidden states that are read."""
+        return tuple(sorted({layer for pair in self.pairs for layer in pair}))
+
+    def means(self, state: SumState) -> dict[Pair, float]:
+        """Return the mean for every pair.
+
+        Raises:
+            NumericsError: If no token counts.
+        """
+        counted = float(state.arrays[self.counted][0])
+        if counted == 0:
+            msg = "no token of the store counts: its mask is empty; capture again with text in every sequence"
+            raise NumericsError(msg)
+        sums = state.arrays["sum"]
+        return {pair: float(value / counted) for pair, value in zip(self.pairs, sums, strict=True)}
+
+    def empty(self) -> SumState:
+        """Return the state of no sequences."""
+        return SumState({"sum": np.zeros(len(self.pairs)), self.counted: np.zeros(1)})
+
+    def live_layers(self) -> int:
+        """Return how many hidden states wait for their partner at most."""
+        partner = {a: max(max(pair) for pair in self.pairs if a in pair) for a in self.layers}
+        return max((sum(a <= b <= partner[a] for a in self.layers) for b in self.layers), default=0)
+
+    def compare(
+        self, total: SumState, read: Callable[[int], Block], compared: Callable[[Block, Block], float]
+    ) -> None:
+        """Add the comparison of every pair; a hidden state is let go behind its last partner."""
+        live: dict[int, Block] = {}
+        for layer in self.layers:
+            live[layer] = read(layer)
+            for number, (a, b) in enumerate(self.pairs):
+                if max(a, b) == layer:
+                    total.arrays["sum"][number] += compared(live[a], live[b])
+            waiting = {end for pair in self.pairs if max(pair) > layer for end in pair}
+            live = {other: value for other, value in live.items() if other in waiting}
+
+
+@dataclass(frozen=True)
+class CosineReducer(PairReducer):
     """Sums, over tokens, of the cosine between ``h[a]`` and ``h[b]`` for pairs ``(a, b)``.
 
     A token whose hidden state is zero at either end counts as cosine 0, as in torch's ``cosine_similarity``.
@@ -37,15 +97,11 @@ class CosineReducer(Reducer):
         last_only: Whether only the last unmasked token of each sequence counts.
     """
 
-    pairs: tuple[Pair, ...]
     block_tokens: int = 1024
     angles: bool = False
     last_only: bool = False
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Hidden states that are read."""
-        return tuple(sorted({layer for pair in self.pairs for layer in pair}))
+    counted = "tokens"
 
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""
@@ -59,7 +115,7 @@ class CosineReducer(Reducer):
     def task_bytes(self, hidden: int, length: int) -> int:
         """Peak bytes of one task: the live blocks, and one more while it is read."""
         rows = max(1, self.block_tokens // length) * length
-        return (self._live_layers() + 2) * rows * hidden * 4
+        return (self.live_layers() + 2) * rows * hidden * 4
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``: each layer is read once.
@@ -70,49 +126,30 @@ class CosineReducer(Reducer):
         Raises:
             NumericsError: If a hidden state is NaN or infinite.
         """
-        total = SumState({"sum": np.zeros(len(self.pairs)), "tokens": np.zeros(1)})
+        total = self.empty()
         step = max(1, self.block_tokens // source.length)
         for first in range(start, stop, step):
             self._add_block(total, source, first, min(first + step, stop))
         return total
 
-    def means(self, state: SumState) -> dict[Pair, float]:
-        """Return the mean cosine (or angular distance) of every pair.
-
-        Raises:
-            NumericsError: If no token counts.
-        """
-        tokens = float(state.arrays["tokens"][0])
-        if tokens == 0:
-            msg = "no token of the store counts: its mask is empty; capture again with text in every sequence"
-            raise NumericsError(msg)
-        sums = state.arrays["sum"]
-        return {pair: float(value / tokens) for pair, value in zip(self.pairs, sums, strict=True)}
-
-    def _live_layers(self) -> int:
-        partner = {a: max(max(pair) for pair in self.pairs if a in pair) for a in self.layers}
-        return max(sum(a <= b <= partner[a] for a in self.layers) for b in self.layers)
-
     def _add_block(self, total: SumState, source: HiddenStateSource, first: int, last: int) -> None:
         mask = source.mask(first, last)
         mask = (last_tokens(mask) if self.last_only else mask).reshape(-1)
         total.arrays["tokens"] += int(mask.sum())
-        live: dict[int, tuple[Rows, npt.NDArray[np.float64]]] = {}
-        for layer in self.layers:
+
+        def read(layer: int) -> Block:
             states = source.read_numpy(layer, first, last, dtype=np.float32)
             rows = states.reshape(mask.size, -1)
             rows = rows if mask.all() else rows[mask]
             energy = np.einsum("tc,tc->t", rows, rows, dtype=np.float64)
             require_finite(rows, layer, first, last, energy)
-            live[layer] = (rows, np.sqrt(energy))
-            for number, (a, b) in enumerate(self.pairs):
-                if max(a, b) == layer:
-                    cosines = _cosines(live[a], live[b])
-                    total.arrays["sum"][number] += (
-                        angular_distance(cosines) if self.angles else cosines
-                    ).sum()
-            waiting = {end for pair in self.pairs if max(pair) > layer for end in pair}
-            live = {other: value for other, value in live.items() if other in waiting}
+            return rows, np.sqrt(energy)
+
+        def compared(left: Block, right: Block) -> float:
+            cosines = _cosines(left, right)
+            return float((angular_distance(cosines) if self.angles else cosines).sum())
+
+        self.compare(total, read, compared)
 
 
 def mean_cosine(
@@ -181,9 +218,7 @@ def last_tokens(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return last
 
 
-def _cosines(
-    left: tuple[Rows, npt.NDArray[np.float64]], right: tuple[Rows, npt.NDArray[np.float64]]
-) -> npt.NDArray[np.float64]:
+def _cosines(left: Block, right: Block) -> npt.NDArray[np.float64]:
     dots = np.einsum("tc,tc->t", left[0], right[0], dtype=np.float64)
     norms = left[1] * right[1]
     cosines: npt.NDArray[np.float64] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)

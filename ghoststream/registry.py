@@ -50,6 +50,16 @@ class Registry(Generic[_Entry]):
             msg = f"{article} {self._kind} named {name!r} is registered already; choose another name"
             raise RequestError(msg)
 
+    def add(self, entry: _Entry) -> _Entry:
+        """Make an entry known under the name that it calls itself by.
+
+        Raises:
+            RequestError: If the name is taken by another entry.
+        """
+        assert self._name_of is not None
+        self.register(self._name_of(entry), entry)
+        return entry
+
     def named(self, name: str) -> Callable[[_Any], _Any]:
         """Decorate a class or function to make it known as ``name``.
 

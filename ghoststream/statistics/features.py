@@ -207,17 +207,7 @@ _FEATURES: Registry[Feature] = Registry(
     "feature", group="ghoststream.features", name_of=lambda feature: feature.name
 )
 
-
-def register_feature(feature: Feature) -> Feature:
-    """Make a feature known under its name.
-
-    Raises:
-        RequestError: If the name is taken by another feature.
-    """
-    _FEATURES.register(feature.name, feature)
-    return feature
-
-
+register_feature = _FEATURES.add
 get_feature = _FEATURES.get
 feature_names = _FEATURES.names
 

@@ -162,17 +162,7 @@ _WEIGHTS: Registry[TokenWeight] = Registry(
     "token weight", group="ghoststream.token_weights", name_of=lambda weight: weight.name
 )
 
-
-def register_token_weight(weight: TokenWeight) -> TokenWeight:
-    """Make a token weight known under its name.
-
-    Raises:
-        RequestError: If the name is taken by another one.
-    """
-    _WEIGHTS.register(weight.name, weight)
-    return weight
-
-
+register_token_weight = _WEIGHTS.add
 get_token_weight = _WEIGHTS.get
 token_weight_names = _WEIGHTS.names
 

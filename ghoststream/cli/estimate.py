@@ -14,6 +14,7 @@ from ghoststream.cli.options import (
     grouped,
     json_option,
     model_argument,
+    out_option,
     remove_option,
 )
 from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
@@ -35,12 +36,7 @@ _UNREAD = "ids:text-is-not-read.npy"
 )
 @model_argument
 @remove_option
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Where the checkpoint would go. Default: here.",
-)
+@out_option("DIR", "Where the checkpoint would go. Default: here.", required=False)
 @click.option(
     "--measure/--no-measure",
     default=True,

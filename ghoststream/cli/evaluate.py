@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import debug_option, grouped, json_option
+from ghoststream.cli.options import debug_option, grouped, json_option, out_option
 from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Text
@@ -26,12 +25,7 @@ from ghoststream.options import Compute, Text
     metavar="STORE",
     help="Measure on the text of this store, from its hidden states where the models part.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="JSON file to write, an object for each model in the order given.",
-)
+@out_option("FILE", "JSON file to write, an object for each model in the order given.", required=False)
 @grouped(text=Text, compute=Compute)
 @json_option
 @debug_option

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from ghoststream.errors import RequestError
 from ghoststream.option_types import Options, flag, problems
-from ghoststream.options import Text
+from ghoststream.options import Recovery, Text
 
 _DEBUG_KEY = "ghoststream.debug"
 ALL_KEY = "ghoststream.all"
@@ -198,7 +198,7 @@ remove_option = click.option(
     "--remove",
     required=True,
     metavar="N|PLAN",
-    help="Layers to remove: how many, chosen by --criterion; or which: a plan file, or spans such as 13:19.",
+    help=Recovery.model_fields["remove"].description,
 )
 
 

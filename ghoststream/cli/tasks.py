@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import debug_option, grouped, json_option
+from ghoststream.cli.options import debug_option, grouped, json_option, out_option
 from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute
@@ -34,11 +34,10 @@ from ghoststream.options import Compute
     help="Folder with task files (YAML) of your own.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="JSON file to write, an object for each model in the order given, with the score of every item.",
+@out_option(
+    "FILE",
+    "JSON file to write, an object for each model in the order given, with the score of every item.",
+    required=False,
 )
 @grouped(compute=Compute)
 @json_option

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ghoststream.errors import InputNotFoundError, RequestError
-from ghoststream.options import Recovery, Reduction
+from ghoststream.option_types import Options
+from ghoststream.options import Recovery
 
 
 def load_pipeline(path: Path) -> Recovery:
@@ -33,22 +33,17 @@ def load_pipeline(path: Path) -> Recovery:
     return Recovery.make({"name": path.stem, **data}, where=f"{path} is not a pipeline")
 
 
-def with_runtime(recovery: Recovery, model: str | None, given: Mapping[str, Any]) -> Recovery:
+def with_runtime(recovery: Recovery, model: str | None, **groups: Options) -> Recovery:
     """Return a recovery; what the command line says of model and machine takes the place of the file's.
 
     Args:
         recovery: What the file says.
         model: Checkpoint folder or hub id; the file's if ``None``.
-        given: Fields of :class:`~ghoststream.options.Compute` and :class:`~ghoststream.options.Reduction`.
+        **groups: Groups of the recovery, by field, of which what was given counts.
     """
-    parts = {"compute": recovery.compute, "reduction": recovery.reduction}
     changes: dict[str, Any] = {} if model is None else {"model": model}
-    for name, part in parts.items():
-        own = {
-            key: value
-            for key, value in given.items()
-            if (key in Reduction.model_fields) == (name == "reduction")
-        }
-        if own:
-            changes[name] = part.model_copy(update=own)
+    for name, group in groups.items():
+        given = {field: getattr(group, field) for field in group.given()}
+        if given:
+            changes[name] = getattr(recovery, name).model_copy(update=given)
     return recovery.model_copy(update=changes)

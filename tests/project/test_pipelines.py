@@ -114,8 +114,10 @@ def test_no_pipeline_file(tmp_path: Path) -> None:
 def test_the_command_line_says_where_and_with_what_and_nothing_else(tmp_path: Path) -> None:
     text = MINIMAL + "model: theirs\ncompute: {dtype: float16, device: cuda}\nreduction: {workers: 3}\n"
     recovery = load_pipeline(_written(tmp_path, text))
-    assert with_runtime(recovery, None, {}) == recovery
-    changed = with_runtime(recovery, "mine", {"device": "cpu", "scheduler": "tcp://host:1"})
+    assert with_runtime(recovery, None) == recovery
+    changed = with_runtime(
+        recovery, "mine", compute=Compute(device="cpu"), reduction=Reduction(scheduler="tcp://host:1")
+    )
     assert changed.model == "mine"
     assert changed.compute == Compute(dtype="float16", device="cpu")
     assert changed.reduction == Reduction(workers=3, scheduler="tcp://host:1")

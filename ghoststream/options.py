@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ghoststream.option_types import Bytes, Count, Layers, Number, Options, Ridge, option
 from ghoststream.spans import PruningPlan
@@ -87,6 +87,10 @@ class Text(Options):
         return self.model_copy(update={"sequences": sequences, "part": part})
 
 
+_OR_SPEC = BeforeValidator(Text.of)
+"""The specification of a text alone stands for it."""
+
+
 class Source(Options):
     """Where hidden states come from: an activation store, or a model that is run over a text.
 
@@ -96,16 +100,7 @@ class Source(Options):
 
     model: str | Path | None = Field(default=None, description="Checkpoint folder or hub id.")
     store: str | Path | None = Field(default=None, description="Activation store.")
-    calibration: Text | None = Field(default=None, description="Text to calibrate on.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        paths = {name: str(value) for name, value in data.items() if isinstance(value, Path)}
-        text = data.get("calibration")
-        return {**data, **paths, **({"calibration": Text.of(text)} if isinstance(text, str) else {})}
+    calibration: Annotated[Text | None, _OR_SPEC] = Field(default=None, description="Text to calibrate on.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -190,11 +185,21 @@ class Method(Options):
         "model.",
     )
 
+    @property
+    def is_named(self) -> bool:
+        """Whether an operator is named; otherwise several ways to repair are tried, as ``auto`` says."""
+        return self.operator not in (None, AUTO)
+
 
 class Search(Options):
     """How the layers to remove are chosen, and what is held out for it."""
 
     title: ClassVar[str] = "Choice of layers"
+
+    trying: ClassVar[tuple[str, ...]] = ("max_spans", "beam", "candidates", "lanes")
+    """How much is tried: the fields that only criteria which run the model read, each of them some."""
+    choosing: ClassVar[tuple[str, ...]] = ("criterion", *trying)
+    """The fields that nothing reads where a plan is given."""
 
     criterion: str | None = option(
         None,
@@ -350,7 +355,7 @@ class Recovery(Options):
     remove: int | str | PruningPlan = Field(
         description="Layers to remove: how many (a criterion chooses them), a plan file, or spans like 13:19."
     )
-    calibration: Text = Field(description="Text to calibrate on.")
+    calibration: Annotated[Text, _OR_SPEC] = Field(description="Text to calibrate on.")
     search: Search = Search()
     method: Method = Method()
     compute: Compute = Compute()
@@ -360,11 +365,6 @@ class Recovery(Options):
     )
     storage: Storage = Storage()
     reduction: Reduction = Reduction()
-    evaluate: Text | None = Field(
+    evaluate: Annotated[Text | None, _OR_SPEC] = Field(
         default=None, description="Text to measure the base and the recovered model on."
     )
-
-    @field_validator("calibration", "evaluate", mode="before")
-    @classmethod
-    def _text_of_spec(cls, value: Any) -> Any:
-        return Text.of(value) if isinstance(value, str) else value

@@ -16,8 +16,6 @@ from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
 
-_OF_SEARCH = ("criterion", "max_spans", "beam", "candidates", "lanes")
-
 
 def fit(
     plan: PruningPlan | str | Path,
@@ -66,7 +64,7 @@ def fit(
     method, search = method or Method(), search or Search()
     compute, reduction = compute or Compute(), reduction or Reduction()
     progress = progress or SilentProgress()
-    search.refuse(_OF_SEARCH, "the plan says which layers go")
+    search.refuse(Search.choosing, "the plan says which layers go")
     if source.store is not None:
         if method.operator == AUTO:
             msg = (

@@ -15,7 +15,6 @@ from ghoststream.options import AUTO, Compute, Method, Recovery, Search, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport, export_recovered, load_recovered
 from ghoststream.recovery.names import PROVENANCE_NAME
-from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.session import ModelSession
@@ -180,13 +179,13 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
     _check_output(out, session, recovery, steps)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-    selection = steps.given or steps.choose()
+    selection = steps.way.given or steps.choose()
     operators, file = steps.fit(selection)
     exported = export_recovered(
         session.skeleton, operators, out, fingerprint=session.fingerprint, progress=progress
     )
     evaluation = _evaluate(session, recovery, out, work, progress)
-    chosen_by = selection.criterion if steps.given is None else "given"
+    chosen_by = selection.criterion if steps.way.given is None else "given"
     return RecoveryReport(
         recovery.name, session.name, exported, operators, chosen_by, steps.store, file, evaluation
     )
@@ -220,15 +219,15 @@ def _check_output(out: Path, session: ModelSession, recovery: Recovery, steps: S
     asked = {
         "base": session.fingerprint["digest"],
         "operator": recovery.method.operator or AUTO,
-        "layers removed": steps.n_removed,
+        "layers removed": steps.way.n_removed,
     }
     there = {
         "base": found.base.get("digest"),
         "operator": found.kind,
         "layers removed": found.plan.n_removed,
     }
-    if isinstance(steps.given, Selection):
-        asked["plan"], there["plan"] = steps.given.plan.to_json(), found.plan.to_json()
+    if steps.way.given is not None:
+        asked["plan"], there["plan"] = steps.way.given.plan.to_json(), found.plan.to_json()
     changed = differences(there, asked)
     if changed:
         msg = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststream.activations import ActivationStore
+from ghoststream.activations import StoreRef
 from ghoststream.errors import RequestError
 from ghoststream.options import Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
@@ -103,12 +103,7 @@ def opener(source: Source, compute: Compute) -> Opener | None:
         compute.refuse(None, "no model is given")
         return None
     store, model = str(source.store), source.model
-    return lambda: session_of(ActivationStore.open(store), model, compute)
-
-
-def runs_model(criterion: str | None) -> bool:
-    """Say whether a criterion chooses by running the model; without a name it is the default of a text."""
-    return criterion is None or criterion in search_criterion_names()
+    return lambda: session_of(StoreRef.of(store).open(), model, compute)
 
 
 def require_criterion(name: str, *, runs_model: bool) -> str:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from ghoststream.errors import RequestError
-from ghoststream.operators import OperatorSet, make_operator
-from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage
+from ghoststream.operators import OperatorSet
+from ghoststream.options import AUTO, UNIFORM, Method, Recovery, Search, Storage
 from ghoststream.progress import Progress
-from ghoststream.selection import Selection, make_criterion, read_plan, require_count_or_plan
+from ghoststream.selection import Selection, make_criterion
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture_session
 from ghoststream.stages.capturing.tap_store import require_taps
+from ghoststream.stages.choosing.auto import named_method
 from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.fit import fit_in_passes
-from ghoststream.stages.choosing.repair import passing_method
 from ghoststream.stages.choosing.search import check_search, search_session
 from ghoststream.stages.from_store.fit import fit_from_store, make_store_kind
 from ghoststream.stages.from_store.select import select_from_store
-from ghoststream.stages.select import require_criterion, runs_model
+from ghoststream.stages.select import require_criterion
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import taps_of
 
 _STORE_OPTIONS = "layers are chosen and operators fitted in passes over the model, without a store"
@@ -35,7 +36,7 @@ class Steps:
         progress: Who is told how far it is.
 
     Attributes:
-        given: The plan, if the request says it.
+        way: Which way the recovery goes.
         store: The store that was captured, if one was.
 
     Raises:
@@ -48,30 +49,23 @@ class Steps:
         self._session, self._recovery, self._work, self._progress = session, recovery, work, progress
         self._text = recovery.calibration.to_calibrate()
         self.store: str | None = None
-        remove = require_count_or_plan(recovery.remove)
         n_layers = session.skeleton.n_layers
-        self.given = None if isinstance(remove, int) else read_plan(remove, n_layers)
-        self.n_removed = remove if isinstance(remove, int) else self.given.plan.n_removed if self.given else 0
-        if isinstance(remove, int) and remove >= n_layers:
-            msg = f"cannot remove {remove} of {n_layers} layers; at least one must go and one must survive"
+        self.way = Way(recovery, *what_goes(recovery, n_layers))
+        if self.way.given is None and self.way.n_removed >= n_layers:
+            asked = f"cannot remove {self.way.n_removed} of {n_layers} layers"
+            msg = f"{asked}; at least one must go and one must survive"
             raise RequestError(msg)
-        self._runs_model = self.given is None and runs_model(recovery.search.criterion)
-        self._fits_in_passes = (
-            self._runs_model
-            or recovery.method.operator in (None, AUTO)
-            or "inputs" in (recovery.method.given())
-        )
         self._check()
 
     def choose(self) -> Selection:
         """Choose the layers."""
         search = self._recovery.search
         name = search.criterion or MEASURED
-        out = self._work / f"plan-{name}-{self.n_removed}.json"
-        if self._runs_model:
+        out = self._work / f"plan-{name}-{self.way.n_removed}.json"
+        if self.way.runs_model:
             selection = search_session(
                 self._session,
-                self.n_removed,
+                self.way.n_removed,
                 self._text,
                 search=search,
                 method=self._recovery.method,
@@ -81,7 +75,7 @@ class Steps:
         else:
             selection = select_from_store(
                 self._capture(None),
-                self.n_removed,
+                self.way.n_removed,
                 model=lambda: self._session,
                 criterion=name,
                 reduction=self._recovery.reduction,
@@ -94,8 +88,8 @@ class Steps:
     def fit(self, selection: Selection) -> tuple[OperatorSet, Path]:
         """Fit the operators; return them and their file."""
         out, method, search = self._file(selection.plan), self._recovery.method, self._recovery.search
-        if self._fits_in_passes:
-            is_known = method.operator not in (None, AUTO) or bool(selection.methods)
+        if self.way.fits_in_passes:
+            is_known = method.is_named or bool(selection.methods)
             used = ("folds",) if is_known else ("folds", "held_out")
             operators = fit_in_passes(
                 self._session,
@@ -123,47 +117,42 @@ class Steps:
         """Find before any work what cannot be done, and what would not be used."""
         recovery, skeleton = self._recovery, self._session.skeleton
         search, method = recovery.search, recovery.method
-        if self.given is not None:
-            fields = ("criterion", "max_spans", "beam", "candidates", "lanes")
-            search.refuse(fields, "the plan says which layers go")
-            if self.given.methods or method.operator not in (None, AUTO):
+        if self.way.given is not None:
+            search.refuse(Search.choosing, "the plan says which layers go")
+            if self.way.given.methods or method.is_named:
                 search.refuse(
                     ("held_out",), "nothing is measured, as it is known how each boundary is fitted"
                 )
-        elif self._runs_model:
-            rule, _ = check_search(skeleton.n_layers, self.n_removed, search, method)
-            if not rule.repairs and method.operator not in (None, AUTO):
+        elif self.way.runs_model:
+            rule, _ = check_search(skeleton.n_layers, self.way.n_removed, search, method)
+            if not rule.repairs and method.is_named:
                 because = (
                     f"the criterion {search.criterion} measures on all windows, and an operator is named"
                 )
                 search.refuse(("held_out",), because)
         else:
             name = require_criterion(str(search.criterion), runs_model=False)
-            search.refuse(("max_spans", "beam", "candidates", "lanes"), f"the criterion {name} runs nothing")
-            make_criterion(name).check(skeleton.n_layers, self.n_removed)
-        if self._fits_in_passes:
+            search.refuse(Search.trying, f"the criterion {name} runs nothing")
+            make_criterion(name).check(skeleton.n_layers, self.way.n_removed)
+        if self.way.fits_in_passes:
             self._check_passes()
         else:
             search.refuse(("held_out",), "nothing is measured")
-            kind = make_store_kind(method)
-            spans = (Span(1, 2),) if self.given is None else self.given.plan.spans
-            require_taps(kind.features, spans, skeleton, intercept=method.intercept)
+            self._check_taps(make_store_kind(method).method)
 
     def _check_passes(self) -> None:
-        recovery, method = self._recovery, self._recovery.method
-        if method.operator not in (None, AUTO):
-            kind = make_operator(passing_method(method))
-            spans = (Span(1, 2),) if self.given is None else self.given.plan.spans
-            require_taps(kind.features, spans, self._session.skeleton, intercept=method.intercept)
-        else:
-            method.refuse(
-                set(type(method).model_fields) - {"operator"}, f"the operator {AUTO} chooses it itself"
-            )
-        if self.given is None and not self._runs_model:
+        recovery, method = self._recovery, named_method(self._recovery.method)
+        if method is not None:
+            self._check_taps(method)
+        if self.way.given is None and not self.way.runs_model:
             return
         recovery.refuse(("store",), _STORE_OPTIONS)
         recovery.storage.refuse(None, _STORE_OPTIONS)
         recovery.reduction.refuse(None, _STORE_OPTIONS)
+
+    def _check_taps(self, method: Method) -> None:
+        spans = (Span(1, 2),) if self.way.given is None else self.way.given.plan.spans
+        require_taps(method.features, spans, self._session.skeleton, intercept=method.intercept)
 
     def _needed_layers(self, plan: PruningPlan) -> tuple[int, ...]:
         """Return the hidden states that a fit from a store reads.

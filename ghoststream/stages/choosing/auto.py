@@ -24,7 +24,7 @@ def named_method(method: Method) -> Method | None:
     Raises:
         RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
     """
-    if method.operator in (None, AUTO):
+    if not method.is_named:
         others = set(Method.model_fields) - {"operator"}
         method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
         return None

@@ -77,7 +77,7 @@ class SearchCriterion:
         Raises:
             RequestError: If so many layers cannot be removed, or an option is given that is not read.
         """
-        unread = {"max_spans", "beam", "candidates", "lanes"} - set(self.reads)
+        unread = set(Search.trying) - set(self.reads)
         search.refuse(unread, f"the criterion {search.criterion} does not read it")
         if not 1 <= remove <= n_layers - 2:
             msg = (

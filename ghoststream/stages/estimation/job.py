@@ -17,31 +17,24 @@ from ghoststream.costs import (
 from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind, make_operator
-from ghoststream.options import AUTO, Method, Recovery, Text
-from ghoststream.selection import Selection, read_plan, require_count_or_plan
+from ghoststream.options import Method, Recovery, Text
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.criteria import search_criterion_names
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Way):
     """What is to be done, with which model.
 
     Attributes:
-        recovery: The request.
         sizes: The model.
-        given: The plan, if the request says it.
-        n_removed: How many layers go.
         device_free: Free memory where layers run, if that is an accelerator.
     """
 
-    recovery: Recovery
     sizes: ModelSizes
-    given: Selection | None
-    n_removed: int
     device_free: int | None = None
 
     @classmethod
@@ -52,10 +45,7 @@ class Job:
             PlanError: If the model has not so many layers, or not the hidden states that are to be stored.
             UnsupportedModelError: If a named operator could not be absorbed into the model.
         """
-        wanted = require_count_or_plan(recovery.remove)
-        given = None if isinstance(wanted, int) else read_plan(wanted, sizes.n_layers)
-        n_removed = given.plan.n_removed if given is not None else int(str(wanted))
-        job = cls(recovery, sizes, given, n_removed, device_free)
+        job = cls(recovery, *what_goes(recovery, sizes.n_layers), sizes, device_free)
         job._check()
         return job
 
@@ -91,32 +81,6 @@ class Job:
         return self.sequences * self.text.length
 
     @property
-    def is_named(self) -> bool:
-        """Whether an operator is named."""
-        return self.recovery.method.operator not in (None, AUTO)
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether layers are chosen by running the model."""
-        criterion = self.recovery.search.criterion
-        return self.given is None and (criterion is None or criterion in search_criterion_names())
-
-    @property
-    def reads_store(self) -> bool:
-        """Whether layers are chosen from a store."""
-        return self.given is None and not self.runs_model
-
-    @property
-    def fits_in_passes(self) -> bool:
-        """Whether operators are fitted in passes over the model."""
-        return self.runs_model or not self.is_named or "inputs" in self.recovery.method.given()
-
-    @property
-    def captures(self) -> bool:
-        """Whether a store is made."""
-        return self.reads_store or not self.fits_in_passes
-
-    @property
     def spans(self) -> tuple[Span, ...]:
         """The spans that operators are fitted for: those of the plan, or one of as many layers."""
         return (Span(1, 1 + self.n_removed),) if self.given is None else self.given.plan.spans
@@ -128,7 +92,7 @@ class Job:
         Raises:
             RequestError: If options of the operator do not go together.
         """
-        if self.is_named:
+        if self.recovery.method.is_named:
             return make_operator(self.recovery.method)
         known = self.given.methods if self.given is not None and self.given.methods else self.tried
         return max(map(make_operator, known), key=lambda kind: self.fit_cost(kind).memory.n_bytes)
@@ -246,6 +210,6 @@ class Job:
             intermediate=self.sizes.intermediate,
             sequences=self.sequences,
             search=self.recovery.search,
-            tried=() if self.is_named else self.tried,
-            tried_later=() if self.is_named else self._possible(LATER_METHODS),
+            tried=() if self.recovery.method.is_named else self.tried,
+            tried_later=() if self.recovery.method.is_named else self._possible(LATER_METHODS),
         )

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,21 +16,14 @@ from zarr.storage import MemoryStore
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import DiskFullError, NumericsError
 from ghoststream.testing.stores import small_layout, small_request, small_states, write_layer
+from tests.helpers.killing import run_killer
 
 pytestmark = pytest.mark.faults
 REPOSITORY = Path(__file__).parents[2]
 
 
 def test_killed_at_any_moment_the_next_run_leaves_identical_files(tmp_path: Path) -> None:
-    finished = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests/helpers/store_killer.py"), str(tmp_path), "5", "whole"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    result = json.loads(finished.stdout)
+    result = run_killer("store_killer.py", tmp_path, 5, "whole")
     assert len(result["killed"]) > 15
     assert "manifest.json" in result["undisturbed"]
     for operation, files in result["killed"].items():

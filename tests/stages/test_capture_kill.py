@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.killing import require_survived, run_killer
+
 pytestmark = pytest.mark.faults
-_REPOSITORY = Path(__file__).parents[2]
 _PARTS = 10
-_KILLER = _REPOSITORY / "tests/helpers/command_killer.py"
 _VARIANTS = {
     "all": (),
     "narrower": ("--store-dtype", "bfloat16"),
@@ -36,16 +33,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _kill(root: Path, choice: dict[str, int], **jobs: tuple[object, ...]) -> dict[str, Any]:
     texts = {name: [str(part) for part in arguments] for name, arguments in jobs.items()}
-    finished = subprocess.run(
-        [sys.executable, str(_KILLER), str(root), json.dumps(choice), json.dumps(texts)],
-        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    results: dict[str, Any] = json.loads(finished.stdout)
-    return results
+    return run_killer("command_killer.py", root, json.dumps(choice), json.dumps(texts))
 
 
 def _capture(model: Path, ids: str, variant: str) -> tuple[object, ...]:
@@ -61,17 +49,6 @@ def _recover(model: Path, ids: str) -> tuple[object, ...]:
     return ("recover", model, *text, "--remove", 2, *PAPER, "--out", "{work}/out")
 
 
-def _require_survived(result: dict[str, Any]) -> None:
-    for run in result["killed"]:
-        where = f"killed before {run['operation']}"
-        assert run["died"], where
-        assert run["exit_code"] == 0, where
-        assert run["files"] == result["whole"], where
-        first, second = run["layers"]
-        repeated = len(first) + len(second) - len(result["layers"])
-        assert repeated in {0, 1}, f"{where}: computed {first}, then {second}"
-
-
 @pytest.fixture(scope="module")
 def killed(tiny_llama: Path, ids: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of commands that were killed at one operation of every kind, and at the very last."""
@@ -83,7 +60,7 @@ def killed(tiny_llama: Path, ids: str, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("variant", _FAST)
 def test_killed_capture_ends_with_identical_files(variant: str, killed: dict[str, Any]) -> None:
     result = killed[variant]
-    _require_survived(result)
+    require_survived(result)
     kinds = {run["operation"][1] for run in result["killed"]}
     assert kinds >= {"_through_layer", "put", "replace", "fsync"}
     assert ("close" in kinds) == variant.endswith("on-disk")
@@ -93,7 +70,7 @@ def test_killed_capture_ends_with_identical_files(variant: str, killed: dict[str
 
 def test_killed_recovery_ends_with_identical_files(killed: dict[str, Any]) -> None:
     result = killed["recover"]
-    _require_survived(result)
+    require_survived(result)
     assert {run["operation"][0] for run in result["killed"]} == {"capture", "select", "fit", "export"}
     assert {"out/config.json", "out/SHA256SUMS", "out.work/store/manifest.json"} <= set(result["whole"])
 
@@ -106,5 +83,5 @@ def test_killed_at_every_operation(
 ) -> None:
     job = _recover(tiny_llama, ids) if variant == "recover" else _capture(tiny_llama, ids, variant)
     result = _kill(tmp_path / "runs", {"every": _PARTS, "first": part}, job=job)["job"]
-    _require_survived(result)
+    require_survived(result)
     assert len(result["killed"]) >= result["operations"] // _PARTS

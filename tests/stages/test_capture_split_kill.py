@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.killing import require_survived, run_killer
+
 pytestmark = pytest.mark.faults
-_REPOSITORY = Path(__file__).parents[2]
-_KILLER = _REPOSITORY / "tests/helpers/split_killer.py"
-_STORE_KILLER = _REPOSITORY / "tests/helpers/store_killer.py"
 _SEQUENCE_BYTES = 16 * 32 * 4
 _PARTS = 6
 _VARIANTS = {
@@ -33,36 +29,16 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"ids:{path}"
 
 
-def _run(script: Path, *arguments: object) -> dict[str, Any]:
-    finished = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    result: dict[str, Any] = json.loads(finished.stdout)
-    return result
-
-
 def _split(root: Path, job: dict[str, Any], model: Path, ids: str, variant: str) -> dict[str, Any]:
     text = ("--calibration", ids, "--sequences", 7, "--length", 16, "--micro-batch", 2)
     command = [str(part) for part in ("capture", model, *text, *_VARIANTS[variant])]
     shard_bytes = 2 * _SEQUENCE_BYTES // (2 if variant == "narrower" else 1)
-    return _run(_KILLER, root / "runs", shard_bytes, json.dumps(job), json.dumps(command))
+    return run_killer("split_killer.py", root / "runs", shard_bytes, json.dumps(job), json.dumps(command))
 
 
 def _require_survived(result: dict[str, Any]) -> None:
     assert "hidden/5/c.3.0.0" in result["whole"]
-    for run in result["killed"]:
-        where = f"worker {run['worker']} killed before {run['operation']}"
-        assert run["died"], where
-        assert run["exit_code"] == 0, where
-        assert run["files"] == result["whole"], where
-        first, second = run["layers"]
-        repeated = len(first) + len(second) - len(result["layers"])
-        assert repeated in {0, 1}, f"{where}: computed {first}, then {second}"
+    require_survived(result)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +86,7 @@ def test_a_worker_killed_beside_another_one(tiny_llama: Path, ids: str, tmp_path
 
 
 def test_a_part_killed_at_any_moment_ends_in_the_store_of_one_writer(tmp_path: Path) -> None:
-    result = _run(_STORE_KILLER, tmp_path, 23, "first", "last")
+    result = run_killer("store_killer.py", tmp_path, 23, "first", "last")
     assert len(result["killed"]) > 5
     assert "manifest.json" in result["undisturbed"]
     assert not any(name.startswith(("parts", "scratch")) for name in result["undisturbed"])
@@ -120,7 +96,7 @@ def test_a_part_killed_at_any_moment_ends_in_the_store_of_one_writer(tmp_path: P
 
 @pytest.mark.soak
 def test_a_part_killed_at_every_operation(tmp_path: Path) -> None:
-    result = _run(_STORE_KILLER, tmp_path, 1, "first", "last")
+    result = run_killer("store_killer.py", tmp_path, 1, "first", "last")
     assert len(result["killed"]) > 150
     for operation, files in result["killed"].items():
         assert files == result["undisturbed"], f"killed before file operation {operation}"

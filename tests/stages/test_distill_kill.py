@@ -6,7 +6,6 @@ import os
 import signal
 import traceback
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from ghoststream.options import Compute, Method, Source, Text, Training
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.fit import fit
 from ghoststream.testing.models import save_tiny
+from tests.helpers.rename_killer import die_at_rename
 
 pytestmark = pytest.mark.faults
 STEPS = 4
@@ -36,20 +36,8 @@ def die(root: Path, out: Path, number: int, when: str) -> int:
     """Distil in a process that kills itself before or after its n-th rename; return how it ended."""
     child = os.fork()
     if child == 0:
-        replace, count = Path.replace, 0
-
-        def counted(self: Path, target: Path) -> Any:
-            nonlocal count
-            count += 1
-            if (count, when) == (number, "before"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = replace(self, target)
-            if (count, when) == (number, "after"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
         try:
-            Path.replace = counted  # type: ignore[assignment,method-assign]
+            die_at_rename(number, when)
             run(root, out)
         except BaseException:  # noqa: BLE001 - whatever it is, this process must not go on
             traceback.print_exc()

@@ -12,23 +12,22 @@ import pytest
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sums import SumState
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.rename_killer import REPOSITORY
 from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.faults
 SPANS = "1:3 4:5"
 RANGES = 16  # of one sequence; each is saved once, merged with what is there, and two boundaries follow
 
-# Kills itself before or after its n-th rename: a file is complete under its temporary name, or in place; or
-# when it would give its lock back.
 SCRIPT = """
-import os, signal, sys
+import sys
 from pathlib import Path
-from ghoststream.files import FileLock
 from ghoststream import Reduction, Source, fit
 from ghoststream.statistics.boundary import BoundaryReducer
+from tests.helpers.rename_killer import die_at_rename
 
 store, out, number, when, log = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
-replace, reduce, count = Path.replace, BoundaryReducer.reduce, 0
+reduce = BoundaryReducer.reduce
 
 def logged(self, source, start, stop):
     with open(log, "a") as file:
@@ -36,20 +35,7 @@ def logged(self, source, start, stop):
     return reduce(self, source, start, stop)
 
 BoundaryReducer.reduce = logged
-
-def counted(self, target):
-    global count
-    count += 1
-    if count == number and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = replace(self, target)
-    if count == number and when == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-Path.replace = counted
-if when == "release":
-    FileLock.release = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+die_at_rename(number, when)
 fit("1:3 4:5", Source(store=store), out=out, reduction=Reduction(workers=1))
 """
 
@@ -85,7 +71,7 @@ def test_a_killed_fit_ends_with_identical_files(
 ) -> None:
     out, log = tmp_path / "operators.safetensors", tmp_path / "log"
     command = [sys.executable, "-c", SCRIPT, uri, str(out), str(number), when, str(log)]
-    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run(command, check=False, timeout=120, cwd=REPOSITORY).returncode == -signal.SIGKILL
     is_finished = (number, when) in {(19, "after"), (19, "release")}
     assert out.exists() == is_finished
     assert (tmp_path / f".{out.name}.lock").exists()

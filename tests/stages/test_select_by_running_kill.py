@@ -14,6 +14,7 @@ import pytest
 
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.testing.models import save_tiny
+from tests.helpers.rename_killer import REPOSITORY
 from tests.helpers.requests import fit, select
 
 pytestmark = pytest.mark.faults
@@ -21,31 +22,15 @@ S, T, LANES = 8, 16, 2
 # Plans of four layers but the first and the last, two a pass; both boundaries of a plan, one a pass.
 PASSES = {"select": 2, "fit": 2}
 
-# Kills itself before or after its n-th rename, or when it would give its lock back. Each pass ends with a
-# rename, and the result is the last.
+# Each pass ends with a rename, and the result is the last.
 SCRIPT = """
-import os, signal, sys
-from pathlib import Path
+import sys
 import ghoststream
 from ghoststream import Method, Search, Source, Text
-from ghoststream.files import FileLock
+from tests.helpers.rename_killer import die_at_rename
 
 step, model, text, out, number, when = *sys.argv[1:5], int(sys.argv[5]), sys.argv[6]
-replace, count = Path.replace, 0
-
-def counted(self, target):
-    global count
-    count += 1
-    if count == number and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = replace(self, target)
-    if count == number and when == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-Path.replace = counted
-if when == "release":
-    FileLock.release = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+die_at_rename(number, when)
 source = Source(model=model, calibration=Text(spec=text, sequences=8, length=16))
 if step == "select":
     search = Search(max_spans=1, lanes=2)
@@ -115,7 +100,7 @@ def test_a_killed_run_ends_with_identical_files(
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", SCRIPT, step, str(model), text, str(out), str(number), when]
-    assert subprocess.run(command, check=False, timeout=300).returncode == -signal.SIGKILL
+    assert subprocess.run(command, check=False, timeout=300, cwd=REPOSITORY).returncode == -signal.SIGKILL
     is_finished = when == "release" or (number, when) == (PASSES[step] + 1, "after")
     assert out.exists() == is_finished
     assert (tmp_path / ".out.lock").exists()

@@ -1,0 +1,39 @@
+"""Running a script that kills a command again and again, and what must be true of the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).parents[2]
+
+
+def run_killer(name: str, *arguments: object) -> dict[str, Any]:
+    """Run a script of this folder, and return the JSON object that it prints."""
+    finished = subprocess.run(
+        [sys.executable, str(_REPOSITORY / "tests/helpers" / name), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return result
+
+
+def require_survived(result: dict[str, Any]) -> None:
+    """Check that killed runs ended with the files of an undisturbed one, and repeated one layer at most."""
+    for run in result["killed"]:
+        who = f"worker {run['worker']} " if "worker" in run else ""
+        where = f"{who}killed before {run['operation']}"
+        assert run["died"], where
+        assert run["exit_code"] == 0, where
+        assert run["files"] == result["whole"], where
+        first, second = run["layers"]
+        repeated = len(first) + len(second) - len(result["layers"])
+        assert repeated in {0, 1}, f"{where}: computed {first}, then {second}"

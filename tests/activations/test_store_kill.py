@@ -19,7 +19,6 @@ from ghoststream.testing.stores import small_layout, small_request, small_states
 from tests.helpers.killing import run_killer
 
 pytestmark = pytest.mark.faults
-REPOSITORY = Path(__file__).parents[2]
 
 
 def test_killed_at_any_moment_the_next_run_leaves_identical_files(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
 PYTEST_ARGS ?=
+# Test processes at once; each computes with one thread. The tests of a file stay in one process and share what
+# is made for them.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Results are promised bit for bit for a fixed number of BLAS threads; one thread a worker is also the fastest
 # where several workers share few cores.
@@ -41,10 +45,10 @@ demo: $(READY) ## prune and repair a 135M model, with figures
 	$(BIN)/ghoststream demo
 
 unit: $(STAMP) ## the fast tests alone, without lint
-	$(BIN)/python -m pytest -m unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m unit $(PARALLEL) $(PYTEST_ARGS)
 
 test: lint ## lint, then the main test suite
-	$(BIN)/python -m pytest -m "not soak and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not soak and not gpu" $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy --strict, import contract
 	$(BIN)/ruff check .

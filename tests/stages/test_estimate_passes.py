@@ -116,14 +116,14 @@ def test_states_are_counted_in_bytes(tiny_llama: Path) -> None:
 
 
 def test_a_criterion_of_a_user_is_priced_by_its_own_cost(tiny_llama: Path) -> None:
-    @register_search_criterion("estimate-own-passes")
+    @register_search_criterion("estimate-own-passes-for-a-test")
     class Own(SearchCriterion):
         meaning = "nothing"
 
         def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
             return (PassCost(5.0 * shape.hidden, lanes=2.0, backward=True), PassCost(7.0, lanes=1.0))
 
-    plan = price(tiny_llama, Search(criterion="estimate-own-passes"), operator="ghost")
+    plan = price(tiny_llama, Search(criterion="estimate-own-passes-for-a-test"), operator="ghost")
     stage = plan.stages[0]
     assert stage.name == "search"
     assert stage.read_bytes == 3 * plan.model.checkpoint_bytes

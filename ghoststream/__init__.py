@@ -7,10 +7,10 @@ also makes transformers' auto classes know recovered checkpoints (``ghosted_<bas
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ghoststream.lazy import lazy_names
 from ghoststream.recovery.registration import register_auto_classes
 
 if TYPE_CHECKING:
@@ -44,38 +44,6 @@ if TYPE_CHECKING:
     from ghoststream.stages.recover import recover, run
     from ghoststream.stages.select import select
 
-_HOMES = {
-    "ActivationStore": "ghoststream.activations",
-    "Compute": "ghoststream.options",
-    "GhoststreamError": "ghoststream.errors",
-    "Method": "ghoststream.options",
-    "OperatorSet": "ghoststream.operators",
-    "PruningPlan": "ghoststream.spans",
-    "Recovery": "ghoststream.options",
-    "Reduction": "ghoststream.options",
-    "Search": "ghoststream.options",
-    "Selection": "ghoststream.selection",
-    "Source": "ghoststream.options",
-    "Span": "ghoststream.spans",
-    "Storage": "ghoststream.options",
-    "Text": "ghoststream.options",
-    "Training": "ghoststream.options",
-    "capture": "ghoststream.stages.capturing.capture",
-    "distill": "ghoststream.stages.distillation.distill",
-    "estimate": "ghoststream.stages.estimation.estimate",
-    "evaluate": "ghoststream.stages.measuring.evaluate",
-    "evaluate_tasks": "ghoststream.stages.measuring.tasks",
-    "export": "ghoststream.stages.export",
-    "fit": "ghoststream.stages.fit",
-    "inspect_path": "ghoststream.stages.artifacts.inspect",
-    "load_pipeline": "ghoststream.stages.pipeline",
-    "recover": "ghoststream.stages.recover",
-    "replay": "ghoststream.stages.capturing.replay",
-    "run": "ghoststream.stages.recover",
-    "select": "ghoststream.stages.select",
-    "verify_path": "ghoststream.stages.artifacts.verify",
-}
-
 __all__ = [
     "ActivationStore",
     "Compute",
@@ -108,18 +76,44 @@ __all__ = [
     "verify_path",
 ]
 
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ActivationStore": ".activations",
+        "Compute": ".options",
+        "GhoststreamError": ".errors",
+        "Method": ".options",
+        "OperatorSet": ".operators",
+        "PruningPlan": ".spans",
+        "Recovery": ".options",
+        "Reduction": ".options",
+        "Search": ".options",
+        "Selection": ".selection",
+        "Source": ".options",
+        "Span": ".spans",
+        "Storage": ".options",
+        "Text": ".options",
+        "Training": ".options",
+        "capture": ".stages.capturing.capture",
+        "distill": ".stages.distillation.distill",
+        "estimate": ".stages.estimation.estimate",
+        "evaluate": ".stages.measuring.evaluate",
+        "evaluate_tasks": ".stages.measuring.tasks",
+        "export": ".stages.export",
+        "fit": ".stages.fit",
+        "inspect_path": ".stages.artifacts.inspect",
+        "load_pipeline": ".stages.pipeline",
+        "recover": ".stages.recover",
+        "replay": ".stages.capturing.replay",
+        "run": ".stages.recover",
+        "select": ".stages.select",
+        "verify_path": ".stages.artifacts.verify",
+    },
+)
+
 try:
     __version__ = version("ghoststream")
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
 register_auto_classes()
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value

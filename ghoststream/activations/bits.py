@@ -6,52 +6,24 @@ payloads and subnormals included, comes back as it was.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.errors import RequestError
-
-StoreDtype = Literal["bfloat16", "float16", "float32"]
-"""Names of the dtypes that hidden states can be stored in."""
-
-STORE_DTYPES: tuple[StoreDtype, ...] = get_args(StoreDtype)
+from ghoststream.activations.dtypes import StoreDtype
 
 _TORCH: dict[StoreDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_NUMPY: dict[StoreDtype, np.dtype[Any]] = {
-    "bfloat16": np.dtype("<u2"),
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-}
-
-
-def require_store_dtype(name: str) -> StoreDtype:
-    """Return ``name`` if hidden states can be stored in it.
-
-    Raises:
-        RequestError: If they cannot.
-    """
-    for known in STORE_DTYPES:
-        if name == known:
-            return known
-    msg = f"hidden states cannot be stored as {name!r}; choose one of {', '.join(STORE_DTYPES)}"
-    raise RequestError(msg)
 
 
 def torch_dtype(name: StoreDtype) -> torch.dtype:
     """Return the torch dtype of a store dtype."""
     return _TORCH[name]
-
-
-def numpy_dtype(name: StoreDtype) -> np.dtype[Any]:
-    """Return the dtype of the stored array: ``uint16`` for bfloat16, else the dtype itself."""
-    return _NUMPY[name]
 
 
 def encode(rows: torch.Tensor, name: StoreDtype) -> npt.NDArray[Any]:

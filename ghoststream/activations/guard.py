@@ -13,6 +13,7 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store
 from zarr.storage import WrapperStore
 
 from ghoststream.activations.checksums import first_difference, shard_checksums
+from ghoststream.activations.manifest import ObjectRecord
 from ghoststream.errors import GhoststreamError, StoreError
 from ghoststream.files import format_digest
 
@@ -30,22 +31,6 @@ class ChangedObjectError(StoreError):
 
 class UnreadableObjectError(StoreError):
     """The disk, the network or the server failed while an object was read."""
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectRecord:
-    """What the manifest knows of one object (a shard or a metadata file).
-
-    Attributes:
-        digest: Digest of its bytes.
-        size: Number of its bytes.
-        checksums: Of a shard, those of its chunks and index (see :mod:`ghoststream.activations.checksums`);
-            ``""`` for other objects, and where version 1.0 of the manifest was written.
-    """
-
-    digest: str
-    size: int
-    checksums: str = ""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The layout of a store: its sizes, the names of its elements, and how its arrays are made."""
+"""The layout of a store: its sizes, and the names of its elements."""
 
 from __future__ import annotations
 
@@ -6,25 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
-
-from ghoststream.activations import encoding
-from ghoststream.activations.bits import StoreDtype, numpy_dtype, require_store_dtype
 from ghoststream.activations.checksums import index_bytes
-from ghoststream.activations.guard import GuardedStore
+from ghoststream.activations.dtypes import StoreDtype, numpy_dtype, require_store_dtype
 from ghoststream.errors import RequestError
 
-if TYPE_CHECKING:
-    from zarr.core.array_spec import ArrayConfigParams
-
-DTYPE_ATTRIBUTE = "ghoststream:dtype"
-LAYER_ATTRIBUTE = "ghoststream:layer"
 SCRATCH_PREFIX = "scratch-"
-SEQUENCE, POSITION, CHANNEL = "sequence", "position", "channel"
 
 _SHARD_NAME = re.compile(r"c\.(\d+)\..*")
 _CRC_BYTES = 4
@@ -173,64 +161,3 @@ def shard_number(key: str) -> int | None:
     """
     match = _SHARD_NAME.fullmatch(key.rpartition("/")[2])
     return None if match is None else int(match[1])
-
-
-def create_groups(store: GuardedStore, paths: tuple[str, ...]) -> None:
-    """Write the root group (path ``""``) or groups that hold arrays."""
-    for path in paths:
-        kind = encoding.FOLDER if path else encoding.STORE
-        zarr.create_group(store, path=path, attributes=kind.attributes())
-
-
-def create_hidden_array(
-    store: GuardedStore, path: str, layout: StoreLayout, layer: int, dtype: StoreDtype
-) -> zarr.Array[Any]:
-    """Write the metadata of one array of hidden states: sharded, raw bytes, a checksum on every chunk."""
-    return zarr.create_array(
-        store,
-        name=path,
-        shape=(layout.n_sequences, layout.length, layout.hidden),
-        shards=(layout.sequences_per_shard, layout.length, layout.hidden),
-        chunks=(layout.sequences_per_chunk, layout.length, layout.hidden),
-        dtype=numpy_dtype(dtype),
-        compressors=[Crc32cCodec()],
-        filters=None,
-        fill_value=0,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=(SEQUENCE, POSITION, CHANNEL),
-        attributes={**encoding.HIDDEN_STATES.attributes(), DTYPE_ATTRIBUTE: dtype, LAYER_ATTRIBUTE: layer},
-        config={"write_empty_chunks": True},
-    )
-
-
-def create_token_array(
-    store: GuardedStore, path: str, values: np.ndarray[Any, Any], rows: int, kind: encoding.Encoding
-) -> None:
-    """Write one of the token arrays, ``rows`` sequences to a chunk, a checksum on every chunk."""
-    array = zarr.create_array(
-        store,
-        name=path,
-        shape=values.shape,
-        chunks=(min(rows, values.shape[0]), *values.shape[1:]),
-        dtype=values.dtype,
-        compressors=[Crc32cCodec()],
-        filters=None,
-        fill_value=0,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=(SEQUENCE, POSITION)[: values.ndim],
-        attributes=kind.attributes(),
-        config={"write_empty_chunks": True},
-    )
-    array[...] = values
-
-
-def open_array(store: GuardedStore, path: str) -> zarr.Array[Any]:
-    """Open an array for reading and writing whole shards.
-
-    A missing chunk is an error where zarr can say so.
-    """
-    array = zarr.open_array(store, path=path, zarr_format=3, mode="r" if store.read_only else "r+")
-    options: dict[str, Any] = {"write_empty_chunks": True}
-    if hasattr(array.async_array.config, "read_missing_chunks"):
-        options["read_missing_chunks"] = False
-    return array.with_config(cast("ArrayConfigParams", options))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ghoststream.activations.encoding import MANIFEST, Encoding
-from ghoststream.activations.guard import ObjectRecord
 from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path
 from ghoststream.errors import StoreError
 from ghoststream.files import bytes_digest, canonical_json, differences, json_digest
@@ -23,6 +23,22 @@ LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
 
 ADVICE = "restore the store from a copy, or delete it and capture again"
 """What to do about a store that is damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRecord:
+    """What the manifest knows of one object (a shard or a metadata file).
+
+    Attributes:
+        digest: Digest of its bytes.
+        size: Number of its bytes.
+        checksums: Of a shard, those of its chunks and index (see :mod:`ghoststream.activations.checksums`);
+            ``""`` for other objects, and where version 1.0 of the manifest was written.
+    """
+
+    digest: str
+    size: int
+    checksums: str = ""
 
 
 @dataclass(slots=True)
@@ -131,6 +147,30 @@ class Manifest:
             arrays=read_arrays(data["arrays"]),
             annotations=dict(data["annotations"]),
         )
+
+
+def complete_manifest(folder: Path) -> Manifest | None:
+    """Return what a complete store on this machine knows of itself, read without zarr.
+
+    Returns:
+        ``None`` if there is no manifest, a layer is not committed, or an object is missing or has another
+        size: :class:`~ghoststream.activations.ActivationStore` says which.
+
+    Raises:
+        StoreError: As :meth:`Manifest.from_bytes`.
+    """
+    path = folder / MANIFEST_KEY
+    if not path.is_file():
+        return None
+    manifest = Manifest.from_bytes(path.read_bytes(), str(path)).without_scratch()
+    objects = manifest.objects().items()
+    return (
+        manifest if manifest.complete and all(_is_there(folder / key, one) for key, one in objects) else None
+    )
+
+
+def _is_there(path: Path, record: ObjectRecord) -> bool:
+    return path.is_file() and path.stat().st_size == record.size
 
 
 def sign(data: Mapping[str, Any], encoding: Encoding) -> bytes:

@@ -11,17 +11,12 @@ from typing import Any, Self
 from zarr.storage import MemoryStore
 
 from ghoststream.activations import encoding
+from ghoststream.activations.arrays import create_groups, create_hidden_array, create_token_array
 from ghoststream.activations.encoding import Encoding
-from ghoststream.activations.guard import GuardedStore, ObjectRecord
-from ghoststream.activations.layout import (
-    SCRATCH_PREFIX,
-    create_groups,
-    create_hidden_array,
-    create_token_array,
-    hidden_path,
-)
+from ghoststream.activations.guard import GuardedStore
+from ghoststream.activations.layout import SCRATCH_PREFIX, hidden_path
 from ghoststream.activations.location import Location
-from ghoststream.activations.manifest import ADVICE, MANIFEST_KEY, Manifest
+from ghoststream.activations.manifest import ADVICE, MANIFEST_KEY, Manifest, ObjectRecord
 from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TokenArrays
 from ghoststream.errors import BusyError, InputNotFoundError, OutputExistsError, StoreError
 from ghoststream.files import FolderLock, bytes_digest, require_free_space

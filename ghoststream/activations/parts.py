@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ghoststream.activations.encoding import PART
-from ghoststream.activations.guard import ObjectRecord
 from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path, shard_key, shard_number
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import (
     ADVICE,
     MANIFEST_KEY,
     Manifest,
+    ObjectRecord,
     incomplete,
     plain_arrays,
     plain_records,

@@ -10,8 +10,9 @@ import torch
 import zarr
 from zarr.core.buffer import default_buffer_prototype
 
+from ghoststream.activations.arrays import open_array
 from ghoststream.activations.guard import ChangedObjectError, GuardedStore, UnreadableObjectError, unreachable
-from ghoststream.activations.layout import open_array, shard_key
+from ghoststream.activations.layout import shard_key
 from ghoststream.errors import NumericsError, StoreError
 
 _ADVICE = (

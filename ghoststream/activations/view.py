@@ -12,21 +12,11 @@ import torch
 import zarr
 
 from ghoststream.activations import encoding
-from ghoststream.activations.bits import (
-    StoreDtype,
-    decode_numpy,
-    decode_torch,
-    require_store_dtype,
-    torch_dtype,
-)
+from ghoststream.activations.arrays import DTYPE_ATTRIBUTE
+from ghoststream.activations.bits import decode_numpy, decode_torch, torch_dtype
+from ghoststream.activations.dtypes import StoreDtype, require_store_dtype
 from ghoststream.activations.guard import GuardedStore, Ledger
-from ghoststream.activations.layout import (
-    DTYPE_ATTRIBUTE,
-    StoreLayout,
-    hidden_path,
-    scratch_layer,
-    scratch_path,
-)
+from ghoststream.activations.layout import StoreLayout, hidden_path, scratch_layer, scratch_path
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import Manifest
 from ghoststream.activations.reader import open_rows, read_rows, require_finite_rows

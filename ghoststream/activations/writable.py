@@ -10,11 +10,11 @@ from typing import Any, Self
 
 import zarr
 
-from ghoststream.activations.bits import StoreDtype, require_store_dtype
-from ghoststream.activations.guard import ObjectRecord
-from ghoststream.activations.layout import create_hidden_array, hidden_path
+from ghoststream.activations.arrays import create_hidden_array
+from ghoststream.activations.dtypes import StoreDtype, require_store_dtype
+from ghoststream.activations.layout import hidden_path
 from ghoststream.activations.location import Location
-from ghoststream.activations.manifest import Manifest
+from ghoststream.activations.manifest import Manifest, ObjectRecord
 from ghoststream.activations.opening import WriterLock
 from ghoststream.activations.view import StoreView
 from ghoststream.activations.writer import LayerWriter

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 import zarr
 
-from ghoststream.activations.bits import StoreDtype, decode_torch, encode, numpy_dtype
-from ghoststream.activations.guard import Ledger, ObjectRecord
+from ghoststream.activations.bits import decode_torch, encode
+from ghoststream.activations.dtypes import StoreDtype, numpy_dtype
+from ghoststream.activations.guard import Ledger
 from ghoststream.activations.layout import StoreLayout, shard_key
 from ghoststream.activations.location import Location
+from ghoststream.activations.manifest import ObjectRecord
 from ghoststream.activations.reader import require_finite_rows
 from ghoststream.errors import RequestError
 

@@ -5,8 +5,9 @@ Importing this package imports no torch; its names do, where they need it, when 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ghoststream.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ghoststream.checkpoint.architecture import ARCHITECTURES, Architecture, architecture_of
@@ -29,22 +30,18 @@ __all__ = [
     "match_keys",
 ]
 
-_PLACES = {
-    "ARCHITECTURES": "architecture",
-    "Architecture": "architecture",
-    "CheckpointIndex": "index",
-    "KeyMap": "keys",
-    "ModelSizes": "sizes",
-    "TensorEntry": "index",
-    "TensorReader": "reader",
-    "architecture_of": "architecture",
-    "checkpoint_fingerprint": "fingerprint",
-    "match_keys": "keys",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ARCHITECTURES": ".architecture",
+        "Architecture": ".architecture",
+        "CheckpointIndex": ".index",
+        "KeyMap": ".keys",
+        "ModelSizes": ".sizes",
+        "TensorEntry": ".index",
+        "TensorReader": ".reader",
+        "architecture_of": ".architecture",
+        "checkpoint_fingerprint": ".fingerprint",
+        "match_keys": ".keys",
+    },
+)

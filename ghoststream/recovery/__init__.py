@@ -5,9 +5,9 @@ Importing this package imports neither torch nor transformers; its names do, whe
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ghoststream.lazy import lazy_names
 from ghoststream.recovery.registration import register_auto_classes as register
 
 if TYPE_CHECKING:
@@ -29,20 +29,16 @@ __all__ = [
     "write_text_part",
 ]
 
-_PLACES = {
-    "ExportReport": "export",
-    "RecoveredInfo": "provenance",
-    "build_ghost": "ghosts",
-    "check_pruned_model": "config_surgery",
-    "export_recovered": "export",
-    "load_recovered": "provenance",
-    "prune_config": "config_surgery",
-    "write_text_part": "text_part",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ExportReport": ".export",
+        "RecoveredInfo": ".provenance",
+        "build_ghost": ".ghosts",
+        "check_pruned_model": ".config_surgery",
+        "export_recovered": ".export",
+        "load_recovered": ".provenance",
+        "prune_config": ".config_surgery",
+        "write_text_part": ".text_part",
+    },
+)

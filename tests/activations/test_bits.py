@@ -6,13 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghoststream.activations.bits import (
-    bits_to_float32,
-    decode_numpy,
-    decode_torch,
-    encode,
-    require_store_dtype,
-)
+from ghoststream.activations.bits import bits_to_float32, decode_numpy, decode_torch, encode
+from ghoststream.activations.dtypes import require_store_dtype
 from ghoststream.activations.layout import StoreLayout
 from ghoststream.errors import RequestError
 from ghoststream.testing.stores import small_layout

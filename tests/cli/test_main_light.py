@@ -11,6 +11,7 @@ import pytest
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.testing.operators import random_operators
+from ghoststream.testing.stores import small_store
 from tests.helpers.command_bench import REPOSITORY
 
 pytestmark = pytest.mark.unit
@@ -39,8 +40,9 @@ def places(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     Selection(plan, "streamline", candidates=(row,)).save(folder / "plan.json")
     random_operators(plan, 32).save(folder / "operators.safetensors")
     (folder / "figures.json").write_text('[{"model": "dense", "perplexity": 40.0}]')
+    small_store(folder / "store")
     files = {name: folder / name for name in ("plan.json", "operators.safetensors", "figures.json")}
-    return {"model": tiny_llama, **files}
+    return {"model": tiny_llama, "store": folder / "store", **files}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,7 @@ def places(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("verify model", _ANY, "sound"),
         ("inspect operators.safetensors", _ANY, "operators file"),
         ("verify operators.safetensors", _TORCH, "sound"),
+        ("inspect store", _TORCH, "4 of h[0..3], 4 complete"),
         ("inspect figures.json", _ANY, "evaluation"),
         ("verify figures.json", _ANY, "sound"),
         ("inspect plan.json", _TORCH, "pruning plan"),

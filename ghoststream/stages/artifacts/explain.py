@@ -10,15 +10,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_header, read_metadata
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
-from ghoststream.options import Method, dtype_name
+from ghoststream.options import Method
 from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.artifacts.identify import OPERATORS_KEY
+
+if TYPE_CHECKING:
+    from ghoststream.activations.layout import StoreLayout
 
 _MOST_CANDIDATES = 10
 
@@ -56,19 +59,25 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def explain_store(uri: str) -> Explanation:
-    """Say what a store holds, and what is still to be captured."""
+    """Say what a store holds, and what is still to be captured.
+
+    A complete one on this machine is told from its manifest, without the libraries that read arrays.
+    """
+    from ghoststream.activations.manifest import complete_manifest
+
+    manifest = None if "://" in uri else complete_manifest(Path(uri))
+    if manifest is None:
+        return _explain_opened(uri)
+    layout = manifest.layout
+    return _store_facts(layout, layout.layers), _origin(manifest.recipe, manifest.fingerprint)
+
+
+def _explain_opened(uri: str) -> Explanation:
     from ghoststream.activations import ActivationStore
 
     store = ActivationStore.open(uri)
     done = store.completed_layers()
-    facts = {
-        "hidden states": f"{len(store.layers)} of h[0..{store.n_layers}], {len(done)} complete",
-        "complete": store.complete,
-        "sequences": store.n_sequences,
-        "length": store.length,
-        "hidden size": store.hidden,
-        "dtype": dtype_name(store.dtype),
-    }
+    facts = _store_facts(store.layout, done)
     missing = [layer for layer in store.layers if layer not in done]
     if missing:
         facts["still to capture"] = ", ".join(f"h[{layer}]" for layer in missing[:20])
@@ -78,7 +87,22 @@ def explain_store(uri: str) -> Explanation:
     ]
     if parts:
         facts["captured in parts"] = "; ".join(parts)
-    return facts, (_facts_table("recipe", store.recipe), _facts_table("made from", store.fingerprint))
+    return facts, _origin(store.recipe, store.fingerprint)
+
+
+def _store_facts(layout: StoreLayout, done: Sequence[int]) -> dict[str, Any]:
+    return {
+        "hidden states": f"{len(layout.layers)} of h[0..{layout.n_layers}], {len(done)} complete",
+        "complete": len(done) == len(layout.layers),
+        "sequences": layout.n_sequences,
+        "length": layout.length,
+        "hidden size": layout.hidden,
+        "dtype": layout.store_dtype,
+    }
+
+
+def _origin(recipe: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> tuple[Table, ...]:
+    return _facts_table("recipe", recipe), _facts_table("made from", fingerprint)
 
 
 def explain_checkpoint(path: str) -> Explanation:

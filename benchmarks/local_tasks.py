@@ -1,7 +1,7 @@
 """Task files of lm-evaluation-harness over JSON lines that lie in a folder outside this repository.
 
     python benchmarks/local_tasks.py DATA OUT
-    ghoststream tasks MODEL --include-path OUT --tasks local_arc_easy,local_lambada_openai
+    ghoststream tasks MODEL --include-path OUT --trust-remote-code --tasks local_arc_easy,local_lambada_openai
 
 ``DATA`` holds files ``NAME.jsonl`` of one kind each: multiple choice, ``{"context", "choices", "label"}``
 where every choice begins with its blank and only choices are scored; or last words, ``{"context", "target"}``

@@ -31,6 +31,7 @@ def run_tasks(work: WorkFolder, models: Sequence[PrunedModel], data: Path, limit
             tasks=tasks,
             include_path=work.folder / "tasks",
             limit=limit,
+            compute=gs.Compute(trust_remote_code=True),  # of the task files, which were written above
             out=out,
             progress=work.progress,
         )

@@ -280,7 +280,9 @@ class Compute(Options):
         metavar="DIR",
     )
     revision: str | None = option(None, "Branch, tag or commit of a model on the hub.", metavar="REV")
-    trust_remote_code: bool = option(False, "Allow code that comes with the model to run.")
+    trust_remote_code: bool = option(
+        False, "Allow code that comes with the model to run; for tasks also that of --include-path."
+    )
 
 
 class Reduction(Options):

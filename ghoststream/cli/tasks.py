@@ -31,7 +31,7 @@ from ghoststream.options import Compute
     "--include-path",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder with task files (YAML) of your own.",
+    help="Folder with task files (YAML) of your own. They can run code: needs --trust-remote-code.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
 @out_option(

@@ -12,6 +12,7 @@ from ghoststream.evaluation.tasks import (
     TaskResult,
     TaskRow,
     compare_rows,
+    require_trusted_tasks,
     task_results,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "compare_rows",
     "default_logit_tokens",
     "paired_bootstrap",
+    "require_trusted_tasks",
     "task_results",
 ]

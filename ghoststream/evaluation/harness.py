@@ -23,8 +23,9 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
+from ghoststream.errors import GhoststreamError, RequestError
 from ghoststream.evaluation.requests import ScoredWindow
+from ghoststream.evaluation.tasks import require_trusted_tasks
 
 Request = tuple[str, tuple[str, ...]]
 """The harness's kind of a request, and its arguments: ``("loglikelihood", (context, continuation))``."""
@@ -44,12 +45,14 @@ class TaskSuite:
     Args:
         names: Tasks, groups or tags of the harness, or of ``include_path``.
         include_path: Folder of the user's own task files (YAML), which come before the harness's.
+        trust_remote_code: Whether code of ``include_path`` may run; without it the folder is refused.
         limit: Only the first items of each task; all if ``None``.
         log: Receives what the harness warns of.
 
     Raises:
         InputNotFoundError: If the folder does not exist.
-        RequestError: If a task is unknown, cannot be loaded, or lets the model generate text.
+        RequestError: If the folder is not trusted, or a task is unknown, cannot be loaded, or lets the model
+            generate text.
 
     Memory: the tasks' data and requests as text.
     """
@@ -59,13 +62,12 @@ class TaskSuite:
         names: Sequence[str],
         *,
         include_path: str | Path | None = None,
+        trust_remote_code: bool = False,
         limit: int | None = None,
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
         self._limit, self._log = limit, log
-        if include_path is not None and not Path(include_path).is_dir():
-            msg = f"there is no folder {include_path} with task files; check the path"
-            raise InputNotFoundError(msg)
+        require_trusted_tasks(include_path, trusted=trust_remote_code)
         with _harness_speaks_to(log), _loading(names):
             self._loaded: dict[str, Any] = _manager(names, include_path).load(list(dict.fromkeys(names)))
             self._build()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.errors import MismatchError, RequestError
+from ghoststream.errors import InputNotFoundError, MismatchError, RequestError
 from ghoststream.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from ghoststream.evaluation.report import finite_or_none
 from ghoststream.files import json_digest
@@ -155,6 +156,29 @@ def compare_rows(
     return paired_bootstrap(
         first.item_scores(metric), second.item_scores(metric), resamples=resamples, seed=seed
     )
+
+
+def require_trusted_tasks(include_path: str | Path | None, *, trusted: bool) -> None:
+    """Refuse a folder of task files that is missing or whose code may not run, before any of it is read.
+
+    A task file needs no ``!function`` to run code: the harness renders its templates without a sandbox, and a
+    file may include others. No part of such a folder is safe to load, so the folder is trusted as a whole.
+
+    Raises:
+        InputNotFoundError: If the folder does not exist.
+        RequestError: If it is not trusted.
+    """
+    if include_path is None:
+        return
+    if not Path(include_path).is_dir():
+        msg = f"there is no folder {include_path} with task files; check the path"
+        raise InputNotFoundError(msg)
+    if not trusted:
+        msg = (
+            "task files can run any code on this machine, by !function and by their templates; read those in "
+            f"{include_path} and add --trust-remote-code (in Python Compute(trust_remote_code=True))"
+        )
+        raise RequestError(msg)
 
 
 def task_results(found: Mapping[str, Any]) -> tuple[TaskResult, ...]:

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.integration
 pytest.importorskip("lm_eval", reason="the extra tasks (lm-eval) is not installed")
 
 ALL = (CHOICES, WORDS, TEXTS)
+TRUSTED = Compute(trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_answers_are_those_of_the_harness_backend(
     family: str, adds_bos: bool, tasks: Path, tmp_path: Path, answered: list[dict[Any, Any]]
 ) -> None:
     folder = save_model(tmp_path / "model", adds_bos=adds_bos, family=family)
-    evaluate_tasks([folder], tasks=ALL, include_path=tasks)
+    evaluate_tasks([folder], tasks=ALL, include_path=tasks, compute=TRUSTED)
     (found,) = answered
     model, tokenizer = _resident(folder)
     _require_equal(found, harness_answers(model, tokenizer, list(found)))
@@ -106,7 +107,9 @@ def test_answers_are_those_of_the_harness_backend(
 
 
 def test_predictions_and_metrics_are_those_of_the_harness(tasks: Path, llama: Path) -> None:
-    row = evaluate_tasks([llama], tasks=ALL, include_path=tasks, compute=Compute(micro_batch=3)).rows[0]
+    row = evaluate_tasks(
+        [llama], tasks=ALL, include_path=tasks, compute=Compute(micro_batch=3, trust_remote_code=True)
+    ).rows[0]
     expected = harness_results(*_resident(llama), tasks, ALL)
     assert [task.name for task in row.tasks] == list(ALL)
     for task in row.tasks:
@@ -140,7 +143,9 @@ def test_lanes_share_a_pass_and_answer_like_resident_models(
         original(self)
 
     monkeypatch.setattr(StreamedPass, "run", counted)
-    report = evaluate_tasks([recovered, llama, file], tasks=[CHOICES, WORDS], include_path=tasks)
+    report = evaluate_tasks(
+        [recovered, llama, file], tasks=[CHOICES, WORDS], include_path=tasks, compute=TRUSTED
+    )
     assert runs == [3]
     assert [row.passes for row in report.rows] == [0, 0, 0]
     assert answered[0] == answered[2] != answered[1]
@@ -150,8 +155,10 @@ def test_lanes_share_a_pass_and_answer_like_resident_models(
 
 
 def test_a_limit_takes_the_first_items(tasks: Path, llama: Path) -> None:
-    whole = evaluate_tasks([llama], tasks=[CHOICES, WORDS], include_path=tasks).rows[0]
-    part = evaluate_tasks([llama], tasks=[CHOICES, WORDS], include_path=tasks, limit=4).rows[0]
+    whole = evaluate_tasks([llama], tasks=[CHOICES, WORDS], include_path=tasks, compute=TRUSTED).rows[0]
+    part = evaluate_tasks([llama], tasks=[CHOICES, WORDS], include_path=tasks, limit=4, compute=TRUSTED).rows[
+        0
+    ]
     assert [task.n_items for task in part.tasks] == [4, 4]
     for some, every in zip(part.tasks, whole.tasks, strict=True):
         assert some.items["acc"] == every.items["acc"][:4]
@@ -168,6 +175,7 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
         tmp_path / "recovered",
         "--include-path",
         tasks,
+        "--trust-remote-code",
         "--tasks",
         f"{CHOICES}, {WORDS}",
     ]
@@ -185,11 +193,11 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
     assert again.exit_code == 0
     assert json.loads(figures.read_text()) == rows
     with pytest.raises(OutputExistsError, match="does not hold the figures of this request"):
-        evaluate_tasks([llama], tasks=[CHOICES], include_path=tasks, out=figures)
+        evaluate_tasks([llama], tasks=[CHOICES], include_path=tasks, compute=TRUSTED, out=figures)
 
 
 def _refused(llama: Path, tasks: Path | None, *names: str) -> TaskReport:
-    return evaluate_tasks([llama], tasks=names, include_path=tasks)
+    return evaluate_tasks([llama], tasks=names, include_path=tasks, compute=TRUSTED)
 
 
 def test_requests_that_cannot_be_met_are_refused(
@@ -224,6 +232,59 @@ def test_requests_that_cannot_be_met_are_refused(
         _refused(llama, own, WORDS)
 
 
+def _task_file(**changed: str) -> str:
+    lines = {
+        "task": "evil",
+        "dataset_path": "json",
+        "dataset_kwargs": "{data_files: data.jsonl}",
+        "test_split": "train",
+        "output_type": "loglikelihood",
+        "doc_to_text": "'{{ context }}'",
+        "doc_to_target": "'{{ target }}'",
+        **changed,
+    }
+    return "".join(f"{key}: {value}\n" for key, value in lines.items())
+
+
+_TEMPLATE = "\"{{ cycler.__init__.__globals__.os.system('touch ran') }}\""
+HOSTILE = {
+    "a function": {"a.yaml": _task_file(doc_to_text="!function evil.f")},
+    "a template": {"a.yaml": _task_file(doc_to_text=_TEMPLATE)},
+    "a function of all items": {"a.yaml": _task_file(process_docs="!function evil.f")},
+    "a class": {"a.yaml": "task: evil\nclass: !function evil.f\n"},
+    "an included file": {"a.yaml": "include: b.txt\n", "b.txt": _task_file(doc_to_text="!function evil.f")},
+    "a group": {
+        "g.yaml": "group: evil\ntask: [one]\n",
+        "a.yaml": _task_file(task="one", doc_to_text=_TEMPLATE),
+    },
+}
+
+
+@pytest.mark.parametrize("files", HOSTILE.values(), ids=HOSTILE)
+def test_task_files_run_no_code_unless_they_are_trusted(
+    files: Mapping[str, str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ghoststream.evaluation.harness import TaskSuite
+
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "evil.py").write_text("open('ran', 'w').close()\ndef f(*_): return 'a'\n")
+    for name, text in files.items():
+        (own / name).write_text(text)
+    result = run("tasks", tiny_llama, "--tasks", "evil", "--include-path", own)
+    assert result.exit_code == 2
+    assert "can run any code on this machine" in result.stderr
+    assert "--trust-remote-code" in result.stderr
+    with pytest.raises(RequestError, match="can run any code"):
+        TaskSuite(["evil"], include_path=own)
+    assert not (tmp_path / "ran").exists()
+    # Nothing of the folder is even looked at: the words are the same where no model could be opened.
+    assert (
+        run("tasks", tmp_path / "nowhere", "--tasks", "evil", "--include-path", own).stderr == result.stderr
+    )
+
+
 def test_task_files_for_local_items_ask_for_just_these(tmp_path: Path) -> None:
     from ghoststream.evaluation.harness import TaskSuite
 
@@ -237,7 +298,7 @@ def test_task_files_for_local_items_ask_for_just_these(tmp_path: Path) -> None:
         [sys.executable, script, data, files], check=True, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "local_quiz,local_word\n"
-    suite = TaskSuite(done.stdout.strip().split(","), include_path=files)
+    suite = TaskSuite(done.stdout.strip().split(","), include_path=files, trust_remote_code=True)
     assert suite.requests == tuple(
         ("loglikelihood", pair)
         for pair in (("Q: a?\nA:", " b"), ("Q: a?\nA:", " c d "), ("one two", " three"))
@@ -253,11 +314,11 @@ def test_a_model_without_tokenizer_and_a_long_continuation_are_refused(
     tasks: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
     with pytest.raises(InputNotFoundError, match="no tokenizer"):
-        evaluate_tasks([tiny_llama], tasks=[CHOICES], include_path=tasks)
+        evaluate_tasks([tiny_llama], tasks=[CHOICES], include_path=tasks, compute=TRUSTED)
     from ghoststream.evaluation.harness import TaskSuite
     from ghoststream.testing.tokenizers import tiny_tokenizer
 
-    suite = TaskSuite([CHOICES], include_path=tasks)
+    suite = TaskSuite([CHOICES], include_path=tasks, trust_remote_code=True)
     with pytest.raises(RequestError, match="reads at most 2 tokens, and a continuation of"):
         suite.windows(tiny_tokenizer(), 2, name="m")
     nothing = tiny_tokenizer(has_bos=False)

@@ -47,7 +47,11 @@ def test_predictions_on_real_items_are_those_of_the_harness_backend(tmp_path: Pa
     assert set(TASKS) <= set(_task_writer().write_task_files(DATA, tmp_path / "tasks"))
     folder = demo_model(tmp_path / "model")
     row = evaluate_tasks(
-        [folder], tasks=TASKS, include_path=tmp_path / "tasks", limit=ITEMS, compute=Compute(dtype="float32")
+        [folder],
+        tasks=TASKS,
+        include_path=tmp_path / "tasks",
+        limit=ITEMS,
+        compute=Compute(dtype="float32", trust_remote_code=True),
     ).rows[0]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = harness_results(

@@ -13,6 +13,7 @@ from ghoststream.evaluation import (
     TaskReport,
     TaskRow,
     default_logit_tokens,
+    require_trusted_tasks,
     task_results,
 )
 from ghoststream.files import atomic_write_json
@@ -57,16 +58,17 @@ def evaluate_tasks(
     Args:
         models: Local folders, hub ids or operator files, in the order in which rows are wanted.
         tasks: Tasks, groups or tags by name.
-        include_path: Folder of task files (YAML) of the user's own, which come before the harness's.
+        include_path: Folder of task files (YAML) of the user's own, which come before the harness's. Such
+            files can run code, so ``compute`` has to allow it.
         limit: Only the first items of each task; all if ``None``.
-        compute: How models are opened and run.
+        compute: How models are opened and run; ``trust_remote_code`` is for code of task files too.
         out: Where to write the rows as JSON; may hold the rows of just this request.
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If the extra ``tasks`` is not installed, no model is given or an operator file without
-            its base, a task is unknown, cannot be loaded or lets the model generate text, or ``out`` cannot
-            be written.
+        RequestError: If the extra ``tasks`` is not installed, ``include_path`` is given and its code may not
+            run, no model is given or an operator file without its base, a task is unknown, cannot be loaded
+            or lets the model generate text, or ``out`` cannot be written.
         InputNotFoundError: If ``include_path`` or a model does not exist, or a model has no tokenizer.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``out`` holds anything else.
@@ -75,9 +77,10 @@ def evaluate_tasks(
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and
     tokens.
     """
-    progress = progress or SilentProgress()
-    groups = group_models(models, compute or Compute())
-    suite = _load_suite(tasks, include_path, limit, progress)
+    progress, compute = progress or SilentProgress(), compute or Compute()
+    require_trusted_tasks(include_path, trusted=compute.trust_remote_code)
+    groups = group_models(models, compute)
+    suite = _load_suite(tasks, include_path, limit, compute, progress)
     runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in groups]
     if out is not None:
         require_free_or_same(Path(out), [asked for one in runs for asked in one.requests()])
@@ -96,14 +99,24 @@ def evaluate_tasks(
 
 
 def _load_suite(
-    tasks: Sequence[str], include_path: str | Path | None, limit: int | None, progress: Progress
+    tasks: Sequence[str],
+    include_path: str | Path | None,
+    limit: int | None,
+    compute: Compute,
+    progress: Progress,
 ) -> TaskSuite:
     try:
         from ghoststream.evaluation.harness import TaskSuite
     except ModuleNotFoundError as error:
         msg = f"tasks need the package lm-eval ({error}); install ghoststream[tasks]"
         raise RequestError(msg) from error
-    return TaskSuite(tasks, include_path=include_path, limit=limit, log=progress.log)
+    return TaskSuite(
+        tasks,
+        include_path=include_path,
+        trust_remote_code=compute.trust_remote_code,
+        limit=limit,
+        log=progress.log,
+    )
 
 
 def _recipe_of_request(tasks: Sequence[str], limit: int | None) -> dict[str, Any]:

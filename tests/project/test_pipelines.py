@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -122,3 +125,70 @@ def test_the_command_line_says_where_and_with_what_and_nothing_else(tmp_path: Pa
     assert changed.compute == Compute(dtype="float16", device="cpu")
     assert changed.reduction == Reduction(workers=3, scheduler="tcp://host:1")
     assert changed.reduction.given() == ("scheduler", "workers")
+
+
+CLUSTER = ROOT / "pipelines" / "cluster" / "dask_cluster.sh"
+
+
+def _run_cluster(folder: Path, commands: dict[str, str], **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run the cluster's script with other programs in the place of some."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    for name, text in commands.items():
+        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (bin_folder / name).chmod(0o755)
+    path = f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "STORE": str(folder / "store"), "LOG": str(folder / "log")}
+    return subprocess.run(
+        ["bash", str(CLUSTER)],
+        env={**environment, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_cluster_of_several_hosts_needs_a_named_interface(tmp_path: Path) -> None:
+    done = _run_cluster(tmp_path, {"dask": "touch $LOG", "ghoststream": "touch $LOG"}, HOSTS="node1 node2")
+    assert done.returncode == 2
+    assert "set INTERFACE to the network that node1 node2 share" in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+_LISTENING = """
+import json, os, sys
+from pathlib import Path
+import psutil
+from distributed import Client
+
+with Client(sys.argv[sys.argv.index("--scheduler") + 1]) as client:
+    client.wait_for_workers(4, timeout=60)
+    script = psutil.Process().parent()
+    found = [
+        place.laddr.ip
+        for process in script.children(recursive=True)
+        if process.pid != os.getpid()
+        for place in process.net_connections("inet")
+        if place.status == psutil.CONN_LISTEN
+    ]
+    Path(os.environ["LOG"]).write_text(json.dumps([client.scheduler.address, found]))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_the_cluster_listens_on_loopback_only(tmp_path: Path, encrypted: bool) -> None:
+    (tmp_path / "listening.py").write_text(_LISTENING, encoding="utf-8")
+    settings = {"PORT": "0"}
+    if encrypted:
+        (recipe,) = re.findall(r"^#   (openssl .*)$", CLUSTER.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        subprocess.run(["bash", "-c", recipe], cwd=tmp_path, check=True, capture_output=True)
+        settings["TLS"] = str(tmp_path)
+    listening = f'exec "{sys.executable}" "{tmp_path}/listening.py" "$@"'
+    done = _run_cluster(tmp_path, {"ghoststream": listening}, **settings)
+    assert done.returncode == 0, done.stderr
+    address, found = json.loads((tmp_path / "log").read_text())
+    assert address.startswith("tls://127.0.0.1:" if encrypted else "tcp://127.0.0.1:")
+    assert len(found) >= 9  # the scheduler, four workers and their nannies
+    assert set(found) == {"127.0.0.1"}

@@ -1,18 +1,24 @@
 """Errors of the library: one root, and each kind also inherits the fitting builtin.
 
 A message states what was found, where, and what to do. ``exit_code`` is what the command line exits with:
-2 when the request cannot be met (nothing is wrong with the data), 3 when data on disk is broken.
+2 when the request cannot be met (nothing is wrong with the data), 3 when data on disk is broken. Messages
+lose what is secret in URLs.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from ghoststream.redaction import without_secrets
 
 
 class GhoststreamError(Exception):
     """Root of every error that ghoststream raises on purpose."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(without_secrets(item) if isinstance(item, str) else item for item in args))
 
 
 class RequestError(GhoststreamError, ValueError):

@@ -8,7 +8,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, json_option
-from ghoststream.cli.output import print_json
+from ghoststream.cli.output import print_json, print_text
 from ghoststream.cli.progress import show_progress
 
 
@@ -42,4 +42,4 @@ def command(workdir: Path | None, *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(report.to_text())
+        print_text(report.to_text())

@@ -8,7 +8,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, grouped, json_option, out_option
-from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.output import print_json, print_table, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Text
 
@@ -46,4 +46,4 @@ def command(models: tuple[str, ...], *, as_json: bool, **given: Any) -> None:
     rows = [[row.model, row.perplexity, row.loss, row.standard_error, row.tokens] for row in report.rows]
     print_table(["model", "perplexity", "loss", "standard error", "tokens"], rows)
     for note in report.notes:
-        click.echo(note)
+        print_text(note)

@@ -12,6 +12,7 @@ import click
 
 from ghoststream.cli.options import debug_option, is_debug
 from ghoststream.errors import GhoststreamError
+from ghoststream.redaction import without_secrets
 
 #: Order of the help page: the whole job, its stages, then what looks at their results.
 COMMANDS = (
@@ -77,7 +78,8 @@ class GhoststreamGroup(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             where = (error.ctx or ctx).command_path
-            click.echo(f"error: {error.format_message().rstrip('.')}; see `{where} --help`", err=True)
+            said = without_secrets(error.format_message().rstrip("."))
+            click.echo(f"error: {said}; see `{where} --help`", err=True)
             ctx.exit(error.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -93,7 +95,7 @@ class GhoststreamGroup(click.Group):
 def _report(ctx: click.Context, error: Exception) -> int:
     """Print one line about an error (after its traceback with ``--debug``) and return the exit code."""
     if is_debug(ctx):
-        click.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+        click.echo(without_secrets("".join(traceback.format_exception(error)).rstrip()), err=True)
     if isinstance(error, GhoststreamError):
         click.echo(f"error: {_one_line(error)}", err=True)
         return error.exit_code
@@ -109,7 +111,7 @@ def _report(ctx: click.Context, error: Exception) -> int:
 def _one_line(error: Exception) -> str:
     # str() of an OSError or KeyError with arguments is not its message.
     text = str(error.args[0]) if len(error.args) == 1 else str(error)
-    return " ".join(text.split())
+    return without_secrets(" ".join(text.split()))
 
 
 @click.group(

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from ghoststream.redaction import without_secrets
+
 _BINARY_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -41,19 +43,24 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def print_text(text: str) -> None:
+    """Print lines for a reader, without what is secret in URLs."""
+    click.echo(without_secrets(text))
+
+
 def print_json(data: Any) -> None:
-    """Print machine-readable results; non-finite numbers become null, as JSON has none."""
-    click.echo(json.dumps(_finite(data), indent=2, sort_keys=True, allow_nan=False, default=str))
+    """Print machine-readable results; non-finite numbers become null, as JSON has none; URLs as in text."""
+    click.echo(json.dumps(_printable(data), indent=2, sort_keys=True, allow_nan=False, default=str))
 
 
-def _finite(data: Any) -> Any:
+def _printable(data: Any) -> Any:
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): _printable(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return data
+        return [_printable(value) for value in data]
+    return without_secrets(data) if isinstance(data, str) else data
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
@@ -79,13 +86,13 @@ def format_cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.5g}"
-    return str(value)
+    return without_secrets(str(value))
 
 
 def print_facts(facts: Mapping[str, Any], *, title: str = "") -> None:
     """Print names and values, one a line."""
     if title:
-        click.echo(title)
+        print_text(title)
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
         click.echo(f"  {name:<{width}}  {format_cell(value)}")
@@ -95,7 +102,7 @@ def _print_plain(
     headers: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], title: str
 ) -> None:
     if title:
-        click.echo(title)
+        print_text(title)
     widths = [max(len(row[column]) for row in [headers, *cells]) for column in range(len(headers))]
     for row in [headers, *cells]:
         parts = [

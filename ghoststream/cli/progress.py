@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from ghoststream.cli.output import human_bytes, human_seconds
+from ghoststream.redaction import without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ class LineProgress:
         return f", {text}/s"
 
     def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(without_secrets(line), file=self._stream, flush=True)
 
 
 class BarProgress:
@@ -124,7 +125,7 @@ class BarProgress:
 
     def log(self, message: str) -> None:
         """Print the message above the bars."""
-        self._bars.console.print(message, highlight=False, markup=False)
+        self._bars.console.print(without_secrets(message), highlight=False, markup=False)
 
     def _text(self, amount: float) -> str:
         if self._unit == "B":

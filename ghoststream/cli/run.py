@@ -9,7 +9,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import Part, debug_option, grouped, json_option, model_option, out_option
-from ghoststream.cli.output import print_json
+from ghoststream.cli.output import print_json, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Reduction
 
@@ -46,4 +46,4 @@ def command(pipeline: Path, *, model: str | None, out: Path | None, as_json: boo
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(report.to_text())
+        print_text(report.to_text())

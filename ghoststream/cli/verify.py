@@ -6,7 +6,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, json_option
-from ghoststream.cli.output import print_json
+from ghoststream.cli.output import print_json, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.errors import DataError
 
@@ -30,9 +30,9 @@ def command(ctx: click.Context, path: str, *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(f"{path}: {report.kind}; checked {report.checked}")
+        print_text(f"{path}: {report.kind}; checked {report.checked}")
         for problem in report.problems:
-            click.echo(f"broken: {problem}")
+            print_text(f"broken: {problem}")
         click.echo("sound" if report.sound else f"{len(report.problems)} problems found")
     if not report.sound:
         ctx.exit(DataError.exit_code)

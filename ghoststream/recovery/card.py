@@ -32,9 +32,9 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-`trust_remote_code=True` runs `modeling_ghosted.py` of this folder, which needs only torch and transformers.
-After `import ghoststream` it is not needed. The model has a type of its own, `{model_type}`: a program that
-does not know the operators refuses it instead of loading it without them.
+`trust_remote_code=True` runs `modeling_ghosted.py` of this folder, which needs only torch and transformers
+5.1 or newer. After `import ghoststream` it is not needed. The model has a type of its own, `{model_type}`: a
+program that does not know the operators refuses it instead of loading it without them.
 """
 
 _PRUNED = """

@@ -49,6 +49,8 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
 }
 # Lists whose length says nothing about layers even if it happens to equal their number.
 _NOT_PER_LAYER = frozenset({"architectures", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
+# Settings of the base's folder: code and files that lie there.
+_NOT_CARRIED = frozenset({"_name_or_path", "auto_map", "custom_pipelines", "transformers_weights"})
 # Attributes by which modules know their own number, copies of settings of the whole model (what a layer takes
 # from them has a name of its own), and one that says nothing about the architecture.
 _NOT_COMPARED = frozenset(
@@ -86,13 +88,29 @@ def prune_config(config: Any, plan: PruningPlan) -> dict[str, Any]:
     return {**data, key: _prune_section(data[key], text, plan)}
 
 
+def carry_over(raw: Mapping[str, Any], config: Any, plan: PruningPlan) -> dict[str, Any]:
+    """Return what a configuration file says in words that transformers reads, but does not write.
+
+    Args:
+        raw: What is in the file.
+        config: The configuration that transformers made of it.
+        plan: Which layers are removed.
+
+    Returns:
+        These settings, for the layers that are left. Other names of what transformers does write, and what
+        belongs to the base's folder, are left out.
+    """
+    left_out = {*config.to_dict(), *config.attribute_map, *_PATTERNS, *_REFUSED, *_NOT_CARRIED}
+    return {key: _prune_value(key, value, plan) for key, value in raw.items() if key not in left_out}
+
+
 def _prune_section(section: Mapping[str, Any], config: Any, plan: PruningPlan) -> dict[str, Any]:
     _require_expressible(section, str(config.model_type), plan)
     rewritten = _make_sparse_step_explicit(section, plan)
     pruned = {
         key: _prune_value(key, value, plan)
         for key, value in rewritten.items()
-        if not isinstance(section.get(_PATTERNS.get(key, "")), list)
+        if key not in _NOT_CARRIED and not isinstance(section.get(_PATTERNS.get(key, "")), list)
     }
     for key in (key for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in pruned):
         # Layers that predict further tokens follow the last one and are not run by transformers.

@@ -23,6 +23,7 @@ from ghoststream.files import (
     bytes_digest,
     file_digest,
     json_digest,
+    read_json,
     write_sums,
 )
 from ghoststream.operators import OperatorSet
@@ -30,6 +31,7 @@ from ghoststream.progress import Progress
 from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.card import model_card
+from ghoststream.recovery.config_spelling import spell_both_ways
 from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
 from ghoststream.recovery.layout import (
     LayerNames,
@@ -220,7 +222,11 @@ def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNa
         pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
     check_pruned_model(model, pruned, skeleton.architecture.layers_path, operators.plan)
     written = type(base)(**data).to_diff_dict()
-    data = {key: value for key, value in written.items() if key in data}
+    raw = read_json(skeleton.root / CONFIG_NAME)
+    # transformers leaves its defaults out; what the base said stays, as they differ from version to version.
+    said = {key: value for key, value in data.items() if key in raw and key not in written}
+    data = {**said, **{key: value for key, value in written.items() if key in data}}
+    data = spell_both_ways(data, base, raw, operators.plan)
     if not standing_operators(operators):
         return {**data, "architectures": [type(model).__name__]}
     prefix = modeling_ghosted.PREFIX

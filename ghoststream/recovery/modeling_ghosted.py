@@ -1,8 +1,8 @@
 """Recovered models: a pruned transformers model with one linear operator at each pruning boundary.
 
-This file needs torch and transformers only; it is copied into every recovered checkpoint. It serves every
-architecture: ``Ghosted<Name>`` is made on demand from the transformers class ``<Name>``, for example
-``GhostedLlamaConfig``, ``GhostedLlamaModel`` and ``GhostedLlamaForCausalLM``.
+This file needs torch and transformers 5.1 or newer only; it is copied into every recovered checkpoint. It
+serves every architecture: ``Ghosted<Name>`` is made on demand from the transformers class ``<Name>``, for
+example ``GhostedLlamaConfig``, ``GhostedLlamaModel`` and ``GhostedLlamaForCausalLM``.
 
 ``config.ghost_operators`` lists the operators, one for each removed span of the original model::
 
@@ -32,6 +32,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+_NEEDED = (5, 1)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _NEEDED:
+    msg = f"this recovered checkpoint needs transformers 5.1 or newer, not {transformers.__version__}"
+    raise ImportError(msg)
 
 PREFIX = "Ghosted"
 TYPE_PREFIX = "ghosted_"

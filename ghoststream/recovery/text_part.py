@@ -20,10 +20,12 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.keys import match_keys
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, copied_tensor, plan_shards, write_shards
 from ghoststream.errors import UnsupportedModelError
-from ghoststream.files import StagingFolder, atomic_write_json, write_sums
+from ghoststream.files import StagingFolder, atomic_write_json, read_json, write_sums
 from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
+from ghoststream.recovery.config_spelling import spell_both_ways
 from ghoststream.recovery.sidecars import CONFIG_NAME, copy_sidecars
+from ghoststream.spans import PruningPlan
 from ghoststream.streaming import load_config
 
 # Where composite checkpoints keep the language model, and what it is called there on its own.
@@ -74,6 +76,8 @@ def write_text_part(
     index = CheckpointIndex.open(root)
     named = {name: entry for entry in _on_disk(index) if (name := _text_name(entry.name)) is not None}
     data = _text_config(config, text, tied="lm_head.weight" not in named)
+    raw = next((part for part in read_json(root / CONFIG_NAME).values() if _is_text_part(part, text)), {})
+    data = spell_both_ways(data, text, raw, PruningPlan(int(text.num_hidden_layers)))
     _require_complete(type(text)(**data), index, named)
     tensors = [copied_tensor(root, entry, name) for name, entry in named.items()]
     request = {"text part of": checkpoint_fingerprint(root, index)["digest"]}
@@ -104,6 +108,10 @@ def _require_complete(text: Any, index: CheckpointIndex, named: Mapping[str, Ten
         model = AutoModelForCausalLM.from_config(text)
     renamed = {name: replace(entry, name=name) for name, entry in named.items()}
     match_keys(model, CheckpointIndex(index.root, renamed, index.shards))
+
+
+def _is_text_part(part: Any, text: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("model_type") == text.model_type
 
 
 def _text_config(config: Any, text: Any, *, tied: bool) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from ghoststream.recovery.sidecars import (
     CARD_NAME,
     CONFIG_NAME,
     copy_sidecars,
+    find_sidecars,
     sidecars_digest,
 )
 from ghoststream.spans import Span
@@ -138,6 +139,7 @@ def export_recovered(
         NumericsError: If an operator on ``hidden+mlp`` cannot be taken apart, or what is absorbed would be
             lost in rounding.
         PlanError: If the plan is for another number of layers.
+        RequestError: If a file beside the weights is a link out of the base's folder.
         MismatchError: If the operators are for another model, or ``out`` has unfinished work of another
             request.
         OutputExistsError: If ``out`` holds anything but the result of this very call.
@@ -176,6 +178,7 @@ def _require_exportable(skeleton: Skeleton) -> None:
     if not type(skeleton.model).__module__.startswith("transformers."):
         msg = f"{skeleton.root} runs code of its own, which a recovered checkpoint cannot build on"
         raise UnsupportedModelError(msg)
+    find_sidecars(skeleton.root)
 
 
 def _prepare(

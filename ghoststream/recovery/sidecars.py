@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from ghoststream.errors import RequestError
 from ghoststream.files import SUMS_NAME, disk_errors, file_digest, json_digest
 from ghoststream.recovery.names import PROVENANCE_NAME
 
@@ -32,27 +37,45 @@ _NOT_COPIED_SUFFIXES = frozenset(
 )
 _NOT_COPIED_NAMES = frozenset({CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, SUMS_NAME})
 _COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
+# Vocabularies are larger, and take seconds to read.
+_LARGEST_CONFIG_BYTES = 8 * 1024 * 1024
+# What a tokenizer's own code imports beside itself.
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b|^\s*import\s+\.(\w+)", re.MULTILINE)
 
 
 def copy_sidecars(root: Path, folder: Path) -> None:
     """Copy what a checkpoint folder holds besides weights, configuration and hidden files.
 
-    Weights in any format, code and the weight index stay behind; the card becomes ``README.base.md``.
+    Weights in any format, the model's code and the weight index stay behind; the card becomes
+    ``README.base.md``. Code that the files name in an ``auto_map``, such as a tokenizer's, comes along; an
+    entry whose code is not there is left out.
 
     Raises:
+        RequestError: What :func:`find_sidecars` raises.
         DiskFullError: If no space is left.
     """
-    for name, path in _sidecars(root).items():
+    for name, path in find_sidecars(root).items():
         _copy(path, folder / name)
+        if path.suffix == ".json":
+            _drop_missing_code(folder / name, folder)
 
 
 def sidecars_digest(root: Path) -> str:
-    """Return the digest of names and bytes of all that :func:`copy_sidecars` would copy."""
-    return json_digest({name: file_digest(path) for name, path in _sidecars(root).items()})
+    """Return the digest of names and bytes of all that :func:`copy_sidecars` would copy.
+
+    Raises:
+        RequestError: What :func:`find_sidecars` raises.
+    """
+    return json_digest({name: file_digest(path) for name, path in find_sidecars(root).items()})
 
 
-def _sidecars(root: Path) -> dict[str, Path]:
-    """Return what is copied, by its name in the recovered folder."""
+def find_sidecars(root: Path) -> dict[str, Path]:
+    """Return what :func:`copy_sidecars` copies, by its name in the recovered folder; code comes first.
+
+    Raises:
+        RequestError: If one of these files is a link out of the folder. Links of a hub cache into its own
+            blobs are none.
+    """
     found = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_copied(path)}
     if (root / CARD_NAME).is_file():
         found[BASE_CARD_NAME] = root / CARD_NAME
@@ -60,7 +83,76 @@ def _sidecars(root: Path) -> dict[str, Path]:
         for path in sorted((root / folder).rglob("*")):
             if path.is_file() and not path.name.startswith("."):
                 found[path.relative_to(root).as_posix()] = path
-    return found
+    code = {f"{name}.py": root / f"{name}.py" for name in _named_code(root, found)}
+    return {name: _inside(root, path) for name, path in {**code, **found}.items()}
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """Return where a file really is, which has to be in the folder or in the blobs of a hub cache."""
+    real, folder = path.resolve(), root.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        msg = (
+            f"{path} is a link out of the model's folder, to {real}: what is there would be copied into the "
+            "recovered checkpoint; put the file itself in the folder, or remove the link"
+        )
+        raise RequestError(msg)
+    return real
+
+
+def _named_code(root: Path, found: Mapping[str, Path]) -> list[str]:
+    """Return the names, without ``.py``, of the code that files name, and of what that imports."""
+    open_names = [
+        module
+        for name, path in found.items()
+        if name.endswith(".json")
+        for _, module in _code_names(_auto_map(_inside(root, path)))
+    ]
+    names: list[str] = []
+    while open_names:
+        name = open_names.pop()
+        if name in names or not (root / f"{name}.py").is_file():
+            continue
+        names.append(name)
+        text = _inside(root, root / f"{name}.py").read_text(encoding="utf-8", errors="replace")
+        open_names += [first or second for first, second in _RELATIVE_IMPORT.findall(text)]
+    return sorted(names)
+
+
+def _auto_map(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST_CONFIG_BYTES:
+        return {}
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    found = data.get("auto_map") if isinstance(data, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _code_names(auto_map: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of an entry's key and a module of the folder that it names.
+
+    ``org/name--module.Class`` is of another repository.
+    """
+    for key, value in auto_map.items():
+        for reference in value if isinstance(value, list) else [value]:
+            if isinstance(reference, str) and "--" not in reference:
+                yield key, reference.partition(".")[0]
+
+
+def _drop_missing_code(path: Path, folder: Path) -> None:
+    auto_map = _auto_map(path)
+    lacking = {key for key, module in _code_names(auto_map) if not (folder / f"{module}.py").is_file()}
+    if not lacking:
+        return
+    data = json.loads(path.read_bytes())
+    data["auto_map"] = {key: value for key, value in auto_map.items() if key not in lacking}
+    if not data["auto_map"]:
+        del data["auto_map"]
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_copied(path: Path) -> bool:

@@ -24,7 +24,7 @@ from ghoststream.files import StagingFolder, atomic_write_json, read_json, write
 from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recovery.config_spelling import spell_both_ways
-from ghoststream.recovery.sidecars import CONFIG_NAME, copy_sidecars
+from ghoststream.recovery.sidecars import CONFIG_NAME, copy_sidecars, find_sidecars
 from ghoststream.spans import PruningPlan
 from ghoststream.streaming import load_config
 
@@ -63,6 +63,7 @@ def write_text_part(
         CheckpointError: If tensors of the language model are missing or have another shape.
         OutputExistsError: If ``out`` holds anything.
         BudgetError: If the disk is too small.
+        RequestError: If a file beside the weights is a link out of the folder.
 
     Memory: One copy buffer (16 MiB), and the language model's modules without weights.
     """
@@ -80,6 +81,7 @@ def write_text_part(
     data = spell_both_ways(data, text, raw, PruningPlan(int(text.num_hidden_layers)))
     _require_complete(type(text)(**data), index, named)
     tensors = [copied_tensor(root, entry, name) for name, entry in named.items()]
+    find_sidecars(root)
     request = {"text part of": checkpoint_fingerprint(root, index)["digest"]}
     with StagingFolder(out, request=request) as staging:
         write_shards(staging.path, plan_shards(tensors, max_shard_bytes), progress=progress)

@@ -45,7 +45,8 @@ class Architecture:
     children. ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns;
     ``parts`` says what is where inside a layer. ``embedding`` and ``head`` are the last parts of the names
     that the token embedding and the output head have in checkpoints. ``eager`` says that transformers
-    computes attention eagerly by default.
+    computes attention eagerly by default, ``norm_names_epsilon`` that the final norm has its epsilon as an
+    attribute.
     """
 
     decoder: str
@@ -55,6 +56,7 @@ class Architecture:
     head: str = "lm_head"
     eager: bool = False
     layers_return_tuples: bool = False
+    norm_names_epsilon: bool = True
     parts: LayerParts = LayerParts()
 
     @property
@@ -151,7 +153,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mistral": _STANDARD,
         "mixtral": _STANDARD,
         "nemotron": _STANDARD,
-        "olmo": _STANDARD,
+        "olmo": replace(_STANDARD, norm_names_epsilon=False),
         "olmo2": _POST_NORMED,
         "olmo3": _POST_NORMED,
         "olmoe": _STANDARD,

@@ -30,6 +30,19 @@ _DEFAULTS = {"model_type": "", "do_layer_norm_before": True, "_remove_final_laye
 
 
 @dataclass(frozen=True, slots=True)
+class MlpEnd:
+    """The last linear map of a layer's MLP, which operators can be absorbed into.
+
+    Attributes:
+        refusal: Why none can; empty where they can.
+        has_bias: Whether it has a bias, which takes up an operator's constant.
+    """
+
+    refusal: str = ""
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Sizes of a checkpoint; bytes of parts are at compute dtype ``dtype``, ``checkpoint_bytes`` as stored.
 
@@ -40,7 +53,8 @@ class ModelSizes:
         tied: Whether head and embedding are one tensor.
         unit_bytes: U, the largest of one decoder layer, the embedding and the head.
         taps: Width of the taps of the first layer that are not as wide as the hidden state, by name.
-        refusal: Why no operator can be absorbed into the first layer's MLP; empty where it can.
+        mlp_ends: What operators can be absorbed into, of each layer.
+        norm_names_epsilon: Whether the final norm says which epsilon it has, which normed features need.
     """
 
     root: Path
@@ -60,7 +74,13 @@ class ModelSizes:
     checkpoint_bytes: int
     shards: tuple[Path, ...]
     taps: Mapping[str, int] = field(default_factory=dict)
-    refusal: str = ""
+    mlp_ends: tuple[MlpEnd, ...] = ()
+    norm_names_epsilon: bool = True
+
+    @property
+    def refusal(self) -> str:
+        """Why no operator can be absorbed into the first layer's MLP; empty where it can."""
+        return self.mlp_ends[0].refusal
 
     @property
     def itemsize(self) -> int:
@@ -88,7 +108,14 @@ class ModelSizes:
 
     def to_json(self) -> dict[str, Any]:
         """Return the sizes as JSON data."""
-        return {**asdict(self), "root": str(self.root), "shards": len(self.shards), "taps": dict(self.taps)}
+        shown = {key: value for key, value in asdict(self).items() if key != "mlp_ends"}
+        return {
+            **shown,
+            "root": str(self.root),
+            "shards": len(self.shards),
+            "taps": dict(self.taps),
+            "refusal": self.refusal,
+        }
 
 
 def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = None) -> ModelSizes:
@@ -125,7 +152,6 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
     unit = max(_elements(largest), prod(embedding.shape), _elements(with_bias))
     hidden = embedding.shape[1]
     eager = attention == "eager" or (attention is None and architecture.eager)
-    taps, refusal = _taps(architecture, layers[0], hidden, config)
     return ModelSizes(
         root=root,
         model_type=str(config.model_type),
@@ -143,8 +169,9 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
         unit_bytes=unit * itemsize,
         checkpoint_bytes=index.n_bytes,
         shards=tuple(root / shard for shard in index.shards),
-        taps=taps,
-        refusal=refusal,
+        taps=_taps(architecture, layers[0], hidden),
+        mlp_ends=tuple(_mlp_end(architecture, layer, config) for layer in layers.values()),
+        norm_names_epsilon=architecture.norm_names_epsilon,
     )
 
 
@@ -170,28 +197,29 @@ def _parts(
     return {number: layers[number] for number in range(count)}, ends
 
 
-def _taps(
-    architecture: Architecture, layer: Mapping[str, TensorEntry], hidden: int, config: Any
-) -> tuple[dict[str, int], str]:
-    """Return the widths of taps, and why no operator can be absorbed into the layer's MLP."""
+def _taps(architecture: Architecture, layer: Mapping[str, TensorEntry], hidden: int) -> dict[str, int]:
+    """Return the widths of taps."""
     parts, widths = architecture.parts, {}
     for name, module in (("attention_heads", parts.attention_projection), (_MLP, parts.mlp_projection)):
         weight = layer.get(f"{module}.weight")
         if weight is not None:
             widths[name] = prod(weight.shape) // hidden
-    if _MLP not in widths:
-        return widths, "a layer with experts has no single last linear map of its MLP"
+    return widths
+
+
+def _mlp_end(architecture: Architecture, layer: Mapping[str, TensorEntry], config: Any) -> MlpEnd:
+    parts = architecture.parts
+    if f"{parts.mlp_projection}.weight" not in layer:
+        return MlpEnd("a layer with experts has no single last linear map of its MLP")
     if parts.mlp_post_norm is not None:
-        return (
-            widths,
-            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} and the residual stream",
+        return MlpEnd(
+            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} and the residual stream"
         )
     if parts.multiplier is not None and getattr(config, parts.multiplier, 1.0) == 0.0:
-        return (
-            widths,
-            f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream",
+        return MlpEnd(
+            f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream"
         )
-    return widths, ""
+    return MlpEnd(has_bias=f"{parts.mlp_projection}.bias" in layer)
 
 
 def _widest(entries: Any, hidden: int) -> int:

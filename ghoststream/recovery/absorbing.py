@@ -24,13 +24,11 @@ from ghoststream.checkpoint.writer import TensorSource
 from ghoststream.errors import MismatchError, NumericsError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import absorbed_part, is_joint, lost_in_rounding, standing_part
+from ghoststream.recovery.features import ABSORBED
 from ghoststream.spans import Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP, MLP_OUTPUT
 from ghoststream.streaming import mlp_projection
 from ghoststream.streaming.skeleton import Skeleton
-
-ABSORBED = (MLP.name, MLP_OUTPUT.name, HIDDEN_AND_MLP.name)
-"""Features whose operators are absorbed, the last in part."""
 
 _PANEL = 1024
 _BLOCK_ELEMENTS = 2**22

@@ -9,6 +9,7 @@ surviving layer with the original, on the meta device.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ghoststream.errors import UnsupportedModelError
@@ -68,6 +69,11 @@ _NOT_COMPARED = frozenset(
 )
 
 
+def own_code(root: Path) -> str:
+    """Say why a checkpoint that runs code of its own cannot be pruned."""
+    return f"{root} runs code of its own, which a recovered checkpoint cannot build on"
+
+
 def prune_config(config: Any, plan: PruningPlan) -> dict[str, Any]:
     """Return the configuration of the model that is left, as plain data of the original's ``model_type``.
 
@@ -105,7 +111,8 @@ def carry_over(raw: Mapping[str, Any], config: Any, plan: PruningPlan) -> dict[s
 
 
 def _prune_section(section: Mapping[str, Any], config: Any, plan: PruningPlan) -> dict[str, Any]:
-    _require_expressible(section, str(config.model_type), plan)
+    require_independent_layers(section, str(config.model_type), plan.n_layers)
+    _require_expressible(section, str(config.model_type))
     rewritten = _make_sparse_step_explicit(section, plan)
     pruned = {
         key: _prune_value(key, value, plan)
@@ -140,10 +147,20 @@ def _is_per_layer(key: str) -> bool:
     return key not in _NOT_PER_LAYER and not key.endswith(("_token_id", "_token_ids"))
 
 
-def _require_expressible(section: Mapping[str, Any], model_type: str, plan: PruningPlan) -> None:
+def require_independent_layers(section: Mapping[str, Any], model_type: str, n_layers: int) -> None:
+    """Check that no setting ties a layer to its number or to other layers, whichever are removed.
+
+    Args:
+        section: The configuration, or the JSON data of its file.
+        model_type: Its type, for the message.
+        n_layers: Number of decoder layers.
+
+    Raises:
+        UnsupportedModelError: If one does.
+    """
     for key, harmless in _REFUSED.items():
         value = section.get(key)
-        if isinstance(value, list) and len(value) == plan.n_layers:
+        if isinstance(value, list) and len(value) == n_layers:
             continue
         if key in section and value not in harmless:
             msg = (
@@ -152,6 +169,9 @@ def _require_expressible(section: Mapping[str, Any], model_type: str, plan: Prun
                 "left"
             )
             raise UnsupportedModelError(msg)
+
+
+def _require_expressible(section: Mapping[str, Any], model_type: str) -> None:
     for key, explicit in _PATTERNS.items():
         if (
             isinstance(section.get(key), int)

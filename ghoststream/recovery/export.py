@@ -32,7 +32,7 @@ from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.card import model_card
 from ghoststream.recovery.config_spelling import spell_both_ways
-from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
+from ghoststream.recovery.config_surgery import check_pruned_model, own_code, prune_config
 from ghoststream.recovery.layout import (
     LayerNames,
     leaf_names,
@@ -52,7 +52,7 @@ from ghoststream.recovery.sidecars import (
     find_sidecars,
     sidecars_digest,
 )
-from ghoststream.spans import Span
+from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming.skeleton import Skeleton, load_config
 
 _MODELING_FILE = Path(modeling_ghosted.__file__)
@@ -168,6 +168,22 @@ def export_recovered(
     return _report(job, out)
 
 
+def require_prunable(skeleton: Skeleton, plan: PruningPlan) -> None:
+    """Check that a checkpoint can be written without the layers of a plan.
+
+    Args:
+        skeleton: The base.
+        plan: What is removed.
+
+    Raises:
+        UnsupportedModelError: If the base, or the plan for it, cannot be expressed.
+
+    Memory: the model's modules without weights, twice.
+    """
+    _require_exportable(skeleton)
+    _pruned_config(skeleton, plan)
+
+
 def _require_exportable(skeleton: Skeleton) -> None:
     if str(skeleton.config.model_type).startswith(modeling_ghosted.TYPE_PREFIX):
         msg = (
@@ -176,8 +192,7 @@ def _require_exportable(skeleton: Skeleton) -> None:
         )
         raise UnsupportedModelError(msg)
     if not type(skeleton.model).__module__.startswith("transformers."):
-        msg = f"{skeleton.root} runs code of its own, which a recovered checkpoint cannot build on"
-        raise UnsupportedModelError(msg)
+        raise UnsupportedModelError(own_code(skeleton.root))
     find_sidecars(skeleton.root)
 
 
@@ -215,21 +230,26 @@ def _prepare(
     return _Job(skeleton, operators, fingerprint, names, config, shards, origins, absorptions)
 
 
-def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
+def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str, Any]]:
+    """Return the base's configuration as it is stored, and what is written of that of the pruned model."""
     from transformers import AutoModelForCausalLM
 
     # As it is stored: building the model for a compute type of its own changes the configuration.
-    base, model = load_config(skeleton.root), skeleton.model
-    data = prune_config(base, operators.plan)
+    base = load_config(skeleton.root)
+    data = prune_config(base, plan)
     with torch.device("meta"):
         pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
-    check_pruned_model(model, pruned, skeleton.architecture.layers_path, operators.plan)
+    check_pruned_model(skeleton.model, pruned, skeleton.architecture.layers_path, plan)
     written = type(base)(**data).to_diff_dict()
     raw = read_json(skeleton.root / CONFIG_NAME)
     # transformers leaves its defaults out; what the base said stays, as they differ from version to version.
     said = {key: value for key, value in data.items() if key in raw and key not in written}
     data = {**said, **{key: value for key, value in written.items() if key in data}}
-    data = spell_both_ways(data, base, raw, operators.plan)
+    return base, spell_both_ways(data, base, raw, plan)
+
+
+def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
+    (base, data), model = _pruned_config(skeleton, operators.plan), skeleton.model
     if not standing_operators(operators):
         return {**data, "architectures": [type(model).__name__]}
     prefix = modeling_ghosted.PREFIX

@@ -14,10 +14,9 @@ from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.recovery.absorbing import ABSORBED, Absorption, standing_operator
+from ghoststream.recovery.absorbing import Absorption, standing_operator
+from ghoststream.recovery.features import FEATURES
 from ghoststream.spans import PruningPlan, Span
-
-FEATURES = ("hidden", "normed", "hidden+normed", *ABSORBED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import RequestError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import AUTO, Compute, Method, Reduction, Search, Source
+from ghoststream.options import AUTO, Compute, Method, Reduction, Search, Source, dtype_name
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.selection import read_plan
+from ghoststream.selection import Selection, read_plan
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.fit import fit_in_passes
-from ghoststream.stages.from_store.fit import fit_from_store, make_store_kind
+from ghoststream.stages.from_store.fit import fit_from_store
+from ghoststream.stages.from_store.kind import make_store_kind
+from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
@@ -91,6 +95,17 @@ def fit(
     reduction.refuse(None, "no store is read")
     session = ModelSession(str(source.model), compute)
     selection = read_plan(plan, session.skeleton.n_layers)
+    _check_fit(session, selection, method)
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
     return fit_in_passes(session, selection, text, method=method, search=search, out=out, progress=progress)
+
+
+def _check_fit(session: ModelSession, selection: Selection, method: Method) -> None:
+    """Find before the text is read what the pass, or the export of what it fits, could not do."""
+    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
+    check_family(session.root, session.compute, sizes.n_layers)
+    named = named_method(method)
+    if named is not None:
+        require_features(named, selection.plan.spans, sizes)
+    check_export(session.skeleton, selection.plan)

@@ -11,8 +11,8 @@ from ghoststream.errors import RequestError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import is_joint, mlp_part, standing_part
 from ghoststream.recovery import build_ghost
-from ghoststream.recovery.absorbing import ABSORBED, find_absorption
-from ghoststream.recovery.layout import FEATURES
+from ghoststream.recovery.absorbing import find_absorption
+from ghoststream.recovery.features import ABSORBED, FEATURES
 from ghoststream.statistics.features import STATE_TAP
 from ghoststream.streaming import CUT, Batch, BoundaryMap, Lane, LogitsObserver, ModuleMap, Skeleton
 

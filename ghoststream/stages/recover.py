@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import OutputExistsError, RequestError
+from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
-from ghoststream.files import differences, disk_errors
+from ghoststream.files import disk_errors
 from ghoststream.operators import OperatorSet
-from ghoststream.options import AUTO, Compute, Method, Recovery, Search, Text
+from ghoststream.options import Compute, Method, Recovery, Search, Text
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recovery import ExportReport, export_recovered, load_recovered
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery import ExportReport, export_recovered
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.session import ModelSession
@@ -173,18 +172,17 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
         msg = f"{recovery.name} names no model; give one with --model, or as `model` in the file"
         raise RequestError(msg)
     out = Path(out) if Path(out).name else Path(out).resolve()
-    work = out.with_name(f"{out.name}.work")
     session = ModelSession(recovery.model, recovery.compute)
-    steps = Steps(session, recovery, work, progress)
-    _check_output(out, session, recovery, steps)
-    with disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
+    steps = Steps(session, recovery, out, progress)
+    steps.prepare()
+    with disk_errors(steps.work):
+        steps.work.mkdir(parents=True, exist_ok=True)
     selection = steps.way.given or steps.choose()
     operators, file = steps.fit(selection)
     exported = export_recovered(
         session.skeleton, operators, out, fingerprint=session.fingerprint, progress=progress
     )
-    evaluation = _evaluate(session, recovery, out, work, progress)
+    evaluation = _evaluate(session, recovery, out, steps.work, progress)
     chosen_by = selection.criterion if steps.way.given is None else "given"
     return RecoveryReport(
         recovery.name, session.name, exported, operators, chosen_by, steps.store, file, evaluation
@@ -198,43 +196,6 @@ def _evaluate(
         return None
     text = recovery.evaluate.to_evaluate()
     return evaluate_session(session, [out], text, out=work / "evaluation.json", progress=progress)
-
-
-def _check_output(out: Path, session: ModelSession, recovery: Recovery, steps: Steps) -> None:
-    """Find what can be found before the pass that would make the export fail after it.
-
-    Export checks the rest.
-    """
-    if out.exists() and not out.is_dir():
-        msg = f"{out} is a file, a folder was to be made there; choose another place"
-        raise OutputExistsError(msg)
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / PROVENANCE_NAME).is_file():
-        msg = f"{out} is not empty; choose another folder, or move what is there away"
-        raise OutputExistsError(msg)
-    found = load_recovered(out)
-    if found is None:
-        return
-    asked = {
-        "base": session.fingerprint["digest"],
-        "operator": recovery.method.operator or AUTO,
-        "layers removed": steps.way.n_removed,
-    }
-    there = {
-        "base": found.base.get("digest"),
-        "operator": found.kind,
-        "layers removed": found.plan.n_removed,
-    }
-    if steps.way.given is not None:
-        asked["plan"], there["plan"] = steps.way.given.plan.to_json(), found.plan.to_json()
-    changed = differences(there, asked)
-    if changed:
-        msg = (
-            f"{out} holds the recovered checkpoint of another request ({'; '.join(changed)});"
-            " choose another folder, or move it away"
-        )
-        raise OutputExistsError(msg)
 
 
 def _figure(value: Any) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ghoststream.activations import StoreRef
-from ghoststream.errors import RequestError
-from ghoststream.options import Compute, Method, Reduction, Search, Source
+from ghoststream.checkpoint.sizes import read_sizes
+from ghoststream.options import Compute, Method, Reduction, Search, Source, dtype_name
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.selection import Selection, criterion_names, make_criterion
+from ghoststream.selection import Selection, make_criterion
+from ghoststream.spans import Span
 from ghoststream.stages.capturing.replay import session_of
-from ghoststream.stages.choosing.criteria import MEASURED, search_criterion_names
-from ghoststream.stages.choosing.search import check_search, search_session
+from ghoststream.stages.choosing.checks import check_search, require_criterion
+from ghoststream.stages.choosing.criteria import MEASURED
+from ghoststream.stages.choosing.search import search_session
 from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
+from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.way import some_plan
 
 
 def select(
@@ -82,12 +86,17 @@ def select(
     name = require_criterion(search.criterion or MEASURED, runs_model=True)
     reduction.refuse(None, "no store is read")
     session = ModelSession(str(source.model), compute)
-    rule, _ = check_search(session.skeleton.n_layers, remove, search, method)
+    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
+    rule, named = check_search(sizes.n_layers, remove, search, method)
     if not rule.repairs:
         method.refuse(None, f"the criterion {name} repairs nothing")
         search.refuse(
             ("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows"
         )
+    check_family(session.root, compute, sizes.n_layers)
+    if named is not None:
+        require_features(named, (Span(1, 2),), sizes)
+    check_export(session.skeleton, some_plan(sizes.n_layers, remove))
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
     return search_session(session, remove, text, search=search, method=method, out=out, progress=progress)
@@ -104,24 +113,3 @@ def opener(source: Source, compute: Compute) -> Opener | None:
         return None
     store, model = str(source.store), source.model
     return lambda: session_of(StoreRef.of(store).open(), model, compute)
-
-
-def require_criterion(name: str, *, runs_model: bool) -> str:
-    """Return the name of a criterion, checked against where hidden states come from.
-
-    Raises:
-        RequestError: If there is none of this name, or it needs the other source.
-    """
-    running, reading = search_criterion_names(), criterion_names()
-    if name not in (*running, *reading):
-        msg = f"there is no criterion {name!r}; known are {', '.join(sorted((*running, *reading)))}"
-        raise RequestError(msg)
-    if runs_model and name not in running:
-        msg = (
-            f"the criterion {name} reads a store; capture one and give --store in the place of --calibration"
-        )
-        raise RequestError(msg)
-    if not runs_model and name not in reading:
-        msg = f"the criterion {name} runs the model; give --calibration in the place of --store"
-        raise RequestError(msg)
-    return name

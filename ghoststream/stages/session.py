@@ -41,7 +41,7 @@ class ModelSession:
         self.compute = compute or Compute()
         self.resolved: ResolvedModel = resolve_checkpoint(model, revision=self.compute.revision)
         self.device = usable_device(self.compute.device)
-        self.skeleton = _build_skeleton(self.resolved.root, self.device, self.compute)
+        self.skeleton = open_skeleton(self.resolved.root, self.device, self.compute)
         self._tokens: dict[Text, TokenSet] = {}
 
     @property
@@ -108,7 +108,14 @@ class ModelSession:
         return {"dtype": dtype_name(self.skeleton.dtype), "attention": self.skeleton.attention}
 
 
-def _build_skeleton(root: Path, device: torch.device, compute: Compute) -> Skeleton:
+def open_skeleton(root: Path, device: torch.device | str, compute: Compute) -> Skeleton:
+    """Open a checkpoint folder as the options say.
+
+    Raises:
+        UnsupportedModelError: If it cannot be streamed, or transformers refuses configuration or attention.
+        CheckpointError: If it is incomplete.
+        RequestError: If an option is unknown.
+    """
     try:
         return Skeleton(
             root,

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from ghoststream.options import Recovery
 from ghoststream.selection import Selection, read_plan, require_count_or_plan
-from ghoststream.stages.choosing.criteria import search_criterion_names
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion, search_criterion_names
+from ghoststream.stages.from_store.kind import make_store_kind
+from ghoststream.statistics import taps_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,31 @@ class Way:
         return self.runs_model or not method.is_named or "inputs" in method.given()
 
     @property
+    def measures(self) -> bool:
+        """Whether windows are held out, on which repairs are measured."""
+        if self.runs_model and make_search_criterion(self.recovery.search.criterion or MEASURED).repairs:
+            return True
+        is_known = self.given is not None and bool(self.given.methods)
+        return not (self.recovery.method.is_named or is_known)
+
+    def plan(self, n_layers: int) -> PruningPlan:
+        """Return the plan that is given, or one that removes as many layers."""
+        return some_plan(n_layers, self.n_removed) if self.given is None else self.given.plan
+
+    def needed_layers(self, plan: PruningPlan) -> tuple[int, ...]:
+        """Return the hidden states that a fit of a plan from a store reads.
+
+        Those before the layer before a boundary are among them where that layer is run again.
+        """
+        method = self.recovery.method
+        needed = {position for span in plan.spans for position in (span.start, span.stop)}
+        if method.per_layer:
+            needed |= {position for span in plan.spans for position in range(span.start, span.stop)}
+        if taps_of(make_store_kind(method).features):
+            needed |= {span.start - 1 for span in plan.spans if span.start > 0}
+        return tuple(sorted(needed))
+
+    @property
     def captures(self) -> bool:
         """Whether a store is made."""
         return self.reads_store or not self.fits_in_passes
@@ -58,3 +86,8 @@ def what_goes(recovery: Recovery, n_layers: int) -> tuple[Selection | None, int]
         return None, remove
     given = read_plan(remove, n_layers)
     return given, given.plan.n_removed
+
+
+def some_plan(n_layers: int, remove: int) -> PruningPlan:
+    """Return a plan that removes so many layers: what is looked at where nobody knows yet which layers go."""
+    return PruningPlan(n_layers, (Span(1, 1 + remove),))

@@ -6,7 +6,7 @@ torch is imported where it is asked: what runs on the host must not wait for it.
 from __future__ import annotations
 
 from ghoststream.errors import RequestError
-from ghoststream.machine import free_device_memory
+from ghoststream.machine import free_device_memory, may_have_accelerator
 
 _SHARE = 0.9
 
@@ -32,6 +32,8 @@ def require_device(name: str) -> None:
     Raises:
         RequestError: If it has not.
     """
+    if name.partition(":")[0] == "cuda" and not may_have_accelerator():
+        raise RequestError(_not_here(name))
     import torch
 
     kind = device_kind(name)
@@ -39,11 +41,7 @@ def require_device(name: str) -> None:
         return
     n_devices = torch.cuda.device_count() if kind == "cuda" and torch.cuda.is_available() else 0
     if (torch.device(name).index or 0) >= n_devices:
-        msg = (
-            f"the device {name} was asked for, and torch sees none of that name in this process; leave it "
-            "out, or start the workers where there is one"
-        )
-        raise RequestError(msg)
+        raise RequestError(_not_here(name))
 
 
 def device_tasks(name: str, n_bytes: int) -> int | None:
@@ -62,3 +60,10 @@ def device_tasks(name: str, n_bytes: int) -> int | None:
     if free is None:
         return None
     return max(1, int(_SHARE * free) // max(1, n_bytes))
+
+
+def _not_here(name: str) -> str:
+    return (
+        f"the device {name} was asked for, and torch sees none of that name in this process; leave it "
+        "out, or start the workers where there is one"
+    )

@@ -231,4 +231,4 @@ def test_estimate_tells_what_it_measured_and_what_does_not_fit(tiny_llama: Path)
 def test_estimate_of_too_many_layers_exits_with_2(tiny_llama: Path) -> None:
     result = _run("estimate", str(tiny_llama), "--remove", "6", "--no-measure")
     assert result.exit_code == 2
-    assert "cannot remove 6 of the 6 layers" in result.stderr
+    assert "cannot remove 6 of 6 layers" in result.stderr

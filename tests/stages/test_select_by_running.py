@@ -25,7 +25,7 @@ from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.passes import partitions
 from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
-from ghoststream.stages.from_store.fit import make_store_kind
+from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import DEFAULT_FOLDS, Ranges, taps_of

@@ -19,7 +19,8 @@ from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
-from ghoststream.recovery.absorbing import ABSORBED, require_absorbable
+from ghoststream.recovery.absorbing import require_absorbable
+from ghoststream.recovery.features import ABSORBED
 from ghoststream.spans import Span
 from ghoststream.stages.capturing.replay import replay_layer, rounding_notes
 from ghoststream.stages.session import ModelSession

@@ -6,29 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ghoststream.errors import UnsupportedModelError
-from ghoststream.options import AUTO, Method
+from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.repair import Repair, passing_method
+from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""
-
-
-def named_method(method: Method) -> Method | None:
-    """Return how boundaries are fitted where an operator is named; None for ``auto``, which is the default.
-
-    Raises:
-        RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
-    """
-    if not method.is_named:
-        others = set(Method.model_fields) - {"operator"}
-        method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
-        return None
-    return passing_method(method)
 
 
 def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[Method, ...]:

@@ -80,10 +80,10 @@ class SearchCriterion:
         unread = set(Search.trying) - set(self.reads)
         search.refuse(unread, f"the criterion {search.criterion} does not read it")
         if not 1 <= remove <= n_layers - 2:
-            msg = (
-                f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept, and at "
-                "least one must go"
-            )
+            kept = f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept"
+            number = f"give a number from 1 to {n_layers - 2}, or " if n_layers > 2 else ""
+            start = max(0, min(1, n_layers - remove))
+            msg = f"{kept}; {number}say which layers go, such as {start}:{start + max(1, remove)}"
             raise RequestError(msg)
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:

@@ -12,7 +12,7 @@ from ghoststream.progress import Progress
 from ghoststream.recipe import library_versions
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.choosing.auto import named_method
+from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial

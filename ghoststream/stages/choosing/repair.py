@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator
 from ghoststream.options import Method
+from ghoststream.recovery.features import FEATURES
 from ghoststream.spans import PruningPlan, Span
 
 
@@ -61,11 +62,27 @@ def passing_method(method: Method) -> Method:
     """Return a method, with features and ridge that act, fit for states that come by once.
 
     Raises:
-        RequestError: If there is no such operator, it does not take an option, or it needs a store.
+        RequestError: If there is no such operator, it does not take an option, it needs a store, or it reads
+            features that a model cannot be run with.
     """
     kind = make_operator(method)
+    require_standing(kind.method.features)
     if kind.needs_store or method.per_layer:
         reason = "one map a removed layer" if method.per_layer else f"the solver {method.solver}"
         msg = f"{reason} needs a store, as states come by only once in a pass; capture one and give --store"
         raise RequestError(msg)
     return kind.method
+
+
+def require_standing(features: str) -> None:
+    """Check that a recovered checkpoint can hold operators on some features, and a lane run them.
+
+    Raises:
+        RequestError: If it cannot.
+    """
+    if features not in FEATURES:
+        msg = (
+            f"a recovered checkpoint cannot hold operators on the features {features}, and no pass can run "
+            f"them; use {', '.join(FEATURES)}, or fit from a store and apply the operators by your own code"
+        )
+        raise RequestError(msg)

@@ -9,8 +9,8 @@ from ghoststream.options import AUTO, Method, Search, Text
 from ghoststream.progress import Progress
 from ghoststream.selection import Selection
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.auto import named_method
-from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, make_search_criterion
+from ghoststream.stages.choosing.checks import check_search
+from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
 from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
@@ -65,22 +65,6 @@ def search_session(
         selection = _choose(rule, trial, remove, search, wanted, recipe)
         selection.save(output.path)
     return selection
-
-
-def check_search(
-    n_layers: int, remove: int, search: Search, method: Method
-) -> tuple[SearchCriterion, Method | None]:
-    """Find what a search cannot do before the text is read.
-
-    Returns:
-        The criterion, and how it repairs candidates; None for ``auto``.
-
-    Raises:
-        RequestError: If there is something.
-    """
-    rule = make_search_criterion(search.criterion or MEASURED)
-    rule.check(n_layers, remove, search)
-    return rule, named_method(method) if rule.repairs else None
 
 
 def _repairing(rule: SearchCriterion, method: Method | None) -> dict[str, Any]:

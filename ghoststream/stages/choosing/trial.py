@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.errors import ArtifactError
 from ghoststream.files import atomic_write_json, disk_errors, read_json
 from ghoststream.options import Search
 from ghoststream.progress import Progress
 from ghoststream.stages.choosing.auto import choose_methods, preference
+from ghoststream.stages.choosing.checks import divided
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.output import Output
@@ -47,17 +48,12 @@ class Division:
         """
         if not fits:
             return cls(session.micro_batch(tokens.length), None)
-        n_sequences, held_out = tokens.n_sequences, search.held_out
-        wanted = n_sequences // 4 if held_out is None else held_out
-        chosen = min(session.memory(tokens.length).choose_micro_batch(), max(1, wanted))
-        micro_batch = session.compute.micro_batch or chosen
-        n_fit = (n_sequences - wanted) // micro_batch * micro_batch
-        if wanted < 1 or n_fit < 1:
-            msg = (
-                f"{n_sequences} sequences in micro-batches of {micro_batch} cannot be parted into some to "
-                f"fit and {wanted} to measure on; give more sequences, or a smaller micro-batch"
-            )
-            raise RequestError(msg)
+        micro_batch, n_fit = divided(
+            tokens.n_sequences,
+            search.held_out,
+            session.compute.micro_batch,
+            session.memory(tokens.length).choose_micro_batch,
+        )
         return cls(micro_batch, Ranges.make(n_fit, folds=search.folds))
 
     def to_json(self) -> dict[str, Any]:

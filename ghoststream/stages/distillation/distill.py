@@ -19,6 +19,7 @@ from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Text, Training
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
+from ghoststream.recovery.export import require_prunable
 from ghoststream.recovery.layout import require_operators_fit
 from ghoststream.recovery.modeling_ghosted import KNOWN
 from ghoststream.stages.distillation.distilling import (
@@ -121,6 +122,7 @@ def _require_trainable(operators: OperatorSet, session: ModelSession) -> None:
         hidden=skeleton.hidden_size,
         digest=session.fingerprint["digest"],
     )
+    require_prunable(skeleton, operators.plan)
     if not operators.operators:
         msg = f"no boundary of {operators.plan} has an operator: there is nothing to train; fit some first"
         raise RequestError(msg)

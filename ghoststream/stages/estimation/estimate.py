@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import RequestError
@@ -17,6 +18,7 @@ from ghoststream.stages.estimation.needs import Route, all_needs, all_stages
 from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, SweepCost
 from ghoststream.stages.estimation.sweeps import StoreShape, select_sweeps, solve_sweeps
+from ghoststream.stages.refusals import check_export, check_place
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +49,9 @@ def estimate(
         The estimate. What does not fit is in its ``problems``, not an error.
 
     Raises:
-        RequestError: If no model is named, a name is unknown, or options of the operator do not go together.
-        PlanError: If the model has not enough layers.
-        GhoststreamError: If the checkpoint is incomplete or of an unknown architecture, or one that operators
-            on features of the layer before cannot be absorbed into.
+        RequestError: If no model is named, or of the request what `recover` refuses before any work.
+        GhoststreamError: If the checkpoint is incomplete, or one that cannot be pruned so. What only building
+            the model shows is found with ``measure`` only; texts are not looked at.
 
     Memory: headers of the checkpoint and, while the machine is measured, three matrices.
     """
@@ -63,6 +64,10 @@ def estimate(
     root = resolve_checkpoint(name, revision=compute.revision).root
     sizes = read_sizes(root, dtype=compute.dtype, attention=compute.attention)
     job = Job.make(recovery, sizes, None if device is None else free_device_memory(device))
+    if out is not None:
+        check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
+    if measure:
+        _check_model(root, job)
     route = Route.of(job)
     route = replace(route, sweeps=_sweeps(route))
     rates = None
@@ -72,6 +77,13 @@ def estimate(
     store = None if "://" in (recovery.store or "") else Path(recovery.store or place)
     needs = all_needs(route, store=store, out=place)
     return Estimate(sizes, recovery, job.n_removed, needs, all_stages(route, rates), rates, route.sweeps)
+
+
+def _check_model(root: Path, job: Job) -> None:
+    """Build the model without weights, as a recovery does before its first pass."""
+    from ghoststream.stages.session import open_skeleton
+
+    check_export(open_skeleton(root, "cpu", job.recovery.compute), job.plan(job.sizes.n_layers))
 
 
 def _sweeps(route: Route) -> tuple[SweepCost, ...]:

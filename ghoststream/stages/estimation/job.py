@@ -14,12 +14,12 @@ from ghoststream.costs import (
     sequences_at_work,
     work_bytes_per_token,
 )
-from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import Method, Recovery, Text
-from ghoststream.spans import Span
+from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
@@ -42,28 +42,12 @@ class Job(Way):
         """Put a request and a model together.
 
         Raises:
-            PlanError: If the model has not so many layers, or not the hidden states that are to be stored.
-            UnsupportedModelError: If a named operator could not be absorbed into the model.
+            GhoststreamError: What :func:`~ghoststream.stages.refusals.check_recovery` raises, as `recover`
+                would.
         """
         job = cls(recovery, *what_goes(recovery, sizes.n_layers), sizes, device_free)
-        job._check()
+        check_recovery(job, sizes, lambda: job.at_once)
         return job
-
-    def _check(self) -> None:
-        sizes, layers = self.sizes, self.recovery.storage.layers
-        if not 0 < self.n_removed < sizes.n_layers:
-            asked = f"cannot remove {self.n_removed} of the {sizes.n_layers} layers of {sizes.root}"
-            msg = f"{asked}; at least one must survive"
-            raise PlanError(msg)
-        if layers is not None and max(layers) > sizes.n_layers:
-            msg = f"there is no hidden state h[{max(layers)}]: {sizes.root} has h[0] to h[{sizes.n_layers}]"
-            raise PlanError(msg)
-        taps = taps_of(self.kind.features)
-        if taps:
-            sizes.tap_width(taps)
-            if sizes.refusal:
-                msg = f"operators on the features {self.kind.features} cannot be absorbed: {sizes.refusal}"
-                raise UnsupportedModelError(msg)
 
     @cached_property
     def text(self) -> Text:
@@ -140,14 +124,7 @@ class Job(Way):
             return len(self.recovery.storage.layers)
         if self.reads_store:
             return self.sizes.n_layers + 1
-        per_layer = self.recovery.method.per_layer
-        needed = {
-            place
-            for span in self.spans
-            for place in range(span.start, span.stop + 1)
-            if per_layer or place in (span.start, span.stop)
-        }
-        return len(needed | {span.start - 1 for span in self.spans if taps_of(self.kind.features)})
+        return len(self.needed_layers(PruningPlan(self.sizes.n_layers, self.spans)))
 
     @property
     def position_bytes(self) -> int:
@@ -173,17 +150,19 @@ class Job(Way):
         )
 
     @cached_property
-    def micro_batch(self) -> int:
-        """Sequences that are computed at once."""
+    def at_once(self) -> int:
+        """Sequences that memory allows to be computed at once."""
         compute = self.recovery.compute
         free, given = free_host_memory(), compute.host_memory
         if self.device_free is not None:
             free, given = self.device_free, compute.device_memory
         limit = free * 9 // 10 if given is None else given
-        found = compute.micro_batch or sequences_at_work(
-            self.sizes.unit_bytes, self.work_bytes, self.text.length, limit
-        )
-        return min(found, self.sequences)
+        return sequences_at_work(self.sizes.unit_bytes, self.work_bytes, self.text.length, limit)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that are computed at once."""
+        return min(self.recovery.compute.micro_batch or self.at_once, self.sequences)
 
     @property
     def selection_shape(self) -> SelectionShape:

@@ -15,7 +15,6 @@ from ghoststream.operators import (
     OperatorKind,
     OperatorSet,
     fit_per_layer,
-    make_operator,
 )
 from ghoststream.options import Method, Reduction
 from ghoststream.progress import Progress
@@ -24,6 +23,7 @@ from ghoststream.selection import read_plan
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import WantedTaps, require_fit_memory, store_taps, wanted_taps
 from ghoststream.stages.from_store.evidence import Opener
+from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.output import Output
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
@@ -37,9 +37,6 @@ from ghoststream.statistics import (
 )
 from ghoststream.statistics.devices import device_kind, require_device
 from ghoststream.statistics.sweeps import single_layers, span_groups
-
-PAPER = "ghost"
-"""The operator that is taken where none is named: the paper's."""
 
 
 def fit_from_store(
@@ -198,16 +195,6 @@ class _Job:
         name = str(self.kind.method.operator)
         OperatorSet(plan, name, (operator,), self.store.hidden, metadata).save(path)
         return operator
-
-
-def make_store_kind(method: Method) -> OperatorKind:
-    """Return the operator of a method, by default the paper's, with what can be told without a store checked.
-
-    Raises:
-        RequestError: If a name is unknown, or the operator is defined without an option.
-    """
-    method.refuse(("inputs",), "from a store every operator is fitted on the dense model's states")
-    return make_operator(method.model_copy(update={"operator": method.operator or PAPER}))
 
 
 def _taps(job: _Job, model: Opener | None) -> WantedTaps | None:

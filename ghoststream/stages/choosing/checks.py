@@ -1,0 +1,95 @@
+"""What choosing and repairing refuse before a model is opened. Neither torch nor transformers is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ghoststream.errors import RequestError
+from ghoststream.options import AUTO, Method, Search
+from ghoststream.selection import criterion_names
+from ghoststream.stages.choosing.criteria import (
+    MEASURED,
+    SearchCriterion,
+    make_search_criterion,
+    search_criterion_names,
+)
+from ghoststream.stages.choosing.repair import passing_method
+
+
+def named_method(method: Method) -> Method | None:
+    """Return how boundaries are fitted where an operator is named; None for ``auto``, which is the default.
+
+    Raises:
+        RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
+    """
+    if not method.is_named:
+        others = set(Method.model_fields) - {"operator"}
+        method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
+        return None
+    return passing_method(method)
+
+
+def check_search(
+    n_layers: int, remove: int, search: Search, method: Method
+) -> tuple[SearchCriterion, Method | None]:
+    """Find what a search cannot do before the text is read.
+
+    Returns:
+        The criterion, and how it repairs candidates; None for ``auto``.
+
+    Raises:
+        RequestError: If there is something.
+    """
+    rule = make_search_criterion(search.criterion or MEASURED)
+    rule.check(n_layers, remove, search)
+    return rule, named_method(method) if rule.repairs else None
+
+
+def require_criterion(name: str, *, runs_model: bool) -> str:
+    """Return the name of a criterion, checked against where hidden states come from.
+
+    Raises:
+        RequestError: If there is none of this name, or it needs the other source.
+    """
+    running, reading = search_criterion_names(), criterion_names()
+    if name not in (*running, *reading):
+        msg = f"there is no criterion {name!r}; known are {', '.join(sorted((*running, *reading)))}"
+        raise RequestError(msg)
+    if runs_model and name not in running:
+        msg = (
+            f"the criterion {name} reads a store; capture one and give --store in the place of --calibration"
+        )
+        raise RequestError(msg)
+    if not runs_model and name not in reading:
+        msg = f"the criterion {name} runs the model; give --calibration in the place of --store"
+        raise RequestError(msg)
+    return name
+
+
+def divided(
+    n_sequences: int, held_out: int | None, micro_batch: int | None, at_once: Callable[[], int]
+) -> tuple[int, int]:
+    """Divide sequences into those to fit on, in whole micro-batches, and the rest, to measure on.
+
+    Args:
+        n_sequences: Sequences of the text.
+        held_out: How many are to be measured on at least; a quarter if None.
+        micro_batch: Sequences of a micro-batch, if that is given.
+        at_once: Says how many memory allows, if it is not.
+
+    Returns:
+        Sequences of a micro-batch, and how many are fitted on.
+
+    Raises:
+        RequestError: If one of the two parts would be empty.
+    """
+    wanted = n_sequences // 4 if held_out is None else held_out
+    size = micro_batch or min(at_once(), max(1, wanted))
+    n_fit = (n_sequences - wanted) // size * size
+    if wanted < 1 or n_fit < 1:
+        msg = (
+            f"{n_sequences} sequences in micro-batches of {size} cannot be parted into some to "
+            f"fit and {wanted} to measure on; give more sequences, or a smaller micro-batch"
+        )
+        raise RequestError(msg)
+    return size, n_fit

@@ -1,0 +1,238 @@
+"""What of a recovery is refused before any work: `recover` and `estimate` ask the same questions.
+
+What is asked here needs the request, the headers of the checkpoint and small files; neither torch nor
+transformers is imported. :func:`check_export` builds the model without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ghoststream.checkpoint.sizes import ModelSizes
+from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModelError
+from ghoststream.files import differences, read_json, require_writable
+from ghoststream.options import AUTO, Compute, Method, Search
+from ghoststream.recovery.config_surgery import own_code, require_independent_layers
+from ghoststream.recovery.features import ABSORBED
+from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.selection import make_criterion
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.checks import check_search, divided, named_method, require_criterion
+from ghoststream.stages.choosing.repair import require_standing
+from ghoststream.stages.from_store.kind import make_store_kind
+from ghoststream.stages.way import Way
+from ghoststream.statistics import get_feature, taps_of
+from ghoststream.statistics.devices import require_device
+
+if TYPE_CHECKING:
+    from ghoststream.streaming import Skeleton
+
+_STORE_OPTIONS = "layers are chosen and operators fitted in passes over the model, without a store"
+_NORMED = ("normed", "hidden+normed")
+
+
+def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> None:
+    """Find before any work what a recovery cannot do, and what of its options would not be used.
+
+    Args:
+        way: The request, and which way it goes.
+        sizes: The model, as its headers show it.
+        at_once: Says how many sequences memory allows in a micro-batch.
+
+    Raises:
+        RequestError: If options exclude one another, one would not be used, or a number does not fit.
+        UnsupportedModelError: If the model cannot be pruned, or does not allow the features.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
+    """
+    _check_number(way, sizes)
+    _check_choice(way, sizes.n_layers)
+    method = _check_fit(way)
+    check_family(sizes.root, way.recovery.compute, sizes.n_layers)
+    if method is not None:
+        spans = (Span(1, 2),) if way.given is None else way.given.plan.spans
+        require_features(method, spans, sizes)
+    if way.captures:
+        _check_storage(way, sizes.n_layers)
+    text, search = way.recovery.calibration.to_calibrate(), way.recovery.search
+    if way.measures and text.sequences is not None:
+        divided(text.sequences, search.held_out, way.recovery.compute.micro_batch, at_once)
+
+
+def check_family(root: Path, compute: Compute, n_layers: int) -> None:
+    """Check, as far as its configuration file tells, that layers can be removed from a model.
+
+    Raises:
+        UnsupportedModelError: If they cannot.
+    """
+    config = read_json(root / "config.json")
+    model_type, has_code = str(config.get("model_type")), "AutoModelForCausalLM" in config.get("auto_map", ())
+    if compute.trust_remote_code and has_code and not model_type.startswith("ghosted_"):
+        raise UnsupportedModelError(own_code(root))
+    require_independent_layers(config, model_type, n_layers)
+
+
+def check_export(skeleton: Skeleton, plan: PruningPlan) -> None:
+    """Check that the model without the layers of a plan can be written.
+
+    Raises:
+        UnsupportedModelError: If a layer that is left could not be what it was.
+    """
+    from ghoststream.recovery.export import require_prunable
+
+    require_prunable(skeleton, plan)
+
+
+def require_features(method: Method, spans: Sequence[Span], sizes: ModelSizes) -> None:
+    """Check that a model has the features of a method, and can hold operators on them.
+
+    Raises:
+        RequestError: If a span begins with the first layer and the features are of the layer before, or they
+            are none of a recovered checkpoint.
+        UnsupportedModelError: If an operator could not be absorbed, or the model's norm names no epsilon.
+    """
+    features, taps = method.features, taps_of(method.features)
+    get_feature(features)
+    require_standing(features)
+    if features in _NORMED and not sizes.norm_names_epsilon:
+        msg = (
+            f"the final norm of a {sizes.model_type} does not say which epsilon it has, which the features "
+            f"{features} need; use features of the hidden state"
+        )
+        raise UnsupportedModelError(msg)
+    for span in spans if taps else ():
+        if span.start == 0:
+            msg = (
+                f"the features {features} are of the layer before the boundary, and {span} begins with the "
+                "first layer; use features of the hidden state, or another span"
+            )
+            raise RequestError(msg)
+        end, place = (
+            sizes.mlp_ends[span.start - 1],
+            f"operators on the features {features} cannot be absorbed",
+        )
+        if features in ABSORBED and end.refusal:
+            msg = f"{place} at {span}: {end.refusal}; use features of the hidden state"
+            raise UnsupportedModelError(msg)
+        if features in ABSORBED[:2] and method.intercept and not end.has_bias:
+            msg = (
+                f"{place} at {span}: the last linear map of the MLP has no bias that could take up the "
+                "constant; fit without an intercept"
+            )
+            raise UnsupportedModelError(msg)
+
+
+def check_place(out: Path, way: Way, digest: Callable[[], str]) -> None:
+    """Check that the recovered checkpoint can be written, or is there already; the export checks the rest.
+
+    Args:
+        out: Its folder.
+        way: The request.
+        digest: Gives the digest of the base's fingerprint.
+
+    Raises:
+        OutputExistsError: If the place is taken.
+        RequestError: If it cannot be written to.
+        ArtifactError: If a recovered checkpoint is there that is damaged.
+    """
+    if out.exists() and not out.is_dir():
+        msg = f"{out} is a file, a folder was to be made there; choose another place"
+        raise OutputExistsError(msg)
+    if not out.is_dir() or not any(out.iterdir()):
+        require_writable(out.with_name(f".{out.name}.partial"))
+        return
+    if not (out / PROVENANCE_NAME).is_file():
+        msg = f"{out} is not empty; choose another folder, or move what is there away"
+        raise OutputExistsError(msg)
+    changed = _changes(out, way, digest)
+    if changed:
+        msg = (
+            f"{out} holds the recovered checkpoint of another request ({'; '.join(changed)});"
+            " choose another folder, or move it away"
+        )
+        raise OutputExistsError(msg)
+
+
+def _changes(out: Path, way: Way, digest: Callable[[], str]) -> list[str]:
+    from ghoststream.recovery import load_recovered
+
+    found = load_recovered(out)
+    if found is None:
+        return []
+    asked: dict[str, Any] = {
+        "base": digest(),
+        "operator": way.recovery.method.operator or AUTO,
+        "layers removed": way.n_removed,
+    }
+    there: dict[str, Any] = {
+        "base": found.base.get("digest"),
+        "operator": found.kind,
+        "layers removed": found.plan.n_removed,
+    }
+    if way.given is not None:
+        asked["plan"], there["plan"] = way.given.plan.to_json(), found.plan.to_json()
+    return differences(there, asked)
+
+
+def _check_number(way: Way, sizes: ModelSizes) -> None:
+    if way.given is None and way.n_removed >= sizes.n_layers:
+        msg = (
+            f"cannot remove {way.n_removed} of {sizes.n_layers} layers; at least one must survive: give a "
+            f"number from 1 to {sizes.n_layers - 1}"
+        )
+        raise RequestError(msg)
+
+
+def _check_choice(way: Way, n_layers: int) -> None:
+    search, method = way.recovery.search, way.recovery.method
+    if way.given is not None:
+        search.refuse(Search.choosing, "the plan says which layers go")
+        if not way.measures:
+            search.refuse(("held_out",), "nothing is measured, as it is known how each boundary is fitted")
+    elif way.runs_model:
+        rule, _ = check_search(n_layers, way.n_removed, search, method)
+        if not rule.repairs and method.is_named:
+            because = f"the criterion {search.criterion} measures on all windows, and an operator is named"
+            search.refuse(("held_out",), because)
+    else:
+        name = require_criterion(str(search.criterion), runs_model=False)
+        search.refuse(Search.trying, f"the criterion {name} runs nothing")
+        make_criterion(name).check(n_layers, way.n_removed)
+
+
+def _check_fit(way: Way) -> Method | None:
+    """Check how boundaries are fitted; return the method where one is named."""
+    recovery = way.recovery
+    if not way.fits_in_passes:
+        recovery.search.refuse(("held_out",), "nothing is measured")
+        kind = make_store_kind(recovery.method)
+        device = recovery.reduction.reduce_device
+        if device is not None and recovery.reduction.scheduler is None:
+            require_device(device)
+        return kind.method
+    method = named_method(recovery.method)
+    if not way.reads_store:
+        recovery.refuse(("store",), _STORE_OPTIONS)
+        recovery.storage.refuse(None, _STORE_OPTIONS)
+        recovery.reduction.refuse(None, _STORE_OPTIONS)
+    return method
+
+
+def _check_storage(way: Way, n_layers: int) -> None:
+    """Check that the store will have every hidden state that is read."""
+    layers = way.recovery.storage.layers
+    if layers is None:
+        return
+    if max(layers) > n_layers:
+        msg = f"there is no hidden state h[{max(layers)}]: the model has h[0] to h[{n_layers}]"
+        raise RequestError(msg)
+    everything = tuple(range(n_layers + 1))
+    needed = everything if way.given is None else way.needed_layers(way.given.plan)
+    missing = sorted(set(needed) - set(layers))
+    if missing:
+        named = ", ".join(f"h[{layer}]" for layer in missing[:4]) + (" ..." if len(missing) > 4 else "")
+        reader = "the choice of layers" if way.given is None else "the fit"
+        wanted = "leave --layers out" if way.given is None else f"give --layers {','.join(map(str, needed))}"
+        msg = f"--layers leaves {named} out, and {reader} reads it; {wanted}"
+        raise RequestError(msg)

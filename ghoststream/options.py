@@ -346,6 +346,14 @@ class Training(Options):
     seed: Number = option(0, "Order of the windows.", metavar="N")
 
 
+def _count_or_spans(value: Any) -> Any:
+    """Let a number, a text or a plan pass; lists do not say whether they mean layers or ends of spans."""
+    if isinstance(value, int | str | PruningPlan) and not isinstance(value, bool):
+        return value
+    msg = f'{value!r} says neither how many layers nor which; write 8, or spans as text: "5:7 13:19"'
+    raise ValueError(msg)
+
+
 class Recovery(Options):
     """A whole job: a pipeline file holds it, ``recover`` builds it, and ``estimate`` prices it."""
 
@@ -354,7 +362,7 @@ class Recovery(Options):
     )
     description: str = Field(default="", description="What it is for.")
     model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
-    remove: int | str | PruningPlan = Field(
+    remove: Annotated[int | str | PruningPlan, BeforeValidator(_count_or_spans)] = Field(
         description="Layers to remove: how many (a criterion chooses them), a plan file, or spans like 13:19."
     )
     calibration: Annotated[Text, _OR_SPEC] = Field(description="Text to calibrate on.")

@@ -7,13 +7,19 @@ One convention everywhere, messages included: layers are numbered from 0, a span
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ghoststream.errors import PlanError
 
-_SPAN_TEXT = re.compile(r"\[?\s*(\d+)\s*[:,\-]\s*(\d+)\s*\)?")
+_SPAN_TEXT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})|\[([0-9]{1,9})[:,]([0-9]{1,9})\)")
+# What may be meant for a span, or for single layers.
+_LAYERS_TEXT = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
+_RANGE_TEXT = re.compile(r"\[?([0-9]{1,9})[:,-]([0-9]{1,9})[\])]?")
+
+_SHOWN = 60
+"""Characters of a text that a message shows."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -43,16 +49,18 @@ class Span:
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """Read ``13:19``, ``13-19`` or ``[13,19)``.
+        """Read ``13:19`` or ``[13,19)``.
 
         Raises:
-            PlanError: If the text is not a span.
+            PlanError: If the text is not a span; it says how what may be meant is written.
         """
-        match = _SPAN_TEXT.fullmatch(text.strip())
+        text = _compact(text)
+        match = _SPAN_TEXT.fullmatch(text)
         if match is None:
-            msg = f"cannot read the span {text!r}; write START:STOP, 0-based and half-open, for example 13:19"
+            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+            msg = f"cannot read the span {shown!r}; {_meant(text)}"
             raise PlanError(msg)
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1] or match[3]), int(match[2] or match[4]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,7 @@ class PruningPlan:
     @classmethod
     def parse(cls, n_layers: int, text: str) -> PruningPlan:
         """Read one or more spans separated by blanks or ``;``, for example ``"5:7 13:19"``."""
-        parts = [part for part in re.split(r"[;\s]+", text.strip()) if part]
+        parts = [part for part in re.split(r"[;\s]+", _compact(text)) if part]
         return cls(n_layers, tuple(Span.parse(part) for part in parts))
 
     @classmethod
@@ -102,8 +110,8 @@ class PruningPlan:
             PlanError: If a key is missing or of the wrong type.
         """
         try:
-            spans = tuple(Span(int(start), int(stop)) for start, stop in data["spans"])
-            return cls(int(data["n_layers"]), spans)
+            spans = tuple(Span(_whole(start), _whole(stop)) for start, stop in data["spans"])
+            return cls(_whole(data["n_layers"]), spans)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -149,3 +157,49 @@ class PruningPlan:
 
     def __str__(self) -> str:
         return " ".join(str(span) for span in self.spans) or "(nothing removed)"
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        msg = f"{value!r} is not a whole number"
+        raise TypeError(msg)
+    return value
+
+
+def _compact(text: str) -> str:
+    """Leave out the blanks inside of spans."""
+    return re.sub(r"\s*([:,-])\s*|(?<=\[)\s+|\s+(?=[\])])", lambda match: match[1] or "", text.strip())
+
+
+def _meant(text: str) -> str:
+    """Say how what a text that is no span may mean is written."""
+    if _LAYERS_TEXT.fullmatch(text):
+        layers = sorted({int(part) for part in text.split(",")})
+        single = _as_spans(layers)
+        if len(layers) == 1:
+            return f"the layer {layers[0]} alone is {single}"
+        names = f"the layers {', '.join(map(str, layers[:-1]))} and {layers[-1]} are {single}"
+        start, _, stop = text.partition(",")
+        is_span = text.count(",") == 1 and int(start) < int(stop)
+        return f"[{start},{stop}) is written {start}:{stop}; {names}" if is_span else names
+    match = _RANGE_TEXT.fullmatch(text)
+    if match is not None and int(match[1]) <= int(match[2]):
+        start, stop = int(match[1]), int(match[2])
+        if start == stop:
+            return f"the layer {start} alone is {start}:{start + 1}"
+        layers = f"the layers {start} to {stop}, the last one too, are {start}:{stop + 1}"
+        return f"[{start},{stop}) is written {start}:{stop}; {layers}"
+    if ":" in text and "," in text:
+        return "spans stand apart by blanks, for example 5:7 13:19"
+    return "write START:STOP, 0-based and half-open, for example 13:19"
+
+
+def _as_spans(layers: Sequence[int]) -> str:
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][1]:
+            found[-1][1] += 1
+        else:
+            found.append([layer, layer + 1])
+    shown = [f"{start}:{stop}" for start, stop in found[:6]]
+    return " ".join(shown) + (" ..." if len(found) > len(shown) else "")

@@ -5,6 +5,7 @@ Where a criterion chose them, it also says what was seen and how they are to be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +175,7 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
     """
     if isinstance(source, PruningPlan):
         selection = Selection(source)
-    elif Path(source).is_file():
+    elif _is_file(source):
         selection = Selection.load(Path(source))
     elif Path(source).suffix == ".json" or "/" in str(source):
         msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
@@ -188,13 +189,20 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
     return selection
 
 
+def _is_file(source: str | Path) -> bool:
+    try:
+        return Path(source).is_file()
+    except OSError:  # too long for a name
+        return False
+
+
 def require_count_or_plan(remove: int | str | Path | PruningPlan) -> int | str | Path | PruningPlan:
     """Return how many layers are to go, as a number, or which, as they were given.
 
     Raises:
         RequestError: If it is a number below 1.
     """
-    if isinstance(remove, str) and remove.strip().lstrip("+-").isdigit():
+    if isinstance(remove, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", remove):
         remove = int(remove)
     if isinstance(remove, int) and remove < 1:
         msg = (

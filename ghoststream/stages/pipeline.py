@@ -12,6 +12,25 @@ from ghoststream.option_types import Options
 from ghoststream.options import Recovery
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML; numbers to the base of 60, which nobody means, are refused."""
+
+    def refuse_base_60(self, node: yaml.ScalarNode) -> Any:
+        """Return a number, unless it is what YAML 1.1 makes of ``13:19``."""
+        if ":" in node.value:
+            msg = (
+                f"line {node.start_mark.line + 1}: YAML reads {node.value} as a number to the base of 60; "
+                f'quote it: "{node.value}"'
+            )
+            raise yaml.YAMLError(msg)
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse_base_60)
+
+
 def load_pipeline(path: Path) -> Recovery:
     """Read and check a pipeline file.
 
@@ -20,7 +39,7 @@ def load_pipeline(path: Path) -> Recovery:
         RequestError: If it is not YAML, or a field is missing, unknown or out of range.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (FileNotFoundError, IsADirectoryError) as error:
         msg = f"there is no pipeline file {path}; check the path"
         raise InputNotFoundError(msg) from error

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.command_bench import BAD_REQUEST, BROKEN_DATA, LENGTH, Bench, copy_of
+import ghoststream as gs
+from ghoststream.errors import PlanError
+from tests.helpers.command_bench import BAD_REQUEST, BROKEN_DATA, LENGTH, Bench, copy_of, succeed
 
 pytestmark = pytest.mark.integration
 
@@ -125,3 +127,50 @@ def test_too_many_layers_or_none(bench: Bench, refused: Callable[..., str], tmp_
     # The first and the last layer are not candidates of this criterion.
     refused("select", "--store", bench.store, "--remove", 5, code=BAD_REQUEST, says="5")
     refused("recover", bench.model, *bench.capture, *out, code=BAD_REQUEST, says="--remove")
+
+
+@pytest.mark.parametrize("text", ["2,3", "2-3", "2,3,4", "[2,3]"])
+def test_what_may_mean_a_list_of_layers(
+    text: str, bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    says, out = (f"cannot read the span '{text}'", "2:4" if text != "2,3,4" else "2:5"), tmp_path / "out"
+    line = refused("recover", bench.model, "--remove", text, *bench.capture, "--out", out, code=2, says=says)
+    assert refused("estimate", bench.model, "--remove", text, "--no-measure", code=2, says=says) == line
+    refused("fit", "--store", bench.store, "--plan", text, "--out", out, code=2, says=says)
+    job = tmp_path / "job.yaml"
+    job.write_text(f'{{model: {bench.model}, remove: "{text}", calibration: "{bench.text}"}}')
+    assert refused("run", job, "--out", out, code=2, says=says) == line
+    with pytest.raises(PlanError, match="cannot read the span"):
+        gs.recover(bench.model, remove=text, calibration=bench.text, out=out)
+
+
+@pytest.mark.parametrize("field", ["remove: 13:19", "remove: 2\nstorage:\n  layers: 10:20"])
+def test_spans_that_yaml_reads_as_numbers(
+    field: str, bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    job, value = tmp_path / "job.yaml", field.rpartition(" ")[2]
+    job.write_text(f"model: {bench.model}\ncalibration: {bench.text}\n{field}\n")
+    says = (f"line {field.count(chr(10)) + 3}: YAML reads {value} as a number", f'quote it: "{value}"')
+    refused("run", job, "--out", tmp_path / "out", code=BAD_REQUEST, says=says)
+
+
+@pytest.mark.parametrize("remove", ["[2, 3]", "true", "2.5", "{start: 2}"])
+def test_what_says_neither_how_many_nor_which(
+    remove: str, bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"model: {bench.model}\ncalibration: {bench.text}\nremove: {remove}\n")
+    says = ("neither how many layers nor which", '"5:7 13:19"')
+    refused("run", job, "--out", tmp_path / "out", code=BAD_REQUEST, says=says)
+
+
+def test_all_but_one_layer_says_what_would_do(
+    bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "out")
+    says = "are kept; give a number from 1 to 4, or say which layers go, such as 1:6"
+    line = refused("recover", bench.model, "--remove", 5, *bench.capture, *out, code=BAD_REQUEST, says=says)
+    assert (
+        refused("estimate", bench.model, "--remove", 5, "--no-measure", code=BAD_REQUEST, says=says) == line
+    )
+    assert "it fits" in succeed("estimate", bench.model, "--remove", "1:6", "--no-measure").stdout

@@ -45,7 +45,7 @@ def test_span_is_a_range(start: int, size: int, layer: int) -> None:
 @given(
     st.integers(0, 200),
     st.integers(1, 200),
-    st.sampled_from(["{}:{}", "{}-{}", "[{},{})", " {} : {} ", "{},{}"]),
+    st.sampled_from(["{}:{}", "[{},{})", " {} : {} ", "[ {}, {} )", "[{}:{})"]),
 )
 def test_span_reads_every_spelling(start: int, size: int, form: str) -> None:
     assert Span.parse(form.format(start, start + size)) == Span(start, start + size)
@@ -66,10 +66,35 @@ def test_empty_and_negative_spans_are_refused(start: int, stop: int) -> None:
         Span(start, stop)
 
 
-@pytest.mark.parametrize("text", ["", "13", "a:b", "13:", ":19", "13:19:21", "-1:3", "1.5:2", "13 19"])
+@pytest.mark.parametrize("text", ["", "a:b", "13:", ":19", "13:19:21", "-1:3", "1.5:2", "13 19"])
 def test_unreadable_spans_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match="START:STOP"):
         Span.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("2,3", "[2,3) is written 2:3; the layers 2 and 3 are 2:4"),
+        ("2 , 5", "[2,5) is written 2:5; the layers 2 and 5 are 2:3 5:6"),
+        ("5,2", "the layers 2 and 5 are 2:3 5:6"),
+        ("4,2,3,9", "the layers 2, 3, 4 and 9 are 2:5 9:10"),
+        ("2-3", "[2,3) is written 2:3; the layers 2 to 3, the last one too, are 2:4"),
+        ("[2,3]", "the layers 2 to 3, the last one too, are 2:4"),
+        ("[2,3", "[2,3) is written 2:3"),
+        ("2:3)", "[2,3) is written 2:3"),
+        ("3-3", "the layer 3 alone is 3:4"),
+        ("13", "the layer 13 alone is 13:14"),
+        ("5:7, 13:19", "spans stand apart by blanks, for example 5:7 13:19"),
+        ("9" * 5000, "START:STOP"),
+        ("\u00b2:\u0663", "START:STOP"),
+    ],
+)
+def test_what_may_mean_a_list_of_layers_is_refused_with_the_forms_of_both(text: str, says: str) -> None:
+    with pytest.raises(PlanError) as found:
+        PruningPlan.parse(30, text)
+    assert says in str(found.value)
+    assert len(str(found.value)) < 250
 
 
 @given(removals())
@@ -146,7 +171,7 @@ def test_plan_of_nothing_is_written_in_words() -> None:
 
 
 def test_plan_reads_several_spans() -> None:
-    assert PruningPlan.parse(30, "5:7; 13-19").spans == (Span(5, 7), Span(13, 19))
+    assert PruningPlan.parse(30, "5:7; [13, 19)").spans == (Span(5, 7), Span(13, 19))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +183,9 @@ def test_plan_reads_several_spans() -> None:
         {"n_layers": 4, "spans": [[1]]},
         {"n_layers": "x", "spans": []},
         {"n_layers": 4, "spans": 3},
+        {"n_layers": 4, "spans": [[1.9, 3.2]]},
+        {"n_layers": 4, "spans": [["1", "3"]]},
+        {"n_layers": True, "spans": []},
     ],
 )
 def test_unreadable_plans_are_refused(data: dict[str, object]) -> None:

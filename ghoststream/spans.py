@@ -21,6 +21,9 @@ _RANGE_TEXT = re.compile(r"\[?([0-9]{1,9})[:,-]([0-9]{1,9})[\])]?")
 _SHOWN = 60
 """Characters of a text that a message shows."""
 
+_NAMED = 6
+"""Layers, and spans, that a message names."""
+
 
 @dataclass(frozen=True, order=True, slots=True)
 class Span:
@@ -138,6 +141,16 @@ class PruningPlan:
         gone = set(self.removed)
         return tuple(layer for layer in range(self.n_layers) if layer not in gone)
 
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """Return the plan that removes from this model what one plan after the other does.
+
+        Raises:
+            PlanError: If the later plan is not for the layers that this one leaves.
+        """
+        kept = self.kept
+        later.require_fits(len(kept))
+        return PruningPlan.from_layers(self.n_layers, (*self.removed, *(kept[one] for one in later.removed)))
+
     def boundary_index(self, span: Span) -> int:
         """Return the new number of the first kept layer after ``span`` (``len(kept)``: the final norm)."""
         return span.stop - sum(len(other) for other in self.spans if other.start <= span.start)
@@ -178,17 +191,18 @@ def _meant(text: str) -> str:
         single = _as_spans(layers)
         if len(layers) == 1:
             return f"the layer {layers[0]} alone is {single}"
-        names = f"the layers {', '.join(map(str, layers[:-1]))} and {layers[-1]} are {single}"
-        start, _, stop = text.partition(",")
-        is_span = text.count(",") == 1 and int(start) < int(stop)
-        return f"[{start},{stop}) is written {start}:{stop}; {names}" if is_span else names
+        named = f"{', '.join(map(str, layers[:-1]))} and {layers[-1]}"
+        names = f"the layers {named if len(layers) <= _NAMED else 'of this list'} are {single}"
+        first, _, second = text.partition(",")
+        is_span = text.count(",") == 1 and int(first) < int(second)
+        return f"[{first},{second}) is written {first}:{second}; {names}" if is_span else names
     match = _RANGE_TEXT.fullmatch(text)
     if match is not None and int(match[1]) <= int(match[2]):
         start, stop = int(match[1]), int(match[2])
         if start == stop:
             return f"the layer {start} alone is {start}:{start + 1}"
-        layers = f"the layers {start} to {stop}, the last one too, are {start}:{stop + 1}"
-        return f"[{start},{stop}) is written {start}:{stop}; {layers}"
+        closed = f"the layers {start} to {stop}, the last one too, are {start}:{stop + 1}"
+        return f"[{start},{stop}) is written {start}:{stop}; {closed}"
     if ":" in text and "," in text:
         return "spans stand apart by blanks, for example 5:7 13:19"
     return "write START:STOP, 0-based and half-open, for example 13:19"
@@ -201,5 +215,5 @@ def _as_spans(layers: Sequence[int]) -> str:
             found[-1][1] += 1
         else:
             found.append([layer, layer + 1])
-    shown = [f"{start}:{stop}" for start, stop in found[:6]]
+    shown = [f"{start}:{stop}" for start, stop in found[:_NAMED]]
     return " ".join(shown) + (" ..." if len(found) > len(shown) else "")

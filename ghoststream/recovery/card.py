@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghoststream.files.json_data import pretty_json
 from ghoststream.operators import OperatorSet
 from ghoststream.recovery.absorbing import is_absorbed, standing_operator
-from ghoststream.recovery.layout import standing_operators
+from ghoststream.spans import PruningPlan
 
 _FRONT = """---
 library_name: transformers
@@ -58,7 +59,14 @@ entry. The last entry is the output of the final norm.
 
 
 def model_card(
-    operators: OperatorSet, *, title: str, model_type: str, base: Mapping[str, Any], has_base_card: bool
+    operators: OperatorSet,
+    *,
+    title: str,
+    model_type: str,
+    base: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    stands: bool,
+    has_base_card: bool,
 ) -> str:
     """Write the card: what was done to which model, with which residuals, and how to load it.
 
@@ -67,27 +75,45 @@ def model_card(
         title: What the base is called; not its folder, which says nothing elsewhere.
         model_type: ``model_type`` of the written configuration.
         base: Fingerprint of the base checkpoint.
-        has_base_card: Whether the base's own card lies beside as ``README.base.md``.
+        rounds: What the base was made of, where it is a recovered checkpoint itself.
+        stands: Whether operators stand in the model.
+        has_base_card: Whether the card of the model that all began with lies beside as ``README.base.md``.
     """
     plan = operators.plan
-    is_recovered, stands = bool(operators.operators), bool(standing_operators(operators))
-    text = _FRONT + f"\n# {title}, {plan.n_removed} of {plan.n_layers} layers removed\n"
+    plans = [PruningPlan.from_json(one["plan"]) for one in rounds]
+    whole = functools.reduce(PruningPlan.then, [*plans, plan])
+    is_recovered = bool(operators.operators) or any(one["operators"]["boundaries"] for one in rounds)
+    text = _FRONT + f"\n# {title}, {whole.n_removed} of {whole.n_layers} layers removed\n"
     kind = _RECOVERED if stands else _FOLDED if is_recovered else _PRUNED
     text += kind.format(model_type=model_type)
-    text += (
-        f"\n## What was removed\n\nLayers {plan} (0-based, half-open) of {plan.n_layers}; "
-        f"{len(plan.kept)} are left. Base checkpoint: `{base['digest']}`.\n"
-    )
+    text += "\n## What was removed\n\n"
+    if rounds:
+        text += f"Layers {whole} (0-based, half-open) of {whole.n_layers}, in {len(rounds) + 1} rounds. "
+        text += "Each round counts the layers that the one before it left:\n\n"
+        for number, removed in enumerate([*plans, plan], 1):
+            text += f"{number}. layers {removed} of {removed.n_layers}\n"
+        text += f"\n{len(plan.kept)} are left. The last round began with: `{base['digest']}`.\n"
+    else:
+        text += f"Layers {plan} (0-based, half-open) of {plan.n_layers}; {len(plan.kept)} are left. "
+        text += f"Base checkpoint: `{base['digest']}`.\n"
     text += "The base's own card is `README.base.md`.\n" if has_base_card else ""
-    if is_recovered:
+    if operators.operators:
         text += f"\n## Operators: {operators.kind}\n\n{_operator_table(operators)}"
     text += _HIDDEN_STATES if stands else ""
     if operators.warnings:
         text += "\n## Warnings\n\n" + "".join(f"- {warning}\n" for warning in operators.warnings)
-    recipe = operators.metadata.get("recipe")
-    text += f"\n## Recipe\n\n```json\n{pretty_json(recipe)}```\n" if recipe else ""
+    text += _recipe(operators.metadata, "\n## Recipe\n")
+    for number, (one, earlier) in enumerate(zip(rounds, plans, strict=True), 1):
+        recorded = one["operators"]
+        text += f"\n## Round {number}: {earlier} of {earlier.n_layers} layers, by {recorded['kind']}\n"
+        text += f"\nIt began with: `{one['base']['digest']}`.\n{_recipe(recorded['metadata'], '')}"
     text += "\nVersions, fingerprints and a digest of every tensor are in `ghoststream.json`.\n"
     return text
+
+
+def _recipe(metadata: Mapping[str, Any], heading: str) -> str:
+    recipe = metadata.get("recipe")
+    return f"{heading}\n```json\n{pretty_json(recipe)}```\n" if recipe else ""
 
 
 def _operator_table(operators: OperatorSet) -> str:

@@ -8,7 +8,8 @@ surviving layer with the original, on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ def _prune_value(key: str, value: Any, plan: PruningPlan) -> Any:
         return [number[layer] for layer in value if layer in number]
     if key in _THRESHOLDS and isinstance(value, int):
         return sum(layer < value for layer in plan.kept)
+    if key == "ghost_operators":
+        return _surviving_operators(value, plan)
     if key == "attention_types" and isinstance(value, list):
         # GPT-Neo's run-length form of one kind for each layer.
         kinds = [kind for pattern, times in value for _ in range(times) for kind in pattern]
@@ -141,6 +144,21 @@ def _prune_value(key: str, value: Any, plan: PruningPlan) -> Any:
     if isinstance(value, list | tuple) and len(value) == plan.n_layers and _is_per_layer(key):
         return [value[layer] for layer in plan.kept]
     return value
+
+
+def _surviving_operators(entries: Sequence[Mapping[str, Any]], plan: PruningPlan) -> list[dict[str, Any]]:
+    """Return the operators that stand already; one in front of a layer goes with the layer."""
+    number = {layer: position for position, layer in enumerate((*plan.kept, plan.n_layers))}
+    return [
+        {
+            **entry,
+            "layer": number[entry["layer"]],
+            # The final norm has no number.
+            "module": re.sub(r"(?<=\.)\d+$", str(number[entry["layer"]]), entry["module"]),
+        }
+        for entry in entries
+        if entry["layer"] in number
+    ]
 
 
 def _is_per_layer(key: str) -> bool:

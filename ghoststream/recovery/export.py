@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from math import prod
@@ -40,10 +41,9 @@ from ghoststream.recovery.layout import (
     prevailing_dtype,
     recovered_tensors,
     require_operators_fit,
-    standing_operators,
 )
 from ghoststream.recovery.names import PROVENANCE_NAME
-from ghoststream.recovery.provenance import describe_recovered, is_finished
+from ghoststream.recovery.provenance import describe_recovered, earlier_rounds, is_finished
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
@@ -57,6 +57,9 @@ from ghoststream.streaming.skeleton import Skeleton, load_config
 
 _MODELING_FILE = Path(modeling_ghosted.__file__)
 _FORMAT = 1
+_AUTO = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+_OWN_FIELDS = ("auto_map", "ghost_base_model_type", "ghost_operators")
+"""Fields of the configuration that a recovered model adds to those of its architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,12 @@ class _Job:
     shards: tuple[Shard, ...]
     origins: Mapping[str, str]
     absorptions: Mapping[Span, Absorption]
+    rounds: Sequence[Mapping[str, Any]]
+
+    @property
+    def stands(self) -> bool:
+        """Whether operators stand in the new model, of this round or of an earlier one."""
+        return "ghost_operators" in self.config
 
     @cached_property
     def request(self) -> dict[str, Any]:
@@ -97,6 +106,7 @@ class _Job:
         return {
             "format": _FORMAT,
             "base": self.fingerprint["digest"],
+            "rounds": json_digest(list(self.rounds)),
             "sidecars": sidecars_digest(self.skeleton.root),
             "operators": _operators_digest(self.operators),
             "shards": json_digest({shard.name: bytes_digest(shard.header()) for shard in self.shards}),
@@ -117,6 +127,9 @@ def export_recovered(
 ) -> ExportReport:
     """Write a checkpoint without the removed layers and with the operators in their place.
 
+    Where the base is a recovered checkpoint, an operator in front of a removed layer goes with the layer; any
+    other one stays where it is, also one right behind a removed span.
+
     With operators the checkpoint has a ``model_type`` of its own and carries its modelling file. Operators on
     the features ``mlp`` and ``mlp_output`` are absorbed into a weight of the layer before (see
     :mod:`ghoststream.recovery.absorbing`): with such only, or without any, it is an ordinary checkpoint of
@@ -125,7 +138,7 @@ def export_recovered(
     everything is there; the same call after that returns the same report and writes nothing.
 
     Args:
-        skeleton: The base; a base that has code of its own is refused.
+        skeleton: The base, which may be a recovered checkpoint itself; one with code of its own is refused.
         operators: The plan and its operators.
         out: Folder to make.
         max_shard_bytes: Largest number of tensor bytes in one shard.
@@ -185,13 +198,8 @@ def require_prunable(skeleton: Skeleton, plan: PruningPlan) -> None:
 
 
 def _require_exportable(skeleton: Skeleton) -> None:
-    if str(skeleton.config.model_type).startswith(modeling_ghosted.TYPE_PREFIX):
-        msg = (
-            f"{skeleton.root} is a recovered checkpoint already; export from its base, with a plan for the "
-            "base"
-        )
-        raise UnsupportedModelError(msg)
-    if not type(skeleton.model).__module__.startswith("transformers."):
+    code = type(skeleton.model).__module__
+    if not code.startswith("transformers.") and code != modeling_ghosted.__name__:
         raise UnsupportedModelError(own_code(skeleton.root))
     find_sidecars(skeleton.root)
 
@@ -209,12 +217,15 @@ def _prepare(
         hidden=skeleton.hidden_size,
         digest=fingerprint["digest"],
     )
+    base, data = _pruned_config(skeleton, operators.plan)
+    standing = data.get("ghost_operators") or []
     names = LayerNames.find(
         skeleton.keys.names,
         layers_path=skeleton.architecture.layers_path,
         final_norm_path=skeleton.architecture.final_norm_path,
         base_prefix=skeleton.model.base_model_prefix,
     )
+    names = replace(names, ghosts=Counter(int(entry["layer"]) for entry in standing))
     dtype = operator_dtype or prevailing_dtype(skeleton.index)
     absorptions = find_absorptions(skeleton, operators, dtype)
     tensors, origins = recovered_tensors(
@@ -225,9 +236,10 @@ def _prepare(
         dtype,
         absorptions.values(),
     )
-    config = _recovered_config(skeleton, operators, names)
+    config = _recovered_config(skeleton, base, data, [*standing, *operator_entries(operators, names)])
     shards = plan_shards(tensors, max_shard_bytes)
-    return _Job(skeleton, operators, fingerprint, names, config, shards, origins, absorptions)
+    rounds = earlier_rounds(skeleton.root)
+    return _Job(skeleton, operators, fingerprint, names, config, shards, origins, absorptions, rounds)
 
 
 def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str, Any]]:
@@ -248,36 +260,53 @@ def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str
     return base, spell_both_ways(data, base, raw, plan)
 
 
-def _recovered_config(skeleton: Skeleton, operators: OperatorSet, names: LayerNames) -> dict[str, Any]:
-    (base, data), model = _pruned_config(skeleton, operators.plan), skeleton.model
-    if not standing_operators(operators):
-        return {**data, "architectures": [type(model).__name__]}
-    prefix = modeling_ghosted.PREFIX
-    classes = {"AutoConfig": base, "AutoModel": model.base_model, "AutoModelForCausalLM": model}
-    auto_map = {
-        auto: f"{_MODELING_FILE.stem}.{prefix}{type(item).__name__}" for auto, item in classes.items()
-    }
+def _recovered_config(
+    skeleton: Skeleton, base: Any, data: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the configuration that is written.
+
+    Args:
+        skeleton: The base.
+        base: Its configuration.
+        data: That of the pruned model.
+        entries: The operators that stand in the new model.
+    """
+    prefix, model = modeling_ghosted.PREFIX, skeleton.model
+    model_type = plain_type(base)
+    names = [type(item).__name__.removeprefix(prefix) for item in (base, model.base_model, model)]
+    own = {key: value for key, value in data.items() if key not in _OWN_FIELDS}
+    if not entries:
+        return {**own, "model_type": model_type, "architectures": [names[-1]]}
     return {
-        **data,
-        "model_type": f"{modeling_ghosted.TYPE_PREFIX}{base.model_type}",
-        "architectures": [f"{prefix}{type(model).__name__}"],
-        "auto_map": auto_map,
-        "ghost_base_model_type": base.model_type,
-        "ghost_operators": operator_entries(operators, names),
+        **own,
+        "model_type": f"{modeling_ghosted.TYPE_PREFIX}{model_type}",
+        "architectures": [f"{prefix}{names[-1]}"],
+        "auto_map": {
+            auto: f"{_MODELING_FILE.stem}.{prefix}{name}" for auto, name in zip(_AUTO, names, strict=True)
+        },
+        "ghost_base_model_type": model_type,
+        "ghost_operators": list(entries),
     }
+
+
+def plain_type(config: Any) -> str:
+    """Return the ``model_type`` of a configuration, without what a recovered model puts in front of it."""
+    return str(config.model_type).removeprefix(modeling_ghosted.TYPE_PREFIX)
 
 
 def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
     root = job.skeleton.root
     copy_sidecars(root, folder)
-    if standing_operators(job.operators):
+    if job.stands:
         atomic_write_bytes(folder / _MODELING_FILE.name, _MODELING_FILE.read_bytes())
     atomic_write_json(folder / CONFIG_NAME, job.config)
     card = model_card(
         job.operators,
-        title=str(job.skeleton.config.model_type),
+        title=plain_type(job.skeleton.config),
         model_type=str(job.config["model_type"]),
         base=job.fingerprint,
+        rounds=job.rounds,
+        stands=job.stands,
         has_base_card=(folder / BASE_CARD_NAME).is_file(),
     )
     atomic_write_bytes(folder / CARD_NAME, card.encode())
@@ -290,6 +319,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
         tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},
         versions={name: metadata.version(name) for name in ("torch", "transformers")},
         request=job.request,
+        rounds=job.rounds,
     )
     atomic_write_json(folder / PROVENANCE_NAME, provenance)
 

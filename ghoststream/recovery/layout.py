@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class LayerNames:
         final_norm_path: Dotted path of the norm after the last layer.
         base_prefix: Attribute that holds the base model, ``transformer``.
         dropped_prefix: What the checkpoint leaves out in front of these paths: ``""`` or ``"transformer."``.
+        ghosts: How many operators stand already in front of a layer of the pruned model.
     """
 
     layers_path: str
     final_norm_path: str
     base_prefix: str
     dropped_prefix: str
+    ghosts: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def find(
@@ -62,7 +64,8 @@ class LayerNames:
     def tensor(self, span: Span, plan: PruningPlan, leaf: str) -> str:
         """Return the checkpoint name of an operator's tensor, in the checkpoint's own way of naming."""
         path = self.final_norm_path if span.stop == plan.n_layers else self._layer_path(span, plan)
-        return f"{path}.ghost.{leaf}".removeprefix(self.dropped_prefix)
+        place = ".".join(["ghost", *["before"] * self.ghosts.get(plan.boundary_index(span), 0)])
+        return f"{path}.{place}.{leaf}".removeprefix(self.dropped_prefix)
 
     def _layer_path(self, span: Span, plan: PruningPlan) -> str:
         return f"{self.layers_path}.{plan.boundary_index(span)}"

@@ -1,20 +1,23 @@
-"""Recovered models: a pruned transformers model with one linear operator at each pruning boundary.
+"""Recovered models: a pruned transformers model with linear operators at its pruning boundaries.
 
 This file needs torch and transformers 5.1 or newer only; it is copied into every recovered checkpoint. It
 serves every architecture: ``Ghosted<Name>`` is made on demand from the transformers class ``<Name>``, for
 example ``GhostedLlamaConfig``, ``GhostedLlamaModel`` and ``GhostedLlamaForCausalLM``.
 
-``config.ghost_operators`` lists the operators, one for each removed span of the original model::
+``config.ghost_operators`` lists the operators, one for each removed span::
 
     {"span": [13, 19], "layer": 13, "module": "layers.13", "form": "linear", "features": "hidden", "bias":
     false}
 
 Operators on normed features have ``norm_epsilon`` beside these.
 
-``span`` is 0-based and half-open in the numbering of the original model. ``layer`` is the decoder layer of
-this model whose input the operator changes; it equals the number of layers where the operator changes the
-input of the final norm. ``module`` is the path of that layer or norm inside the base model; its operator is
-the submodule ``ghost`` of it.
+``span`` is 0-based and half-open in the numbering of the model that it was removed from. ``layer`` is the
+decoder layer of this model whose input the operator changes; it equals the number of layers where the
+operator changes the input of the final norm. ``module`` is the path of that layer or norm inside the base
+model; its operator is the submodule ``ghost`` of it.
+
+A recovered model may be pruned again. Where layers right in front of an operator are removed then, the entry
+of the later removal, which follows in the list, acts first: it is the submodule ``before`` of the operator.
 
 ``output_hidden_states``: entry ``i`` is what decoder layer ``i - 1`` returned (entry 0: the embeddings). At a
 boundary that is the state *before* the operator: ``hidden_states[layer]`` is the operator's input, and
@@ -86,6 +89,8 @@ class GhostOperator(nn.Module):
             msg = f"an operator with features {features!r} needs norm_epsilon"
             raise ValueError(msg)
         self.form, self.features, self.norm_epsilon = form, features, norm_epsilon
+        self.before: GhostOperator | None
+        self.register_module("before", None)
         if form == "linear":
             # Exactly nn.Linear, as tools that adapt or quantise models look for it; marked for
             # _reset_if_ghost.
@@ -99,7 +104,9 @@ class GhostOperator(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Apply the map."""
+        """Apply the map, after the one before it if there is one."""
+        if self.before is not None:
+            hidden_states = self.before(hidden_states)
         if self.form == "linear":
             change: torch.Tensor = self.linear(self._read(hidden_states))
         else:
@@ -143,13 +150,20 @@ class GhostedMixin(nn.Module):
         module: Any = base.get_submodule(operator["module"])
         # Under from_pretrained the model is built in the checkpoint's dtype and on the meta device; both
         # come from torch's defaults, as for every other parameter.
-        module.ghost = GhostOperator(
+        made = GhostOperator(
             config.hidden_size,
             operator["form"],
             operator["features"],
             bias=operator["bias"],
             norm_epsilon=operator.get("norm_epsilon"),
         )
+        ghost = getattr(module, "ghost", None)
+        if ghost is not None:
+            while ghost.before is not None:
+                ghost = ghost.before
+            ghost.before = made
+            return module.__class__
+        module.ghost = made
         # Not a wrapper around the module: its tensor names, its class for isinstance, and hooks stay as they
         # are.
         switched: Any = module.__class__

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ class RecoveredInfo:
         kind: Name of the operator family.
         tensors: For every tensor its digest and, if it was copied, its name in the base.
         recorded: What is written of the operators.
+        rounds: What the base was made of, where it is a recovered checkpoint itself; see
+            :func:`earlier_rounds`.
+        versions: Libraries that it was made with.
     """
 
     folder: Path
@@ -48,6 +51,18 @@ class RecoveredInfo:
     kind: str
     tensors: Mapping[str, Mapping[str, str | None]]
     recorded: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, Any]] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_round(self) -> dict[str, Any]:
+        """Return what a checkpoint that is made of this one keeps of it."""
+        return {
+            "plan": self.plan.to_json(),
+            "base": dict(self.base),
+            "base_model_type": self.base_model_type,
+            "operators": dict(self.recorded),
+            "versions": dict(self.versions),
+        }
 
     @cached_property
     def operators(self) -> OperatorSet:
@@ -115,8 +130,12 @@ def describe_recovered(
     tensors: Mapping[str, Mapping[str, str | None]],
     versions: Mapping[str, str],
     request: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return the content of ``ghoststream.json``; ``request`` is what decides every bit of the folder."""
+    """Return the content of ``ghoststream.json``.
+
+    ``request`` is what decides every bit of the folder; for ``rounds`` see :func:`earlier_rounds`.
+    """
     boundaries = [
         {
             **operator_entry(operator, operators.plan, names),
@@ -140,7 +159,21 @@ def describe_recovered(
             "boundaries": boundaries,
         },
         "tensors": {name: dict(entry) for name, entry in tensors.items()},
+        **({"rounds": [dict(one) for one in rounds]} if rounds else {}),
     }
+
+
+def earlier_rounds(root: Path) -> list[dict[str, Any]]:
+    """Return what a recovered checkpoint was made of, the first removal first; nothing for any other one.
+
+    Each entry has ``plan``, ``base``, ``base_model_type``, ``operators`` and ``versions`` as
+    ``ghoststream.json`` has them.
+
+    Raises:
+        ArtifactError: If ``ghoststream.json`` is damaged or of a newer version.
+    """
+    found = load_recovered(root)
+    return [] if found is None else [*map(dict, found.rounds), found.to_round()]
 
 
 def _place(
@@ -229,6 +262,8 @@ def load_recovered(folder: Path) -> RecoveredInfo | None:
             str(recorded["kind"]),
             data["tensors"],
             recorded,
+            tuple(data.get("rounds", ())),
+            data["versions"],
         )
     except (KeyError, TypeError, PlanError) as error:
         raise _damaged(path, error) from error

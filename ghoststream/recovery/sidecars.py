@@ -47,8 +47,9 @@ def copy_sidecars(root: Path, folder: Path) -> None:
     """Copy what a checkpoint folder holds besides weights, configuration and hidden files.
 
     Weights in any format, the model's code and the weight index stay behind; the card becomes
-    ``README.base.md``. Code that the files name in an ``auto_map``, such as a tokenizer's, comes along; an
-    entry whose code is not there is left out.
+    ``README.base.md``. That of a recovered checkpoint is written anew, and the ``README.base.md`` there stays
+    what it is. Code that the files name in an ``auto_map``, such as a tokenizer's, comes along; an entry
+    whose code is not there is left out.
 
     Raises:
         RequestError: What :func:`find_sidecars` raises.
@@ -77,7 +78,7 @@ def find_sidecars(root: Path) -> dict[str, Path]:
             blobs are none.
     """
     found = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_copied(path)}
-    if (root / CARD_NAME).is_file():
+    if (root / CARD_NAME).is_file() and not (root / PROVENANCE_NAME).is_file():
         found[BASE_CARD_NAME] = root / CARD_NAME
     for folder in _COPIED_FOLDERS:
         for path in sorted((root / folder).rglob("*")):

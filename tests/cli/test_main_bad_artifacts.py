@@ -71,7 +71,7 @@ def test_operators_of_another_model(bench: Bench, refused: Callable[..., str], t
     )
     refused("export", bench.wider, *out, code=BAD_REQUEST, says=("hidden size 32", "64"))
     refused("export", bench.deeper, *out, code=BAD_REQUEST, says=("6 layers", "8"))
-    refused("export", bench.recovered, *out, code=BAD_REQUEST, says="recovered checkpoint already")
+    refused("export", bench.recovered, *out, code=BAD_REQUEST, says=("6 layers", "this model has 4"))
     nowhere = ("--operators", tmp_path / "nowhere", "--out", tmp_path / "out")
     refused("export", bench.model, *nowhere, code=BAD_REQUEST, says=str(tmp_path / "nowhere"))
     says = "give that model too"

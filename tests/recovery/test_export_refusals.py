@@ -17,7 +17,6 @@ from ghoststream.errors import (
     UnsupportedModelError,
 )
 from ghoststream.operators import BoundaryOperator, OperatorSet
-from ghoststream.recovery import register
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.export import export
 from ghoststream.testing.models import save_tiny
@@ -76,12 +75,6 @@ def test_a_full_output_folder_is_left_alone(tiny_llama: Path, tmp_path: Path) ->
     with pytest.raises(OutputExistsError, match="not empty"):
         export(tiny_llama, make_operators(), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
-
-
-def test_a_recovered_checkpoint_is_not_a_base(exported: dict[str, Path], tmp_path: Path) -> None:
-    register()
-    with pytest.raises(UnsupportedModelError, match="is a recovered checkpoint already"):
-        export(exported["llama"], random_operators(PruningPlan.parse(2, "0:1"), HIDDEN), tmp_path / "out")
 
 
 def test_a_base_that_lacks_a_tensor(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -241,10 +242,10 @@ def test_headers_say_what_the_model_says(model_type: str, tiny_checkpoint: Calla
     for constant in (False, True):
         for layer, end in enumerate(sizes.mlp_ends):
             refused = bool(end.refusal) or (constant and not end.has_bias)
-            span = Span(layer + 1, layer + 2)
-            assert refused == _refuses(
-                lambda s=span, c=constant: require_absorbable(skeleton, s, "mlp", constant=c)
+            asked = functools.partial(
+                require_absorbable, skeleton, Span(layer + 1, layer + 2), "mlp", constant=constant
             )
+            assert refused == _refuses(asked)
     assert sizes.norm_names_epsilon == (ModelSession(root).norm_epsilon is not None)
 
 

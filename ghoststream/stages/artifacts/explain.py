@@ -5,6 +5,7 @@ What reads one kind is imported there: a plan must not wait for the libraries of
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,8 @@ def explain_recovered(path: str) -> Explanation:
         msg = f"{Path(path) / PROVENANCE_NAME} does not hold a JSON object; export the checkpoint again"
         raise ArtifactError(msg)
     if isinstance(provenance.get("plan"), Mapping):
-        facts["removed"] = _plan_text(provenance.pop("plan"))
+        plans = [one["plan"] for one in provenance.pop("rounds", ())]
+        facts["removed"] = _plan_text(*plans, provenance.pop("plan"))
     operators = provenance.pop("operators", {})
     boundaries = (
         _boundaries_table(operators.get("boundaries", [])) if isinstance(operators, Mapping) else None
@@ -267,9 +269,13 @@ def _tensor_facts(entries: Any) -> dict[str, Any]:
     }
 
 
-def _plan_text(data: Mapping[str, Any]) -> str:
-    plan = PruningPlan.from_json(data)
-    return f"{plan} ({plan.n_removed} of {plan.n_layers} layers)"
+def _plan_text(*rounds: Mapping[str, Any]) -> str:
+    plans = [PruningPlan.from_json(data) for data in rounds]
+    texts = [f"{plan} ({plan.n_removed} of {plan.n_layers} layers)" for plan in plans]
+    if len(plans) == 1:
+        return texts[0]
+    whole = functools.reduce(PruningPlan.then, plans)
+    return f"{', then '.join(texts)}; in all {whole} of {whole.n_layers}"
 
 
 def _facts_table(title: str, data: Mapping[str, Any]) -> Table:

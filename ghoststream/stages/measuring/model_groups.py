@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -86,14 +86,20 @@ def group_models(
         msg = "no model to evaluate; give at least one folder or hub id"
         raise RequestError(msg)
     everything = [*map(_of_session, opened), *(_open(model, compute) for model in models)]
+    given = {one.digest: one for one in everything if one.session}
+    wanted = {one.base for one in everything if one.session is None}
     bases = {
         one.digest: ModelGroup(one.session)
         for one in reversed(everything)
-        if one.base is None and one.session
+        if one.session and _is_base(one, given, wanted)
     }
     groups = list(reversed(bases.values()))
     for position, one in enumerate(everything):
-        group = bases.get(one.base or one.digest)
+        group = bases.get(one.digest)
+        if group is not None:
+            group.models.append(MeasuredModel(position, one.name, one.digest, None))
+            continue
+        group = bases.get(str(one.base))
         operators = one.over(group.session) if group is not None else None
         if group is None:
             if one.session is None:
@@ -162,6 +168,13 @@ class _Opened:
         if isinstance(self.operators, RecoveredInfo):
             return self.operators.operators_over(base.root)
         return self.operators
+
+
+def _is_base(one: _Opened, given: Mapping[str, _Opened], wanted: Collection[str | None]) -> bool:
+    """Say whether a model is run by itself: it is no lane of one that is, or operators are given for it."""
+    others = {digest: other for digest, other in given.items() if digest != one.digest}
+    above = others.get(str(one.base))
+    return above is None or one.digest in wanted or not _is_base(above, others, wanted)
 
 
 def _open(model: str | Path, compute: Compute) -> _Opened:

@@ -9,7 +9,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, grouped, json_option, model_argument
-from ghoststream.cli.output import human_bytes, print_facts, print_json, print_text
+from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Storage, Text, dtype_name
 
@@ -84,6 +84,6 @@ def command(model: str, *, calibration: Text | None, as_json: bool, **given: Any
     )
     print_facts(facts, title="captured")
     if store.complete:
-        print_text(f"next: ghoststream select --store {given['store']} --remove N --out plan.json")
+        print_text(next_command("select", "--store", given["store"], "--remove", "N", "--out", "plan.json"))
     else:
         click.echo("next: the other workers; the store is complete when all have finished, in whatever order")

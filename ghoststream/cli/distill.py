@@ -10,7 +10,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, grouped, json_option, model_argument, out_option
-from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.output import next_command, print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Text, Training
 
@@ -51,4 +51,5 @@ def command(
     ]
     title = f"held-out windows; {len(figures['step_losses'])} steps on operators of {trained.plan}"
     print_table(["", "divergence from dense", "perplexity"], rows, title=title)
-    click.echo(f"written to {out}; next: ghoststream export {model} --operators {out} --out DIR")
+    following = next_command("export", model, "--operators", out, "--out", "DIR")
+    click.echo(f"written to {out}; {following}")

@@ -8,7 +8,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, field_option, json_option, model_argument, out_option
-from ghoststream.cli.output import human_bytes, print_facts, print_json
+from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute
 
@@ -58,4 +58,4 @@ def command(model: str, operators: Path, out: Path, revision: str | None, *, as_
         },
         title="exported",
     )
-    click.echo(f"next: ghoststream evaluate {model} {out} --text wikitext2:test")
+    print_text(next_command("evaluate", model, out, "--text", "wikitext2:test"))

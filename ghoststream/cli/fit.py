@@ -17,7 +17,7 @@ from ghoststream.cli.options import (
     out_option,
     store_option,
 )
-from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.output import next_command, print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Reduction, Search, Source, Text
 
@@ -78,8 +78,8 @@ def command(
         return
     print_table(*_diagnostics_table(diagnostics), title=f"{operators.kind} operators of {operators.plan}")
     _print_tried(operators)
-    base = model or "MODEL"
-    click.echo(f"written to {out}; next: ghoststream export {base} --operators {out} --out DIR")
+    following = next_command("export", model or "MODEL", "--operators", out, "--out", "DIR")
+    click.echo(f"written to {out}; {following}")
 
 
 def _print_tried(operators: OperatorSet) -> None:

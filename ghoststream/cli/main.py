@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ghoststream.cli.interrupts import interruptible, was_interrupted
 from ghoststream.cli.options import debug_option, is_debug
 from ghoststream.errors import GhoststreamError
 from ghoststream.redaction import without_secrets
@@ -37,7 +38,6 @@ _FIRST_STEPS = (
     ("ghoststream recover MODEL --remove 8 --calibration wikitext2:train --out DIR", "do it"),
     ("ghoststream inspect PATH", "explains what was written; verify checks it"),
 )
-_INTERRUPTED = 130
 
 
 def _version() -> str:
@@ -72,8 +72,17 @@ class GhoststreamGroup(click.Group):
         with formatter.section("To begin with"):
             formatter.write_dl(_FIRST_STEPS)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options."""
+        with interruptible():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see :func:`_report` for what happens to errors."""
+        with interruptible():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -83,11 +92,8 @@ class GhoststreamGroup(click.Group):
             ctx.exit(error.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted; the same command continues where it stopped", err=True)
-            ctx.exit(_INTERRUPTED)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            if was_interrupted(error) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise
             ctx.exit(_report(ctx, error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,3 +126,8 @@ def _print_rich(
     for row in cells:
         table.add_row(*[escape(text) for text in row])
     Console().print(table)
+
+
+def next_command(*words: object) -> str:
+    """Say which command comes next, quoted for the shell."""
+    return f"next: {shlex.join(['ghoststream', *map(str, words)])}"

@@ -17,7 +17,7 @@ from ghoststream.cli.options import (
     out_option,
     remove_option,
 )
-from ghoststream.cli.output import print_json, print_text
+from ghoststream.cli.output import next_command, print_json, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Storage, Text
 
@@ -60,4 +60,4 @@ def command(model: str, *, as_json: bool, out: Path, **given: Any) -> None:
         print_json(report.to_json())
         return
     print_text(report.to_text())
-    click.echo(f"next: ghoststream evaluate {model} {out} --text SPEC")
+    print_text(next_command("evaluate", model, out, "--text", "SPEC"))

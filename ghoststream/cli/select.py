@@ -9,7 +9,7 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, grouped, json_option, model_option, out_option, store_option
-from ghoststream.cli.output import print_json, print_table
+from ghoststream.cli.output import next_command, print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Reduction, Search, Source, Text
 
@@ -66,10 +66,9 @@ def command(
     if selection.has_fewer_spans:
         click.echo("it has fewer spans than the best candidate, and is within a standard error of it")
     if out is not None:
-        given_source = f"--store {store}" if store else f"--model {model} --calibration SPEC"
-        click.echo(
-            f"written to {out}; next: ghoststream fit {given_source} --plan {out} --out operators.safetensors"
-        )
+        given_source = ("--store", store) if store else ("--model", model, "--calibration", "SPEC")
+        following = next_command("fit", *given_source, "--plan", out, "--out", "operators.safetensors")
+        click.echo(f"written to {out}; {following}")
 
 
 def _print_candidates(selection: Selection) -> None:

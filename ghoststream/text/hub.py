@@ -12,8 +12,8 @@ from typing import Any
 from ghoststream.errors import GhoststreamError, TextError
 from ghoststream.options import TextPart
 from ghoststream.text.documents import Document
+from ghoststream.text.rows import document_of_row
 from ghoststream.text.spec import TextSpec
-from ghoststream.text.text_files import messages_or_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,21 +126,8 @@ def _loading(spec: TextSpec) -> Iterator[None]:
         raise TextError(msg) from error
 
 
-def _document(row: Mapping[str, Any], name: str | None, place: str) -> Document:
-    if name is None:
-        name = "messages" if "text" not in row and "messages" in row else "text"
-    if name not in row:
-        msg = (
-            f"{place} has no field '{name}'; name one of its fields after the split: {', '.join(sorted(row))}"
-        )
-        raise TextError(msg)
-    content = messages_or_text(row[name])
-    if content is None:
-        msg = f"the field '{name}' of {place} is neither a string nor a list of messages; name another field"
-        raise TextError(msg)
-    text, messages = content
-    raw = text if text is not None else repr(messages)
-    return Document(place=place, raw=raw.encode(errors="surrogatepass"), text=text, messages=messages)
+def _document(row: Mapping[str, Any], field: str | None, place: str) -> Document:
+    return document_of_row(row, place, field=field, advice="; name one of them after the split")
 
 
 def _joined(

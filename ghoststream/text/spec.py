@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,13 @@ class TextSpec:
         ...) it is the split and the third the field, otherwise they are configuration and split. An empty
         configuration (``hf:NAME::SPLIT:FIELD``) says that there is none.
 
+        A ``~`` behind the first colon is the user's folder: shells expand it only where a word begins.
+
         Raises:
             TextError: If it has none of the known forms.
         """
         kind, _, rest = text.partition(":")
+        rest = os.path.expanduser(rest)  # noqa: PTH111 - Path would drop a slash at the end
         if kind == "file" and rest:
             return cls("file", rest)
         if kind == "ids" and rest:

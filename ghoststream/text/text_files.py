@@ -1,54 +1,48 @@
-"""Documents of local files: plain text (one document) and JSON lines, each also compressed with gzip."""
+"""Documents of local files: plain text (one document), JSON lines and Parquet tables, also compressed."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from ghoststream.errors import InputNotFoundError, TextError
+from ghoststream.errors import TextError
 from ghoststream.text.documents import Document
+from ghoststream.text.opening import (
+    damaged,
+    decode,
+    opened,
+    plain_suffix,
+    reading,
+    require_file,
+    require_package,
+)
+from ghoststream.text.rows import FIELDS, document_of_row
 
 _JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 _BOM = b"\xef\xbb\xbf"
-_NUMPY_MAGIC = b"\x93NUMPY"
+_ROWS = 64
+"""Rows of a table that are made at a time."""
 
 
 def file_documents(path: Path, *, max_bytes: int | None = None) -> Iterator[Document]:
-    """Yield a file's documents: JSON lines by suffix (``.jsonl``, ``.ndjson``, ``.json``), else plain text.
+    """Yield a file's documents: rows by suffix (``.jsonl``, ``.ndjson``, ``.json``, ``.parquet``), else text.
 
-    A line of JSON holds an object with a ``text`` string or with ``messages``, a chat. Blank lines are
-    passed over. Bytes are taken as they are (UTF-8; line ends are not translated), without a byte order mark.
+    A row, which is a line of JSON or of a table, holds ``text`` or ``messages``, a chat
+    (:func:`~ghoststream.text.rows.document_of_row`). Blank lines are passed over. Bytes are taken as they are
+    (UTF-8; line ends are not translated), without a byte order mark. All but tables may be compressed:
+    ``.gz``, ``.bz2``, ``.xz``, ``.zst``.
 
     Raises:
         InputNotFoundError: If the file does not exist.
-        TextError: If it is empty, not UTF-8, not valid gzip or JSON, or a line has neither field.
+        TextError: If it is empty, not UTF-8, damaged, not JSON, or a row has neither field; names file and
+            line.
+        CheckpointError: If the machine fails to read it.
     """
-    if not path.exists():
-        msg = f"there is no text file {path}; check the path"
-        raise InputNotFoundError(msg)
-    if path.is_dir():
-        msg = f"{path} is a folder, not a text file; name one file"
-        raise TextError(msg)
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    with _reading(path), _open(path) as file:
-        if plain.suffix.lower() in _JSON_SUFFIXES:
-            yield from _json_lines(path, file)
-        else:
-            yield _whole(path, file, max_bytes)
-
-
-def messages_or_text(value: Any) -> tuple[str | None, list[Mapping[str, Any]] | None] | None:
-    """Sort a field's value into text or chat messages; ``None`` if it is neither."""
-    if isinstance(value, str):
-        return value, None
-    if isinstance(value, list) and value and all(_is_message(entry) for entry in value):
-        return None, value
-    return None
+    if path.suffix.lower() == ".parquet":
+        return _table(path)
+    return _text(path, max_bytes)
 
 
 def cut_at_line(data: bytes, max_bytes: int) -> bytes:
@@ -63,20 +57,12 @@ def cut_at_line(data: bytes, max_bytes: int) -> bytes:
     return head[:end]
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        msg = f"{path} is not a whole gzip file ({error}); get it again"
-        raise TextError(msg) from error
-    except PermissionError as error:
-        msg = f"{path} may not be read ({error.strerror}); check its permissions"
-        raise TextError(msg) from error
+def _text(path: Path, max_bytes: int | None) -> Iterator[Document]:
+    with opened(path) as file:
+        if plain_suffix(path) in _JSON_SUFFIXES:
+            yield from _json_lines(path, file)
+        else:
+            yield _whole(path, file, max_bytes)
 
 
 def _whole(path: Path, file: IO[bytes], max_bytes: int | None) -> Document:
@@ -84,9 +70,12 @@ def _whole(path: Path, file: IO[bytes], max_bytes: int | None) -> Document:
     truncated = max_bytes is not None and len(data) > max_bytes
     if max_bytes is not None and truncated:
         data = cut_at_line(data, max_bytes)
-    text = _decode(data.removeprefix(_BOM), str(path))
+    text = decode(data.removeprefix(_BOM), str(path))
     if not text.strip():
-        msg = f"the text file {path} is empty"
+        raise _empty(path)
+    zero = data.find(b"\0")
+    if zero >= 0:
+        msg = f"{path} holds zero bytes (the first is byte {zero}): it is damaged or not text; get it again"
         raise TextError(msg)
     return Document(place=str(path), raw=data, text=text, truncated=truncated)
 
@@ -99,43 +88,50 @@ def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Document]:
             found = True
             yield _parse_line(line, raw, f"{path} line {number}")
     if not found:
-        msg = f"the text file {path} is empty"
-        raise TextError(msg)
+        raise _empty(path)
 
 
 def _parse_line(line: bytes, raw: bytes, place: str) -> Document:
-    text = _decode(line, place)
+    text = decode(line, place)
     try:
         row = json.loads(text)
+    except RecursionError as error:
+        msg = f"{place} is JSON nested too deep to be read; leave that line out"
+        raise TextError(msg) from error
     except ValueError as error:
         msg = f"{place} is not JSON ({error}); each line must be one JSON object"
         raise TextError(msg) from error
     if not isinstance(row, dict):
         msg = f"{place} is a JSON {type(row).__name__}; each line must be an object with 'text' or 'messages'"
         raise TextError(msg)
-    field = "text" if "text" in row else "messages"
-    if field not in row:
-        names = ", ".join(sorted(row)) or "none"
-        msg = f"{place} has neither a 'text' nor a 'messages' field; its fields: {names}"
-        raise TextError(msg)
-    content = messages_or_text(row[field])
-    if content is None:
-        wanted = "a string" if field == "text" else "a list of messages, each with 'role' and 'content'"
-        msg = f"the field '{field}' of {place} is not {wanted}"
-        raise TextError(msg)
-    return Document(place=place, raw=raw, text=content[0], messages=content[1])
+    return document_of_row(row, place, raw=raw)
 
 
-def _is_message(entry: object) -> bool:
-    return isinstance(entry, Mapping) and isinstance(entry.get("role"), str) and "content" in entry
-
-
-def _decode(data: bytes, place: str) -> str:
+def _table(path: Path) -> Iterator[Document]:
+    require_file(path, "text")
+    parquet = require_package("pyarrow.parquet", path)
+    arrow_error = require_package("pyarrow", path).ArrowException
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        if data.startswith(_NUMPY_MAGIC):
-            msg = f"{place} is a numpy array, not text; token ids are given as ids:FILE"
-            raise TextError(msg) from error
-        msg = f"{place} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); convert it to UTF-8"
-        raise TextError(msg) from error
+        with reading(path), parquet.ParquetFile(path) as table:
+            yield from _table_rows(path, table)
+    except arrow_error as error:
+        raise damaged(path, error) from error
+
+
+def _table_rows(path: Path, table: Any) -> Iterator[Document]:
+    names = table.schema_arrow.names
+    columns = [name for name in FIELDS if name in names]
+    if not columns:
+        msg = f"{path} has neither a column 'text' nor 'messages'; its columns: {', '.join(names)}"
+        raise TextError(msg)
+    number = 0
+    for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield document_of_row(row, f"{path} row {number}")
+    if not number:
+        raise _empty(path)
+
+
+def _empty(path: Path) -> TextError:
+    return TextError(f"the text file {path} is empty")

@@ -37,7 +37,7 @@ def test_text_that_cannot_be_used(bench: Bench, refused: Callable[..., str], tmp
         f"file:{tmp_path}": ("is a folder",),
         f"file:{tmp_path}/malformed.jsonl": ("malformed.jsonl line 2 is not JSON",),
         f"file:{tmp_path}/fields.jsonl": ("line 1 has neither a 'text' nor a 'messages' field", "title"),
-        f"file:{tmp_path}/types.jsonl": ("the field 'text'", "line 1", "not a string"),
+        f"file:{tmp_path}/types.jsonl": ("the field 'text'", "line 1", "must be a string"),
         f"file:{tmp_path}/list.jsonl": ("line 1", "list"),
         f"file:{tmp_path}/empty.txt": ("empty.txt is empty",),
         f"file:{tmp_path}/latin.txt": ("not UTF-8", "byte 3"),

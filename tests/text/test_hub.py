@@ -133,9 +133,9 @@ def test_parts_stand_for_splits(spec: str, part: TextPart, split: str | None) ->
     [
         (
             {"body": "x", "id": 1},
-            "row 0 has no field 'text'; name one of its fields after the split: body, id",
+            "row 0 has neither a 'text' nor a 'messages' field; its fields: body, id; name one of them after",
         ),
-        ({"text": 3}, "the field 'text' of .* row 0 is neither a string nor a list of messages"),
+        ({"text": 3}, "the field 'text' of .* row 0 is a number; it must be a string, or a list of messages"),
     ],
 )
 def test_rows_without_text_are_named(

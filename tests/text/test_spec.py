@@ -69,6 +69,22 @@ def test_incomplete_datasets_are_refused(text: str) -> None:
         TextSpec.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("file:~/a.txt", "file:/home/somebody/a.txt"),
+        ("ids:~/a.npy", "ids:/home/somebody/a.npy"),
+        ("hf:~/data:train", "hf:/home/somebody/data:train"),
+        ("file:~", "file:/home/somebody"),
+        ("file:a~/b.txt", "file:a~/b.txt"),
+        ("file:~nobody-for-a-test/a.txt", "file:~nobody-for-a-test/a.txt"),
+    ],
+)
+def test_the_users_folder_behind_a_colon(monkeypatch: pytest.MonkeyPatch, text: str, expected: str) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(TextSpec.parse(text)) == expected
+
+
 def test_identity_leaves_folders_out(tmp_path: Path) -> None:
     assert TextSpec.parse(f"file:{tmp_path}/a.txt").identity == "file:a.txt"
     assert TextSpec.parse(f"ids:{tmp_path}/a.npy").identity == "ids:a.npy"

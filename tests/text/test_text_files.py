@@ -1,15 +1,18 @@
-"""Local text files: plain, JSON lines, compressed; and every way in which they can be bad."""
+"""Local text files, plain and JSON lines; and every way in which they can be bad."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ghoststream.errors import InputNotFoundError, TextError
+from ghoststream.errors import DataError, InputNotFoundError, RequestError, TextError
 from ghoststream.text import Document, TextSpec, load_documents
 
 pytestmark = pytest.mark.unit
@@ -26,16 +29,6 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     assert document.text == data.decode()
     assert document.raw == data
     assert not document.truncated
-
-
-def test_gzip_gives_the_same_documents(tmp_path: Path) -> None:
-    for name, data in {"a.txt": b"some text\n", "b.jsonl": b'{"text": "x"}\n{"text": "y"}\n'}.items():
-        (tmp_path / name).write_bytes(data)
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
-        plain, packed = load(tmp_path / name), load(tmp_path / f"{name}.gz")
-        assert [(document.text, document.raw) for document in plain] == [
-            (document.text, document.raw) for document in packed
-        ]
 
 
 def test_json_lines_give_text_and_chats(tmp_path: Path) -> None:
@@ -93,7 +86,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"])
-@pytest.mark.parametrize("content", [b"", b"\n  \n"])
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xef\xbb\xbf", b"\r\n\r\n"])
 def test_empty_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(TextError, match=r"the text file .* is empty"):
@@ -125,9 +118,16 @@ def test_token_ids_given_as_text_are_told_their_form(tmp_path: Path) -> None:
         ('"x"', "is a JSON str"),
         ('{"body": "x", "id": 1}', "has neither a 'text' nor a 'messages' field; its fields: body, id"),
         ("{}", "its fields: none"),
-        ('{"text": 3}', "the field 'text' of .* is not a string"),
-        ('{"messages": []}', "is not a list of messages"),
-        ('{"messages": [{"role": "user"}]}', "is not a list of messages"),
+        ('{"text": 3}', "the field 'text' of .* is a number; it must be a string, or a list of messages"),
+        ('{"text": null}', "the field 'text' of .* is null; it must be a string"),
+        ('{"text": null, "messages": null}', "the field 'text' of .* is null"),
+        ('{"messages": null}', "the field 'messages' of .* is null"),
+        ('{"messages": "hi"}x', "is not JSON"),
+        ('{"messages": []}', "the field 'messages' of .* is a list that is no chat"),
+        ('{"messages": [{"role": "user"}]}', "is a list that is no chat; it must be a string, or a list of"),
+        ("[" * 100_000, "is JSON nested too deep"),
+        ('{"text": "zero\0byte"}', "is not JSON"),
+        ('{"n": ' + "9" * 5000 + "}", "is not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -137,29 +137,60 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     assert "line 2" in str(caught.value)
 
 
-def test_damaged_gzip_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(b"no gzip")
-    with pytest.raises(TextError, match=r"a\.txt\.gz is not a whole gzip file"):
-        load(path)
-    whole = gzip.compress(bytes(range(97, 123)) * 1000)
-    path.write_bytes(whole[:-10])
-    with pytest.raises(TextError, match="not a whole gzip file"):
-        load(path)
-    path.write_bytes(whole[:12] + bytes([whole[12] ^ 0xFF]) + whole[13:])
-    with pytest.raises(TextError, match="not a whole gzip file"):
+@pytest.mark.parametrize("text", [None, 3, "", ["x"]])
+def test_messages_are_taken_where_the_text_beside_them_is_none(tmp_path: Path, text: Any) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text, "messages": chat}))
+    (document,) = load(tmp_path / "a.jsonl")
+    assert (document.text, document.messages) == (None, chat)
+
+
+def test_lines_of_other_systems_are_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two\\r\\n"}\r\n')
+    assert [document.text for document in load(tmp_path / "a.jsonl")] == ["one", "two\r\n"]
+
+
+@pytest.mark.parametrize(("data", "first"), [(b"\0" * 4096, 0), (b"text\n\0\0\0", 5)])
+def test_zero_bytes_are_no_text(tmp_path: Path, data: bytes, first: int) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(TextError, match=rf"a\.txt holds zero bytes \(the first is byte {first}\)"):
+        load(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/zero")
+    if kind == "pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    with pytest.raises(RequestError, match=f"{path} is a (pipe|device)"):
         load(path)
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.EACCES, RequestError, r"a\.txt"),
+        (errno.EIO, DataError, r"a\.txt"),
+        (errno.ESTALE, DataError, r"a\.txt"),
+    ],
+)
+def test_what_the_system_refuses_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], message: str
+) -> None:
     (tmp_path / "a.txt").write_text("x")
 
-    def refused(self: Path, mode: str) -> None:
-        raise PermissionError(13, "Permission denied")
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(TextError, match=r"may not be read \(Permission denied\)"):
+    monkeypatch.setattr("ghoststream.text.text_files._whole", refused)
+    with pytest.raises(kind, match=message):
         load(tmp_path / "a.txt")
+
+
+def test_a_path_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="File name too long"):
+        load(tmp_path / ("x" * 5000))
 
 
 def test_token_ids_are_not_documents(tmp_path: Path) -> None:

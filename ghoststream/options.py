@@ -25,15 +25,16 @@ UNIFORM = "uniform"
 """Name of the token weight of the paper: every token counts the same."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Bos = Literal["auto", "always", "never"]
+Bos = Literal["auto", "always", "never", "stream"]
 TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
 Precision = Literal["float64", "float32-blocked"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
 SPEC_FORMS = (
-    "file:PATH (.txt, .jsonl with `text` or `messages`, also .gz), ids:FILE.npy, "
-    "hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb or c4 (each [:SPLIT]), python-docs[:fit|:heldout]"
+    "file:PATH (.txt, .jsonl or .parquet with `text` or `messages`; also .gz, .bz2, .xz, .zst), "
+    "ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb or c4 (each [:SPLIT]), "
+    "python-docs[:fit|:heldout]"
 )
 
 
@@ -64,11 +65,21 @@ class Text(Options):
     length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
     pack: bool = option(True, "Join documents into full windows, or one document a window.")
     bos: Bos = option(
-        "auto", "Whether a window begins with the begin-of-text token; auto does as the tokenizer."
+        "auto",
+        "Whether windows begin with the begin-of-text token: auto, always, never or stream.\nauto: each does "
+        "where the tokenizer puts it in front of a text. always: each does. never: none does. stream: the "
+        "first one does, as where a whole text is tokenised at once.",
     )
     part: TextPart | None = option(
         None, "Part of a text with a standard split. Default: fit to calibrate, heldout to evaluate."
     )
+
+    @model_validator(mode="after")
+    def _one_stream(self) -> Self:
+        if self.bos == "stream" and not self.pack:
+            msg = "--bos stream joins documents, and --no-pack does not; use --bos auto"
+            raise ValueError(msg)
+        return self
 
     @classmethod
     def of(cls, text: Text | str) -> Text:

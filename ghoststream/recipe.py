@@ -62,6 +62,17 @@ class Recipe(BaseModel):
             raise ArtifactError(msg) from error
 
 
+class TextRecipe(Text):
+    """Which windows were asked for, and how they begin.
+
+    Attributes:
+        first_tokens: Token ids in front of each window that are not of the text: what ``bos`` came to with
+            the model's tokenizer.
+    """
+
+    first_tokens: tuple[Annotated[int, Field(ge=0)], ...]
+
+
 class CaptureRecipe(Recipe):
     """What decides every bit of an activation store.
 
@@ -82,7 +93,7 @@ class CaptureRecipe(Recipe):
     model_digest: Digest
     config_digest: Digest
     revision: str | None = None
-    text: Text
+    text: TextRecipe
     tokens_digest: Digest
     dtype: Dtype
     store_dtype: Dtype
@@ -125,7 +136,7 @@ class EvaluateRecipe(Recipe):
         loss_chunk_tokens: Tokens whose logits are held at once.
     """
 
-    text: Text
+    text: TextRecipe
     tokens_digest: Digest
     dtype: Dtype
     attention: str

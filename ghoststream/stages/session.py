@@ -8,19 +8,20 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ghoststream.checkpoint import checkpoint_fingerprint
 from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.errors import (
     GhoststreamError,
-    InputNotFoundError,
     RequestError,
     UnsupportedModelError,
 )
 from ghoststream.machine import free_device_memory, free_host_memory
 from ghoststream.options import Compute, Text, dtype_name
+from ghoststream.progress import Progress
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
-from ghoststream.text import TokenSet, prepare_tokens
+from ghoststream.text import TokenSet, begin_note, is_ids, load_tokenizer, prepare_tokens
 
 
 class ModelSession:
@@ -90,18 +91,36 @@ class ModelSession:
         """Return how many sequences of ``length`` tokens go at once, as given or as memory allows."""
         return self.compute.micro_batch or self.memory(length).choose_micro_batch()
 
-    def tokens(self, text: Text) -> TokenSet:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use; see :func:`~ghoststream.text.load_tokenizer`."""
+        return load_tokenizer(self.root, trust_remote_code=self.compute.trust_remote_code)
+
+    def tokens(self, text: Text, progress: Progress) -> TokenSet:
         """Turn a text into token windows with this model's tokenizer; the same text again is not read again.
+
+        Says once how windows begin, if it matters to the model.
 
         Raises:
             TextError: If the text gives too little.
         """
         if text not in self._tokens:
-            needs_tokenizer = not text.spec.startswith("ids:")
-            tokenizer = load_tokenizer(self.root, self.compute) if needs_tokenizer else None
-            size = self.skeleton.vocab_size
-            self._tokens[text] = prepare_tokens(text, tokenizer, vocabulary_size=size)
+            tokenizer = None if is_ids(text) else self.tokenizer
+            tokens = prepare_tokens(text, tokenizer, vocabulary_size=self.skeleton.vocab_size)
+            note = begin_note(text, tokens, tokenizer or self._tokenizer_if_any(tokens))
+            if note is not None:
+                progress.log(note)
+            self._tokens[text] = tokens
         return self._tokens[text]
+
+    def _tokenizer_if_any(self, tokens: TokenSet) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer for a word about token ids, where they do not all begin alike anyway."""
+        if (tokens.ids[:, 0] == tokens.ids[0, 0]).all():
+            return None
+        try:
+            return self.tokenizer
+        except RequestError:
+            return None
 
     def describe(self) -> dict[str, Any]:
         """Return what of the way in which the model is computed can change a bit, for recipes."""
@@ -135,25 +154,6 @@ def open_skeleton(root: Path, device: torch.device | str, compute: Compute) -> S
             "config.json"
         )
         raise UnsupportedModelError(msg) from error
-
-
-def load_tokenizer(root: Path, compute: Compute) -> Any:
-    """Load a checkpoint's tokenizer.
-
-    Raises:
-        InputNotFoundError: If the folder has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(root, trust_remote_code=compute.trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = shorten(str(error), 200, placeholder="...")
-        msg = (
-            f"{root} has no tokenizer that can be loaded ({reason}); copy its tokenizer files there, or use "
-            "ids:FILE.npy"
-        )
-        raise InputNotFoundError(msg) from error
 
 
 def usable_device(name: str) -> torch.device:

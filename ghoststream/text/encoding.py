@@ -15,8 +15,6 @@ from ghoststream.text.documents import Document
 
 TokenIds = npt.NDArray[np.int32]
 
-_SAMPLE_CHARACTERS = 256
-
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return ``sha256:<hex>`` of what decides the ids that a tokenizer gives.
@@ -50,49 +48,31 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool 
     return np.asarray(encoded["input_ids"], dtype=np.int32)
 
 
-def encode_document(
-    tokenizer: PreTrainedTokenizerBase, document: Document, *, special: bool, keep_bos: bool = True
-) -> TokenIds:
-    """Return the ids of a document; a chat goes through the tokenizer's chat template.
-
-    Args:
-        tokenizer: The tokenizer.
-        document: Text or chat.
-        special: Whether text gets the tokenizer's special tokens (a chat template writes its own).
-        keep_bos: Whether a bos that the chat template writes in front stays.
+def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> TokenIds:
+    """Return the ids of a document alone; a chat goes through the chat template, which may write a bos.
 
     Raises:
-        TextError: If a chat cannot be rendered.
+        TextError: If a chat cannot be rendered, or the text is not Unicode.
     """
-    if document.messages is None:
-        return encode_text(tokenizer, document.text or "", special=special)
-    ids = encode_text(tokenizer, _render(tokenizer, document))
-    if not keep_bos and ids.size and ids[0] == tokenizer.bos_token_id:
-        return ids[1:]
-    return ids
+    text = document.text or "" if document.messages is None else _render(tokenizer, document)
+    _require_unicode(text, document.place)
+    return encode_text(tokenizer, text)
 
 
-def stream_prefix(tokenizer: PreTrainedTokenizerBase, document: Document) -> TokenIds:
-    """Return what the tokenizer itself puts in front of a text: bos, or nothing. A chat has its own."""
-    sample = (document.text or "")[:_SAMPLE_CHARACTERS]
-    plain = encode_text(tokenizer, sample)
-    whole = encode_text(tokenizer, sample, special=True)
-    for start in range(len(whole) - len(plain) + 1):
-        if plain.size and np.array_equal(whole[start : start + len(plain)], plain):
-            return whole[:start]
-    return whole[:0]
-
-
-def require_bos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the bos token.
+def _require_unicode(text: str, place: str) -> None:
+    """Check that no half of a pair of surrogates stands alone, which JSON can escape and no tokenizer reads.
 
     Raises:
-        TextError: If the tokenizer has none.
+        TextError: If one does.
     """
-    if tokenizer.bos_token_id is None:
-        msg = "the tokenizer has no beginning-of-sequence token; use --bos auto or --bos never"
-        raise TextError(msg)
-    return int(tokenizer.bos_token_id)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = (
+            f"{place} holds half of a character (\\u{ord(text[error.start]):04x}, character {error.start} of "
+            "its text): whoever wrote it cut a pair of surrogates; repair it or leave it out"
+        )
+        raise TextError(msg) from error
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:

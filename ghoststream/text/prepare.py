@@ -12,14 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from ghoststream.errors import TextError
 from ghoststream.files import bytes_digest, format_digest
 from ghoststream.options import Text, TextPart
+from ghoststream.recipe import TextRecipe
 from ghoststream.text.documents import Document
-from ghoststream.text.encoding import (
-    TokenIds,
-    encode_document,
-    require_bos,
-    stream_prefix,
-    tokenizer_fingerprint,
-)
+from ghoststream.text.encoding import TokenIds, encode_document, tokenizer_fingerprint
+from ghoststream.text.framing import FirstTokens, drop_front
 from ghoststream.text.hub import resolve_split
 from ghoststream.text.ids_file import read_ids
 from ghoststream.text.sources import load_documents, resolve_part
@@ -34,17 +30,29 @@ _BYTES_PER_TOKEN = 12
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A text that was parsed, with the tokenizer, and how many tokens it takes."""
+    """A text that was parsed, with the tokenizer, how windows begin, and how many tokens it takes."""
 
     text: Text
     spec: TextSpec
     tokenizer: PreTrainedTokenizerBase
     part: TextPart
+    first: FirstTokens
+
+    @classmethod
+    def make(cls, text: Text, spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> _Request:
+        first = FirstTokens.of(tokenizer, text.bos)
+        if len(first.window) >= text.length:
+            msg = (
+                f"each window begins with {len(first.window)} tokens of the tokenizer's own, and --length "
+                f"{text.length} leaves no place for text; give more, or use --bos never"
+            )
+            raise TextError(msg)
+        return cls(text, spec, tokenizer, resolve_part(spec, text.part or "all"), first)
 
     @property
     def body(self) -> int:
         """Tokens of one window that come from the text."""
-        return self.text.length - (self.text.bos == "always")
+        return self.text.length - len(self.first.window)
 
     @property
     def needed(self) -> int | None:
@@ -84,8 +92,12 @@ def prepare_tokens(
     windows that do not overlap; the rest at the end is dropped. Without, each document is one sequence,
     truncated or padded on the right.
 
-    ``bos`` ``auto`` puts in front what the tokenizer itself does, at the start of the stream (with ``pack``)
-    or of each document (without); ``always``: every sequence begins with bos; ``never``: none does.
+    ``bos`` says how a window begins. ``auto``: with what the tokenizer itself puts in front of a text, a
+    begin-of-text token for many families and nothing for others. ``always``: with that, or with the bos token
+    of a tokenizer that puts none. ``never``: with text. ``stream``: with text, but for the first window: what
+    the tokenizer puts in front stands once, in front of all documents. A window has ``text.length`` tokens in
+    all of these: with one token in front ``text.length - 1`` come from the text, and none is lost between two
+    windows. A document that brings that token along in front loses it, but with ``stream``.
 
     Args:
         text: The text. An ``ids:`` file is used as it is; ``pack``, ``bos`` and ``part`` do not apply. A
@@ -111,15 +123,21 @@ def prepare_tokens(
         if tokenizer is None:
             msg = f"{parsed} is text and the model has no tokenizer; give token ids with ids:FILE.npy"
             raise TextError(msg)
-        request = _Request(text, parsed, tokenizer, resolve_part(parsed, text.part or "all"))
+        request = _Request.make(text, parsed, tokenizer)
         tokens = _packed(request) if text.pack else _one_by_one(request)
     _require_known(tokens, parsed, vocabulary_size)
     return tokens
 
 
-def recipe_of(text: Text) -> Text:
+def recipe_of(text: Text, tokens: TokenSet) -> TextRecipe:
     """Return a text as recipes name it: without folders, whose place the digest of the tokens takes."""
-    return text.model_copy(update={"spec": TextSpec.parse(text.spec).identity})
+    spec = TextSpec.parse(text.spec).identity
+    return TextRecipe(**{**dict(text), "spec": spec}, first_tokens=tokens.first_tokens)
+
+
+def is_ids(text: Text) -> bool:
+    """Whether a text is given as token ids, so that no tokenizer is needed."""
+    return TextSpec.parse(text.spec).kind == "ids"
 
 
 def _from_ids(spec: TextSpec, sequences: int | None, length: int) -> TokenSet:
@@ -134,20 +152,16 @@ def _from_ids(spec: TextSpec, sequences: int | None, length: int) -> TokenSet:
 
 
 def _packed(request: _Request) -> TokenSet:
-    body = request.body
-    front = require_bos(request.tokenizer) if request.text.bos == "always" else None
+    body, front = request.body, request.first.window
     gathered = _gather(request)
     available = gathered.n_tokens // body
     wanted = available if request.text.sequences is None else request.text.sequences
     if not available or wanted > available:
         raise TextError(_shortage(request, gathered, wanted))
     ids = np.concatenate(gathered.pieces)[: wanted * body].reshape(wanted, body)
-    if front is not None:
-        ids = np.concatenate([np.full((wanted, 1), front, np.int32), ids], axis=1)
+    ids = np.concatenate([np.broadcast_to(front, (wanted, len(front))), ids], axis=1)
     lengths = np.full(wanted, request.text.length, np.int32)
-    return TokenSet(
-        np.ascontiguousarray(ids), lengths, np.ones(ids.shape, np.bool_), _account(request, gathered)
-    )
+    return _token_set(request, gathered, ids, lengths)
 
 
 def _one_by_one(request: _Request) -> TokenSet:
@@ -168,8 +182,13 @@ def _one_by_one(request: _Request) -> TokenSet:
     lengths = np.array([len(piece) for piece in pieces], np.int32)
     for row, piece in zip(ids, pieces, strict=True):
         row[: len(piece)] = piece
+    return _token_set(request, gathered, ids, lengths)
+
+
+def _token_set(request: _Request, gathered: _Gathered, ids: TokenIds, lengths: TokenIds) -> TokenSet:
     mask = np.arange(request.text.length) < lengths[:, None]
-    return TokenSet(ids, lengths, mask, _account(request, gathered))
+    first = tuple(request.first.window.tolist())
+    return TokenSet(ids, lengths, mask, _account(request, gathered), first)
 
 
 def _gather(request: _Request) -> _Gathered:
@@ -204,17 +223,15 @@ def _read(request: _Request, max_bytes: int | None) -> _Gathered:
 
 
 def _encode(request: _Request, document: Document, *, is_first: bool) -> TokenIds:
-    tokenizer, auto = request.tokenizer, request.text.bos == "auto"
-    if document.text is not None and not document.text:
+    first = request.first
+    ids = drop_front(encode_document(request.tokenizer, document), first.own)
+    if not ids.size:
         # Else a sequence of nothing but bos would come of it.
-        return np.empty(0, np.int32)
-    ids = encode_document(tokenizer, document, special=auto and not request.text.pack, keep_bos=auto)
+        return ids
     if request.text.pack:
-        starts_stream = auto and is_first and document.messages is None
-        return np.concatenate([stream_prefix(tokenizer, document), ids]) if starts_stream else ids
-    if request.text.bos == "always" and ids.size:
-        ids = np.concatenate([np.array([require_bos(tokenizer)], np.int32), ids])
-    return ids[: request.text.length]
+        return np.concatenate([first.stream, drop_front(ids, first.stream)]) if is_first else ids
+    back = first.back if document.messages is None else first.back[:0]
+    return np.concatenate([first.window, ids, back])[: request.text.length]
 
 
 def _account(request: _Request, gathered: _Gathered) -> dict[str, object]:
@@ -226,6 +243,7 @@ def _account(request: _Request, gathered: _Gathered) -> dict[str, object]:
         "length": request.text.length,
         "pack": request.text.pack,
         "bos": request.text.bos,
+        "first_tokens": request.first.window.tolist(),
         "text_digest": gathered.text_digest,
         "text_bytes": gathered.text_bytes,
         "documents": gathered.n_documents,

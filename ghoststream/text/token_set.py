@@ -23,12 +23,14 @@ class TokenSet:
         lengths: Tokens of each sequence that are not padding, int32 ``(sequences,)``.
         mask: ``True`` where a token is not padding, bool ``(sequences, length)``.
         account: What decided the tokens; read it through :meth:`recipe`.
+        first_tokens: Ids that were put in front of each sequence; empty if it begins with text.
     """
 
     ids: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
     mask: npt.NDArray[np.bool_]
     account: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    first_tokens: tuple[int, ...] = ()
 
     @property
     def n_sequences(self) -> int:

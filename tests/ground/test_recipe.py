@@ -11,19 +11,20 @@ from pydantic import ValidationError
 
 from ghoststream import recipe as recipes
 from ghoststream.errors import ArtifactError
-from ghoststream.options import Method, Text
+from ghoststream.options import Method
 from ghoststream.recipe import (
     CaptureRecipe,
     EvaluateRecipe,
     Recipe,
     StoreFitRecipe,
+    TextRecipe,
     differences,
     library_versions,
 )
 
 pytestmark = pytest.mark.unit
 DIGEST = "sha256:" + "0" * 64
-TEXT = Text(spec="file:wiki.valid.raw", sequences=96, length=512)
+TEXT = TextRecipe(spec="file:wiki.valid.raw", sequences=96, length=512, first_tokens=())
 
 
 def capture(**changes: Any) -> CaptureRecipe:
@@ -125,13 +126,14 @@ def test_each_field_changes_the_digest() -> None:
         {"layers": (0, 1)},
         {"attention": "eager"},
         {"revision": "abc"},
-        {"text": Text(spec="file:wiki.valid.raw", sequences=95, length=512)},
+        {"text": TextRecipe(spec="file:wiki.valid.raw", sequences=95, length=512, first_tokens=())},
+        {"text": TextRecipe(spec="file:wiki.valid.raw", sequences=96, length=512, first_tokens=(1,))},
     ]
     assert len({capture().digest(), *(capture(**change).digest() for change in changes)}) == 1 + len(changes)
 
 
 def test_differences_name_field_and_values() -> None:
-    shorter = Text(spec="file:wiki.valid.raw", sequences=96, length=256)
+    shorter = TextRecipe(spec="file:wiki.valid.raw", sequences=96, length=256, first_tokens=())
     other = capture(text=shorter, micro_batch=2)
     assert differences(capture(), other) == [
         "micro_batch is 4, asked for 2",

@@ -29,7 +29,7 @@ def _text(n_characters: int, seed: int) -> str:
 
 def _model(folder: Path) -> Path:
     save_tiny("llama", folder, num_hidden_layers=N_LAYERS, max_position_embeddings=1024)
-    tiny_tokenizer(adds_bos=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -80,7 +80,8 @@ def _least_squares(features: str, **options: Any) -> Method:
 def _session(model: Path, ids: Path) -> tuple[ModelSession, Any]:
     """The model, open, and its tokens."""
     session = ModelSession(model, Compute(micro_batch=MICRO_BATCH))
-    return session, session.tokens(Text(spec=f"ids:{ids / 'all.npy'}", sequences=S, length=T))
+    text = Text(spec=f"ids:{ids / 'all.npy'}", sequences=S, length=T)
+    return session, session.tokens(text, SilentProgress())
 
 
 def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **options: Any) -> list[float]:

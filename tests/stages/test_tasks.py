@@ -91,7 +91,9 @@ def _require_equal(found: dict[Any, Any], expected: list[Any]) -> None:
             assert answer == pytest.approx(reference, abs=2e-4, rel=1e-5), request
 
 
-@pytest.mark.parametrize(("family", "adds_bos"), [("llama", False), ("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("family", "adds_bos"), [("llama", False), ("llama", True), ("gemma", True), ("gpt2", False)]
+)
 def test_answers_are_those_of_the_harness_backend(
     family: str, adds_bos: bool, tasks: Path, tmp_path: Path, answered: list[dict[Any, Any]]
 ) -> None:

@@ -34,7 +34,7 @@ sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "v
 
 def scores(model, text, sequences, limit=None):
     session = ModelSession(model, Compute(host_memory=limit, scratch=root))
-    tokens = session.tokens(Text(spec=text, sequences=sequences, length=length))
+    tokens = session.tokens(Text(spec=text, sequences=sequences, length=length), SilentProgress())
     return taylor_scores(session, tokens, micro_batch=micro_batch, progress=SilentProgress())
 
 tiny = save_synthetic(root / "tiny", **sizes, dtype=torch.float32)

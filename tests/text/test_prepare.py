@@ -65,7 +65,8 @@ def test_only_as_many_as_asked_for(text_file: Path) -> None:
     ("adds_bos", "bos", "expected"),
     [
         (False, "auto", [ids("abcd"), ids("efgh")]),
-        (True, "auto", [[BOS, *ids("abc")], ids("defg"), ids("hij\n")]),
+        (True, "auto", [[BOS, *ids("abc")], [BOS, *ids("def")], [BOS, *ids("ghi")]]),
+        (True, "stream", [[BOS, *ids("abc")], ids("defg"), ids("hij\n")]),
         (False, "always", [[BOS, *ids("abc")], [BOS, *ids("def")], [BOS, *ids("ghi")]]),
         (True, "always", [[BOS, *ids("abc")], [BOS, *ids("def")], [BOS, *ids("ghi")]]),
         (True, "never", [ids("abcd"), ids("efgh")]),
@@ -78,12 +79,13 @@ def test_bos_of_packed_windows(text_file: Path, adds_bos: bool, bos: str, expect
 def test_one_document_gives_what_the_tokenizer_gives(text_file: Path) -> None:
     tokenizer = tiny_tokenizer(adds_bos=True)
     whole = tokenizer(text_file.read_text())["input_ids"]
-    assert tokens_of(text_file, tokenizer, length=3).ids.ravel().tolist() == whole
+    assert tokens_of(text_file, tokenizer, length=len(whole)).ids.ravel().tolist() == whole
+    assert tokens_of(text_file, tokenizer, length=3, bos="stream").ids.ravel().tolist() == whole
 
 
 def test_documents_are_concatenated_with_one_bos_in_front(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", {"text": ""}, {"text": "abc"}, {"text": "de"}, {"text": "fgh"})
-    tokens = tokens_of(path, tiny_tokenizer(adds_bos=True), length=3)
+    tokens = tokens_of(path, tiny_tokenizer(adds_bos=True), length=3, bos="stream")
     assert tokens.ids.tolist() == [[BOS, *ids("ab")], ids("cde"), ids("fgh")]
 
 
@@ -220,6 +222,24 @@ def test_a_chat_without_or_against_a_template(tmp_path: Path) -> None:
         tokens_of(path, tiny_tokenizer(chat_template=CHAT_TEMPLATE))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "fine until \ud83d here"},
+        {"messages": [{"role": "user", "content": "\udc00"}]},
+    ],
+)
+def test_half_a_pair_of_surrogates_names_file_and_line(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"text": "good"}, row)
+    with pytest.raises(TextError, match=r"a\.jsonl line 2 holds half of a character \(\\ud"):
+        tokens_of(path, tiny_tokenizer(chat_template=CHAT_TEMPLATE))
+
+
+def test_a_whole_pair_of_surrogates_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc\\ud83d\\ude00"}\n')
+    assert tokens_of(tmp_path / "a.jsonl").ids.tolist() == [[*ids("abc"), UNK]]
+
+
 def test_the_recipe_accounts_for_what_was_read(text_file: Path) -> None:
     tokenizer = tiny_tokenizer()
     assert tokens_of(text_file, tokenizer, sequences=2).recipe() == {
@@ -230,6 +250,7 @@ def test_the_recipe_accounts_for_what_was_read(text_file: Path) -> None:
         "length": 4,
         "pack": True,
         "bos": "auto",
+        "first_tokens": [],
         "text_digest": "sha256:" + hashlib.sha256(text_file.read_bytes()).hexdigest(),
         "text_bytes": 11,
         "documents": 1,

@@ -86,7 +86,7 @@ def capture_session(
     progress: Progress,
 ) -> ActivationStore:
     """Do what :func:`capture` does, with a model that is open."""
-    tokens = session.tokens(text)
+    tokens = session.tokens(text, progress)
     micro_batch = session.compute.micro_batch or _begun_with(store) or session.micro_batch(text.length)
     recipe = _recipe(session, text, tokens, storage, micro_batch)
     rows = None if worker is None else _share(recipe, tokens.n_sequences, worker, progress)
@@ -122,7 +122,7 @@ def _recipe(
             "model_digest": session.fingerprint["digest"],
             "config_digest": session.fingerprint["config"],
             "revision": session.resolved.commit,
-            "text": recipe_of(text),
+            "text": recipe_of(text, tokens),
             "tokens_digest": tokens.digest,
             "dtype": compute,
             "store_dtype": stored,

@@ -57,7 +57,7 @@ def fit_in_passes(
     repair = _known_repair(selection, named_method(method))
     if repair is not None:
         search.refuse(("held_out",), "nothing is measured, as it is known how each boundary is fitted")
-    tokens = session.tokens(text)
+    tokens = session.tokens(text, progress)
     ranges = Ranges.make(tokens.n_sequences, folds=search.folds)
     division = None if repair is not None else Division.make(session, tokens, search)
     micro_batch = session.micro_batch(tokens.length) if division is None else division.micro_batch
@@ -65,7 +65,7 @@ def fit_in_passes(
         "stage": "fit",
         "plan": selection.plan.to_json(),
         "model": session.fingerprint["digest"],
-        "text": recipe_of(text).to_json(),
+        "text": recipe_of(text, tokens).to_json(),
         "tokens": tokens.digest,
         **session.describe(),
         "micro_batch": micro_batch,

@@ -40,12 +40,12 @@ def search_session(
     """
     search = search.model_copy(update={"criterion": search.criterion or MEASURED})
     rule, wanted = check_search(session.skeleton.n_layers, remove, search, method)
-    tokens = session.tokens(text)
+    tokens = session.tokens(text, progress)
     division = Division.make(session, tokens, search, fits=rule.repairs)
     recipe = {
         "stage": "select",
         "model": session.fingerprint["digest"],
-        "text": recipe_of(text).to_json(),
+        "text": recipe_of(text, tokens).to_json(),
         "tokens": tokens.digest,
         "remove": remove,
         "search": search.model_dump(mode="json", exclude={"held_out", "folds", "lanes"}),

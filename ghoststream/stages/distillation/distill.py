@@ -87,7 +87,7 @@ def distill(
     given = operators if isinstance(operators, OperatorSet) else OperatorSet.load(Path(operators))
     _require_trainable(given, session)
     text = Text.of(calibration).to_calibrate()
-    tokens = session.tokens(text)
+    tokens = session.tokens(text, progress)
     settings = _settings(training, session, tokens)
     recipe = _recipe(session, given, tokens, text, settings)
     output = Output(out, recipe)
@@ -166,7 +166,7 @@ def _recipe(
         "operators_digest": _operators_digest(operators),
         "plan": operators.plan.to_json(),
         "model": session.fingerprint["digest"],
-        "text": recipe_of(text).to_json(),
+        "text": recipe_of(text, tokens).to_json(),
         "tokens": tokens.digest,
         **session.describe(),
         "loss_chunk_tokens": default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes),

@@ -73,7 +73,7 @@ def evaluate_session(
 def _evaluate(
     groups: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
 ) -> EvaluationReport:
-    measurements = [Measurement(one, wanted) for one in groups]
+    measurements = [Measurement(one, wanted, progress) for one in groups]
     if out is not None:
         require_free_or_same(Path(out), [asked for one in measurements for asked in one.requests()])
     rows: dict[int, EvaluationRow] = {}

@@ -9,7 +9,7 @@ from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.options import Text
 from ghoststream.progress import Progress
-from ghoststream.recipe import CaptureRecipe, EvaluateRecipe
+from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
 from ghoststream.stages.lanes import first_needed
 from ghoststream.stages.measuring.model_groups import MeasuredModel, ModelGroup
 from ghoststream.stages.session import ModelSession
@@ -24,13 +24,14 @@ class Measurement:
     Args:
         group: The models.
         text: Which tokens, or the store whose tokens and states are taken.
+        progress: Who is told how windows begin.
 
     Raises:
         TextError: If the text gives too little.
         MismatchError: If the store is of another model, was computed in another way, or holds rounded states.
     """
 
-    def __init__(self, group: ModelGroup, text: Text | ActivationStore) -> None:
+    def __init__(self, group: ModelGroup, text: Text | ActivationStore, progress: Progress) -> None:
         self._session, self._models = group.session, group.models
         if isinstance(text, ActivationStore):
             self._store: ActivationStore | None = text
@@ -38,7 +39,8 @@ class Measurement:
             tokens, asked, micro_batch = TokenSet(*text.tokens()), captured.text, captured.micro_batch
             self._memory = group.session.memory(tokens.length)
         else:
-            self._store, tokens, asked = None, group.session.tokens(text), recipe_of(text)
+            self._store, tokens = None, group.session.tokens(text, progress)
+            asked = recipe_of(text, tokens)
             self._memory = group.session.memory(tokens.length)
             micro_batch = group.session.micro_batch(tokens.length)
         self._recipe = self._make_recipe(asked, tokens.digest, micro_batch)
@@ -78,7 +80,7 @@ class Measurement:
         latest = min(map(first_needed, lanes), default=self._session.skeleton.n_layers)
         return max((layer for layer in self._store.completed_layers() if layer <= latest), default=0)
 
-    def _make_recipe(self, text: Text, tokens_digest: str, micro_batch: int) -> EvaluateRecipe:
+    def _make_recipe(self, text: TextRecipe, tokens_digest: str, micro_batch: int) -> EvaluateRecipe:
         skeleton = self._session.skeleton
         return EvaluateRecipe.model_validate(
             {

@@ -27,7 +27,6 @@ from ghoststream.stages.measuring.model_groups import (
     group_notes,
     require_free_or_same,
 )
-from ghoststream.stages.session import load_tokenizer
 from ghoststream.streaming import PassOptions, StreamedPass
 
 if TYPE_CHECKING:
@@ -171,9 +170,8 @@ class _TaskPass:
         from ghoststream.evaluation.harness import model_length
 
         session = self._session
-        tokenizer = load_tokenizer(session.root, session.compute)
-        max_length = model_length(session.skeleton.config, tokenizer)
-        windows = suite.windows(tokenizer, max_length, name=session.name)
+        max_length = model_length(session.skeleton.config, session.tokenizer)
+        windows = suite.windows(session.tokenizer, max_length, name=session.name)
         self._longest = max(len(window.inputs) for window in windows)
         return RequestBatches(
             windows,

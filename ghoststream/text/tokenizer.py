@@ -1,0 +1,82 @@
+"""The tokenizer of a checkpoint folder, and what may be missing for it."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import shorten
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
+
+_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json")
+# Package by module: what transformers needs to read a vocabulary that is not a tokenizer.json.
+_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
+_INSTEAD = "or use ids:FILE.npy"
+_NONE = f"{{root}} has no tokenizer; copy its tokenizer files there, {_INSTEAD}"
+
+
+def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer.
+
+    Args:
+        root: The checkpoint folder.
+        trust_remote_code: Whether code of the folder may run.
+
+    Raises:
+        InputNotFoundError: If the folder has none, or one that transformers cannot load.
+        RequestError: If a package is missing that reads it.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            root, trust_remote_code=trust_remote_code
+        )
+    # Whatever transformers, the tokenizers library and code of the folder raise at a file that is not as they
+    # expect: there is no common kind.
+    except Exception as error:
+        raise _refusal(root, error) from error
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        # Made of its class's defaults alone: every word would be the unknown one.
+        raise InputNotFoundError(_NONE.format(root=root))
+    return tokenizer
+
+
+def _refusal(root: Path, error: Exception) -> GhoststreamError:
+    reason = shorten(str(error) or type(error).__name__, 200, placeholder="...")
+    has_vocabulary = any(any(root.glob(pattern)) for pattern in _FILES)
+    if not has_vocabulary and not isinstance(error, ImportError) and "trust_remote_code" not in str(error):
+        return InputNotFoundError(_NONE.format(root=root))
+    missing = _missing_packages(error)
+    if missing:
+        return RequestError(
+            f"the tokenizer in {root} needs a package that is not installed ({reason}); pip install "
+            f"{' '.join(missing)}, {_INSTEAD}"
+        )
+    return InputNotFoundError(
+        f"{root} has no tokenizer that can be loaded ({type(error).__name__}: {reason}); copy its tokenizer "
+        f"files there again, {_INSTEAD}"
+    )
+
+
+def _missing_packages(error: Exception) -> list[str]:
+    """Return which packages transformers wants, as ``pip install`` names them; none if none is missing.
+
+    It asks for the one that it tries last: where it wants ``tiktoken``, ``sentencepiece`` would do as well,
+    and is what most vocabularies are made for.
+    """
+    text = str(error).lower()
+    if any(package in text for package in _PACKAGES.values()):
+        return [package for module, package in _PACKAGES.items() if not _is_installed(module)]
+    if not isinstance(error, ImportError):
+        return []
+    named = re.search(r"(?:pip install|need to install) ([\w\[\]-]+)", str(error))
+    return [named[1] if named else error.name or "the package that it names"]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from ghoststream.errors import (
     ArtifactError,
@@ -36,7 +34,7 @@ from ghoststream.selection import (
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.criteria import search_criterion_names
 from ghoststream.stages.from_store import evidence
-from ghoststream.statistics import FoldedMoments, MomentSpec, Reducer, SumState, candidate_spans
+from ghoststream.statistics import FoldedMoments, MomentSpec, candidate_spans
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers.requests import select
@@ -149,69 +147,6 @@ def test_a_layer_that_does_nothing_is_removed(tmp_path: Path, criterion: str) ->
     states.insert(identity + 1, states[identity].copy())
     uri = store_of(tmp_path / "store", states)
     assert select(1, store=uri, criterion=criterion).plan.removed == (identity,)
-
-
-class Weights:
-    """Evidence that has weights only."""
-
-    def __init__(self, layers: list[dict[str, torch.Tensor]]) -> None:
-        self.layers, self.n_layers = layers, len(layers)
-        self.read: list[int] = []
-
-    def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
-        self.read.append(layer)
-        yield from self.layers[layer].values()
-
-    def reduce(self, reducer: Reducer) -> SumState:
-        raise AssertionError
-
-    def residuals(self, spans: tuple[Span, ...], method: Method, folds: int) -> dict[Span, Residual]:
-        raise AssertionError
-
-
-def random_weights(n_layers: int, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    shapes = {"q": (7, 5), "experts": (3, 4, 6), "norm": (1000,), "bias": (7,)}
-    return [
-        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-        for _ in range(n_layers)
-    ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("criterion", "power", "first", "stop"),
-    [("magnitude", 1, 0, 12), ("magnitude-l2", 2, 0, 12), ("magnitude-plus", 1, 4, 10)],
-)
-def test_magnitude_takes_the_layers_of_smallest_matrices(
-    criterion: str, power: int, first: int, stop: int, dtype: torch.dtype
-) -> None:
-    layers = random_weights(12, dtype)
-    evidence = Weights(layers)
-    choice = make_criterion(criterion).choose(evidence, 3)
-    sums = {
-        layer: sum(
-            (abs(x) ** power for name in ("q", "experts") for x in weights[name].flatten().tolist()), 0.0
-        )
-        for layer, weights in enumerate(layers)
-        if first <= layer < stop
-    }
-    assert [span.start for span, _ in choice.scores] == list(range(first, stop))
-    np.testing.assert_allclose([score for _, score in choice.scores], list(sums.values()), rtol=1e-12)
-    assert {span.start for span in choice.chosen} == set(sorted(sums, key=lambda layer: sums[layer])[:3])
-    assert evidence.read == list(range(first, stop))
-
-
-def test_large_tensors_are_summed_in_blocks() -> None:
-    weight = torch.arange(3 * 2**20 + 5, dtype=torch.float32).remainder(7).reshape(-1, 1)
-    choice = make_criterion("magnitude").choose(Weights([{"w": weight}] * 2), 1)
-    assert choice.scores[0][1] == float(weight.double().sum())
-    assert choice.chosen == (Span(0, 1),)
-
-
-def test_magnitudes_need_a_model(uri: str) -> None:
-    with pytest.raises(RequestError, match=r"reads the weights of the model; give the checkpoint .*--model"):
-        select(2, store=uri, criterion="magnitude")
 
 
 def repaired(states: list[Hidden], span: Span, *, held_out: bool) -> tuple[float, float]:

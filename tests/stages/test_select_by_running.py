@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
 
 from ghoststream.cli import main
 from ghoststream.errors import NumericsError, OutputExistsError, RequestError
@@ -27,14 +25,12 @@ from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.measuring.evaluate import evaluate
-from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import DEFAULT_FOLDS, Ranges, taps_of
+from ghoststream.statistics import Ranges, taps_of
 from ghoststream.testing.models import save_tiny
 from tests.helpers.requests import fit, select
+from tests.helpers.searching import HELD, MICRO_BATCH, L, S, T, on_windows, open_model, save_windows
 
 pytestmark = pytest.mark.integration
-L, S, HELD, T = 6, 14, 4, 24
-MICRO_BATCH = 2
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +40,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ids")
-    tokens = np.random.default_rng(0).integers(3, 128, size=(S, T))
-    np.save(folder / "all.npy", tokens)
-    np.save(folder / "fit.npy", tokens[: S - HELD])
-    np.save(folder / "held.npy", tokens[S - HELD :])
-    return folder
+    return save_windows(tmp_path_factory.mktemp("ids"))
 
 
 UNREPAIRED = ("sleb", "perplexity", "taylor", "taylor-plus")
-
-
-def _text(ids: Path) -> dict[str, Any]:
-    return {"calibration": f"ids:{ids / 'all.npy'}", "sequences": S, "length": T, "micro_batch": MICRO_BATCH}
 
 
 def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> Selection:
@@ -65,7 +52,7 @@ def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> Selection:
     if criterion == "measured":
         defaults["max_spans"] = 1
     given = {name: value for name, value in {**defaults, **options}.items() if value is not None}
-    return select(n_remove, model=model, **_text(ids), **given)
+    return select(n_remove, model=model, **on_windows(ids), **given)
 
 
 def _named(method: Method) -> dict[str, Any]:
@@ -75,13 +62,6 @@ def _named(method: Method) -> dict[str, Any]:
 
 def _least_squares(features: str, **options: Any) -> Method:
     return passing_method(Method(operator="least-squares", features=features, **options))
-
-
-def _session(model: Path, ids: Path) -> tuple[ModelSession, Any]:
-    """The model, open, and its tokens."""
-    session = ModelSession(model, Compute(micro_batch=MICRO_BATCH))
-    text = Text(spec=f"ids:{ids / 'all.npy'}", sequences=S, length=T)
-    return session, session.tokens(text, SilentProgress())
 
 
 def _one_by_one(model: Path, ids: Path, tmp_path: Path, plans: list[str], **options: Any) -> list[float]:
@@ -162,7 +142,7 @@ def test_repairs_that_begin_alike_are_fitted_once_up_to_where_they_part(
 
     original = StreamedFit.fit
     monkeypatch.setattr(StreamedFit, "fit", counted)
-    session, tokens = _session(model, ids)
+    session, tokens = open_model(model, ids)
     joint = _least_squares("hidden+mlp")
     repairs = [
         Repair.alike(PruningPlan.parse(L, plan), joint) for plan in ("1:2", "1:2 3:4", "1:2 4:5", "3:4")
@@ -194,7 +174,7 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_a_fit_f
 
     original = StreamedFit._moments
     monkeypatch.setattr(StreamedFit, "_moments", counted)
-    session, tokens = _session(model, ids)
+    session, tokens = open_model(model, ids)
     method = _least_squares(features, inputs="dense")
     plans = ["1:2 4:5", "2:3 4:5", "4:5"]
     repairs = [Repair.alike(PruningPlan.parse(L, plan), method) for plan in plans]
@@ -218,7 +198,7 @@ def test_auto_tries_both_kinds_of_inputs_behind_another_boundary(
     model: Path, ids: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "operators.safetensors"
-    operators = fit("1:2 3:4", model=model, held_out=HELD, out=out, **_text(ids))
+    operators = fit("1:2 3:4", model=model, held_out=HELD, out=out, **on_windows(ids))
     rows = operators.metadata["chosen"]
     behind = {row["repair"][1] for row in rows if row["repair"][0] == rows[0]["repair"][0]}
     assert behind == set(labels(LATER_METHODS))
@@ -388,18 +368,18 @@ def test_auto_takes_the_way_to_repair_that_is_best_on_held_out_text(model: Path,
 def test_fit_repairs_as_the_search_chose(model: Path, ids: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     (method,) = _search(model, ids, 2, operator="auto", out=plan).methods
-    fit(plan, model=model, operator="auto", out=tmp_path / "auto.safetensors", **_text(ids))
-    fit(plan, model=model, out=tmp_path / "named.safetensors", **_named(method), **_text(ids))
+    fit(plan, model=model, operator="auto", out=tmp_path / "auto.safetensors", **on_windows(ids))
+    fit(plan, model=model, out=tmp_path / "named.safetensors", **_named(method), **on_windows(ids))
     auto, named = (OperatorSet.load(tmp_path / f"{name}.safetensors") for name in ("auto", "named"))
     assert auto.operators[0].features == named.operators[0].features
     assert np.array_equal(np.asarray(auto.operators[0].weight), np.asarray(named.operators[0].weight))
     with pytest.raises(RequestError, match="--held-out would not be used: nothing is measured"):
-        fit(plan, model=model, held_out=HELD, out=tmp_path / "other", **_text(ids))
+        fit(plan, model=model, held_out=HELD, out=tmp_path / "other", **on_windows(ids))
 
 
 def test_fit_chooses_for_a_plan_what_a_search_would(model: Path, ids: Path, tmp_path: Path) -> None:
     out = tmp_path / "operators.safetensors"
-    operators = fit("2:4", model=model, operator="auto", held_out=HELD, out=out, **_text(ids))
+    operators = fit("2:4", model=model, operator="auto", held_out=HELD, out=out, **on_windows(ids))
     rows = {row["repair"][0]: row["gap"] for row in operators.metadata["chosen"]}
     for method in METHODS:
         single = _search(model, ids, 2, **_named(method))
@@ -408,87 +388,6 @@ def test_fit_chooses_for_a_plan_what_a_search_would(model: Path, ids: Path, tmp_
     best = min(rows, key=lambda label: rows[label])
     assert operators.operators[0].features == best.split(", ")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["operators.safetensors"]
-
-
-def _loss_without(model: Path, ids: Path, layers: set[int]) -> float:
-    """Mean loss of a resident model that lacks layers, over all sequences."""
-    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    resident.model.layers = torch.nn.ModuleList(
-        layer for number, layer in enumerate(resident.model.layers) if number not in layers
-    )
-    tokens = torch.from_numpy(np.load(ids / "all.npy"))
-    with torch.no_grad():
-        return float(resident(tokens, labels=tokens, use_cache=False).loss)
-
-
-def test_perplexity_removes_the_layers_whose_absence_costs_least(model: Path, ids: Path) -> None:
-    found = _search(model, ids, 2, criterion="perplexity")
-    losses = {layer: _loss_without(model, ids, {layer}) for layer in range(1, L - 1)}
-    assert found.plan.removed == tuple(sorted(sorted(losses, key=lambda layer: losses[layer])[:2]))
-    rows = {row["spans"][0][0]: row["loss"] for row in found.candidates}
-    assert rows == pytest.approx(losses, rel=1e-5)
-    assert found.passes == 1
-    assert found.methods == ()
-    assert {span.start for span in found.chosen} == set(found.plan.removed)
-
-
-def test_sleb_removes_one_layer_after_the_other(model: Path, ids: Path) -> None:
-    found = _search(model, ids, 2, criterion="sleb")
-    gone: set[int] = set()
-    for _ in range(2):
-        losses = {
-            layer: _loss_without(model, ids, {*gone, layer}) for layer in range(1, L - 1) if layer not in gone
-        }
-        gone.add(min(losses, key=lambda layer: losses[layer]))
-    assert set(found.plan.removed) == gone
-    assert found.chosen == found.plan.spans
-    assert found.passes == 2
-
-
-def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
-    found = _search(model, ids, 3, criterion="prune-and-repair")
-    session, tokens = _session(model, ids)
-    wanted: dict[str, Any] = {
-        "ranges": Ranges.make(S - HELD, folds=DEFAULT_FOLDS),
-        "micro_batch": MICRO_BATCH,
-    }
-    plan, ghost = PruningPlan(L), passing_method(Method(operator="ghost"))
-    for _ in range(3):
-        longer = [
-            PruningPlan(L, (*plan.spans, Span(layer, layer + 1)))
-            for layer in range(1, L - 1)
-            if layer not in plan.removed
-        ]
-        gaps = [
-            measure_repairs(session, tokens, [Repair.alike(one, ghost)], progress=SilentProgress(), **wanted)[
-                1
-            ][0].gap
-            for one in longer
-        ]
-        plan = longer[int(np.argmin(gaps))]
-    assert found.plan == plan
-    assert [row["gap"] for row in found.candidates] == sorted(gaps)
-    assert found.passes == 3
-
-
-def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> None:
-    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokens = torch.from_numpy(np.load(ids / "all.npy"))
-    resident(tokens, labels=tokens, use_cache=False).loss.backward()
-    scores = [
-        sum(
-            float((weight.detach() * weight.grad).abs().double().sum())
-            for weight in layer.parameters()
-            if weight.dim() >= 2
-        )
-        for layer in resident.model.layers
-    ]
-    found = _search(model, ids, 2, criterion="taylor")
-    assert found.plan.removed == tuple(sorted(int(layer) for layer in np.argsort(scores)[:2]))
-    assert {span.start for span in found.chosen} == set(found.plan.removed)
-    assert {row["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
-        dict(enumerate(scores)), rel=1e-4
-    )
 
 
 def test_what_cannot_be_written_is_measured_and_not_chosen(

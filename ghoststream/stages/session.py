@@ -91,9 +91,11 @@ class ModelSession:
         """Return how many sequences of ``length`` tokens go at once, as given or as memory allows."""
         return self.compute.micro_batch or self.memory(length).choose_micro_batch()
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded on first use; see :func:`~ghoststream.text.load_tokenizer`."""
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the model's tokenizer (:func:`~ghoststream.text.load_tokenizer`).
+
+        Not kept: a large vocabulary takes hundreds of megabytes, which a pass needs.
+        """
         return load_tokenizer(self.root, trust_remote_code=self.compute.trust_remote_code)
 
     def tokens(self, text: Text, progress: Progress) -> TokenSet:
@@ -105,7 +107,7 @@ class ModelSession:
             TextError: If the text gives too little.
         """
         if text not in self._tokens:
-            tokenizer = None if is_ids(text) else self.tokenizer
+            tokenizer = None if is_ids(text) else self.load_tokenizer()
             tokens = prepare_tokens(text, tokenizer, vocabulary_size=self.skeleton.vocab_size)
             note = begin_note(text, tokens, tokenizer or self._tokenizer_if_any(tokens))
             if note is not None:
@@ -118,7 +120,7 @@ class ModelSession:
         if (tokens.ids[:, 0] == tokens.ids[0, 0]).all():
             return None
         try:
-            return self.tokenizer
+            return self.load_tokenizer()
         except RequestError:
             return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,10 +159,20 @@ def _packed(request: _Request) -> TokenSet:
     wanted = available if request.text.sequences is None else request.text.sequences
     if not available or wanted > available:
         raise TextError(_shortage(request, gathered, wanted))
-    ids = np.concatenate(gathered.pieces)[: wanted * body].reshape(wanted, body)
-    ids = np.concatenate([np.broadcast_to(front, (wanted, len(front))), ids], axis=1)
+    ids = np.empty((wanted, request.text.length), np.int32)
+    ids[:, : len(front)] = front
+    _fill(ids[:, len(front) :], gathered.pieces)
     lengths = np.full(wanted, request.text.length, np.int32)
     return _token_set(request, gathered, ids, lengths)
+
+
+def _fill(windows: TokenIds, pieces: Sequence[TokenIds]) -> None:
+    """Write pieces one behind the other into windows, row by row, until these are full."""
+    place = 0
+    for piece in pieces:
+        part = piece[: windows.size - place]
+        windows.flat[place : place + len(part)] = part
+        place += len(part)
 
 
 def _one_by_one(request: _Request) -> TokenSet:

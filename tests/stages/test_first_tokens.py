@@ -22,6 +22,7 @@ from ghoststream.stages.session import ModelSession
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import CHARACTERS, tiny_tokenizer
 from tests.helpers.command_bench import run
+from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.integration
 BOS, T, S = 1, 16, 6
@@ -126,3 +127,39 @@ def test_token_ids_are_taken_as_they_are_and_a_missing_first_token_is_said(
     )
     assert [line[: len(expected[0])] for line in said.lines] == expected
     assert all("taken as they are" in line for line in said.lines)
+
+
+@pytest.fixture(scope="module")
+def sinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose third layer gives bos, and nothing else, a massive activation."""
+    folder = tmp_path_factory.mktemp("first") / "sinking"
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder / "plain"), dtype=torch.float32)
+    with torch.no_grad():
+        # Channel 0 says whether a token is bos, and one channel of the MLP reads it.
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[BOS, 0] = 4
+        for layer in model.model.layers[:3]:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+        mlp = model.model.layers[2].mlp
+        mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = 0
+        mlp.gate_proj.weight[0, 0] = mlp.up_proj.weight[0, 0] = 4
+        mlp.down_proj.weight[:, 0] = 0
+        mlp.down_proj.weight[7, 0] = 40
+    model.save_pretrained(folder)
+    tiny_tokenizer(adds_bos=True).save_pretrained(folder)
+    return folder
+
+
+def test_the_sink_of_every_window_is_left_out_of_a_fit(sinking: Path, text: Path, tmp_path: Path) -> None:
+    asked = Text(spec=f"file:{text}", sequences=S, length=T)
+    store = capture(sinking, calibration=asked, store=tmp_path / "store", compute=FLOAT32)
+    x, y = (store.read(layer, 0, S).double().numpy() for layer in (2, 4))
+    norms = np.linalg.norm(y, axis=2)
+    assert ((norms > 20 * np.median(norms, axis=1)[:, None]) == (windows() == BOS)).all(), "one a window"
+    weights = {"operator": "least-squares", "ridge": 1e-3, "token_weights": "drop_sinks"}
+    fitted = fit("2:4", store=tmp_path / "store", out=tmp_path / "operators.safetensors", **weights)
+    x, y = x[:, 1:].reshape(-1, x.shape[2]), y[:, 1:].reshape(-1, x.shape[2])
+    gram = x.T @ x
+    ridge = 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
+    expected = np.linalg.solve(gram + ridge, x.T @ (y - x))
+    np.testing.assert_allclose(np.asarray(fitted.operators[0].weight).T, expected, rtol=1e-4, atol=1e-6)

@@ -170,8 +170,9 @@ class _TaskPass:
         from ghoststream.evaluation.harness import model_length
 
         session = self._session
-        max_length = model_length(session.skeleton.config, session.tokenizer)
-        windows = suite.windows(session.tokenizer, max_length, name=session.name)
+        tokenizer = session.load_tokenizer()
+        max_length = model_length(session.skeleton.config, tokenizer)
+        windows = suite.windows(tokenizer, max_length, name=session.name)
         self._longest = max(len(window.inputs) for window in windows)
         return RequestBatches(
             windows,

@@ -77,7 +77,8 @@ def write_text_part(
     index = CheckpointIndex.open(root)
     named = {name: entry for entry in _on_disk(index) if (name := _text_name(entry.name)) is not None}
     data = _text_config(config, text, tied="lm_head.weight" not in named)
-    raw = next((part for part in read_json(root / CONFIG_NAME).values() if _is_text_part(part, text)), {})
+    parts = (part for part in read_json(root / CONFIG_NAME).values() if _is_text_part(part, text))
+    raw: dict[str, Any] = next(parts, {})
     data = spell_both_ways(data, text, raw, PruningPlan(int(text.num_hidden_layers)))
     _require_complete(type(text)(**data), index, named)
     tensors = [copied_tensor(root, entry, name) for name, entry in named.items()]

@@ -61,11 +61,11 @@ class Steps:
             InputNotFoundError, TextError: If a text, or the tokenizer, cannot be read or gives too little.
             RequestError: If windows cannot be parted as they are to be.
         """
-        tokens = self._session.tokens(self._text)
+        tokens = self._session.tokens(self._text, self._progress)
         if self.way.measures:
             Division.make(self._session, tokens, self._recovery.search)
         if self._recovery.evaluate is not None:
-            self._session.tokens(self._recovery.evaluate.to_evaluate())
+            self._session.tokens(self._recovery.evaluate.to_evaluate(), self._progress)
 
     def choose(self) -> Selection:
         """Choose the layers."""

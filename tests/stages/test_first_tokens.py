@@ -156,9 +156,10 @@ def test_the_sink_of_every_window_is_left_out_of_a_fit(sinking: Path, text: Path
     x, y = (store.read(layer, 0, S).double().numpy() for layer in (2, 4))
     norms = np.linalg.norm(y, axis=2)
     assert ((norms > 20 * np.median(norms, axis=1)[:, None]) == (windows() == BOS)).all(), "one a window"
-    weights = {"operator": "least-squares", "ridge": 1e-3, "token_weights": "drop_sinks"}
-    fitted = fit("2:4", store=tmp_path / "store", out=tmp_path / "operators.safetensors", **weights)
-    x, y = x[:, 1:].reshape(-1, x.shape[2]), y[:, 1:].reshape(-1, x.shape[2])
+    out = tmp_path / "operators.safetensors"
+    method: dict[str, Any] = {"operator": "least-squares", "ridge": 1e-3, "token_weights": "drop_sinks"}
+    fitted = fit("2:4", store=tmp_path / "store", out=out, **method)
+    x, y = (states[:, 1:].reshape(-1, states.shape[2]) for states in (x, y))
     gram = x.T @ x
     ridge = 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
     expected = np.linalg.solve(gram + ridge, x.T @ (y - x))

@@ -126,7 +126,7 @@ def test_tables_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "advice"),
     [
-        (gzip.compress(b"x"), "ends in .gz"),
+        (gzip.compress(b"x", mtime=0), "ends in .gz"),
         (lzma.compress(b"x"), "ends in .xz"),
         (b"\x28\xb5\x2f\xfd\x00\xff", "ends in .zst"),
         (b"PAR1\xff", "ends in .parquet"),

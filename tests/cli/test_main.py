@@ -157,7 +157,7 @@ def test_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None
     _raise_in_inspect(monkeypatch, KeyboardInterrupt())
     result = _run("inspect", "x")
     assert result.exit_code == 130
-    assert "the same command continues" in result.stderr
+    assert "run the same command again, what is finished is kept" in result.stderr
 
 
 def test_messages_of_os_errors_are_their_text(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _table(path: Path) -> Iterator[Document]:
     try:
         with reading(path), parquet.ParquetFile(path) as table:
             yield from _table_rows(path, table)
-    except arrow_error as error:
+    except (arrow_error, UnicodeDecodeError) as error:
         raise damaged(path, error) from error
 
 

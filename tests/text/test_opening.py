@@ -123,6 +123,16 @@ def test_tables_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             load(tmp_path / "d.parquet")
 
 
+def test_a_table_whose_strings_are_not_utf8_is_named(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    bad = arrow.array([b"good", b"caf\xe9"]).view(arrow.string())
+    parquet.write_table(arrow.table({"text": bad}), path)
+    with pytest.raises(TextError, match=r"a\.parquet is not a whole Parquet file .*0xe9"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("data", "advice"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self, Unpack
 
@@ -50,6 +51,8 @@ class ActivationStore(WritableStore):
     def create_or_resume(cls, uri: StoreLike, **request: Unpack[StoreRequest]) -> Self:
         """Make a store, or go on writing the one that is there if the same request made it.
 
+        A complete store that may not be written to, as on read-only media, is opened for reading.
+
         Takes and raises what :meth:`create` does, and:
 
         Raises:
@@ -63,6 +66,10 @@ class ActivationStore(WritableStore):
             return cls._create(location, asked, tokens)
         found = opening.load_manifest(location)
         require_same(location, found, asked)
+        if location.root is not None and not os.access(location.root, os.W_OK):
+            store = cls._open(location, writable=False)
+            if store.complete and not store.scratch_layers():
+                return store
         opening.require_space(location, found)
         return cls._open(location, writable=True)
 

@@ -121,6 +121,13 @@ class LeastSquares(OperatorKind):
             moments, total, lambda part: self._solve(part, choice.ratio), _residual
         )
         diagnostics |= self._more_diagnostics(total, fitted, choice)
+        dropped = fitted.solution.n_dropped
+        if dropped:
+            diagnostics["warnings"].append(
+                f"boundary {moments.span}: {dropped} of {fitted.matrix.shape[0]} directions of the features "
+                f"depend on the others and are left at zero, with a ridge of {choice.ratio:.3g}; give a larger "
+                "--ridge or more calibration sequences"
+            )
         if choice.is_largest and choice.curve:
             diagnostics["warnings"].append(
                 f"boundary {moments.span}: no ridge up to the Gram's mean diagonal is too large for the "

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ghoststream.checkpoint.index import INDEX_NAME, CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.errors import CheckpointError
 from ghoststream.files import bytes_digest, file_digest, format_digest, json_digest
 
@@ -36,7 +36,7 @@ def checkpoint_fingerprint(root: Path, index: CheckpointIndex | None = None) -> 
         raise CheckpointError(msg)
     content: dict[str, Any] = {
         "config": file_digest(config),
-        "index": file_digest(root / INDEX_NAME) if (root / INDEX_NAME).is_file() else None,
+        "index": None if index.index_name is None else file_digest(root / index.index_name),
         "shards": {
             shard: _shard_identity(
                 root / shard, [entry for entry in index.tensors.values() if entry.shard == shard]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.weight_files import require_no_adapter
 from ghoststream.errors import (
     ArtifactError,
     CheckpointError,
@@ -69,8 +71,10 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
     Raises:
         InputNotFoundError: If there is no such model.
         CheckpointError: If its ``config.json`` is missing or not a JSON object.
+        UnsupportedModelError: If it is an adapter, or its ``config.json`` says ``dtype: "auto"``.
     """
     resolved = resolve_model(model, revision=revision)
+    require_no_adapter(resolved.root)
     path = resolved.root / "config.json"
     if not path.is_file():
         msg = (
@@ -79,13 +83,25 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
         )
         raise CheckpointError(msg)
     try:
-        is_config = isinstance(read_json(path), dict)
+        config = read_json(path)
     except ArtifactError:
-        is_config = False
-    if not is_config:
+        config = None
+    if not isinstance(config, dict):
         msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
         raise CheckpointError(msg)
+    _require_dtype(config, path)
     return resolved
+
+
+def _require_dtype(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a way to choose a type in the place of one, at which transformers fails without saying so."""
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) == "auto":
+            msg = (
+                f'{path} says {key}: "auto", which transformers cannot read; write the type of the weights '
+                'there, such as "bfloat16", or remove the line'
+            )
+            raise UnsupportedModelError(msg)
 
 
 def _download(model_id: str, revision: str | None) -> ResolvedModel:

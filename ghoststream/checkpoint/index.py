@@ -9,19 +9,28 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ghoststream.errors import CheckpointError, InputNotFoundError, UnsupportedModelError
+from ghoststream.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_weight_files
+from ghoststream.errors import CheckpointError, InputNotFoundError
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = [
+    "INDEX_NAME",
+    "ITEMSIZES",
+    "SINGLE_NAME",
+    "CheckpointIndex",
+    "TensorEntry",
+    "read_header",
+    "read_metadata",
+]
+
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
@@ -85,34 +94,50 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """All tensors of a local safetensors checkpoint folder, single-file or sharded."""
+    """All tensors of a local safetensors checkpoint folder, single-file or sharded.
+
+    Attributes:
+        root: The folder.
+        tensors: The tensors by name.
+        shards: Their files, as paths inside the folder.
+        index_name: The index file that names these; None if none does.
+        absent: Tensors that the index names and no shard holds, with the shard in which they should be.
+    """
 
     root: Path
     tensors: Mapping[str, TensorEntry]
     shards: tuple[str, ...]
+    index_name: str | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: Path) -> CheckpointIndex:
         """Parse the index and every shard's header.
 
         Raises:
-            InputNotFoundError: If the folder does not exist.
+            InputNotFoundError: If the folder does not exist or holds no weights.
             UnsupportedModelError: If it holds weights, but not as safetensors.
-            CheckpointError: If a shard is missing, truncated, or lacks a tensor of the index.
+            CheckpointError: If a shard is missing or truncated.
         """
         if not root.is_dir():
             msg = f"no checkpoint folder at {root}; give a local folder with {SINGLE_NAME} or a hub id"
             raise InputNotFoundError(msg)
-        weight_map = _read_weight_map(root)
-        shards = tuple(sorted(set(weight_map.values()))) if weight_map else (SINGLE_NAME,)
+        files = find_weight_files(root)
         entries: dict[str, TensorEntry] = {}
-        for shard in shards:
+        for shard in files.shards:
             for entry in read_header(root / shard):
-                entries[entry.name] = entry
-        _check_weight_map(root, weight_map, entries)
-        if weight_map:
-            entries = {name: entries[name] for name in weight_map}
-        return cls(root, MappingProxyType(entries), shards)
+                # As transformers does: of a tensor that is in two shards the later one is taken.
+                entries[entry.name] = replace(entry, shard=shard)
+        absent = {name: shard for name, shard in files.places.items() if name not in entries}
+        return cls(root, MappingProxyType(entries), files.shards, files.index, absent)
+
+    def absence(self, name: str) -> CheckpointError:
+        """Return the error that says that no shard holds a tensor which the index names."""
+        msg = (
+            f"{self.root}: the index places tensor {name} in {self.absent[name]}, which does not hold it; "
+            "copy both again"
+        )
+        return CheckpointError(msg)
 
     @property
     def n_bytes(self) -> int:
@@ -186,33 +211,3 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int, int]:
         )
         raise CheckpointError(msg) from error
     return header, 8 + length, size
-
-
-def _read_weight_map(root: Path) -> dict[str, str]:
-    path = root / INDEX_NAME
-    if path.is_file():
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            msg = f"{path} is not a safetensors index ({error}); download or copy it again"
-            raise CheckpointError(msg) from error
-    if (root / SINGLE_NAME).is_file():
-        return {}
-    other = sorted(p.name for p in root.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf", ".h5"})
-    if other:
-        msg = (
-            f"{root} holds {other[0]} but no safetensors; load it once with transformers and "
-            f"call save_pretrained to convert it"
-        )
-        raise UnsupportedModelError(msg)
-    msg = f"{root} has neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a checkpoint folder; check the path"
-    raise InputNotFoundError(msg)
-
-
-def _check_weight_map(root: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
-    for name, shard in weight_map.items():
-        if name not in entries or entries[name].shard != shard:
-            msg = (
-                f"{root}: the index places tensor {name} in {shard}, which does not hold it; copy both again"
-            )
-            raise CheckpointError(msg)

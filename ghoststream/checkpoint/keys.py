@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.fusion import Piece, place_sources
 from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
 from ghoststream.errors import CheckpointError, UnsupportedModelError
@@ -38,10 +39,13 @@ class KeyMap:
     Attributes:
         pieces: For every parameter and persistent buffer its pieces; mostly one, many for fused experts.
         tied: Parameter to the parameter it is tied to.
+        unused: Checkpoint tensors outside of the layers that belong to nothing of the model, such as a value
+            head.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
     tied: Mapping[str, str]
+    unused: tuple[str, ...] = ()
 
     @property
     def names(self) -> dict[str, str]:
@@ -64,7 +68,7 @@ class _Match:
     """What renaming gave: targets with one tensor, targets with several, and tensors that belong nowhere."""
 
     pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
-    unexpected: list[str] = field(default_factory=list)
+    unexpected: dict[str, str] = field(default_factory=dict)
     converters: dict[str, Any] = field(default_factory=dict)
     collected: dict[str, dict[str, list[str]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
@@ -81,7 +85,8 @@ def match_keys(model: Any, index: CheckpointIndex) -> KeyMap:
     Raises:
         UnsupportedModelError: If transformers would compute a parameter on load in a way that cannot be
             streamed.
-        CheckpointError: If a parameter is missing, a tensor is unexpected, or a shape differs.
+        CheckpointError: If a parameter is missing, a tensor would belong to a module that has no place for
+            it, or a shape differs.
     """
     state = model.state_dict()
     match = _match(model, index, state)
@@ -94,8 +99,9 @@ def match_keys(model: Any, index: CheckpointIndex) -> KeyMap:
             if name not in match.pieces and other in match.pieces:
                 match.pieces[name] = match.pieces[other]
     missing = [name for name in state if name not in match.pieces]
-    _require_complete(index, missing, match.unexpected)
-    return KeyMap(MappingProxyType(match.pieces), MappingProxyType(tied))
+    foreign = _foreign(model, match.unexpected)
+    _require_complete(index, missing, [source for source in match.unexpected if source not in foreign])
+    return KeyMap(MappingProxyType(match.pieces), MappingProxyType(tied), foreign)
 
 
 def _match(model: Any, index: CheckpointIndex, state: Mapping[str, Any]) -> _Match:
@@ -107,7 +113,7 @@ def _match(model: Any, index: CheckpointIndex, state: Mapping[str, Any]) -> _Mat
         target, pattern, converter = rename(source)
         if target not in state:
             if not _is_ignored(model, index.tensors[source]):
-                match.unexpected.append(source)
+                match.unexpected[source] = target
         elif converter is None:
             match.pieces[target] = (Piece(source),)
         else:
@@ -133,6 +139,27 @@ def _renamer(model: Any, state: Mapping[str, Any]) -> Callable[[str], tuple[str,
         return str(target), pattern or "", by_pattern.get(pattern)
 
     return rename
+
+
+def _foreign(model: Any, unexpected: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the tensors without a parameter that belong to no module of the model and to no layer.
+
+    transformers leaves such tensors out with a warning. It does so with all others too, and computes without
+    them: a bias that the configuration forgot, a layer beyond the last.
+    """
+    modules = {path for path, _ in model.named_modules()}
+    prefix, layers = model.base_model_prefix, architecture_of(model.config).layers_path
+    path = re.escape(layers.removeprefix(f"{prefix}."))
+    in_layer = re.compile(rf"^({re.escape(prefix)}\.)?{path}\.\d+\.")
+
+    def is_foreign(name: str) -> bool:
+        return name.rpartition(".")[0] not in modules - {""} and not in_layer.match(name)
+
+    return tuple(
+        source
+        for source, target in unexpected.items()
+        if is_foreign(source) and is_foreign(target) and not _QUANTISED.search(source)
+    )
 
 
 def _is_ignored(model: Any, entry: TensorEntry) -> bool:
@@ -172,8 +199,11 @@ def _require_complete(index: CheckpointIndex, missing: Iterable[str], unexpected
             "unquantised safetensors checkpoint of the model"
         )
         raise UnsupportedModelError(msg)
+    missing = list(missing)
+    if missing and index.absent:
+        raise index.absence(next(iter(index.absent)))
     for kind, names in (
-        ("lacks the tensor", list(missing)),
+        ("lacks the tensor", missing),
         ("holds the unexpected tensor", list(unexpected)),
     ):
         if names:

@@ -188,6 +188,9 @@ def _parts(
             ends[name] = entry
         elif not is_saved_mask(entry):
             layers[int(found[1])][name[found.end() :]] = entry
+    absent = next((name for name in index.absent if pattern.search(name)), None)
+    if absent is not None:
+        raise index.absence(absent)
     # Beyond these a checkpoint may hold layers that only predict further tokens.
     count = int(_first(config, _LAYERS) or len(layers))
     if sorted(layers)[:count] != list(range(count)) or not count:

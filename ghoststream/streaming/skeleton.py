@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.streaming.copies import copies_for
 from ghoststream.streaming.slots import DeviceSlots, HostSlots, WeightSlots
 from ghoststream.streaming.weights import Weights, WeightSpec, assign_weights, read_weight, release_weights
+
+_LOG = logging.getLogger(__name__)
 
 
 class Skeleton:
@@ -59,6 +62,9 @@ class Skeleton:
         self.model = _build(self.config, self.dtype, attention, trust_remote_code=trust_remote_code)
         self.attention: str = self.config._attn_implementation
         self.keys: KeyMap = match_keys(self.model, self.index)
+        if self.keys.unused:
+            first, count = self.keys.unused[0], len(self.keys.unused)
+            _LOG.warning("%s: %d tensors are no part of the model and left out (%s)", root, count, first)
         self.reader = TensorReader(self.index)
         self.decoder: nn.Module = self.model.get_submodule(self.architecture.decoder)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers_path)

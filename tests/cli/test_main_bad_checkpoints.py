@@ -123,9 +123,13 @@ def tensor_not_where_the_index_says(model: Path) -> None:
 
 
 def unexpected_tensor(model: Path) -> None:
-    edit_shard(model, FIRST_LAYER, lambda tensors: tensors.update({"model.extra.weight": torch.zeros(3)}))
+    edit_shard(
+        model,
+        FIRST_LAYER,
+        lambda tensors: tensors.update({"model.layers.0.mlp.extra.weight": torch.zeros(3)}),
+    )
     index = json.loads((model / "model.safetensors.index.json").read_text())
-    index["weight_map"]["model.extra.weight"] = index["weight_map"][FIRST_LAYER]
+    index["weight_map"]["model.layers.0.mlp.extra.weight"] = index["weight_map"][FIRST_LAYER]
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -155,7 +159,7 @@ MODELS: tuple[tuple[Callable[[Path], None], int, tuple[str, ...]], ...] = (
     (wrong_shape, BROKEN_DATA, (FIRST_LAYER, "(32, 16)", "(32, 32)")),
     (missing_tensor, BROKEN_DATA, ("lacks the tensor", FIRST_LAYER)),
     (tensor_not_where_the_index_says, BROKEN_DATA, (FIRST_LAYER, "does not hold it")),
-    (unexpected_tensor, BROKEN_DATA, ("unexpected tensor", "model.extra.weight")),
+    (unexpected_tensor, BROKEN_DATA, ("unexpected tensor", "model.layers.0.mlp.extra.weight")),
 )
 
 

@@ -24,8 +24,9 @@ def check_store(uri: str) -> list[str]:
 def check_checkpoint(path: str) -> list[str]:
     """Check headers and sizes, and checksums where there are any."""
     root = Path(path)
-    CheckpointIndex.open(root)
+    index = CheckpointIndex.open(root)
     problems = [] if (root / "config.json").is_file() else [f"{root / 'config.json'} is missing"]
+    problems += [str(index.absence(name).args[0]) for name in index.absent]
     return problems + (verify_sums(root) if (root / SUMS_NAME).is_file() else [])
 
 

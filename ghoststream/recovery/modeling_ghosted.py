@@ -29,7 +29,6 @@ norm has acted on it, and its own input is then not among the entries.
 from __future__ import annotations
 
 import functools
-import types
 from typing import Any
 
 import torch
@@ -131,7 +130,18 @@ def _with_ghost(base: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, self.ghost(hidden_states), *args, **kwargs)
 
-    return type(f"{PREFIX}{base.__name__}", (base,), {"forward": forward, "__module__": __name__})
+    def reduce(self: Any, protocol: Any) -> Any:
+        # Pickle looks classes up by name, and this one has none in any module; its base has.
+        del protocol
+        return _empty_with_ghost, (base,), self.__getstate__()
+
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+    return type(f"{PREFIX}{base.__name__}", (base,), members)
+
+
+def _empty_with_ghost(base: Any) -> Any:
+    made = _with_ghost(base)
+    return made.__new__(made)
 
 
 class GhostedMixin(nn.Module):
@@ -175,7 +185,8 @@ class GhostedMixin(nn.Module):
         # values nor let a device map split a switched layer.
         model._no_split_modules = {*(model._no_split_modules or ()), *switched}
         if model is not self:
-            model._init_weights = types.MethodType(_init_inner_weights, model)
+            # Unlike a method, this can be pickled.
+            model._init_weights = functools.partial(_init_inner_weights, model)
 
     def _init_weights(self, module: nn.Module) -> None:
         if not _reset_if_ghost(module):

@@ -1,4 +1,4 @@
-"""Folders as they are found: what ``from_pretrained`` loads is loaded the same, or refused by the true reason."""
+"""Folders as found: what ``from_pretrained`` loads is loaded the same, or refused by the true reason."""
 
 from __future__ import annotations
 

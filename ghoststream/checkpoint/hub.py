@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.download import CONFIG_NAME, HubModel, cached_folder
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.weight_files import require_no_adapter
 from ghoststream.errors import (
     ArtifactError,
@@ -16,10 +19,10 @@ from ghoststream.errors import (
     InputNotFoundError,
     UnsupportedModelError,
 )
-from ghoststream.files import read_json, require_free_space
+from ghoststream.files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
+_SERVER_ERROR = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,28 @@ class ResolvedModel:
     commit: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ResolvedHeaders:
+    """What can be known of a model without its weights.
+
+    Attributes:
+        config: Its configuration, as it is written.
+        index: Its tensors.
+        root: The local folder, or ``None`` where the weights are on the hub only.
+    """
+
+    config: Mapping[str, Any]
+    index: CheckpointIndex
+    root: Path | None = None
+
+
 def resolve_model(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
     """Return the local folder of a model, downloading a hub model first if need be.
 
-    Only safetensors, configuration and tokenizer files are fetched; the free disk space is checked before,
-    and an interrupted download continues when it is asked for again.
+    The configuration is fetched first, and an architecture that cannot be streamed refused. Then come the
+    index, and the shards that it names with the small files beside them; the free disk space is checked
+    before. An interrupted download continues when it is asked for again. Where the hub does not answer, its
+    cache is used as ``from_pretrained`` left it.
 
     Args:
         model: A local folder, or a hub id such as ``org/name``.
@@ -49,20 +69,26 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Resolved
 
     Raises:
         InputNotFoundError: If there is no such folder, and no such hub model or no way to reach the hub.
-        UnsupportedModelError: If the hub model has no safetensors.
+        UnsupportedModelError: If the hub model has no safetensors, or an architecture that cannot be
+            streamed.
         BudgetError: If the disk cannot hold the download.
     """
-    path = Path(model).expanduser()
+    place = _place(model)
+    return ResolvedModel(str(model), place) if isinstance(place, Path) else _download(place, revision)
+
+
+def _place(model: str | Path) -> Path | str:
+    """Return the local folder, or the hub id."""
+    path, text = Path(model).expanduser(), str(model)
     if path.is_dir():
-        return ResolvedModel(str(model), path.resolve())
-    text = str(model)
+        return path.resolve()
     if path.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         msg = (
             f"no model folder at {model}; give a folder with config.json and safetensors, or a hub id like "
             "org/name"
         )
         raise InputNotFoundError(msg)
-    return _download(text, revision)
+    return text
 
 
 def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
@@ -75,7 +101,7 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
     """
     resolved = resolve_model(model, revision=revision)
     require_no_adapter(resolved.root)
-    path = resolved.root / "config.json"
+    path = resolved.root / CONFIG_NAME
     if not path.is_file():
         msg = (
             f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy "
@@ -104,35 +130,69 @@ def _require_dtype(config: Mapping[str, Any], path: Path) -> None:
             raise UnsupportedModelError(msg)
 
 
-def _download(model_id: str, revision: str | None) -> ResolvedModel:
-    from huggingface_hub import constants, snapshot_download
+def resolve_headers(model: str | Path, *, revision: str | None = None) -> ResolvedHeaders:
+    """Find a model and read its configuration and headers; of one on the hub nothing else is fetched.
 
-    commit = revision
+    Raises:
+        InputNotFoundError: If there is no such model, or no way to reach the hub.
+        GhoststreamError: What :func:`resolve_checkpoint` and opening its index raise.
+    """
+    place = _place(model)
+    if isinstance(place, str):
+        with _reaching(place):
+            found = _on_hub(place, revision)
+            if found is not None and not _is_whole(cached_folder(place, found.commit)):
+                return ResolvedHeaders(found.config, found.headers())
+    root = resolve_checkpoint(model, revision=revision).root
+    return ResolvedHeaders(read_json(root / CONFIG_NAME), CheckpointIndex.open(root), root)
+
+
+def _is_whole(folder: Path | None) -> bool:
+    """Say whether a folder of the hub's cache holds all the weights."""
     try:
-        if not constants.HF_HUB_OFFLINE:
-            commit = _check_before_download(model_id, revision)
-        root = snapshot_download(model_id, revision=commit, allow_patterns=list(_WANTED))
+        return folder is not None and bool(CheckpointIndex.open(folder).shards)
+    except GhoststreamError:
+        return False
+
+
+def _download(model_id: str, revision: str | None) -> ResolvedModel:
+    with _reaching(model_id):
+        found = _on_hub(model_id, revision)
+        if found is not None:
+            return ResolvedModel(model_id, found.download(), found.commit)
+        root = cached_folder(model_id, revision)
+        if root is None:
+            msg = "the hub's cache does not hold it"
+            raise FileNotFoundError(msg)
+        return ResolvedModel(model_id, root, root.name)
+
+
+def _on_hub(model_id: str, revision: str | None) -> HubModel | None:
+    """Look a model up on the hub; None if it is not to be asked, or does not answer and the cache may."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return HubModel(model_id, revision)
+    except Exception as error:  # whatever the HTTP library of this version of the hub raises
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < _SERVER_ERROR
+        if answered or cached_folder(model_id, revision) is None:
+            raise
+        return None
+
+
+@contextmanager
+def _reaching(model_id: str) -> Iterator[None]:
+    try:
+        yield
     except GhoststreamError:
         raise
-    except Exception as error:  # whatever the HTTP library of this version of the hub raises
+    except Exception as error:  # as above
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         msg = (
             f"no local folder {model_id!r}, and the hub model of that name cannot be had ({reason}); "
             f"check the name and the connection, or give a local folder"
         )
         raise InputNotFoundError(msg) from error
-    return ResolvedModel(model_id, Path(root), Path(root).name)
-
-
-def _check_before_download(model_id: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, constants
-
-    info: Any = HfApi().model_info(model_id, revision=revision, files_metadata=True)
-    weights = [file for file in info.siblings if file.rfilename.endswith(".safetensors")]
-    if not weights:
-        msg = f"{model_id} has no safetensors files; convert it once with transformers' save_pretrained"
-        raise UnsupportedModelError(msg)
-    cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    require_free_space(cache, sum(file.size or 0 for file in weights), f"the download of {model_id}")
-    return str(info.sha)

@@ -55,6 +55,7 @@ class ModelSizes:
         taps: Width of the taps of the first layer that are not as wide as the hidden state, by name.
         mlp_ends: What operators can be absorbed into, of each layer.
         norm_names_epsilon: Whether the final norm says which epsilon it has, which normed features need.
+        config: The configuration, as it is written.
     """
 
     root: Path
@@ -76,6 +77,7 @@ class ModelSizes:
     taps: Mapping[str, int] = field(default_factory=dict)
     mlp_ends: tuple[MlpEnd, ...] = ()
     norm_names_epsilon: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def refusal(self) -> str:
@@ -108,7 +110,7 @@ class ModelSizes:
 
     def to_json(self) -> dict[str, Any]:
         """Return the sizes as JSON data."""
-        shown = {key: value for key, value in asdict(self).items() if key != "mlp_ends"}
+        shown = {key: value for key, value in asdict(self).items() if key not in {"mlp_ends", "config"}}
         return {
             **shown,
             "root": str(self.root),
@@ -134,8 +136,19 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
         UnsupportedModelError: If the architecture cannot be streamed.
         CheckpointError: If a file is missing or truncated, or holds no decoder layers or embedding.
     """
-    index = CheckpointIndex.open(root)
-    config = SimpleNamespace(**{**_DEFAULTS, **dict(read_json(root / "config.json"))})
+    return sizes_of(CheckpointIndex.open(root), read_json(root / "config.json"), dtype, attention)
+
+
+def plain_config(data: Mapping[str, Any]) -> Any:
+    """Return the content of a configuration file as an object, with defaults for what is read here."""
+    return SimpleNamespace(**{**_DEFAULTS, **data})
+
+
+def sizes_of(
+    index: CheckpointIndex, data: Mapping[str, Any], dtype: str | None, attention: str | None
+) -> ModelSizes:
+    """Return the sizes of a checkpoint whose headers and configuration were read; see :func:`read_sizes`."""
+    root, config = index.root, plain_config(data)
     architecture = architecture_of(config)
     dtype = dtype or _stored_dtype(config, index)
     itemsize = ITEMSIZES[dtype]
@@ -172,6 +185,7 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
         taps=_taps(architecture, layers[0], hidden),
         mlp_ends=tuple(_mlp_end(architecture, layer, config) for layer in layers.values()),
         norm_names_epsilon=architecture.norm_names_epsilon,
+        config=data,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -73,7 +73,8 @@ def find_weight_files(root: Path) -> WeightFiles:
         return WeightFiles((SINGLE_NAME,))
     if (root / INDEX_NAME).is_file():
         return _read_index(root, INDEX_NAME)
-    raise _refusal(root, names)
+    msg = f"{root} has neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a checkpoint folder; check the path"
+    raise other_weights(root, names) or InputNotFoundError(msg)
 
 
 def require_no_adapter(root: Path) -> None:
@@ -165,7 +166,16 @@ def _require_inside(path: Path, name: str) -> None:
         raise UnsupportedModelError(msg)
 
 
-def _refusal(root: Path, names: set[str]) -> Exception:
+def other_weights(root: Path, names: Collection[str]) -> UnsupportedModelError | None:
+    """Return the error that says which weights are there in the place of those that can be read.
+
+    Args:
+        root: The folder, for the message.
+        names: Names of the files in it.
+
+    Returns:
+        The error, or None if there are no weights of any kind.
+    """
     variants = {found[1]: name for name in sorted(names) if (found := _VARIANT.match(name))}
     if variants:
         variant, name = next(iter(variants.items()))
@@ -189,5 +199,4 @@ def _refusal(root: Path, names: set[str]) -> Exception:
             "rename it, or copy the index that belongs to it"
         )
         return UnsupportedModelError(msg)
-    msg = f"{root} has neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a checkpoint folder; check the path"
-    return InputNotFoundError(msg)
+    return None

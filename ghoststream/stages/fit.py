@@ -104,7 +104,7 @@ def fit(
 def _check_fit(session: ModelSession, selection: Selection, method: Method) -> None:
     """Find before the text is read what the pass, or the export of what it fits, could not do."""
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
-    check_family(session.root, session.compute, sizes.n_layers)
+    check_family(sizes, session.compute)
     named = named_method(method)
     if named is not None:
         require_features(named, selection.plan.spans, sizes)

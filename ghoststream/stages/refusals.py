@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModelError
-from ghoststream.files import differences, read_json, require_writable
+from ghoststream.files import differences, require_writable
 from ghoststream.options import AUTO, Compute, Method, Search
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
@@ -49,7 +49,7 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
     _check_number(way, sizes)
     _check_choice(way, sizes.n_layers)
     method = _check_fit(way)
-    check_family(sizes.root, way.recovery.compute, sizes.n_layers)
+    check_family(sizes, way.recovery.compute)
     if method is not None:
         spans = (Span(1, 2),) if way.given is None else way.given.plan.spans
         require_features(method, spans, sizes)
@@ -60,17 +60,17 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
         divided(text.sequences, search.held_out, way.recovery.compute.micro_batch, at_once)
 
 
-def check_family(root: Path, compute: Compute, n_layers: int) -> None:
+def check_family(sizes: ModelSizes, compute: Compute) -> None:
     """Check, as far as its configuration file tells, that layers can be removed from a model.
 
     Raises:
         UnsupportedModelError: If they cannot.
     """
-    config = read_json(root / "config.json")
+    config = sizes.config
     model_type, has_code = str(config.get("model_type")), "AutoModelForCausalLM" in config.get("auto_map", ())
     if compute.trust_remote_code and has_code and not model_type.startswith("ghosted_"):
-        raise UnsupportedModelError(own_code(root))
-    require_independent_layers(config, model_type, n_layers)
+        raise UnsupportedModelError(own_code(sizes.root))
+    require_independent_layers(config, model_type, sizes.n_layers)
 
 
 def check_export(skeleton: Skeleton, plan: PruningPlan) -> None:

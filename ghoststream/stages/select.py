@@ -93,7 +93,7 @@ def select(
         search.refuse(
             ("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows"
         )
-    check_family(session.root, compute, sizes.n_layers)
+    check_family(sizes, compute)
     if named is not None:
         require_features(named, (Span(1, 2),), sizes)
     check_export(session.skeleton, some_plan(sizes.n_layers, remove))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.checkpoint.hub import resolve_checkpoint
-from ghoststream.checkpoint.sizes import read_sizes
+from ghoststream.checkpoint.hub import resolve_headers
+from ghoststream.checkpoint.sizes import sizes_of
 from ghoststream.errors import RequestError
 from ghoststream.machine import free_device_memory, may_have_accelerator
 from ghoststream.options import Recovery
@@ -39,7 +39,8 @@ def estimate(
 
     Args:
         recovery: The request, as :func:`ghoststream.recover` builds it and a pipeline file holds it.
-        model: Checkpoint folder or hub id (which is downloaded), in the place of that of the request.
+        model: Checkpoint folder or hub id, in the place of that of the request. Of a model on the hub only
+            headers are fetched.
         out: Where the checkpoint would go; the working directory's disk is checked if ``None``.
         measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds.
             Without, neither torch nor transformers is needed.
@@ -61,18 +62,22 @@ def estimate(
         raise RequestError(msg)
     compute, place = recovery.compute, Path(out or ".")
     device = _accelerator(compute.device)
-    root = resolve_checkpoint(name, revision=compute.revision).root
-    sizes = read_sizes(root, dtype=compute.dtype, attention=compute.attention)
+    progress = progress or SilentProgress()
+    found = resolve_headers(name, revision=compute.revision)
+    sizes = sizes_of(found.index, found.config, compute.dtype, compute.attention)
     job = Job.make(recovery, sizes, None if device is None else free_device_memory(device))
-    if out is not None:
+    root = found.root
+    if out is not None and root is not None:
         check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
-    if measure:
+    if measure and root is not None:
         _check_model(root, job)
     route = Route.of(job)
     route = replace(route, sweeps=_sweeps(route))
     rates = None
-    if measure:
-        (progress or SilentProgress()).log("measuring disk reads and matrix products")
+    if measure and root is None:
+        progress.log("the weights are not on this machine, so nothing is measured and no times are given")
+    elif measure:
+        progress.log("measuring disk reads and matrix products")
         rates = measure_rates(sizes.shards, sizes.dtype, device or "cpu")
     store = None if "://" in (recovery.store or "") else Path(recovery.store or place)
     needs = all_needs(route, store=store, out=place)

@@ -185,10 +185,10 @@ def other_weights(root: Path, names: Collection[str]) -> UnsupportedModelError |
         )
         return UnsupportedModelError(msg)
     for pattern, kind in _OTHER_FORMATS:
-        found = sorted(name for name in names if pattern.match(name))
-        if found:
+        matching = sorted(name for name in names if pattern.match(name))
+        if matching:
             msg = (
-                f"{root} holds {found[0]} ({kind}) but no {SINGLE_NAME} and no {INDEX_NAME}; load it once "
+                f"{root} holds {matching[0]} ({kind}) but no {SINGLE_NAME} and no {INDEX_NAME}; load it once "
                 "with transformers and call save_pretrained to convert it to safetensors"
             )
             return UnsupportedModelError(msg)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +22,6 @@ def interruptible() -> Iterator[None]:
     except BaseException as error:
         if not was_interrupted(error):
             raise
-        if threading.current_thread() is threading.main_thread():
-            # A second one, while threads are waited for, ends the process without another word.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
         click.echo("\ninterrupted; run the same command again, what is finished is kept", err=True)
         raise SystemExit(INTERRUPTED) from None
 

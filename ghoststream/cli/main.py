@@ -128,8 +128,9 @@ def _one_line(error: Exception) -> str:
 def main() -> None:
     """Prune layers from large language models and repair them, one decoder layer in memory at a time.
 
-    Layers are numbered from 0; spans are half-open: [13,19) are the layers 13 to 18. Every command continues
-    where it stopped when it is run again, and changes nothing once it has finished.
+    Layers are numbered from 0; spans are half-open: [13,19) are the layers 13 to 18. A command that was
+    stopped goes on when it is run again, and changes nothing once it has finished; evaluate and tasks begin
+    anew.
 
     Exit codes: 0 done; 2 the request cannot be met; 3 data on disk is broken, or the disk is full; 130
     interrupted.

@@ -125,8 +125,8 @@ class LeastSquares(OperatorKind):
         if dropped:
             diagnostics["warnings"].append(
                 f"boundary {moments.span}: {dropped} of {fitted.matrix.shape[0]} directions of the features "
-                f"depend on the others and are left at zero, with a ridge of {choice.ratio:.3g}; give a larger "
-                "--ridge or more calibration sequences"
+                f"depend on the others and are left at zero, with a ridge of {choice.ratio:.3g}; give a "
+                "larger --ridge or more calibration sequences"
             )
         if choice.is_largest and choice.curve:
             diagnostics["warnings"].append(

@@ -200,17 +200,17 @@ def test_a_gap_that_nothing_predicts_is_warned_about(tmp_path: Path) -> None:
 
 def test_directions_that_depend_on_others_are_warned_about_without_a_ridge(tmp_path: Path) -> None:
     states = random_states(1, (8, 32, 6))
-    for state in states:
-        state[..., 4:] = state[..., :2]
+    states[0][..., 4:] = states[0][..., :2]
     uri = store_of(tmp_path / "store", states, norm_epsilon=EPSILON)
-    without = fit(reduced(uri), ridge=0.0).diagnostics
+    moments = moments_of(uri, [Span(0, 1)], workdir=tmp_path)[Span(0, 1)]
+    without = fit(moments, ridge=0.0).diagnostics
     assert without["dropped_directions"] == 2
     assert any("2 of 6 directions of the features depend on the others" in one for one in without["warnings"])
     assert any("give a larger --ridge" in warning for warning in without["warnings"])
-    with_ridge = fit(reduced(uri), ridge=1e-3).diagnostics
+    with_ridge = fit(moments, ridge=1e-3).diagnostics
     assert with_ridge["dropped_directions"] == 0
     assert not any("directions" in warning for warning in with_ridge["warnings"])
-    paper = make_operator(Method(operator="ghost", ridge=0.0)).fit(reduced(uri)).diagnostics
+    paper = make_operator(Method(operator="ghost", ridge=0.0)).fit(moments).diagnostics
     assert any("2 directions left at zero" in warning for warning in paper["warnings"])
 
 

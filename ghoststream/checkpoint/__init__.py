@@ -12,7 +12,8 @@ from ghoststream.lazy import lazy_names
 if TYPE_CHECKING:
     from ghoststream.checkpoint.architecture import ARCHITECTURES, Architecture, architecture_of
     from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-    from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+    from ghoststream.checkpoint.header import TensorEntry
+    from ghoststream.checkpoint.index import CheckpointIndex
     from ghoststream.checkpoint.keys import KeyMap, match_keys
     from ghoststream.checkpoint.reader import TensorReader
     from ghoststream.checkpoint.sizes import ModelSizes
@@ -38,7 +39,7 @@ __getattr__ = lazy_names(
         "CheckpointIndex": ".index",
         "KeyMap": ".keys",
         "ModelSizes": ".sizes",
-        "TensorEntry": ".index",
+        "TensorEntry": ".header",
         "TensorReader": ".reader",
         "architecture_of": ".architecture",
         "checkpoint_fingerprint": ".fingerprint",

@@ -23,4 +23,4 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F8_E5M2": torch.float8_e5m2,
     }
 )
-"""By the names of safetensors headers; see :data:`ghoststream.checkpoint.index.ITEMSIZES`."""
+"""By the names of safetensors headers; see :data:`ghoststream.checkpoint.header.BITS`."""

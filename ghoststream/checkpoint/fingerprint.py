@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import CheckpointError
 from ghoststream.files import bytes_digest, file_digest, format_digest, json_digest
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.fusion import Piece, place_sources
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 
 # Masks that early versions saved with each layer: not weights, and computed anew by every model.

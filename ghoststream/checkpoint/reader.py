@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.open_files import OpenFiles
 from ghoststream.errors import CheckpointError
 

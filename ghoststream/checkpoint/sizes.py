@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from ghoststream.checkpoint.architecture import Architecture, architecture_of
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 from ghoststream.files import read_json

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from ghoststream.checkpoint.dtypes import DTYPES
-from ghoststream.checkpoint.index import INDEX_NAME, ITEMSIZES, SINGLE_NAME, TensorEntry
+from ghoststream.checkpoint.header import BITS, TensorEntry, tensor_bytes
+from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.errors import ArtifactError, CheckpointError, RequestError
 from ghoststream.files import (
     atomic_write_json,
@@ -54,7 +55,7 @@ class TensorSource:
     @property
     def n_bytes(self) -> int:
         """Bytes of the tensor."""
-        return prod(self.shape) * ITEMSIZES[self.dtype_name]
+        return tensor_bytes(self.dtype_name, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def plan_shards(
         else [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     )
     return tuple(
-        Shard(name, tuple(sorted(group, key=lambda tensor: -ITEMSIZES[tensor.dtype_name])))
+        Shard(name, tuple(sorted(group, key=lambda tensor: -BITS[tensor.dtype_name])))
         for name, group in zip(names, groups, strict=True)
     )
 

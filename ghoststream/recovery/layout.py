@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet

@@ -16,7 +16,8 @@ import torch
 
 from ghoststream.checkpoint.architecture import architecture_of, require_unquantised
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import match_keys
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, copied_tensor, plan_shards, write_shards
 from ghoststream.errors import UnsupportedModelError

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststream.checkpoint.index import CheckpointIndex, read_header
+from ghoststream.checkpoint.header import read_header
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import DataError, GhoststreamError, PlanError
 from ghoststream.files import SUMS_NAME, read_json, verify_sums
 from ghoststream.recovery.names import PROVENANCE_NAME

@@ -10,10 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry, read_header, read_metadata
+from ghoststream.checkpoint.header import TensorEntry, read_header, read_metadata
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import ArtifactError, CheckpointError
 from ghoststream.files import format_bytes, read_json
 from ghoststream.options import Method
@@ -264,7 +266,7 @@ def _tensor_facts(entries: Any) -> dict[str, Any]:
     return {
         "tensors": len(tensors),
         "bytes": format_bytes(sum(entry.n_bytes for entry in tensors)),
-        "parameters": sum(entry.n_bytes // entry.itemsize for entry in tensors),
+        "parameters": sum(prod(entry.shape) for entry in tensors),
         "stored as": ", ".join(f"{name} ({count})" for name, count in kinds.most_common()),
     }
 

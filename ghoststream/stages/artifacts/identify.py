@@ -8,7 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_metadata
+from ghoststream.checkpoint.header import read_metadata
+from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.files import read_json
 from ghoststream.recovery.names import PROVENANCE_NAME

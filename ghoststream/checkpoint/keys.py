@@ -87,12 +87,13 @@ def match_keys(model: Any, index: CheckpointIndex) -> KeyMap:
         UnsupportedModelError: If transformers would compute a parameter on load in a way that cannot be
             streamed.
         CheckpointError: If a parameter is missing, a tensor would belong to a module that has no place for
-            it, or a shape differs.
+            it, a shape differs, or integers would fill a weight.
     """
     state = model.state_dict()
     match = _match(model, index, state)
     _require_shapes(index, match.pieces, state)
     _place_fused(index, match, state)
+    _require_kinds(index, match.pieces, state)
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     for target, origin in tied.items():
         # Either of the two may be the one that was saved.
@@ -224,3 +225,18 @@ def _require_shapes(
                 " config.json and the weights do not belong together"
             )
             raise CheckpointError(msg)
+
+
+def _require_kinds(
+    index: CheckpointIndex, filled: Mapping[str, tuple[Piece, ...]], state: Mapping[str, Any]
+) -> None:
+    """Refuse integers in the place of a weight: their bytes would be read as other numbers."""
+    for target, pieces in filled.items():
+        for entry in (index.tensors[piece.source] for piece in pieces):
+            is_fraction = entry.dtype_name.startswith(("F", "BF"))
+            if state[target].is_floating_point() and not is_fraction:
+                msg = (
+                    f"{index.root}: tensor {entry.name} in {entry.shard} has dtype {entry.dtype_name}, and a "
+                    "weight is a floating-point number; download or copy the shard again"
+                )
+                raise CheckpointError(msg)

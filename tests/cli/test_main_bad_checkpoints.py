@@ -104,6 +104,37 @@ def wrong_header(model: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
 
 
+def edit_header(model: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """Change the entry of the first layer's tensor, given another one of its shard."""
+    path = shard_of(model, FIRST_LAYER)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    other = next(name for name in header if name not in {FIRST_LAYER, "__metadata__"})
+    change(header[FIRST_LAYER], header[other])
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def negative_offset(model: Path) -> None:
+    edit_header(model, lambda entry, _: entry.update(data_offsets=[-4096, 0]))
+
+
+def shifted_offset(model: Path) -> None:
+    def shift(entry: dict[str, Any], _: dict[str, Any]) -> None:
+        entry["data_offsets"] = [place + 64 for place in entry["data_offsets"]]
+
+    edit_header(model, shift)
+
+
+def overlapping_tensors(model: Path) -> None:
+    edit_header(model, lambda entry, other: entry.update(other))
+
+
+def integers_as_weights(model: Path) -> None:
+    edit_header(model, lambda entry, _: entry.update(dtype="I32"))
+
+
 def wrong_shape(model: Path) -> None:
     edit_shard(model, FIRST_LAYER, lambda tensors: tensors.update({FIRST_LAYER: torch.zeros(32, 16)}))
 
@@ -140,7 +171,7 @@ def not_finite(model: Path) -> None:
 
 
 #: What only a model that is built shows; an estimate reads headers and the configuration.
-UNSEEN_BY_ESTIMATE = (wrong_shape, missing_tensor, unexpected_tensor)
+UNSEEN_BY_ESTIMATE = (integers_as_weights, wrong_shape, missing_tensor, unexpected_tensor)
 MODELS: tuple[tuple[Callable[[Path], None], int, tuple[str, ...]], ...] = (
     (unknown_architecture, BAD_REQUEST, ("'ctrl' cannot be streamed", "supported are")),
     (unheard_of_architecture, BAD_REQUEST, ("nonesuch",)),
@@ -156,6 +187,10 @@ MODELS: tuple[tuple[Callable[[Path], None], int, tuple[str, ...]], ...] = (
     (empty_shard, BROKEN_DATA, ("not a complete safetensors file", "again")),
     (garbage_header, BROKEN_DATA, ("not a complete safetensors file", "again")),
     (wrong_header, BROKEN_DATA, ("safetensors",)),
+    (negative_offset, BROKEN_DATA, ("not a complete safetensors file", "`-4096`")),
+    (shifted_offset, BROKEN_DATA, ("not a complete safetensors file", "invalid offset")),
+    (overlapping_tensors, BROKEN_DATA, ("not a complete safetensors file", "invalid offset")),
+    (integers_as_weights, BROKEN_DATA, (FIRST_LAYER, "dtype I32")),
     (wrong_shape, BROKEN_DATA, (FIRST_LAYER, "(32, 16)", "(32, 32)")),
     (missing_tensor, BROKEN_DATA, ("lacks the tensor", FIRST_LAYER)),
     (tensor_not_where_the_index_says, BROKEN_DATA, (FIRST_LAYER, "does not hold it")),
@@ -193,7 +228,7 @@ def test_a_model_that_cannot_be_used(
 def test_weights_that_are_not_finite(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
     model = copy_of(bench, tmp_path)
     not_finite(model)
-    says = ("not finite", "position 1", "check the weights")
+    says = (f"tensor {FIRST_LAYER} in", "holds NaN")
     refused("capture", model, *bench.capture, "--store", tmp_path / "store", code=BROKEN_DATA, says=says)
     refused("evaluate", model, "--text", bench.text, "--length", LENGTH, code=BROKEN_DATA, says=says)
 

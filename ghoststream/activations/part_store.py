@@ -48,6 +48,7 @@ class PartStore(WritableStore):
             seen,
             metadata={**seen.metadata, **part.metadata},
             arrays={**part.arrays, **seen.arrays},
+            annotations={**seen.annotations, **part.annotations},
         )
         super().__init__(location, joint, lock, rows=(part.start, part.stop), prefix=part.folder)
         self._part = part
@@ -129,6 +130,7 @@ class PartStore(WritableStore):
     def _write_marker(self) -> None:
         part, manifest = self._part, self._manifest
         part.metadata = {key: rec for key, rec in manifest.metadata.items() if key.startswith(self._prefix)}
+        part.annotations = dict(manifest.annotations)
         part.arrays = {path: shards for path, shards in manifest.arrays.items() if path not in self._whole}
         self._location.write_marker(part.key, part.to_bytes())
 

@@ -45,6 +45,7 @@ class Part:
         stop: Sequence after the last one.
         metadata: Record of the metadata file of each scratch array, by key.
         arrays: Record of each shard of the part, by array path and key; an array that is listed is committed.
+        annotations: What the worker noted, such as digests of the tensors that it read.
     """
 
     store: str
@@ -52,6 +53,7 @@ class Part:
     stop: int
     metadata: dict[str, ObjectRecord] = field(default_factory=dict)
     arrays: dict[str, dict[str, ObjectRecord]] = field(default_factory=dict)
+    annotations: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -80,6 +82,7 @@ class Part:
             "stop": self.stop,
             "metadata": plain_records(self.metadata),
             "arrays": plain_arrays(self.arrays),
+            "annotations": self.annotations,
         }
         return sign(data, PART)
 
@@ -104,6 +107,7 @@ class Part:
             stop=int(data["stop"]),
             metadata=read_records(data["metadata"]),
             arrays=read_arrays(data["arrays"]),
+            annotations=dict(data["annotations"]),
         )
 
 
@@ -165,6 +169,7 @@ def join_parts(location: Location, manifest: Manifest) -> Manifest:
 
     Raises:
         StoreError: If a part, or a shard that it committed, is damaged.
+        MismatchError: If two workers read a tensor of the model that was not the same for both.
     """
     layout, whole = manifest.layout, manifest.without_scratch()
     missing = [path for path in map(hidden_path, layout.layers) if path not in whole.arrays]
@@ -173,6 +178,7 @@ def join_parts(location: Location, manifest: Manifest) -> Manifest:
     if any(len(shards) != layout.n_shards for shards in arrays.values()):
         return manifest
     whole.arrays.update(arrays)
+    whole.annotations = _joined_annotations(location, manifest, parts)
     if whole != manifest:
         require_sound_parts(location, whole, parts)
         location.write_marker(MANIFEST_KEY, whole.to_bytes())
@@ -230,3 +236,21 @@ def own_shards(layout: StoreLayout, path: str, start: int, stop: int) -> set[str
 
 def _gathered(path: str, parts: Iterable[Part]) -> dict[str, ObjectRecord]:
     return {key: record for part in parts for key, record in part.arrays.get(path, {}).items()}
+
+
+def _joined_annotations(location: Location, manifest: Manifest, parts: Iterable[Part]) -> dict[str, Any]:
+    """Return what all workers noted, entry by entry; what two of them noted must be the same."""
+    joined: dict[str, Any] = dict(manifest.annotations)
+    for part in parts:
+        for key, noted in part.annotations.items():
+            known = joined.get(key, {})
+            other = next((name for name in noted if known.get(name, noted[name]) != noted[name]), None)
+            if other is not None:
+                msg = (
+                    f"the worker of sequences {part.name} of {location.uri} noted something else than the "
+                    f"others ({key}: {other}): the base changed since they began; delete "
+                    f"{location.uri}/{part.folder} and run that worker again on the model of the others"
+                )
+                raise MismatchError(msg)
+            joined[key] = dict(sorted({**known, **noted}.items()))
+    return joined

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self, Unpack
@@ -15,7 +14,7 @@ from ghoststream.activations.request import StoreRequest, manifest_of, place_of,
 from ghoststream.activations.tokens import TokenArrays
 from ghoststream.activations.writable import WritableStore
 from ghoststream.errors import RequestError
-from ghoststream.files import canonical_json, json_digest
+from ghoststream.files import json_digest
 
 
 class ActivationStore(WritableStore):
@@ -149,18 +148,6 @@ class ActivationStore(WritableStore):
     def identity(self) -> str:
         """Return the digest of what makes it the store that it is: layout, recipe, fingerprint and tokens."""
         return json_digest(self._manifest.identity())
-
-    def annotate(self, key: str, value: Any) -> None:
-        """Note JSON data in the manifest under a key, replacing what was there.
-
-        Raises:
-            RequestError: If the store is open for reading only.
-            NumericsError: If a number is NaN or infinite.
-        """
-        self._require_writable()
-        with self._changing:
-            self._manifest.annotations[key] = json.loads(canonical_json(value))
-            self._save()
 
     def parts(self) -> tuple[Part, ...]:
         """Return the parts in which the store is being captured, by their first sequence.

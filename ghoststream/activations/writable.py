@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +21,7 @@ from ghoststream.activations.opening import WriterLock
 from ghoststream.activations.view import StoreView
 from ghoststream.activations.writer import LayerWriter
 from ghoststream.errors import OutputExistsError, RequestError
+from ghoststream.files import canonical_json
 
 
 class WritableStore(StoreView):
@@ -117,6 +120,28 @@ class WritableStore(StoreView):
                 self._save()
             self._arrays.pop(path, None)
             self._location.delete_folder(path)
+
+    def annotate(self, key: str, value: Any) -> None:
+        """Note JSON data under a key, replacing what was there.
+
+        Raises:
+            RequestError: If the store is open for reading only.
+            NumericsError: If a number is NaN or infinite.
+        """
+        self._require_writable()
+        with self._changing:
+            self._manifest.annotations[key] = json.loads(canonical_json(value))
+            self._save()
+
+    def annotate_entries(self, key: str, entries: Mapping[str, str]) -> None:
+        """Add to the JSON object under a key; it is written with the next layer that is committed.
+
+        Raises:
+            RequestError: If the store is open for reading only.
+        """
+        self._require_writable()
+        with self._changing:
+            self._manifest.annotations.setdefault(key, {}).update(entries)
 
     def finish(self) -> None:
         """Drop all scratch copies, once everything is committed that was to be written.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.content_reader import ContentReader
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import CheckpointError
@@ -18,10 +19,11 @@ _SAMPLE_BYTES = 1024
 
 
 def checkpoint_fingerprint(root: Path, index: CheckpointIndex | None = None) -> dict[str, Any]:
-    """Digest a checkpoint's config and index, and each shard's header, size and a sample of its weights.
+    """Digest a checkpoint's config and index, and each shard's header, size and samples of its weights.
 
-    The sample is a kibibyte from the middle of every tensor: two trainings of one architecture never share
-    it, while a few bytes changed elsewhere are not noticed.
+    It is a first look, which tells models apart before anything is read: the samples are a kibibyte from the
+    middle of every tensor, which two trainings of one architecture never share. A few bytes changed elsewhere
+    are found by the digests of whole tensors (:mod:`ghoststream.checkpoint.contents`).
 
     Returns:
         ``{"digest", "config", "index" (or None), "shards": {name: {"header", "bytes", "sample"}}}``, digests
@@ -46,6 +48,41 @@ def checkpoint_fingerprint(root: Path, index: CheckpointIndex | None = None) -> 
         },
     }
     return {"digest": json_digest(content), **content}
+
+
+def require_undamaged(
+    noted: Mapping[str, Any], found: Mapping[str, Any], index: CheckpointIndex, since: str
+) -> None:
+    """Tell a checkpoint that changed in places from another one, which is left to the caller.
+
+    Where only samples differ, the tensors of those shards are read.
+
+    Args:
+        noted: Fingerprint that was noted, and ``tensors``, digests of tensors.
+        found: Fingerprint of what is there now.
+        index: What is there now.
+        since: When it was noted, for messages: ``the base changed since <since>``.
+
+    Raises:
+        CheckpointError: If both have the same layout, and less than half of the tensors differ.
+    """
+    before, now = noted.get("shards") or {}, found["shards"]
+    tensors = noted.get("tensors") or {}
+    if {name: one["header"] for name, one in before.items()} != {
+        name: one["header"] for name, one in now.items()
+    }:
+        return
+    shards = {name for name in now if before[name] != now[name]}
+    suspects = [name for name in tensors if name in index.tensors and index.tensors[name].shard in shards]
+    with ContentReader(index, suspects) as reader:
+        changed = sorted(name for name in suspects if reader.check(name) != tensors[name])
+    if 0 < len(changed) < (len(tensors) + 1) // 2:
+        more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
+        msg = (
+            f"the base changed since {since}: tensor {changed[0]}{more} other bytes; restore the checkpoint "
+            "that it was, or make anew what was made of it"
+        )
+        raise CheckpointError(msg)
 
 
 def _shard_identity(path: Path, entries: Iterable[TensorEntry]) -> dict[str, Any]:

@@ -1,73 +1,64 @@
-"""Reading single tensors of a checkpoint: few files open at a time, every byte counted."""
+"""Reading tensors of a checkpoint: few files open at a time, every byte counted and checked."""
 
 from __future__ import annotations
 
 import mmap
-import os
 import threading
-from types import TracebackType
-from typing import Self
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.checkpoint.content_reader import ContentReader
+from ghoststream.checkpoint.contents import CHUNK_BYTES
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
-from ghoststream.checkpoint.open_files import OpenFiles
-from ghoststream.errors import CheckpointError
+from ghoststream.errors import CheckpointError, NumericsError
 
 
-class TensorReader:
+class TensorReader(ContentReader):
     """Reads tensors by name into memory of their own, or rows of a tensor through a mapping.
 
-    All methods may be called from several threads. ``bytes_read`` counts what was asked of the files: whole
-    tensors, and for ``rows`` the gathered rows.
+    Whatever way a tensor is read, all of its bytes are hashed, compared with what they were before, and
+    looked through for NaN and infinity; ``rows`` does that once until :meth:`close`. ``bytes_read`` counts
+    what was handed out: whole tensors, and for ``rows`` the gathered rows.
+
+    Args and attributes are those of :class:`~ghoststream.checkpoint.content_reader.ContentReader`.
 
     Memory: one tensor a call. Mapped pages used by ``rows`` belong to the page cache.
     """
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        self.index = index
+    def __init__(self, index: CheckpointIndex, buffers: Collection[str] = ()) -> None:
+        super().__init__(index, buffers)
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._files = OpenFiles()
         self._mapped: dict[str, npt.NDArray[np.uint8]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close every shard; a later read opens them again."""
         with self._lock:
             self._mapped.clear()
-        self._files.close()
+        super().close()
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor, converted to ``dtype`` if one is given.
 
         Raises:
-            CheckpointError: If the checkpoint has no such tensor, or the file changed or broke since it was
-                opened.
+            CheckpointError: If the checkpoint has no such tensor, the file changed or broke since it was
+                opened, or the tensor is not what it is known to be.
+            NumericsError: If it holds NaN or infinity, also in ``dtype``.
         """
         entry = self.entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._fill(entry, tensor)
-        return tensor if dtype is None else tensor.to(dtype)
+        return tensor if dtype is None else self._converted(entry, tensor.to(dtype))
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Read one tensor into a host tensor of its shape, converting to that tensor's dtype.
 
         Raises:
-            CheckpointError: As for :meth:`read`.
+            CheckpointError, NumericsError: As for :meth:`read`.
 
         Memory: none where the dtypes agree and ``target`` is contiguous, otherwise one copy of the tensor.
         """
@@ -76,6 +67,7 @@ class TensorReader:
             self._fill(entry, target)
         else:
             target.copy_(self.read(name))
+            self._converted(entry, target)
 
     def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Gather rows of a 2-D tensor.
@@ -89,9 +81,12 @@ class TensorReader:
             Tensor ``(k, width)``.
 
         Raises:
-            CheckpointError: If there is no such tensor or a row does not exist.
+            CheckpointError: If there is no such tensor or a row does not exist, and as for :meth:`read`.
+            NumericsError: As for :meth:`read`, of the whole tensor.
         """
         entry = self.entry(name)
+        if name not in self._mapped:
+            self.check(name)
         n_rows = entry.shape[0]
         if rows.numel() and int(rows.max()) >= n_rows:
             msg = (
@@ -102,46 +97,30 @@ class TensorReader:
         gathered = torch.from_numpy(self._mapping(entry)[rows.numpy()]).view(entry.dtype)
         with self._lock:
             self.bytes_read += gathered.numel() * gathered.element_size()
-        return gathered if dtype is None else gathered.to(dtype)
+        return gathered if dtype is None else self._converted(entry, gathered.to(dtype))
 
-    def entry(self, name: str) -> TensorEntry:
-        """Return where a tensor lies.
-
-        Raises:
-            CheckpointError: If there is none of that name.
-        """
-        try:
-            return self.index.tensors[name]
-        except KeyError:
-            msg = f"{self.index.root} has no tensor {name}"
-            raise CheckpointError(msg) from None
+    def _converted(self, entry: TensorEntry, tensor: torch.Tensor) -> torch.Tensor:
+        """Check a tensor of another dtype than its own: a dtype of smaller range makes infinities."""
+        largest = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
+        shrinks = entry.dtype.is_floating_point and largest < torch.finfo(entry.dtype).max
+        if not shrinks or not tensor.numel() or entry.name in self._buffers:
+            return tensor
+        if not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+            msg = (
+                f"tensor {entry.name} in {self.index.root / entry.shard} does not fit the range of "
+                f"{tensor.dtype}: values of it become infinite; use --dtype bfloat16 or float32"
+            )
+            raise NumericsError(msg)
+        return tensor
 
     def _fill(self, entry: TensorEntry, target: torch.Tensor) -> None:
         buffer = (
             memoryview(target.reshape(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
         )
-        done, path = 0, self.index.root / entry.shard
-        try:
-            with self._files.opened(path) as descriptor:
-                while done < entry.n_bytes:
-                    got = os.preadv(descriptor, [buffer[done:]], entry.offset + done)
-                    if not got:
-                        break
-                    done += got
-        except OSError as error:
-            msg = (
-                f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard "
-                "again"
-            )
-            raise CheckpointError(msg) from error
-        if done != entry.n_bytes:
-            msg = (
-                f"{path} ended {entry.n_bytes - done} bytes before the end of tensor {entry.name}: it was "
-                "changed after it was opened; copy the shard again"
-            )
-            raise CheckpointError(msg)
+        for _ in self._checked(entry, lambda done, count: buffer[done : done + count], CHUNK_BYTES):
+            pass
         with self._lock:
-            self.bytes_read += done
+            self.bytes_read += entry.n_bytes
 
     def _mapping(self, entry: TensorEntry) -> npt.NDArray[np.uint8]:
         with self._lock:

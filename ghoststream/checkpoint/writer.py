@@ -12,16 +12,19 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ghoststream.checkpoint.contents import CHUNK_BYTES, ContentCheck
 from ghoststream.checkpoint.dtypes import DTYPES
-from ghoststream.checkpoint.header import BITS, TensorEntry, tensor_bytes
+from ghoststream.checkpoint.header import BITS, tensor_bytes
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
-from ghoststream.errors import ArtifactError, CheckpointError, RequestError
+from ghoststream.checkpoint.reader import TensorReader
+from ghoststream.errors import ArtifactError, RequestError
 from ghoststream.files import (
     atomic_write_json,
     bytes_digest,
@@ -35,7 +38,7 @@ from ghoststream.files import (
 )
 from ghoststream.progress import Progress, SilentProgress
 
-BUFFER_BYTES = 16 * 1024 * 1024
+BUFFER_BYTES = CHUNK_BYTES
 DEFAULT_SHARD_BYTES = 5_000_000_000
 # The name lets StagingFolder.commit and checksums leave it out.
 _JOURNAL = ".shards.partial"
@@ -45,12 +48,21 @@ Chunks = Callable[[memoryview], Iterator[memoryview]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor to write. ``chunks(buffer)`` yields its bytes in order; it may use ``buffer`` for them."""
+    """One tensor to write.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        dtype_name: Its dtype, as headers name it.
+        shape: Its shape.
+        chunks: ``chunks(buffer)`` yields its bytes in order, whole elements; it may use ``buffer`` for them.
+        source_digest: Reads what it is a copy of, and returns the digest of that; ``None`` if it is no copy.
+    """
 
     name: str
     dtype_name: str
     shape: tuple[int, ...]
     chunks: Chunks
+    source_digest: Callable[[], str] | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -88,45 +100,31 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What is known of a finished shard: digests are ``"sha256:<hex>"``."""
+    """What is known of a finished shard.
+
+    Attributes:
+        header: Digest of its header, ``sha256:<hex>``.
+        digest: Digest of the file, ``sha256:<hex>``.
+        tensors: Digest of the bytes of each tensor, ``xxh3_128:<hex>``.
+    """
 
     header: str
     digest: str
     tensors: Mapping[str, str]
 
 
-def copied_tensor(root: Path, entry: TensorEntry, name: str) -> TensorSource:
+def copied_tensor(reader: TensorReader, source: str, name: str) -> TensorSource:
     """Take a tensor of a checkpoint over under another name, byte for byte.
 
     Args:
-        root: Folder of the checkpoint.
-        entry: The tensor in it.
+        reader: Reads the checkpoint, and refuses a tensor that is not what it is known to be.
+        source: The tensor in it.
         name: Its name in the checkpoint that is written.
     """
-    path = root / entry.shard
-
-    def chunks(buffer: memoryview) -> Iterator[memoryview]:
-        left = entry.n_bytes
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                while left:
-                    count = file.readinto(buffer[: min(left, len(buffer))])
-                    if not count:
-                        msg = (
-                            f"{path} ended inside tensor {entry.name}: it changed while it was read; copy it "
-                            "again"
-                        )
-                        raise CheckpointError(msg)
-                    yield buffer[:count]
-                    left -= count
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            msg = f"tensor {entry.name} in {path} cannot be read ({error.strerror}); copy the shard again"
-            raise CheckpointError(msg) from error
-
-    return TensorSource(name, entry.dtype_name, entry.shape, chunks)
+    entry = reader.entry(source)
+    return TensorSource(
+        name, entry.dtype_name, entry.shape, partial(reader.chunks, source), partial(reader.check, source)
+    )
 
 
 def stored_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSource:
@@ -185,7 +183,8 @@ def write_shards(
 ) -> dict[str, WrittenShard]:
     """Write a checkpoint's shards, and its index if there are several, into ``folder``.
 
-    Shards that an earlier, killed run finished are verified by digest and kept.
+    Shards that an earlier, killed run finished are verified by digest and kept, unless what they copy is
+    something else now.
 
     Returns:
         For each shard file its digest and those of its tensors' bytes.
@@ -193,9 +192,10 @@ def write_shards(
     Raises:
         BudgetError: If the disk has too little space for what is still to be written.
         DiskFullError: If it is full all the same.
-        CheckpointError: If a source cannot be read.
+        CheckpointError: If a source cannot be read, or is not what it is known to be.
+        NumericsError: If a value is NaN or infinite.
 
-    Memory: ``BUFFER_BYTES`` (16 MiB) and the headers; one more buffer where a tensor in memory is cast.
+    Memory: ``BUFFER_BYTES`` (1 MiB) and the headers; one more buffer where a tensor in memory is cast.
     """
     progress = progress or SilentProgress()
     journal = _Journal(folder)
@@ -222,13 +222,14 @@ def _write_shard(path: Path, shard: Shard, buffer: memoryview, progress: Progres
         with partial.open("wb", buffering=0) as file:
             _write_all(file, memoryview(header))
             for tensor in shard.tensors:
-                digest = hashlib.sha256()
+                is_copy = tensor.source_digest is not None
+                check = ContentCheck(tensor.name, tensor.dtype_name, path, may_be_infinite=is_copy)
                 for chunk in tensor.chunks(buffer):
                     _write_all(file, chunk)
                     whole.update(chunk)
-                    digest.update(chunk)
+                    check.update(chunk)
                     progress.advance(len(chunk))
-                digests[tensor.name] = format_digest(digest)
+                digests[tensor.name] = check.digest()
         fsync_path(partial)
         partial.replace(path)
         fsync_folder(path.parent)
@@ -266,12 +267,21 @@ class _Journal:
                 self.entries = {}
 
     def verified(self, shard: Shard) -> WrittenShard | None:
-        """Return the entry of a shard that is there, planned the same way, and holds the noted bytes."""
+        """Return the entry of a shard that is there, planned the same way, and holds the noted bytes.
+
+        What it copies must be the same still.
+        """
         entry = self.entries.get(shard.name)
         path = self.folder / shard.name
         if entry is None or entry.header != bytes_digest(shard.header()) or not path.is_file():
             return None
-        return entry if file_digest(path) == entry.digest else None
+        if file_digest(path) != entry.digest:
+            return None
+        is_current = all(
+            tensor.source_digest is None or tensor.source_digest() == entry.tensors.get(tensor.name)
+            for tensor in shard.tensors
+        )
+        return entry if is_current else None
 
     def add(self, name: str, entry: WrittenShard) -> None:
         self.entries[name] = entry

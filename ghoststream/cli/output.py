@@ -78,7 +78,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
 
 
 def format_cell(value: Any) -> str:
-    """Write one value of a table: floats with five digits, None as a dash."""
+    """Write one value of a table: floats with five digits; a dash for None and what is no number."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -86,7 +86,7 @@ def format_cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.5g}"
+        return f"{value:.5g}" if math.isfinite(value) else "-"
     return without_secrets(str(value))
 
 

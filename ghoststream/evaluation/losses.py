@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.errors import TextError
+from ghoststream.errors import NumericsError, TextError
 from ghoststream.streaming import Batch
 
 IGNORED = -100
@@ -63,13 +63,19 @@ class LossAccumulator:
         self._counts: npt.NDArray[np.int64] = np.zeros(n_sequences, dtype=np.int64)
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
-        """Add the losses of flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
+        """Add the losses of flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``.
+
+        Raises:
+            NumericsError: If a loss is not finite.
+        """
         k, length = int(logits.shape[0]), int(batch.ids.shape[1])
         targets = next_tokens(batch)[first : first + k]
         losses = _cross_entropy(logits, targets.clamp_min(0).to(logits.device))
         used = (targets != IGNORED).numpy()
         rows = batch.start + np.arange(first, first + k) // length
-        np.add.at(self._sums, rows[used], losses.double().cpu().numpy()[used])
+        values = losses.double().cpu().numpy()[used]
+        require_finite_scores(values, batch)
+        np.add.at(self._sums, rows[used], values)
         np.add.at(self._counts, rows[used], 1)
 
     def summary(self) -> LossSummary:
@@ -91,6 +97,20 @@ class LossAccumulator:
             deviations = sums - loss * counts
             error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / float(counts.sum())
         return LossSummary(loss, int(counts.sum()), error, tuple((sums / counts).tolist()))
+
+
+def require_finite_scores(values: npt.NDArray[np.float64], batch: Batch) -> None:
+    """Check what logits were turned into.
+
+    Raises:
+        NumericsError: If one is NaN or infinite.
+    """
+    if not np.isfinite(values).all():
+        msg = (
+            f"the logits of sequences [{batch.start},{batch.stop}) give {int((~np.isfinite(values)).sum())} "
+            f"losses that are NaN or infinite; use --dtype bfloat16 or float32, or check the output head"
+        )
+        raise NumericsError(msg)
 
 
 def row_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ from ghoststream.evaluation.losses import (
     LossSummary,
     default_logit_tokens,
     next_tokens,
+    require_finite_scores,
 )
 from ghoststream.streaming import Batch
 
@@ -113,7 +114,9 @@ class DivergenceAccumulator:
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
         """Add flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
-        self._sum += float(token_divergences(self._teacher, batch, first, logits).sum(dtype=torch.float64))
+        found = token_divergences(self._teacher, batch, first, logits).double().cpu().numpy()
+        require_finite_scores(found, batch)
+        self._sum += float(found.sum())
         self._count += int(_real(batch)[first : first + int(logits.shape[0])].sum())
         self._losses.observe_logits(batch, first, logits)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.evaluation.losses import row_blocks
+from ghoststream.evaluation.losses import require_finite_scores, row_blocks
 from ghoststream.files import json_digest
 from ghoststream.streaming import Batch
 
@@ -161,6 +161,9 @@ class RequestScores:
         """Score the questions that scored tokens ``[first, first + k)`` answer.
 
         ``logits`` has shape ``(k, V)``.
+
+        Raises:
+            NumericsError: If a log-probability is not finite.
         """
         asked = self._requests.questions(batch)
         begin, end = np.searchsorted(asked.slots, [first, first + logits.shape[0]])
@@ -171,7 +174,9 @@ class RequestScores:
             torch.cat(parts) for parts in zip(*map(_of_block, row_blocks(logits)), strict=True)
         )
         found = logits[rows, tokens].float() - sums[rows]
-        np.add.at(self._sums, owners, found.double().cpu().numpy())
+        values = found.double().cpu().numpy()
+        require_finite_scores(values, batch)
+        np.add.at(self._sums, owners, values)
         np.logical_and.at(self._greedy, owners, (likeliest[rows] == tokens).cpu().numpy())
 
     def results(self) -> list[tuple[float, bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class BoundaryOperator:
         norm_epsilon: Epsilon of normed features; None where the features need none.
 
     Raises:
-        NumericsError: If a weight is NaN or infinite, in float32.
+        NumericsError: If a weight is NaN or infinite, in float32, or the epsilon is.
     """
 
     span: Span
@@ -54,6 +55,9 @@ class BoundaryOperator:
             if array is not None and not np.isfinite(array).all():
                 msg = f"the {name} of boundary {self.span} is not finite in float32; nothing was written"
                 raise NumericsError(msg)
+        if self.norm_epsilon is not None and not math.isfinite(self.norm_epsilon):
+            msg = f"the epsilon of the normed features of boundary {self.span} is {self.norm_epsilon}"
+            raise NumericsError(msg)
         rank = None if self.weight is None else self.weight.ndim
         if rank != _RANKS[self.form]:
             msg = f"an operator of form {self.form!r} at {self.span} cannot have a weight of rank {rank}"

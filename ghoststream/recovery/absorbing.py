@@ -64,24 +64,24 @@ class Absorption:
             "scale": self.scale,
         }
 
-    def tensors(self, index: CheckpointIndex, names: Mapping[str, str]) -> dict[str, TensorSource]:
+    def tensors(self, reader: TensorReader, names: Mapping[str, str]) -> dict[str, TensorSource]:
         """Return what to write in the place of the base's tensors, by their names in the base.
 
         Sums and products are taken in float64 and rounded once, to the tensor's own dtype; ``B'`` is in
         float32.
 
         Args:
-            index: The base checkpoint.
+            reader: Reads the base checkpoint.
             names: Name in the new checkpoint by name in the base.
 
         Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored;
         of ``hidden+mlp`` what :func:`~ghoststream.operators.joint.absorbed_part` states, and from then on its
         result.
         """
-        found = {self.weight: self._source(index, self.weight, names[self.weight], self._weight_blocks)}
+        found = {self.weight: self._source(reader, self.weight, names[self.weight], self._weight_blocks)}
         bias = self.changed_bias
         if bias is not None:
-            found[bias] = self._source(index, bias, names[bias], self._bias_blocks)
+            found[bias] = self._source(reader, bias, names[bias], self._bias_blocks)
         return found
 
     @property
@@ -114,15 +114,14 @@ class Absorption:
         if growth > largest:
             raise NumericsError(lost_in_rounding(self.operator, growth, f"{self.weight} in {dtype}", largest))
 
-    def _source(self, index: CheckpointIndex, name: str, new_name: str, blocks: Any) -> TensorSource:
-        entry = index.tensors[name]
+    def _source(self, reader: TensorReader, name: str, new_name: str, blocks: Any) -> TensorSource:
+        entry = reader.entry(name)
 
         def chunks(buffer: memoryview) -> Iterator[memoryview]:
             del buffer
-            with TensorReader(index) as reader:
-                for block in blocks(reader, entry.shape):
-                    stored = block.to(entry.dtype).contiguous().reshape(-1)
-                    yield memoryview(stored.view(torch.uint8).numpy())
+            for block in blocks(reader, entry.shape):
+                stored = block.to(entry.dtype).contiguous().reshape(-1)
+                yield memoryview(stored.view(torch.uint8).numpy())
 
         return TensorSource(new_name, entry.dtype_name, entry.shape, chunks)
 

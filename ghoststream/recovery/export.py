@@ -114,6 +114,13 @@ class _Job:
             "modeling": file_digest(_MODELING_FILE),
         }
 
+    def base_tensors(self) -> dict[str, str]:
+        """Return digests of the base's tensors: those that are written, and those that operators know."""
+        known = (self.operators.metadata.get("base") or {}).get("tensors") or {}
+        absorbing = [name for one in self.absorptions.values() for name in (one.weight, one.changed_bias)]
+        names = {*self.origins.values(), *known, *(name for name in absorbing if name is not None)}
+        return self.skeleton.reader.digests.of(names)
+
 
 def export_recovered(
     skeleton: Skeleton,
@@ -157,11 +164,11 @@ def export_recovered(
             request.
         OutputExistsError: If ``out`` holds anything but the result of this very call.
         ArtifactError: If it does hold that, damaged.
-        CheckpointError: If the base is incomplete or damaged.
+        CheckpointError: If the base is incomplete or damaged, or not what the operators were made with.
         BudgetError: If the disk is too small.
         DiskFullError: If it is full all the same.
 
-    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights; where an
+    Memory: One copy buffer (1 MiB), the operators, and the model's modules without weights; where an
     operator on ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
     :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
@@ -172,8 +179,15 @@ def export_recovered(
     if is_finished(staging.target, job.request):
         staging.clear_leftovers()
         return _report(job, out)
+    reader = skeleton.reader
+    reader.digests.expect(
+        (operators.metadata.get("base") or {}).get("tensors") or {}, "the operators were fitted"
+    )
     with staging:
         written = write_shards(staging.path, job.shards, progress=progress)
+        # Of what is not written too, such as the removed layers: it decided the operators.
+        for name in reader.unread():
+            reader.check(name)
         digests = {name: digest for shard in written.values() for name, digest in shard.tensors.items()}
         _write_files(job, staging.path, digests)
         write_sums(staging.path, known={name: shard.digest for name, shard in written.items()})
@@ -213,9 +227,8 @@ def _prepare(
 ) -> _Job:
     require_operators_fit(
         operators,
-        n_layers=skeleton.n_layers,
-        hidden=skeleton.hidden_size,
-        digest=fingerprint["digest"],
+        skeleton,
+        fingerprint,
     )
     base, data = _pruned_config(skeleton, operators.plan)
     standing = data.get("ghost_operators") or []
@@ -229,7 +242,7 @@ def _prepare(
     dtype = operator_dtype or prevailing_dtype(skeleton.index)
     absorptions = find_absorptions(skeleton, operators, dtype)
     tensors, origins = recovered_tensors(
-        skeleton.index,
+        skeleton.reader,
         skeleton.keys.sources(),
         operators,
         names,
@@ -314,7 +327,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
         job.operators,
         job.names,
         absorptions=job.absorptions,
-        base=job.fingerprint,
+        base={**job.fingerprint, "tensors": job.base_tensors()},
         base_model_type=str(job.skeleton.config.model_type),
         tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},
         versions={name: metadata.version(name) for name in ("torch", "transformers")},

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery.absorbing import Absorption, standing_operator
 from ghoststream.recovery.features import FEATURES
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.streaming import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +111,19 @@ def operator_entry(operator: BoundaryOperator, plan: PruningPlan, names: LayerNa
     return entry if operator.norm_epsilon is None else {**entry, "norm_epsilon": operator.norm_epsilon}
 
 
-def require_operators_fit(operators: OperatorSet, *, n_layers: int, hidden: int, digest: str) -> None:
+def require_operators_fit(operators: OperatorSet, skeleton: Skeleton, fingerprint: Mapping[str, Any]) -> None:
     """Check that operators were made for this model and can be exported.
 
     Raises:
         PlanError: If the plan is for another number of layers.
         MismatchError: If a width differs, or the operators name another checkpoint as their base.
+        CheckpointError: If the base changed since they were made.
         UnsupportedModelError: If an operator reads features that a recovered checkpoint cannot compute.
     """
-    operators.plan.require_fits(n_layers)
-    if operators.hidden != hidden:
+    operators.plan.require_fits(skeleton.n_layers)
+    if operators.hidden != skeleton.hidden_size:
         msg = (
-            f"the operators are for hidden size {operators.hidden}, the model has {hidden}; "
+            f"the operators are for hidden size {operators.hidden}, the model has {skeleton.hidden_size}; "
             "solve operators for this model"
         )
         raise MismatchError(msg)
@@ -130,8 +134,10 @@ def require_operators_fit(operators: OperatorSet, *, n_layers: int, hidden: int,
                 f"a recovered checkpoint can hold operators on {', '.join(FEATURES)}"
             )
             raise UnsupportedModelError(msg)
-    base = (operators.metadata.get("base") or {}).get("digest")
+    noted, digest = operators.metadata.get("base") or {}, fingerprint["digest"]
+    base = noted.get("digest")
     if base is not None and base != digest:
+        require_undamaged(noted, fingerprint, skeleton.index, "the operators were fitted")
         msg = (
             f"the operators were made for another checkpoint ({base[:19]}..., this one is {digest[:19]}...);"
             " give the one they were made for"
@@ -149,7 +155,7 @@ def prevailing_dtype(index: CheckpointIndex) -> torch.dtype:
 
 
 def recovered_tensors(
-    index: CheckpointIndex,
+    reader: TensorReader,
     used: Collection[str],
     operators: OperatorSet,
     names: LayerNames,
@@ -161,7 +167,7 @@ def recovered_tensors(
     Tensors that an operator is absorbed into are in the place of the base's.
 
     Args:
-        index: The base checkpoint.
+        reader: Reads the base checkpoint.
         used: Checkpoint tensors that the model uses; others are left out.
         operators: The plan and its operators.
         names: How the checkpoint names its layers.
@@ -171,19 +177,21 @@ def recovered_tensors(
     Returns:
         The tensors, and for each copied one the name it has in the base.
     """
-    wanted = set(used)
+    wanted, index = set(used), reader.index
     tensors: list[TensorSource] = []
     origins: dict[str, str] = {}
     renamed = {name: names.renumbered(name, operators.plan) for name in wanted}
     kept = {name: new for name, new in renamed.items() if new is not None}
     changed = {
-        name: source for absorption in absorptions for name, source in absorption.tensors(index, kept).items()
+        name: source
+        for absorption in absorptions
+        for name, source in absorption.tensors(reader, kept).items()
     }
     for entry in sorted(index.tensors.values(), key=_place):
         if entry.name in changed:
             tensors.append(changed[entry.name])
         elif entry.name in kept:
-            tensors.append(copied_tensor(index.root, entry, kept[entry.name]))
+            tensors.append(copied_tensor(reader, entry.name, kept[entry.name]))
             origins[kept[entry.name]] = entry.name
     for operator in standing_operators(operators):
         for leaf, array in leaf_names(operator).items():

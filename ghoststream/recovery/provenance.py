@@ -34,10 +34,10 @@ class RecoveredInfo:
     Attributes:
         folder: The recovered checkpoint.
         plan: Which layers of the base were removed.
-        base: Fingerprint of the base checkpoint, as ``checkpoint_fingerprint`` returns it.
+        base: Fingerprint of the base checkpoint, and ``tensors``, digests of its tensors.
         base_model_type: The base's ``model_type``.
         kind: Name of the operator family.
-        tensors: For every tensor its digest and, if it was copied, its name in the base.
+        tensors: For every tensor the digest of its bytes and, if it was copied, its name in the base.
         recorded: What is written of the operators.
         rounds: What the base was made of, where it is a recovered checkpoint itself; see
             :func:`earlier_rounds`.
@@ -63,6 +63,11 @@ class RecoveredInfo:
             "operators": dict(self.recorded),
             "versions": dict(self.versions),
         }
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of the bytes of every tensor, as it was written."""
+        return {name: str(entry["digest"]) for name, entry in self.tensors.items()}
 
     @cached_property
     def operators(self) -> OperatorSet:
@@ -106,18 +111,18 @@ class RecoveredInfo:
 
     def _boundary(self, entry: Mapping[str, Any], base: Path | None) -> BoundaryOperator:
         if "absorbed" not in entry:
-            return _read_boundary(self.folder, entry)
+            return _read_boundary(self, entry)
         if base is None:
             msg = (
                 f"the operator of {Span(*entry['span'])} is absorbed into the weights of {self.folder}; "
                 "give the base checkpoint too, from which it can be told"
             )
             raise RequestError(msg)
-        absorbed = _absorbed_operator(self.folder, base, entry)
+        absorbed = _absorbed_operator(self, base, entry)
         if entry["features"] != HIDDEN_AND_MLP.name:
             return absorbed
         own = {leaf: name for leaf, name in entry["tensors"].items() if leaf.startswith("linear.")}
-        return joined(_read_boundary(self.folder, {**entry, "features": "hidden", "tensors": own}), absorbed)
+        return joined(_read_boundary(self, {**entry, "features": "hidden", "tensors": own}), absorbed)
 
 
 def describe_recovered(
@@ -273,8 +278,9 @@ def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); export the checkpoint again")
 
 
-def _read_boundary(folder: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
-    with TensorReader(CheckpointIndex.open(folder)) as reader:
+def _read_boundary(info: RecoveredInfo, entry: Mapping[str, Any]) -> BoundaryOperator:
+    with TensorReader(CheckpointIndex.open(info.folder)) as reader:
+        reader.digests.expect(info.digests, "it was exported", what="the recovered checkpoint")
         # The identity has no arrays; leaving them out gives BoundaryOperator's own defaults.
         arrays: dict[str, Any] = {
             leaf.removeprefix("linear."): reader.read(name, torch.float32).numpy()
@@ -290,21 +296,23 @@ def _read_boundary(folder: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
     )
 
 
-def _absorbed_operator(folder: Path, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
+def _absorbed_operator(info: RecoveredInfo, base: Path, entry: Mapping[str, Any]) -> BoundaryOperator:
     """Return what was absorbed as a map of the features ``mlp``.
 
     It is ``s`` times what was added to the base's weight and bias. It is what the checkpoint computes,
     roundings included, also where it was fitted on ``mlp_output``.
 
     Args:
-        folder: The recovered checkpoint.
+        info: The recovered checkpoint.
         base: Its base.
         entry: What ``ghoststream.json`` says of the boundary.
 
     Memory: ``4 I C`` bytes for the operator, and twice as much while it is read.
     """
-    place, tensors = entry["absorbed"], entry["tensors"]
+    place, tensors, folder = entry["absorbed"], entry["tensors"], info.folder
     with TensorReader(CheckpointIndex.open(folder)) as new, TensorReader(CheckpointIndex.open(base)) as old:
+        new.digests.expect(info.digests, "it was exported", what="the recovered checkpoint")
+        old.digests.expect(info.base.get("tensors") or {}, f"{folder} was recovered from it")
 
         def difference(leaf: str) -> np.ndarray[Any, np.dtype[np.float32]]:
             change = new.read(tensors[leaf], torch.float32) - old.read(place[leaf], torch.float32)

@@ -19,6 +19,7 @@ from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import match_keys
+from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, copied_tensor, plan_shards, write_shards
 from ghoststream.errors import UnsupportedModelError
 from ghoststream.files import StagingFolder, atomic_write_json, read_json, write_sums
@@ -66,7 +67,7 @@ def write_text_part(
         BudgetError: If the disk is too small.
         RequestError: If a file beside the weights is a link out of the folder.
 
-    Memory: One copy buffer (16 MiB), and the language model's modules without weights.
+    Memory: One copy buffer (1 MiB), and the language model's modules without weights.
     """
     config = load_config(root)
     text = config.get_text_config(decoder=True)
@@ -82,7 +83,8 @@ def write_text_part(
     raw: dict[str, Any] = next(parts, {})
     data = spell_both_ways(data, text, raw, PruningPlan(int(text.num_hidden_layers)))
     _require_complete(type(text)(**data), index, named)
-    tensors = [copied_tensor(root, entry, name) for name, entry in named.items()]
+    reader = TensorReader(index)
+    tensors = [copied_tensor(reader, entry.name, name) for name, entry in named.items()]
     find_sidecars(root)
     request = {"text part of": checkpoint_fingerprint(root, index)["digest"]}
     with StagingFolder(out, request=request) as staging:

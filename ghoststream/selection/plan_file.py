@@ -37,6 +37,7 @@ class Selection:
         passes: Passes over the weights that it took.
         recipe: What decides all of it.
         details: What else the criterion saw, as JSON data.
+        base: The model that it was chosen for: its fingerprint and, as ``tensors``, digests of its tensors.
     """
 
     plan: PruningPlan
@@ -48,6 +49,7 @@ class Selection:
     passes: int = 0
     recipe: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scores(self) -> tuple[tuple[Span, float], ...]:
@@ -83,6 +85,7 @@ class Selection:
             "passes": self.passes,
             "recipe": dict(self.recipe),
             "details": dict(self.details),
+            "base": dict(self.base),
         }
 
     def save(self, path: Path) -> None:
@@ -136,6 +139,7 @@ class Selection:
             passes=int(data["passes"]),
             recipe=dict(data["recipe"]),
             details=dict(data["details"]),
+            base=dict(data["base"]),
         )
 
 

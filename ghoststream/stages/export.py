@@ -41,7 +41,7 @@ def export(
         RequestError: If the request cannot be met (see the kinds there).
         DataError: If data on disk is broken or the disk is full.
 
-    Memory: One copy buffer (16 MiB), the operators, and the model's modules without weights.
+    Memory: One copy buffer (1 MiB), the operators, and the model's modules without weights.
     """
     out = Path(out)
     if not isinstance(operators, OperatorSet):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -59,6 +60,60 @@ class ModelSession:
     def fingerprint(self) -> dict[str, Any]:
         """The checkpoint's identity; see :func:`~ghoststream.checkpoint.checkpoint_fingerprint`."""
         return checkpoint_fingerprint(self.root, self.skeleton.index)
+
+    def expect(self, base: Mapping[str, Any], since: str, *, what: str = "the base") -> None:
+        """Know what the tensors were when something was made of this model; see :meth:`base`.
+
+        Args:
+            base: What :meth:`base` returned then; nothing is known from one without ``tensors``.
+            since: What was done then, for messages: ``<what> changed since <since>``.
+            what: What this model is.
+
+        Raises:
+            CheckpointError: If a tensor that was read already is not what it was.
+        """
+        self.skeleton.reader.digests.expect(base.get("tensors") or {}, since, what=what)
+
+    def require_unchanged(self, progress: Progress) -> None:
+        """Compare all tensors that are known of another time with what they are now.
+
+        Those that a pass has read were compared by it, and only the others are read.
+
+        Raises:
+            CheckpointError: If one is not what it was.
+        """
+        self._check(self.skeleton.reader.unread(), progress)
+
+    def base(self, last: int | None, progress: Progress) -> dict[str, Any]:
+        """Return the fingerprint and, as ``tensors``, the digest of every tensor that a pass has read.
+
+        Tensors that this process has not read, as an earlier run did, are read now; so are those that are
+        known of another time.
+
+        Args:
+            last: The pass ends with ``h[last]``; ``None`` is the whole model.
+            progress: Who is told how many tensors are done.
+
+        Raises:
+            CheckpointError: If a tensor is not what it was.
+        """
+        self.require_unchanged(progress)
+        names, digests = self.skeleton.sources(last), self.skeleton.reader.digests
+        self._check(digests.missing(names), progress)
+        return {**self.fingerprint, "tensors": digests.of(names)}
+
+    def read_for(self, position: int) -> dict[str, str]:
+        """Return the digests of the tensors that a pass has read for ``h[position]``, and for none before."""
+        return self.skeleton.reader.digests.of(self.skeleton.read_for(position))
+
+    def _check(self, names: Sequence[str], progress: Progress) -> None:
+        if not names:
+            return
+        progress.start("checking the base", len(names), "tensors")
+        for name in names:
+            self.skeleton.reader.check(name)
+            progress.advance(1)
+        progress.finish()
 
     @cached_property
     def norm_epsilon(self) -> float | None:

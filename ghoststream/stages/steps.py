@@ -98,6 +98,7 @@ class Steps:
     def fit(self, selection: Selection) -> tuple[OperatorSet, Path]:
         """Fit the operators; return them and their file."""
         out, method, search = self._file(selection.plan), self._recovery.method, self._recovery.search
+        self._session.expect(selection.base, "the plan was chosen")
         if self.way.fits_in_passes:
             is_known = method.is_named or bool(selection.methods)
             used = ("folds",) if is_known else ("folds", "held_out")

@@ -23,7 +23,14 @@ from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.reduction import reduce, store_ranges
 from ghoststream.statistics.rotation import hadamard_factors, hadamard_matrix, rotate
 from ghoststream.statistics.similarity import CosineReducer, mean_cosine, reduce_whole
-from ghoststream.statistics.source import HiddenStateSource, TapSource, open_source, store_digest
+from ghoststream.statistics.source import (
+    BASE_TENSORS,
+    HiddenStateSource,
+    TapSource,
+    base_of,
+    open_source,
+    store_digest,
+)
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.sweeps import Sweep, budgeted, candidate_spans, divide_sweeps
 from ghoststream.statistics.token_weights import (
@@ -35,6 +42,7 @@ from ghoststream.statistics.token_weights import (
 )
 
 __all__ = [
+    "BASE_TENSORS",
     "DEFAULT_BLOCK_TOKENS",
     "DEFAULT_FOLDS",
     "HERE",
@@ -60,6 +68,7 @@ __all__ = [
     "Sweep",
     "TapSource",
     "TokenWeight",
+    "base_of",
     "budgeted",
     "candidate_spans",
     "divide_sweeps",

@@ -15,6 +15,9 @@ import numpy.typing as npt
 from ghoststream.errors import MismatchError, NumericsError, StoreError
 from ghoststream.files import json_digest
 
+BASE_TENSORS = "base_tensors"
+"""What digests of the tensors that made a store are noted under, by the tensors' names."""
+
 
 class HiddenStateSource(Protocol):
     """The reading side of an activation store.
@@ -45,6 +48,10 @@ class HiddenStateSource(Protocol):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What it was made from."""
+
+    @property
+    def annotations(self) -> dict[str, Any]:
+        """What stages noted in it, such as digests of the model's tensors."""
 
     def completed_layers(self) -> tuple[int, ...]:
         """Return the hidden-state numbers that are completely in the store."""
@@ -166,4 +173,11 @@ def require_finite(
 
 def store_digest(source: HiddenStateSource) -> str:
     """Return the digest of what a store holds by its own account: the request and what it was made from."""
-    return json_digest({"recipe": source.recipe, "fingerprint": source.fingerprint})
+    made_from = {**source.fingerprint, BASE_TENSORS: source.annotations.get(BASE_TENSORS, {})}
+    return json_digest({"recipe": source.recipe, "fingerprint": made_from})
+
+
+def base_of(source: HiddenStateSource) -> dict[str, Any]:
+    """Return what a store knows of its model: the fingerprint, and ``tensors``, digests of tensors."""
+    tensors = source.annotations.get(BASE_TENSORS, {})
+    return {**source.fingerprint.get("checkpoint", {}), "tensors": dict(tensors)}

@@ -164,6 +164,10 @@ class _RangeSource:
     def fingerprint(self) -> dict[str, Any]:
         return {"model": {"norm_epsilon": self.facts.norm_epsilon}}
 
+    @property
+    def annotations(self) -> dict[str, Any]:
+        return {}
+
     def completed_layers(self) -> tuple[int, ...]:
         return tuple(self.states)
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import NumericsError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +52,23 @@ def make_batches(
             real = torch.from_numpy(np.ascontiguousarray(mask[start : start + micro_batch]))
         batches.append(Batch(index, start, part, real))
     return tuple(batches)
+
+
+def require_finite(states: torch.Tensor, place: str, batch: Batch) -> None:
+    """Check hidden states of a batch.
+
+    Args:
+        states: The states.
+        place: Where they are, for messages: ``at position 3``.
+        batch: Their batch.
+
+    Raises:
+        NumericsError: If one is NaN or infinite.
+    """
+    if not bool(torch.isfinite(states).all()):
+        msg = (
+            f"hidden states {place} of sequences [{batch.start},{batch.stop}) are not finite;"
+            " use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the"
+            " layer before"
+        )
+        raise NumericsError(msg)

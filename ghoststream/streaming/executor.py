@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ghoststream.errors import NumericsError, RequestError
+from ghoststream.errors import RequestError
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import Span
 from ghoststream.streaming.allocator import return_free_memory
-from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.batches import Batch, require_finite
 from ghoststream.streaming.boundary_map import Pairs, require_boundary_maps
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.flow import StatesFlow
@@ -154,7 +154,7 @@ class StreamedPass:
         source = self._options.initial or self._calls.embed
         for batch in self._batches:
             value = source(batch).to(self._skeleton.device)
-            _require_finite(value, first, batch)
+            require_finite(value, f"at position {first}", batch)
             groups.first.put(batch, value)
             self._show(first, batch, value, groups.lanes)
         self._finish_position(first, groups)
@@ -176,7 +176,7 @@ class StreamedPass:
                 taken = taps.take(batch)
                 for boundary_map, place in entering:
                     kept = boundary_map.enter(value, taken).to(value.dtype)
-                    _require_finite(kept, layer + 1, batch)
+                    require_finite(kept, f"at position {layer + 1}", batch)
                     place.put(batch, kept)
                 return value
 
@@ -201,7 +201,7 @@ class StreamedPass:
         with StatesFlow(group[0].states, place, batches, self._skeleton.device) as flow:
             for batch, states in flow:
                 value = move(batch, states)
-                _require_finite(value, position, batch)
+                require_finite(value, f"at position {position}", batch)
                 flow.put(batch, value)
                 self._show(position, batch, value, group)
         for one in group:
@@ -264,13 +264,3 @@ def _require_target(lane: Lane, span: Span, name: str, lanes: Sequence[Lane]) ->
     if targets[0].carried not in (None, lane.carried):
         msg = f"lane {lane.name} fits its map at {span} to lane {name!r}, which carries other sequences on"
         raise RequestError(msg)
-
-
-def _require_finite(states: torch.Tensor, position: int, batch: Batch) -> None:
-    if not bool(torch.isfinite(states).all()):
-        msg = (
-            f"hidden states at position {position} of sequences [{batch.start},{batch.stop}) are not finite;"
-            " use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the"
-            " layer before"
-        )
-        raise NumericsError(msg)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ghoststream.errors import NumericsError
 from ghoststream.progress import Progress
 from ghoststream.streaming.allocator import return_free_memory
-from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.batches import Batch, require_finite
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lane_groups import LaneState
@@ -52,13 +53,18 @@ class OutputHead:
         assert observer is not None
         with StatesFlow(one.states, None, one.batches, self._skeleton.device) as flow:
             for batch, states in flow:
-                self._show(observer, batch, self._finished(one.lane, batch, states))
+                try:
+                    self._show(observer, batch, self._finished(one.lane, batch, states))
+                except NumericsError as error:
+                    msg = f"{one.lane.name}: {error}"
+                    raise NumericsError(msg) from error
                 return_free_memory()
                 self._progress.advance(batch.stop - batch.start)
 
     def _finished(self, lane: Lane, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Return what the head receives: of all tokens, or of those that the lane scores."""
         finished = self._calls.finish(batch, states)
+        require_finite(finished, "behind the final norm", batch)
         if lane.scored is None:
             return finished
         return finished.flatten(0, 1)[None, lane.scored(batch).to(finished.device)]

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Skeleton:
         if self.keys.unused:
             first, count = self.keys.unused[0], len(self.keys.unused)
             _LOG.warning("%s: %d tensors are no part of the model and left out (%s)", root, count, first)
-        self.reader = TensorReader(self.index)
+        self.reader = TensorReader(self.index, self._buffer_sources())
         self.decoder: nn.Module = self.model.get_submodule(self.architecture.decoder)
         self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers_path)
         self._tensors = _described(self.model, self.dtype)
@@ -88,6 +89,26 @@ class Skeleton:
     def vocab_size(self) -> int:
         """Rows of the output head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def sources(self, last: int | None = None) -> tuple[str, ...]:
+        """Return the checkpoint tensors that a pass to ``h[last]`` reads; ``None`` is the whole model."""
+        positions = self._reading if last is None else self._reading[: last + 1]
+        return tuple(dict.fromkeys(name for names in positions for name in names))
+
+    def read_for(self, position: int) -> tuple[str, ...]:
+        """Return the tensors that a pass reads for ``h[position]``, and for none before: mostly a layer's."""
+        return self._reading[position]
+
+    @cached_property
+    def _reading(self) -> tuple[tuple[str, ...], ...]:
+        """The tensors that are read for each position, and last the head's that are read for none."""
+        layers, head = f"{self.architecture.layers_path}.", f"{self._head_name}."
+        found: list[dict[str, None]] = [{} for _ in range(self.n_layers + 2)]
+        for name, pieces in self.keys.pieces.items():
+            number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
+            position = int(number) + 1 if number else -1 if name.startswith(head) else 0
+            found[position].update(dict.fromkeys(piece.source for piece in pieces))
+        return tuple(map(tuple, found))
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one decoder layer at compute dtype."""
@@ -178,6 +199,11 @@ class Skeleton:
         finally:
             self._slots.used(weights)
             release_weights(module, weights)
+
+    def _buffer_sources(self) -> set[str]:
+        weights = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers = (pieces for name, pieces in self.keys.pieces.items() if name not in weights)
+        return {piece.source for pieces in buffers for piece in pieces}
 
     def _layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers_path}.{layer}"

@@ -20,8 +20,42 @@ pytestmark = pytest.mark.unit
 
 Header = dict[str, Any]
 Mutation = Callable[[random.Random, Header], None]
-_NUMBERS = (-1, 0, 1, 7, 8, 64, True, 2.0, 1e3, None, "4", [], {}, 2**31, 2**63, 2**64 - 1, 2**64, 10**30)
-_WORDS = ("", "F32", "f32", "I9", "F4", "F6_E2M3", "F8_E8M0", "C64", "U16", "BOOL", "bf16", 3, None, ["F32"])
+_NUMBERS: tuple[Any, ...] = (
+    -1,
+    0,
+    1,
+    7,
+    8,
+    64,
+    True,
+    2.0,
+    1e3,
+    None,
+    "4",
+    [],
+    {},
+    2**31,
+    2**63,
+    2**64 - 1,
+    2**64,
+    10**30,
+)
+_WORDS: tuple[Any, ...] = (
+    "",
+    "F32",
+    "f32",
+    "I9",
+    "F4",
+    "F6_E2M3",
+    "F8_E8M0",
+    "C64",
+    "U16",
+    "BOOL",
+    "bf16",
+    3,
+    None,
+    ["F32"],
+)
 
 
 def _header(rng: random.Random) -> tuple[Header, int]:
@@ -41,7 +75,7 @@ def _header(rng: random.Random) -> tuple[Header, int]:
 
 def _some(rng: random.Random, header: Header) -> Header:
     names = [name for name in header if name != "__metadata__"]
-    found: Header = header[rng.choice(names)] if names else {}
+    found: Any = header[rng.choice(names)] if names else {}
     return found if isinstance(found, dict) else {}
 
 

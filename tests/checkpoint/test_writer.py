@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ghoststream.checkpoint import CheckpointIndex, TensorEntry, writer
+from ghoststream.checkpoint import CheckpointIndex, TensorEntry, TensorReader, writer
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.checkpoint.writer import (
     TensorSource,
@@ -25,7 +25,7 @@ from ghoststream.checkpoint.writer import (
     stored_tensor,
     write_shards,
 )
-from ghoststream.errors import BudgetError, CheckpointError, DiskFullError, RequestError
+from ghoststream.errors import BudgetError, CheckpointError, DiskFullError, NumericsError, RequestError
 from ghoststream.files import file_digest
 
 pytestmark = pytest.mark.unit
@@ -52,7 +52,8 @@ def source(tmp_path: Path) -> CheckpointIndex:
 
 
 def _copies(index: CheckpointIndex) -> list[TensorSource]:
-    return [copied_tensor(index.root, entry, f"new.{name}") for name, entry in sorted(index.tensors.items())]
+    reader = TensorReader(index)
+    return [copied_tensor(reader, name, f"new.{name}") for name in sorted(index.tensors)]
 
 
 def _target(tmp_path: Path) -> Path:
@@ -137,9 +138,10 @@ def test_memory_is_one_buffer_whatever_the_size_of_a_tensor(tmp_path: Path) -> N
     with path.open("wb") as file:
         file.truncate(size)  # a hole: reads as zeros and takes no space
     entry = TensorEntry("w", path.name, "BF16", (size // 2,), 0, size)
+    reader = TensorReader(CheckpointIndex(path.parent, {"w": entry}, (path.name,)))
     tracemalloc.start()
     try:
-        write_shards(_target(tmp_path), plan_shards([copied_tensor(path.parent, entry, "w")]))
+        write_shards(_target(tmp_path), plan_shards([copied_tensor(reader, "w", "w")]))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -156,6 +158,13 @@ def test_stored_tensor_is_cast_as_torch_casts(
     folder = _target(tmp_path)
     write_shards(folder, plan_shards([stored_tensor("w", tensor, dtype)]))
     assert torch.equal(load_file(folder / SINGLE_NAME)["w"], tensor.to(dtype))
+
+
+def test_a_value_that_does_not_fit_its_dtype_is_refused(tmp_path: Path) -> None:
+    folder, tensor = _target(tmp_path), torch.full((3, 3), 1e6)
+    with pytest.raises(NumericsError, match=r"tensor w in .* holds infinity \(9 values"):
+        write_shards(folder, plan_shards([stored_tensor("w", tensor, torch.float16)]))
+    assert not (folder / SINGLE_NAME).exists()
 
 
 def test_a_rerun_keeps_whole_shards_and_rewrites_damaged_ones(
@@ -180,7 +189,7 @@ def test_a_rerun_keeps_whole_shards_and_rewrites_damaged_ones(
 def test_shards_of_another_plan_are_not_kept(source: CheckpointIndex, tmp_path: Path) -> None:
     folder = _target(tmp_path)
     write_shards(folder, plan_shards(_copies(source)))
-    renamed = [copied_tensor(source.root, source.tensors["b.single"], "other")]
+    renamed = [copied_tensor(TensorReader(source), "b.single", "other")]
     write_shards(folder, plan_shards(renamed))
     assert load_file(folder / SINGLE_NAME).keys() == {"other"}
 
@@ -200,7 +209,9 @@ def test_source_truncated_meanwhile(source: CheckpointIndex, tmp_path: Path) -> 
     path = source.root / SINGLE_NAME
     shards = plan_shards(_copies(source))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CheckpointError, match=r"ended inside tensor .*copy it again"):
+    with pytest.raises(
+        CheckpointError, match=r"ended \d+ bytes before the end of tensor .*copy the shard again"
+    ):
         write_shards(_target(tmp_path), shards)
     assert not (_target(tmp_path) / SINGLE_NAME).exists()
 

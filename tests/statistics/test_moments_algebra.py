@@ -28,6 +28,7 @@ class ArraySource:
         self._mask = rng.random((n_sequences, self.length)) < 0.8
         self.recipe: dict[str, object] = {}
         self.fingerprint: dict[str, object] = {}
+        self.annotations: dict[str, object] = {}
 
     def completed_layers(self) -> tuple[int, ...]:
         return (0, 1, 2)

@@ -56,6 +56,7 @@ class InMemory:
         self.n_layers, (self.n_sequences, self.length, self.hidden) = len(states) - 1, states[0].shape
         self.recipe: dict[str, Any] = {}
         self.fingerprint: dict[str, Any] = {}
+        self.annotations: dict[str, Any] = {}
 
     def completed_layers(self) -> tuple[int, ...]:
         return tuple(range(self.n_layers + 1))

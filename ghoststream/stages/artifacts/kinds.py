@@ -32,12 +32,12 @@ KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
         Kind.CHECKPOINT: ArtifactKind(
             explain.explain_checkpoint,
             check.check_checkpoint,
-            "index, headers, sizes, checksums where there are any",
+            "index, headers, sizes, every tensor, checksums where there are any",
         ),
         Kind.RECOVERED: ArtifactKind(
             explain.explain_recovered,
             check.check_recovered,
-            "checksums, index, headers, sizes, provenance",
+            "checksums, index, headers, sizes, every tensor, provenance",
         ),
         Kind.OPERATORS: ArtifactKind(
             explain.explain_operators, check.check_operators, "header, digest, values"

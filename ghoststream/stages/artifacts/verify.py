@@ -6,20 +6,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.errors import DataError
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.stages.artifacts.identify import identify
+from ghoststream.stages.artifacts.identify import Kind, identify
 from ghoststream.stages.artifacts.kinds import KINDS
+
+_WITH_WEIGHTS = frozenset({Kind.CHECKPOINT, Kind.RECOVERED})
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was checked at ``path``, and what is broken."""
+    """What was checked at ``path``, and what is broken.
+
+    ``digest`` is that of all tensors of a checkpoint: two that have the same hold the same weights.
+    """
 
     path: str
     kind: str
     checked: str
     problems: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def sound(self) -> bool:
@@ -31,12 +38,21 @@ class VerifyReport:
         return {**asdict(self), "problems": list(self.problems), "sound": self.sound}
 
 
-def verify_path(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
+def verify_path(
+    path: str | Path, *, model: str | Path | None = None, progress: Progress | None = None
+) -> VerifyReport:
     """Check the artifact at ``path`` (a local path, or the URL of a store) and report what is broken.
+
+    Of a checkpoint every tensor is read.
+
+    Args:
+        path: The artifact.
+        model: The model that it was made of: its tensors are compared with what they were then.
+        progress: Who is told how far it is.
 
     Raises:
         InputNotFoundError: If there is nothing.
-        RequestError: If it is nothing that ghoststream knows.
+        RequestError: If it is nothing that ghoststream knows, or was made of no model and one is given.
 
     Memory: one shard of a store, or 1 MiB of a file; an operators file is loaded whole.
     """
@@ -46,8 +62,20 @@ def verify_path(path: str | Path, *, progress: Progress | None = None) -> Verify
     except DataError as error:
         return VerifyReport(str(path), "unreadable file", "header", (str(error),))
     progress.log(f"checking {path}: {kind.value}")
+    problems: list[str] = []
+    digest = ""
     try:
-        problems = KINDS[kind].check(str(path))
+        problems += KINDS[kind].check(str(path))
+        if kind in _WITH_WEIGHTS or model is not None:
+            from ghoststream.stages.artifacts.weights import check_weights, compare_base
+
+            # What is broken in the files themselves is told first, and weights may not be there to read.
+            if kind in _WITH_WEIGHTS and not problems:
+                found, digest = check_weights(Path(path), progress)
+                problems += found
+            if model is not None:
+                problems += compare_base(kind, str(path), resolve_checkpoint(model).root, progress)
     except DataError as error:
-        problems = [str(error.args[0] if error.args else error)]
-    return VerifyReport(str(path), kind.value, KINDS[kind].checked, tuple(problems))
+        problems.append(str(error.args[0] if error.args else error))
+    checked = KINDS[kind].checked if model is None else f"{KINDS[kind].checked}, tensors of {model}"
+    return VerifyReport(str(path), kind.value, checked, tuple(dict.fromkeys(problems)), digest)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
+from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.errors import GhoststreamError, RequestError
 from ghoststream.options import Compute, Storage, Text, dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import base_of
 from ghoststream.text import TokenSet, recipe_of
 
 _SHARD_BYTES = 16 * 2**20
@@ -87,7 +89,10 @@ def capture_session(
 ) -> ActivationStore:
     """Do what :func:`capture` does, with a model that is open."""
     tokens = session.tokens(text, progress)
-    micro_batch = session.compute.micro_batch or _begun_with(store) or session.micro_batch(text.length)
+    begun = _begun(store)
+    if begun is not None:
+        require_undamaged(base_of(begun), session.fingerprint, session.skeleton.index, f"{store} was begun")
+    micro_batch = session.compute.micro_batch or _begun_with(begun) or session.micro_batch(text.length)
     recipe = _recipe(session, text, tokens, storage, micro_batch)
     rows = None if worker is None else _share(recipe, tokens.n_sequences, worker, progress)
     with _open_store(store, rows, _request(session, tokens, recipe)) as target:
@@ -98,12 +103,19 @@ def capture_session(
     return ActivationStore.open(str(store))
 
 
-def _begun_with(store: str | Path) -> int | None:
-    """Return the micro-batch of a store that was begun: another machine's memory may have decided it."""
+def _begun(store: str | Path) -> ActivationStore | None:
     try:
-        return CaptureRecipe.from_json(ActivationStore.open(str(store)).recipe, str(store)).micro_batch
+        return ActivationStore.open(str(store))
     except GhoststreamError:
         return None  # nothing there, or something that opening it for writing will name
+
+
+def _begun_with(store: ActivationStore | None) -> int | None:
+    """Return the micro-batch of a store that was begun: another machine's memory may have decided it."""
+    try:
+        return None if store is None else CaptureRecipe.from_json(store.recipe, store.uri).micro_batch
+    except GhoststreamError:
+        return None  # opening it for writing will name it
 
 
 def _recipe(

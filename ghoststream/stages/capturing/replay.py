@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from ghoststream.activations import ActivationStore
+from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.files import differences
 from ghoststream.options import Compute
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import base_of
 from ghoststream.streaming import Batch, Replay, Skeleton, make_batches, tap_point
 
 
@@ -76,6 +78,8 @@ def session_of(source: ActivationStore, model: str | Path, compute: Compute) -> 
 
     Raises:
         MismatchError: If the store is of another model.
+        CheckpointError: If a tensor that was read already is not what it was for the store; others are
+            compared when they are read.
         RequestError: If another compute type or attention is asked for.
         GhoststreamError: What opening the model raises.
     """
@@ -84,6 +88,7 @@ def session_of(source: ActivationStore, model: str | Path, compute: Compute) -> 
     own = {"dtype": recipe.dtype, "attention": recipe.attention}
     session = ModelSession(model, compute.model_copy(update=own))
     _require_same_model(session, source)
+    session.expect(base_of(source), f"{source.uri} was captured")
     return session
 
 
@@ -157,6 +162,9 @@ def rounding_notes(source: ActivationStore, *, allow_rounded: bool) -> list[str]
 def _require_same_model(session: ModelSession, source: ActivationStore) -> None:
     found = source.fingerprint.get("checkpoint", {})
     if found.get("digest") != session.fingerprint["digest"]:
+        require_undamaged(
+            base_of(source), session.fingerprint, session.skeleton.index, f"{source.uri} was captured"
+        )
         changed = "; ".join(differences(found, session.fingerprint)[:3])
         msg = (
             f"{source.uri} was not captured from {session.name} ({changed}); use the model that it was "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
 from ghoststream.activations import LayerWriter, WritableStore
@@ -11,6 +13,7 @@ from ghoststream.recipe import CaptureRecipe
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.stored import stored_states
+from ghoststream.statistics import BASE_TENSORS
 from ghoststream.streaming import (
     BackgroundObserver,
     Batch,
@@ -57,12 +60,18 @@ class CaptureRun:
         skeleton, store = self._session.skeleton, self._store
         batches = self._batches()
         first = self._resume_point()
+        session = self._session
+        session.expect({"tensors": store.annotations.get(BASE_TENSORS)}, f"{store.uri} was begun")
         if first:
             self._progress.log(f"continuing from h[{first}], which is in the store")
+            session.require_unchanged(self._progress)  # before anything of another model is added
         memory = self._session.memory(self._recipe.text.length, buffers=self._buffers(), scratch=store.folder)
         factory = memory.states_factory(batches)
         observer = StoreObserver(
-            store, skeleton.dtype if self._needs_scratch else None, self._recipe.layers[-1]
+            store,
+            skeleton.dtype if self._needs_scratch else None,
+            self._recipe.layers[-1],
+            session.read_for,
         )
         options = PassOptions(
             first_layer=first,
@@ -104,10 +113,17 @@ class StoreObserver:
         store: The store, open for writing.
         scratch_dtype: Compute dtype, if scratch copies are needed to continue from; else ``None``.
         last: The last position of the pass; nothing is continued from there.
+        tensors: Gives the digests of the tensors that a pass reads between a position and the one before.
     """
 
-    def __init__(self, store: WritableStore, scratch_dtype: torch.dtype | None, last: int) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: WritableStore,
+        scratch_dtype: torch.dtype | None,
+        last: int,
+        tensors: Callable[[int], Mapping[str, str]],
+    ) -> None:
+        self._store, self._tensors, self._noted = store, tensors, -1
         self._pending = set(store.layers) - set(store.completed_layers())
         self._scratch_dtype = scratch_dtype
         self._scratch_done = set(store.scratch_layers())
@@ -128,6 +144,10 @@ class StoreObserver:
 
     def finished(self, position: int) -> None:
         """Commit what was written, then drop the scratch copies of the positions before."""
+        if self._writers:
+            for earlier in range(self._noted + 1, position + 1):
+                self._store.annotate_entries(BASE_TENSORS, self._tensors(earlier))
+            self._noted = position
         for writer in self._writers:
             writer.commit()
         self._writers = []

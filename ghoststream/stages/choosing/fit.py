@@ -79,14 +79,17 @@ def fit_in_passes(
     found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
     if found is not None:
         return found
-    metadata: dict[str, Any] = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
+    metadata: dict[str, Any] = {"recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
+    session.expect(selection.base, "the plan was chosen")
     with output.writing():
         if repair is None:
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
             repair, metadata["chosen"] = _choose(selection.plan, trial)
         fits = _run(session, tokens, repair, ranges, micro_batch, progress)
+        # What was measured to choose methods saw the whole model.
+        metadata["base"] = session.base(selection.plan.spans[-1].stop if division is None else None, progress)
         hidden = session.skeleton.hidden_size
         operators = OperatorSet(selection.plan, method.operator or AUTO, tuple(fits), hidden, metadata)
         operators.save(output.path)

@@ -87,6 +87,7 @@ def _choose(
     chosen = rule.choose(trial, remove, search, method)
     rows = [{**row, "chosen": _is_chosen(row, chosen.repair)} for row in chosen.rows]
     return Selection(
+        base=trial.session.base(None, trial.progress),
         plan=chosen.repair.plan,
         criterion=str(search.criterion),
         meaning=rule.meaning,

@@ -142,7 +142,12 @@ class Trial:
         if self._output is not None:
             with disk_errors(self._output.work):
                 self._output.work.mkdir(parents=True, exist_ok=True)
-            kept = {"recipe_digest": self._output.digest, "dense_loss": dense.loss, "candidates": self._rows}
+            kept = {
+                "recipe_digest": self._output.digest,
+                "dense_loss": dense.loss,
+                "candidates": self._rows,
+                "base": self.session.base(None, self.progress),
+            }
             atomic_write_json(self._notes(self._output), kept)
 
     def _notes(self, output: Output) -> Path:
@@ -151,7 +156,10 @@ class Trial:
     def _load(self) -> None:
         if self._output is None:
             return
+        notes = self._notes(self._output)
         with suppress(ArtifactError, FileNotFoundError):
-            found = read_json(self._notes(self._output))
-            if isinstance(found, dict) and found.get("recipe_digest") == self._output.digest:
+            found = read_json(notes)
+            is_ours = isinstance(found, dict) and found.get("recipe_digest") == self._output.digest
+            if is_ours and isinstance(found.get("base"), dict):
                 self._dense_loss, self._rows = found["dense_loss"], dict(found["candidates"])
+                self.session.expect(found["base"], f"{notes} was written")

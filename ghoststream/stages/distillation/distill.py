@@ -86,6 +86,7 @@ def distill(
     session = ModelSession(model, compute)
     given = operators if isinstance(operators, OperatorSet) else OperatorSet.load(Path(operators))
     _require_trainable(given, session)
+    session.expect(given.metadata.get("base") or {}, "the operators were fitted")
     text = Text.of(calibration).to_calibrate()
     tokens = session.tokens(text, progress)
     settings = _settings(training, session, tokens)
@@ -104,7 +105,11 @@ def distill(
         figures = _diagnostics(*run.run(progress))
         for warning in figures["warnings"]:
             progress.log(f"warning: {warning}")
-        metadata = {"base": session.fingerprint, "recipe": recipe, "recipe_digest": output.digest}
+        metadata = {
+            "base": session.base(None, progress),
+            "recipe": recipe,
+            "recipe_digest": output.digest,
+        }
         boundaries = trained_boundaries(given, run.operators, figures)
         trained = OperatorSet(
             given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
@@ -118,9 +123,8 @@ def _require_trainable(operators: OperatorSet, session: ModelSession) -> None:
     require_gradient_dtype(skeleton.dtype)
     require_operators_fit(
         operators,
-        n_layers=skeleton.n_layers,
-        hidden=skeleton.hidden_size,
-        digest=session.fingerprint["digest"],
+        skeleton,
+        session.fingerprint,
     )
     require_prunable(skeleton, operators.plan)
     if not operators.operators:

@@ -27,7 +27,7 @@ class Teacher:
     Args:
         folder: Where they are kept: ``states.npy`` (bytes of the states at compute dtype, ``(S, T, C b)``),
             ``logits.npy`` (float32, ``(S, T, top)``) and ``entries.npy`` (int32, the same shape);
-            ``teacher.json`` is written last.
+            ``base.json`` has digests of the model's tensors; ``teacher.json`` is written last.
         session: The model.
         start: Position of the states.
         top: How many logits; at most the vocabulary.
@@ -38,7 +38,7 @@ class Teacher:
     def __init__(self, folder: Path, session: ModelSession, start: int, top: int) -> None:
         self._folder, self._session, self._start = folder, session, start
         self._top = min(top, session.skeleton.vocab_size)
-        self._marker = folder / "teacher.json"
+        self._marker, self._base = folder / "teacher.json", folder / "base.json"
         self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     def prepare(self, tokens: TokenSet, micro_batch: int, progress: Progress) -> None:
@@ -48,14 +48,16 @@ class Teacher:
             BudgetError: If the disk has too little space, or a pass does not fit the memory given.
             DiskFullError: If no space is left.
             NumericsError: If a state is not finite.
+            CheckpointError: If a tensor that was read already is not what it was when the model ran.
         """
         shapes = self._shapes(tokens)
         described = {name: [list(shape), dtype] for name, (shape, dtype) in shapes.items()}
-        if self._found() != described:
+        if self._found() != described or not self._expect_base():
             self._marker.unlink(missing_ok=True)
             self._run(tokens, micro_batch, progress)
             for name in shapes:
                 fsync_path(self._path(name))
+            atomic_write_json(self._base, self._session.base(None, progress))
             atomic_write_json(self._marker, described)
         self._arrays = {name: np.load(self._path(name), mmap_mode="r") for name in shapes}
 
@@ -127,6 +129,13 @@ class Teacher:
         with suppress(ArtifactError, FileNotFoundError):
             return read_json(self._marker)
         return None
+
+    def _expect_base(self) -> bool:
+        """Know what the model was when it ran; say whether that was kept."""
+        with suppress(ArtifactError, FileNotFoundError):
+            self._session.expect(read_json(self._base), f"{self._marker} was written")
+            return True
+        return False
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npy"

@@ -9,6 +9,7 @@ from typing import Any
 
 import scipy
 
+from ghoststream.checkpoint.contents import TensorDigests
 from ghoststream.errors import ArtifactError
 from ghoststream.operators import (
     BoundaryOperator,
@@ -19,7 +20,7 @@ from ghoststream.operators import (
 from ghoststream.options import Method, Reduction
 from ghoststream.progress import Progress
 from ghoststream.recipe import StoreFitRecipe, library_versions
-from ghoststream.selection import read_plan
+from ghoststream.selection import Selection, read_plan
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import WantedTaps, require_fit_memory, store_taps, wanted_taps
 from ghoststream.stages.from_store.evidence import Opener
@@ -31,6 +32,7 @@ from ghoststream.statistics import (
     HiddenStateSource,
     Ranges,
     TapSource,
+    base_of,
     open_source,
     store_digest,
     taps_of,
@@ -68,6 +70,7 @@ def fit_from_store(
         UnsupportedModelError: If an operator on features of the layer before could not be absorbed into the
             model.
         MismatchError: If the store is of another model than the one given.
+        CheckpointError: If plan and store were made of different weights, or a tensor is not what it was.
         BudgetError, DiskFullError: If taps or partial statistics do not fit the disk, or the moments of one
             span or the fit of a wide feature not the memory.
 
@@ -83,7 +86,9 @@ def fit_from_store(
     kind = make_store_kind(method)
     store = open_source(store_uri)
     ranges = Ranges.make(store.n_sequences, folds=folds)
-    job = _Job(store_uri, store, read_plan(plan, store.n_layers).plan, kind, ranges, reduction, progress)
+    selection = read_plan(plan, store.n_layers)
+    _require_same_base(selection, store, store_uri)
+    job = _Job(store_uri, store, selection.plan, kind, ranges, reduction, progress)
     output = Output(out, job.request)
     found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
     if found is not None:
@@ -143,7 +148,7 @@ class _Job:
         for spans in span_groups(self.spans, reads_taps=stored is not None):
             self.moments.update(self._reduce(spans, stored, output.work))
         metadata = {
-            "base": dict(self.store.fingerprint.get("checkpoint", {})),
+            "base": base_of(self.store),
             "recipe": self.recipe.to_json(),
             "recipe_digest": output.digest,
             "versions": {**library_versions(), "scipy": scipy.__version__},
@@ -195,6 +200,12 @@ class _Job:
         name = str(self.kind.method.operator)
         OperatorSet(plan, name, (operator,), self.store.hidden, metadata).save(path)
         return operator
+
+
+def _require_same_base(selection: Selection, store: HiddenStateSource, store_uri: str) -> None:
+    digests = TensorDigests(Path(store_uri))
+    digests.expect(selection.base.get("tensors") or {}, "the plan was chosen")
+    digests.expect(base_of(store)["tensors"], f"{store_uri} was captured")
 
 
 def _taps(job: _Job, model: Opener | None) -> WantedTaps | None:

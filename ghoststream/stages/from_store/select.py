@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ghoststream.options import Reduction
 from ghoststream.progress import Progress
@@ -11,7 +12,7 @@ from ghoststream.selection.registry import Criterion
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.from_store.evidence import Opener, StoreEvidence
 from ghoststream.stages.output import Output
-from ghoststream.statistics import open_source, store_digest
+from ghoststream.statistics import base_of, open_source, store_digest
 
 PUBLISHED = "streamline-published"
 """The criterion that is taken where none is named: that of the paper's published code."""
@@ -47,23 +48,29 @@ def select_from_store(
     recipe = {"stage": "select", "criterion": name, "remove": remove, "store": store_digest(store)}
     if out is None:
         evidence = StoreEvidence(store_uri, store, model, reduction, None, progress)
-        return _choose(rule, name, evidence, remove, recipe)
+        return _choose(rule, name, evidence, remove, recipe, base_of(store))
     output = Output(out, recipe)
     found = output.existing(Selection.load, lambda selection: selection.digest)
     if found is not None:
         return found
     with output.writing():
         evidence = StoreEvidence(store_uri, store, model, reduction, output.work, progress)
-        selection = _choose(rule, name, evidence, remove, recipe)
+        selection = _choose(rule, name, evidence, remove, recipe, base_of(store))
         selection.save(output.path)
     return selection
 
 
 def _choose(
-    rule: Criterion, name: str, evidence: Evidence, remove: int, recipe: dict[str, object]
+    rule: Criterion,
+    name: str,
+    evidence: Evidence,
+    remove: int,
+    recipe: dict[str, object],
+    base: dict[str, Any],
 ) -> Selection:
     choice = rule.choose(evidence, remove)
     return Selection(
+        base=base,
         plan=PruningPlan(evidence.n_layers, choice.chosen),
         criterion=name,
         meaning=rule.meaning,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ghoststream.activations import ActivationStore
+from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.options import Text
@@ -14,6 +15,7 @@ from ghoststream.stages.lanes import first_needed
 from ghoststream.stages.measuring.model_groups import MeasuredModel, ModelGroup
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.stored import stored_states
+from ghoststream.statistics import base_of
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet, recipe_of
 
@@ -36,6 +38,7 @@ class Measurement:
         if isinstance(text, ActivationStore):
             self._store: ActivationStore | None = text
             captured = _usable_capture(text, group.session)
+            group.session.expect(base_of(text), f"{text.uri} was captured")
             tokens, asked, micro_batch = TokenSet(*text.tokens()), captured.text, captured.micro_batch
             self._memory = group.session.memory(tokens.length)
         else:
@@ -70,6 +73,7 @@ class Measurement:
         )
         factory = self._memory.states_factory(self._batches)
         StreamedPass(skeleton, self._batches, lanes, factory, options).run()
+        self._session.require_unchanged(progress)
         recipe = self._recipe.to_json()
         return [(model, losses.summary(), recipe) for model, losses in pairs]
 
@@ -97,6 +101,9 @@ def _usable_capture(store: ActivationStore, session: ModelSession) -> CaptureRec
     """Check that going on from a store's states gives what the whole pass would."""
     captured = CaptureRecipe.model_validate(store.recipe)
     if captured.model_digest != session.fingerprint["digest"]:
+        require_undamaged(
+            base_of(store), session.fingerprint, session.skeleton.index, f"{store.uri} was captured"
+        )
         msg = (
             f"{store.uri} was captured from another model than {session.name}; give the model of the store, "
             "and what was recovered from it"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.errors import ArtifactError, OutputExistsError, RequestError
 from ghoststream.files import differences, file_digest, read_json, require_writable
 from ghoststream.operators import OperatorSet
@@ -80,6 +81,7 @@ def group_models(
 
     Raises:
         RequestError: If no model is given, or an operator file without its base.
+        CheckpointError: If a base changed since something else was made of it.
         GhoststreamError: What opening a model raises.
     """
     if not models and not opened:
@@ -97,11 +99,18 @@ def group_models(
     for position, one in enumerate(everything):
         group = bases.get(one.digest)
         if group is not None:
+            if one.session is not None and one.session.root != group.session.root:
+                group = ModelGroup(one.session)  # a copy, whose bytes may have changed where no sample is
+                groups.append(group)
             group.models.append(MeasuredModel(position, one.name, one.digest, None))
             continue
         group = bases.get(str(one.base))
         operators = one.over(group.session) if group is not None else None
         if group is None:
+            for known in bases.values():
+                base = known.session
+                since = f"{one.name} was made of it"
+                require_undamaged(one.noted, base.fingerprint, base.skeleton.index, since)
             if one.session is None:
                 msg = (
                     f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before "
@@ -161,12 +170,20 @@ class _Opened:
     digest: str
     session: ModelSession | None
     operators: OperatorSet | RecoveredInfo | None
-    base: str | None
+    noted: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """Digest of the fingerprint of its base."""
+        return str(self.noted["digest"]) if "digest" in self.noted else None
 
     def over(self, base: ModelSession) -> OperatorSet | None:
         """Return the operators, those that are absorbed into weights told from the base's."""
         if isinstance(self.operators, RecoveredInfo):
+            base.expect(self.operators.base, f"{self.name} was made of it")
             return self.operators.operators_over(base.root)
+        if self.operators is not None:
+            base.expect(self.operators.metadata.get("base") or {}, f"{self.name} was made of it")
         return self.operators
 
 
@@ -181,8 +198,8 @@ def _open(model: str | Path, compute: Compute) -> _Opened:
     path = Path(model)
     if path.is_file() and path.suffix == ".safetensors":
         operators = OperatorSet.load(path)
-        base = str(operators.metadata.get("base", {}).get("digest"))
-        return _Opened(str(model), file_digest(path), None, operators, base)
+        noted = {"digest": None, **(operators.metadata.get("base") or {})}
+        return _Opened(str(model), file_digest(path), None, operators, noted)
     return _of_session(ModelSession(model, compute))
 
 
@@ -190,5 +207,6 @@ def _of_session(session: ModelSession) -> _Opened:
     digest = str(session.fingerprint["digest"])
     info = load_recovered(session.root)
     if info is None:
-        return _Opened(session.name, digest, session, None, None)
-    return _Opened(session.name, digest, session, info, str(info.base["digest"]))
+        return _Opened(session.name, digest, session, None)
+    session.expect({"tensors": info.digests}, "it was exported", what="the recovered checkpoint")
+    return _Opened(session.name, digest, session, info, info.base)

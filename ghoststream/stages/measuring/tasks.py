@@ -164,6 +164,7 @@ class _TaskPass:
         options = PassOptions(logit_tokens=self._recipe.loss_chunk_tokens, progress=progress)
         factory = self._session.memory(self._longest).states_factory(batches)
         StreamedPass(skeleton, batches, lanes, factory, options).run()
+        self._session.require_unchanged(progress)
         return pairs
 
     def _make_batches(self, suite: TaskSuite) -> RequestBatches:

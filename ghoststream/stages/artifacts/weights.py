@@ -1,0 +1,126 @@
+"""The weights of a checkpoint, read whole: are they numbers, and are they what something was made of?
+
+What reads one kind of artifact is imported there: weights must not wait for the libraries of a store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ghoststream.checkpoint.content_reader import ContentReader
+from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.keys import is_saved_mask
+from ghoststream.errors import DataError, RequestError
+from ghoststream.files import file_digest, json_digest, read_json
+from ghoststream.progress import Progress
+from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.stages.artifacts.identify import Kind
+
+# The hub keeps large files in its cache under their SHA-256.
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def check_weights(root: Path, progress: Progress) -> tuple[list[str], str]:
+    """Read every tensor of a checkpoint: none may hold NaN, none but a mask infinity.
+
+    Shards in a cache of the hub are also compared with the SHA-256 that the hub has given them.
+
+    Returns:
+        What is broken, a line each; and the digest of the digests of all tensors, by their names, which is
+        empty where something is broken.
+
+    Raises:
+        GhoststreamError: If headers cannot be read.
+
+    Memory: 1 MiB.
+    """
+    index = CheckpointIndex.open(root)
+    problems = _renamed_blobs(index)
+    with _reader(index) as reader:
+        problems += _check(reader, index.tensors, progress)
+        digest = "" if problems else json_digest(reader.digests.of(index.tensors))
+    return problems, digest
+
+
+def compare_base(kind: Kind, path: str, root: Path, progress: Progress) -> list[str]:
+    """Compare a checkpoint with what an artifact was made of; return what differs, a line each.
+
+    Args:
+        kind: What the artifact is.
+        path: The artifact.
+        root: Folder of the checkpoint.
+        progress: Who is told how far it is.
+
+    Raises:
+        RequestError: If the artifact was made of no model, or does not say what its tensors were.
+        GhoststreamError: If it, or headers of the checkpoint, cannot be read.
+
+    Memory: 1 MiB, and what the artifact says of itself.
+    """
+    base = _base_of(kind, path)
+    tensors = base.get("tensors")
+    if not isinstance(tensors, Mapping) or not tensors:
+        msg = f"{path} does not say what the tensors of its model were; leave --model out"
+        raise RequestError(msg)
+    index = CheckpointIndex.open(root)
+    gone = sorted(name for name in tensors if name not in index.tensors)
+    problems = [f"{root} has no tensor {name}, which {path} was made of" for name in gone]
+    if base.get("config") not in (None, file_digest(root / "config.json")):
+        problems.append(f"{root / 'config.json'} changed since {path} was made")
+    with _reader(index) as reader:
+        reader.digests.expect(tensors, f"{path} was made")
+        return problems + _check(reader, reader.unread(), progress)
+
+
+def _reader(index: CheckpointIndex) -> ContentReader:
+    return ContentReader(index, {name for name, entry in index.tensors.items() if is_saved_mask(entry)})
+
+
+def _check(reader: ContentReader, names: Iterable[str], progress: Progress) -> list[str]:
+    order = sorted(names, key=lambda name: (reader.entry(name).shard, reader.entry(name).offset))
+    problems = []
+    progress.start("reading tensors", len(order), "tensors")
+    for name in order:
+        try:
+            reader.check(name)
+        except DataError as error:
+            problems.append(str(error.args[0] if error.args else error))
+        progress.advance(1)
+    progress.finish()
+    return problems
+
+
+def _renamed_blobs(index: CheckpointIndex) -> list[str]:
+    problems = []
+    for shard in index.shards:
+        path = index.root / shard
+        blob = path.resolve()
+        named = blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name) is not None
+        if named and file_digest(path) != f"sha256:{blob.name}":
+            problems.append(f"{path} is not what the hub has: its SHA-256 is another; download it again")
+    return problems
+
+
+def _base_of(kind: Kind, path: str) -> Mapping[str, Any]:
+    if kind is Kind.STORE:
+        from ghoststream.activations import ActivationStore
+        from ghoststream.statistics import base_of
+
+        return base_of(ActivationStore.open(path))
+    if kind is Kind.OPERATORS:
+        from ghoststream.operators import OperatorSet
+
+        return dict(OperatorSet.load(path).metadata.get("base") or {})
+    if kind is Kind.PLAN:
+        from ghoststream.selection import Selection
+
+        return Selection.load(Path(path)).base
+    if kind is Kind.RECOVERED:
+        found = read_json(Path(path) / PROVENANCE_NAME)
+        base = found.get("base") if isinstance(found, Mapping) else None
+        return base if isinstance(base, Mapping) else {}
+    msg = f"{path} is a {kind.value}, which was made of no other model; leave --model out"
+    raise RequestError(msg)

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ghoststream.checkpoint.architecture import architecture_of
-from ghoststream.checkpoint.index import CheckpointIndex, TensorEntry
+from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.sizes import plain_config
 from ghoststream.checkpoint.weight_files import (
     ADAPTER_NAME,

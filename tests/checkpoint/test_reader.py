@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 from collections.abc import Iterator
@@ -49,9 +50,11 @@ def open_shards(folder: Path) -> int:
 def few_descriptors(more: int) -> Iterator[None]:
     """Allow this process so many descriptors more than it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    spare = os.open(os.devnull, os.O_RDONLY)
-    os.close(spare)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + more, hard))
+    used = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+    # The limit is one of numbers, and tests before this one may have left gaps among them.
+    free = (number for number in itertools.count() if number not in used)
+    last = next(itertools.islice(free, more - 1, None))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, hard))
     try:
         yield
     finally:

@@ -282,6 +282,8 @@ def _remote_store(url: str, storage_options: Mapping[str, Any] | None, *, read_o
             " (s3fs for s3://, gcsfs for gs://), or pass a Zarr store object"
         )
         raise RequestError(msg) from error
+    except OSError as error:  # some kinds of URL connect at once
+        raise _no_answer(url, error) from error
     _require_answer(store, url)
     return store
 
@@ -290,8 +292,13 @@ def _require_answer(store: FsspecStore, url: str) -> None:
     try:
         sync(_first_name(store))
     except Exception as error:
-        msg = f"{url} does not answer ({error}); check the address, the credentials and the connection"
-        raise RequestError(msg) from error
+        raise _no_answer(url, error) from error
+
+
+def _no_answer(url: str, error: Exception) -> RequestError:
+    return RequestError(
+        f"{url} does not answer ({error}); check the address, the credentials and the connection"
+    )
 
 
 async def _first_name(store: FsspecStore) -> str | None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ghoststream as gs
+from ghoststream.checkpoint.architecture import ARCHITECTURES
 from ghoststream.files import read_json
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.options import Compute, Text
@@ -127,7 +128,16 @@ def _names(folder: Path) -> set[str]:
     return set(read_json(folder / "ghoststream.json")["tensors"])
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "mixtral", "qwen2", "opt", "bloom"])
+_FEW = ("gpt2", "gemma2", "mixtral", "qwen2", "opt", "bloom")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *_FEW,
+        *(pytest.param(name, marks=pytest.mark.soak) for name in sorted({*ARCHITECTURES} - {*_FEW, "llama"})),
+    ],
+)
 def test_other_families_stream_as_they_load(
     model_type: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ghoststream.activations.encoding import MANIFEST, Encoding
 from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path
 from ghoststream.errors import StoreError
-from ghoststream.files import bytes_digest, canonical_json, differences, json_digest
+from ghoststream.files import bytes_digest, canonical_json, differences, is_sealed, sealed
 
 MANIFEST_KEY = "manifest.json"
 LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
@@ -176,7 +176,7 @@ def _is_there(path: Path, record: ObjectRecord) -> bool:
 def sign(data: Mapping[str, Any], encoding: Encoding) -> bytes:
     """Return a file that checks itself: one line of canonical JSON with its encoding and its own digest."""
     whole = {**encoding.attributes(), **data}
-    return f"{canonical_json({**whole, 'digest': json_digest(whole)})}\n".encode()
+    return f"{canonical_json(sealed(whole))}\n".encode()
 
 
 def read_signed(content: bytes, encoding: Encoding, where: str) -> dict[str, Any]:
@@ -194,8 +194,7 @@ def read_signed(content: bytes, encoding: Encoding, where: str) -> dict[str, Any
         msg = f"{where} does not hold a JSON object; {ADVICE}"
         raise StoreError(msg)
     encoding.require(data, where)
-    digest = data.pop("digest", None)
-    if digest != json_digest(data):
+    if not is_sealed(data):
         msg = f"{where} was changed after it was written: it does not match its own digest; {ADVICE}"
         raise StoreError(msg)
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import weakref
 from types import TracebackType
@@ -20,6 +21,7 @@ from ghoststream.activations.manifest import ADVICE, MANIFEST_KEY, Manifest, Obj
 from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TokenArrays
 from ghoststream.errors import BusyError, InputNotFoundError, OutputExistsError, StoreError
 from ghoststream.files import FolderLock, bytes_digest, require_free_space
+from ghoststream.files.atomic import is_temporary
 
 RUN_KEY = "run.json"
 """Times and host facts of the runs that filled the store; not part of its identity."""
@@ -28,6 +30,9 @@ PARTS_FOLDER = "parts"
 """Where the workers of a capture that is split keep what is theirs, until the store is complete."""
 
 _OWN_FOLDERS = ("hidden/", "tokens/", SCRATCH_PREFIX, f"{PARTS_FOLDER}/")
+# Zarr's metadata and chunks, what zarr calls either while it is written, and the markers and locks of parts.
+_ROOT_NAME = re.compile(r"zarr\.(json|[0-9a-f]+\.partial)")
+_OWN_NAME = re.compile(rf"{_ROOT_NAME.pattern}|c(\.[0-9]+)*(\.[0-9a-f]+\.partial)?|part\.json|\.lock")
 _POLL_S = 0.05
 _BYSTANDERS = frozenset({".lock", RUN_KEY})
 _FOLDERS = ("tokens", "hidden")
@@ -86,7 +91,7 @@ def make_store(location: Location, manifest: Manifest, tokens: TokenArrays) -> N
     Memory: The tokens, three times.
     """
     objects = _creation(manifest, tokens)
-    leftovers = [key for key in location.list_keys() if key not in _BYSTANDERS and key not in objects]
+    leftovers = [key for key in location.list_keys() if is_own(key) and key not in objects]
     # Looked at after the listing: what was listed is then older than anything that belongs to a finished
     # store.
     if location.read(MANIFEST_KEY) is not None:
@@ -228,20 +233,17 @@ def require_sound(location: Location, manifest: Manifest) -> None:
 def clear_leftovers(location: Location, manifest: Manifest) -> None:
     """Remove what a killed run left: partial files, shards of uncommitted layers, dropped scratch.
 
-    Call only where no part is being written: what workers have and the manifest does not list is removed as
-    well.
+    Files of other names than ours are left alone. Call only where no part is being written: what workers have
+    and the manifest does not list is removed as well.
     """
     expected = manifest.objects()
-    strays = [
-        key
-        for key in location.list_keys()
-        if key not in expected and (key.startswith(_OWN_FOLDERS) or key.endswith(".partial"))
-    ]
+    strays = [key for key in location.list_keys() if key not in expected and is_own(key)]
     location.delete(strays)
-    for path in sorted({key.partition("/")[0] for key in strays if key.startswith(SCRATCH_PREFIX)}):
-        if path not in manifest.arrays:
+    # Nothing but what is in the manifest and what somebody else put there is left.
+    folders = {key.partition("/")[0] for key in strays if key.startswith(SCRATCH_PREFIX)}
+    for path in sorted({*folders, PARTS_FOLDER}):
+        if path not in manifest.arrays and not location.list_keys(f"{path}/"):
             location.delete_folder(path)
-    location.delete_folder(PARTS_FOLDER)
 
 
 def unexpected_keys(location: Location, manifest: Manifest) -> list[str]:
@@ -252,6 +254,14 @@ def unexpected_keys(location: Location, manifest: Manifest) -> list[str]:
         for key in location.list_keys()
         if key.rpartition("/")[0] in manifest.arrays and key not in expected
     ]
+
+
+def is_own(key: str) -> bool:
+    """Say whether a key is one that we give to an object, or to its partial file."""
+    folder, _, name = key.rpartition("/")
+    if is_temporary(name) or (not folder and _ROOT_NAME.fullmatch(name)):
+        return True
+    return f"{folder}/".startswith(_OWN_FOLDERS) and _OWN_NAME.fullmatch(name) is not None
 
 
 def _acquire(lock: FolderLock, patience_s: float) -> None:

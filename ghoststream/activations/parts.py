@@ -27,7 +27,7 @@ from ghoststream.activations.manifest import (
     read_signed,
     sign,
 )
-from ghoststream.activations.opening import PARTS_FOLDER, check_objects
+from ghoststream.activations.opening import PARTS_FOLDER, check_objects, is_own
 from ghoststream.errors import MismatchError, RequestError, StoreError
 from ghoststream.files import json_digest
 
@@ -221,11 +221,11 @@ def clear_part_leftovers(location: Location, part: Part, manifest: Manifest) -> 
     strays = [
         key for key in location.list_keys("hidden/") if shard_number(key) in own and key not in expected
     ]
-    scratch = [key for key in location.list_keys(part.folder) if key not in expected]
+    scratch = [key for key in location.list_keys(part.folder) if key not in expected and is_own(key)]
     location.delete([*strays, *scratch])
     names = {key.removeprefix(part.folder).partition("/")[0] for key in scratch}
     for path in sorted(f"{part.folder}{name}" for name in names if name.startswith(SCRATCH_PREFIX)):
-        if path not in manifest.arrays:
+        if path not in manifest.arrays and not location.list_keys(f"{path}/"):
             location.delete_folder(path)
 
 

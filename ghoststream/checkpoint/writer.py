@@ -24,24 +24,24 @@ from ghoststream.checkpoint.dtypes import DTYPES
 from ghoststream.checkpoint.header import BITS, tensor_bytes
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.checkpoint.reader import TensorReader
-from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.errors import RequestError
 from ghoststream.files import (
+    JOURNAL_NAME,
     atomic_write_json,
     bytes_digest,
-    disk_errors,
     file_digest,
     format_digest,
-    fsync_folder,
-    fsync_path,
-    read_json,
+    read_kept,
+    read_sealed_json,
+    replacing,
     require_free_space,
+    write_all,
+    write_sealed_json,
 )
 from ghoststream.progress import Progress, SilentProgress
 
 BUFFER_BYTES = CHUNK_BYTES
 DEFAULT_SHARD_BYTES = 5_000_000_000
-# The name lets StagingFolder.commit and checksums leave it out.
-_JOURNAL = ".shards.partial"
 
 Chunks = Callable[[memoryview], Iterator[memoryview]]
 
@@ -214,31 +214,21 @@ def write_shards(
 
 
 def _write_shard(path: Path, shard: Shard, buffer: memoryview, progress: Progress) -> WrittenShard:
-    partial = path.with_name(f".{path.name}.partial")
     header = shard.header()
     whole = hashlib.sha256(header)
     digests: dict[str, str] = {}
-    with disk_errors(path, shard.n_bytes):
-        with partial.open("wb", buffering=0) as file:
-            _write_all(file, memoryview(header))
-            for tensor in shard.tensors:
-                is_copy = tensor.source_digest is not None
-                check = ContentCheck(tensor.name, tensor.dtype_name, path, may_be_infinite=is_copy)
-                for chunk in tensor.chunks(buffer):
-                    _write_all(file, chunk)
-                    whole.update(chunk)
-                    check.update(chunk)
-                    progress.advance(len(chunk))
-                digests[tensor.name] = check.digest()
-        fsync_path(partial)
-        partial.replace(path)
-        fsync_folder(path.parent)
+    with replacing(path, shard.n_bytes) as file:
+        write_all(file, header)
+        for tensor in shard.tensors:
+            is_copy = tensor.source_digest is not None
+            check = ContentCheck(tensor.name, tensor.dtype_name, path, may_be_infinite=is_copy)
+            for chunk in tensor.chunks(buffer):
+                write_all(file, chunk)
+                whole.update(chunk)
+                check.update(chunk)
+                progress.advance(len(chunk))
+            digests[tensor.name] = check.digest()
     return WrittenShard(bytes_digest(header), format_digest(whole), digests)
-
-
-def _write_all(file: Any, chunk: memoryview) -> None:
-    while chunk:
-        chunk = chunk[file.write(chunk) :]
 
 
 def _write_index(path: Path, shards: Sequence[Shard]) -> None:
@@ -257,14 +247,8 @@ class _Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, WrittenShard] = {}
-        path = folder / _JOURNAL
-        if path.is_file():
-            try:
-                noted = read_json(path)
-                self.entries = {name: WrittenShard(**entry) for name, entry in noted.items()}
-            except (ArtifactError, TypeError, AttributeError):
-                # A journal that cannot be read costs writing the shards again, nothing else.
-                self.entries = {}
+        # A journal that cannot be read costs writing the shards again, nothing else.
+        self.entries |= read_kept(_read_journal, folder / JOURNAL_NAME) or {}
 
     def verified(self, shard: Shard) -> WrittenShard | None:
         """Return the entry of a shard that is there, planned the same way, and holds the noted bytes.
@@ -289,4 +273,9 @@ class _Journal:
             name: {"header": item.header, "digest": item.digest, "tensors": dict(item.tensors)}
             for name, item in self.entries.items()
         }
-        atomic_write_json(self.folder / _JOURNAL, noted)
+        write_sealed_json(self.folder / JOURNAL_NAME, {"shards": noted})
+
+
+def _read_journal(path: Path) -> dict[str, WrittenShard]:
+    noted = read_sealed_json(path)["shards"]
+    return {name: WrittenShard(**entry) for name, entry in noted.items()}

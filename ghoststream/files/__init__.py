@@ -1,25 +1,36 @@
-"""Files that survive a kill: atomic writes, digests, locks, staging folders, checksums and disk space."""
+"""Files that survive a kill: atomic writes, seals, locks, work folders, checksums and disk space."""
 
 from __future__ import annotations
 
-from ghoststream.files.atomic import atomic_write_bytes, atomic_write_json, fsync_folder, fsync_path
+from ghoststream.files.atomic import (
+    atomic_write_bytes,
+    atomic_write_json,
+    fsync_folder,
+    fsync_path,
+    replacing,
+    write_all,
+)
 from ghoststream.files.digests import bytes_digest, file_digest, format_digest
 from ghoststream.files.json_data import canonical_json, differences, json_digest, read_json
 from ghoststream.files.locks import FileLock, FolderLock
+from ghoststream.files.seals import is_sealed, read_kept, read_sealed_json, sealed, unseal, write_sealed_json
 from ghoststream.files.space import (
     disk_errors,
     format_bytes,
     require_free_space,
     require_writable,
 )
-from ghoststream.files.staging import StagingFolder
-from ghoststream.files.sums import SUMS_NAME, missing_files, verify_sums, write_sums
+from ghoststream.files.staging import JOURNAL_NAME, StagingFolder
+from ghoststream.files.sums import SUMS_NAME, verify_sums, write_sums
+from ghoststream.files.work import WorkFolder
 
 __all__ = [
+    "JOURNAL_NAME",
     "SUMS_NAME",
     "FileLock",
     "FolderLock",
     "StagingFolder",
+    "WorkFolder",
     "atomic_write_bytes",
     "atomic_write_json",
     "bytes_digest",
@@ -31,11 +42,18 @@ __all__ = [
     "format_digest",
     "fsync_folder",
     "fsync_path",
+    "is_sealed",
     "json_digest",
-    "missing_files",
     "read_json",
+    "read_kept",
+    "read_sealed_json",
+    "replacing",
     "require_free_space",
     "require_writable",
+    "sealed",
+    "unseal",
     "verify_sums",
+    "write_all",
+    "write_sealed_json",
     "write_sums",
 ]

@@ -3,21 +3,77 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from ghoststream.errors import OutputExistsError
 from ghoststream.files.json_data import pretty_json
-from ghoststream.files.locks import open_locked
 from ghoststream.files.space import disk_errors
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside ``path`` that nobody else has: hidden, with a random part."""
+    return path.with_name(f".{path.name}.ghoststream-{secrets.token_hex(8)}.partial")
+
+
+def is_temporary(name: str, of: str | None = None) -> bool:
+    """Say whether :func:`temporary_name` gives such names, to a path of the name ``of`` or to any."""
+    stem = r".+" if of is None else re.escape(of)
+    return re.fullmatch(rf"\.{stem}\.ghoststream-[0-9a-f]{{16}}\.partial", name, re.DOTALL) is not None
+
+
+@contextmanager
+def replacing(path: Path, n_bytes: int | None = None) -> Iterator[FileIO]:
+    """Give a file to write that takes the place of ``path`` when the block ends; on an error it is removed.
+
+    It has a temporary name of its own in the same folder and is never one that was there before. Its bytes
+    are forced to disk, it is renamed onto ``path``, and the folder is forced to disk. A link at ``path`` is
+    replaced, not followed.
+
+    Args:
+        path: The file; its folder exists.
+        n_bytes: How many bytes it will have, if known, for the message.
+
+    Yields:
+        The file, unbuffered: it may take less than it is given, see :func:`write_all`.
+
+    Raises:
+        OutputExistsError: If ``path`` is a folder.
+        DiskFullError: If no space was left; what was at ``path`` before is untouched.
+        RequestError: If writing there is not permitted.
+    """
+    temporary = temporary_name(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with disk_errors(path, n_bytes):
+        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            with FileIO(descriptor, "r+") as file:
+                yield file
+                os.fsync(descriptor)
+            _require_no_folder(path)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """Write all of ``data`` to an unbuffered file."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file.fileno(), view) :]
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a run after a kill, sees all of it or what was there before.
 
-    The bytes go to ``.<name>.partial`` in the same folder, are forced to disk, renamed onto ``path``, and the
-    folder is forced to disk. The fixed temporary name lets the next run take over what a killed one left;
-    a lock on it keeps two writers of the same file apart (the last one wins).
+    Of two writers of the same file the last one wins. See :func:`replacing`.
 
     Args:
         path: The file; its folders are made if needed.
@@ -28,22 +84,17 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         DiskFullError: If no space was left; what was at ``path`` before is untouched.
         RequestError: If writing there is not permitted.
     """
+    _require_no_folder(path)
+    with disk_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, len(data)) as file:
+        write_all(file, data)
+
+
+def _require_no_folder(path: Path) -> None:
     if path.is_dir():
         msg = f"cannot write the file {path}: there is a folder of that name; choose another name"
         raise OutputExistsError(msg)
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = open_locked(partial, wait=True)
-        try:
-            _write_all(descriptor, data)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
-        fsync_folder(path.parent)
 
 
 def atomic_write_json(path: Path, data: Any) -> None:
@@ -78,11 +129,3 @@ def _fsync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    os.truncate(descriptor, 0)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.fsync(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from ghoststream.errors import InputNotFoundError
@@ -46,8 +46,12 @@ def write_sums(folder: Path, *, known: Mapping[str, str] | None = None) -> None:
     atomic_write_bytes(folder / SUMS_NAME, "".join(lines).encode(errors="surrogateescape"))
 
 
-def verify_sums(folder: Path) -> list[str]:
-    """Check every file that ``SHA256SUMS`` lists; files that it does not list are left alone.
+def verify_sums(folder: Path, *, required: Iterable[str] = ()) -> list[str]:
+    """Check every file that ``SHA256SUMS`` lists; other files are left alone.
+
+    Args:
+        folder: The folder.
+        required: Names that it must list: a list that was cut off says nothing of what is lost.
 
     Returns:
         One line for each problem (file missing, changed, not readable; malformed line); empty if all is well.
@@ -57,25 +61,15 @@ def verify_sums(folder: Path) -> list[str]:
         text = sums.read_bytes().decode(errors="surrogateescape")
     except OSError as error:
         return [f"{sums} cannot be read ({error.strerror}): the folder cannot be checked"]
-    problems = []
-    for number, entry in _entries(text):
+    problems, entries = [], list(_entries(text))
+    for number, entry in entries:
         problem = f"{sums} line {number} is not a checksum line" if entry is None else _check(folder, *entry)
         if problem is not None:
             problems.append(problem)
-    return problems
-
-
-def missing_files(folder: Path) -> list[str]:
-    """Return the names of files that ``SHA256SUMS`` lists and that are not there.
-
-    Nothing but names is looked at. A folder without a readable checksum file lacks at least that one.
-    """
-    try:
-        text = (folder / SUMS_NAME).read_bytes().decode(errors="surrogateescape")
-    except OSError:
-        return [SUMS_NAME]
-    names = [entry[0] for _, entry in _entries(text) if entry is not None]
-    return [name for name in names if not (folder / name).is_file()]
+    if text and not text.endswith("\n"):
+        problems.append(f"{sums} ends in the middle of a line")
+    listed = {entry[0] for _, entry in entries if entry is not None}
+    return problems + [f"{sums} does not list {name}" for name in sorted(set(required) - listed)]
 
 
 def _entries(text: str) -> Iterator[tuple[int, tuple[str, str] | None]]:

@@ -12,15 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import ArtifactError, NumericsError, RequestError
-from ghoststream.files import bytes_digest
+from ghoststream.files import json_digest
+from ghoststream.files.tensor_files import TensorFile, write_tensors
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import ModelFacts, get_feature, taps_of
-from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
 
 Weights = npt.NDArray[np.float32]
 Form = Literal["linear", "diagonal", "identity"]
 
-_ENCODING = {"encoding-type": "ghoststream-operators", "encoding-version": "1.0"}
+_ENCODING = {"encoding-type": "ghoststream-operators", "encoding-version": "2.0"}
+_ADVICE = "restore it from a copy, or fit again"
 _RANKS: Mapping[str, int | None] = {"linear": 2, "diagonal": 1, "identity": None}
 
 
@@ -169,11 +170,16 @@ class OperatorSet:
             text for operator in self.boundaries for text in operator.diagnostics.get("warnings", ())
         )
 
-    def save(self, path: Path, *, temporary: Path | None = None) -> None:
-        """Write one safetensors file with one metadata key.
+    @property
+    def digest(self) -> str:
+        """Digest of the recipe; empty where there is none."""
+        return json_digest(self.metadata["recipe"]) if "recipe" in self.metadata else ""
+
+    def save(self, path: Path) -> None:
+        """Write one sealed safetensors file with one metadata key.
 
         Tensors are ``boundary.{start}-{stop}.weight`` (and ``.bias``). Equal content gives equal bytes. The
-        file appears whole or not at all. ``temporary`` is its name while it is written (same file system).
+        file appears whole or not at all.
 
         Raises:
             DiskFullError: If no space is left.
@@ -186,23 +192,24 @@ class OperatorSet:
             "hidden": self.hidden,
             "plan": self.plan.to_json(),
             "boundaries": [operator.to_json() for operator in self.boundaries],
-            "tensors": {name: _digest(array) for name, array in arrays.items()},
         }
-        write_safetensors(path, arrays, metadata, temporary=temporary)
+        write_tensors(path, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> OperatorSet:
-        """Read what :meth:`save` wrote, and check every tensor's digest.
+        """Read what :meth:`save` wrote, and check the digests of the header, the recipe and every tensor.
 
         Raises:
             InputNotFoundError: If there is no such file.
             ArtifactError: If it is something else, damaged, or written by a newer version.
         """
         path = Path(path)
-        metadata = read_metadata(path)
-        _require_encoding(metadata, path)
+        with TensorFile(path, advice=_ADVICE) as file:
+            metadata = file.metadata
+            _require_encoding(metadata, path)
+            arrays: dict[str, Weights] = {name: file.read(name) for name in file.digests}
         try:
-            arrays = _read_arrays(path, metadata.pop("tensors"))
+            _require_recipe(metadata, path)
             boundaries = tuple(_boundary(item, arrays) for item in metadata.pop("boundaries"))
             plan = PruningPlan.from_json(metadata.pop("plan"))
             kind, hidden = str(metadata.pop("kind")), int(metadata.pop("hidden"))
@@ -238,18 +245,11 @@ def _require_encoding(metadata: Mapping[str, Any], path: Path) -> None:
         raise ArtifactError(msg)
 
 
-def _read_arrays(path: Path, digests: Mapping[str, str]) -> dict[str, Weights]:
-    with open_safetensors(path) as file:
-        names = set(file.keys())
-        if names != set(digests):
-            msg = f"{path} holds the tensors {sorted(names)}, its metadata names {sorted(digests)}; fit again"
-            raise ArtifactError(msg)
-        arrays: dict[str, Weights] = {name: file.get_tensor(name) for name in sorted(names)}
-    for name, array in arrays.items():
-        if _digest(array) != digests[name]:
-            msg = f"{path}: tensor {name} fails its digest, the file is damaged; restore it or fit again"
-            raise ArtifactError(msg)
-    return arrays
+def _require_recipe(metadata: Mapping[str, Any], path: Path) -> None:
+    digest = json_digest(metadata.get("recipe"))
+    if metadata.get("recipe_digest", digest) != digest:
+        msg = f"{path}: the recipe does not have the digest that is noted beside it; {_ADVICE}"
+        raise ArtifactError(msg)
 
 
 def _boundary(item: Mapping[str, Any], arrays: Mapping[str, Weights]) -> BoundaryOperator:
@@ -265,7 +265,3 @@ def _boundary(item: Mapping[str, Any], arrays: Mapping[str, Weights]) -> Boundar
         dict(item["diagnostics"]),
         norm_epsilon=item.get("norm_epsilon"),
     )
-
-
-def _digest(array: Weights) -> str:
-    return bytes_digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -18,6 +18,7 @@ from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, Shard, plan_shards, write_shards
 from ghoststream.errors import UnsupportedModelError
 from ghoststream.files import (
+    FileLock,
     StagingFolder,
     atomic_write_bytes,
     atomic_write_json,
@@ -25,6 +26,7 @@ from ghoststream.files import (
     file_digest,
     json_digest,
     read_json,
+    write_sealed_json,
     write_sums,
 )
 from ghoststream.operators import OperatorSet
@@ -49,6 +51,7 @@ from ghoststream.recovery.sidecars import (
     CARD_NAME,
     CONFIG_NAME,
     copy_sidecars,
+    digests_beside_weights,
     find_sidecars,
     sidecars_digest,
 )
@@ -130,6 +133,7 @@ def export_recovered(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     operator_dtype: torch.dtype | None = None,
     fingerprint: Mapping[str, Any] | None = None,
+    lock: FileLock | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a checkpoint without the removed layers and with the operators in their place.
@@ -152,6 +156,7 @@ def export_recovered(
         operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if
             ``None``.
         fingerprint: The base's, where it is known already.
+        lock: The lock of ``out``, where the caller holds it.
         progress: Told the bytes written.
 
     Raises:
@@ -175,14 +180,19 @@ def export_recovered(
     _require_exportable(skeleton)
     fingerprint = fingerprint or checkpoint_fingerprint(skeleton.root, skeleton.index)
     job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype, fingerprint)
-    staging = StagingFolder(out, request=job.request)
-    if is_finished(staging.target, job.request):
-        staging.clear_leftovers()
-        return _report(job, out)
-    reader = skeleton.reader
-    reader.digests.expect(
-        (operators.metadata.get("base") or {}).get("tensors") or {}, "the operators were fitted"
-    )
+    staging = StagingFolder(out, request=job.request, lock=lock)
+    if not is_finished(staging.target, job.request):
+        with staging.lock.ensured():
+            # Another process may have finished it between the first look and the lock.
+            if not is_finished(staging.target, job.request):
+                _write(job, staging, progress)
+    staging.clear_leftovers()
+    return _report(job, out)
+
+
+def _write(job: _Job, staging: StagingFolder, progress: Progress | None) -> None:
+    reader, base = job.skeleton.reader, job.operators.metadata.get("base") or {}
+    reader.digests.expect(base.get("tensors") or {}, "the operators were fitted")
     with staging:
         written = write_shards(staging.path, job.shards, progress=progress)
         # Of what is not written too, such as the removed layers: it decided the operators.
@@ -192,7 +202,6 @@ def export_recovered(
         _write_files(job, staging.path, digests)
         write_sums(staging.path, known={name: shard.digest for name, shard in written.items()})
         staging.commit()
-    return _report(job, out)
 
 
 def require_prunable(skeleton: Skeleton, plan: PruningPlan) -> None:
@@ -333,8 +342,9 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
         versions={name: metadata.version(name) for name in ("torch", "transformers")},
         request=job.request,
         rounds=job.rounds,
+        files=digests_beside_weights(folder),
     )
-    atomic_write_json(folder / PROVENANCE_NAME, provenance)
+    write_sealed_json(folder / PROVENANCE_NAME, provenance)
 
 
 def _operators_digest(operators: OperatorSet) -> str:

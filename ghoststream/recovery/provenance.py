@@ -14,17 +14,18 @@ import torch
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import ArtifactError, CheckpointError, OutputExistsError, PlanError, RequestError
-from ghoststream.files import missing_files, read_json
+from ghoststream.files import verify_sums
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import joined
 from ghoststream.recovery.absorbing import Absorption, standing_operator
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
 from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP
 
 _KIND = "recovered checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,13 @@ def describe_recovered(
     tensors: Mapping[str, Mapping[str, str | None]],
     versions: Mapping[str, str],
     request: Mapping[str, Any],
+    files: Mapping[str, str],
     rounds: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the content of ``ghoststream.json``.
 
-    ``request`` is what decides every bit of the folder; for ``rounds`` see :func:`earlier_rounds`.
+    ``request`` is what decides every bit of the folder, ``files`` has the digests of the files beside the
+    weights; for ``rounds`` see :func:`earlier_rounds`.
     """
     boundaries = [
         {
@@ -154,6 +157,7 @@ def describe_recovered(
         "version": _VERSION,
         "versions": dict(versions),
         "request": dict(request),
+        "files": dict(files),
         "plan": operators.plan.to_json(),
         "base": dict(base),
         "base_model_type": base_model_type,
@@ -201,7 +205,7 @@ def _place(
 def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
     """Say whether a folder is the finished recovered checkpoint of just this request.
 
-    Headers, sizes and the presence of every file are looked at; weights are not read.
+    Headers and sizes are looked at, and every file is read and compared with its checksum.
 
     Args:
         folder: The folder; need not exist.
@@ -218,14 +222,13 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
         return False
     advice = "move it away, or delete it, and run the same command again"
     try:
-        found = read_json(folder / PROVENANCE_NAME)
-        noted = found.get("request") if isinstance(found, Mapping) else None
+        found = require_sound_sidecars(folder)
+        noted = found.get("request")
         parts = {**noted, **request} if isinstance(noted, Mapping) else request
         changed = [
             key for key in parts if not isinstance(noted, Mapping) or noted.get(key) != request.get(key)
         ]
-        CheckpointIndex.open(folder)
-        missing = missing_files(folder)
+        shards = CheckpointIndex.open(folder).shards
     except (ArtifactError, CheckpointError) as error:
         msg = f"the recovered checkpoint in {folder} is damaged ({error.args[0]}); {advice}"
         raise ArtifactError(msg) from error
@@ -235,8 +238,8 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
             f"{', '.join(sorted(changed))}); choose another place, or move it away"
         )
         raise OutputExistsError(msg)
-    if missing:
-        msg = f"the recovered checkpoint in {folder} lacks {', '.join(missing[:3])}; {advice}"
+    if problems := verify_sums(folder, required=(*shards, *found["files"], PROVENANCE_NAME)):
+        msg = f"the recovered checkpoint in {folder} is damaged ({'; '.join(problems[:3])}); {advice}"
         raise ArtifactError(msg)
     return True
 
@@ -245,13 +248,14 @@ def load_recovered(folder: Path) -> RecoveredInfo | None:
     """Read a recovered folder's provenance; ``None`` if it is not a recovered folder.
 
     Raises:
-        ArtifactError: If ``ghoststream.json`` is damaged or of a newer version.
+        ArtifactError: If ``ghoststream.json`` is damaged or of another version, or a file beside the weights
+            has changed.
     """
     path = folder / PROVENANCE_NAME
     if not path.is_file():
         return None
-    data = read_json(path)
-    if not isinstance(data, Mapping) or data.get("artifact") != _KIND or data.get("version") != _VERSION:
+    data = require_sound_sidecars(folder)
+    if data.get("artifact") != _KIND or data.get("version") != _VERSION:
         msg = (
             f"{path} is not the provenance of a recovered checkpoint in format {_VERSION}; "
             "export the checkpoint again, or use the ghoststream that wrote it"

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ghoststream.errors import RequestError
-from ghoststream.files import SUMS_NAME, disk_errors, file_digest, json_digest
+from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.files import (
+    SUMS_NAME,
+    disk_errors,
+    file_digest,
+    json_digest,
+    read_sealed_json,
+    replacing,
+    write_all,
+)
 from ghoststream.recovery.names import PROVENANCE_NAME
 
 CONFIG_NAME = "config.json"
@@ -36,6 +43,8 @@ _NOT_COPIED_SUFFIXES = frozenset(
     ]
 )
 _NOT_COPIED_NAMES = frozenset({CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, SUMS_NAME})
+_ADVICE = "restore it from a copy, or export the checkpoint again"
+_BLOCK_BYTES = 2**20
 _COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
 # Vocabularies are larger, and take seconds to read.
 _LARGEST_CONFIG_BYTES = 8 * 1024 * 1024
@@ -68,6 +77,44 @@ def sidecars_digest(root: Path) -> str:
         RequestError: What :func:`find_sidecars` raises.
     """
     return json_digest({name: file_digest(path) for name, path in find_sidecars(root).items()})
+
+
+def digests_beside_weights(folder: Path) -> dict[str, str]:
+    """Return the digest of every file that decides what a recovered checkpoint computes, but its weights.
+
+    Left out are texts for readers, which users may change, and what is no part of the result.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: file_digest(folder / name) for name in names if _decides(name)}
+
+
+def require_sound_sidecars(folder: Path) -> dict[str, Any]:
+    """Check the files beside the weights of a recovered checkpoint; return what ``ghoststream.json`` says.
+
+    Raises:
+        ArtifactError: If one of them has changed since it was written.
+    """
+    path = folder / PROVENANCE_NAME
+    data = read_sealed_json(path, advice=_ADVICE)
+    files = data.get("files")
+    if not isinstance(files, dict):
+        msg = f"{path} does not say which files lie beside it; {_ADVICE}"
+        raise ArtifactError(msg)
+    for name, digest in files.items():
+        # A file may have stayed behind where the folder was copied in parts, as by a download.
+        if (folder / name).is_file() and file_digest(folder / name) != digest:
+            msg = f"{folder / name} has changed since the checkpoint was written; {_ADVICE}"
+            raise ArtifactError(msg)
+    return data
+
+
+def _decides(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not (
+        path.name.startswith(".")
+        or path.name in {PROVENANCE_NAME, SUMS_NAME}
+        or path.suffix in {".safetensors", ".md"}
+    )
 
 
 def find_sidecars(root: Path) -> dict[str, Path]:
@@ -167,8 +214,8 @@ def _is_copied(path: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
     with disk_errors(target, source.stat().st_size):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial)
-        partial.replace(target)
+    with source.open("rb") as original, replacing(target, source.stat().st_size) as copy:
+        while block := original.read(_BLOCK_BYTES):
+            write_all(copy, block)

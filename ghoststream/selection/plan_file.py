@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.errors import ArtifactError, InputNotFoundError, PlanError, RequestError
-from ghoststream.files import atomic_write_json, json_digest, read_json
+from ghoststream.files import atomic_write_json, json_digest, read_json, sealed, unseal
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 
-_ENCODING = {"encoding-type": "ghoststream-plan", "encoding-version": "2.0"}
+_ENCODING = {"encoding-type": "ghoststream-plan", "encoding-version": "3.0"}
+_BY_HAND = frozenset({"n_layers", "spans"})
+_ADVICE = "restore it from a copy, or select again"
 Row = Mapping[str, Any]
 
 
@@ -73,8 +75,11 @@ class Selection:
         return "gap" in best and len(best["spans"]) > len(self.plan.spans)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan file's JSON data; ``n_layers`` and ``spans`` are those of the plan."""
-        return {
+        """Return the plan file's JSON data, with its digest.
+
+        ``n_layers`` and ``spans`` are those of the plan.
+        """
+        data = {
             **_ENCODING,
             **self.plan.to_json(),
             "criterion": self.criterion,
@@ -87,6 +92,7 @@ class Selection:
             "details": dict(self.details),
             "base": dict(self.base),
         }
+        return sealed(data)
 
     def save(self, path: Path) -> None:
         """Write the plan file, whole or not at all.
@@ -100,23 +106,31 @@ class Selection:
     def load(cls, path: Path) -> Selection:
         """Read a plan file: what :meth:`save` wrote, or ``{"n_layers": 30, "spans": [[13, 19]]}`` of a user.
 
+        A file that says anything but a plan must be whole: a part of it that is lost or changed would
+        otherwise be another repair.
+
         Raises:
             InputNotFoundError: If there is no such file.
-            PlanError: If a user's file is no plan.
-            ArtifactError: If it is no JSON, or lacks a part of what a criterion writes.
+            PlanError: If a user's file is no plan, or has other entries too.
+            ArtifactError: If it is no JSON, or not all that a criterion wrote.
         """
         data = read_json(path)
         if not isinstance(data, dict):
             msg = f'{path} is not a pruning plan; it needs "n_layers" and "spans": [[start, stop], ...]'
             raise PlanError(msg)
-        if data.get("encoding-type") != _ENCODING["encoding-type"]:
+        if data.keys() <= _BY_HAND:
             return cls(_plan_in(data, path))
+        if not data.keys() & _WRITTEN:
+            others = ", ".join(sorted(set(data) - _BY_HAND))
+            msg = f'{path} is not a pruning plan: it says {others}; a plan by hand has "n_layers" and "spans"'
+            raise PlanError(msg)
+        whole = unseal(data, path, advice=_ADVICE)
         try:
-            selection = cls._from_json(data)
+            selection = cls._from_json(whole)
         except (KeyError, TypeError, ValueError) as error:
             msg = (
-                f"{path} lacks a part of what `ghoststream select` writes ({error!r}); it was edited, select "
-                "again"
+                f"{path} lacks a part of what `ghoststream select` writes ({error!r}): another version wrote "
+                "it; select again"
             )
             raise ArtifactError(msg) from error
         if selection.methods and len(selection.methods) != len(selection.plan.spans):
@@ -141,6 +155,9 @@ class Selection:
             details=dict(data["details"]),
             base=dict(data["base"]),
         )
+
+
+_WRITTEN = Selection(PruningPlan(1)).to_json().keys() - _BY_HAND
 
 
 def scored_rows(scores: Sequence[tuple[Span, float]], chosen: Sequence[Span]) -> tuple[Row, ...]:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from ghoststream.errors import DataError, GhoststreamError, OutputExistsError, RequestError
-from ghoststream.files import FileLock, fsync_folder, json_digest, require_writable
+from ghoststream.errors import ArtifactError, DataError, OutputExistsError, RequestError
+from ghoststream.files import (
+    WorkFolder,
+    fsync_folder,
+    json_digest,
+    read_sealed_json,
+    require_writable,
+)
+from ghoststream.files.tensor_files import require_whole
 
-_Result = TypeVar("_Result")
+# A file of ours says so in several places: one that is damaged in one of them is still known.
+_OURS = (b"ghoststream", b"encoding-type", b"sha256:")
+_MOST_BYTES = 2**26
+
+
+class Result(Protocol):
+    """What a file holds that a request has written."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the recipe that the file carries."""
+
+
+_Result = TypeVar("_Result", bound=Result)
 
 
 class Output:
@@ -20,76 +39,125 @@ class Output:
     Args:
         path: The file.
         recipe: What decides every bit of it, as JSON data.
+        command: Which command makes it: what it keeps meanwhile has a place of its own.
     """
 
-    def __init__(self, path: str | Path, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, recipe: Mapping[str, Any], command: str) -> None:
         self.path = Path(path).absolute()
         self.digest = json_digest(dict(recipe))
+        self._command = command
+        self._place = WorkFolder(self.path)
 
     @property
     def work(self) -> Path:
-        """Folder of partial results, kept until the file is written."""
-        return self.path.with_name(f"{self.path.name}.partial")
+        """Folder of partial results: there while the output is claimed, kept until the file is written."""
+        return self._place.part(self._command)
 
     @property
     def short_digest(self) -> str:
         """Enough of the digest for a file name."""
         return self.digest.removeprefix("sha256:")[:16]
 
-    def lock(self) -> FileLock:
-        """Return the lock of whoever writes the file; taking it makes the folder."""
-        return FileLock(self.path.with_name(f".{self.path.name}.lock"), guarded=self.path)
+    @contextmanager
+    def claimed(self, load: Callable[[Path], _Result]) -> Iterator[_Result | None]:
+        """Hold the output from the look at what is there to the end of the block, which is to write the file.
 
-    def existing(
-        self, load: Callable[[Path], _Result], digest_of: Callable[[_Result], Any]
-    ) -> _Result | None:
-        """Return what this very request has left; ``None`` if nothing is there, and the file can be written.
+        What was kept for it is removed once that is done, and also where it is found done.
 
         Args:
             load: Reads the file.
-            digest_of: Gives the digest of the recipe that a result carries.
+
+        Yields:
+            What this very request has left; ``None`` if nothing is there, and the file is to be made.
 
         Raises:
-            OutputExistsError: If something else is there.
+            OutputExistsError: If something else is there, or where work is to be kept.
+            ArtifactError: If a result is there that is damaged.
             RequestError: If the file cannot be written.
+            BusyError: If another process is writing it.
         """
-        if not self.path.exists():
-            require_writable(self.path)
+        # A result appears whole, so that it can be looked at without the lock.
+        found = self._look(load)
+        if found is not None:
+            self._place.remove_leftovers(self._command)
+            yield found
+            return
+        require_writable(self.path)
+        with self._place.lock:
+            found = self._look(load)
+            if found is not None:
+                self._place.remove(self._command)
+                yield found
+                return
+            with self._place.kept(self._command):
+                yield None
+                fsync_folder(self.path.parent)
+
+    def _look(self, load: Callable[[Path], _Result]) -> _Result | None:
+        if not self.path.exists() and not self.path.is_symlink():
             return None
-        found: _Result | None = None
-        with suppress(DataError, RequestError, IsADirectoryError):
-            found = load(self.path)
-        if found is None or digest_of(found) != self.digest:
-            msg = (
-                f"{self.path} exists and is not the result of this request; choose another name, or move it "
-                "away"
-            )
-            raise OutputExistsError(msg)
-        self._clear_leftovers()
+        found = read_result(self.path, load)
+        if found is None or found.digest != self.digest:
+            raise not_of_this_request(self.path)
         return found
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the lock while the file is made; what was kept for it is removed once that is done.
 
-        Raises:
-            BusyError: If another process is writing it.
-            OutputExistsError: If another process has written it since :meth:`existing` looked.
-        """
-        with self.lock():
-            if self.path.exists():
-                msg = (
-                    f"{self.path} was written by another process meanwhile; run this again to see if it is "
-                    "the same"
-                )
-                raise OutputExistsError(msg)
-            yield
-            shutil.rmtree(self.work, ignore_errors=True)
-            fsync_folder(self.path.parent)
+_Read = TypeVar("_Read")
 
-    def _clear_leftovers(self) -> None:
-        # Of a run that was killed after its rename; nothing happens if that cannot be done now.
-        lock = self.lock()
-        if self.work.is_dir() or lock.path.exists():
-            with suppress(GhoststreamError), lock:
-                shutil.rmtree(self.work, ignore_errors=True)
+
+def read_result(path: Path, load: Callable[[Path], _Read]) -> _Read | None:
+    """Read a result that a command has left, or return None if it is something else.
+
+    Raises:
+        ArtifactError: If it is ours, and damaged.
+    """
+    try:
+        return load(path)
+    except DataError as error:
+        if _is_whole(path) or not _is_ours(path):
+            return None
+        msg = (
+            f"{error.args[0]} (it is there already, as the result of this or another request); move it away, "
+            "or delete it, and run the same command again"
+        )
+        raise ArtifactError(msg) from error
+    except (RequestError, FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Say whether it is a sound result of another kind."""
+    for load in (read_sealed_json, require_whole):
+        with suppress(DataError, RequestError):
+            load(path)
+            return True
+    return False
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES)
+    except OSError:
+        return False
+    return any(mark in content for mark in _OURS)
+
+
+def not_of_this_request(path: Path) -> OutputExistsError:
+    """Return the error for a place that holds anything else than the result of a request."""
+    msg = f"{path} exists and is not the result of this request; choose another name, or move it away"
+    return OutputExistsError(msg)
+
+
+@contextmanager
+def claimed_place(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that is written at once, without anything kept; leftovers are cleared.
+
+    Raises:
+        BusyError: If another process is writing it.
+        RequestError: If the lock cannot be taken there.
+    """
+    place = WorkFolder(path)
+    with place.lock:
+        place.remove_temporaries()
+        yield

@@ -9,7 +9,7 @@ from typing import Any
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
-from ghoststream.files import disk_errors
+from ghoststream.files import StagingFolder, disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Method, Recovery, Search, Text
 from ghoststream.progress import Progress, SilentProgress
@@ -163,6 +163,7 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
     Raises:
         RequestError: If no model is named, or an option is given that would not be used.
         OutputExistsError: If ``out`` holds something else.
+        BusyError: If another process is writing it.
         GhoststreamError: What the steps raise.
 
     Memory: the largest of what its steps state.
@@ -174,15 +175,25 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
     out = Path(out) if Path(out).name else Path(out).resolve()
     session = ModelSession(recovery.model, recovery.compute)
     steps = Steps(session, recovery, out, progress)
-    steps.prepare()
-    with disk_errors(steps.work):
-        steps.work.mkdir(parents=True, exist_ok=True)
-    selection = steps.way.given or steps.choose()
-    operators, file = steps.fit(selection)
-    exported = export_recovered(
-        session.skeleton, operators, out, fingerprint=session.fingerprint, progress=progress
-    )
-    evaluation = _evaluate(session, recovery, out, steps.work, progress)
+    place = StagingFolder(out)
+    with place.lock:
+        # Looked at again: another process may have written it before the lock.
+        steps.check_place()
+        place.work.require_own()
+        steps.prepare()
+        with disk_errors(steps.work):
+            steps.work.mkdir(parents=True, exist_ok=True)
+        selection = steps.way.given or steps.choose()
+        operators, file = steps.fit(selection)
+        exported = export_recovered(
+            session.skeleton,
+            operators,
+            out,
+            fingerprint=session.fingerprint,
+            lock=place.lock,
+            progress=progress,
+        )
+        evaluation = _evaluate(session, recovery, out, steps.work, progress)
     chosen_by = selection.criterion if steps.way.given is None else "given"
     return RecoveryReport(
         recovery.name, session.name, exported, operators, chosen_by, steps.store, file, evaluation

@@ -52,7 +52,18 @@ class Steps:
         self.way = Way(recovery, *what_goes(recovery, sizes.n_layers))
         check_recovery(self.way, sizes, session.memory(self._text.length).choose_micro_batch)
         check_export(session.skeleton, self.way.plan(sizes.n_layers))
-        check_place(out, self.way, lambda: str(session.fingerprint["digest"]))
+        self._out = out
+        self.check_place()
+
+    def check_place(self) -> None:
+        """Check that the recovered checkpoint can be written, or is there already.
+
+        Raises:
+            OutputExistsError: If the place is taken.
+            RequestError: If it cannot be written to.
+            ArtifactError: If a recovered checkpoint is there that is damaged.
+        """
+        check_place(self._out, self.way, lambda: str(self._session.fingerprint["digest"]))
 
     def prepare(self) -> None:
         """Read all texts, so that none is found to be missing or too short behind a pass.

@@ -3,7 +3,7 @@
 Both run the same task graph. One task reduces one range of sequences into its own state; states are merged in
 the fixed tree of :mod:`ghoststream.statistics.ranges`. With a work folder, tasks write their state there and
 hand on only its path: memory is one state a worker thread (two while merging, one array at a time), and a run
-that was killed takes up every state that it finds.
+that was killed takes up every state that it finds whole.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghoststream.errors import RequestError
-from ghoststream.files import json_digest
+from ghoststream.errors import ArtifactError, RequestError
+from ghoststream.files import json_digest, read_kept
+from ghoststream.files.tensor_files import TensorFile, require_whole
 from ghoststream.machine import free_host_memory, processors
 from ghoststream.options import Reduction
 from ghoststream.progress import Progress, SilentProgress
@@ -35,6 +36,7 @@ HERE = Reduction()
 """In this process."""
 
 _RETRIES = 2
+_ENCODING = {"encoding-type": "ghoststream-partial-moments", "encoding-version": "1.1"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class _Place:
             state = step.join(state, reducer)
             target = step.parent
             merged.append(step.sibling)
-        state.save(target, {"encoding-type": "ghoststream-partial-moments", "encoding-version": "1.0"})
+        state.save(target, {**_ENCODING, "state": _identity(target)})
         for path in merged:
             path.unlink(missing_ok=True)
         return target
@@ -131,6 +133,7 @@ def run_job(
         NumericsError: If a hidden state is not finite.
         DiskFullError: If partial states do not fit the disk.
     """
+    _drop_damaged(job.folder)
     graph = _Graph(job)
     roots = [
         graph.node(tree_root(fold, len(job.ranges.fold_leaves(fold)))) for fold in range(job.ranges.n_folds)
@@ -148,6 +151,26 @@ def run_job(
         reporter.finish()
     _require_shared(done, job)
     return done
+
+
+def _drop_damaged(folder: Path | None) -> None:
+    """Remove the states of a run before this one that are not whole: their ranges are reduced again."""
+    for path in () if folder is None else sorted(folder.glob("*.safetensors")):
+        if read_kept(_require_whole_state, path) is None:
+            path.unlink(missing_ok=True)
+
+
+def _require_whole_state(path: Path) -> Path:
+    with TensorFile(require_whole(path)) as file:
+        if file.metadata.get("state") != _identity(path):
+            msg = f"{path} holds the state {file.metadata.get('state')}"
+            raise ArtifactError(msg)
+    return path
+
+
+def _identity(path: Path) -> str:
+    """Return what a state is of: its folder is named by all that decides it, its file by the ranges."""
+    return f"{path.parent.name}/{path.stem}"
 
 
 class _Graph:

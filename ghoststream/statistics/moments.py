@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import RequestError
+from ghoststream.files.tensor_files import TensorFile
 from ghoststream.options import UNIFORM
 from ghoststream.spans import Span
-from ghoststream.statistics.sums import SumState, read_metadata
+from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.triangles import merge_triangles
 
 Array = npt.NDArray[np.float64]
@@ -239,7 +240,8 @@ class BoundaryMoments:
             ArtifactError: If it is broken.
         """
         advice = "give a file that BoundaryMoments.save wrote, or reduce the store again"
-        start, stop = read_metadata(path, advice=advice)["span"]
+        with TensorFile(path, advice=advice) as file:
+            start, stop = file.metadata["span"]
         return cls(Span(start, stop), SumState.load(path))
 
     def _missed(self, matrix: Array, bias: Array | None) -> float:

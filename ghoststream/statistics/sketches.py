@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import RequestError
-from ghoststream.files import bytes_digest, json_digest
+from ghoststream.files import json_digest, read_kept
+from ghoststream.files.tensor_files import TensorFile, array_digest, require_whole
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import StateRef
@@ -83,13 +84,14 @@ class Bases:
             for number, basis in enumerate(found)
         }
         state = SumState(arrays)
-        digest = json_digest({name: _digest(array) for name, array in arrays.items()})
+        digests = {name: array_digest(array) for name, array in arrays.items()}
+        digest = json_digest(digests)
         widths = tuple(basis.shape[1] for basis in next(iter(bases.values())))
         if folder is None:
             return cls(state, digest, widths)
         path = folder / f"bases-{digest.removeprefix('sha256:')[:16]}.safetensors"
-        if not path.is_file():
-            state.save(path, {"encoding-type": "ghoststream-bases", "encoding-version": "1.0"})
+        if read_kept(_digests_of, path) != digests:
+            state.save(path, {"encoding-type": "ghoststream-bases", "encoding-version": "1.1"})
         return cls(path, digest, widths)
 
     def load(self, span: Span) -> tuple[Array, ...]:
@@ -99,8 +101,9 @@ class Bases:
         return tuple(state.arrays[name] for name in names)
 
 
-def _digest(array: Array) -> str:
-    return bytes_digest(array.reshape(-1).view(np.uint8).data)
+def _digests_of(path: Path) -> dict[str, str]:
+    with TensorFile(require_whole(path)) as file:
+        return file.digests
 
 
 @dataclass(frozen=True, kw_only=True)

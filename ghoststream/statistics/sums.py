@@ -6,28 +6,19 @@ it: merge (add), leave out (subtract), save and load. Arrays are always float64 
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
-from ghoststream.errors import ArtifactError, InputNotFoundError
-from ghoststream.files import canonical_json, disk_errors, fsync_folder
+from ghoststream.errors import ArtifactError
+from ghoststream.files.tensor_files import TensorFile, write_tensors
 
 Array = npt.NDArray[np.float64]
 
-METADATA_KEY = "ghoststream"
-_DTYPE_NAMES = {"float64": "F64", "float32": "F32"}
-
-_GIVE_OPERATORS = "give the file that `ghoststream fit` wrote, or fit again"
-_REDUCE_AGAIN = "delete it and run the command again"
+_AGAIN = "run the same command again, which reduces it anew"
 
 
 class SumState:
@@ -87,8 +78,7 @@ class SumState:
         Raises:
             DiskFullError: If no space is left.
         """
-        unique = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-        write_safetensors(path, self.arrays, metadata, temporary=unique)
+        write_tensors(path, self.arrays, metadata)
 
     @classmethod
     def load(cls, path: Path, *, prefixes: tuple[str, ...] = ("",)) -> SumState:
@@ -96,11 +86,10 @@ class SumState:
 
         Raises:
             InputNotFoundError: If there is no such file.
-            ArtifactError: If it is broken.
+            ArtifactError: If it is broken, or what is read fails its digest.
         """
-        with open_safetensors(path, advice=_REDUCE_AGAIN) as file:
-            names = [name for name in sorted(file.keys()) if name.startswith(prefixes)]
-            return cls({name: np.ascontiguousarray(file.get_tensor(name)) for name in names})
+        with TensorFile(path, advice=_AGAIN) as file:
+            return cls({name: file.read(name) for name in file.digests if name.startswith(prefixes)})
 
     def add_file(self, path: Path) -> SumState:
         """Add a saved state to this one, array by array, and return this one.
@@ -109,9 +98,8 @@ class SumState:
             InputNotFoundError: If there is no such file.
             ArtifactError: If it is broken or does not hold the same names and shapes.
         """
-        with open_safetensors(path, advice=_REDUCE_AGAIN) as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-            self._update(file.get_tensor, shapes, np.add)
+        with TensorFile(path, advice=_AGAIN) as file:
+            self._update(file.read, file.shapes(), np.add)
         return self
 
     def _read(self, name: str) -> Array:
@@ -145,100 +133,3 @@ def merge_states(states: Iterable[SumState]) -> SumState:
     for state in iterator:
         total.add_in_place(state)
     return total
-
-
-def open_safetensors(path: Path, *, advice: str = _GIVE_OPERATORS) -> Any:
-    """Open a safetensors file for numpy; ``advice`` says what to do if it is broken.
-
-    Raises:
-        InputNotFoundError: If there is no such file.
-        ArtifactError: If it is truncated or of another format.
-    """
-    if not path.is_file():
-        msg = f"no file at {path}; check the path, or run the command that writes it"
-        raise InputNotFoundError(msg)
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        msg = f"{path} is not a complete safetensors file ({error}); {advice}"
-        raise ArtifactError(msg) from error
-
-
-def read_metadata(path: Path, *, advice: str = _GIVE_OPERATORS) -> dict[str, Any]:
-    """Return the JSON object under the one metadata key ``ghoststream``.
-
-    ``advice`` says what to do if it is broken.
-
-    Raises:
-        InputNotFoundError: If there is no such file.
-        ArtifactError: If the file or its metadata is broken.
-    """
-    with open_safetensors(path, advice=advice) as file:
-        text = (file.metadata() or {}).get(METADATA_KEY, "")
-    try:
-        data = json.loads(text)
-    except (TypeError, ValueError) as error:
-        msg = (
-            f"{path} carries no readable ghoststream metadata: it was written by something else or is "
-            f"damaged; {advice}"
-        )
-        raise ArtifactError(msg) from error
-    if not isinstance(data, dict):
-        msg = f"{path} carries ghoststream metadata that is not an object: it is damaged; {advice}"
-        raise ArtifactError(msg)
-    return data
-
-
-def write_safetensors(
-    path: Path,
-    arrays: Mapping[str, npt.NDArray[Any]],
-    metadata: Mapping[str, Any],
-    *,
-    temporary: Path | None = None,
-) -> None:
-    """Write arrays as one safetensors file: temporary file, fsync, rename, fsync of the folder.
-
-    Names are written in sorted order and the metadata is one key of canonical JSON, so equal content gives
-    equal bytes. Arrays are written from where they lie (the library's own writer copies each of them first).
-
-    Args:
-        path: The file; its folder exists.
-        arrays: float32 or float64 arrays by name.
-        metadata: JSON data for the one metadata key.
-        temporary: Name while it is written, in the same folder; ``.<name>.partial`` by default. Tasks that
-            may be run twice at once each give one of their own.
-
-    Raises:
-        DiskFullError: If no space is left; nothing is left behind then.
-    """
-    temporary = temporary or path.with_name(f".{path.name}.partial")
-    order = sorted(arrays)
-    with disk_errors(path, sum(array.nbytes for array in arrays.values())):
-        try:
-            with temporary.open("wb") as file:
-                file.write(_header(arrays, metadata))
-                for name in order:
-                    file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
-
-
-def _header(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: canonical_json(metadata)}}
-    offset = 0
-    for name in sorted(arrays):
-        array = arrays[name]
-        dtype = _DTYPE_NAMES[array.dtype.name]
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

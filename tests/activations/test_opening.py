@@ -15,6 +15,7 @@ from ghoststream.activations.encoding import MANIFEST
 from ghoststream.activations.manifest import Manifest
 from ghoststream.errors import InputNotFoundError, MismatchError, OutputExistsError, RequestError, StoreError
 from ghoststream.files import json_digest
+from ghoststream.files.atomic import temporary_name
 from ghoststream.testing.stores import (
     small_layout,
     small_request,
@@ -172,7 +173,7 @@ def test_an_unknown_kind_of_url() -> None:
 def test_an_interrupted_creation_is_named_and_then_repeated(root: Path) -> None:
     (root / "manifest.json").unlink()
     shutil.rmtree(root / "hidden/3")
-    (root / "hidden/0.0123.partial").write_text("half")
+    (root / "hidden/0/c.0.0.0123.partial").write_text("half")
     with pytest.raises(StoreError, match=r"its creation was interrupted; run the same capture again"):
         ActivationStore.open(root)
     with ActivationStore.create(root, **small_request()) as store:
@@ -183,7 +184,7 @@ def test_an_interrupted_creation_is_named_and_then_repeated(root: Path) -> None:
 @pytest.mark.parametrize("names", [["zarr.0123.partial"], [".lock"], ["run.json"], []])
 def test_a_creation_killed_at_its_first_file_is_repeated(tmp_path: Path, names: list[str]) -> None:
     for name in names:
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text("" if name == ".lock" else "{}")
     with ActivationStore.create_or_resume(tmp_path, **small_request()) as store:
         assert store.completed_layers() == ()
 
@@ -232,8 +233,9 @@ def test_resuming_clears_what_a_killed_run_left_and_nothing_else(tmp_path: Path)
     layout = small_layout()
     with ActivationStore.create(tmp_path, **small_request(layout)) as store:
         write_layer(store, 0, small_states(layout, 0))
-    strays = ["hidden/1/c.0.0.0", "hidden/1/c.1.abc.partial", "scratch-2/zarr.json", ".manifest.json.partial"]
-    kept = ["run.json", "notes/mine.txt"]
+    strays = ["hidden/1/c.0.0.0", "hidden/1/c.1.abc.partial", "scratch-2/zarr.json"]
+    strays += ["hidden/1/zarr.0123.partial", temporary_name(Path("manifest.json")).name]
+    kept = ["run.json", "notes/mine.txt", "hidden/1/thesis.txt", "hidden/notes.partial", ".mine.json.partial"]
     for name in strays + kept:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

@@ -28,9 +28,9 @@ def test_the_code_in_the_format_document_reads_a_store(tmp_path: Path, dtype: st
     small_store(tmp_path, layout)
     text = (REPOSITORY / "docs/format.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     names: dict[str, Any] = {"STORE": str(tmp_path)}
-    exec(compile(blocks[0], "docs/format.md", "exec"), names)
+    exec(compile(blocks[-1], "docs/format.md", "exec"), names)
     expected = small_states(layout, 3)[:2].float().numpy()
     np.testing.assert_array_equal(names["states"], expected)
     np.testing.assert_array_equal(names["tokens"], expected[small_tokens(layout).mask[:2]])

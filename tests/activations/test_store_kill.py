@@ -123,7 +123,7 @@ def test_a_manifest_that_finds_no_space_leaves_the_old_one(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ghoststream.files.atomic._write_all", full)
+        patch.setattr("ghoststream.files.atomic.write_all", full)
         with pytest.raises(DiskFullError, match=r"manifest.json"):
             write_layer(store, 1, small_states(layout, 1))
     assert (tmp_path / "manifest.json").read_bytes() == before

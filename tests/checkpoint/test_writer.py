@@ -26,7 +26,7 @@ from ghoststream.checkpoint.writer import (
     write_shards,
 )
 from ghoststream.errors import BudgetError, CheckpointError, DiskFullError, NumericsError, RequestError
-from ghoststream.files import file_digest
+from ghoststream.files import file_digest, write_all
 
 pytestmark = pytest.mark.unit
 
@@ -226,17 +226,17 @@ def test_source_gone_meanwhile(source: CheckpointIndex, tmp_path: Path) -> None:
 def test_disk_fills_up(source: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _target(tmp_path)
     shards = plan_shards(_copies(source), 90)
-    real, calls = writer._write_all, iter(range(100))
+    real, calls = write_all, iter(range(100))
 
     def full(file: Any, chunk: memoryview) -> None:
         if next(calls) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, chunk)
 
-    monkeypatch.setattr(writer, "_write_all", full)
+    monkeypatch.setattr(writer, "write_all", full)
     with pytest.raises(DiskFullError, match="no space left while writing"):
         write_shards(folder, shards)
-    monkeypatch.setattr(writer, "_write_all", real)
+    monkeypatch.setattr(writer, "write_all", real)
     write_shards(folder, shards)
     assert len(CheckpointIndex.open(folder).tensors) == len(_tensors())
 

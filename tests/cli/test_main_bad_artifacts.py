@@ -127,7 +127,7 @@ def test_damaged_operators(bench: Bench, refused: Callable[..., str], tmp_path: 
     refused("export", bench.model, *mine, code=BROKEN_DATA, says="mine.json")
     shard = next(bench.model.glob("*.safetensors"))
     shards = ("--operators", shard, "--out", tmp_path / "out")
-    refused("export", bench.model, *shards, code=BROKEN_DATA, says="no readable ghoststream metadata")
+    refused("export", bench.model, *shards, code=BROKEN_DATA, says="carries no ghoststream metadata")
 
 
 def test_a_damaged_recovered_checkpoint(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:

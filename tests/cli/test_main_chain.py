@@ -82,7 +82,7 @@ def test_facts_agree_along_the_chain(work: Path) -> None:
     recovered = inspect_path(work / "recovered").facts
     assert recovered["removed"] == removed
     assert recovered["layers"] == 4
-    rows = json.loads((work / "figures.json").read_text(encoding="utf-8"))
+    rows = json.loads((work / "figures.json").read_text(encoding="utf-8"))["models"]
     assert [set(row) >= {"model", "perplexity", "loss", "tokens", "standard_error"} for row in rows] == [
         True,
         True,

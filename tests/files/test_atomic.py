@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import subprocess
 import threading
@@ -33,6 +32,7 @@ from ghoststream.files import (
     json_digest,
     read_json,
 )
+from ghoststream.files.atomic import is_temporary, temporary_name
 
 pytestmark = pytest.mark.unit
 
@@ -54,11 +54,40 @@ def test_a_written_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> No
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
-def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / ".a.json.partial").write_bytes(b"x" * 1000)
-    atomic_write_json(tmp_path / "a.json", {"b": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+def test_a_link_is_replaced_and_what_it_points_to_is_left(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "a").symlink_to(tmp_path / "victim")
+    atomic_write_bytes(tmp_path / "a", b"new")
+    assert not (tmp_path / "a").is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
+def test_a_temporary_name_that_is_taken_is_never_written_to(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    (taken,) = [temporary_name(tmp_path / "a")]
+    (tmp_path / "victim").write_text("precious")
+    if kind == "file":
+        taken.write_text("precious")
+    elif kind == "link":
+        taken.symlink_to(tmp_path / "victim")
+    else:
+        os.mkfifo(taken)
+    before = sorted((path.name, path.lstat().st_ino) for path in tmp_path.iterdir())
+    with pytest.raises(RequestError, match=r"cannot write .*/a \(File exists\)"):
+        atomic_write_bytes(tmp_path / "a", b"new")
+    assert sorted((path.name, path.lstat().st_ino) for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_temporary_names_are_known_and_differ(tmp_path: Path) -> None:
+    names = {temporary_name(tmp_path / "a.b").name for _ in range(100)}
+    assert len(names) == 100
+    assert all(is_temporary(name) and is_temporary(name, of="a.b") for name in names)
+    assert not any(is_temporary(name, of="a") or is_temporary(name, of="a+b") for name in names)
+    assert not is_temporary(".a.b.partial")
 
 
 def test_threads_that_write_one_file_do_not_mix(tmp_path: Path) -> None:

@@ -8,16 +8,18 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ghoststream.errors import BusyError
+from ghoststream.errors import BusyError, RequestError
 from ghoststream.files import FileLock, FolderLock
 
 pytestmark = pytest.mark.unit
 HOLDER = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from ghoststream.files import FolderLock
 with FolderLock(Path(sys.argv[1])):
@@ -56,6 +58,45 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         pass
     assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "hard link", "folder", "pipe", "json", "large"])
+def test_what_is_no_lock_file_is_refused_by_name_and_left_alone(tmp_path: Path, kind: str) -> None:
+    victim, place = tmp_path / "victim", tmp_path / "l"
+    victim.write_text('{"host": "h", "pid": 1}' if kind == "hard link" else "precious")
+    make: dict[str, Callable[[], object]] = {
+        "file": lambda: place.write_text("precious"),
+        "json": lambda: place.write_text('{"host": "h", "pid": 1, "mine": 2}'),
+        "large": lambda: place.write_text(" " * 10_000),
+        "link": lambda: place.symlink_to(victim),
+        "hard link": lambda: place.hardlink_to(victim),
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+    }
+    make[kind]()
+    before, size = place.lstat(), victim.stat().st_size
+    with pytest.raises(RequestError, match=r"/l is no lock file of ghoststream.*move it away"):
+        FileLock(place, guarded=tmp_path / "out").acquire()
+    after = place.lstat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
+        before.st_ino,
+        before.st_size,
+        before.st_mtime_ns,
+    )
+    assert victim.stat().st_size == size
+
+
+def test_a_lock_that_is_held_stays_held_where_it_is_asked_for_again(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "l", guarded=tmp_path)
+    held = []
+    with lock.ensured():
+        held.append(lock.held)
+    held.append(lock.held)
+    with lock:
+        with lock.ensured():
+            held.append(lock.held)
+        held.append(lock.held)
+    assert held == [True, False, True, True]
 
 
 def test_a_holder_that_cannot_be_read_is_still_an_error(tmp_path: Path) -> None:

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from ghoststream.errors import BusyError, MismatchError, OutputExistsError, RequestError
-from ghoststream.files import StagingFolder
+from ghoststream.errors import ArtifactError, BusyError, MismatchError, OutputExistsError, RequestError
+from ghoststream.files import JOURNAL_NAME, StagingFolder
+from ghoststream.files.atomic import temporary_name
+from ghoststream.files.work import MARK
 
 pytestmark = pytest.mark.unit
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ghoststream.files import StagingFolder
+from ghoststream.files import JOURNAL_NAME, StagingFolder
+from ghoststream.files.atomic import temporary_name
+from ghoststream.files.work import MARK
 with StagingFolder(Path(sys.argv[1]), request={"remove": 9}) as staging:
     (staging.path / "a").write_text("first half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -78,21 +82,24 @@ def test_a_target_filled_meanwhile_is_kept_and_so_is_the_work(tmp_path: Path) ->
         with pytest.raises(OutputExistsError, match="not empty"):
             staging.commit()
     assert names(target) == ["b"]
-    assert names(tmp_path / "out.partial") == ["a"]
+    assert names(tmp_path / "out.partial") == [MARK, "folder", "folder/a"]
 
 
-def test_a_file_in_the_place_of_the_unfinished_work_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").write_text("x")
-    with pytest.raises(OutputExistsError, match=r"out\.partial is a file"):
-        StagingFolder(tmp_path / "out").__enter__()
-    assert (tmp_path / "out.partial").read_text() == "x"
+@pytest.mark.parametrize("name", ["out.partial", "out.partial/thesis.txt"])
+def test_what_lies_in_the_place_of_the_unfinished_work_is_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("x")
+    for request in (None, {"remove": 9}):
+        with pytest.raises(OutputExistsError, match=r"out\.partial is a .* did not make"):
+            StagingFolder(tmp_path / "out", request=request).__enter__()
+    assert (tmp_path / name).read_text() == "x"
 
 
 def test_a_killed_run_is_resumed_by_the_same_request(tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False).returncode == -9
     with pytest.raises(
-        MismatchError, match=r"out\.partial holds the unfinished work .* \(remove is 9, asked for 6\)"
+        MismatchError, match=r"out\.partial/folder holds the unfinished work .* \(remove is 9, asked for 6\)"
     ):
         StagingFolder(target, request={"remove": 6}).__enter__()
     with StagingFolder(target, request={"remove": 9}) as staging:
@@ -107,24 +114,37 @@ def test_work_without_commit_is_kept_and_a_run_that_did_nothing_leaves_nothing(t
     with pytest.raises(KeyError), StagingFolder(tmp_path / "none", request={}):
         raise KeyError("x")
     assert names(tmp_path) == []
-    with StagingFolder(tmp_path / "out", request={}) as staging:
+    with StagingFolder(tmp_path / "out") as staging:
         (staging.path / "a").write_text("x")
-    assert names(tmp_path / "out.partial") == ["a"]
+    assert names(tmp_path / "out.partial") == [MARK, "folder", "folder/a"]
 
 
-def test_work_of_an_unknown_request_is_not_continued(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "a").write_text("x")
-    with pytest.raises(MismatchError, match="do not say what they were made for"):
+@pytest.mark.parametrize("marker", [None, "{", '{"request": {"remove": 9}}'])
+def test_work_of_an_unknown_request_is_not_continued(tmp_path: Path, marker: str | None) -> None:
+    with StagingFolder(tmp_path / "out", request={"remove": 9}) as staging:
+        (staging.path / "a").write_text("x")
+    place = tmp_path / "out.partial" / "folder.request.json"
+    place.unlink() if marker is None else place.write_text(marker)
+    with pytest.raises((MismatchError, ArtifactError), match=r"request.*; delete .*out\.partial"):
         StagingFolder(tmp_path / "out", request={"remove": 9}).__enter__()
-    assert names(tmp_path) == ["out.partial", "out.partial/a"]
+    assert (tmp_path / "out.partial" / "folder" / "a").read_text() == "x"
 
 
 def test_a_stale_request_without_work_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".out.request.json").write_text('{"remove": 1}')
+    with StagingFolder(tmp_path / "out", request={"remove": 1}) as staging:
+        staging.work.part("other").mkdir()
     with StagingFolder(tmp_path / "out", request={"remove": 2}) as staging:
         assert not staging.resumed
         staging.commit()
+    assert names(tmp_path) == ["out", "out.partial", f"out.partial/{MARK}", "out.partial/other"]
+
+
+def test_who_holds_the_lock_may_hand_it_on(tmp_path: Path) -> None:
+    place = StagingFolder(tmp_path / "out")
+    with place.lock:
+        with StagingFolder(tmp_path / "out", lock=place.lock) as staging:
+            staging.commit()
+        assert place.lock.held
     assert names(tmp_path) == ["out"]
 
 
@@ -135,7 +155,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_half_written_files_of_a_killed_run_do_not_reach_the_target(tmp_path: Path) -> None:
     with StagingFolder(tmp_path / "out") as staging:
-        (staging.path / ".a.json.partial").write_text("{")
+        temporary_name(staging.path / "a.json").write_text("{")
+        (staging.path / JOURNAL_NAME).write_text("{}")
         (staging.path / "a.json").write_text("{}")
         staging.commit()
     assert names(tmp_path / "out") == ["a.json"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ghoststream.errors import ArtifactError, InputNotFoundError, NumericsError, RequestError
+from ghoststream.files import json_digest
+from ghoststream.files.tensor_files import TensorFile, write_tensors
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan, Span
 
@@ -29,12 +30,11 @@ def operators() -> OperatorSet:
     return OperatorSet(PLAN, "mixed", boundaries, 4, {"base": {"digest": "sha256:0"}, "versions": {"a": "1"}})
 
 
-def edit_metadata(path: Path, **changes: Any) -> None:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        data = json.loads(file.metadata()["ghoststream"])
-    save_file(load_file(path), path, {"ghoststream": json.dumps({**data, **changes})})
+def write_otherwise(path: Path, **changes: Any) -> None:
+    """Write what another version of ghoststream might: whole, but not as this one reads it."""
+    with TensorFile(path) as file:
+        metadata, arrays = file.metadata, {name: file.read(name) for name in file.digests}
+    write_tensors(path, arrays, {**metadata, **changes})
 
 
 def test_file_holds_named_tensors_and_one_metadata_key(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_file_holds_named_tensors_and_one_metadata_key(tmp_path: Path) -> None:
     operators().save(path)
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {"boundary.1-3.weight", "boundary.1-3.bias", "boundary.4-5.weight"}
-        assert list(file.metadata()) == ["ghoststream"]
+        assert set(file.metadata()) == {"ghoststream", "digest"}
         assert (
             file.get_tensor("boundary.1-3.weight").numpy().tolist()
             == load_file(path)["boundary.1-3.weight"].tolist()
@@ -91,28 +91,48 @@ def test_files_that_are_no_operators_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="no file"):
         OperatorSet.load(path)
     save_file({"a": np.ones(2)}, path)
-    advice = "; give the file that `ghoststream fit` wrote, or fit again$"
-    with pytest.raises(ArtifactError, match="no readable ghoststream metadata: .*" + advice):
+    advice = "; restore it from a copy, or fit again$"
+    with pytest.raises(ArtifactError, match="carries no ghoststream metadata: .*" + advice):
         OperatorSet.load(path)
-    save_file({"a": np.ones(2)}, path, {"ghoststream": "[]"})
-    with pytest.raises(ArtifactError, match="metadata that is not an object: it is damaged" + advice):
+    write_tensors(path, {"a": np.ones(2)}, {})
+    with pytest.raises(ArtifactError, match="not an operator file"):
         OperatorSet.load(path)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ArtifactError, match="not a complete safetensors file .*" + advice):
         OperatorSet.load(path)
-    save_file({"a": np.ones(2)}, path, {"ghoststream": "{}"})
-    with pytest.raises(ArtifactError, match="not an operator file"):
-        OperatorSet.load(path)
     for change, text in (
-        ({"encoding-version": "2.0"}, "update ghoststream"),
-        ({"tensors": {}}, "its metadata names"),
+        ({"encoding-version": "9.0"}, "update ghoststream"),
         ({"boundaries": [{}]}, "lacks a part"),
         ({"plan": {"n_layers": 8, "spans": []}}, "lacks a part"),
+        ({"recipe": {"ridge": 1.0}, "recipe_digest": json_digest({"ridge": 2.0})}, "recipe does not have"),
     ):
         operators().save(path)
-        edit_metadata(path, **change)
+        write_otherwise(path, **change)
         with pytest.raises(ArtifactError, match=text):
             OperatorSet.load(path)
+
+
+def test_every_character_of_the_metadata_counts(tmp_path: Path) -> None:
+    path = tmp_path / "operators.safetensors"
+    weight = np.eye(4, dtype=np.float32)
+    normed = BoundaryOperator(Span(1, 3), "linear", "normed", weight, norm_epsilon=1e-5)
+    recipe = {"ridge": 0.5}
+    metadata = {"recipe": recipe, "recipe_digest": json_digest(recipe), "versions": {"numpy": "2.0"}}
+    OperatorSet(PruningPlan(8, (Span(1, 3),)), "ghost", (normed,), 4, metadata).save(path)
+    content = path.read_bytes()
+    for before, after in (
+        (b"1e-05", b"1e-02"),
+        (b'numpy\\":\\"2.0', b'numpy\\":\\"2.1'),
+        (b'ridge\\":0.5', b'ridge\\":0.6'),
+        (b"normed", b"hidden"),
+        (b'n_layers\\":8', b'n_layers\\":9'),
+    ):
+        assert content.count(before) == 1
+        path.write_bytes(content.replace(before, after))
+        with pytest.raises(ArtifactError, match=r"operators\.safetensors fails its digest"):
+            OperatorSet.load(path)
+    path.write_bytes(content)
+    assert OperatorSet.load(path).digest == json_digest(recipe)
 
 
 def test_operators_must_be_finite_fit_their_form_and_their_plan() -> None:

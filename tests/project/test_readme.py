@@ -65,7 +65,7 @@ def test_the_shell_and_the_python_of_the_readme_run(tmp_path: Path, monkeypatch:
     assert f"8 of {N_LAYERS} layers" in outputs["recover"]
     assert "recovered checkpoint" in outputs["inspect"]
     assert "sound" in outputs["verify"].splitlines()
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = json.loads((tmp_path / "figures.json").read_text())["models"]
     assert [row["model"] for row in figures] == ["MODEL", "recovered/"]
     # Five lines of Python ask for the same: what the shell made is taken as it is.
     code = _python_block()

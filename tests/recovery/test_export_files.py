@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ghoststream.checkpoint import CheckpointIndex, checkpoint_fingerprint
 from ghoststream.checkpoint.index import SINGLE_NAME
 from ghoststream.errors import ArtifactError
-from ghoststream.files import read_json, verify_sums
+from ghoststream.files import read_json, sealed, verify_sums
 from ghoststream.recovery import load_recovered
 from ghoststream.stages.export import export
 from ghoststream.testing.models import save_tiny
@@ -85,6 +85,9 @@ def test_provenance_that_lacks_a_part(exported: dict[str, Path], tmp_path: Path)
     data = read_json(folder / "ghoststream.json")
     del data["operators"]["kind"]
     (folder / "ghoststream.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match=r"ghoststream\.json fails its digest"):
+        load_recovered(folder)
+    (folder / "ghoststream.json").write_text(json.dumps(sealed(data)))
     with pytest.raises(ArtifactError, match="is damaged"):
         load_recovered(folder)
 

@@ -19,6 +19,7 @@ from ghoststream.errors import (
     RequestError,
     StoreError,
 )
+from ghoststream.files import WorkFolder, sealed
 from ghoststream.options import Method, Search
 from ghoststream.selection import (
     Choice,
@@ -253,7 +254,7 @@ def test_residual_goes_on_from_what_a_killed_run_left(
     assert select(2, store=uri, criterion="residual", out=out) == whole
     assert solved == [span for span, _ in whole.scores]
     assert not list(tmp_path.glob("*.partial"))
-    (tmp_path / "plan.json.partial").mkdir()  # killed after its rename
+    WorkFolder(out).make("select")  # killed after its rename
     assert select(2, store=uri, criterion="residual", out=out) == whole
     assert not list(tmp_path.glob("*.partial"))
 
@@ -359,8 +360,14 @@ def test_selections_that_were_edited_are_refused(uri: str, tmp_path: Path) -> No
     select(2, store=uri, criterion="streamline", out=path)
     whole = json.loads(path.read_text())
     assert {"criterion", "meaning", "candidates", "methods", "recipe"} < set(whole)
-    for name in sorted(set(whole) - {"encoding-type", "encoding-version", "n_layers", "spans"}):
-        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+    for name in sorted(set(whole)):
+        less = {key: value for key, value in whole.items() if key != name}
+        path.write_text(json.dumps(less))
+        with pytest.raises(ArtifactError, match=r"plan\.json (fails its|carries no) digest.* select again"):
+            read_plan(path, L)
+        if name in {"encoding-type", "encoding-version", "n_layers", "spans", "digest"}:
+            continue
+        path.write_text(json.dumps(sealed(less)))  # as another version might write it
         with pytest.raises(ArtifactError, match=f"lacks a part of what .* writes .*{name}.* select again"):
             read_plan(path, L)
     method = Method(operator="ghost").to_json()
@@ -370,12 +377,25 @@ def test_selections_that_were_edited_are_refused(uri: str, tmp_path: Path) -> No
         ([{**method, "colour": "red"}], "colour: there is no such option"),
         ("ghost", "lacks a part"),
     ):
-        path.write_text(json.dumps({**whole, "methods": methods}))
+        path.write_text(json.dumps(sealed({**whole, "methods": methods})))
         with pytest.raises(ArtifactError, match=problem):
             read_plan(path, L)
     path.write_text(json.dumps({**whole, "spans": [[9, 12]]}))
-    with pytest.raises((ArtifactError, PlanError), match=r"plan\.json"):
+    with pytest.raises(ArtifactError, match=r"plan\.json fails its digest"):
         read_plan(path, L)
+
+
+@pytest.mark.parametrize("entry", ["criterion", "candidates", "methods", "passes", "recipe", "digest"])
+def test_a_plan_that_says_more_than_its_spans_is_read_whole_or_refused(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"n_layers": L, "spans": [[1, 2]]}))
+    assert Selection.load(path) == Selection(PruningPlan.parse(L, "1:2"))
+    path.write_text(json.dumps({"n_layers": L, "spans": [[1, 2]], entry: None}))
+    with pytest.raises(ArtifactError, match="digest: it was changed after it was written"):
+        Selection.load(path)
+    path.write_text(json.dumps({"n_layers": L, "spans": [[1, 2]], "method": "ghost"}))
+    with pytest.raises(PlanError, match="it says method; a plan by hand has"):
+        Selection.load(path)
 
 
 def test_a_plan_of_fewer_spans_than_the_best_candidate_says_so() -> None:

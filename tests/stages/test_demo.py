@@ -116,7 +116,7 @@ def test_demo_again_gives_the_same_figures_and_writes_nothing(
     assert {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in after.items()} == {
         path: (stat.st_ino, stat.st_mtime_ns) for path, stat in before.items()
     }
-    assert json.loads((work / "perplexities.json").read_text())[0]["tokens"] == 4 * 31
+    assert json.loads((work / "perplexities.json").read_text())["models"][0]["tokens"] == 4 * 31
 
 
 @pytest.mark.soak

@@ -238,7 +238,7 @@ def test_damaged_leftovers_are_not_gone_on_with(
         patched.setattr(Distillation, "_save", saved_and_stopped)
         with pytest.raises(KeyboardInterrupt):
             run(tiny_llama, operators, text, stopped)
-    (kept,) = tmp_path.glob("*.partial/*/training.safetensors")
+    (kept,) = tmp_path.glob("*.partial/distill/*/training.safetensors")
     data = bytearray(kept.read_bytes())
     data[-1] ^= 1
     kept.write_bytes(data)

@@ -113,7 +113,8 @@ def test_the_json_lists_one_object_per_model_in_order(tmp_path: Path, ids_file: 
     export(folder, _operators(folder, "2:4"), tmp_path / "recovered")
     models = [tmp_path / "recovered", folder]
     report = _evaluate(models, ids_file, out=tmp_path / "figures.json")
-    data = json.loads((tmp_path / "figures.json").read_text())
+    data = json.loads((tmp_path / "figures.json").read_text())["models"]
+    assert data == report.to_json()
     assert [entry["model"] for entry in data] == [str(model) for model in models]
     for entry, row in zip(data, report.rows, strict=True):
         assert entry["perplexity"] == row.perplexity

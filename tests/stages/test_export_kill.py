@@ -75,7 +75,7 @@ def test_killed_export_ends_with_identical_files(
     out = tmp_path / "out"
     _kill(tiny_llama, out, moment)
     assert not out.exists()
-    partial = tmp_path / "out.partial"
+    partial = tmp_path / "out.partial" / "folder"
     whole = {path.name: path.stat().st_ino for path in partial.glob("model-*.safetensors")}
     assert bool(whole) == (moment != "1")
     export(tiny_llama, random_operators(_PLAN, 32), out, max_shard_bytes=_SHARD_BYTES)

@@ -159,7 +159,7 @@ def test_a_solved_boundary_that_the_disk_damaged_is_solved_again(
     with pytest.raises(OSError, match="stopped on purpose"):
         fit(PLAN, store=uri, out=out)
     monkeypatch.undo()
-    first, *_ = sorted((tmp_path / f"{out.name}.partial").glob("boundary-*"))
+    first, *_ = sorted((tmp_path / f"{out.name}.partial").glob("fit/boundary-*"))
     first.write_bytes(first.read_bytes()[:-8])
     fit(PLAN, store=uri, out=out)
     assert out.read_bytes() == whole.read_bytes()

@@ -96,7 +96,7 @@ def _ranges_kept(folder: Path) -> int:
     """Ranges that the states on disk stand for: a node of level k covers 2^k of them."""
     nodes = {
         tuple(int("".join(filter(str.isdigit, part))) for part in path.stem.split("-"))
-        for path in folder.glob("*.partial/moments-*/fold*.safetensors")
+        for path in folder.glob("*.partial/fit/moments-*/fold*.safetensors")
     }
     covered = {
         (fold, leaf) for fold, level, index in nodes for leaf in range(index << level, (index + 1) << level)

@@ -189,7 +189,7 @@ def test_the_taps_that_are_kept_are_state_and_intermediate(
     monkeypatch.setattr("ghoststream.operators.kind.reduce", _stop)
     with pytest.raises(KeyboardInterrupt):
         fit(store, folder, tmp_path / "out", "hidden+mlp", "2:4")
-    (place,) = (tmp_path / "out.partial").glob("taps-*")
+    (place,) = (tmp_path / "out.partial" / "fit").glob("taps-*")
     kept = ActivationStore.open(str(place)).read_numpy(1, 0, S)
     # fp32: the layer that is run again gives the very states of the pass.
     np.testing.assert_array_equal(kept[..., :C], ActivationStore.open(str(store)).read_numpy(2, 0, S))
@@ -289,7 +289,7 @@ def test_damaged_taps_are_made_again(
         patched.setattr("ghoststream.operators.kind.reduce", _stop)
         with pytest.raises(KeyboardInterrupt):
             fit(store, folder, out, "mlp")
-    (taps,) = out.with_name("out.partial").glob("taps-*")
+    (taps,) = out.with_name("out.partial").glob("fit/taps-*")
     next(path for path in taps.rglob("c.*") if path.stat().st_size > 5000).unlink()
     fit(store, folder, out, "mlp")
     assert out.read_bytes() == other.read_bytes()

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from ghoststream.errors import ArtifactError, CheckpointError, InputNotFoundError, RequestError
 from ghoststream.evaluation.tasks import TaskMetric, TaskResult, TaskRow
-from ghoststream.files import write_sums
+from ghoststream.files import sealed, write_sums
 from ghoststream.options import Method, Recovery, Text
+from ghoststream.recovery import load_recovered
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.artifacts.explain import flatten
@@ -22,6 +23,9 @@ from ghoststream.stages.artifacts.identify import Kind, identify
 from ghoststream.stages.artifacts.inspect import inspect_path
 from ghoststream.stages.artifacts.verify import verify_path
 from ghoststream.stages.estimation.estimate import estimate
+from ghoststream.stages.export import export
+from ghoststream.stages.session import ModelSession
+from ghoststream.testing.operators import random_operators
 
 pytestmark = pytest.mark.unit
 PLAN = {"n_layers": 6, "spans": [[1, 3]]}
@@ -65,7 +69,8 @@ def test_checkpoint_without_config(checkpoint: Path) -> None:
 
 
 def test_recovered_checkpoint(checkpoint: Path) -> None:
-    _write(checkpoint / "ghoststream.json", {"plan": PLAN, "base": {"digest": "sha256:00"}})
+    content = {"plan": PLAN, "base": {"digest": "sha256:00"}, "files": {}}
+    _write(checkpoint / "ghoststream.json", sealed(content))
     write_sums(checkpoint)
     report = inspect_path(checkpoint)
     assert report.kind == "recovered checkpoint"
@@ -75,7 +80,7 @@ def test_recovered_checkpoint(checkpoint: Path) -> None:
 
 
 def test_recovered_checkpoint_with_flipped_bit(checkpoint: Path) -> None:
-    _write(checkpoint / "ghoststream.json", {"plan": PLAN})
+    _write(checkpoint / "ghoststream.json", sealed({"plan": PLAN, "files": {}}))
     write_sums(checkpoint)
     shard = min(checkpoint.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -86,7 +91,7 @@ def test_recovered_checkpoint_with_flipped_bit(checkpoint: Path) -> None:
 
 
 def test_recovered_checkpoint_with_missing_parts(checkpoint: Path) -> None:
-    _write(checkpoint / "ghoststream.json", {"plan": {"n_layers": 6}})
+    _write(checkpoint / "ghoststream.json", sealed({"plan": {"n_layers": 6}, "files": {}}))
     min(checkpoint.glob("*.safetensors")).unlink()
     problems = verify_path(checkpoint).problems
     assert len(problems) == 3
@@ -97,7 +102,7 @@ def test_recovered_checkpoint_with_missing_parts(checkpoint: Path) -> None:
 
 def test_provenance_that_is_no_object(checkpoint: Path) -> None:
     _write(checkpoint / "ghoststream.json", [1])
-    with pytest.raises(ArtifactError, match=r"does not hold a JSON object; export the checkpoint again"):
+    with pytest.raises(ArtifactError, match=r"does not hold a JSON object; .*export the checkpoint again"):
         inspect_path(checkpoint)
     assert not verify_path(checkpoint).sound
 
@@ -111,12 +116,31 @@ def test_plain_safetensors(tmp_path: Path) -> None:
     assert verify_path(path).sound
 
 
-def test_operators_metadata_that_is_no_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["ghoststream", "digest"])
+def test_operators_metadata_that_is_no_json(tmp_path: Path, key: str) -> None:
     path = tmp_path / "operators.safetensors"
-    save_file({"a": torch.zeros(2)}, path, metadata={"ghoststream": "{"})
+    save_file({"a": torch.zeros(2)}, path, metadata={key: "{"})
     assert identify(path) is Kind.OPERATORS
-    with pytest.raises(ArtifactError, match=r"metadata is not JSON .* run `ghoststream fit` again"):
+    with pytest.raises(ArtifactError, match=r"run `ghoststream fit` again"):
         inspect_path(path)
+    assert not verify_path(path).sound
+
+
+def test_a_changed_side_file_of_a_recovered_checkpoint_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(tiny_llama, random_operators(PruningPlan.parse(6, "1:3"), 32), out)
+    assert verify_path(out).sound
+    for name in ("config.json", "ghoststream.json", "modeling_ghosted.py"):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content.replace(b"e", b"f", 1))
+        assert any(name in problem for problem in verify_path(out).problems)
+        for open_it in (inspect_path, ModelSession, load_recovered):
+            with pytest.raises(ArtifactError, match=name):
+                open_it(out)
+        (out / name).write_bytes(content)
+    (out / "README.md").write_text("my own words")
+    assert load_recovered(out) is not None
+    assert len(verify_path(out).problems) == 1
 
 
 @pytest.mark.parametrize("is_chosen", [False, True])
@@ -149,7 +173,10 @@ def test_estimate(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_list", [False, True])
 def test_evaluation(tmp_path: Path, *, as_list: bool) -> None:
     row = {"model": "dense", "perplexity": 40.0, "loss": 3.69, "tokens": 100, "standard_error": 0.1}
-    path = _write(tmp_path / "figures.json", [row] if as_list else {"models": [row], "text": {"spec": "ptb"}})
+    path = _write(
+        tmp_path / "figures.json",
+        [row] if as_list else sealed({"encoding-type": "ghoststream-evaluation", "models": [row]}),
+    )
     report = inspect_path(path)
     assert report.kind == "evaluation"
     assert report.tables[0].rows == [["dense", 40.0, 3.69, 0.1, 100]]

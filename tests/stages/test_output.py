@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +17,9 @@ import numpy as np
 import pytest
 
 import ghoststream
-from ghoststream.errors import BusyError, OutputExistsError, RequestError
-from ghoststream.files import fsync_folder, read_json
+from ghoststream.errors import ArtifactError, BusyError, OutputExistsError, RequestError
+from ghoststream.files import FileLock, WorkFolder, fsync_folder, read_json, sealed
+from ghoststream.files.atomic import temporary_name
 from ghoststream.options import Text
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.from_store.fit import _Job
@@ -126,7 +129,7 @@ def test_a_second_writer_is_refused_from_the_work_to_the_end(
 
     def last(folder: Path) -> None:
         with pytest.raises(BusyError):
-            Output(out, {}).lock().acquire()
+            WorkFolder(out).lock.acquire()
         refused.append("end")
         fsync_folder(folder)
 
@@ -168,10 +171,10 @@ def test_what_a_run_left_that_was_killed_after_its_rename_is_removed(
 ) -> None:
     out = tmp_path / "out"
     out.write_bytes(expected[step])
-    work, lock = tmp_path / "out.partial", tmp_path / ".out.lock"
-    work.mkdir()
-    (work / "candidates-0123456789abcdef.json").write_text("{}")
-    lock.write_text("")
+    place = WorkFolder(out)
+    (place.make(step.split()[0]) / "candidates-0123456789abcdef.json").write_text("{}")
+    place.lock.path.write_text("")
+    temporary_name(out).write_text("half")
     requests[step](out)
     assert out.read_bytes() == expected[step]
     assert list(tmp_path.iterdir()) == [out]
@@ -197,7 +200,7 @@ def test_figures_of_auto_are_kept_until_the_operators_are_written(
             requests["fit by auto"](out)
     assert len(passes) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    (kept,) = (tmp_path / "out.partial").iterdir()
+    (kept,) = (tmp_path / "out.partial").glob("*/*")
     assert len(read_json(kept)["candidates"]) == len(passes[0])
     requests["fit by auto"](out)
     assert len(passes) == 1, "nothing is measured again"
@@ -218,40 +221,123 @@ def test_figures_that_are_damaged_or_of_another_request_are_measured_again(
         patched.setattr("ghoststream.stages.choosing.search.Selection.save", lambda *_: _stop())
         with pytest.raises(KeyboardInterrupt):
             requests[step](out)
-    (kept,) = (tmp_path / "out.partial").iterdir()
-    kept.write_text(left)
+    (kept,) = (tmp_path / "out.partial").glob("*/*")
+    kept.write_text(json.dumps(sealed(json.loads(left))) if "recipe" in left else left)
     requests[step](out)
     assert out.read_bytes() == expected[step]
     assert list(tmp_path.iterdir()) == [out]
 
 
+@dataclass(frozen=True)
+class Line:
+    """A result that is a file of one line, the digest of its recipe."""
+
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path) -> Line:
+        text = path.read_text()
+        if text == "sha256:damaged":
+            raise ArtifactError(f"{path} fails its digest")
+        return cls(text)
+
+
+def _look(out: Output) -> Line | None:
+    with out.claimed(Line.load) as found:
+        return found
+
+
 def test_a_result_is_known_by_the_digest_of_its_request(tmp_path: Path) -> None:
-    out = Output(tmp_path / "out", {"a": 1})
-    assert out.existing(Path.read_text, lambda _: None) is None
-    out.path.write_text("mine")
-    assert out.existing(Path.read_text, lambda _: out.digest) == "mine"
-    with pytest.raises(OutputExistsError, match="not the result of this request"):
-        out.existing(Path.read_text, lambda _: Output(tmp_path / "out", {"a": 2}).digest)
-    with pytest.raises(OutputExistsError, match="not the result of this request"):
-        Output(tmp_path, {"a": 1}).existing(Path.read_text, lambda _: out.digest)
+    out = Output(tmp_path / "out", {"a": 1}, "fit")
+    assert _look(out) is None
+    out.path.write_text(out.digest)
+    assert _look(out) == Line(out.digest)
+    other = Output(tmp_path / "out", {"a": 2}, "fit")
+    for place in (other, Output(tmp_path, {"a": 1}, "fit")):
+        with pytest.raises(OutputExistsError, match="not the result of this request"):
+            _look(place)
     with pytest.raises(RequestError, match="cannot write"):
-        Output(out.path / "below", {"a": 1}).existing(Path.read_text, lambda _: None)
-    assert out.path.read_text() == "mine"
+        _look(Output(out.path / "below", {"a": 1}, "fit"))
+    out.path.write_text("sha256:damaged")
+    with pytest.raises(ArtifactError, match=r"out fails its digest .* there already.*delete it, and run"):
+        _look(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_another_process_has_written_meanwhile_is_not_overwritten(
-    requests: Requests, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_link_that_points_nowhere_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "none")
+    with pytest.raises((OutputExistsError, RequestError)):
+        _look(Output(tmp_path / "out", {}, "fit"))
+    assert (tmp_path / "out").is_symlink()
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("finished", ["fit in passes", "the same"])
+def test_what_another_process_has_written_before_the_lock_is_looked_at_again(
+    step: str,
+    finished: str,
+    requests: Requests,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
+    written = expected[step if finished == "the same" else finished]
+    acquire = FileLock.acquire
 
-    def slow(*_: Any) -> None:
-        out.write_bytes(expected["fit in passes"])
+    def late(self: FileLock) -> None:
+        if self.guarded == out:
+            out.write_bytes(written)
+        acquire(self)
 
+    monkeypatch.setattr(FileLock, "acquire", late)
+    if written == expected[step]:
+        requests[step](out)
+    else:
+        with pytest.raises(OutputExistsError, match="not the result of this request"):
+            requests[step](out)
+    assert out.read_bytes() == written
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("place", ["out.partial/thesis.txt", "out.partial", ".out.lock"])
+def test_what_somebody_else_put_there_is_refused_by_name_before_any_work(
+    step: str, place: str, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    _amid(monkeypatch, step, lambda: pytest.fail("it came to its work"))
+    with pytest.raises(RequestError, match=re.escape(str(tmp_path / Path(place).parts[0]))):
+        requests[step](tmp_path / "out")
+    assert (tmp_path / place).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_written_through(requests: Requests, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(RequestError, match=r"\.out\.lock is no lock file of ghoststream"):
+        requests["fit from a store"](tmp_path / "out")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "victim"]
+
+
+@pytest.mark.parametrize("first", STEPS)
+def test_what_one_command_keeps_is_nothing_to_another(
+    first: str,
+    requests: Requests,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        _amid(patched, first, _stop)
+        with pytest.raises(KeyboardInterrupt):
+            requests[first](out)
     for step in STEPS:
-        out.unlink(missing_ok=True)
-        with monkeypatch.context() as patched:
-            patched.setattr(Output, "existing", slow)
-            with pytest.raises(OutputExistsError, match="written by another process meanwhile"):
-                requests[step](out)
-        assert out.read_bytes() == expected["fit in passes"]
-        assert list(tmp_path.iterdir()) == [out]
+        requests[step](out)
+        assert out.read_bytes() == expected[step]
+        out.unlink()
+    assert list(tmp_path.iterdir()) == []

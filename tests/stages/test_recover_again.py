@@ -10,7 +10,8 @@ import pytest
 
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import ArtifactError, OutputExistsError
-from ghoststream.files import file_digest, verify_sums
+from ghoststream.files import StagingFolder, file_digest, verify_sums
+from ghoststream.files.atomic import temporary_name
 from ghoststream.options import Method, Storage, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
@@ -79,7 +80,7 @@ def test_export_onto_a_damaged_one_is_refused(tiny_llama: Path, tmp_path: Path) 
     out = tmp_path / "out"
     export(tiny_llama, random_operators(_PLAN, 32), out)
     (out / "README.md").unlink()
-    with pytest.raises(ArtifactError, match=r"out lacks README\.md; move it away"):
+    with pytest.raises(ArtifactError, match=r"out is damaged .*README\.md is missing.*; move it away"):
         export(tiny_llama, random_operators(_PLAN, 32), out)
     (out / "model.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"is damaged .*not a complete safetensors file"):
@@ -89,8 +90,11 @@ def test_export_onto_a_damaged_one_is_refused(tiny_llama: Path, tmp_path: Path) 
 def test_what_a_kill_after_the_rename_leaves_is_removed(tiny_llama: Path, tmp_path: Path) -> None:
     out, operators = tmp_path / "out", random_operators(_PLAN, 32)
     export(tiny_llama, operators, out)
-    (tmp_path / ".out.request.json").write_text("{}")
-    (tmp_path / ".out.lock").write_text("")
+    staging = StagingFolder(out)
+    staging.work.make("folder")
+    staging.work.part("folder.request.json").write_text("{}")
+    staging.lock.path.write_text("")
+    temporary_name(out).write_text("half")
     export(tiny_llama, operators, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -186,14 +186,14 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
     assert "acc_norm" in result.stdout
     assert "over 26 items: " in result.stdout
     assert "it/s" not in result.stderr
-    rows = json.loads(figures.read_text())
+    rows = json.loads(figures.read_text())["models"]
     assert [row["model"] for row in rows] == [str(llama), str(tmp_path / "recovered")]
     for row in rows:
         assert len(row["tasks"][CHOICES]["items"]["acc_norm"]) == 15
         assert row["versions"]["lm_eval"] == row["recipe"]["harness"]
     again = run(*arguments, "--out", figures)
     assert again.exit_code == 0
-    assert json.loads(figures.read_text()) == rows
+    assert json.loads(figures.read_text())["models"] == rows
     with pytest.raises(OutputExistsError, match="does not hold the figures of this request"):
         evaluate_tasks([llama], tasks=[CHOICES], include_path=tasks, compute=TRUSTED, out=figures)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from ghoststream.checkpoint.header import read_header
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import DataError, GhoststreamError, PlanError
-from ghoststream.files import SUMS_NAME, read_json, verify_sums
+from ghoststream.files import SUMS_NAME, read_json, unseal, verify_sums
 from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan
 
 
@@ -24,30 +25,35 @@ def check_store(uri: str) -> list[str]:
 
 def check_checkpoint(path: str) -> list[str]:
     """Check headers and sizes, and checksums where there are any."""
-    root = Path(path)
+    return _check_files(Path(path), ())
+
+
+def _check_files(root: Path, required: tuple[str, ...]) -> list[str]:
     index = CheckpointIndex.open(root)
+    required = (*index.shards, *required) if required else ()
     problems = [] if (root / "config.json").is_file() else [f"{root / 'config.json'} is missing"]
     problems += [str(index.absence(name).args[0]) for name in index.absent]
-    return problems + (verify_sums(root) if (root / SUMS_NAME).is_file() else [])
+    return problems + (verify_sums(root, required=required) if (root / SUMS_NAME).is_file() else [])
 
 
 def check_recovered(path: str) -> list[str]:
     """Check checksums and provenance too."""
     root = Path(path)
-    problems = []
+    problems, required = [], (PROVENANCE_NAME,)
     if not (root / SUMS_NAME).is_file():
         problems.append(
             f"{root / SUMS_NAME} is missing: the files cannot be checked; export the checkpoint again"
         )
     try:
-        provenance = read_json(root / PROVENANCE_NAME)
+        provenance = require_sound_sidecars(root)
+        required = (PROVENANCE_NAME, *provenance["files"])
         PruningPlan.from_json(provenance["plan"])
     except DataError as error:
         problems.append(str(error.args[0]))
     except (PlanError, KeyError, TypeError) as error:
         problems.append(f"{root / PROVENANCE_NAME} lacks a part of what it should say ({error})")
     try:
-        problems += check_checkpoint(path)
+        problems += _check_files(root, required)
     except GhoststreamError as error:
         # Weights that are not there would be a bad request elsewhere; an export without them is broken.
         problems.append(str(error.args[0]))
@@ -83,4 +89,12 @@ def check_plan(path: str) -> list[str]:
 def check_json(path: str) -> list[str]:
     """Read a JSON file."""
     read_json(Path(path))
+    return []
+
+
+def check_figures(path: str) -> list[str]:
+    """Read a file of figures and check its digest; what a command printed has none."""
+    data = read_json(Path(path))
+    if not isinstance(data, list):
+        unseal(data, path, advice="measure again")
     return []

@@ -14,14 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghoststream.checkpoint.header import TensorEntry, read_header, read_metadata
+from ghoststream.checkpoint.header import TensorEntry, read_header
 from ghoststream.checkpoint.index import CheckpointIndex
-from ghoststream.errors import ArtifactError, CheckpointError
-from ghoststream.files import format_bytes, read_json
+from ghoststream.errors import CheckpointError
+from ghoststream.files import format_bytes, read_json, unseal
+from ghoststream.files.seals import read_tensor_header
 from ghoststream.options import Method
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.artifacts.identify import OPERATORS_KEY
 
 if TYPE_CHECKING:
     from ghoststream.activations.layout import StoreLayout
@@ -118,10 +118,7 @@ def explain_checkpoint(path: str) -> Explanation:
 def explain_recovered(path: str) -> Explanation:
     """Say what a recovered checkpoint was made of."""
     facts, _ = explain_checkpoint(path)
-    provenance = read_json(Path(path) / PROVENANCE_NAME)
-    if not isinstance(provenance, dict):
-        msg = f"{Path(path) / PROVENANCE_NAME} does not hold a JSON object; export the checkpoint again"
-        raise ArtifactError(msg)
+    provenance = require_sound_sidecars(Path(path))
     if isinstance(provenance.get("plan"), Mapping):
         plans = [one["plan"] for one in provenance.pop("rounds", ())]
         facts["removed"] = _plan_text(*plans, provenance.pop("plan"))
@@ -137,11 +134,7 @@ def explain_recovered(path: str) -> Explanation:
 def explain_operators(path: str) -> Explanation:
     """Say what an operators file holds."""
     place = Path(path)
-    try:
-        data = json.loads(read_metadata(place)[OPERATORS_KEY])
-    except ValueError as error:
-        msg = f"{place}: the metadata is not JSON ({error}); run `ghoststream fit` again"
-        raise ArtifactError(msg) from error
+    data = read_tensor_header(place, advice="restore it from a copy, or run `ghoststream fit` again")
     boundaries = data.pop("boundaries", [])
     facts: dict[str, Any] = {"operator": data.pop("kind", "unknown")}
     if isinstance(data.get("plan"), Mapping):
@@ -221,23 +214,27 @@ def explain_estimate(path: str) -> Explanation:
 
 def explain_evaluation(path: str) -> Explanation:
     """Show the perplexities of an evaluation."""
-    data = read_json(Path(path))
-    models = data if isinstance(data, list) else data["models"]
+    models = _figures(path)
     names = ("model", "perplexity", "loss", "standard_error", "tokens")
     rows = [[row.get(name) for name in names] for row in models]
-    rest = {} if isinstance(data, list) else {key: value for key, value in data.items() if key != "models"}
-    return flatten(rest), (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
+    return {}, (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
 
 
 def explain_tasks(path: str) -> Explanation:
     """Show the results of tasks."""
     rows = [
         (row["model"], task, name, figure["value"], figure["standard_error"], result["n_items"])
-        for row in read_json(Path(path))
+        for row in _figures(path)
         for task, result in row["tasks"].items()
         for name, figure in result["metrics"].items()
     ]
     return {}, (Table("tasks", ("model", "task", "metric", "value", "standard error", "items"), rows),)
+
+
+def _figures(path: str) -> Sequence[Mapping[str, Any]]:
+    """Return the rows of a file of figures, or of what a command printed."""
+    data = read_json(Path(path))
+    return data if isinstance(data, list) else list(unseal(data, path, advice="measure again")["models"])
 
 
 def _config_facts(root: Path) -> dict[str, Any]:

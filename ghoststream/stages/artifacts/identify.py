@@ -12,10 +12,11 @@ from ghoststream.checkpoint.header import read_metadata
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.files import read_json
+from ghoststream.files.seals import METADATA_KEY, SEAL
 from ghoststream.recovery.names import PROVENANCE_NAME
 
-#: Metadata key of an operators file.
-OPERATORS_KEY = "ghoststream"
+# Both are in every file of ours: one in which a bit of either has changed is still known, as damaged.
+_OUR_KEYS = frozenset({METADATA_KEY, SEAL})
 
 
 class Kind(StrEnum):
@@ -30,6 +31,13 @@ class Kind(StrEnum):
     ESTIMATE = "estimate"
     EVALUATION = "evaluation"
     TASKS = "task results"
+
+
+_BY_ENCODING = {
+    "ghoststream-plan": Kind.PLAN,
+    "ghoststream-evaluation": Kind.EVALUATION,
+    "ghoststream-tasks": Kind.TASKS,
+}
 
 
 def identify(path: str | Path) -> Kind:
@@ -50,7 +58,8 @@ def identify(path: str | Path) -> Kind:
         msg = f"there is nothing at {place}; check the path"
         raise InputNotFoundError(msg)
     if place.suffix == ".safetensors":
-        return Kind.OPERATORS if OPERATORS_KEY in read_metadata(place) else Kind.TENSORS
+        is_ours = not _OUR_KEYS.isdisjoint(read_metadata(place))
+        return Kind.OPERATORS if is_ours else Kind.TENSORS
     if place.suffix == ".json":
         return identify_json(read_json(place), place)
     return _refuse(place)
@@ -62,15 +71,16 @@ def identify_json(data: Any, place: Path) -> Kind:
     Raises:
         RequestError: If it is nothing that ghoststream knows.
     """
+    by_name = _BY_ENCODING.get(str(data.get("encoding-type"))) if isinstance(data, Mapping) else None
+    if by_name is not None:
+        return by_name
     if isinstance(data, list) and data and all(_has(row, "perplexity") for row in data):
-        return Kind.EVALUATION
-    if _has(data, "models") and all(_has(row, "perplexity") for row in data["models"]):
         return Kind.EVALUATION
     if isinstance(data, list) and data and all(_has(row, "tasks") for row in data):
         return Kind.TASKS
     if _has(data, "needs") and _has(data, "stages"):
         return Kind.ESTIMATE
-    if _has(data, "spans"):
+    if _has(data, "spans") or _has(data, "encoding-type"):
         return Kind.PLAN
     return _refuse(place)
 

@@ -40,12 +40,12 @@ KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
             "checksums, index, headers, sizes, every tensor, provenance",
         ),
         Kind.OPERATORS: ArtifactKind(
-            explain.explain_operators, check.check_operators, "header, digest, values"
+            explain.explain_operators, check.check_operators, "header, digests, values"
         ),
         Kind.TENSORS: ArtifactKind(explain.explain_tensors, check.check_tensors, "header and size"),
-        Kind.PLAN: ArtifactKind(explain.explain_plan, check.check_plan, "plan, candidates, methods"),
+        Kind.PLAN: ArtifactKind(explain.explain_plan, check.check_plan, "digest, plan, candidates, methods"),
         Kind.ESTIMATE: ArtifactKind(explain.explain_estimate, check.check_json, "JSON"),
-        Kind.EVALUATION: ArtifactKind(explain.explain_evaluation, check.check_json, "JSON"),
-        Kind.TASKS: ArtifactKind(explain.explain_tasks, check.check_json, "JSON"),
+        Kind.EVALUATION: ArtifactKind(explain.explain_evaluation, check.check_figures, "JSON, digest"),
+        Kind.TASKS: ArtifactKind(explain.explain_tasks, check.check_figures, "JSON, digest"),
     }
 )

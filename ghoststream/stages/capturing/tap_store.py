@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from ghoststream.activations import ActivationStore, StoreRequest
+from ghoststream.activations import ActivationStore, StoreRequest, verify_store
+from ghoststream.activations.manifest import MANIFEST_KEY
 from ghoststream.costs import FitShape
-from ghoststream.errors import BudgetError, DataError, InputNotFoundError, RequestError
-from ghoststream.files import disk_errors, format_bytes, json_digest
+from ghoststream.errors import ArtifactError, BudgetError, RequestError
+from ghoststream.files import disk_errors, format_bytes, json_digest, read_kept
 from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind
 from ghoststream.progress import Progress
@@ -222,12 +223,17 @@ def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress:
 
 
 def _open(place: Path, request: StoreRequest) -> ActivationStore:
-    with suppress(InputNotFoundError):
-        try:
-            ActivationStore.open(str(place))
-        except DataError:  # the disk has damaged it: made again, it is the same
-            shutil.rmtree(place)
+    if (place / MANIFEST_KEY).exists() and read_kept(_require_sound, place) is None:
+        shutil.rmtree(place)
     return ActivationStore.create_or_resume(str(place), **request)
+
+
+def _require_sound(place: Path) -> Path:
+    problems = verify_store(str(place))
+    if problems:
+        msg = f"{place}: {problems[0]}"
+        raise ArtifactError(msg)
+    return place
 
 
 def _fill(

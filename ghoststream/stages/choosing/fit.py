@@ -75,14 +75,13 @@ def fit_in_passes(
         "methods": [one.to_json() for one in (LATER_METHODS if repair is None else repair.methods)],
         "chosen_on": None if division is None else {**division.to_json(), "screen": SCREEN.to_json()},
     }
-    output = Output(out, recipe)
-    found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
-    if found is not None:
-        return found
+    output = Output(out, recipe, "fit")
     metadata: dict[str, Any] = {"recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
-    session.expect(selection.base, "the plan was chosen")
-    with output.writing():
+    with output.claimed(OperatorSet.load) as found:
+        if found is not None:
+            return found
+        session.expect(selection.base, "the plan was chosen")
         if repair is None:
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)

@@ -53,14 +53,13 @@ def search_session(
         **division.to_json(),
         **_repairing(rule, wanted),
     }
-    output = None if out is None else Output(out, recipe)
+    output = None if out is None else Output(out, recipe, "select")
     if output is None:
         trial = Trial(session, tokens, division, lanes=search.lanes, output=None, progress=progress)
         return _choose(rule, trial, remove, search, wanted, recipe)
-    found = output.existing(Selection.load, lambda selection: selection.digest)
-    if found is not None:
-        return found
-    with output.writing():
+    with output.claimed(Selection.load) as found:
+        if found is not None:
+            return found
         trial = Trial(session, tokens, division, lanes=search.lanes, output=output, progress=progress)
         selection = _choose(rule, trial, remove, search, wanted, recipe)
         selection.save(output.path)

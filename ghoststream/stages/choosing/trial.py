@@ -6,13 +6,11 @@ Their figures are kept beside the result until that is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import ArtifactError
-from ghoststream.files import atomic_write_json, disk_errors, read_json
+from ghoststream.files import read_kept, read_sealed_json, write_sealed_json
 from ghoststream.options import Search
 from ghoststream.progress import Progress
 from ghoststream.stages.choosing.auto import choose_methods, preference
@@ -140,15 +138,13 @@ class Trial:
         self._dense_loss = dense.loss
         self._rows |= {one.repair.name: one.to_json() for one in candidates}
         if self._output is not None:
-            with disk_errors(self._output.work):
-                self._output.work.mkdir(parents=True, exist_ok=True)
             kept = {
                 "recipe_digest": self._output.digest,
                 "dense_loss": dense.loss,
                 "candidates": self._rows,
                 "base": self.session.base(None, self.progress),
             }
-            atomic_write_json(self._notes(self._output), kept)
+            write_sealed_json(self._notes(self._output), kept)
 
     def _notes(self, output: Output) -> Path:
         return output.work / f"candidates-{output.short_digest}.json"
@@ -157,9 +153,12 @@ class Trial:
         if self._output is None:
             return
         notes = self._notes(self._output)
-        with suppress(ArtifactError, FileNotFoundError):
-            found = read_json(notes)
-            is_ours = isinstance(found, dict) and found.get("recipe_digest") == self._output.digest
-            if is_ours and isinstance(found.get("base"), dict):
-                self._dense_loss, self._rows = found["dense_loss"], dict(found["candidates"])
-                self.session.expect(found["base"], f"{notes} was written")
+        found = read_kept(_read_notes, notes)
+        if found is not None and found[0] == self._output.digest:
+            _, self._dense_loss, self._rows, base = found
+            self.session.expect(base, f"{notes} was written")
+
+
+def _read_notes(path: Path) -> tuple[str, float, dict[str, Row], dict[str, Any]]:
+    found = read_sealed_json(path)
+    return found["recipe_digest"], found["dense_loss"], dict(found["candidates"]), dict(found["base"])

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ghoststream.errors import RequestError
 from ghoststream.evaluation.objectives import default_loss_tokens
-from ghoststream.files import bytes_digest, disk_errors, json_digest
+from ghoststream.files import disk_errors, json_digest
+from ghoststream.files.tensor_files import array_digest
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Text, Training
 from ghoststream.progress import Progress, SilentProgress
@@ -91,14 +90,13 @@ def distill(
     tokens = session.tokens(text, progress)
     settings = _settings(training, session, tokens)
     recipe = _recipe(session, given, tokens, text, settings)
-    output = Output(out, recipe)
-    found = output.existing(OperatorSet.load, lambda trained: trained.metadata.get("recipe_digest"))
-    if found is not None:
-        return found
-    folder = output.work / output.short_digest
-    with output.writing():
+    output = Output(out, recipe, "distill")
+    with output.claimed(OperatorSet.load) as found:
+        if found is not None:
+            return found
+        folder = output.work / output.short_digest
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
         teacher = Teacher(folder, session, given.plan.spans[0].start, settings.top)
         teacher.prepare(tokens, settings.micro_batch, progress)
         run = Distillation(session, tokens, given, teacher, settings, folder / "training.safetensors")
@@ -114,7 +112,7 @@ def distill(
         trained = OperatorSet(
             given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
         )
-        trained.save(output.path, temporary=folder / "operators.safetensors")
+        trained.save(output.path)
     return trained
 
 
@@ -179,7 +177,7 @@ def _recipe(
 
 def _operators_digest(operators: OperatorSet) -> str:
     arrays = {
-        f"{one.name}.{part}": bytes_digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        f"{one.name}.{part}": array_digest(array)
         for one in operators.operators
         for part, array in (("weight", one.weight), ("bias", one.bias))
         if array is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,20 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ghoststream.errors import ArtifactError, InputNotFoundError
 from ghoststream.evaluation.objectives import DivergenceAccumulator, TopLogitsLoss, default_loss_tokens
-from ghoststream.files import bytes_digest
+from ghoststream.files import read_kept
+from ghoststream.files.tensor_files import TensorFile, write_tensors
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import Span
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics.sums import open_safetensors, read_metadata, write_safetensors
 from ghoststream.streaming import Batch, BoundaryMap, Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.streaming.backward import BackwardPass
 from ghoststream.text import TokenSet
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_ADVICE = "delete it, and the distillation begins anew"
 
 
 @dataclass(frozen=True)
@@ -237,23 +234,20 @@ class Distillation:
             "step": state.step,
             "losses": state.losses,
             "before": [state.before.divergence, state.before.loss],
-            "digests": _digests(host),
         }
-        write_safetensors(self._path, host, metadata)
+        write_tensors(self._path, host, metadata)
 
     def _load(self) -> _State:
         """Return where a run before this got to, its arrays put in place.
 
         The beginning if it left nothing whole.
         """
-        with suppress(InputNotFoundError, ArtifactError, KeyError):
-            found = read_metadata(self._path, advice=_ADVICE)
-            with open_safetensors(self._path, advice=_ADVICE) as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            if found["digests"] == _digests(arrays):
-                self._restore(arrays, int(found["step"]))
-                return _State(int(found["step"]), list(found["losses"]), HeldOut(*found["before"]))
-        return _State()
+        kept = read_kept(_read_state, self._path)
+        if kept is None:
+            return _State()
+        state, arrays = kept
+        self._restore(arrays, state.step)
+        return state
 
     def _restore(self, arrays: Mapping[str, npt.NDArray[Any]], step: int) -> None:
         for name, parameter in self._parameters().items():
@@ -302,8 +296,7 @@ def trained_boundaries(
     )
 
 
-def _digests(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
-    return {
-        name: bytes_digest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        for name, array in arrays.items()
-    }
+def _read_state(path: Path) -> tuple[_State, dict[str, npt.NDArray[Any]]]:
+    with TensorFile(path) as file:
+        found, arrays = file.metadata, {name: file.read(name) for name in file.digests}
+    return _State(int(found["step"]), list(found["losses"]), HeldOut(*found["before"])), arrays

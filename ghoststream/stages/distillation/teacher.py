@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,15 @@ import torch
 
 from ghoststream.errors import ArtifactError
 from ghoststream.evaluation import default_logit_tokens
-from ghoststream.files import atomic_write_json, disk_errors, fsync_path, read_json, require_free_space
+from ghoststream.files import (
+    disk_errors,
+    file_digest,
+    fsync_path,
+    read_kept,
+    read_sealed_json,
+    require_free_space,
+    write_sealed_json,
+)
 from ghoststream.progress import Progress
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.session import ModelSession
@@ -27,7 +34,7 @@ class Teacher:
     Args:
         folder: Where they are kept: ``states.npy`` (bytes of the states at compute dtype, ``(S, T, C b)``),
             ``logits.npy`` (float32, ``(S, T, top)``) and ``entries.npy`` (int32, the same shape);
-            ``base.json`` has digests of the model's tensors; ``teacher.json`` is written last.
+            ``teacher.json``, with their digests and those of the model's tensors, is written last.
         session: The model.
         start: Position of the states.
         top: How many logits; at most the vocabulary.
@@ -38,7 +45,7 @@ class Teacher:
     def __init__(self, folder: Path, session: ModelSession, start: int, top: int) -> None:
         self._folder, self._session, self._start = folder, session, start
         self._top = min(top, session.skeleton.vocab_size)
-        self._marker, self._base = folder / "teacher.json", folder / "base.json"
+        self._marker = folder / "teacher.json"
         self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     def prepare(self, tokens: TokenSet, micro_batch: int, progress: Progress) -> None:
@@ -52,13 +59,20 @@ class Teacher:
         """
         shapes = self._shapes(tokens)
         described = {name: [list(shape), dtype] for name, (shape, dtype) in shapes.items()}
-        if self._found() != described or not self._expect_base():
+        found = read_kept(self._read_marker, self._marker)
+        if found is not None and found["arrays"] == described:
+            self._session.expect(found["base"], f"{self._marker} was written")
+        else:
+            # Removed whole, as are links in the place of a file, which must not be written through.
+            for name in shapes:
+                self._path(name).unlink(missing_ok=True)
             self._marker.unlink(missing_ok=True)
             self._run(tokens, micro_batch, progress)
             for name in shapes:
                 fsync_path(self._path(name))
-            atomic_write_json(self._base, self._session.base(None, progress))
-            atomic_write_json(self._marker, described)
+            digests = {name: file_digest(self._path(name)) for name in shapes}
+            base = self._session.base(None, progress)
+            write_sealed_json(self._marker, {"arrays": described, "digests": digests, "base": base})
         self._arrays = {name: np.load(self._path(name), mmap_mode="r") for name in shapes}
 
     def states(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -125,17 +139,16 @@ class Teacher:
             "entries": ((*shape, self._top), "int32"),
         }
 
-    def _found(self) -> Any:
-        with suppress(ArtifactError, FileNotFoundError):
-            return read_json(self._marker)
-        return None
-
-    def _expect_base(self) -> bool:
-        """Know what the model was when it ran; say whether that was kept."""
-        with suppress(ArtifactError, FileNotFoundError):
-            self._session.expect(read_json(self._base), f"{self._marker} was written")
-            return True
-        return False
+    def _read_marker(self, path: Path) -> dict[str, Any]:
+        """Read what is kept of a run before this, and check the files that it names."""
+        found = read_sealed_json(path)
+        found = {name: found[name] for name in ("arrays", "digests", "base")}
+        for name, digest in found["digests"].items():
+            array = self._path(name)
+            if not array.is_file() or file_digest(array) != digest:
+                msg = f"{array} is not what was written there"
+                raise ArtifactError(msg)
+        return found
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npy"

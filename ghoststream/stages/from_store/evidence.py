@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ghoststream.errors import RequestError
-from ghoststream.files import atomic_write_json, json_digest, read_json
+from ghoststream.files import json_digest, read_kept, read_sealed_json, write_sealed_json
 from ghoststream.operators import make_operator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.ridge import mean_diagonal
@@ -123,11 +124,13 @@ class StoreEvidence:
         }
         name = json_digest(request).removeprefix("sha256:")[:16]
         path = work / f"residual-{name}-{moments.span.start}-{moments.span.stop}.json"
-        if path.is_file():
-            return Residual(**read_json(path))
+        asked = {**request, "span": [moments.span.start, moments.span.stop]}
+        kept = read_kept(_read_residual, path)
+        if kept is not None and kept[0] == asked:
+            return kept[1]
         assert isinstance(method.ridge, float)
         residual = _fit(moments, method.ridge)
-        atomic_write_json(path, asdict(residual))
+        write_sealed_json(path, {"request": asked, "residual": asdict(residual)})
         return residual
 
     @contextmanager
@@ -136,8 +139,12 @@ class StoreEvidence:
             with tempfile.TemporaryDirectory(prefix="ghoststream-") as folder:
                 yield Path(folder)
             return
-        self._work.mkdir(parents=True, exist_ok=True)
         yield self._work
+
+
+def _read_residual(path: Path) -> tuple[dict[str, Any], Residual]:
+    found = read_sealed_json(path)
+    return found["request"], Residual(**found["residual"])
 
 
 def _fit(moments: FoldedMoments, ridge: float) -> Residual:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import scipy
 
 from ghoststream.checkpoint.contents import TensorDigests
-from ghoststream.errors import ArtifactError
+from ghoststream.files import read_kept
 from ghoststream.operators import (
     BoundaryOperator,
     OperatorKind,
@@ -89,15 +88,13 @@ def fit_from_store(
     selection = read_plan(plan, store.n_layers)
     _require_same_base(selection, store, store_uri)
     job = _Job(store_uri, store, selection.plan, kind, ranges, reduction, progress)
-    output = Output(out, job.request)
-    found = output.existing(OperatorSet.load, lambda operators: operators.metadata.get("recipe_digest"))
-    if found is not None:
-        return found
-    taps = _taps(job, model)
-    if reduction.reduce_device is not None and reduction.scheduler is None:
-        require_device(reduction.reduce_device)
-    with output.writing():
-        return job.run(output, taps)
+    output = Output(out, job.request, "fit")
+    # What cannot be is refused before a folder is made for the output.
+    taps = None if output.path.exists() else _checked_taps(job, model)
+    with output.claimed(OperatorSet.load) as found:
+        if found is not None:
+            return found
+        return job.run(output, taps or _checked_taps(job, model))
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class _Job:
     @property
     def request(self) -> dict[str, Any]:
         """What decides every bit of the operators."""
-        return {"recipe": self.recipe.to_json(), "plan": self.plan.to_json()}
+        return {**self.recipe.to_json(), "plan": self.plan.to_json()}
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -149,7 +146,7 @@ class _Job:
             self.moments.update(self._reduce(spans, stored, output.work))
         metadata = {
             "base": base_of(self.store),
-            "recipe": self.recipe.to_json(),
+            "recipe": self.request,
             "recipe_digest": output.digest,
             "versions": {**library_versions(), "scipy": scipy.__version__},
         }
@@ -157,7 +154,7 @@ class _Job:
         operators = OperatorSet(
             self.plan, str(self.kind.method.operator), boundaries, self.store.hidden, metadata
         )
-        operators.save(output.path, temporary=output.work / "operators.safetensors")
+        operators.save(output.path)
         return operators
 
     def _reduce(
@@ -174,7 +171,6 @@ class _Job:
         )
 
     def _solve(self, output: Output, metadata: dict[str, Any]) -> tuple[BoundaryOperator, ...]:
-        output.work.mkdir(parents=True, exist_ok=True)
         self.progress.start("solve", len(self.plan.spans), "boundaries")
         solved = []
         for span in self.plan.spans:
@@ -188,15 +184,15 @@ class _Job:
 
     def _fit(self, span: Span, output: Output, metadata: dict[str, Any]) -> BoundaryOperator:
         path = output.work / f"boundary-{output.short_digest}-{span.start}-{span.stop}.safetensors"
-        if path.is_file():
-            with suppress(ArtifactError):  # the disk has damaged it: fitted again, it is the same
-                return OperatorSet.load(path).boundaries[0]
+        plan = PruningPlan(self.plan.n_layers, (span,))
+        kept = read_kept(OperatorSet.load, path)
+        if kept is not None and (kept.digest, kept.plan) == (output.digest, plan):
+            return kept.boundaries[0]
         if self.kind.method.per_layer:
             layers = [self.moments[layer] for layer in single_layers(span)]
             operator = fit_per_layer(self.kind, self.moments[span], layers)
         else:
             operator = self.kind.fit(self.moments[span])
-        plan = PruningPlan(self.plan.n_layers, (span,))
         name = str(self.kind.method.operator)
         OperatorSet(plan, name, (operator,), self.store.hidden, metadata).save(path)
         return operator
@@ -208,9 +204,11 @@ def _require_same_base(selection: Selection, store: HiddenStateSource, store_uri
     digests.expect(base_of(store)["tensors"], f"{store_uri} was captured")
 
 
-def _taps(job: _Job, model: Opener | None) -> WantedTaps | None:
-    """Return what the model must compute again; its layers and memory are checked before any work."""
-    kind = job.kind
+def _checked_taps(job: _Job, model: Opener | None) -> WantedTaps | None:
+    """Return what the model must compute again; its layers, memory and device are checked before any work."""
+    kind, reduction = job.kind, job.reduction
+    if reduction.reduce_device is not None and reduction.scheduler is None:
+        require_device(reduction.reduce_device)
     if not taps_of(kind.features):
         return None
     session = None if model is None else model()

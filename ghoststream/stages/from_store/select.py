@@ -49,11 +49,10 @@ def select_from_store(
     if out is None:
         evidence = StoreEvidence(store_uri, store, model, reduction, None, progress)
         return _choose(rule, name, evidence, remove, recipe, base_of(store))
-    output = Output(out, recipe)
-    found = output.existing(Selection.load, lambda selection: selection.digest)
-    if found is not None:
-        return found
-    with output.writing():
+    output = Output(out, recipe, "select")
+    with output.claimed(Selection.load) as found:
+        if found is not None:
+            return found
         evidence = StoreEvidence(store_uri, store, model, reduction, output.work, progress)
         selection = _choose(rule, name, evidence, remove, recipe, base_of(store))
         selection.save(output.path)

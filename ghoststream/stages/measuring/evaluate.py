@@ -8,17 +8,12 @@ from pathlib import Path
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport, EvaluationRow
-from ghoststream.files import atomic_write_json
 from ghoststream.options import Compute, Text
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
+from ghoststream.stages.measuring.figures import claimed_figures
 from ghoststream.stages.measuring.measurement import Measurement
-from ghoststream.stages.measuring.model_groups import (
-    ModelGroup,
-    group_models,
-    group_notes,
-    require_free_or_same,
-)
+from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes
 from ghoststream.stages.session import ModelSession
 
 
@@ -52,6 +47,8 @@ def evaluate(
         MismatchError: If the store is not of the models' base, or was computed in another way.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``out`` holds anything else.
+        ArtifactError: If it holds figures, and is damaged.
+        BusyError: If another process is writing it.
         GhoststreamError: What opening models, the text or the store raises.
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
@@ -74,15 +71,14 @@ def _evaluate(
     groups: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
 ) -> EvaluationReport:
     measurements = [Measurement(one, wanted, progress) for one in groups]
-    if out is not None:
-        require_free_or_same(Path(out), [asked for one in measurements for asked in one.requests()])
+    asked = [request for one in measurements for request in one.requests()]
     rows: dict[int, EvaluationRow] = {}
-    for number, measurement in enumerate(measurements):
-        for model, losses, recipe in measurement.run(progress):
-            rows[model.position] = EvaluationRow(
-                model.name, losses, recipe, number, model.fingerprint, library_versions()
-            )
-    report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
-    if out is not None:
-        atomic_write_json(Path(out), report.to_json())
+    with claimed_figures(out, "evaluation", asked) as write:
+        for number, measurement in enumerate(measurements):
+            for model, losses, recipe in measurement.run(progress):
+                rows[model.position] = EvaluationRow(
+                    model.name, losses, recipe, number, model.fingerprint, library_versions()
+                )
+        report = EvaluationReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
+        write(report.to_json())
     return report

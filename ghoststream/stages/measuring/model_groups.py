@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ghoststream.checkpoint.fingerprint import require_undamaged
-from ghoststream.errors import ArtifactError, OutputExistsError, RequestError
-from ghoststream.files import differences, file_digest, read_json, require_writable
+from ghoststream.errors import RequestError
+from ghoststream.files import file_digest
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute
 from ghoststream.recovery import RecoveredInfo, load_recovered
@@ -133,33 +132,6 @@ def group_notes(groups: Sequence[ModelGroup]) -> tuple[str, ...]:
         elif len(groups) > 1:
             notes.append(f"{names} needed a pass of its own")
     return tuple(notes)
-
-
-def require_free_or_same(path: Path, asked: Sequence[tuple[int, dict[str, Any]]]) -> None:
-    """Check before any pass that the figures can be written and that nothing else would be lost by it.
-
-    Args:
-        path: Where one JSON object a model is to be written.
-        asked: ``fingerprint`` and ``recipe`` of each model, with its place in the request.
-
-    Raises:
-        OutputExistsError: If the file holds anything but the figures of this request.
-        RequestError: If it cannot be written.
-    """
-    require_writable(path)
-    if not path.exists():
-        return
-    try:
-        rows = read_json(path)
-        found = [{key: row[key] for key in ("fingerprint", "recipe")} for row in rows]
-    except (ArtifactError, KeyError, TypeError):
-        found = None
-    if found is None or differences(found, [request for _, request in sorted(asked, key=itemgetter(0))]):
-        msg = (
-            f"{path} exists and does not hold the figures of this request; choose another name, or move it "
-            "away"
-        )
-        raise OutputExistsError(msg)
 
 
 @dataclass(frozen=True)

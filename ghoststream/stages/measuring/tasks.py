@@ -16,17 +16,11 @@ from ghoststream.evaluation import (
     require_trusted_tasks,
     task_results,
 )
-from ghoststream.files import atomic_write_json
 from ghoststream.options import Compute
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import TaskRecipe, library_versions
-from ghoststream.stages.measuring.model_groups import (
-    MeasuredModel,
-    ModelGroup,
-    group_models,
-    group_notes,
-    require_free_or_same,
-)
+from ghoststream.stages.measuring.figures import claimed_figures
+from ghoststream.stages.measuring.model_groups import MeasuredModel, ModelGroup, group_models, group_notes
 from ghoststream.streaming import PassOptions, StreamedPass
 
 if TYPE_CHECKING:
@@ -71,6 +65,8 @@ def evaluate_tasks(
         InputNotFoundError: If ``include_path`` or a model does not exist, or a model has no tokenizer.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``out`` holds anything else.
+        ArtifactError: If it holds figures, and is damaged.
+        BusyError: If another process is writing it.
         GhoststreamError: What opening models raises.
 
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and
@@ -81,19 +77,18 @@ def evaluate_tasks(
     groups = group_models(models, compute)
     suite = _load_suite(tasks, include_path, limit, compute, progress)
     runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in groups]
-    if out is not None:
-        require_free_or_same(Path(out), [asked for one in runs for asked in one.requests()])
+    asked = [request for one in runs for request in one.requests()]
     versions = {**library_versions(), **library_versions([_HARNESS, "datasets"])}
     rows: dict[int, TaskRow] = {}
-    for number, run in enumerate(runs):
-        for model, scores in run.run(progress):
-            results = task_results(suite.judge(suite.answers(scores.results())))
-            rows[model.position] = TaskRow(
-                model.name, results, run.recipe, number, model.fingerprint, versions
-            )
-    report = TaskReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
-    if out is not None:
-        atomic_write_json(Path(out), report.to_json())
+    with claimed_figures(out, "tasks", asked) as write:
+        for number, run in enumerate(runs):
+            for model, scores in run.run(progress):
+                results = task_results(suite.judge(suite.answers(scores.results())))
+                rows[model.position] = TaskRow(
+                    model.name, results, run.recipe, number, model.fingerprint, versions
+                )
+        report = TaskReport(tuple(rows[position] for position in sorted(rows)), group_notes(groups))
+        write(report.to_json())
     return report
 
 

@@ -116,7 +116,7 @@ def test_a_journal_of_another_export_is_not_believed(jobs: OutputJobs, tmp_path:
     site = Site(jobs, "export", tmp_path, finished=False)
     (journal,) = (name for name in site.files() if name.name == JOURNAL_NAME)
     content = (site.left / journal).read_bytes()
-    changed = re.sub(rb'("tensors": \{\s*"[^"]+": "sha256:)..', rb"\g<1>00", content, count=1)
+    changed = re.sub(rb'("tensors": \{\s*"[^"]+": "[0-9a-z_]+:)..', rb"\g<1>00", content, count=1)
     assert changed != content
     assert site.check(journal, changed) == 0
 

@@ -194,7 +194,7 @@ def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Pa
     again = run(*arguments, "--out", figures)
     assert again.exit_code == 0
     assert json.loads(figures.read_text())["models"] == rows
-    with pytest.raises(OutputExistsError, match="does not hold the figures of this request"):
+    with pytest.raises(OutputExistsError, match="is not the result of this request"):
         evaluate_tasks([llama], tasks=[CHOICES], include_path=tasks, compute=TRUSTED, out=figures)
 
 

@@ -46,6 +46,7 @@ def command(ctx: click.Context, path: str, *, model: str | None, as_json: bool) 
             print_text(f"broken: {problem}")
         if report.digest:
             click.echo(f"digest of all tensors: {report.digest}")
-        click.echo("sound" if report.sound else f"{len(report.problems)} problems found")
+        found = len(report.problems)
+        click.echo("sound" if report.sound else f"{found} problem{'s' if found > 1 else ''} found")
     if not report.sound:
         ctx.exit(DataError.exit_code)

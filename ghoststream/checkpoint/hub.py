@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.configuration import read_config
 from ghoststream.checkpoint.download import CONFIG_NAME, HubModel, cached_folder
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.weight_files import require_no_adapter
 from ghoststream.errors import (
-    ArtifactError,
-    CheckpointError,
     GhoststreamError,
     InputNotFoundError,
     UnsupportedModelError,
@@ -96,26 +95,12 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
 
     Raises:
         InputNotFoundError: If there is no such model.
-        CheckpointError: If its ``config.json`` is missing or not a JSON object.
+        CheckpointError: If its ``config.json`` is missing, damaged or not a JSON object.
         UnsupportedModelError: If it is an adapter, or its ``config.json`` says ``dtype: "auto"``.
     """
     resolved = resolve_model(model, revision=revision)
     require_no_adapter(resolved.root)
-    path = resolved.root / CONFIG_NAME
-    if not path.is_file():
-        msg = (
-            f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy "
-            "it again"
-        )
-        raise CheckpointError(msg)
-    try:
-        config = read_json(path)
-    except ArtifactError:
-        config = None
-    if not isinstance(config, dict):
-        msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
-        raise CheckpointError(msg)
-    _require_dtype(config, path)
+    _require_dtype(read_config(resolved.root), resolved.root / CONFIG_NAME)
     return resolved
 
 

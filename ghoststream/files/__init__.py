@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from ghoststream.files.atomic import atomic_write_bytes, atomic_write_json, fsync_folder, fsync_path
 from ghoststream.files.digests import bytes_digest, file_digest, format_digest
-from ghoststream.files.json_data import canonical_json, differences, json_digest, read_json
+from ghoststream.files.inputs import names_file, open_input, read_input
+from ghoststream.files.json_data import (
+    canonical_json,
+    canonical_object,
+    differences,
+    json_digest,
+    parse_json,
+    read_json,
+    read_json_object,
+)
 from ghoststream.files.locks import FileLock, FolderLock
 from ghoststream.files.space import (
     disk_errors,
@@ -14,6 +23,7 @@ from ghoststream.files.space import (
 )
 from ghoststream.files.staging import StagingFolder
 from ghoststream.files.sums import SUMS_NAME, missing_files, verify_sums, write_sums
+from ghoststream.files.system_errors import system_error, system_errors
 
 __all__ = [
     "SUMS_NAME",
@@ -24,6 +34,7 @@ __all__ = [
     "atomic_write_json",
     "bytes_digest",
     "canonical_json",
+    "canonical_object",
     "differences",
     "disk_errors",
     "file_digest",
@@ -33,9 +44,16 @@ __all__ = [
     "fsync_path",
     "json_digest",
     "missing_files",
+    "names_file",
+    "open_input",
+    "parse_json",
+    "read_input",
     "read_json",
+    "read_json_object",
     "require_free_space",
     "require_writable",
+    "system_error",
+    "system_errors",
     "verify_sums",
     "write_sums",
 ]

@@ -101,7 +101,7 @@ class FileLock:
         try:
             data = json.loads(self.path.read_bytes())
             return f"process {data['pid']} on {data['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return "its number is not known"
 
     def __enter__(self) -> Self:

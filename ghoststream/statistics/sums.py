@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ghoststream.errors import ArtifactError, InputNotFoundError
-from ghoststream.files import canonical_json, disk_errors, fsync_folder
+from ghoststream.files import canonical_json, disk_errors, fsync_folder, parse_json
 
 Array = npt.NDArray[np.float64]
 
@@ -176,7 +176,7 @@ def read_metadata(path: Path, *, advice: str = _GIVE_OPERATORS) -> dict[str, Any
     with open_safetensors(path, advice=advice) as file:
         text = (file.metadata() or {}).get(METADATA_KEY, "")
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except (TypeError, ValueError) as error:
         msg = (
             f"{path} carries no readable ghoststream metadata: it was written by something else or is "

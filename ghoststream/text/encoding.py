@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,15 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> T
     """
     text = document.text or "" if document.messages is None else _render(tokenizer, document)
     _require_unicode(text, document.place)
-    return encode_text(tokenizer, text)
+    try:
+        return encode_text(tokenizer, text)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # Whatever a damaged tokenizer raises; one in Rust also what is no Exception.
+    except BaseException as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+        msg = f"the tokenizer cannot read {document.place} ({reason}); check the tokenizer's files"
+        raise TextError(msg) from error
 
 
 def _require_unicode(text: str, place: str) -> None:

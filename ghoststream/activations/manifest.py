@@ -173,7 +173,7 @@ class Manifest:
         data = read_signed(content, MANIFEST, where)
         try:
             return cls._from_json(data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise incomplete(where, error) from error
 
     @classmethod

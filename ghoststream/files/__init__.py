@@ -11,6 +11,7 @@ from ghoststream.files.json_data import (
     differences,
     json_digest,
     parse_json,
+    parts_of,
     read_json,
     read_json_object,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "names_file",
     "open_input",
     "parse_json",
+    "parts_of",
     "read_input",
     "read_json",
     "read_json_object",

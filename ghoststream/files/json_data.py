@@ -6,7 +6,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ghoststream.errors import ArtifactError, GhoststreamError, NumericsError
@@ -105,6 +107,29 @@ def read_json_object(path: Path) -> dict[str, Any]:
         msg = f"{path} holds no JSON object but a {type(data).__name__}; make it again"
         raise ArtifactError(msg)
     return data
+
+
+@contextmanager
+def parts_of(path: str | Path, *, advice: str) -> Iterator[None]:
+    """Turn what a missing part of a file, or one of the wrong kind, raises into an error that names the file.
+
+    Args:
+        path: The file that is being taken apart.
+        advice: What to do about it.
+
+    Raises:
+        ArtifactError: If a part is not there, or is not what it should be.
+    """
+    try:
+        yield
+    except GhoststreamError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = shorten(repr(error), 200, placeholder="...")
+        msg = (
+            f"{path} lacks a part of what such a file holds, or one is of the wrong kind ({reason}); {advice}"
+        )
+        raise ArtifactError(msg) from error
 
 
 def differences(found: Any, asked: Any) -> list[str]:

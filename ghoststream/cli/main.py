@@ -6,6 +6,7 @@ import errno
 import importlib
 import sys
 import traceback
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -70,6 +71,9 @@ class GhoststreamGroup(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options."""
+        if isinstance(sys.stdout, TextIOWrapper):
+            # Names in files need not be text that a terminal, or any encoding, can show.
+            sys.stdout.reconfigure(errors="backslashreplace")
         with interruptible():
             return super().make_context(*args, **kwargs)
 

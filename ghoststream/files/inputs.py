@@ -7,8 +7,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.files.system_errors import system_errors
@@ -39,7 +39,7 @@ def names_file(text: str | Path) -> bool:
 
 
 @contextmanager
-def open_input(path: Path) -> Iterator[BinaryIO]:
+def open_input(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file for reading, for the length of the context.
 
     A pipe or a device is refused and never waited for. What the system refuses while the file is being read
@@ -50,8 +50,11 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
         RequestError: If it may not be read, or is not a regular file.
         MachineError: If reading fails.
     """
-    with system_errors(path, doing="read"), os.fdopen(open_descriptor(path), "rb") as file:
-        yield file
+    with system_errors(path, doing="read"):
+        raw = FileIO(open_descriptor(path))
+        raw.name = str(path)
+        with BufferedReader(raw) as file:
+            yield file
 
 
 def open_descriptor(path: Path) -> int:

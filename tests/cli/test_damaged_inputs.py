@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.command_bench import LENGTH, Bench, succeed
-from tests.helpers.forking import ForkServer, fork_server
+from tests.helpers.forking import ForkServer, InProcess, Server, fork_server
 from tests.helpers.mutations import damaged
 
 pytestmark = pytest.mark.integration
@@ -108,7 +108,22 @@ def copied(source: Path, target: Path) -> Path:
     return target
 
 
-def try_one(case: int, everything: Path, place: Path, server: ForkServer) -> str:
+def replace_by_another_kind(file: Path, rng: np.random.Generator) -> None:
+    """Put in the place of a file what is none: a pipe, a folder, a device, a link to nothing or to itself."""
+    match int(rng.integers(5)):
+        case 0:
+            os.mkfifo(file)
+        case 1:
+            file.mkdir()
+        case 2:
+            file.symlink_to("/dev/zero")
+        case 3:
+            file.symlink_to("nothing")
+        case _:
+            file.symlink_to(file.name)
+
+
+def try_one(case: int, everything: Path, place: Path, server: Server) -> str:
     """Damage a file as the number of a case says, run what reads it, and return what is wrong."""
     rng = np.random.default_rng((SEED, case))
     reading = READINGS[case % len(READINGS)]
@@ -118,7 +133,10 @@ def try_one(case: int, everything: Path, place: Path, server: ForkServer) -> str
     file = files[int(rng.integers(len(files)))]
     data = damaged(file, rng)
     file.unlink()
-    file.write_bytes(data)
+    if rng.random() < 0.1:
+        replace_by_another_kind(file, rng)
+    else:
+        file.write_bytes(data)
     names = {"place": copy, "file": file, "bench": everything, "out": place / "out.json"}
     arguments = [argument.format(**names) for argument in reading.arguments]
     outcome = server.run(*arguments)
@@ -131,8 +149,9 @@ def try_one(case: int, everything: Path, place: Path, server: ForkServer) -> str
     )
 
 
-def test_a_sample_of_damaged_inputs(everything: Path, tmp_path: Path, server: ForkServer) -> None:
-    found = [try_one(case, everything, tmp_path / "case", server) for case in range(len(READINGS))]
+def test_a_sample_of_damaged_inputs(everything: Path, tmp_path: Path) -> None:
+    cases = range(len(READINGS))
+    found = [try_one(case, everything, tmp_path / "case", InProcess()) for case in cases]
     assert not any(found), "\n".join(filter(None, found))
 
 

@@ -1,4 +1,4 @@
-"""Runs commands one after another, each in a fork of a process that has imported everything.
+"""Runs commands one after another, each in a fork of a process that has imported what they need.
 
 A job is a line of JSON on standard input: arguments, seconds, and what a preloaded library shall make fail.
 The answer is a line on standard output: the exit code, None for a command that had to be killed, and what it
@@ -48,7 +48,7 @@ MEMORY = 24 * 2**30
 
 def serve() -> None:
     """Answer jobs until the input ends."""
-    for name in MODULES:
+    for name in MODULES if "--light" not in sys.argv else ():
         importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)

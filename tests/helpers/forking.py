@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from tests.helpers.command_bench import run
 
 _SERVER = Path(__file__).with_name("fork_server.py")
 
@@ -39,6 +41,14 @@ class Outcome:
         return ""
 
 
+class Server(Protocol):
+    """Something that runs commands."""
+
+    def run(self, *arguments: object, seconds: float = 60, fail: dict[str, Any] | None = None) -> Outcome:
+        """Run a command."""
+        ...
+
+
 class ForkServer:
     """A process that has imported everything and forks for each command."""
 
@@ -56,11 +66,27 @@ class ForkServer:
         return Outcome(answer["exit_code"], answer["stdout"], answer["stderr"])
 
 
+class InProcess:
+    """Runs commands as a server does, but in this process: for a few of which none can hang."""
+
+    def run(self, *arguments: object, seconds: float = 60, fail: dict[str, Any] | None = None) -> Outcome:
+        """Run a command; ``seconds`` is not looked at."""
+        del seconds
+        assert fail is None, "no call can be made to fail in this process"
+        result = run(*arguments)
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
 @contextmanager
-def fork_server(**environment: str) -> Iterator[ForkServer]:
-    """Start a server; it ends with the context."""
+def fork_server(*, light: bool = False, **environment: str) -> Iterator[ForkServer]:
+    """Start a server; it ends with the context.
+
+    Args:
+        light: Import nothing beforehand: for commands that read headers only.
+        **environment: Added to the environment.
+    """
     process = subprocess.Popen(
-        [sys.executable, str(_SERVER)],
+        [sys.executable, str(_SERVER), *(["--light"] if light else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

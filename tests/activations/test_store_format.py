@@ -108,3 +108,25 @@ def test_a_store_written_by_version_1_opens(tmp_path: Path, version: str, name: 
     }
     assert found == ARCHIVED
     assert torch.equal(store.read(1, 5, 7), store.read(1, 0, 10)[5:7])
+
+
+def test_a_manifest_spells_each_record_once_however_often_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ghoststream.activations import manifest as module
+
+    spelled: list[object] = []
+    original = module.canonical_json
+    monkeypatch.setattr(module, "canonical_json", lambda data: (spelled.append(data), original(data))[1])
+    counts = []
+    for n_layers in (20, 80):
+        manifest = module.Manifest(small_layout(), {}, {}, "sha256:0", {})
+        spelled.clear()
+        for layer in range(n_layers):
+            record = module.ObjectRecord(f"sha256:{layer}", layer)
+            manifest.metadata[f"{layer}/zarr.json"] = record
+            manifest.arrays[f"{layer}"] = {f"{layer}/c/0": record}
+            content = manifest.to_bytes()
+        counts.append(len(spelled))
+        assert module.Manifest.from_bytes(content, "here").arrays == manifest.arrays
+    assert counts[1] <= 4.1 * counts[0]

@@ -39,7 +39,7 @@ def names_file(text: str | Path) -> bool:
 
 
 @contextmanager
-def open_input(path: Path) -> Iterator[BufferedReader]:
+def open_input(path: Path) -> Iterator[BufferedReader[FileIO]]:
     """Open a regular file for reading, for the length of the context.
 
     A pipe or a device is refused and never waited for. What the system refuses while the file is being read

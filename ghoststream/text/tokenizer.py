@@ -34,6 +34,8 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrained
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             root, trust_remote_code=trust_remote_code
         )
+        # Some damage shows at the first use.
+        _use(tokenizer)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     # Whatever transformers, the tokenizers library and code of the folder raise at a file that is not as they
@@ -44,6 +46,13 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrained
         # Made of its class's defaults alone: every word would be the unknown one.
         raise InputNotFoundError(_NONE.format(root=root))
     return tokenizer
+
+
+def _use(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer("a", verbose=False)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    for name in (*ids, "all_special_tokens", "vocab_size"):
+        getattr(tokenizer, name)
 
 
 def _refusal(root: Path, error: BaseException) -> GhoststreamError:

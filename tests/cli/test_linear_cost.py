@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Return tiny models by their numbers of layers, and token ids beside them."""
     root = tmp_path_factory.mktemp("deep")
     np.save(root / "ids.npy", np.random.default_rng(0).integers(3, 128, (2, LENGTH)))
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return {
         n: save_tiny("llama", root / f"{n}", num_hidden_layers=n, max_shard_size="1GB", **small)
         for n in (FEW, FACTOR * FEW)

@@ -13,6 +13,7 @@ from pathlib import Path
 from ghoststream.redaction import without_secrets
 
 _MOST_FRAMES = 8
+_OWN_FRAMES = 4
 _MOST_CHARACTERS = 600
 # Those that an error may come out of; none is imported for the report.
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "zarr", "dask", "numpy")
@@ -81,9 +82,12 @@ def _hidden(text: str) -> str:
 
 
 def _frames(error: BaseException) -> list[str]:
+    """Return the last frames, and before them the last ones of our own where they are farther up."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames[:-_MOST_FRAMES] if "/ghoststream/" in frame.filename]
     return [
         f"{_place(frame.filename)}:{frame.lineno} in {frame.name}"
-        for frame in traceback.extract_tb(error.__traceback__)[-_MOST_FRAMES:]
+        for frame in (*ours[-_OWN_FRAMES:], *frames[-_MOST_FRAMES:])
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ghoststream.files.atomic import atomic_write_bytes, atomic_write_json, fsync_folder, fsync_path
 from ghoststream.files.digests import bytes_digest, file_digest, format_digest
-from ghoststream.files.inputs import names_file, open_input, read_input
+from ghoststream.files.inputs import names_file, open_input, read_input, require_readable_kind
 from ghoststream.files.json_data import (
     canonical_json,
     canonical_object,
@@ -53,6 +53,7 @@ __all__ = [
     "read_json",
     "read_json_object",
     "require_free_space",
+    "require_readable_kind",
     "require_writable",
     "system_error",
     "system_errors",

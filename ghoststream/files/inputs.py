@@ -38,6 +38,21 @@ def names_file(text: str | Path) -> bool:
             raise
 
 
+def require_readable_kind(path: Path) -> None:
+    """Refuse a pipe, a socket or a device, which somebody else is about to read as a file.
+
+    Raises:
+        RequestError: If it is one.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except OSError:
+        return  # said by whoever reads it
+    if kind in _KINDS:
+        msg = f"{path} is {_KINDS[kind]}; give a regular file"
+        raise RequestError(msg)
+
+
 @contextmanager
 def open_input(path: Path) -> Iterator[BufferedReader[FileIO]]:
     """Open a regular file for reading, for the length of the context.

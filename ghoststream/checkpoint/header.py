@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ghoststream.errors import CheckpointError
+from ghoststream.errors import CheckpointError, MachineError, RequestError
+from ghoststream.files import system_error
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +141,12 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(msg) from error
     except CheckpointError:
         raise
+    except (RequestError, MachineError):
+        raise
     except OSError as error:
+        said = system_error(error, path, doing="read")
         msg = f"{path} cannot be read ({error}); check the disk, or copy the shard again"
-        raise CheckpointError(msg) from error
+        raise (said or CheckpointError(msg)) from error
 
 
 def _require_file(path: Path) -> None:

@@ -18,7 +18,6 @@ from ghoststream.errors import (
     InputNotFoundError,
     UnsupportedModelError,
 )
-from ghoststream.files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SERVER_ERROR = 500
@@ -129,7 +128,7 @@ def resolve_headers(model: str | Path, *, revision: str | None = None) -> Resolv
             if found is not None and not _is_whole(cached_folder(place, found.commit)):
                 return ResolvedHeaders(found.config, found.headers())
     root = resolve_checkpoint(model, revision=revision).root
-    return ResolvedHeaders(read_json(root / CONFIG_NAME), CheckpointIndex.open(root), root)
+    return ResolvedHeaders(read_config(root), CheckpointIndex.open(root), root)
 
 
 def _is_whole(folder: Path | None) -> bool:

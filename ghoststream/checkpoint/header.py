@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ghoststream.errors import CheckpointError, MachineError, RequestError
-from ghoststream.files import system_error
+from ghoststream.files import open_input, system_error
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
     try:
         _require_file(path)
-        with safe_open(path, framework="np") as file:
+        # The library calls a file missing that may not be read.
+        with open_input(path), safe_open(path, framework="np") as file:
             yield file
     except FileNotFoundError:
         msg = f"shard {path.name} is missing from {path.parent}; download or copy it again"

@@ -1,8 +1,8 @@
 """Errors of the library: one root, and each kind also inherits the fitting builtin.
 
 A message states what was found, where, and what to do. ``exit_code`` is what the command line exits with:
-2 when the request cannot be met (nothing is wrong with the data), 3 when data on disk is broken. Messages
-lose what is secret in URLs.
+2 when the request cannot be met (nothing is wrong with the data), 3 when data on disk is broken or the
+machine fails. Messages lose what is secret in URLs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BusyError(RequestError, BlockingIOError):
 
 
 class DataError(GhoststreamError):
-    """Data on disk is broken."""
+    """Data on disk is broken, or the machine fails."""
 
     exit_code: ClassVar[int] = 3
 
@@ -81,5 +81,9 @@ class NumericsError(DataError, ArithmeticError):
     """Values that must be finite are not, or a system cannot be solved."""
 
 
-class DiskFullError(DataError, OSError):
+class MachineError(DataError, OSError):
+    """The machine failed: its disk, a network file system, its memory, or a limit of the process."""
+
+
+class DiskFullError(MachineError):
     """Writing failed because no space is left."""

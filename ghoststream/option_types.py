@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ghoststream.errors import RequestError
+from ghoststream.spans import MOST_LAYERS
 
 
 def parse_layers(value: Any) -> Any:
@@ -22,17 +23,33 @@ def parse_layers(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    numbers: set[int] = set()
-    try:
-        for part in value.split(","):
-            start, colon, stop = part.partition(":")
-            numbers.update(range(int(start), int(stop) if colon else int(start) + 1))
-    except ValueError:
-        numbers = set()
-    if not numbers or min(numbers) < 0:
-        msg = f"{value!r} names no layer; write for example 0,10:20,30"
+    ranges = [_range(part) for part in value.split(",")]
+    far = next((part for part in ranges if part is not None and part.stop > MOST_LAYERS + 1), None)
+    if far is not None:
+        msg = f"a range reaches past layer {MOST_LAYERS:,}, and no model has as many; check its numbers"
         raise ValueError(msg)
-    return tuple(sorted(numbers))
+    numbers = _union(part for part in ranges if part is not None)
+    if None in ranges or not numbers or numbers[0] < 0:
+        shown = value if len(value) <= 80 else f"{value[:77]}..."
+        msg = f"{shown!r} names no layer; write for example 0,10:20,30"
+        raise ValueError(msg)
+    return tuple(numbers)
+
+
+def _union(ranges: Iterable[range]) -> list[int]:
+    """Return the numbers of all ranges, ascending and each once, however many of them overlap."""
+    numbers: list[int] = []
+    for part in sorted(ranges, key=lambda part: part.start):
+        numbers += range(max(part.start, numbers[-1] + 1) if numbers else part.start, part.stop)
+    return numbers
+
+
+def _range(part: str) -> range | None:
+    start, colon, stop = part.partition(":")
+    try:
+        return range(int(start), int(stop) if colon else int(start) + 1)
+    except ValueError:
+        return None
 
 
 def _parse_ridge(value: Any) -> Any:
@@ -60,11 +77,15 @@ def _parse_bytes(value: Any) -> Any:
     return int(_BYTES.validate_python(text))
 
 
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=0)]
+MOST = 2**63 - 1
+"""Largest number that any option takes: what arrays are indexed and files are measured with."""
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Number = Annotated[int, Field(ge=0, le=MOST)]
+Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 Ridge = Annotated[float | Literal["auto", "gcv"] | None, BeforeValidator(_parse_ridge)]
 Bytes = Annotated[Number, BeforeValidator(_parse_bytes)]
-Layers = Annotated[tuple[Number, ...], BeforeValidator(parse_layers)]
+Layers = Annotated[tuple[Layer, ...], BeforeValidator(parse_layers)]
 
 
 def option(default: Any, text: str, *, usual: bool = False, metavar: str | None = None) -> Any:

@@ -13,6 +13,9 @@ from typing import Any
 
 from ghoststream.errors import PlanError
 
+MOST_LAYERS = 100_000
+"""More layers than any model has. What says more is refused before anything is made for each of them."""
+
 _SPAN_TEXT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})|\[([0-9]{1,9})[:,]([0-9]{1,9})\)")
 # What may be meant for a span, or for single layers.
 _LAYERS_TEXT = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
@@ -30,7 +33,7 @@ class Span:
     """A run of removed decoder layers ``[start, stop)``; its boundary maps ``h[start]`` to ``h[stop]``.
 
     Raises:
-        PlanError: If ``start < 0`` or ``stop <= start``.
+        PlanError: If ``start < 0`` or ``stop <= start``, or it lies behind the last layer of any model.
     """
 
     start: int
@@ -39,6 +42,9 @@ class Span:
     def __post_init__(self) -> None:
         if self.start < 0 or self.stop <= self.start:
             msg = f"span [{self.start},{self.stop}) is empty or negative; give 0 <= start < stop"
+            raise PlanError(msg)
+        if self.stop > MOST_LAYERS:
+            msg = f"a span reaches past layer {MOST_LAYERS:,}, and no model has as many; check its numbers"
             raise PlanError(msg)
 
     def __len__(self) -> int:
@@ -87,6 +93,9 @@ class PruningPlan:
             else:
                 merged.append(span)
         object.__setattr__(self, "spans", tuple(merged))
+        if self.n_layers > MOST_LAYERS:
+            msg = f"the plan is for a model of more than {MOST_LAYERS:,} layers, and no model has as many"
+            raise PlanError(msg)
         if merged and merged[-1].stop > self.n_layers:
             msg = f"span {merged[-1]} reaches past the last layer: the model has layers [0,{self.n_layers})"
             raise PlanError(msg)
@@ -174,7 +183,7 @@ class PruningPlan:
 
 def _whole(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        msg = f"{value!r} is not a whole number"
+        msg = f"{str(value)[:40]!r} is not a whole number"
         raise TypeError(msg)
     return value
 

@@ -18,7 +18,13 @@ from zarr.storage import FsspecStore, LocalStore
 
 from ghoststream.activations.guard import UnreadableObjectError, reading, unreachable
 from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError, StoreError
-from ghoststream.files import atomic_write_bytes, disk_errors, fsync_folder, fsync_path
+from ghoststream.files import (
+    atomic_write_bytes,
+    disk_errors,
+    fsync_folder,
+    fsync_path,
+    require_readable_kind,
+)
 
 StoreLike = str | Path | Store
 """A folder, a URL, or a Zarr store object."""
@@ -63,6 +69,7 @@ class Location:
         """Return several objects' bytes, a few at a time.
 
         Raises:
+            RequestError: If a pipe or a device is in the place of a local one.
             StoreError: If the disk, the network or the server fails.
         """
 
@@ -71,8 +78,12 @@ class Location:
                 value = await self.store.get(key, default_buffer_prototype())
             return None if value is None else value.to_bytes()
 
+        wanted = tuple(keys)
+        if self.root is not None:
+            for key in wanted:
+                require_readable_kind(self.root / key)
         with self._reached():
-            return sync(_gather(read(key) for key in keys))
+            return sync(_gather(read(key) for key in wanted))
 
     def write_marker(self, key: str, data: bytes) -> None:
         """Replace an object in one step; on a local disk it is forced there before and after the rename.

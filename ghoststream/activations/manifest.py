@@ -6,16 +6,24 @@ times, hosts or paths, so two runs of one recipe leave the same bytes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ghoststream.activations.encoding import MANIFEST, Encoding
 from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path
 from ghoststream.errors import StoreError
-from ghoststream.files import bytes_digest, canonical_json, differences, is_sealed, sealed
+from ghoststream.files import (
+    bytes_digest,
+    canonical_json,
+    canonical_object,
+    differences,
+    is_sealed,
+    parse_json,
+    read_input,
+)
 
 MANIFEST_KEY = "manifest.json"
 LIBRARIES = ("ghoststream", "numpy", "torch", "zarr")
@@ -41,6 +49,30 @@ class ObjectRecord:
     checksums: str = ""
 
 
+class _Spellings:
+    """What values look like as canonical JSON, kept as long as a value is the very same object."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, str]] = {}
+
+    def value(self, key: str, value: Any, spell: Callable[[Any], str]) -> str:
+        """Return the spelling of a value."""
+        kept = self._kept.get(key)
+        if kept is None or kept[0] is not value:
+            kept = self._kept[key] = (value, spell(value))
+        return kept[1]
+
+    def entries(self, values: Mapping[str, Any], spell: Callable[[Any], str]) -> str:
+        """Return the spelling of an object."""
+        pairs = ((key, values[key]) for key in sorted(values))
+        texts = [self.value(key, value, partial(_spell_pair, key, spell)) for key, value in pairs]
+        return f"{{{','.join(texts)}}}"
+
+
+def _spell_pair(key: str, spell: Callable[[Any], str], value: Any) -> str:
+    return f"{canonical_json(key)}:{spell(value)}"
+
+
 @dataclass(slots=True)
 class Manifest:
     """What a store knows about itself.
@@ -64,6 +96,7 @@ class Manifest:
     metadata: dict[str, ObjectRecord] = field(default_factory=dict)
     arrays: dict[str, dict[str, ObjectRecord]] = field(default_factory=dict)
     annotations: dict[str, Any] = field(default_factory=dict)
+    _spelled: _Spellings = field(default_factory=_Spellings, init=False, repr=False, compare=False)
 
     def identity(self) -> dict[str, Any]:
         """Return what two stores must share to be the same store: layout, recipe, fingerprint, tokens."""
@@ -109,14 +142,23 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file: one line of canonical JSON, its own digest included."""
-        data = {
-            **self.identity(),
+        # A store of many layers is committed once for each: what was spelled for one commit is kept.
+        spelled = self._spelled
+        small = {
+            **MANIFEST.attributes(),
+            "recipe": self.recipe,
+            "fingerprint": self.fingerprint,
+            "tokens_digest": self.tokens_digest,
             "versions": self.versions,
-            "metadata": plain_records(self.metadata),
-            "arrays": plain_arrays(self.arrays),
             "annotations": self.annotations,
         }
-        return sign(data, MANIFEST)
+        parts = {name: canonical_json(value) for name, value in small.items()}
+        parts["layout"] = spelled.value(
+            "layout", self.layout, lambda layout: canonical_json(layout.to_json())
+        )
+        parts["metadata"] = spelled.entries(self.metadata, lambda record: canonical_json(_plain(record)))
+        parts["arrays"] = spelled.entries(self.arrays, lambda shards: canonical_json(_plain_array(shards)))
+        return sign_parts(parts)
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Manifest:
@@ -132,7 +174,7 @@ class Manifest:
         data = read_signed(content, MANIFEST, where)
         try:
             return cls._from_json(data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise incomplete(where, error) from error
 
     @classmethod
@@ -162,7 +204,7 @@ def complete_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_KEY
     if not path.is_file():
         return None
-    manifest = Manifest.from_bytes(path.read_bytes(), str(path)).without_scratch()
+    manifest = Manifest.from_bytes(read_input(path), str(path)).without_scratch()
     objects = manifest.objects().items()
     return (
         manifest if manifest.complete and all(_is_there(folder / key, one) for key, one in objects) else None
@@ -176,7 +218,13 @@ def _is_there(path: Path, record: ObjectRecord) -> bool:
 def sign(data: Mapping[str, Any], encoding: Encoding) -> bytes:
     """Return a file that checks itself: one line of canonical JSON with its encoding and its own digest."""
     whole = {**encoding.attributes(), **data}
-    return f"{canonical_json(sealed(whole))}\n".encode()
+    return sign_parts({name: canonical_json(value) for name, value in whole.items()})
+
+
+def sign_parts(parts: Mapping[str, str]) -> bytes:
+    """Return the file of :func:`sign` from the spelling of each of its fields."""
+    digest = canonical_json(bytes_digest(canonical_object(parts).encode()))
+    return f"{canonical_object({**parts, 'digest': digest})}\n".encode()
 
 
 def read_signed(content: bytes, encoding: Encoding, where: str) -> dict[str, Any]:
@@ -186,7 +234,7 @@ def read_signed(content: bytes, encoding: Encoding, where: str) -> dict[str, Any
         StoreError: If it is not JSON, of a newer version, or was changed.
     """
     try:
-        data = json.loads(content)
+        data = parse_json(content)
     except ValueError as error:
         msg = f"{where} is not readable JSON ({error}); {ADVICE}"
         raise StoreError(msg) from error
@@ -205,17 +253,22 @@ def incomplete(where: str, error: Exception) -> StoreError:
     return StoreError(f"{where} lacks a part or has one of the wrong kind ({error!r}); {ADVICE}")
 
 
+def _plain_array(shards: Mapping[str, ObjectRecord]) -> dict[str, Any]:
+    return {"shards": plain_records(shards)}
+
+
+def _plain(record: ObjectRecord) -> dict[str, Any]:
+    return {name: value for name, value in asdict(record).items() if value != ""}
+
+
 def plain_records(records: Mapping[str, ObjectRecord]) -> dict[str, Any]:
     """Return the records of objects as plain JSON data."""
-    return {
-        key: {name: value for name, value in asdict(record).items() if value != ""}
-        for key, record in records.items()
-    }
+    return {key: _plain(record) for key, record in records.items()}
 
 
 def plain_arrays(arrays: Mapping[str, Mapping[str, ObjectRecord]]) -> dict[str, Any]:
     """Return the records of arrays' shards as plain JSON data."""
-    return {path: {"shards": plain_records(shards)} for path, shards in arrays.items()}
+    return {path: _plain_array(shards) for path, shards in arrays.items()}
 
 
 def read_records(data: Mapping[str, Any]) -> dict[str, ObjectRecord]:

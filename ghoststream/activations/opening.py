@@ -294,5 +294,5 @@ def _encoding_of(path: str) -> Encoding:
 def _root_type(location: Location) -> Any:
     try:
         return json.loads(location.read(_METADATA) or b"{}")["attributes"]["encoding-type"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ghoststream.errors import CheckpointError
+from ghoststream.errors import CheckpointError, MachineError, RequestError
+from ghoststream.files import open_input, system_error
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
     try:
         _require_file(path)
-        with safe_open(path, framework="np") as file:
+        # The library calls a file missing that may not be read.
+        with open_input(path), safe_open(path, framework="np") as file:
             yield file
     except FileNotFoundError:
         msg = f"shard {path.name} is missing from {path.parent}; download or copy it again"
@@ -140,9 +142,12 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(msg) from error
     except CheckpointError:
         raise
+    except (RequestError, MachineError):
+        raise
     except OSError as error:
+        said = system_error(error, path, doing="read")
         msg = f"{path} cannot be read ({error}); check the disk, or copy the shard again"
-        raise CheckpointError(msg) from error
+        raise (said or CheckpointError(msg)) from error
 
 
 def _require_file(path: Path) -> None:

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.configuration import read_config
 from ghoststream.checkpoint.download import CONFIG_NAME, HubModel, cached_folder
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.weight_files import require_no_adapter
 from ghoststream.errors import (
-    ArtifactError,
-    CheckpointError,
     GhoststreamError,
     InputNotFoundError,
     UnsupportedModelError,
 )
-from ghoststream.files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SERVER_ERROR = 500
@@ -96,26 +94,12 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
 
     Raises:
         InputNotFoundError: If there is no such model.
-        CheckpointError: If its ``config.json`` is missing or not a JSON object.
+        CheckpointError: If its ``config.json`` is missing, damaged or not a JSON object.
         UnsupportedModelError: If it is an adapter, or its ``config.json`` says ``dtype: "auto"``.
     """
     resolved = resolve_model(model, revision=revision)
     require_no_adapter(resolved.root)
-    path = resolved.root / CONFIG_NAME
-    if not path.is_file():
-        msg = (
-            f"{resolved.root} has no config.json: it is not a complete checkpoint folder; download or copy "
-            "it again"
-        )
-        raise CheckpointError(msg)
-    try:
-        config = read_json(path)
-    except ArtifactError:
-        config = None
-    if not isinstance(config, dict):
-        msg = f"{path} is not a JSON object: it is damaged; download or copy it again"
-        raise CheckpointError(msg)
-    _require_dtype(config, path)
+    _require_dtype(read_config(resolved.root), resolved.root / CONFIG_NAME)
     return resolved
 
 
@@ -144,7 +128,7 @@ def resolve_headers(model: str | Path, *, revision: str | None = None) -> Resolv
             if found is not None and not _is_whole(cached_folder(place, found.commit)):
                 return ResolvedHeaders(found.config, found.headers())
     root = resolve_checkpoint(model, revision=revision).root
-    return ResolvedHeaders(read_json(root / CONFIG_NAME), CheckpointIndex.open(root), root)
+    return ResolvedHeaders(read_config(root), CheckpointIndex.open(root), root)
 
 
 def _is_whole(folder: Path | None) -> bool:

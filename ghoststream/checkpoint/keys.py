@@ -53,15 +53,9 @@ class KeyMap:
         """``{module tensor name: checkpoint name}`` of what is filled by one whole tensor."""
         return {name: pieces[0].source for name, pieces in self.pieces.items() if pieces[0].index == ()}
 
-    def under(self, prefix: str) -> dict[str, tuple[Piece, ...]]:
-        """Return ``{name relative to prefix: pieces}`` of the module at ``prefix``."""
-        start = f"{prefix}."
-        return {name[len(start) :]: item for name, item in self.pieces.items() if name.startswith(start)}
-
-    def sources(self, prefix: str = "") -> tuple[str, ...]:
-        """Return the names of the checkpoint tensors that the module at ``prefix`` uses, each once."""
-        found = self.under(prefix) if prefix else self.pieces
-        return tuple(dict.fromkeys(piece.source for pieces in found.values() for piece in pieces))
+    def sources(self) -> tuple[str, ...]:
+        """Return the names of the checkpoint tensors that the model uses, each once."""
+        return tuple(dict.fromkeys(piece.source for pieces in self.pieces.values() for piece in pieces))
 
 
 @dataclass

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from ghoststream.checkpoint.architecture import Architecture, architecture_of
+from ghoststream.checkpoint.configuration import configured, read_config
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask
 from ghoststream.errors import CheckpointError, UnsupportedModelError
-from ghoststream.files import read_json
 
 ITEMSIZES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element, by name of a compute dtype."""
@@ -137,7 +137,7 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
         UnsupportedModelError: If the architecture cannot be streamed.
         CheckpointError: If a file is missing or truncated, or holds no decoder layers or embedding.
     """
-    return sizes_of(CheckpointIndex.open(root), read_json(root / "config.json"), dtype, attention)
+    return sizes_of(CheckpointIndex.open(root), read_config(root), dtype, attention)
 
 
 def plain_config(data: Mapping[str, Any]) -> Any:
@@ -149,6 +149,13 @@ def sizes_of(
     index: CheckpointIndex, data: Mapping[str, Any], dtype: str | None, attention: str | None
 ) -> ModelSizes:
     """Return the sizes of a checkpoint whose headers and configuration were read; see :func:`read_sizes`."""
+    with configured(index.root, doing="read the configuration"):
+        return _sizes(index, data, dtype, attention)
+
+
+def _sizes(
+    index: CheckpointIndex, data: Mapping[str, Any], dtype: str | None, attention: str | None
+) -> ModelSizes:
     root, config = index.root, plain_config(data)
     architecture = architecture_of(config)
     dtype = dtype or _stored_dtype(config, index)

@@ -8,14 +8,14 @@ shard's, in the order of their names.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ghoststream.errors import CheckpointError, InputNotFoundError, UnsupportedModelError
+from ghoststream.errors import CheckpointError, GhoststreamError, InputNotFoundError, UnsupportedModelError
+from ghoststream.files import parse_json, read_input, read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -87,8 +87,8 @@ def require_no_adapter(root: Path) -> None:
     if not path.is_file():
         return
     try:
-        base = str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        base = str(read_json(path)["base_model_name_or_path"])
+    except (GhoststreamError, KeyError, TypeError):
         base = "its base"
     msg = (
         f"{root} holds an adapter ({ADAPTER_NAME}), not a whole model; merge it first: load {base}, put the "
@@ -109,8 +109,10 @@ def parse_index(path: Path, name: str) -> WeightFiles:
         UnsupportedModelError: If it names files of another format, or outside of the folder.
     """
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        places = parse_json(read_input(path))["weight_map"]
+    except GhoststreamError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         msg = f"{path} is not a safetensors index ({error}); download or copy it again"
         raise CheckpointError(msg) from error
     if not isinstance(places, dict) or not places or not all(isinstance(one, str) for one in places.values()):
@@ -146,8 +148,8 @@ def named_weights(config: Mapping[str, Any], path: Path) -> str | None:
 def _named_by_config(root: Path) -> str | None:
     path = root / _CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(path, finite=False)
+    except GhoststreamError:
         return None  # said where the configuration itself is read
     return named_weights(config, path) if isinstance(config, dict) else None
 
@@ -161,7 +163,7 @@ def _read_index(root: Path, name: str) -> WeightFiles:
 
 def _require_inside(path: Path, name: str) -> None:
     place = PurePosixPath(name)
-    if place.is_absolute() or ".." in place.parts:
+    if not name or "\0" in name or place.is_absolute() or ".." in place.parts:
         msg = f"{path} names {name}, which is outside of the model's folder; put the file there"
         raise UnsupportedModelError(msg)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import importlib
+import sys
 import traceback
-from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from typing import Any
 
 import click
 
 from ghoststream.cli.interrupts import interruptible, was_interrupted
 from ghoststream.cli.options import debug_option, is_debug
+from ghoststream.cli.report import fault_report, installed_version
 from ghoststream.errors import GhoststreamError
+from ghoststream.files.system_errors import system_error
 from ghoststream.redaction import without_secrets
 
 #: Order of the help page: the whole job, its stages, then what looks at their results.
@@ -38,13 +41,7 @@ _FIRST_STEPS = (
     ("ghoststream recover MODEL --remove 8 --calibration wikitext2:train --out DIR", "do it"),
     ("ghoststream inspect PATH", "explains what was written; verify checks it"),
 )
-
-
-def _version() -> str:
-    try:
-        return version("ghoststream")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
+_ARGUMENTS = "ghoststream.arguments"
 
 
 class GhoststreamGroup(click.Group):
@@ -74,8 +71,16 @@ class GhoststreamGroup(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options."""
+        if isinstance(sys.stdout, TextIOWrapper):
+            # Names in files need not be text that a terminal, or any encoding, can show.
+            sys.stdout.reconfigure(errors="backslashreplace")
         with interruptible():
             return super().make_context(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what stands before the command, and remember all of it for the report of a fault."""
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see :func:`_report` for what happens to errors."""
@@ -84,7 +89,10 @@ class GhoststreamGroup(click.Group):
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            # Now, while a full disk can still be told of.
+            sys.stdout.flush()
+            return result
         except click.UsageError as error:
             where = (error.ctx or ctx).command_path
             said = without_secrets(error.format_message().rstrip("."))
@@ -99,19 +107,21 @@ class GhoststreamGroup(click.Group):
 
 
 def _report(ctx: click.Context, error: Exception) -> int:
-    """Print one line about an error (after its traceback with ``--debug``) and return the exit code."""
+    """Print one line about an error (after its traceback with ``--debug``) and return the exit code.
+
+    What the system refused is the machine's or the request's. What nobody foresaw is a fault of ours: a
+    report that can be sent comes first.
+    """
     if is_debug(ctx):
         click.echo(without_secrets("".join(traceback.format_exception(error)).rstrip()), err=True)
-    if isinstance(error, GhoststreamError):
-        click.echo(f"error: {_one_line(error)}", err=True)
-        return error.exit_code
-    line = f"error: unexpected {type(error).__name__}: {_one_line(error)}"
-    if "out of memory" in str(error) or isinstance(error, MemoryError):
-        line += "; try a smaller --micro-batch, and see what `ghoststream estimate` says"
-    elif not is_debug(ctx):
-        line += "; run it again with --debug for the traceback"
-    click.echo(line, err=True)
-    return 1
+    said = error if isinstance(error, GhoststreamError) else system_error(error)
+    if said is not None:
+        click.echo(f"error: {_one_line(said)}", err=True)
+        return said.exit_code
+    click.echo(fault_report(error, ctx.meta.get(_ARGUMENTS, [])), err=True)
+    line = f"{type(error).__name__}: {_one_line(error)}"
+    click.echo(f"error: unexpected {line}; this is a fault of ghoststream: send the report above", err=True)
+    return GhoststreamError.exit_code
 
 
 def _one_line(error: Exception) -> str:
@@ -123,7 +133,7 @@ def _one_line(error: Exception) -> str:
 @click.group(
     cls=GhoststreamGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@click.version_option(_version(), prog_name="ghoststream")
+@click.version_option(installed_version("ghoststream"), prog_name="ghoststream")
 @debug_option
 def main() -> None:
     """Prune layers from large language models and repair them, one decoder layer in memory at a time.
@@ -132,6 +142,6 @@ def main() -> None:
     stopped goes on when it is run again, and changes nothing once it has finished; evaluate and tasks begin
     anew.
 
-    Exit codes: 0 done; 2 the request cannot be met; 3 data on disk is broken, or the disk is full; 130
-    interrupted.
+    Exit codes: 0 done; 2 the request cannot be met; 3 data on disk is broken, or the machine fails (a full
+    disk, no memory, no connection); 1 a fault of ghoststream; 130 interrupted.
     """

@@ -11,7 +11,17 @@ from ghoststream.files.atomic import (
     write_all,
 )
 from ghoststream.files.digests import bytes_digest, file_digest, format_digest
-from ghoststream.files.json_data import canonical_json, differences, json_digest, read_json
+from ghoststream.files.inputs import names_file, open_input, read_input, require_readable_kind
+from ghoststream.files.json_data import (
+    canonical_json,
+    canonical_object,
+    differences,
+    json_digest,
+    parse_json,
+    parts_of,
+    read_json,
+    read_json_object,
+)
 from ghoststream.files.locks import FileLock, FolderLock
 from ghoststream.files.seals import is_sealed, read_kept, read_sealed_json, sealed, unseal, write_sealed_json
 from ghoststream.files.space import (
@@ -22,6 +32,7 @@ from ghoststream.files.space import (
 )
 from ghoststream.files.staging import JOURNAL_NAME, StagingFolder
 from ghoststream.files.sums import SUMS_NAME, verify_sums, write_sums
+from ghoststream.files.system_errors import system_error, system_errors
 from ghoststream.files.work import WorkFolder
 
 __all__ = [
@@ -35,6 +46,7 @@ __all__ = [
     "atomic_write_json",
     "bytes_digest",
     "canonical_json",
+    "canonical_object",
     "differences",
     "disk_errors",
     "file_digest",
@@ -44,13 +56,22 @@ __all__ = [
     "fsync_path",
     "is_sealed",
     "json_digest",
+    "names_file",
+    "open_input",
+    "parse_json",
+    "parts_of",
+    "read_input",
     "read_json",
+    "read_json_object",
     "read_kept",
     "read_sealed_json",
     "replacing",
     "require_free_space",
+    "require_readable_kind",
     "require_writable",
     "sealed",
+    "system_error",
+    "system_errors",
     "unseal",
     "verify_sums",
     "write_all",

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Protocol
 
-from ghoststream.errors import InputNotFoundError
+from ghoststream.files.inputs import open_input
 
 
 class _Hash(Protocol):
@@ -28,12 +28,10 @@ def file_digest(path: Path) -> str:
 
     Raises:
         InputNotFoundError: If there is no such file.
+        RequestError: If it may not be read, or is not a regular file.
+        MachineError: If reading fails.
 
     Memory: One read buffer (256 KiB), whatever the size of the file.
     """
-    try:
-        with path.open("rb") as file:
-            return format_digest(hashlib.file_digest(file, "sha256"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        msg = f"there is no file {path}; check the path"
-        raise InputNotFoundError(msg) from error
+    with open_input(path) as file:
+        return format_digest(hashlib.file_digest(file, "sha256"))

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from ghoststream.errors import ArtifactError, DataError, InputNotFoundError, NumericsError
 from ghoststream.files.atomic import atomic_write_json
-from ghoststream.files.json_data import json_digest, read_json
+from ghoststream.files.inputs import open_input
+from ghoststream.files.json_data import json_digest, parse_json, read_json
 
 SEAL = "digest"
 """Key of the digest: of a JSON object, and of the ``__metadata__`` of a tensor file."""
@@ -157,8 +158,8 @@ def seal_header(entries: Mapping[str, Any], metadata: str) -> bytes:
 
 def _parsed(text: str, path: Path, advice: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        return dict(parse_json(text))
+    except (ValueError, TypeError) as error:
         msg = f"{path} carries ghoststream metadata that is no JSON object ({error}); {advice}"
         raise ArtifactError(msg) from error
 
@@ -171,16 +172,14 @@ def _header_digest(header: Mapping[str, Any]) -> str | None:
 
 
 def _header(path: Path, advice: str) -> dict[str, Any]:
-    if not path.is_file():
-        msg = f"no file at {path}; check the path, or run the command that writes it"
-        raise InputNotFoundError(msg)
+    with open_input(path) as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        # What is too long cannot be read whole either.
+        content = file.read(min(length, _MAX_HEADER_BYTES))
     try:
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            # What is too long cannot be read whole either.
-            return dict(json.loads(file.read(min(length, _MAX_HEADER_BYTES))))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(parse_json(content))
+    except (ValueError, TypeError) as error:
         msg = f"{path} is not a complete safetensors file: its header cannot be read ({error}); {advice}"
         raise ArtifactError(msg) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from ghoststream.errors import (
     OutputExistsError,
     RequestError,
 )
+from ghoststream.files.system_errors import error_number, system_error
 from ghoststream.machine import existing_place, free_disk
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
@@ -23,8 +23,6 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 )
-# Libraries written in Rust (safetensors, tokenizers) raise their own kind and put the number in the text.
-_RUST_FULL = re.compile(rf"\(os error ({'|'.join(str(number) for number in sorted(_FULL))})\)")
 
 
 def format_bytes(n_bytes: int) -> str:
@@ -57,7 +55,7 @@ def require_free_space(path: Path, n_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
-    """Turn a full disk, or a place that refuses writing, into an error that says where and what to do.
+    """Turn what the system refuses while something is written into an error that says where and what to do.
 
     Args:
         path: What is being written.
@@ -66,29 +64,34 @@ def disk_errors(path: Path, n_bytes: int | None = None) -> Iterator[None]:
     Raises:
         DiskFullError: If no space, or no quota, was left, or the file may not grow so large.
         RequestError: If writing there is not permitted.
+        MachineError: If the machine fails.
     """
     try:
         yield
     except GhoststreamError:
         raise
     except Exception as error:
-        if _is_full(error):
+        number = error_number(error)
+        if number in _FULL:
             needed = "" if n_bytes is None else f" of {format_bytes(n_bytes)} needed"
             msg = (
                 f"no space left while writing {path} ({format_bytes(free_disk(path))} free{needed});"
                 " free space and run the same command again, finished parts are kept"
             )
             raise DiskFullError(msg) from error
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        if number == errno.EFBIG:
             msg = (
                 f"cannot write {path}: it grew larger than this file system, or the limit of this process "
                 "(ulimit -f), allows; choose another place or raise the limit, and run the same command "
                 "again"
             )
             raise DiskFullError(msg) from error
-        if isinstance(error, OSError) and error.errno in _REFUSED:
-            raise _refused(path, str(error.strerror)) from error
-        raise
+        if number in _REFUSED:
+            raise _refused(path, os.strerror(number)) from error
+        said = system_error(error, path, doing="write")
+        if said is None:
+            raise
+        raise said from error
 
 
 def require_writable(path: Path) -> None:
@@ -110,14 +113,3 @@ def require_writable(path: Path) -> None:
 
 def _refused(path: Path, reason: str) -> RequestError:
     return RequestError(f"cannot write {path} ({reason}); choose a place that you may write to")
-
-
-def _is_full(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return True
-        if _RUST_FULL.search(str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from ghoststream.errors import InputNotFoundError
+from ghoststream.errors import GhoststreamError, InputNotFoundError
 from ghoststream.files.atomic import atomic_write_bytes
 from ghoststream.files.digests import file_digest
+from ghoststream.files.inputs import read_input
 
 SUMS_NAME = "SHA256SUMS"
 """Name of the checksum file inside a folder."""
@@ -58,9 +59,9 @@ def verify_sums(folder: Path, *, required: Iterable[str] = ()) -> list[str]:
     """
     sums = folder / SUMS_NAME
     try:
-        text = sums.read_bytes().decode(errors="surrogateescape")
-    except OSError as error:
-        return [f"{sums} cannot be read ({error.strerror}): the folder cannot be checked"]
+        text = read_input(sums).decode(errors="surrogateescape")
+    except GhoststreamError as error:
+        return [f"{sums} cannot be read ({_reason(error)}): the folder cannot be checked"]
     problems, entries = [], list(_entries(text))
     for number, entry in entries:
         problem = f"{sums} line {number} is not a checksum line" if entry is None else _check(folder, *entry)
@@ -81,17 +82,31 @@ def _entries(text: str) -> Iterator[tuple[int, tuple[str, str] | None]]:
 
 
 def _check(folder: Path, name: str, expected: str) -> str | None:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        return f"{folder / SUMS_NAME} lists {name}, which lies outside the folder"
-    path = folder / relative
+    if not _is_inside(name):
+        return f"{folder / SUMS_NAME} lists {_shown(name)}, which lies outside the folder"
+    path = folder / name
     try:
         found = file_digest(path)
     except InputNotFoundError:
         return f"{path} is missing"
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
+    except (GhoststreamError, OSError) as error:
+        return f"{path} cannot be read ({_reason(error)})"
     return None if found == f"sha256:{expected}" else f"{path} has changed: its SHA-256 is not the one noted"
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the system says, where it refused something; otherwise all that the error says."""
+    cause = error.__cause__ or error
+    return (isinstance(cause, OSError) and cause.strerror) or str(error)
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _left_out(name: str) -> bool:

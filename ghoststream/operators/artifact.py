@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -214,6 +214,7 @@ class OperatorSet:
             plan = PruningPlan.from_json(metadata.pop("plan"))
             kind, hidden = str(metadata.pop("kind")), int(metadata.pop("hidden"))
             rest = {key: value for key, value in metadata.items() if key not in _ENCODING}
+            _require_objects(rest, ("base", "recipe", "versions"))
             return cls(plan, kind, boundaries, hidden, rest)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ArtifactError):
@@ -250,6 +251,13 @@ def _require_recipe(metadata: Mapping[str, Any], path: Path) -> None:
     if metadata.get("recipe_digest", digest) != digest:
         msg = f"{path}: the recipe does not have the digest that is noted beside it; {_ADVICE}"
         raise ArtifactError(msg)
+
+
+def _require_objects(metadata: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(metadata.get(name, {}), Mapping):
+            msg = f"{name} is no object"
+            raise TypeError(msg)
 
 
 def _boundary(item: Mapping[str, Any], arrays: Mapping[str, Weights]) -> BoundaryOperator:

@@ -14,6 +14,7 @@ from ghoststream.files import (
     disk_errors,
     file_digest,
     json_digest,
+    read_json,
     read_sealed_json,
     replacing,
     write_all,
@@ -173,8 +174,8 @@ def _auto_map(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_CONFIG_BYTES:
         return {}
     try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        data = read_json(path, finite=False)
+    except ArtifactError:
         return {}
     found = data.get("auto_map") if isinstance(data, dict) else None
     return found if isinstance(found, dict) else {}
@@ -196,7 +197,7 @@ def _drop_missing_code(path: Path, folder: Path) -> None:
     lacking = {key for key, module in _code_names(auto_map) if not (folder / f"{module}.py").is_file()}
     if not lacking:
         return
-    data = json.loads(path.read_bytes())
+    data = read_json(path, finite=False)
     data["auto_map"] = {key: value for key, value in auto_map.items() if key not in lacking}
     if not data["auto_map"]:
         del data["auto_map"]

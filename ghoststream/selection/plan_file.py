@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.errors import ArtifactError, InputNotFoundError, PlanError, RequestError
-from ghoststream.files import atomic_write_json, json_digest, read_json, sealed, unseal
+from ghoststream.files import atomic_write_json, json_digest, names_file, read_json, sealed, unseal
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 
@@ -196,7 +196,7 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
     """
     if isinstance(source, PruningPlan):
         selection = Selection(source)
-    elif _is_file(source):
+    elif names_file(source):
         selection = Selection.load(Path(source))
     elif Path(source).suffix == ".json" or "/" in str(source):
         msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
@@ -208,13 +208,6 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
         msg = "the plan removes no layer; name at least one span, for example 13:19"
         raise PlanError(msg)
     return selection
-
-
-def _is_file(source: str | Path) -> bool:
-    try:
-        return Path(source).is_file()
-    except OSError:  # too long for a name
-        return False
 
 
 def require_count_or_plan(remove: int | str | Path | PruningPlan) -> int | str | Path | PruningPlan:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
 
-from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
+from ghoststream.files import read_input
 from ghoststream.option_types import Options
 from ghoststream.options import Recovery
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML; numbers to the base of 60, which nobody means, are refused."""
+    """Reads YAML in which a mapping has each key once; numbers to the base of 60 are refused."""
 
     def refuse_base_60(self, node: yaml.ScalarNode) -> Any:
         """Return a number, unless it is what YAML 1.1 makes of ``13:19``."""
@@ -26,6 +28,21 @@ class _Loader(yaml.SafeLoader):
         is_int = node.tag.endswith(":int")
         return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
+        """Return a mapping.
+
+        Raises:
+            ConstructorError: If a key stands in it twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"it holds {key.value!r} twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse_base_60)
@@ -36,17 +53,25 @@ def load_pipeline(path: Path) -> Recovery:
 
     Raises:
         InputNotFoundError: If there is no such file.
-        RequestError: If it is not YAML, or a field is missing, unknown or out of range.
+        RequestError: If it may not be read, is not YAML or holds a field twice, or a field is missing,
+            unknown or out of range.
+        MachineError: If reading fails.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (FileNotFoundError, IsADirectoryError) as error:
+        data = yaml.load(read_input(path).decode(), _Loader)
+    except InputNotFoundError as error:
         msg = f"there is no pipeline file {path}; check the path"
         raise InputNotFoundError(msg) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"{path} is not YAML: {' '.join(str(error).split())}"
+    except GhoststreamError:
+        raise
+    except RecursionError as error:
+        msg = f"{path} is not a pipeline: it is nested too deeply; see pipelines/README.md"
         raise RequestError(msg) from error
-    if not isinstance(data, dict):
+    # The parser raises more than its own kind: of dates, numbers, bytes and depth that it cannot read.
+    except Exception as error:
+        msg = f"{path} is not YAML: {shorten(str(error), 400, placeholder='...')}"
+        raise RequestError(msg) from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         msg = f"{path} is not a pipeline: it holds no fields; see pipelines/README.md"
         raise RequestError(msg)
     return Recovery.make({"name": path.stem, **data}, where=f"{path} is not a pipeline")

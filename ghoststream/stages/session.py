@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ghoststream.checkpoint import checkpoint_fingerprint
 from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.errors import (
-    GhoststreamError,
     RequestError,
-    UnsupportedModelError,
 )
 from ghoststream.machine import free_device_memory, free_host_memory
 from ghoststream.options import Compute, Text, dtype_name
@@ -196,25 +193,13 @@ def open_skeleton(root: Path, device: torch.device | str, compute: Compute) -> S
         CheckpointError: If it is incomplete.
         RequestError: If an option is unknown.
     """
-    try:
-        return Skeleton(
-            root,
-            dtype=parse_dtype(compute.dtype),
-            attention=compute.attention,
-            device=device,
-            trust_remote_code=compute.trust_remote_code,
-        )
-    except GhoststreamError:
-        raise
-    except (ValueError, ImportError) as error:
-        # What transformers has against the options or the configuration; a missing package for an attention
-        # too.
-        reason = shorten(str(error), 400, placeholder="...")
-        msg = (
-            f"transformers cannot build the model in {root} ({reason}); choose another --attention, or check "
-            "config.json"
-        )
-        raise UnsupportedModelError(msg) from error
+    return Skeleton(
+        root,
+        dtype=parse_dtype(compute.dtype),
+        attention=compute.attention,
+        device=device,
+        trust_remote_code=compute.trust_remote_code,
+    )
 
 
 def usable_device(name: str) -> torch.device:

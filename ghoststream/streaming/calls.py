@@ -7,7 +7,7 @@ the model's own code, so that embeddings, masks, positions, scalings and soft-ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ghoststream.checkpoint.configuration import configured
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.skeleton import Skeleton
 
@@ -72,7 +73,8 @@ class ModelCalls:
     def layer(self, layer: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Run one loaded decoder layer: ``h[layer]`` to ``h[layer + 1]``, shape ``(n, T, C)``."""
         call = self._calls(batch)[layer]
-        result = self.skeleton.layers[layer](states, *call.args, **call.kwargs)
+        with self._running(f"layer {layer}"):
+            result = self.skeleton.layers[layer](states, *call.args, **call.kwargs)
         output: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return output
 
@@ -96,7 +98,8 @@ class ModelCalls:
             return self._as_layer_result(hidden_states)
 
         mask = None if batch.mask is None else batch.mask.to(self.skeleton.device)
-        with _replaced(self.skeleton.layers, record), suppress(_RecordedError):
+        recording = _replaced(self.skeleton.layers, record)
+        with self._running("the embedding"), recording, suppress(_RecordedError):
             self.skeleton.decoder(**inputs, attention_mask=mask, use_cache=False)
         kind = _kind(batch)
         self._latest = (kind, tuple(calls))
@@ -113,7 +116,8 @@ class ModelCalls:
     def finish(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Turn ``h[L]`` into what the head receives (final norm and, for some models, a projection)."""
         result = self._as_layer_result(states)
-        with _replaced(self.skeleton.layers, lambda *_args, **_kwargs: result):
+        replaced = _replaced(self.skeleton.layers, lambda *_args, **_kwargs: result)
+        with self._running("the final norm"), replaced:
             output = self.skeleton.decoder(inputs_embeds=self._dummy_embeddings(batch), use_cache=False)
         last: torch.Tensor = output.last_hidden_state
         return last
@@ -131,11 +135,16 @@ class ModelCalls:
         head: Any = self.skeleton.model.get_output_embeddings()
         blocked = in_blocks and finished.device.type == "cpu" and type(head) is nn.Linear
         with (
+            self._running("the output head"),
             _replaced([self.skeleton.decoder], lambda *_args, **_kwargs: output),
             _replaced([head] if blocked else [], lambda states: _linear_in_blocks(head, states)),
         ):
             logits: torch.Tensor = self.skeleton.model(input_ids=dummy, use_cache=False).logits
         return logits
+
+    def _running(self, part: str) -> AbstractContextManager[None]:
+        # Much of a configuration is only looked at here.
+        return configured(self.skeleton.root, doing=f"run {part} of the model")
 
     def _as_layer_result(self, states: torch.Tensor) -> Any:
         return (states,) if self.skeleton.architecture.layers_return_tuples else states

@@ -131,13 +131,14 @@ class StreamedPass:
         return_free_memory()
         first, progress = self._options.first_layer, self._options.progress
         layers = [n for n in range(first, self._last) if any(lane.runs(n) for lane in self._lanes)]
+        read = set(layers)
         with_head = self._last == self._skeleton.n_layers and any(lane.logits for lane in self._lanes)
         reads = [*layer_reads(self._skeleton, layers), *([self._skeleton.read_head] if with_head else [])]
         progress.start("streaming layers", len(layers), "layers")
         with WeightPrefetcher(reads) as weights:
             groups = self._begin(first)
             for layer in range(first, self._last):
-                if layer in layers:
+                if layer in read:
                     self._through_layer(layer, groups, weights.take())
                     progress.advance(1)
                 for group in groups.stopping(layer + 1):

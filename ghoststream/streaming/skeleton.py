@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ghoststream.checkpoint.architecture import Architecture, architecture_of
+from ghoststream.checkpoint.configuration import configured, read_config, require_layers
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
@@ -58,20 +59,23 @@ class Skeleton:
         self.device = torch.device(device)
         self.index = CheckpointIndex.open(root)
         self.config = load_config(root, trust_remote_code=trust_remote_code)
-        self.architecture: Architecture = architecture_of(self.config)
-        self.dtype = dtype or _checkpoint_dtype(self.config, self.index)
-        self.model = _build(self.config, self.dtype, attention, trust_remote_code=trust_remote_code)
-        self.attention: str = self.config._attn_implementation
-        self.keys: KeyMap = match_keys(self.model, self.index)
-        if self.keys.unused:
-            first, count = self.keys.unused[0], len(self.keys.unused)
-            _LOG.warning("%s: %d tensors are no part of the model and left out (%s)", root, count, first)
+        with configured(root, doing="build the model"):
+            self.architecture: Architecture = architecture_of(self.config)
+            require_layers(self.index, self.architecture.layers, int(self.config.num_hidden_layers))
+            self.dtype = dtype or _checkpoint_dtype(self.config, self.index)
+            self.model = _build(self.config, self.dtype, attention, trust_remote_code=trust_remote_code)
+            self.attention: str = self.config._attn_implementation
+            self.keys: KeyMap = match_keys(self.model, self.index)
+            if self.keys.unused:
+                first, count = self.keys.unused[0], len(self.keys.unused)
+                _LOG.warning("%s: %d tensors are no part of the model and left out (%s)", root, count, first)
+            self.decoder: nn.Module = self.model.get_submodule(self.architecture.decoder)
+            self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers_path)
+            self._tensors = _described(self.model, self.dtype)
+            self._embedding_name = _module_path(self.model, self.model.get_input_embeddings())
+            self._head_name = _module_path(self.model, self.model.get_output_embeddings())
+        self._names = self._named_by_part()
         self.reader = TensorReader(self.index, self._buffer_sources())
-        self.decoder: nn.Module = self.model.get_submodule(self.architecture.decoder)
-        self.layers: nn.ModuleList = self.model.get_submodule(self.architecture.layers_path)
-        self._tensors = _described(self.model, self.dtype)
-        self._embedding_name = _module_path(self.model, self.model.get_input_embeddings())
-        self._head_name = _module_path(self.model, self.model.get_output_embeddings())
         self._slots = self._make_slots()
         self._move_buffers()
 
@@ -118,6 +122,11 @@ class Skeleton:
         """Shapes of the weights of one decoder layer."""
         return tuple(spec.shape for spec in self._specs(self._layer_name(layer)))
 
+    def layer_sources(self, layer: int) -> tuple[str, ...]:
+        """Names of the checkpoint tensors that one decoder layer uses, each once."""
+        specs = self._specs(self._layer_name(layer))
+        return tuple(dict.fromkeys(piece.source for spec in specs for piece in spec.pieces))
+
     @property
     def unit_bytes(self) -> int:
         """U: the largest of one decoder layer, the embedding and the head, in bytes at compute dtype."""
@@ -152,7 +161,7 @@ class Skeleton:
     @contextmanager
     def loaded_frame(self) -> Iterator[None]:
         """Load everything but layers, token embedding and head; the embedding gathers rows from disk."""
-        elsewhere = (f"{self.architecture.layers_path}.", f"{self._embedding_name}.", f"{self._head_name}.")
+        elsewhere = (f"{self._embedding_name}.", f"{self._head_name}.")
         weights = {
             spec.key: read_weight(self.reader, spec)
             for spec in self._specs()
@@ -208,11 +217,21 @@ class Skeleton:
     def _layer_name(self, layer: int) -> str:
         return f"{self.architecture.layers_path}.{layer}"
 
+    def _named_by_part(self) -> dict[str, list[str]]:
+        """Return the names of the weights of each layer, and under no name those of all other parts."""
+        start = f"{self.architecture.layers_path}."
+        names: dict[str, list[str]] = {"": []}
+        for name in self.keys.pieces:
+            layer = name[len(start) :].partition(".")[0] if name.startswith(start) else ""
+            names.setdefault(f"{start}{layer}" if layer else "", []).append(name)
+        return names
+
     def _specs(self, prefix: str = "") -> list[WeightSpec]:
+        """Return the weights of a layer or another module; without a prefix of all that is no layer."""
         start = f"{prefix}." if prefix else ""
         return [
-            WeightSpec(name[len(start) :], *self._tensors[name], pieces)
-            for name, pieces in self.keys.pieces.items()
+            WeightSpec(name[len(start) :], *self._tensors[name], self.keys.pieces[name])
+            for name in self._names.get(prefix, self._names[""])
             if name.startswith(start)
         ]
 
@@ -239,15 +258,15 @@ def load_config(root: Path, *, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint folder's transformers configuration.
 
     Raises:
-        UnsupportedModelError: If transformers does not know the model type (or needs the model's own code).
+        CheckpointError: If it is missing or damaged.
+        UnsupportedModelError: If transformers does not know the model type (or needs the model's own code),
+            or refuses a field.
     """
     from transformers import AutoConfig
 
-    try:
+    read_config(root)
+    with configured(root, doing="read the configuration"):
         return AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        msg = f"{root}: transformers cannot read this configuration: {str(error).splitlines()[0]}"
-        raise UnsupportedModelError(msg) from error
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,27 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> TokenIds:
-    """Return the ids of ``text`` as int32 ``(n_tokens,)``, with special tokens if asked for."""
-    encoded = tokenizer(
-        text,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return np.asarray(encoded["input_ids"], dtype=np.int32)
+    """Return the ids of ``text`` as int32 ``(n_tokens,)``, with special tokens if asked for.
+
+    Raises:
+        TextError: If the tokenizer's files are damaged, so that it loads and cannot be used.
+    """
+    try:
+        encoded = tokenizer(
+            text,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return np.asarray(encoded["input_ids"], dtype=np.int32)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # Whatever comes of it; in Rust also what is no Exception.
+    except BaseException as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder="...")
+        msg = f"the tokenizer of {tokenizer.name_or_path} cannot be used ({reason}); copy its files again"
+        raise TextError(msg) from error
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, document: Document) -> TokenIds:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ghoststream.errors import InputNotFoundError, TextError
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError, TextError
+from ghoststream.files import open_input
 
 _MAX_ID = np.iinfo(np.int32).max
 
@@ -57,13 +58,22 @@ def read_ids(path: Path, *, sequences: int | None, length: int) -> npt.NDArray[n
 
 
 def _open(path: Path) -> npt.NDArray[np.integer]:
+    if path.is_dir():
+        msg = f"{path} is not a readable .npy file (it is a folder); name one file"
+        raise TextError(msg)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
+        with open_input(path):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except InputNotFoundError as error:
         msg = f"there is no file of token ids {path}; check the path"
         raise InputNotFoundError(msg) from error
-    except (OSError, ValueError, EOFError) as error:
-        msg = f"{path} is not a readable .npy file ({error}); write it with numpy.save"
+    except RequestError as error:
+        raise TextError(str(error)) from error
+    except GhoststreamError:
+        raise
+    # numpy evaluates the header of the file as Python data: there is little that damage cannot make it raise.
+    except Exception as error:
+        msg = f"{path} is not a readable .npy file ({str(error)[:200]}); write it with numpy.save"
         raise TextError(msg) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in {1, 2}:
         found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import errno
 import gzip
 import importlib
 import io
@@ -14,11 +13,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from ghoststream.errors import CheckpointError, GhoststreamError, InputNotFoundError, TextError
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError, TextError
+from ghoststream.files import open_input, system_error
 
-_UNREADABLE_PATHS = frozenset(
-    {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR}
-)
 _MAGIC = {
     b"\x93NUMPY": "a numpy array, not text; token ids are given as ids:FILE",
     b"PAR1": "a Parquet file; give it a name that ends in .parquet",
@@ -71,11 +68,11 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         InputNotFoundError: If it does not exist.
         TextError: If it is no regular file, is damaged, may not be read, or needs a package that is missing.
-        CheckpointError: If the machine fails to read it.
+        MachineError: If the machine fails to read it.
     """
     require_file(path, "text")
     unpacked = _UNPACKERS.get(path.suffix.lower(), nullcontext)
-    with reading(path), path.open("rb") as raw, unpacked(raw) as file:
+    with reading(path), open_input(path) as raw, unpacked(raw) as file:
         yield file
 
 
@@ -85,7 +82,7 @@ def reading(path: Path) -> Iterator[None]:
 
     Raises:
         TextError: If it is not what its suffix says, or may not be read.
-        CheckpointError: If the machine fails to read it.
+        MachineError: If the machine fails to read it.
     """
     try:
         yield
@@ -97,14 +94,11 @@ def reading(path: Path) -> Iterator[None]:
         msg = f"there is no file {path}; check the path"
         raise InputNotFoundError(msg) from error
     except OSError as error:
-        if error.errno is None:
+        said = system_error(error, path, doing="read")
+        if said is None:
             # gzip, bz2 and pyarrow say so of data that they cannot unpack.
             raise damaged(path, error) from error
-        if error.errno in _UNREADABLE_PATHS:
-            msg = f"{path} may not be read ({error.strerror}); check the path and its permissions"
-            raise TextError(msg) from error
-        msg = f"reading {path} failed ({error.strerror}); check the disk, and run the same command again"
-        raise CheckpointError(msg) from error
+        raise TextError(str(said)) if isinstance(said, RequestError) else said from error
 
 
 def decode(data: bytes, place: str) -> str:

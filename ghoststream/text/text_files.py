@@ -38,7 +38,7 @@ def file_documents(path: Path, *, max_bytes: int | None = None) -> Iterator[Docu
         InputNotFoundError: If the file does not exist.
         TextError: If it is empty, not UTF-8, damaged, not JSON, or a row has neither field; names file and
             line.
-        CheckpointError: If the machine fails to read it.
+        MachineError: If the machine fails to read it.
     """
     if path.suffix.lower() == ".parquet":
         return _table(path)

@@ -10,6 +10,7 @@ from textwrap import shorten
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
+from ghoststream.files import system_error
 
 _FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json")
 # Package by module: what transformers needs to read a vocabulary that is not a tokenizer.json.
@@ -33,9 +34,13 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrained
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             root, trust_remote_code=trust_remote_code
         )
+        # Some damage shows at the first use.
+        _use(tokenizer)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
     # Whatever transformers, the tokenizers library and code of the folder raise at a file that is not as they
-    # expect: there is no common kind.
-    except Exception as error:
+    # expect: there is no common kind, and a panic in Rust is not even an Exception.
+    except BaseException as error:
         raise _refusal(root, error) from error
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         # Made of its class's defaults alone: every word would be the unknown one.
@@ -43,7 +48,17 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
-def _refusal(root: Path, error: Exception) -> GhoststreamError:
+def _use(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer("a", verbose=False)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    for name in (*ids, "all_special_tokens", "vocab_size"):
+        getattr(tokenizer, name)
+
+
+def _refusal(root: Path, error: BaseException) -> GhoststreamError:
+    refused = system_error(error, root, doing="read the tokenizer in")
+    if refused is not None:
+        return refused
     reason = shorten(str(error) or type(error).__name__, 200, placeholder="...")
     has_vocabulary = any(any(root.glob(pattern)) for pattern in _FILES)
     if not has_vocabulary and not isinstance(error, ImportError) and "trust_remote_code" not in str(error):
@@ -60,7 +75,7 @@ def _refusal(root: Path, error: Exception) -> GhoststreamError:
     )
 
 
-def _missing_packages(error: Exception) -> list[str]:
+def _missing_packages(error: BaseException) -> list[str]:
     """Return which packages transformers wants, as ``pip install`` names them; none if none is missing.
 
     It asks for the one that it tries last: where it wants ``tiktoken``, ``sentencepiece`` would do as well,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -255,3 +256,12 @@ def test_a_failed_open_gives_the_lock_back(root: Path) -> None:
         ActivationStore.open(root, "r+")
     (root / "manifest.json").write_bytes(manifest)
     ActivationStore.open(root, "r+").close()
+
+
+def test_a_pipe_in_the_place_of_metadata_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    small_store(tmp_path / "store")
+    metadata = tmp_path / "store" / "hidden" / "zarr.json"
+    metadata.unlink()
+    os.mkfifo(metadata)
+    with pytest.raises(RequestError, match=r"zarr\.json is a pipe; give a regular file"):
+        ActivationStore.open(tmp_path / "store")

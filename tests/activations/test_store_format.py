@@ -13,7 +13,8 @@ import pytest
 import torch
 import zarr
 
-from ghoststream.activations import ActivationStore, verify_store
+from ghoststream.activations import ActivationStore, manifest, verify_store
+from ghoststream.files import canonical_json
 from ghoststream.testing.stores import small_layout, small_states, small_store, small_tokens
 
 pytestmark = pytest.mark.unit
@@ -108,3 +109,27 @@ def test_a_store_written_by_version_1_opens(tmp_path: Path, version: str, name: 
     }
     assert found == ARCHIVED
     assert torch.equal(store.read(1, 5, 7), store.read(1, 0, 10)[5:7])
+
+
+def test_a_manifest_spells_each_record_once_however_often_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spelled: list[object] = []
+
+    def spell(data: object) -> str:
+        spelled.append(data)
+        return canonical_json(data)
+
+    monkeypatch.setattr(manifest, "canonical_json", spell)
+    counts = []
+    for n_layers in (20, 80):
+        store = manifest.Manifest(small_layout(), {}, {}, "sha256:0", {})
+        spelled.clear()
+        for layer in range(n_layers):
+            record = manifest.ObjectRecord(f"sha256:{layer}", layer)
+            store.metadata[f"{layer}/zarr.json"] = record
+            store.arrays[f"{layer}"] = {f"{layer}/c/0": record}
+            content = store.to_bytes()
+        counts.append(len(spelled))
+        assert manifest.Manifest.from_bytes(content, "here").arrays == store.arrays
+    assert counts[1] <= 4.1 * counts[0]

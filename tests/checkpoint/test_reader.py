@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ghoststream.checkpoint import CheckpointIndex, TensorReader
+from ghoststream.checkpoint.header import read_header
 from ghoststream.checkpoint.open_files import OpenFiles
+from ghoststream.errors import RequestError
 from tests.helpers.command_bench import LENGTH, run
 
 pytestmark = pytest.mark.unit
@@ -122,3 +124,14 @@ def test_a_model_of_more_shards_than_descriptors_is_evaluated(tiny_llama: Path, 
     assert result.exit_code == 0, result.stderr
     whole = run("evaluate", tiny_llama, *options)
     assert result.stdout.split()[-4:] == whole.stdout.split()[-4:]
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_missing(
+    many_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, flags: int, *rest: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RequestError, match=r"cannot read .*model-00000.*\(Permission denied\)"):
+        read_header(many_shards / "model-00000.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -139,18 +140,40 @@ def test_debug_shows_the_traceback_before_and_after_the_command(monkeypatch: pyt
         assert result.stderr.endswith("error: no such layer\n")
 
 
-def test_unexpected_errors_advise_debug(monkeypatch: pytest.MonkeyPatch) -> None:
-    _raise_in_inspect(monkeypatch, KeyError("lost"))
-    result = _run("inspect", "x")
+def test_a_fault_of_ours_is_reported_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    _raise_in_inspect(monkeypatch, KeyError("lost at https://me:hunter2@host/x?X-Amz-Signature=abcdef"))
+    result = _run("inspect", "s3://me:hunter2@bucket/x?sig=abcdef")
     assert result.exit_code == 1
-    assert result.stderr == "error: unexpected KeyError: lost; run it again with --debug for the traceback\n"
+    *report, line = result.stderr.splitlines()
+    assert line.startswith("error: unexpected KeyError: lost at https://host/x; this is a fault of")
+    text = "\n".join(report)
+    assert f"Python {sys.version.split()[0]}" in text
+    assert "ghoststream inspect" in text
+    assert "test_main.py" in report[-2], "the last frame is where it was raised"
+    for secret in ("hunter2", "abcdef", "of-the-environment", str(Path.home())):
+        assert secret not in result.stderr
 
 
-def test_out_of_memory_advises_a_smaller_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    _raise_in_inspect(monkeypatch, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 3, "--micro-batch"),
+        (MemoryError(), 3, "--host-memory"),
+        (PermissionError(errno.EACCES, "denied", "/a/b"), 2, "cannot use /a/b (Permission denied)"),
+        (OSError(errno.EIO, "I/O", "/a/b"), 3, "cannot use /a/b (Input/output error)"),
+        (OSError(errno.EMFILE, "too many"), 3, "ulimit -n"),
+        (ExceptionGroup("tasks", [ValueError("x"), OSError(errno.ESTALE, "stale", "/n/x")]), 3, "/n/x"),
+    ],
+)
+def test_what_the_system_refuses_is_no_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, says: str
+) -> None:
+    _raise_in_inspect(monkeypatch, error)
     result = _run("inspect", "x")
-    assert result.exit_code == 1
-    assert "--micro-batch" in result.stderr
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
 
 
 def test_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,3 +255,11 @@ def test_estimate_of_too_many_layers_exits_with_2(tiny_llama: Path) -> None:
     result = _run("estimate", str(tiny_llama), "--remove", "6", "--no-measure")
     assert result.exit_code == 2
     assert "cannot remove 6 of 6 layers" in result.stderr
+
+
+def test_names_that_no_encoding_can_show_are_shown_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text('[{"model": "\\ud800", "perplexity": 2.0, "loss": 0.5}]')
+    result = _run("inspect", str(path))
+    assert result.exit_code == 0, result.stderr
+    assert "\\ud800" in result.stdout

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ghoststream.errors import BudgetError, DiskFullError, OutputExistsError, RequestError, StoreError
+from ghoststream.errors import (
+    BudgetError,
+    DiskFullError,
+    MachineError,
+    OutputExistsError,
+    RequestError,
+    StoreError,
+)
 from ghoststream.files import disk_errors, format_bytes, require_free_space, require_writable
 
 pytestmark = pytest.mark.unit
@@ -64,9 +71,13 @@ def test_a_place_that_may_not_be_written_is_a_bad_request(tmp_path: Path) -> Non
         raise OSError(errno.EROFS, "Read-only file system")
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EBUSY, errno.ENODEV])
+def test_a_machine_that_fails_is_named(tmp_path: Path, number: int) -> None:
+    with pytest.raises(MachineError, match=r"cannot write .*/x \(.*\); "), disk_errors(tmp_path / "x"):
+        raise OSError(number, "whatever")
+
+
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="Input/output"), disk_errors(tmp_path):
-        raise OSError(errno.EIO, "Input/output error")
     with pytest.raises(KeyError), disk_errors(tmp_path):
         raise KeyError("x")
     with pytest.raises(StoreError, match="own"), disk_errors(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ghoststream.checkpoint.header import read_metadata
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
-from ghoststream.errors import InputNotFoundError, RequestError
+from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
 from ghoststream.files import read_json
 from ghoststream.files.seals import METADATA_KEY, SEAL
 from ghoststream.recovery.names import PROVENANCE_NAME
@@ -97,8 +96,8 @@ def _identify_folder(folder: Path) -> Kind:
 
 def _is_group(path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_bytes())["node_type"] == "group")
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(path)["node_type"] == "group")
+    except (OSError, GhoststreamError, KeyError, TypeError):
         return False
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ghoststream.files import parts_of
 from ghoststream.stages.artifacts.explain import Table
 from ghoststream.stages.artifacts.identify import identify
 from ghoststream.stages.artifacts.kinds import KINDS
@@ -37,5 +38,6 @@ def inspect_path(path: str | Path) -> InspectReport:
     Memory: headers and metadata.
     """
     kind = identify(path)
-    facts, tables = KINDS[kind].explain(str(path))
+    with parts_of(path, advice="restore it, or make it again"):
+        facts, tables = KINDS[kind].explain(str(path))
     return InspectReport(str(path), kind.value, facts, tables)

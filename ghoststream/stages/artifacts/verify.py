@@ -8,6 +8,7 @@ from typing import Any
 
 from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.errors import DataError
+from ghoststream.files import parts_of
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.artifacts.identify import Kind, identify
 from ghoststream.stages.artifacts.kinds import KINDS
@@ -65,7 +66,8 @@ def verify_path(
     problems: list[str] = []
     digest = ""
     try:
-        problems += KINDS[kind].check(str(path))
+        with parts_of(path, advice="restore it, or make it again"):
+            problems += KINDS[kind].check(str(path))
         if kind in _WITH_WEIGHTS or model is not None:
             from ghoststream.stages.artifacts.weights import check_weights, compare_base
 

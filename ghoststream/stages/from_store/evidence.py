@@ -102,7 +102,7 @@ class StoreEvidence:
     def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
         """Yield the tensors of one layer, as they are stored."""
         skeleton = self._session.skeleton
-        for name in skeleton.keys.sources(f"{skeleton.architecture.layers_path}.{layer}"):
+        for name in skeleton.layer_sources(layer):
             yield skeleton.reader.read(name)
 
     @cached_property

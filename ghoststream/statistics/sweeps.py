@@ -13,6 +13,9 @@ from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import HERE, default_workers
 from ghoststream.statistics.ranges import Ranges, tree_root
 
+_HEADER_BYTES = 4096
+"""What the file of a state says of the arrays of one span at most: names, shapes and digests."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -114,7 +117,7 @@ def spilled_bytes(ranges: Ranges, sweeps: Sequence[Sweep]) -> int:
     Finished sweeps keep one state a fold; the one at work also some of every level of its merge tree.
     """
     depth = tree_root(0, len(ranges.fold_leaves(0))).level
-    states = [sweep.state_bytes for sweep in sweeps]
+    states = [sweep.state_bytes + len(sweep.reducer.spans) * _HEADER_BYTES for sweep in sweeps]
     return ranges.n_folds * (sum(states) + (depth + 1) * max(states))
 
 

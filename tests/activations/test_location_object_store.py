@@ -124,6 +124,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         try:
             for name, value in _variables(made.address).items():
                 patch.setenv(name, value)
+            # The library keeps what it opened, with the credentials that there were then.
+            type(_file_system()).clear_instance_cache()
             _file_system().mkdir("bucket")
             yield made
         finally:

@@ -99,7 +99,7 @@ def test_spans_that_do_not_fit(bench: Bench, refused: Callable[..., str], tmp_pa
         "five": "cannot read the span 'five'",
         "no_such_plan.json": "there is no plan file no_such_plan.json",
         str(bench.operators): "is not readable JSON",
-        str(bench.root / "mine.json"): "mine.json: not a pruning plan",
+        str(bench.root / "mine.json"): "mine.json is not a pruning plan",
     }
     for plan, says in cases.items():
         code = BROKEN_DATA if plan == str(bench.operators) else BAD_REQUEST

@@ -12,7 +12,7 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.spans import Span
-from ghoststream.statistics import MomentSpec, Precision, reduce, store_ranges
+from ghoststream.statistics import MomentSpec, Precision, devices, reduce, store_ranges
 from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.torch_blas import DeviceBoundaryReducer, add_product
@@ -137,6 +137,7 @@ def test_workers_without_the_device_are_named(uri: str, tmp_path: Path) -> None:
 def test_no_more_tasks_than_the_device_has_memory_for(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reducer = DeviceBoundaryReducer(SPANS, MomentSpec(block_tokens=80))
     states = reducer.state_bytes(24, 40) + 8 * 80 * (24 + 24)
+    monkeypatch.setattr(devices, "may_have_accelerator", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(2.5 * states / 0.9), 10**12))

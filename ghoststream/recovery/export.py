@@ -45,7 +45,12 @@ from ghoststream.recovery.layout import (
     require_operators_fit,
 )
 from ghoststream.recovery.names import PROVENANCE_NAME
-from ghoststream.recovery.provenance import describe_recovered, earlier_rounds, is_finished
+from ghoststream.recovery.provenance import (
+    describe_recovered,
+    describe_repair,
+    earlier_rounds,
+    is_finished,
+)
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
@@ -333,9 +338,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
     )
     atomic_write_bytes(folder / CARD_NAME, card.encode())
     provenance = describe_recovered(
-        job.operators,
-        job.names,
-        absorptions=job.absorptions,
+        describe_repair(job.operators, job.names, job.absorptions),
         base={**job.fingerprint, "tensors": job.base_tensors()},
         base_model_type=str(job.skeleton.config.model_type),
         tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},

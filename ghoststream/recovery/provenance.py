@@ -126,11 +126,32 @@ class RecoveredInfo:
         return joined(_read_boundary(self, {**entry, "features": "hidden", "tensors": own}), absorbed)
 
 
+def describe_repair(
+    operators: OperatorSet, names: LayerNames, absorptions: Mapping[Span, Absorption]
+) -> dict[str, Any]:
+    """Return the plan, and the operators with where each of them went, as ``ghoststream.json`` has them."""
+    boundaries = [
+        {
+            **operator_entry(operator, operators.plan, names),
+            **_place(operator, operators.plan, names, absorptions.get(operator.span)),
+            "diagnostics": dict(operator.diagnostics),
+        }
+        for operator in operators.boundaries
+    ]
+    return {
+        "plan": operators.plan.to_json(),
+        "operators": {
+            "kind": operators.kind,
+            "hidden": operators.hidden,
+            "metadata": dict(operators.metadata),
+            "boundaries": boundaries,
+        },
+    }
+
+
 def describe_recovered(
-    operators: OperatorSet,
-    names: LayerNames,
+    repair: Mapping[str, Any],
     *,
-    absorptions: Mapping[Span, Absorption],
     base: Mapping[str, Any],
     base_model_type: str,
     tensors: Mapping[str, Mapping[str, str | None]],
@@ -141,32 +162,18 @@ def describe_recovered(
 ) -> dict[str, Any]:
     """Return the content of ``ghoststream.json``.
 
-    ``request`` is what decides every bit of the folder, ``files`` has the digests of the files beside the
-    weights; for ``rounds`` see :func:`earlier_rounds`.
+    ``repair`` is what :func:`describe_repair` returns, ``request`` what decides every bit of the folder;
+    ``files`` has the digests of the files beside the weights; for ``rounds`` see :func:`earlier_rounds`.
     """
-    boundaries = [
-        {
-            **operator_entry(operator, operators.plan, names),
-            **_place(operator, operators.plan, names, absorptions.get(operator.span)),
-            "diagnostics": dict(operator.diagnostics),
-        }
-        for operator in operators.boundaries
-    ]
     return {
         "artifact": _KIND,
         "version": _VERSION,
         "versions": dict(versions),
         "request": dict(request),
         "files": dict(files),
-        "plan": operators.plan.to_json(),
+        **repair,
         "base": dict(base),
         "base_model_type": base_model_type,
-        "operators": {
-            "kind": operators.kind,
-            "hidden": operators.hidden,
-            "metadata": dict(operators.metadata),
-            "boundaries": boundaries,
-        },
         "tensors": {name: dict(entry) for name, entry in tensors.items()},
         **({"rounds": [dict(one) for one in rounds]} if rounds else {}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +34,25 @@ class Result(Protocol):
 _Result = TypeVar("_Result", bound=Result)
 
 
+@dataclass(frozen=True)
+class NamedByRequest:
+    """A file whose name ends in the digest of its request: no other request comes upon it.
+
+    Attributes:
+        path: The file, without the digest.
+    """
+
+    path: Path
+
+    def of(self, digest: str) -> Path:
+        """Return the file of a request by its digest."""
+        return self.path.with_name(f"{self.path.stem}-{_short(digest)}{self.path.suffix}")
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:16]
+
+
 class Output:
     """The place of one result.
 
@@ -42,9 +62,9 @@ class Output:
         command: Which command makes it: what it keeps meanwhile has a place of its own.
     """
 
-    def __init__(self, path: str | Path, recipe: Mapping[str, Any], command: str) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | Path | NamedByRequest, recipe: Mapping[str, Any], command: str) -> None:
         self.digest = json_digest(dict(recipe))
+        self.path = Path(path.of(self.digest) if isinstance(path, NamedByRequest) else path).absolute()
         self._command = command
         self._place = WorkFolder(self.path)
 
@@ -56,7 +76,7 @@ class Output:
     @property
     def short_digest(self) -> str:
         """Enough of the digest for a file name."""
-        return self.digest.removeprefix("sha256:")[:16]
+        return _short(self.digest)
 
     @contextmanager
     def claimed(self, load: Callable[[Path], _Result]) -> Iterator[_Result | None]:

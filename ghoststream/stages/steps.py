@@ -17,6 +17,7 @@ from ghoststream.stages.choosing.search import search_session
 from ghoststream.stages.choosing.trial import Division
 from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.select import select_from_store
+from ghoststream.stages.output import NamedByRequest
 from ghoststream.stages.refusals import check_export, check_place, check_recovery
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import Way, what_goes
@@ -122,7 +123,7 @@ class Steps:
                 out=out,
                 progress=self._progress,
             )
-            return operators, out
+            return operators, out.of(operators.digest)
         operators = fit_from_store(
             self.store or self._capture(self.way.needed_layers(selection.plan)),
             selection.plan,
@@ -133,7 +134,7 @@ class Steps:
             out=out,
             progress=self._progress,
         )
-        return operators, out
+        return operators, out.of(operators.digest)
 
     def _capture(self, needed: tuple[int, ...] | None) -> str:
         """Capture the hidden states that are needed: all, unless the request says which."""
@@ -144,7 +145,8 @@ class Steps:
         capture_session(self._session, self._text, self.store, storage, progress=self._progress)
         return self.store
 
-    def _file(self, plan: PruningPlan) -> Path:
+    def _file(self, plan: PruningPlan) -> NamedByRequest:
+        # Another request may come to the same spans, which only a search shows.
         method = self._recovery.method
         parts = (
             method.operator or AUTO,
@@ -152,4 +154,4 @@ class Steps:
             method.token_weights if method.token_weights != UNIFORM else "",
         )
         spans = "_".join(f"{span.start}-{span.stop}" for span in plan.spans)
-        return self.work / f"{'-'.join(part for part in parts if part)}-{spans}.safetensors"
+        return NamedByRequest(self.work / f"{'-'.join(part for part in parts if part)}-{spans}.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ghoststream.activations import ActivationStore
 from ghoststream.errors import ArtifactError, OutputExistsError
 from ghoststream.files import StagingFolder, file_digest, verify_sums
 from ghoststream.files.atomic import temporary_name
-from ghoststream.options import Method, Storage, Text
+from ghoststream.operators import OperatorSet
+from ghoststream.options import Method, Search, Storage, Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
@@ -153,6 +155,24 @@ def test_recover_again_changes_nothing(
     for change in ({"remove": 3}, {"method": Method(operator="linear-patch-diagonal")}):
         with pytest.raises(OutputExistsError, match="recovered checkpoint of another request"):
             recover(tiny_llama, out=tmp_path / "out", **{**options, **change})
+
+
+@pytest.mark.parametrize("method", [Method(), Method(operator="least-squares")])
+def test_operators_of_another_request_are_left_alone(
+    method: Method, tiny_llama: Path, ids: str, tmp_path: Path
+) -> None:
+    text = Text(spec=ids, sequences=6, length=16)
+    options: dict[str, Any] = {"remove": "2:4", "calibration": text, "method": method}
+    first = recover(tiny_llama, out=tmp_path / "out", search=Search(folds=2), **options)
+    before = {path: stamp for path, stamp in _stamps(tmp_path / "out.work").items() if Path(path).is_file()}
+    shutil.rmtree(tmp_path / "out")
+    second = recover(tiny_llama, out=tmp_path / "out", search=Search(folds=3), **options)
+    alone = recover(tiny_llama, out=tmp_path / "alone", search=Search(folds=3), **options)
+    assert before.items() <= _stamps(tmp_path / "out.work").items()
+    assert first.operators_file != second.operators_file
+    assert OperatorSet.load(second.operators_file).digest == second.operators.digest
+    assert second.operators_file.name == alone.operators_file.name
+    assert second.operators_file.read_bytes() == alone.operators_file.read_bytes()
 
 
 def test_recover_into_the_folder_that_one_is_in(

@@ -17,7 +17,7 @@ from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial
 from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
-from ghoststream.stages.output import Output
+from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
@@ -31,7 +31,7 @@ def fit_in_passes(
     *,
     method: Method,
     search: Search,
-    out: str | Path,
+    out: str | Path | NamedByRequest,
     progress: Progress,
 ) -> OperatorSet:
     """Fit the operators of a plan one after another, in one pass over a model and without a store.

@@ -24,7 +24,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import WantedTaps, require_fit_memory, store_taps, wanted_taps
 from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.kind import make_store_kind
-from ghoststream.stages.output import Output
+from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
     FoldedMoments,
@@ -48,7 +48,7 @@ def fit_from_store(
     method: Method,
     folds: int,
     reduction: Reduction,
-    out: str | Path,
+    out: str | Path | NamedByRequest,
     progress: Progress,
 ) -> OperatorSet:
     """Fit one operator for each span of a plan from a store; see :func:`ghoststream.fit`.

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -188,24 +189,34 @@ def _place_fused(index: CheckpointIndex, match: _Match, state: Mapping[str, Any]
 
 
 def _require_complete(index: CheckpointIndex, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    quantised = next((name for name in unexpected if _QUANTISED.search(name)), None)
+    unexpected = list(unexpected)
+    require_unquantised_names(index, unexpected)
+    missing = list(missing)
+    if missing and index.absent:
+        raise index.absence(next(iter(index.absent)))
+    for kind, names in (
+        ("lacks the tensor", missing),
+        ("holds the unexpected tensor", unexpected),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            msg = f"{index.root} {kind} {names[0]}{more}: config.json and the weights do not belong together"
+            raise CheckpointError(msg)
+
+
+def require_unquantised_names(index: CheckpointIndex, names: Iterable[str]) -> None:
+    """Refuse weights that a quantiser wrote without saying so in the configuration, by their names.
+
+    Raises:
+        UnsupportedModelError: If a tensor has such a name.
+    """
+    quantised = next((name for name in names if _QUANTISED.search(name)), None)
     if quantised is not None:
         msg = (
             f"{index.root} holds quantised weights ({quantised}), which cannot be streamed; give an "
             "unquantised safetensors checkpoint of the model"
         )
         raise UnsupportedModelError(msg)
-    missing = list(missing)
-    if missing and index.absent:
-        raise index.absence(next(iter(index.absent)))
-    for kind, names in (
-        ("lacks the tensor", missing),
-        ("holds the unexpected tensor", list(unexpected)),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            msg = f"{index.root} {kind} {names[0]}{more}: config.json and the weights do not belong together"
-            raise CheckpointError(msg)
 
 
 def _require_shapes(
@@ -224,13 +235,22 @@ def _require_shapes(
 def _require_kinds(
     index: CheckpointIndex, filled: Mapping[str, tuple[Piece, ...]], state: Mapping[str, Any]
 ) -> None:
-    """Refuse integers in the place of a weight: their bytes would be read as other numbers."""
     for target, pieces in filled.items():
-        for entry in (index.tensors[piece.source] for piece in pieces):
-            is_fraction = entry.dtype_name.startswith(("F", "BF"))
-            if state[target].is_floating_point() and not is_fraction:
-                msg = (
-                    f"{index.root}: tensor {entry.name} in {entry.shard} has dtype {entry.dtype_name}, and a "
-                    "weight is a floating-point number; download or copy the shard again"
-                )
-                raise CheckpointError(msg)
+        if state[target].is_floating_point():
+            for piece in pieces:
+                require_fraction(index.root, index.tensors[piece.source])
+
+
+def require_fraction(root: Path, entry: TensorEntry) -> None:
+    """Refuse integers in the place of a weight: their bytes would be read as other numbers.
+
+    Raises:
+        CheckpointError: If the dtype is not a floating-point one.
+    """
+    if entry.dtype_name.startswith(("F", "BF")):
+        return
+    msg = (
+        f"{root}: tensor {entry.name} in {entry.shard} has dtype {entry.dtype_name}, and a weight is a "
+        "floating-point number; download or copy the shard again"
+    )
+    raise CheckpointError(msg)

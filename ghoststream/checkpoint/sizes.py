@@ -15,7 +15,7 @@ from ghoststream.checkpoint.architecture import Architecture, architecture_of
 from ghoststream.checkpoint.configuration import configured, read_config
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
-from ghoststream.checkpoint.keys import is_saved_mask
+from ghoststream.checkpoint.keys import is_saved_mask, require_fraction, require_unquantised_names
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 
 ITEMSIZES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -135,7 +135,8 @@ def read_sizes(root: Path, *, dtype: str | None = None, attention: str | None = 
     Raises:
         InputNotFoundError: If there are no weights.
         UnsupportedModelError: If the architecture cannot be streamed.
-        CheckpointError: If a file is missing or truncated, or holds no decoder layers or embedding.
+        CheckpointError: If a file is missing or truncated, or holds no decoder layers or embedding, or
+            integers in the place of a weight.
     """
     return sizes_of(CheckpointIndex.open(root), read_config(root), dtype, attention)
 
@@ -166,6 +167,12 @@ def _sizes(
     if embedding is None:
         msg = f"{root} holds no token embedding ({architecture.embedding}.weight): it is not the whole model"
         raise CheckpointError(msg)
+    norm = _end(ends, architecture.final_norm)
+    weights = [entry for entry in (embedding, norm, head) if entry is not None]
+    weights += [entry for layer in layers.values() for entry in layer.values()]
+    require_unquantised_names(index, (entry.name for entry in weights))
+    for entry in weights:
+        require_fraction(root, entry)
     tied = head is None or bool(getattr(config, "tie_word_embeddings", False))
     last = embedding if tied or head is None else head
     bias = ends.get(last.name.removesuffix("weight") + "bias")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.command_bench import BAD_REQUEST, BROKEN_DATA, LENGTH, Bench, copy_of, succeed
+from tests.helpers.command_bench import BAD_REQUEST, BROKEN_DATA, LENGTH, Bench, copy_of, run, succeed
 
 pytestmark = pytest.mark.integration
 FIRST_LAYER = "model.layers.0.self_attn.q_proj.weight"
@@ -166,7 +166,7 @@ def not_finite(model: Path) -> None:
 
 
 #: What only a model that is built shows; an estimate reads headers and the configuration.
-UNSEEN_BY_ESTIMATE = (integers_as_weights, wrong_shape, missing_tensor, unexpected_tensor)
+UNSEEN_BY_ESTIMATE = (wrong_shape, missing_tensor, unexpected_tensor)
 MODELS: tuple[tuple[Callable[[Path], None], int, tuple[str, ...]], ...] = (
     (unknown_architecture, BAD_REQUEST, ("'ctrl' cannot be streamed", "supported are")),
     (unheard_of_architecture, BAD_REQUEST, ("nonesuch",)),
@@ -217,6 +217,25 @@ def test_a_model_that_cannot_be_used(
     refused("export", model, *out, code=code, says=says)
     refused("recover", model, "--remove", 2, *bench.capture, "--out", tmp_path / "out", code=code, says=says)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_verify_says_that_weights_and_configuration_do_not_fit(bench: Bench, tmp_path: Path) -> None:
+    model = copy_of(bench, tmp_path)
+    edit_json(model / "config.json", num_hidden_layers=9)
+    result = run("verify", model)
+    assert (result.exit_code, "its config.json says 9" in result.stdout) == (BROKEN_DATA, True)
+    # Of models that are not streamed anyway, headers alone are checked.
+    unknown_architecture(model)
+    succeed("verify", model)
+    edit_json(model / "config.json", **json.loads((bench.model / "config.json").read_text()))
+    succeed("verify", model)
+    integers_as_weights(model)
+    result = run("verify", model)
+    assert result.exit_code == BROKEN_DATA
+    assert f"tensor {FIRST_LAYER} in" in result.stdout
+    assert "has dtype I32, and a weight is a floating-point number" in result.stdout
+    edit_json(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    succeed("verify", model)
 
 
 def test_weights_that_are_not_finite(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:

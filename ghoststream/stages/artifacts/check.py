@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ghoststream.checkpoint.configuration import read_config
 from ghoststream.checkpoint.header import read_header
 from ghoststream.checkpoint.index import CheckpointIndex
-from ghoststream.errors import DataError, GhoststreamError, PlanError
+from ghoststream.checkpoint.sizes import sizes_of
+from ghoststream.errors import CheckpointError, DataError, GhoststreamError, PlanError, UnsupportedModelError
 from ghoststream.files import SUMS_NAME, read_json, unseal, verify_sums
 from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
@@ -24,7 +26,7 @@ def check_store(uri: str) -> list[str]:
 
 
 def check_checkpoint(path: str) -> list[str]:
-    """Check headers and sizes, and checksums where there are any."""
+    """Check headers and sizes, checksums where there are any, and that weights are what the config says."""
     return _check_files(Path(path), ())
 
 
@@ -33,7 +35,20 @@ def _check_files(root: Path, required: tuple[str, ...]) -> list[str]:
     required = (*index.shards, *required) if required else ()
     problems = [] if (root / "config.json").is_file() else [f"{root / 'config.json'} is missing"]
     problems += [str(index.absence(name).args[0]) for name in index.absent]
+    problems += [] if problems else _misfits(index)
     return problems + (verify_sums(root, required=required) if (root / SUMS_NAME).is_file() else [])
+
+
+def _misfits(index: CheckpointIndex) -> list[str]:
+    """Compare headers with the configuration, of architectures that can be streamed."""
+    try:
+        # In any dtype: none of these sizes is told.
+        sizes_of(index, read_config(index.root), "float32", None)
+    except UnsupportedModelError:
+        return []
+    except CheckpointError as error:
+        return [str(error.args[0])]
+    return []
 
 
 def check_recovered(path: str) -> list[str]:

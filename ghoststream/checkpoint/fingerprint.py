@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def require_undamaged(
 ) -> None:
     """Tell a checkpoint that changed in places from another one, which is left to the caller.
 
-    Where only samples differ, the tensors of those shards are read.
+    Where only samples differ, tensors of those shards are read, until half of all are known to differ.
 
     Args:
         noted: Fingerprint that was noted, and ``tensors``, digests of tensors.
@@ -73,10 +74,13 @@ def require_undamaged(
     }:
         return
     shards = {name for name in now if before[name] != now[name]}
-    suspects = [name for name in tensors if name in index.tensors and index.tensors[name].shard in shards]
+    suspects = sorted(
+        name for name in tensors if name in index.tensors and index.tensors[name].shard in shards
+    )
+    half = (len(tensors) + 1) // 2
     with ContentReader(index, suspects) as reader:
-        changed = sorted(name for name in suspects if reader.check(name) != tensors[name])
-    if 0 < len(changed) < (len(tensors) + 1) // 2:
+        changed = list(islice((name for name in suspects if reader.check(name) != tensors[name]), half))
+    if 0 < len(changed) < half:
         more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
         msg = (
             f"the base changed since {since}: tensor {changed[0]}{more} other bytes; restore the checkpoint "

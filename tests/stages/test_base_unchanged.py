@@ -298,6 +298,24 @@ def test_verify_compares_shards_of_a_hub_cache_with_their_names(model: Path, tmp
     assert "is not what the hub has" in report.stdout
 
 
+def test_a_base_that_changed_is_refused_beside_what_was_made_of_it(
+    model: Path, text: Text, tmp_path: Path
+) -> None:
+    ghoststream.capture(model, calibration=text, store=tmp_path / "store")
+    export(model, _fit(tmp_path / "store", "2:4", tmp_path / "o.safetensors"), tmp_path / "recovered")
+    other = save_tiny("llama", tmp_path / "other", seed=1, hidden_size=64, tie_word_embeddings=False)
+    names = [str(other), str(tmp_path / "recovered")]
+    assert [row.model for row in ghoststream.evaluate(names, text=text).rows] == names
+    # One within the fingerprint's sample, and one outside of it.
+    for name in ("model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"):
+        change(model, name)
+        for made in ("recovered", "o.safetensors"):
+            for pair in ([model, tmp_path / made], [tmp_path / made, model]):
+                with changed_since(name):
+                    ghoststream.evaluate(pair, text=text)
+        change(model, name)  # as it was
+
+
 def test_a_copy_that_changed_is_measured_by_itself(model: Path, text: Text, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     for name in (HEAD, "model.layers.2.mlp.up_proj.weight"):

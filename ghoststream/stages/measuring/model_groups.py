@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,8 @@ def group_models(
     }
     groups = list(reversed(bases.values()))
     for position, one in enumerate(everything):
+        if one.base not in given:
+            _require_none_damaged(one, given.values())
         group = bases.get(one.digest)
         if group is not None:
             if one.session is not None and one.session.root != group.session.root:
@@ -106,10 +108,6 @@ def group_models(
         group = bases.get(str(one.base))
         operators = one.over(group.session) if group is not None else None
         if group is None:
-            for known in bases.values():
-                base = known.session
-                since = f"{one.name} was made of it"
-                require_undamaged(one.noted, base.fingerprint, base.skeleton.index, since)
             if one.session is None:
                 msg = (
                     f"{one.name} holds operators for the checkpoint {one.base}; give that model too, before "
@@ -157,6 +155,14 @@ class _Opened:
         if self.operators is not None:
             base.expect(self.operators.metadata.get("base") or {}, f"{self.name} was made of it")
         return self.operators
+
+
+def _require_none_damaged(one: _Opened, given: Iterable[_Opened]) -> None:
+    """Check that no model that is given is the base of another in which some bytes have changed."""
+    for other in given:
+        if other is not one and other.session is not None:
+            index, since = other.session.skeleton.index, f"{one.name} was made of it"
+            require_undamaged(one.noted, other.session.fingerprint, index, since)
 
 
 def _is_base(one: _Opened, given: Mapping[str, _Opened], wanted: Collection[str | None]) -> bool:

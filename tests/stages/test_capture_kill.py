@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.killing import require_survived, run_killer
+from tests.helpers.soak import drawn
 
 pytestmark = pytest.mark.faults
 _PARTS = 10
@@ -76,8 +77,7 @@ def test_killed_recovery_ends_with_identical_files(killed: dict[str, Any]) -> No
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("part", range(_PARTS))
-@pytest.mark.parametrize("variant", [*_VARIANTS, "recover"])
+@pytest.mark.parametrize(("variant", "part"), drawn([*_VARIANTS, "recover"], _PARTS))
 def test_killed_at_every_operation(
     variant: str, part: int, tiny_llama: Path, ids: str, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.killing import require_survived, run_killer
+from tests.helpers.soak import drawn
 
 pytestmark = pytest.mark.faults
 _SEQUENCE_BYTES = 16 * 32 * 4
@@ -62,8 +63,7 @@ def test_a_killed_worker_continues_and_the_files_are_those_of_one(raced: dict[st
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("part", range(_PARTS))
-@pytest.mark.parametrize("variant", _VARIANTS)
+@pytest.mark.parametrize(("variant", "part"), drawn(_VARIANTS, _PARTS))
 def test_a_worker_killed_at_every_operation(
     variant: str, part: int, tiny_llama: Path, ids: str, tmp_path: Path
 ) -> None:

@@ -15,3 +15,8 @@ def drawn(variants: Iterable[str], n_parts: int) -> list[tuple[str, int]]:
     if os.environ.get(ALL):
         return [(variant, part) for variant in variants for part in range(n_parts)]
     return [(variant, random.Random(variant).randrange(n_parts)) for variant in variants]
+
+
+def stride(usual: int) -> int:
+    """Return of how many operations one is tried; each is if :data:`ALL` is set."""
+    return 1 if os.environ.get(ALL) else usual

@@ -64,7 +64,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    return {"exit_code": code, "stdout": texts[0][-4000:], "stderr": texts[1][-8000:]}
+    return {"exit_code": code, "stdout": texts[0][-100_000:], "stderr": texts[1][-8000:]}
 
 
 def _child(job: dict[str, Any], out: int, err: int) -> None:

@@ -28,6 +28,19 @@ def damaged(path: Path, rng: np.random.Generator) -> bytes:
     return _damaged_bytes(data, rng)
 
 
+def same_data(path: Path, data: bytes) -> bool:
+    """Say whether a file still has some bytes, or is JSON that differs from them in white space only."""
+    found = path.read_bytes()
+    if found == data:
+        return True
+    if path.suffix != ".json":
+        return False
+    try:
+        return json.dumps(json.loads(found)) == json.dumps(json.loads(data))
+    except (ValueError, RecursionError):
+        return False
+
+
 def _damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:
     begin = int(rng.integers(0, len(data) + 1))
     if rng.random() < 0.5:  # headers come first
@@ -79,7 +92,9 @@ def _with_damage(value: Any, rng: np.random.Generator) -> Any:
         return HOSTILE[int(rng.integers(len(HOSTILE)))]
     holder, key = places[int(rng.integers(len(places)))]
     way = rng.random()
-    if way < 0.7:
+    if way < 0.3:
+        holder[key] = _nearly(holder[key], rng)
+    elif way < 0.7:
         holder[key] = copy.deepcopy(HOSTILE[int(rng.integers(len(HOSTILE)))])
     elif way < 0.85:
         del holder[key]
@@ -88,6 +103,24 @@ def _with_damage(value: Any, rng: np.random.Generator) -> Any:
     else:
         holder.insert(key, copy.deepcopy(holder[key]))
     return whole
+
+
+def _nearly(value: Any, rng: np.random.Generator) -> Any:
+    """Return a value much like the one that is there: the next number, or a text with another letter."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + int(rng.choice((-1, 1)))
+        case float():
+            return value * (1 + 2.0 ** -int(rng.integers(1, 50))) or 1e-9
+        case str() if value:
+            place = int(rng.integers(len(value)))
+            return value[:place] + chr(ord(value[place]) ^ 1) + value[place + 1 :]
+        case list() if len(value) > 1:
+            return value[::-1]
+        case _:
+            return copy.deepcopy(HOSTILE[int(rng.integers(len(HOSTILE)))])
 
 
 def _places(value: Any) -> Any:

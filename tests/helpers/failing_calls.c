@@ -1,4 +1,5 @@
-/* Lets one call of the system fail: the nth of its kind on a file under a folder. Preloaded; armed by fail_call. */
+/* Lets one call of the system fail: the nth of its kind on a file under a folder. Preloaded; armed by fail_call.
+ * Without a call to fail, it counts those of every kind. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -18,28 +19,49 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static char wanted[32], folder[PATH_MAX];
-static int number;
-static atomic_int left;
+static const char *const kinds[] = {
+    "open", "read", "write", "fsync", "ftruncate", "flock", "stat", "lstat", "rename", "mkdir", "rmdir",
+    "unlink", "opendir", "mmap", "fallocate",
+};
+enum { KINDS = sizeof kinds / sizeof *kinds };
+static char folder[PATH_MAX];
+static int number, nth, wanted = -1, armed;
+static atomic_int made[KINDS];
 
-void fail_call(const char *call, int error, int nth, const char *under)
+static int kind_of(const char *call)
 {
-    snprintf(wanted, sizeof wanted, "%s", call);
-    snprintf(folder, sizeof folder, "%s", under);
-    number = error;
-    atomic_store(&left, nth);
+    for (int kind = 0; kind < KINDS; kind++)
+        if (!strcmp(kinds[kind], call))
+            return kind;
+    return -1;
 }
 
-int calls_left(void) { return atomic_load(&left); }
+/* An empty call fails none. */
+void fail_call(const char *call, int error, int which, const char *under)
+{
+    snprintf(folder, sizeof folder, "%s", under);
+    wanted = kind_of(call);
+    number = error;
+    nth = which;
+    armed = 1;
+}
+
+int calls_made(const char *call) { return atomic_load(&made[kind_of(call)]); }
 
 static int is_under(const char *path)
 {
     return path != NULL && strncmp(path, folder, strlen(folder)) == 0;
 }
 
-static int counts(void)
+static int is_counted(const char *call)
 {
-    if (atomic_fetch_sub(&left, 1) != 1)
+    return armed && (wanted < 0 || !strcmp(call, kinds[wanted]));
+}
+
+static int counts(const char *call)
+{
+    int kind = kind_of(call);
+    if (atomic_fetch_add(&made[kind], 1) + 1 != nth || kind != wanted)
         return 0;
     errno = number;
     return 1;
@@ -48,24 +70,24 @@ static int counts(void)
 static int fails_at(const char *call, const char *path)
 {
     char whole[PATH_MAX];
-    if (!number || strcmp(call, wanted))
+    if (!is_counted(call))
         return 0;
     if (path != NULL && path[0] != '/' && realpath(path, whole) != NULL)
         path = whole;
-    return is_under(path) && counts();
+    return is_under(path) && counts(call);
 }
 
 static int fails_on(const char *call, int descriptor)
 {
     char link[64], path[PATH_MAX];
-    if (!number || strcmp(call, wanted))
+    if (!is_counted(call))
         return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0)
         return 0;
     path[length] = 0;
-    return is_under(path) && counts();
+    return is_under(path) && counts(call);
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))

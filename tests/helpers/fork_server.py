@@ -1,8 +1,8 @@
 """Runs commands one after another, each in a fork of a process that has imported what they need.
 
 A job is a line of JSON on standard input: arguments, seconds, and what a preloaded library shall make fail.
-The answer is a line on standard output: the exit code, None for a command that had to be killed, and what it
-wrote.
+The answer is a line on standard output: the exit code, None for a command that had to be killed, what it
+wrote, and how many calls of each kind were counted.
 """
 
 from __future__ import annotations
@@ -55,30 +55,31 @@ def serve() -> None:
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as counts:
         pid = os.fork()
         if not pid:
-            _child(job, out.fileno(), err.fileno())
+            _child(job, out.fileno(), err.fileno(), counts.fileno())
         code = _wait(pid, job["seconds"])
         texts = []
-        for file in (out, err):
+        for file in (out, err, counts):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    return {"exit_code": code, "stdout": texts[0][-100_000:], "stderr": texts[1][-8000:]}
+    calls = json.loads(texts[2] or "{}")
+    return {"exit_code": code, "stdout": texts[0][-100_000:], "stderr": texts[1][-8000:], "calls": calls}
 
 
-def _child(job: dict[str, Any], out: int, err: int) -> None:
-    code = 70
+def _child(job: dict[str, Any], out: int, err: int, counts: int) -> None:
+    code, fail = 70, job.get("fail")
     try:
         os.setsid()
         os.dup2(out, 1)
         os.dup2(err, 2)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if job.get("fail"):
-            fail = job["fail"]
-            library = ctypes.CDLL(None)
-            library.fail_call(fail["call"].encode(), fail["number"], fail["nth"], fail["under"].encode())
+        if fail:
+            ctypes.CDLL(None).fail_call(
+                fail["call"].encode(), fail["number"], fail["nth"], fail["under"].encode()
+            )
         try:
             main(job["arguments"], prog_name="ghoststream")
         except SystemExit as exit_:
@@ -89,6 +90,9 @@ def _child(job: dict[str, Any], out: int, err: int) -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
+            if fail:
+                made = {call: ctypes.CDLL(None).calls_made(call.encode()) for call in fail["counted"]}
+                os.write(counts, json.dumps(made).encode())
         finally:
             os._exit(code)
 

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +19,15 @@ _SERVER = Path(__file__).with_name("fork_server.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended; ``exit_code`` is None where it had to be killed."""
+    """How a command ended; ``exit_code`` is None where it had to be killed.
+
+    ``calls`` are those of the system that a preloaded library counted, by kind.
+    """
 
     exit_code: int | None
     stdout: str
     stderr: str
+    calls: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def complaint(self) -> str:
@@ -63,7 +67,7 @@ class ForkServer:
         self._process.stdin.write(f"{json.dumps(job)}\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        return Outcome(answer["exit_code"], answer["stdout"], answer["stderr"])
+        return Outcome(**answer)
 
 
 class InProcess:

@@ -18,7 +18,7 @@ from ghoststream.activations.guard import GuardedStore
 from ghoststream.activations.layout import SCRATCH_PREFIX, hidden_path
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import ADVICE, MANIFEST_KEY, Manifest, ObjectRecord
-from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TokenArrays
+from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TOKENS_FOLDER, TokenArrays
 from ghoststream.errors import BusyError, InputNotFoundError, OutputExistsError, StoreError
 from ghoststream.files import FolderLock, bytes_digest, require_free_space
 from ghoststream.files.atomic import is_temporary
@@ -29,7 +29,7 @@ RUN_KEY = "run.json"
 PARTS_FOLDER = "parts"
 """Where the workers of a capture that is split keep what is theirs, until the store is complete."""
 
-_OWN_FOLDERS = ("hidden/", "tokens/", SCRATCH_PREFIX, f"{PARTS_FOLDER}/")
+_OWN_FOLDERS = ("hidden/", TOKENS_FOLDER, SCRATCH_PREFIX, f"{PARTS_FOLDER}/")
 # Zarr's metadata and chunks, what zarr calls either while it is written, and the markers and locks of parts.
 _ROOT_NAME = re.compile(r"zarr\.(json|[0-9a-f]+\.partial)")
 _OWN_NAME = re.compile(rf"{_ROOT_NAME.pattern}|c(\.[0-9]+)*(\.[0-9a-f]+\.partial)?|part\.json|\.lock")

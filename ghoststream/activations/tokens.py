@@ -12,7 +12,8 @@ from ghoststream.activations.layout import StoreLayout
 from ghoststream.errors import RequestError
 from ghoststream.files import canonical_json, format_digest
 
-IDS_PATH, LENGTHS_PATH, MASK_PATH = "tokens/ids", "tokens/lengths", "tokens/mask"
+TOKENS_FOLDER = "tokens/"
+IDS_PATH, LENGTHS_PATH, MASK_PATH = (f"{TOKENS_FOLDER}{name}" for name in ("ids", "lengths", "mask"))
 
 
 class TokenSource(Protocol):

@@ -2,5 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 PROVENANCE_NAME = "ghoststream.json"
 """Where a recovered checkpoint says what it was made of."""
+
+
+def has_provenance(folder: Path) -> bool:
+    """Say whether a folder is a recovered checkpoint, be it a damaged one.
+
+    What has the name of the provenance need not be a file, as reading it finds out: a folder where a link to
+    nothing or a pipe has that name is no ordinary checkpoint.
+    """
+    try:
+        (folder / PROVENANCE_NAME).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -19,7 +19,7 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import joined
 from ghoststream.recovery.absorbing import Absorption, standing_operator
 from ghoststream.recovery.layout import LayerNames, leaf_names, operator_entry
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.names import PROVENANCE_NAME, has_provenance
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP
@@ -225,7 +225,7 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
         OutputExistsError: If it is the recovered checkpoint of another request.
         ArtifactError: If it is a recovered checkpoint that is damaged.
     """
-    if not (folder / PROVENANCE_NAME).is_file():
+    if not has_provenance(folder):
         return False
     advice = "move it away, or delete it, and run the same command again"
     try:
@@ -258,9 +258,9 @@ def load_recovered(folder: Path) -> RecoveredInfo | None:
         ArtifactError: If ``ghoststream.json`` is damaged or of another version, or a file beside the weights
             has changed.
     """
-    path = folder / PROVENANCE_NAME
-    if not path.is_file():
+    if not has_provenance(folder):
         return None
+    path = folder / PROVENANCE_NAME
     data = require_sound_sidecars(folder)
     if data.get("artifact") != _KIND or data.get("version") != _VERSION:
         msg = (

@@ -19,7 +19,7 @@ from ghoststream.files import (
     replacing,
     write_all,
 )
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.names import PROVENANCE_NAME, has_provenance
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -126,7 +126,7 @@ def find_sidecars(root: Path) -> dict[str, Path]:
             blobs are none.
     """
     found = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_copied(path)}
-    if (root / CARD_NAME).is_file() and not (root / PROVENANCE_NAME).is_file():
+    if (root / CARD_NAME).is_file() and not has_provenance(root):
         found[BASE_CARD_NAME] = root / CARD_NAME
     for folder in _COPIED_FOLDERS:
         for path in sorted((root / folder).rglob("*")):

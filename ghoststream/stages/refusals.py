@@ -16,7 +16,7 @@ from ghoststream.files import differences, require_writable
 from ghoststream.options import AUTO, Compute, Method, Search
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.names import has_provenance
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.checks import check_search, divided, named_method, require_criterion
@@ -142,7 +142,7 @@ def check_place(out: Path, way: Way, digest: Callable[[], str]) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         require_writable(out.with_name(f".{out.name}.partial"))
         return
-    if not (out / PROVENANCE_NAME).is_file():
+    if not has_provenance(out):
         msg = f"{out} is not empty; choose another folder, or move what is there away"
         raise OutputExistsError(msg)
     changed = _changes(out, way, digest)

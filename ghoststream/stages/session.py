@@ -18,7 +18,7 @@ from ghoststream.errors import (
 from ghoststream.machine import free_device_memory, free_host_memory
 from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.progress import Progress
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.names import has_provenance
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TokenSet, begin_note, is_ids, load_tokenizer, prepare_tokens
@@ -41,7 +41,7 @@ class ModelSession:
     def __init__(self, model: str | Path, compute: Compute | None = None) -> None:
         self.compute = compute or Compute()
         self.resolved: ResolvedModel = resolve_checkpoint(model, revision=self.compute.revision)
-        if (self.root / PROVENANCE_NAME).is_file():
+        if has_provenance(self.root):
             require_sound_sidecars(self.root)
         self.device = usable_device(self.compute.device)
         self.skeleton = open_skeleton(self.resolved.root, self.device, self.compute)

@@ -133,6 +133,12 @@ def test_damaged_tokens_are_found(root: Path) -> None:
     assert any("tokens/ids" in problem for problem in verify_store(root))
 
 
+def test_verify_reads_no_tokens_of_another_size(root: Path) -> None:
+    with (root / "tokens/lengths/c.0").open("r+b") as file:
+        file.truncate(2**40)  # no memory holds them
+    assert verify_store(root) == [f"tokens/lengths/c.0 has {2**40} bytes, and 20 were committed"]
+
+
 def test_verify_lists_every_problem(root: Path) -> None:
     (root / "hidden/0/c.0.0.0").unlink()
     flip(root / "hidden/1/c.2.0.0", 0)

@@ -36,6 +36,9 @@ MODULES = (
     "ghoststream.stages.recover",
     "ghoststream.stages.select",
     "ghoststream.activations",
+    "ghoststream.statistics",
+    "dask.delayed",
+    "distributed",
     "safetensors.torch",
     "tokenizers",
     "transformers.models.auto.modeling_auto",
@@ -43,13 +46,16 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",
 )
-MEMORY = 24 * 2**30
+MEMORY = 8 * 2**30
 
 
 def serve() -> None:
     """Answer jobs until the input ends."""
-    for name in MODULES if "--light" not in sys.argv else ():
-        importlib.import_module(name)
+    if "--light" not in sys.argv:
+        for name in MODULES:
+            importlib.import_module(name)
+        # Made once, of a thousand regular expressions; it would be most of the time of many a command.
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)
 

@@ -33,12 +33,20 @@ def same_data(path: Path, data: bytes) -> bool:
     found = path.read_bytes()
     if found == data:
         return True
-    if path.suffix != ".json":
+    if path.suffix not in {".json", ".safetensors"}:
         return False
     try:
-        return json.dumps(json.loads(found)) == json.dumps(json.loads(data))
-    except (ValueError, RecursionError):
+        return _as_data(found, path.suffix) == _as_data(data, path.suffix)
+    except (ValueError, RecursionError, struct.error):
         return False
+
+
+def _as_data(data: bytes, suffix: str) -> tuple[str, bytes]:
+    """Return the JSON of a file, or of its header, in one spelling, and the bytes behind it."""
+    if suffix == ".json":
+        return json.dumps(json.loads(data)), b""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.dumps(json.loads(data[8:end])), data[end:]
 
 
 def _damaged_bytes(data: bytes, rng: np.random.Generator) -> bytes:

@@ -107,6 +107,16 @@ def test_provenance_that_is_no_object(checkpoint: Path) -> None:
     assert not verify_path(checkpoint).sound
 
 
+@pytest.mark.parametrize("kind", ["nothing", "folder", "pipe"])
+def test_a_provenance_that_is_no_file_makes_no_plain_checkpoint(checkpoint: Path, kind: str) -> None:
+    place = checkpoint / "ghoststream.json"
+    {"nothing": lambda: place.symlink_to("gone"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[kind]()
+    assert identify(checkpoint) is Kind.RECOVERED
+    for read in (inspect_path, verify_path, load_recovered):
+        with pytest.raises(RequestError, match=r"ghoststream\.json"):
+            read(checkpoint)
+
+
 def test_plain_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(3, 4)}, path)

@@ -12,7 +12,7 @@ from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
 from ghoststream.files import read_json
 from ghoststream.files.seals import METADATA_KEY, SEAL
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.names import has_provenance
 
 # Both are in every file of ours: one in which a bit of either has changed is still known, as damaged.
 _OUR_KEYS = frozenset({METADATA_KEY, SEAL})
@@ -85,7 +85,7 @@ def identify_json(data: Any, place: Path) -> Kind:
 
 
 def _identify_folder(folder: Path) -> Kind:
-    if (folder / PROVENANCE_NAME).is_file():
+    if has_provenance(folder):
         return Kind.RECOVERED
     if any((folder / name).is_file() for name in ("config.json", INDEX_NAME, SINGLE_NAME)):
         return Kind.CHECKPOINT

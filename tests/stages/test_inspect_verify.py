@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ghoststream.errors import ArtifactError, CheckpointError, InputNotFoundError, RequestError
 from ghoststream.evaluation.tasks import TaskMetric, TaskResult, TaskRow
@@ -107,10 +109,13 @@ def test_provenance_that_is_no_object(checkpoint: Path) -> None:
     assert not verify_path(checkpoint).sound
 
 
-@pytest.mark.parametrize("kind", ["nothing", "folder", "pipe"])
-def test_a_provenance_that_is_no_file_makes_no_plain_checkpoint(checkpoint: Path, kind: str) -> None:
-    place = checkpoint / "ghoststream.json"
-    {"nothing": lambda: place.symlink_to("gone"), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[kind]()
+@pytest.mark.parametrize(
+    "make", [lambda path: path.symlink_to("gone"), Path.mkdir, os.mkfifo], ids=["link", "folder", "pipe"]
+)
+def test_a_provenance_that_is_no_file_makes_no_plain_checkpoint(
+    checkpoint: Path, make: Callable[[Path], None]
+) -> None:
+    make(checkpoint / "ghoststream.json")
     assert identify(checkpoint) is Kind.RECOVERED
     for read in (inspect_path, verify_path, load_recovered):
         with pytest.raises(RequestError, match=r"ghoststream\.json"):
@@ -124,6 +129,16 @@ def test_plain_safetensors(tmp_path: Path) -> None:
     assert report.kind == "safetensors file"
     assert report.facts["parameters"] == 12
     assert verify_path(path).sound
+
+
+def test_operators_that_lost_their_metadata_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "operators.safetensors"
+    random_operators(PruningPlan.from_json(PLAN), 8).save(path)
+    save_file(load_file(path), path)
+    assert identify(path) is Kind.OPERATORS
+    assert not verify_path(path).sound
+    with pytest.raises(ArtifactError, match="carries no ghoststream metadata"):
+        inspect_path(path)
 
 
 @pytest.mark.parametrize("key", ["ghoststream", "digest"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from ghoststream.checkpoint.header import read_metadata
+from ghoststream.checkpoint.header import read_header, read_metadata
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
 from ghoststream.files import read_json
@@ -16,6 +17,8 @@ from ghoststream.recovery.names import has_provenance
 
 # Both are in every file of ours: one in which a bit of either has changed is still known, as damaged.
 _OUR_KEYS = frozenset({METADATA_KEY, SEAL})
+# Operators that lost their metadata are damaged too, and no tensors of somebody else.
+_OUR_TENSOR = re.compile(r"boundary\.\d+-\d+\.\w+")
 
 
 class Kind(StrEnum):
@@ -57,8 +60,7 @@ def identify(path: str | Path) -> Kind:
         msg = f"there is nothing at {place}; check the path"
         raise InputNotFoundError(msg)
     if place.suffix == ".safetensors":
-        is_ours = not _OUR_KEYS.isdisjoint(read_metadata(place))
-        return Kind.OPERATORS if is_ours else Kind.TENSORS
+        return Kind.OPERATORS if _holds_operators(place) else Kind.TENSORS
     if place.suffix == ".json":
         return identify_json(read_json(place), place)
     return _refuse(place)
@@ -92,6 +94,12 @@ def _identify_folder(folder: Path) -> Kind:
     if (folder / "manifest.json").is_file() or _is_group(folder / "zarr.json"):
         return Kind.STORE
     return _refuse(folder)
+
+
+def _holds_operators(place: Path) -> bool:
+    if not _OUR_KEYS.isdisjoint(read_metadata(place)):
+        return True
+    return any(_OUR_TENSOR.fullmatch(entry.name) for entry in read_header(place))
 
 
 def _is_group(path: Path) -> bool:

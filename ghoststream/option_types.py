@@ -80,8 +80,13 @@ def _parse_bytes(value: Any) -> Any:
 MOST = 2**63 - 1
 """Largest number that any option takes: what arrays are indexed and files are measured with."""
 
-Count = Annotated[int, Field(ge=1, le=MOST)]
+MOST_COUNTED = 2**31 - 1
+"""Most tokens, windows, candidates and the like: no text gives, and no machine holds, as many."""
+
+Count = Annotated[int, Field(ge=1, le=MOST_COUNTED)]
 Number = Annotated[int, Field(ge=0, le=MOST)]
+Few = Annotated[int, Field(ge=0, le=MOST_COUNTED)]
+Length = Annotated[int, Field(ge=2, le=MOST_COUNTED)]
 Layer = Annotated[int, Field(ge=0, le=MOST_LAYERS)]
 Ridge = Annotated[float | Literal["auto", "gcv"] | None, BeforeValidator(_parse_ridge)]
 Bytes = Annotated[Number, BeforeValidator(_parse_bytes)]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ghoststream.option_types import Bytes, Count, Layers, Number, Options, Ridge, option
+from ghoststream.option_types import Bytes, Count, Few, Layers, Length, Number, Options, Ridge, option
 from ghoststream.spans import PruningPlan
 
 AUTO = "auto"
@@ -62,8 +62,12 @@ class Text(Options):
         usual=True,
         metavar="S",
     )
-    length: Annotated[int, Field(ge=2)] = option(512, "Tokens of a window.", usual=True, metavar="T")
-    pack: bool = option(True, "Join documents into full windows, or one document a window.")
+    length: Length = option(512, "Tokens of a window.", usual=True, metavar="T")
+    pack: bool = option(
+        True,
+        "Join documents into full windows, or one document a window.\nWindows of one document are as long as "
+        "the longest one, at most --length.",
+    )
     bos: Bos = option(
         "auto",
         "Whether windows begin with the begin-of-text token: auto, always, never or stream.\nauto: each does "
@@ -183,7 +187,7 @@ class Method(Options):
         "layers are apart.",
     )
     sketch_size: Count | None = option(None, "Columns of a sketch. Default: 2 R + 10.", metavar="K")
-    power_iterations: Number = option(
+    power_iterations: Few = option(
         0, "Steps of subspace iteration of sketch-features, one more read of the store each.", metavar="Q"
     )
     seed: Number = option(0, "Seed of a sketch.", metavar="N")
@@ -247,7 +251,7 @@ class Search(Options):
         metavar="M",
     )
     lanes: Count | None = option(None, "Most candidates in one pass. Default: all.", metavar="N")
-    folds: Number = option(
+    folds: Few = option(
         4, "Parts of the text, each left out once for the figures out of sample; 0 for none.", metavar="K"
     )
 

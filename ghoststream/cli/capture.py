@@ -25,7 +25,7 @@ class WorkerShare(click.ParamType[tuple[int, int]]):
         """Return ``(I, N)`` with ``1 <= I <= N``."""
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(\d+)/(\d+)", str(value))
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value))
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             self.fail(f"{value!r} is no worker of so many; write for example 1/4, up to 4/4", param, ctx)
         return int(match[1]), int(match[2])

@@ -11,6 +11,7 @@ from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, grouped, json_option, out_option
 from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
+from ghoststream.option_types import MOST_COUNTED
 from ghoststream.options import Compute
 
 
@@ -33,7 +34,12 @@ from ghoststream.options import Compute
     metavar="DIR",
     help="Folder with task files (YAML) of your own. They can run code: needs --trust-remote-code.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N items of each task.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1, max=MOST_COUNTED),
+    metavar="N",
+    help="Only the first N items of each task.",
+)
 @out_option(
     "FILE",
     "JSON file to write, an object for each model in the order given, with the score of every item.",

@@ -91,7 +91,7 @@ def prepare_tokens(
 
     With ``pack``, documents are tokenised one by one, concatenated without anything in between, and cut in
     windows that do not overlap; the rest at the end is dropped. Without, each document is one sequence,
-    truncated or padded on the right.
+    truncated to ``text.length`` tokens, or padded on the right to the longest of them.
 
     ``bos`` says how a window begins. ``auto``: with what the tokenizer itself puts in front of a text, a
     begin-of-text token for many families and nothing for others. ``always``: with that, or with the bos token
@@ -189,15 +189,17 @@ def _one_by_one(request: _Request) -> TokenSet:
     if padding is None:
         # Masked everywhere and behind all real tokens: which id it is changes nothing.
         padding = request.tokenizer.eos_token_id or 0
-    ids = np.full((len(pieces), request.text.length), padding, np.int32)
     lengths = np.array([len(piece) for piece in pieces], np.int32)
+    # What is longer than every document would be computed and never counted.
+    width = max(2, int(lengths.max()))
+    ids = np.full((len(pieces), width), padding, np.int32)
     for row, piece in zip(ids, pieces, strict=True):
         row[: len(piece)] = piece
     return _token_set(request, gathered, ids, lengths)
 
 
 def _token_set(request: _Request, gathered: _Gathered, ids: TokenIds, lengths: TokenIds) -> TokenSet:
-    mask = np.arange(request.text.length) < lengths[:, None]
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
     first = tuple(request.first.window.tolist())
     return TokenSet(ids, lengths, mask, _account(request, gathered), first)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ from ghoststream.text.rows import FIELDS, document_of_row
 
 _JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 _BOM = b"\xef\xbb\xbf"
+_BLOCK_BYTES = 2**20
 _ROWS = 64
 """Rows of a table that are made at a time."""
 
@@ -65,8 +67,16 @@ def _text(path: Path, max_bytes: int | None) -> Iterator[Document]:
             yield _whole(path, file, max_bytes)
 
 
+def _first(file: IO[bytes], n_bytes: int) -> bytes:
+    """Read at most some bytes, in memory for those that are there: one read makes place for all at once."""
+    data = BytesIO()
+    while block := file.read(min(_BLOCK_BYTES, n_bytes - data.tell())):
+        data.write(block)
+    return data.getvalue()
+
+
 def _whole(path: Path, file: IO[bytes], max_bytes: int | None) -> Document:
-    data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    data = file.read() if max_bytes is None else _first(file, max_bytes + 1)
     truncated = max_bytes is not None and len(data) > max_bytes
     if max_bytes is not None and truncated:
         data = cut_at_line(data, max_bytes)

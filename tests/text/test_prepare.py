@@ -129,10 +129,28 @@ def test_one_document_a_sequence(tmp_path: Path, adds_bos: bool, bos: str, expec
 
 
 def test_without_a_pad_token_eos_pads(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", {"text": "xy"})
+    path = write_lines(tmp_path / "a.jsonl", {"text": "xy"}, {"text": "left"})
     tokens = tokens_of(path, tiny_tokenizer(has_pad=False), pack=False)
-    assert tokens.ids.tolist() == [[*ids("xy"), EOS, EOS]]
-    assert tokens.mask.tolist() == [[True, True, False, False]]
+    assert tokens.ids.tolist() == [[*ids("xy"), EOS, EOS], [*ids("left")]]
+    assert tokens.mask.tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_windows_of_one_document_are_as_long_as_the_longest(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"text": "xy"}, {"text": "abc"})
+    # No machine holds windows of this length.
+    tokens = tokens_of(path, length=2**31 - 1, pack=False)
+    assert tokens.ids.shape == (2, 3)
+    assert tokens_of(write_lines(path, {"text": "a"}), pack=False).ids.shape == (1, 2)
+
+
+@pytest.mark.parametrize("sequences", [2**20, 2**31 - 1])
+def test_a_text_that_gives_less_than_ever_so_much_is_refused(tmp_path: Path, sequences: int) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("ten letter" * 3)
+    with pytest.raises(TextError, match=rf"has 30 tokens .* {sequences} were asked for"):
+        tokens_of(path, sequences=sequences, length=4)
+    with pytest.raises(TextError, match=r"has 30 tokens, one window needs"):
+        tokens_of(path, sequences=sequences, length=2**31 - 1)
 
 
 def test_lines_that_are_not_needed_are_not_read(tmp_path: Path) -> None:

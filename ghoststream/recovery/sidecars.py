@@ -14,6 +14,7 @@ from ghoststream.files import (
     disk_errors,
     file_digest,
     json_digest,
+    open_input,
     read_json,
     read_sealed_json,
     replacing,
@@ -122,8 +123,9 @@ def find_sidecars(root: Path) -> dict[str, Path]:
     """Return what :func:`copy_sidecars` copies, by its name in the recovered folder; code comes first.
 
     Raises:
-        RequestError: If one of these files is a link out of the folder. Links of a hub cache into its own
-            blobs are none.
+        RequestError: If one of these files is a link out of the folder, or may not be read. Links of a hub
+            cache into its own blobs are none.
+        MachineError: If one cannot be opened.
     """
     found = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_copied(path)}
     if (root / CARD_NAME).is_file() and not has_provenance(root):
@@ -137,7 +139,10 @@ def find_sidecars(root: Path) -> dict[str, Path]:
 
 
 def _inside(root: Path, path: Path) -> Path:
-    """Return where a file really is, which has to be in the folder or in the blobs of a hub cache."""
+    """Return where a file really is, which has to be in the folder or in the blobs of a hub cache.
+
+    It is opened once: what may not be read is told before any work, and not when it is copied.
+    """
     real, folder = path.resolve(), root.resolve()
     allowed = [folder]
     if folder.parent.name == "snapshots":
@@ -148,7 +153,8 @@ def _inside(root: Path, path: Path) -> Path:
             "recovered checkpoint; put the file itself in the folder, or remove the link"
         )
         raise RequestError(msg)
-    return real
+    with open_input(path):
+        return real
 
 
 def _named_code(root: Path, found: Mapping[str, Path]) -> list[str]:

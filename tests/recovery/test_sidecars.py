@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ghoststream.errors import RequestError
@@ -120,6 +122,34 @@ def test_commands_refuse_a_link_before_any_work(tmp_path: Path) -> None:
     result = run("export", base, "--operators", tmp_path / "o.safetensors", "--out", out)
     assert result.exit_code == 2
     assert "merges.txt is a link out of the model's folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("out", ".out"))] == []
+
+
+@pytest.mark.parametrize("command", ["recover", "export"])
+def test_commands_refuse_a_file_that_may_not_be_read_before_any_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = save_tiny("llama", tmp_path / "base"), tmp_path / "out"
+    (base / "LICENSE").write_text("mine")
+    np.save(tmp_path / "ids.npy", np.arange(64).reshape(4, 16))
+    random_operators(PLAN, 32).save(tmp_path / "o.safetensors")
+    really_open = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        # By name, as the permissions of a file do not hold for root.
+        if str(path).endswith("LICENSE"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    arguments = {
+        "export": ("--operators", tmp_path / "o.safetensors"),
+        "recover": ("--remove", 2, "--calibration", f"ids:{tmp_path / 'ids.npy'}", "--length", 16),
+    }
+    result = run(command, base, *arguments[command], "--out", out)
+    assert result.exit_code == 2
+    assert str(base / "LICENSE") in result.stderr
+    assert "Permission denied" in result.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("out", ".out"))] == []
 
 

@@ -41,6 +41,7 @@ _FIRST_STEPS = (
     ("ghoststream recover MODEL --remove 8 --calibration wikitext2:train --out DIR", "do it"),
     ("ghoststream inspect PATH", "explains what was written; verify checks it"),
 )
+_LONGEST_LINE = 4000
 _ARGUMENTS = "ghoststream.arguments"
 
 
@@ -127,7 +128,12 @@ def _report(ctx: click.Context, error: Exception) -> int:
 def _one_line(error: Exception) -> str:
     # str() of an OSError or KeyError with arguments is not its message.
     text = str(error.args[0]) if len(error.args) == 1 else str(error)
-    return without_secrets(" ".join(text.split()))
+    line = without_secrets(" ".join(text.split()))
+    if len(line) <= _LONGEST_LINE:
+        return line
+    # A value that the line quotes may be as long as a file; what to do stands at the end.
+    kept = _LONGEST_LINE // 2
+    return f"{line[:kept]} ... {line[-kept:]}"
 
 
 @click.group(

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from ghoststream.cli import main
 from ghoststream.cli.main import COMMANDS
 from ghoststream.cli.options import FieldType
-from ghoststream.errors import CheckpointError, GhoststreamError, PlanError
+from ghoststream.errors import CheckpointError, GhoststreamError, PlanError, RequestError
 from ghoststream.options import Compute, Storage
 from ghoststream.stages.artifacts import inspect as inspect_stage
 
@@ -181,6 +181,17 @@ def test_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None
     result = _run("inspect", "x")
     assert result.exit_code == 130
     assert "run the same command again, what is finished is kept" in result.stderr
+
+
+def test_a_line_that_quotes_ever_so_much_still_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    _raise_in_inspect(
+        monkeypatch, RequestError(f"unknown operator {'[' * 100_000}; known are ghost and none")
+    )
+    result = _run("inspect", "x")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: unknown operator [[[")
+    assert result.stderr.endswith("[[[; known are ghost and none\n")
+    assert len(result.stderr) < 5000
 
 
 def test_messages_of_os_errors_are_their_text(tmp_path: Path) -> None:

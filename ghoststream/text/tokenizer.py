@@ -10,12 +10,13 @@ from textwrap import shorten
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
-from ghoststream.files import system_error
+from ghoststream.files import read_json, system_error
 
 _FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tekken.json")
 # Package by module: what transformers needs to read a vocabulary that is not a tokenizer.json.
 _PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
 _INSTEAD = "or use ids:FILE.npy"
+_LARGEST_ID = 2**27
 _NONE = f"{{root}} has no tokenizer; copy its tokenizer files there, {_INSTEAD}"
 
 
@@ -30,6 +31,7 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrained
         InputNotFoundError: If the folder has none, or one that transformers cannot load.
         RequestError: If a package is missing that reads it.
     """
+    _require_possible_ids(root / "tokenizer.json")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             root, trust_remote_code=trust_remote_code
@@ -46,6 +48,19 @@ def load_tokenizer(root: Path, *, trust_remote_code: bool = False) -> PreTrained
         # Made of its class's defaults alone: every word would be the unknown one.
         raise InputNotFoundError(_NONE.format(root=root))
     return tokenizer
+
+
+def _require_possible_ids(path: Path) -> None:
+    """Refuse an id that no vocabulary reaches: the library makes place for all ids below it, or aborts."""
+    try:
+        model = read_json(path, finite=False)["model"]
+        vocabulary = model["vocab"].items()
+    except (GhoststreamError, LookupError, TypeError, AttributeError):
+        return  # said by whoever loads it, or a list, whose ids are its places
+    far = next((pair for pair in vocabulary if isinstance(pair[1], int) and pair[1] > _LARGEST_ID), None)
+    if far is not None:
+        msg = f"{path} gives the token {far[0]!r} the id {far[1]}, which no vocabulary reaches; get it again"
+        raise RequestError(msg)
 
 
 def _use(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -105,6 +105,16 @@ def test_damaged_files_are_refused_with_what_to_do(folder: Path, name: str, cont
         load_tokenizer(folder)
 
 
+def test_an_id_that_no_vocabulary_reaches_is_refused(folder: Path) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["a"] = 2**31
+    path.write_text(json.dumps(data))
+    with pytest.raises(RequestError, match=r"tokenizer\.json gives the token 'a' the id 2147483648"):
+        load_tokenizer(folder)
+
+
 def test_a_mutated_tokenizer_is_loaded_or_refused(folder: Path) -> None:
     tiny_tokenizer(adds_bos=True).save_pretrained(folder)
     whole = (folder / "tokenizer.json").read_bytes()

@@ -23,8 +23,8 @@ from ghoststream.stages.recover import RecoveryReport, run
 
 REMOVE = 6
 SEQUENCES, LENGTH = 24, 256
-MAX_SPANS, HELD_OUT = 1, 6
-REPORTED_SEQUENCES = 12
+MAX_SPANS, HELD_OUT, FOLDS = 1, 4, 2
+REPORTED_SEQUENCES = 8
 TEXT = "python-docs"
 DTYPE: Dtype = "float32"
 """Compute type: processors without instructions for bfloat16 take three times as long in it."""
@@ -170,7 +170,7 @@ def _run(model: Path, root: Path, sequences: int, tell: Progress) -> DemoReport:
     unrepaired = fit(published.plan, source, method=nothing, out=root / "none.safetensors", progress=tell)
     export(model, unrepaired, folders[PRUNED], progress=tell)
     tell.log("the defaults: candidates are repaired and measured")
-    search = Search(max_spans=MAX_SPANS, held_out=HELD_OUT)
+    search = Search(max_spans=MAX_SPANS, held_out=HELD_OUT, folds=FOLDS)
     recovery = run(Recovery.make({**asked, "search": search}), folders[RECOVERED], progress=tell)
     report = evaluate(
         list(folders.values()),

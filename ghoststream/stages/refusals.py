@@ -19,7 +19,8 @@ from ghoststream.recovery.features import ABSORBED
 from ghoststream.recovery.names import has_provenance
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.checks import check_search, divided, named_method, require_criterion
+from ghoststream.stages.choosing.checks import check_search, named_method, require_criterion
+from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.repair import require_standing
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.way import Way

@@ -14,7 +14,7 @@ from ghoststream.files import read_kept, read_sealed_json, write_sealed_json
 from ghoststream.options import Search
 from ghoststream.progress import Progress
 from ghoststream.stages.choosing.auto import choose_methods, preference
-from ghoststream.stages.choosing.checks import divided
+from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.output import Output

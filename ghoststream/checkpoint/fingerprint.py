@@ -38,15 +38,13 @@ def checkpoint_fingerprint(root: Path, index: CheckpointIndex | None = None) -> 
     if not config.is_file():
         msg = f"{root} has no {_CONFIG_NAME}: it is not a complete checkpoint folder"
         raise CheckpointError(msg)
+    held: dict[str, list[TensorEntry]] = {shard: [] for shard in index.shards}
+    for entry in index.tensors.values():
+        held[entry.shard].append(entry)
     content: dict[str, Any] = {
         "config": file_digest(config),
         "index": None if index.index_name is None else file_digest(root / index.index_name),
-        "shards": {
-            shard: _shard_identity(
-                root / shard, [entry for entry in index.tensors.values() if entry.shard == shard]
-            )
-            for shard in index.shards
-        },
+        "shards": {shard: _shard_identity(root / shard, entries) for shard, entries in held.items()},
     }
     return {"digest": json_digest(content), **content}
 

@@ -11,9 +11,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import OutputExistsError
 from ghoststream.files.json_data import pretty_json
-from ghoststream.files.space import disk_errors
+from ghoststream.files.space import disk_errors, require_no_folder
 
 
 def temporary_name(path: Path) -> Path:
@@ -55,7 +54,7 @@ def replacing(path: Path, n_bytes: int | None = None) -> Iterator[FileIO]:
             with FileIO(descriptor, "r+") as file:
                 yield file
                 os.fsync(descriptor)
-            _require_no_folder(path)
+            require_no_folder(path)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -84,17 +83,11 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         DiskFullError: If no space was left; what was at ``path`` before is untouched.
         RequestError: If writing there is not permitted.
     """
-    _require_no_folder(path)
+    require_no_folder(path)
     with disk_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, len(data)) as file:
         write_all(file, data)
-
-
-def _require_no_folder(path: Path) -> None:
-    if path.is_dir():
-        msg = f"cannot write the file {path}: there is a folder of that name; choose another name"
-        raise OutputExistsError(msg)
 
 
 def atomic_write_json(path: Path, data: Any) -> None:

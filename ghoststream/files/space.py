@@ -101,14 +101,23 @@ def require_writable(path: Path) -> None:
         OutputExistsError: If there is a folder of that name.
         RequestError: If its folder, or the nearest one above it that exists, may not be written to.
     """
-    if path.is_dir():
-        msg = f"cannot write the file {path}: there is a folder of that name; choose another name"
-        raise OutputExistsError(msg)
+    require_no_folder(path)
     place = existing_place(path.absolute().parent)
     if not place.is_dir():
         raise _refused(path, f"{place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise _refused(path, f"{place} is not writable")
+
+
+def require_no_folder(path: Path) -> None:
+    """Check that no folder has the name of a file that is to be written.
+
+    Raises:
+        OutputExistsError: If there is one.
+    """
+    if path.is_dir():
+        msg = f"cannot write the file {path}: there is a folder of that name; choose another name"
+        raise OutputExistsError(msg)
 
 
 def _refused(path: Path, reason: str) -> RequestError:

@@ -26,6 +26,7 @@ from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.way import Way
 from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.devices import require_device
+from ghoststream.statistics.features import require_layer_before
 
 if TYPE_CHECKING:
     from ghoststream.streaming import Skeleton
@@ -103,12 +104,7 @@ def require_features(method: Method, spans: Sequence[Span], sizes: ModelSizes) -
         )
         raise UnsupportedModelError(msg)
     for span in spans if taps else ():
-        if span.start == 0:
-            msg = (
-                f"the features {features} are of the layer before the boundary, and {span} begins with the "
-                "first layer; use features of the hidden state, or another span"
-            )
-            raise RequestError(msg)
+        require_layer_before(features, span)
         end, place = (
             sizes.mlp_ends[span.start - 1],
             f"operators on the features {features} cannot be absorbed",

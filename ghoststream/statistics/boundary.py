@@ -20,7 +20,14 @@ from ghoststream.statistics.blas import (
     panel_bytes,
 )
 from ghoststream.statistics.block import TokenBlock
-from ghoststream.statistics.features import Feature, ModelFacts, SizedFeature, get_feature, taps_of
+from ghoststream.statistics.features import (
+    Feature,
+    ModelFacts,
+    SizedFeature,
+    get_feature,
+    require_layer_before,
+    taps_of,
+)
 from ghoststream.statistics.moments import gram_prefix, span_prefix
 from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.source import HiddenStateSource, Taps
@@ -160,13 +167,8 @@ class BoundaryReducer(Reducer):
                 "hidden state"
             )
             raise RequestError(msg)
-        first = next((span for span in self.spans if span.start == 0), None)
-        if first is not None:
-            msg = (
-                f"the features {self.spec.feature} are of the layer before the boundary, and {first} begins "
-                "with the first layer; use features of the hidden state there, or another span"
-            )
-            raise RequestError(msg)
+        for span in self.spans:
+            require_layer_before(self.spec.feature, span)
         return SizedFeature(feature, self.taps.width)
 
     def _open_taps(self) -> HiddenStateSource | None:

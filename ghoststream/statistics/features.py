@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.registry import Registry
+from ghoststream.spans import Span
 
 Array = npt.NDArray[np.float64]
 
@@ -189,6 +190,20 @@ def taps_of(name: str) -> tuple[str, ...]:
         RequestError: If there is no feature of this name.
     """
     return get_feature(name).taps
+
+
+def require_layer_before(name: str, span: Span) -> None:
+    """Check that there is a layer before a span, for features that are of it.
+
+    Raises:
+        RequestError: If the span begins with the first layer.
+    """
+    if span.start == 0:
+        msg = (
+            f"the features {name} are of the layer before the boundary, and {span} begins with the first "
+            "layer; use features of the hidden state, or another span"
+        )
+        raise RequestError(msg)
 
 
 def _inverse_rms(states: Array, facts: ModelFacts) -> Array:

@@ -26,6 +26,7 @@ from ghoststream.spans import Span
 from ghoststream.stages.capturing.replay import replay_layer, rounding_notes
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import HiddenStateSource, TapSource, get_feature, store_digest, taps_of
+from ghoststream.statistics.features import require_layer_before
 from ghoststream.streaming import Skeleton, tap_point
 
 _SHARD_BYTES = 64 * 1024 * 1024
@@ -64,12 +65,7 @@ def require_taps(features: str, spans: Sequence[Span], skeleton: Skeleton, *, in
     """
     taps = taps_of(features)
     for span in spans if taps else ():
-        if span.start == 0:
-            msg = (
-                f"the features {features} are of the layer before the boundary, and {span} begins with the "
-                "first layer; use features of the hidden state, or another span"
-            )
-            raise RequestError(msg)
+        require_layer_before(features, span)
         if span.start > skeleton.n_layers:
             msg = (
                 f"there is no layer {span.start - 1}: the model has {skeleton.n_layers}; give the model of "

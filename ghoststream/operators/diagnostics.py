@@ -23,6 +23,7 @@ def describe(
     total: BoundaryMoments,
     fit: Callable[[BoundaryMoments], Fit],
     residual: Callable[[BoundaryMoments, Fit], float],
+    outside: float | None = None,
 ) -> tuple[Fit, dict[str, Any]]:
     """Fit on all tokens, and once without each fold, and say how well each does.
 
@@ -31,6 +32,7 @@ def describe(
         total: Their sum.
         fit: Fits an operator; it may overwrite the arrays that it is given.
         residual: Returns ``sum |prediction - d|^2`` of a fit on moments.
+        outside: That over all folds, each predicted by the fit without it, where it is known already.
 
     Returns:
         The fit on all tokens, and its diagnostics. Keys: ``relative_residual`` = ``|prediction - d| / |d|``
@@ -49,7 +51,8 @@ def describe(
     require_tokens(total)
     fitted = fit(BoundaryMoments(total.span, total.state.copy()))
     inside = residual(total, fitted)
-    outside = _held_out(moments, total, fit, residual) if moments.n_folds > 1 else None
+    if outside is None and moments.n_folds > 1:
+        outside = _held_out(moments, total, fit, residual)
     return fitted, report(moments, total, inside, outside)
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
-from ghoststream.operators.diagnostics import describe
+from ghoststream.operators.diagnostics import describe, require_tokens
 from ghoststream.operators.kind import OperatorKind, linear_cost
 from ghoststream.operators.registry import register_operator
 from ghoststream.operators.solver import (
@@ -111,6 +111,12 @@ class Ghost(OperatorKind):
                 f"{solution.n_dropped} directions left at zero"
             )
         return self.operator(moments.span, solution.matrix, diagnostics)
+
+    def solve(self, moments: FoldedMoments) -> BoundaryOperator:
+        """Return the operator of :meth:`fit` without figures: no spectrum, and no fit without each fold."""
+        total = moments.total()
+        require_tokens(total)
+        return self.operator(moments.span, self._solve(total).matrix, {})
 
     def change(self, moments: BoundaryMoments) -> Array:
         """Return ``M``, ``(C, C)``; the moments are overwritten."""

@@ -156,6 +156,13 @@ class OperatorKind:
         """
         raise NotImplementedError
 
+    def solve(self, moments: FoldedMoments) -> BoundaryOperator:
+        """Return the operator of :meth:`fit`, its tensors the same to the bit; figures may be left out.
+
+        A search fits many operators that it measures by running them. By default it is :meth:`fit`.
+        """
+        return self.fit(moments)
+
     def change(self, moments: BoundaryMoments) -> Array:
         """Return ``M`` of ``y = x (I + M)``, ``(C, C)``, or its diagonal, ``(C,)``.
 
@@ -216,7 +223,7 @@ class OperatorKind:
 
 
 def linear_cost(
-    shape: FitShape, *, square: int = 48, cross: int = 32, n_cubes: int = 40, tokens: float = 0.0
+    shape: FitShape, *, square: int = 32, cross: int = 32, n_cubes: int = 12, tokens: float = 0.0
 ) -> Cost:
     """Return what fitting a linear map on ``p`` features takes, by default with a ridge chosen by folds.
 
@@ -226,7 +233,7 @@ def linear_cost(
         shape: Sizes.
         square: Bytes of memory for each entry of the Gram.
         cross: Bytes of memory for each entry of the cross-moment.
-        n_cubes: Times ``p^3`` FLOPs more, for eigendecompositions.
+        n_cubes: Times ``p^3`` FLOPs more, for eigenvalues and the ridges that are tried.
         tokens: Times ``p C`` FLOPs more for each token.
     """
     p, c, n = shape.features, shape.hidden, shape.n_tokens

@@ -12,7 +12,7 @@ import scipy.linalg
 from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
-from ghoststream.operators.diagnostics import describe
+from ghoststream.operators.diagnostics import describe, require_tokens
 from ghoststream.operators.joint import describe_absorption
 from ghoststream.operators.kind import OperatorKind, linear_cost
 from ghoststream.operators.ridge import (
@@ -24,6 +24,7 @@ from ghoststream.operators.ridge import (
     mean_diagonal,
     require_folds,
     retarget_in_place,
+    ridge_by_tokens,
 )
 from ghoststream.operators.solver import Solution, antisymmetric_share, solve_ridge, spectrum
 from ghoststream.operators.triangular import own_factors, solve_triangle, triangle_spectrum
@@ -34,10 +35,6 @@ from ghoststream.statistics.source import Taps
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 
 Array = npt.NDArray[np.float64]
-
-RIDGE_WITHOUT_FOLDS = 1e-4
-"""Relative ridge where none is given and no folds are there to choose one by."""
-
 
 _BEGIN_WITH_HIDDEN = ("hidden", "hidden+normed", "hidden+mlp")
 _WITHOUT_NORM = ("hidden", "mlp", "mlp_output", "hidden+mlp")
@@ -68,12 +65,11 @@ class LeastSquares(OperatorKind):
     ``ridge_relative``, ``ridge_curve`` (of ``auto``: pairs of relative ridge and relative residual out of
     sample; of ``gcv``: and what is estimated for it), ``ridge_chosen_by``, ``shrink``, ``effective_dof`` =
     ``trace(G (G + r I)^-1)``, ``intercept``, ``rank`` (None: full). Residuals out of sample were also what
-    ``auto`` chose by, among 17 values. Of ``hidden+mlp`` also ``absorption_growth`` (see
+    ``auto`` chose by, among some five values. Of ``hidden+mlp`` also ``absorption_growth`` (see
     :mod:`ghoststream.operators.joint`).
 
-    Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; while ``auto`` chooses, ``48 p^2 + 32 p C``
-    bytes: the total, one fold, the total without it, and what :func:`choose_ridge` states; with ``tsqr``
-    ``60 p^2 + 60 p C``.
+    Memory: that of ``ghost``, ``8 p C`` bytes more with a rank; with ``gcv`` ``32 p^2 + 32 p C`` bytes, with
+    ``tsqr`` ``60 p^2 + 60 p C``.
     """
 
     takes = ("features", "intercept", "rank", "shrink")
@@ -118,7 +114,11 @@ class LeastSquares(OperatorKind):
         self._require_rank(total)
         choice = self._choose(moments, total)
         fitted, diagnostics = describe(
-            moments, total, lambda part: self._solve(part, choice.ratio), _residual
+            moments,
+            total,
+            lambda part: self._solve(part, choice.ratio, rank=self.rank),
+            _residual,
+            outside=choice.left if self.rank is None else None,
         )
         diagnostics |= self._more_diagnostics(total, fitted, choice)
         dropped = fitted.solution.n_dropped
@@ -134,7 +134,21 @@ class LeastSquares(OperatorKind):
                 "held-out folds; the features hardly predict the gap, use more calibration sequences or "
                 "another span"
             )
-        operator = BoundaryOperator(
+        return describe_absorption(self._operator(moments, fitted, diagnostics))
+
+    def solve(self, moments: FoldedMoments) -> BoundaryOperator:
+        """Return the operator of :meth:`fit` without figures: no spectrum, and no fit without each fold."""
+        total = moments.total()
+        require_tokens(total)
+        self._require_rank(total)
+        return self._operator(
+            moments, self._solve(total, self._choose(moments, total).ratio, rank=self.rank), {}
+        )
+
+    def _operator(
+        self, moments: FoldedMoments, fitted: _Fit, diagnostics: dict[str, Any]
+    ) -> BoundaryOperator:
+        return BoundaryOperator(
             moments.span,
             "linear",
             moments.feature,
@@ -143,7 +157,6 @@ class LeastSquares(OperatorKind):
             diagnostics,
             norm_epsilon=None if moments.feature in _WITHOUT_NORM else moments.facts.norm_epsilon,
         )
-        return describe_absorption(operator)
 
     def cost(self, shape: FitShape) -> Cost:
         """Return that of the class docstring while folds choose the ridge."""
@@ -158,30 +171,36 @@ class LeastSquares(OperatorKind):
             return choose_by_gcv(total, intercept=self.intercept, towards_zero=self.towards_zero)
         has_folds = moments.n_folds > 1 and total.n_tokens > 0
         if has_folds and all(moments.fold(index).n_tokens for index in range(moments.n_folds)):
-            return choose_ridge(moments, total, intercept=self.intercept, towards_zero=self.towards_zero)
+            return choose_ridge(moments, total, self._left)
         if self.ridge == "auto":
             require_folds(moments)
-        return RidgeChoice(RIDGE_WITHOUT_FOLDS, ())
+        return RidgeChoice(ridge_by_tokens(total), ())
 
-    def _solve(self, moments: BoundaryMoments, ratio: float) -> _Fit:
+    def _left(self, training: BoundaryMoments, held: BoundaryMoments, ratio: float) -> float:
+        """Return what the fit of full rank on some moments leaves of others."""
+        return _residual(held, self._solve(training, ratio, rank=None))
+
+    def _solve(self, moments: BoundaryMoments, ratio: float, *, rank: int | None) -> _Fit:
         centre = Centre.of(moments)
         if self.by_factors:
-            return self._solve_triangle(moments, ratio, centre)
+            return self._solve_triangle(moments, ratio, centre, rank)
         if self.intercept:
             centre_in_place(moments, centre)
         ridge = ratio * mean_diagonal(moments)
         if self.towards_zero:
             # (G + r I)(I + M) = G + K, where the hidden state comes first among the features.
             np.fill_diagonal(moments.cross, moments.cross.diagonal() - ridge)
-        cross = None if self.rank is None else moments.cross.copy()
+        cross = None if rank is None else moments.cross.copy()
         solution = solve_ridge(moments.gram, moments.cross, ridge, what=f"boundary {moments.span}")
         matrix = solution.matrix
-        if cross is not None and self.rank is not None:
-            matrix = reduce_rank(matrix, cross.T @ matrix, self.rank)
+        if cross is not None and rank is not None:
+            matrix = reduce_rank(matrix, cross.T @ matrix, rank)
         bias = centre.gap - centre.features @ matrix if self.intercept else None
         return _Fit(matrix, bias, solution, ridge)
 
-    def _solve_triangle(self, moments: BoundaryMoments, ratio: float, centre: Centre) -> _Fit:
+    def _solve_triangle(
+        self, moments: BoundaryMoments, ratio: float, centre: Centre, rank: int | None
+    ) -> _Fit:
         ridge = ratio * mean_diagonal(moments)
         if self.towards_zero:
             retarget_in_place(moments)
@@ -189,14 +208,14 @@ class LeastSquares(OperatorKind):
         matrix = solution.matrix
         if self.towards_zero:
             np.fill_diagonal(matrix, matrix.diagonal() - 1.0)
-        if self.rank is not None:
+        if rank is not None:
             # K^T M with K = R^T Q^T D, where D is the gap again.
             factor, rotated = own_factors(moments)
             explained = rotated.T @ (factor @ matrix)
             if self.towards_zero:
                 hidden = matrix.shape[1]
                 explained -= factor[:, :hidden].T @ (factor @ matrix) + ridge * matrix[:hidden]
-            matrix = reduce_rank(matrix, explained, self.rank)
+            matrix = reduce_rank(matrix, explained, rank)
         bias = centre.gap - centre.features @ matrix if self.intercept else None
         return _Fit(matrix, bias, solution, ridge)
 

@@ -41,7 +41,7 @@ from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.joint import describe_absorption
 from ghoststream.operators.kind import OperatorKind, linear_cost, ordered
-from ghoststream.operators.least_squares import RIDGE_WITHOUT_FOLDS, LeastSquares
+from ghoststream.operators.least_squares import LeastSquares
 from ghoststream.operators.registry import register_operator
 from ghoststream.operators.sketch_run import (
     Sketch,
@@ -60,6 +60,9 @@ from ghoststream.statistics.sketch_projection import ProjectedMoments
 from ghoststream.statistics.source import Taps, reopen_source
 
 Array = npt.NDArray[np.float64]
+
+RIDGE = 1e-4
+"""Relative ridge where none is given: no folds choose one."""
 
 
 @register_operator("least-squares")
@@ -115,7 +118,7 @@ class ProjectedLeastSquares(OperatorKind):
             msg = f"the solver {method.solver} needs a rank or a sketch size; give one of the two"
             raise RequestError(msg)
         self.by_range = method.solver == "sketch-range"
-        self.ridge = RIDGE_WITHOUT_FOLDS if method.ridge is None else float(method.ridge)
+        self.ridge = RIDGE if method.ridge is None else float(method.ridge)
         self._resolve(ridge=self.ridge)
 
     def reducers(

@@ -9,8 +9,8 @@ import pytest
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
-from ghoststream.operators.least_squares import RIDGE_WITHOUT_FOLDS, reduce_rank
-from ghoststream.operators.ridge import RIDGE_GRID
+from ghoststream.operators.least_squares import reduce_rank
+from ghoststream.operators.ridge import RIDGE_BY_TOKENS, RIDGE_GRID
 from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import (
@@ -124,8 +124,10 @@ def test_auto_takes_the_ridge_that_predicts_the_folds_left_out_best(
             error += ((phi @ matrix + bias - gap) ** 2).sum()
         curve.append(np.sqrt(error / (data(states, features)[1] ** 2).sum()))
     found = operator.diagnostics
-    assert [point[0] for point in found["ridge_curve"]] == list(RIDGE_GRID)
-    assert [point[1] for point in found["ridge_curve"]] == pytest.approx(curve, rel=1e-6)
+    whole = dict(zip(RIDGE_GRID, curve, strict=True))
+    assert dict(found["ridge_curve"]) == pytest.approx(
+        {ratio: whole[ratio] for ratio, _ in found["ridge_curve"]}, rel=1e-6
+    )
     assert found["ridge_relative"] == RIDGE_GRID[int(np.argmin(curve))]
     assert found["relative_residual_out_of_sample"] == pytest.approx(min(curve), rel=1e-6)
     assert operator.weight is not None
@@ -182,9 +184,11 @@ def test_least_squares_without_options_is_the_papers_operator(uri: str) -> None:
     assert all(mine.diagnostics[key] == paper.diagnostics[key] for key in shared)
 
 
-def test_without_folds_the_ridge_is_a_fixed_one(uri: str) -> None:
+def test_without_folds_the_ridge_goes_by_the_tokens_a_feature(uri: str) -> None:
     moments = moments_of(uri, [SPAN], folds=1)[SPAN]
-    assert fit(moments).diagnostics["ridge_relative"] == RIDGE_WITHOUT_FOLDS
+    total = moments.total()
+    expected = RIDGE_BY_TOKENS * len(total.gram) / total.n_tokens
+    assert fit(moments).diagnostics["ridge_relative"] == pytest.approx(expected)
     with pytest.raises(RequestError, match="chosen by folds, and there is one only"):
         fit(moments, ridge="auto")
 
@@ -298,4 +302,4 @@ def test_choosing_the_ridge_stays_within_the_stated_memory(tmp_path: Path) -> No
     finally:
         tracemalloc.stop()
     p = 2 * hidden
-    assert peak < 1.1 * (48 * p**2 + 32 * p * hidden)
+    assert peak < 1.1 * (32 * p**2 + 32 * p * hidden)

@@ -124,6 +124,7 @@ class SearchShape:
         hidden: Hidden size C.
         intermediate: Width I of what enters the last map of an MLP; 0 where nothing can be absorbed there.
         sequences: Sequences S.
+        length: Tokens T of a sequence.
         search: Candidates, beam, spans and windows held out.
         tried: Ways to repair that are tried at the first boundary of a plan; none if one is named.
         tried_later: The same behind another boundary.
@@ -134,6 +135,7 @@ class SearchShape:
     hidden: int
     intermediate: int
     sequences: int
+    length: int
     search: Search = field(default_factory=Search)
     tried: tuple[Method, ...] = ()
     tried_later: tuple[Method, ...] = ()

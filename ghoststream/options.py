@@ -211,7 +211,7 @@ class Search(Options):
 
     title: ClassVar[str] = "Choice of layers"
 
-    trying: ClassVar[tuple[str, ...]] = ("max_spans", "beam", "candidates", "lanes")
+    trying: ClassVar[tuple[str, ...]] = ("search", "max_spans", "beam", "candidates", "lanes")
     """How much is tried: the fields that only criteria which run the model read, each of them some."""
     choosing: ClassVar[tuple[str, ...]] = ("criterion", *trying)
     """The fields that nothing reads where a plan is given."""
@@ -226,6 +226,12 @@ class Search(Options):
         "reverse, reverse-last.",
         usual=True,
         metavar="NAME",
+    )
+    search: Literal["race", "exhaustive"] = option(
+        "race",
+        "How much measured measures.\nrace: spans that similarity prefers, on few windows; the best go on to "
+        "more. exhaustive: every span, on all windows.",
+        usual=True,
     )
     max_spans: Count = option(
         2,

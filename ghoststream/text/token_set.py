@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +56,11 @@ class TokenSet:
             sha256.update(canonical_json([name, dtype, list(array.shape)]).encode())
             sha256.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
         return format_digest(sha256)
+
+    def take(self, rows: Sequence[int]) -> TokenSet:
+        """Return some of the sequences, in this order."""
+        index = np.asarray(rows, dtype=np.int64)
+        return replace(self, ids=self.ids[index], lengths=self.lengths[index], mask=self.mask[index])
 
     def recipe(self) -> dict[str, Any]:
         """Return what decided the tokens, as JSON: specification, digests, options."""

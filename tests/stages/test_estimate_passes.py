@@ -26,7 +26,7 @@ L, S, T = 6, 8, 24
 
 
 def shape(search: Search | None = None) -> SearchShape:
-    return SearchShape(L, 2, 32, 64, S, search or Search(), METHODS, LATER_METHODS)
+    return SearchShape(L, 2, 32, 64, S, T, search or Search(), METHODS, LATER_METHODS)
 
 
 def price(
@@ -48,11 +48,13 @@ def price(
     [
         ("measured", {}),
         ("measured", {"max_spans": 1}),
+        ("measured", {"search": "exhaustive"}),
+        ("measured", {"search": "exhaustive", "max_spans": 1}),
         *((name, {}) for name in ("prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")),
     ],
 )
 def test_as_many_passes_as_a_search_takes(
-    tiny_llama: Path, tmp_path: Path, criterion: str, options: dict[str, int]
+    tiny_llama: Path, tmp_path: Path, criterion: str, options: dict[str, Any]
 ) -> None:
     if criterion == "taylor-plus":
         pytest.skip("keeps six layers, which is all that the tiny model has")
@@ -76,7 +78,7 @@ def test_as_many_passes_as_a_search_takes(
 @pytest.mark.parametrize("max_spans", [1, 2])
 @pytest.mark.parametrize(("held_out", "share"), [(None, 0.25), (4, 0.5)])
 def test_the_arithmetic_of_the_lanes(max_spans: int, held_out: int | None, share: float) -> None:
-    search = Search(max_spans=max_spans, held_out=held_out)
+    search = Search(search="exhaustive", max_spans=max_spans, held_out=held_out)
     first = make_search_criterion("measured").cost(shape(search))[0]
     candidates = [span for size in range(2, 2 - max_spans, -1) for span in candidate_spans(L, size)]
     assert first.lanes == pytest.approx(1 + share * sum((L - span.stop) / L for span in candidates))

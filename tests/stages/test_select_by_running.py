@@ -50,7 +50,7 @@ def _search(model: Path, ids: Path, n_remove: int, **options: Any) -> Selection:
     criterion = options.get("criterion", "measured")
     defaults: dict[str, Any] = {} if criterion in UNREPAIRED else {"held_out": HELD, "operator": "ghost"}
     if criterion == "measured":
-        defaults["max_spans"] = 1
+        defaults |= {"max_spans": 1, "search": "exhaustive"}
     given = {name: value for name, value in {**defaults, **options}.items() if value is not None}
     return select(n_remove, model=model, **on_windows(ids), **given)
 
@@ -263,6 +263,8 @@ def test_the_command_says_why_the_best_row_is_not_the_plan(model: Path, tmp_path
         f"ids:{tmp_path / 'ids.npy'}",
         "--operator",
         "ghost",
+        "--search",
+        "exhaustive",
     )
     sizes = ("--sequences", S, "--length", T, "--held-out", HELD, "--micro-batch", MICRO_BATCH)
     shown = CliRunner().invoke(

@@ -33,7 +33,7 @@ step, model, text, out, number, when = *sys.argv[1:5], int(sys.argv[5]), sys.arg
 die_at_rename(number, when)
 source = Source(model=model, calibration=Text(spec=text, sequences=8, length=16))
 if step == "select":
-    search = Search(max_spans=1, lanes=2)
+    search = Search(search="exhaustive", max_spans=1, lanes=2)
     ghoststream.select(1, source, search=search, method=Method(operator="ghost"), out=out)
 else:
     ghoststream.fit("1:2 3:4", source, out=out)
@@ -57,7 +57,9 @@ def request_of(model: Path, text: str) -> Callable[[str, Path], Any]:
     def run(step: str, out: Path) -> Any:
         source: dict[str, Any] = {"model": model, "calibration": text, "sequences": S, "length": T}
         if step == "select":
-            return select(1, out=out, max_spans=1, lanes=LANES, operator="ghost", **source)
+            return select(
+                1, out=out, search="exhaustive", max_spans=1, lanes=LANES, operator="ghost", **source
+            )
         return fit("1:2 3:4", out=out, **source)
 
     return run

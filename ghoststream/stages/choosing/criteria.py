@@ -23,7 +23,14 @@ from ghoststream.errors import RequestError
 from ghoststream.options import Method, Search
 from ghoststream.registry import Registry
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.passes import growing, one_by_one, partitions, refining, there_and_back
+from ghoststream.stages.choosing.passes import (
+    growing,
+    one_by_one,
+    partitions,
+    racing,
+    refining,
+    there_and_back,
+)
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.ways import SCREEN
 
@@ -137,7 +144,7 @@ class Measured(SearchCriterion):
     """
 
     meaning = "loss of the repaired model on windows that nothing was fitted on; the lowest is taken"
-    reads = ("max_spans", "beam", "candidates", "lanes")
+    reads = ("search", "max_spans", "beam", "candidates", "lanes")
 
     def check(self, n_layers: int, remove: int, search: Search) -> None:
         """Check the request; see :meth:`SearchCriterion.check`."""
@@ -153,13 +160,19 @@ class Measured(SearchCriterion):
         """Return a pass for each span that is added, and one for each where ways to repair are compared."""
         n_spans = min(shape.search.max_spans, shape.remove)
         tried = partitions(shape.remove, n_spans)
+        if shape.search.search == "race":
+            return racing(shape, tried)
         return (*growing(shape, tried), *refining(shape, n_spans=n_spans, plans=REFINED))
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Grow plans span by span; see the class."""
         from ghoststream.stages.choosing.growth import grow
+        from ghoststream.stages.choosing.race import race
 
         tried = partitions(remove, min(search.max_spans, remove))
+        if search.search == "race":
+            repair, rows = race(trial, tried, search, method)
+            return Chosen(repair, rows, trial.dense_loss, trial.passes)
         ranked = grow(trial, tried, method or SCREEN, beam=search.beam, candidates=search.candidates)
         return _refined(trial, ranked, remove, method, prefer_few=True)
 

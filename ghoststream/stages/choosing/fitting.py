@@ -41,6 +41,7 @@ class StreamedFit(BoundaryMap):
         mask: True at tokens that count, bool ``(S, T)``, ``S >= ranges.n_sequences``.
         session: The model.
         source: Whose operator it takes in the place of a fit of its own.
+        diagnosed: Whether the operator's figures are wanted.
 
     Raises:
         UnsupportedModelError: If the features read the layer before the span and there is none, it has no
@@ -60,8 +61,11 @@ class StreamedFit(BoundaryMap):
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
         source: StreamedFit | None = None,
+        *,
+        diagnosed: bool = True,
     ) -> None:
         self.span = span
+        self._diagnosed = diagnosed
         self.operator: BoundaryOperator | None = None
         self._kind = make_operator(method)
         self._ranges = ranges
@@ -94,7 +98,8 @@ class StreamedFit(BoundaryMap):
             NumericsError: If a state or a solution is not finite.
         """
         if self._source is None:
-            self.operator = self._kind.fit(self._moments(pairs))
+            moments = self._moments(pairs)
+            self.operator = self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments)
         else:
             self.operator = self._source.operator
         assert self.operator is not None
@@ -154,6 +159,7 @@ class FittedLanes:
         session: The model.
         carried: Sequences that the dense lane and all others carry on; see
             :class:`~ghoststream.streaming.Lane`.
+        diagnosed: Whether the operators' figures are wanted.
     """
 
     def __init__(
@@ -162,7 +168,10 @@ class FittedLanes:
         mask: npt.NDArray[np.bool_],
         session: ModelSession,
         carried: tuple[int, int] | None = None,
+        *,
+        diagnosed: bool = True,
     ) -> None:
+        self._diagnosed = diagnosed
         self._ranges = ranges
         self._mask = mask
         self._session = session
@@ -202,7 +211,9 @@ class FittedLanes:
         if path not in self._maps:
             span, method = path[-1]
             source = self._alone(span, method, ranges) if method.inputs == "dense" else None
-            self._maps[path] = StreamedFit(span, method, ranges, self._mask, self._session, source)
+            self._maps[path] = StreamedFit(
+                span, method, ranges, self._mask, self._session, source, diagnosed=self._diagnosed
+            )
         return self._maps[path]
 
     def _alone(self, span: Span, method: Method, ranges: Ranges) -> StreamedFit:

@@ -33,13 +33,15 @@ class Candidate:
     Attributes:
         repair: What was removed, and how it was repaired.
         losses: Losses of the repaired model on the held-out sequences.
-        gap: Mean over held-out sequences of its loss less the dense model's.
+        gaps: Its loss less the dense model's, for each of these.
+        gap: Their mean.
         gap_error: Standard error of that mean.
         refusal: Why the repaired model cannot be written; empty if it can.
     """
 
     repair: Repair
     losses: LossSummary
+    gaps: tuple[float, ...]
     gap: float
     gap_error: float
     refusal: str = ""
@@ -57,6 +59,7 @@ class Candidate:
             "loss": self.losses.loss,
             "gap": self.gap,
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
+            "window_gaps": list(self.gaps),
             **({"refusal": self.refusal} if self.refusal else {}),
         }
 
@@ -106,7 +109,7 @@ def measure_repairs(
     held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
     accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
     dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], carried=held)
-    fitted = FittedLanes(ranges, tokens.mask, session, carried=held)
+    fitted = FittedLanes(ranges, tokens.mask, session, carried=held, diagnosed=False)
     lanes = [
         fitted.lane(repair.name, repair, logits=losses)
         for repair, losses in zip(repairs, accumulators[1:], strict=True)
@@ -136,8 +139,10 @@ def _refusal(lane: Lane, session: ModelSession) -> str:
 
 
 def _candidate(repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str) -> Candidate:
-    gaps = [mine - theirs for mine, theirs in zip(losses.sequence_losses, dense.sequence_losses, strict=True)]
+    pairs = zip(losses.sequence_losses, dense.sequence_losses, strict=True)
+    gaps = tuple(mine - theirs for mine, theirs in pairs)
     n = len(gaps)
     mean = math.fsum(gaps) / n
     spread = math.fsum((gap - mean) ** 2 for gap in gaps)
-    return Candidate(repair, losses, mean, math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan, refusal)
+    error = math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan
+    return Candidate(repair, losses, gaps, mean, error, refusal)

@@ -8,6 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghoststream.costs import PassCost, SearchShape
+from ghoststream.stages.choosing.rounds import (
+    OF_PLANS,
+    OF_SPANS,
+    OF_SURVIVORS,
+    RANKED_WINDOWS,
+    SPANS,
+    SURVIVORS,
+    SampleShare,
+)
 from ghoststream.statistics import taps_of
 
 
@@ -35,6 +44,50 @@ def growing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCos
         tried: Sizes of the spans of each partition, in the order in which they are added.
     """
     return tuple(_step(shape, tried, step) for step in range(max(map(len, tried))))
+
+
+def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost, ...]:
+    """Return the passes of a race (:mod:`ghoststream.stages.choosing.race`).
+
+    Args:
+        shape: Sizes; ``length`` counts where a sample has the fewest tokens that a map is fitted on.
+        tried: Sizes of the spans of each partition.
+    """
+    sizes = {size for sizes in tried for size in sizes}
+    ranked = min(RANKED_WINDOWS, shape.sequences) / shape.sequences
+    keeping = shape.hidden * (max(sizes) + 3) * ranked
+    n_alone = sum(min(SPANS, max(1, shape.n_layers - 1 - size)) for size in sizes)
+    found = [
+        PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers),
+        _round(shape, OF_SPANS, n_alone, n_spans=1),
+    ]
+    most = max(map(len, tried))
+    n_survivors = min(SURVIVORS, max(1, shape.n_layers - 1 - max(sizes)))
+    if most > 1:
+        found.append(_round(shape, OF_PLANS, shape.search.candidates + n_survivors, n_spans=most))
+    n_ways = len(shape.tried) + (most - 1) * len(shape.tried_later)
+    found.append(_round(shape, OF_SURVIVORS, n_survivors + n_ways, n_spans=most, taps=bool(n_ways)))
+    return tuple(found)
+
+
+def _round(
+    shape: SearchShape, share: SampleShare, repairs: int, *, n_spans: int, taps: bool = False
+) -> PassCost:
+    """Return a pass over a sample: a dense lane, and repairs behind the middle of the model."""
+    n_held = max(1, round(shape.held_out * shape.sequences))
+    n_fit = max(1, shape.sequences - n_held)
+    fit, held = (
+        n / shape.sequences for n in share.of(n_fit, n_held, hidden=shape.hidden, length=shape.length)
+    )
+    stretch = (shape.n_layers - shape.remove) / (n_spans + 1) / shape.n_layers
+    between = (n_spans - 1) * stretch * repairs
+    width = shape.hidden + (shape.hidden + shape.intermediate if taps else 0)
+    states = (fit + held) * (shape.hidden + width * min(repairs, SURVIVORS + n_spans))
+    return PassCost(
+        states + held * shape.hidden * repairs,
+        (fit + held) * (1 + between) + held * stretch * repairs,
+        repairs * n_spans,
+    )
 
 
 def one_by_one(shape: SearchShape, *, passes: int, repairs: bool) -> tuple[PassCost, ...]:

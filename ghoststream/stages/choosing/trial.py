@@ -17,6 +17,7 @@ from ghoststream.stages.choosing.auto import choose_methods, preference
 from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.rounds import SampleShare
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -63,6 +64,14 @@ class Division:
         }
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A part of a divided text: its first sequences to fit on, and its first to measure on, whole batches."""
+
+    n_fit: int
+    n_held: int
+
+
 class Trial:
     """Measures repairs in passes over a model; one that was measured before is not measured again.
 
@@ -102,16 +111,27 @@ class Trial:
         """Return all figures so far, best first."""
         return sorted(self._rows.values(), key=preference)
 
-    def measure(self, repairs: Sequence[Repair]) -> list[Row]:
-        """Return the figures of repairs, in their order."""
+    def sample(self, share: SampleShare) -> Sample:
+        """Return a part of the sequences, in whole micro-batches; see :class:`SampleShare`."""
+        fitting, batch = self.division.fitting, self.division.micro_batch
+        n_fit = 0 if fitting is None else fitting.n_sequences
+        n_held = self.tokens.n_sequences - n_fit
+        wanted = share.of(n_fit, n_held, hidden=self.session.skeleton.hidden_size, length=self.tokens.length)
+        # The last micro-batch of those that are held out may be a short one.
+        fit, held = (min(n, -(-w // batch) * batch) for n, w in zip((n_fit, n_held), wanted, strict=True))
+        return Sample(fit, held)
+
+    def measure(self, repairs: Sequence[Repair], sample: Sample | None = None) -> list[Row]:
+        """Return the figures of repairs, in their order; on all sequences, or on a sample of them."""
         size = self._lanes or max(1, len(repairs))
+        names = {repair.name: _key(repair, sample) for repair in repairs}
         # As many as an undisturbed search takes, whatever was measured before.
-        self.passes += -(-len({repair.name for repair in repairs} - self._asked) // size)
-        self._asked |= {repair.name for repair in repairs}
-        waiting = [repair for repair in repairs if repair.name not in self._rows]
+        self.passes += -(-len(set(names.values()) - self._asked) // size)
+        self._asked |= set(names.values())
+        waiting = [repair for repair in repairs if names[repair.name] not in self._rows]
         for first in range(0, len(waiting), size):
-            self._pass(waiting[first : first + size])
-        return [self._rows[repair.name] for repair in repairs]
+            self._pass(waiting[first : first + size], sample)
+        return [self._rows[names[repair.name]] for repair in repairs]
 
     def rank(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Return repairs and their figures, best first."""
@@ -125,18 +145,19 @@ class Trial:
         """Say how far the search is."""
         self.progress.log(f"best so far: {repair.plan}, loss {row['gap']:+.4f} against the dense model")
 
-    def _pass(self, repairs: Sequence[Repair]) -> None:
+    def _pass(self, repairs: Sequence[Repair], sample: Sample | None) -> None:
         self.progress.log(f"repairing and measuring {len(repairs)} candidates in one pass")
+        tokens, ranges = self._part(sample)
         dense, candidates = measure_repairs(
             self.session,
-            self.tokens,
+            tokens,
             repairs,
-            ranges=self.division.fitting,
+            ranges=ranges,
             micro_batch=self.division.micro_batch,
             progress=self.progress,
         )
         self._dense_loss = dense.loss
-        self._rows |= {one.repair.name: one.to_json() for one in candidates}
+        self._rows |= {_key(one.repair, sample): one.to_json() for one in candidates}
         if self._output is not None:
             kept = {
                 "recipe_digest": self._output.digest,
@@ -145,6 +166,15 @@ class Trial:
                 "base": self.session.base(None, self.progress),
             }
             write_sealed_json(self._notes(self._output), kept)
+
+    def _part(self, sample: Sample | None) -> tuple[TokenSet, Ranges | None]:
+        if sample is None:
+            return self.tokens, self.division.fitting
+        held = 0 if self.division.fitting is None else self.division.fitting.n_sequences
+        rows = [*range(sample.n_fit), *range(held, held + sample.n_held)]
+        # No folds: the ridge is that of so many tokens, as nothing but the order of candidates is wanted.
+        ranges = Ranges.make(sample.n_fit, folds=1) if sample.n_fit else None
+        return self.tokens.take(rows), ranges
 
     def _notes(self, output: Output) -> Path:
         return output.work / f"candidates-{output.short_digest}.json"
@@ -157,6 +187,10 @@ class Trial:
         if found is not None and found[0] == self._output.digest:
             _, self._dense_loss, self._rows, base = found
             self.session.expect(base, f"{notes} was written")
+
+
+def _key(repair: Repair, sample: Sample | None) -> str:
+    return repair.name if sample is None else f"{repair.name} on {sample.n_fit} and {sample.n_held}"
 
 
 def _read_notes(path: Path) -> tuple[str, float, dict[str, Row], dict[str, Any]]:

@@ -188,6 +188,7 @@ class Job(Way):
             hidden=self.sizes.hidden,
             intermediate=self.sizes.intermediate,
             sequences=self.sequences,
+            length=self.text.length,
             search=self.recovery.search,
             tried=() if self.recovery.method.is_named else self.tried,
             tried_later=() if self.recovery.method.is_named else self._possible(LATER_METHODS),

@@ -1,0 +1,177 @@
+"""A search that measures few plans, and those that do well on more text than the others.
+
+1. Spans are ranked by the similarity of the states around them: a pass of the dense model over few windows.
+2. The best of every length are repaired and measured one by one, on few windows.
+3. Plans of several spans are made of these, those first whose spans cost least together. They are measured
+   beside the best single spans, on more windows.
+4. The survivors are measured on more windows again, and of the leader every way to repair.
+
+What is behind the leader by more than twice the standard error of the difference leaves. Two plans are
+measured on the same windows, so that the error of their difference is much less than that of either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ghoststream.options import Method, Search
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.auto import methods_for, preference
+from ghoststream.stages.choosing.growth import Ranked, fewest_spans
+from ghoststream.stages.choosing.ranking import rank_spans, shortlist
+from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.rounds import (
+    OF_PLANS,
+    OF_SPANS,
+    OF_SURVIVORS,
+    RANKED_WINDOWS,
+    SPANS,
+    SURELY,
+    SURVIVORS,
+)
+from ghoststream.stages.choosing.trial import Row, Sample, Trial
+from ghoststream.stages.choosing.ways import SCREEN
+
+
+@dataclass
+class _Race:
+    trial: Trial
+    rows: list[Row]
+
+    def run(self, repairs: Iterable[Repair], sample: Sample, what: str) -> Ranked:
+        """Measure repairs, each once; return them best first."""
+        own = list({repair.name: repair for repair in repairs}.values())
+        self.trial.progress.log(
+            f"{what}: {len(own)} candidates, fitted on {sample.n_fit} windows, measured on {sample.n_held}"
+        )
+        ranked = sorted(
+            zip(own, self.trial.measure(own, sample), strict=True), key=lambda pair: preference(pair[1])
+        )
+        self.rows = [*(row for _, row in ranked), *self.rows]
+        self.trial.tell(*ranked[0])
+        return ranked
+
+
+def race(
+    trial: Trial, tried: Sequence[Sequence[int]], search: Search, method: Method | None
+) -> tuple[Repair, list[Row]]:
+    """Choose a plan, and with ``auto`` how each of its boundaries is fitted.
+
+    Args:
+        trial: Measures plans.
+        tried: The sizes of the spans, for each partition of the layers to remove.
+        search: ``candidates`` is how many plans of several spans are measured.
+        method: How boundaries are fitted; None for ``auto``.
+
+    Returns:
+        The repair that is taken, and the figures of all, those of the last round first.
+    """
+    run = _Race(trial, [])
+    samples = [trial.sample(share) for share in (OF_SPANS, OF_PLANS, OF_SURVIVORS)]
+    alone = _alone(run, tried, samples[0], method or SCREEN)
+    n_layers = trial.session.skeleton.n_layers
+    whole = sum(tried[0])
+    single = [
+        PruningPlan(n_layers, (span,)) for span in sorted(alone, key=alone.__getitem__) if len(span) == whole
+    ]
+    several = combined(n_layers, tried, alone)[: search.candidates]
+    plans = [*single[:SURVIVORS], *several]
+    if several:
+        ranked = run.run([Repair.alike(plan, method or SCREEN) for plan in plans], samples[1], "plans")
+        plans = [repair.plan for repair, _ in survivors(ranked)[:SURVIVORS]]
+    if method is None:
+        repairs = [_likely(trial, plan) for plan in plans]
+        repairs += _variants(trial, repairs[0])
+    else:
+        repairs = [Repair.alike(plan, method) for plan in plans]
+    ranked = run.run(
+        repairs, samples[2], "the best plans and ways to repair" if method is None else "the best plans"
+    )
+    return fewest_spans(ranked), run.rows
+
+
+def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: Method) -> dict[Span, float]:
+    """Measure the spans that similarity prefers, of every length that occurs; return what they cost."""
+    trial = run.trial
+    sizes = sorted({size for partition in tried for size in partition})
+    n_ranked = min(RANKED_WINDOWS, trial.tokens.n_sequences)
+    trial.progress.log(
+        f"ranking spans of {', '.join(map(str, sizes))} layers by similarity on {n_ranked} windows"
+    )
+    ranked = rank_spans(
+        trial.session,
+        trial.tokens.take(range(n_ranked)),
+        sizes,
+        micro_batch=trial.division.micro_batch,
+        progress=trial.progress,
+    )
+    trial.passes += 1
+    n_layers = trial.session.skeleton.n_layers
+    plans = [PruningPlan(n_layers, (span,)) for size in sizes for span in shortlist(ranked, size, SPANS)]
+    found = run.run([Repair.alike(plan, method) for plan in plans], sample, "single spans")
+    return {repair.plan.spans[0]: float(row["gap"]) for repair, row in found}
+
+
+def combined(n_layers: int, tried: Sequence[Sequence[int]], alone: Mapping[Span, float]) -> list[PruningPlan]:
+    """Return the plans of several spans that can be made of some spans, what costs least together first.
+
+    The loss of a plan is nearly that of its spans together. Spans that touch are one longer span, and no plan
+    of several.
+
+    Args:
+        n_layers: Layers of the model.
+        tried: The sizes of the spans, for each partition.
+        alone: What each span costs alone.
+    """
+    cost: dict[PruningPlan, float] = {}
+    for sizes in (sizes for sizes in tried if len(sizes) > 1):
+        own = [[span for span in alone if len(span) == size] for size in sizes]
+        for spans in itertools.product(*own):
+            ordered = sorted(spans)
+            if all(one.stop < other.start for one, other in itertools.pairwise(ordered)):
+                plan = PruningPlan(n_layers, tuple(ordered))
+                cost[plan] = sum(alone[span] for span in spans)
+    return sorted(cost, key=lambda plan: (cost[plan], plan.spans))
+
+
+def survivors(ranked: Ranked) -> Ranked:
+    """Return the repairs that are not surely worse than the best, best first."""
+    _, best = ranked[0]
+    return [pair for pair in ranked if not is_surely_worse(pair[1], best)]
+
+
+def is_surely_worse(row: Row, best: Row) -> bool:
+    """Say whether a repair is worse by more standard errors than ``SURELY`` of ``rounds``.
+
+    The error is that of the mean difference over the windows, on which both were measured. Of one window
+    nothing is sure.
+    """
+    differences = [own - other for own, other in zip(row["window_gaps"], best["window_gaps"], strict=True)]
+    n = len(differences)
+    if n < 2 or bool(row.get("refusal")) != bool(best.get("refusal")):
+        return bool(row.get("refusal")) and not best.get("refusal")
+    mean = math.fsum(differences) / n
+    spread = math.fsum((one - mean) ** 2 for one in differences)
+    return mean > SURELY * math.sqrt(spread / (n - 1) / n)
+
+
+def _likely(trial: Trial, plan: PruningPlan) -> Repair:
+    """Return the repair of a plan in the way that is nearly always the best one, where it is possible."""
+    screened = Repair.alike(plan, SCREEN)
+    for index in range(len(plan.spans)):
+        possible = methods_for(trial.session, screened, index)
+        joint = [one for one in possible if one.features == "hidden+mlp" and one.inputs != "dense"]
+        screened = screened.changed(index, joint[0] if joint else SCREEN)
+    return screened
+
+
+def _variants(trial: Trial, repair: Repair) -> list[Repair]:
+    """Return a repair with another method at one of its boundaries, in all ways."""
+    return [
+        repair.changed(index, method)
+        for index in range(len(repair.methods))
+        for method in methods_for(trial.session, repair, index)
+    ]

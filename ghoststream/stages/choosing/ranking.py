@@ -1,0 +1,127 @@
+"""Spans ranked before any is repaired, by what a dense pass over few windows says of all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from ghoststream.progress import Progress
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.fitting import DENSE
+from ghoststream.stages.session import ModelSession
+from ghoststream.statistics import candidate_spans
+from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.text import TokenSet
+
+
+@dataclass
+class Similarity:
+    """How alike the hidden states before and behind a span are; larger is more.
+
+    Attributes:
+        channels: Mean cosine of a channel over the tokens of a window (``streamline-published``).
+        tokens: Mean cosine of a token over the channels (``streamline``).
+    """
+
+    channels: float
+    tokens: float
+
+
+class SpanSimilarity:
+    """Compares ``h[l]`` and ``h[l + n]`` for some ``n`` as a lane comes by (an ``Observer`` of a pass).
+
+    Args:
+        n_layers: Decoder layers of the model; the first and the last are in no span.
+        sizes: The ``n``.
+        mask: True at tokens that count, bool ``(S, T)``.
+
+    Memory: the states of ``max(n) + 2`` positions, ``S x T x C`` each, on the device, at compute dtype.
+    """
+
+    def __init__(self, n_layers: int, sizes: Sequence[int], mask: torch.Tensor) -> None:
+        self._spans = {span for size in sizes for span in candidate_spans(n_layers, size)}
+        self._mask = mask
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._channels: dict[Span, list[float]] = {span: [] for span in self._spans}
+        self._tokens: dict[Span, list[torch.Tensor]] = {span: [] for span in self._spans}
+
+    def wants(self, position: int) -> bool:
+        """Whether a span starts or stops here."""
+        return any(position in (span.start, span.stop) for span in self._spans)
+
+    def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
+        """Compare the states of one batch, ``(n, T, C)``, with those before each span that stops here."""
+        mask = self._mask[batch.start : batch.stop].to(states.device)
+        after = states.float()
+        for span in self._spans:
+            if span.stop == position:
+                self._compare(span, self._kept[span.start, batch.start].float(), after, mask)
+        self._kept[position, batch.start] = states.clone()
+
+    def finished(self, position: int) -> None:
+        """Let go of states that no span to come starts at."""
+        waiting = {span.start for span in self._spans if span.stop > position}
+        self._kept = {key: states for key, states in self._kept.items() if key[0] in waiting}
+
+    def failed(self) -> None:
+        """Let go of everything."""
+        self._kept = {}
+
+    def found(self) -> dict[Span, Similarity]:
+        """Return the means over windows and tokens, when all states have come by."""
+        return {
+            span: Similarity(_mean(self._channels[span]), float(torch.cat(self._tokens[span]).mean()))
+            for span in sorted(self._spans)
+        }
+
+    def _compare(self, span: Span, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> None:
+        weights = mask[..., None]
+        channels = cosine_similarity(before * weights, after * weights, dim=1).mean(dim=-1)
+        self._channels[span] += channels[mask.any(dim=1)].tolist()
+        self._tokens[span].append(cosine_similarity(before, after, dim=-1)[mask])
+
+
+def rank_spans(
+    session: ModelSession, tokens: TokenSet, sizes: Sequence[int], *, micro_batch: int, progress: Progress
+) -> dict[Span, Similarity]:
+    """Compare the states around every span of some lengths, in one pass of the dense model.
+
+    Args:
+        session: The model.
+        tokens: Few windows are enough: eight of 512 tokens rank as 128 do.
+        sizes: Lengths of spans.
+        micro_batch: Sequences in one forward.
+        progress: Who is told how far it is.
+
+    Raises:
+        NumericsError: If a state is not finite.
+        BudgetError: If two layers and a micro-batch do not fit the memory given.
+
+    Memory: that of a pass, and of :class:`SpanSimilarity`.
+    """
+    skeleton = session.skeleton
+    observer = SpanSimilarity(skeleton.n_layers, sizes, torch.from_numpy(tokens.mask))
+    batches = make_batches(tokens.ids, tokens.mask, micro_batch)
+    lane = Lane(DENSE, PruningPlan(skeleton.n_layers), observers=(observer,))
+    last = max(1, skeleton.n_layers - 1)
+    factory = session.memory(tokens.length).states_factory(batches)
+    StreamedPass(skeleton, batches, [lane], factory, PassOptions(last_layer=last, progress=progress)).run()
+    return observer.found()
+
+
+def shortlist(ranked: Mapping[Span, Similarity], size: int, count: int) -> tuple[Span, ...]:
+    """Return the spans of one length that either similarity prefers, taken in turn, best first."""
+    own = [span for span in ranked if len(span) == size]
+    orders = [
+        sorted(own, key=lambda span: -ranked[span].channels),
+        sorted(own, key=lambda span: -ranked[span].tokens),
+    ]
+    found = dict.fromkeys(span for pair in zip(*orders, strict=True) for span in pair)
+    return tuple(found)[:count]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

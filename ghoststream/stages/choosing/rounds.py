@@ -1,0 +1,48 @@
+"""How much a race tries, round by round: what the race does, and what it is said to cost. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+TOKENS_A_CHANNEL = 4
+"""Tokens to fit on, for each channel, below which a sample does not go while the text has more."""
+
+
+@dataclass(frozen=True)
+class SampleShare:
+    """How much of a divided text serves: shares of the sequences to fit on, and of those to measure on."""
+
+    fit: float
+    held: float
+
+    def of(self, n_fit: int, n_held: int, *, hidden: int, length: int) -> tuple[int, int]:
+        """Return how many sequences of ``length`` tokens that is, at least one of each that there is.
+
+        A map of ``hidden`` channels is fitted on :data:`TOKENS_A_CHANNEL` tokens a channel at least.
+        """
+        least = math.ceil(TOKENS_A_CHANNEL * hidden / length)
+        fit = min(n_fit, max(1, least, math.ceil(self.fit * n_fit)))
+        return fit, min(n_held, max(1, math.ceil(self.held * n_held)))
+
+
+RANKED_WINDOWS = 8
+"""Windows on which spans are ranked by similarity."""
+
+SPANS = 6
+"""Spans of each length that are measured alone."""
+
+SURVIVORS = 4
+"""Plans in the last round at most."""
+
+OF_SPANS = SampleShare(1 / 4, 1 / 8)
+"""Windows on which spans are measured alone."""
+
+OF_PLANS = SampleShare(1 / 4, 1 / 4)
+"""Windows on which plans are measured."""
+
+OF_SURVIVORS = SampleShare(1 / 2, 1 / 2)
+"""Windows on which the best plans, and ways to repair, are measured."""
+
+SURELY = 2.0
+"""Standard errors of a difference beyond which a plan is worse."""

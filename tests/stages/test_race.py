@@ -1,0 +1,158 @@
+"""A race: few plans on few windows, the best on more; against resident models, and against measuring all."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from ghoststream.options import Method
+from ghoststream.progress import SilentProgress
+from ghoststream.selection import Selection
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.measured import measure_repairs
+from ghoststream.stages.choosing.race import combined, is_surely_worse
+from ghoststream.stages.choosing.ranking import rank_spans, shortlist
+from ghoststream.stages.choosing.repair import Repair, passing_method
+from ghoststream.stages.choosing.rounds import OF_SURVIVORS, TOKENS_A_CHANNEL, SampleShare
+from ghoststream.stages.choosing.ways import LATER_METHODS
+from ghoststream.statistics import Ranges, candidate_spans
+from ghoststream.testing.models import save_tiny
+from tests.helpers.requests import select
+from tests.helpers.searching import HELD, MICRO_BATCH, L, S, T, on_windows, open_model, save_windows
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("race") / "model")
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_windows(tmp_path_factory.mktemp("ids"))
+
+
+def _race(model: Path, ids: Path, remove: int, **options: Any) -> Selection:
+    return select(remove, model=model, held_out=HELD, **on_windows(ids), **options)
+
+
+def test_spans_are_ranked_by_the_cosines_of_a_resident_models_states(model: Path, ids: Path) -> None:
+    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    session, tokens = open_model(model, ids)
+    tokens.mask[1, T // 2 :] = False
+    with torch.no_grad():
+        states = resident(torch.from_numpy(tokens.ids).long(), output_hidden_states=True).hidden_states
+    found = rank_spans(session, tokens, (1, 3), micro_batch=MICRO_BATCH, progress=SilentProgress())
+    assert sorted(found) == sorted([*candidate_spans(L, 1), *candidate_spans(L, 3)])
+    for span, similarity in found.items():
+        by_token, by_window = [], []
+        for row, mask in enumerate(tokens.mask):
+            before, after = (states[position][row][mask].numpy() for position in (span.start, span.stop))
+            products = before * after
+            norms = [np.linalg.norm(before, axis=axis) * np.linalg.norm(after, axis=axis) for axis in (0, 1)]
+            by_window.append((products.sum(axis=0) / norms[0]).mean())
+            by_token.extend(products.sum(axis=1) / norms[1])
+        assert similarity.channels == pytest.approx(np.mean(by_window), abs=1e-5)
+        assert similarity.tokens == pytest.approx(np.mean(by_token), abs=1e-5)
+    tokens.mask[1, T // 2 :] = True
+
+
+def test_a_shortlist_has_the_best_of_either_similarity(model: Path, ids: Path) -> None:
+    session, tokens = open_model(model, ids)
+    found = rank_spans(session, tokens, (1,), micro_batch=MICRO_BATCH, progress=SilentProgress())
+    firsts = {
+        max(found, key=lambda span: found[span].channels),
+        max(found, key=lambda span: found[span].tokens),
+    }
+    assert set(shortlist(found, 1, len(firsts))) == firsts
+    assert set(shortlist(found, 1, L)) == set(candidate_spans(L, 1))
+    assert shortlist(found, 2, L) == ()
+
+
+@settings(max_examples=100)
+@given(
+    n_layers=st.integers(6, 14),
+    sizes=st.lists(st.integers(1, 4), min_size=2, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_plans_of_several_spans_are_those_that_do_not_touch_in_the_order_of_their_sums(
+    n_layers: int, sizes: list[int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    spans = [span for size in sorted(set(sizes)) for span in candidate_spans(n_layers, size)]
+    alone = {span: float(cost) for span, cost in zip(spans, rng.random(len(spans)), strict=True)}
+    found = combined(n_layers, [[sum(sizes)], sizes], alone)
+    expected = {}
+    for chosen in itertools.combinations(sorted(alone), len(sizes)):
+        layers = [layer for span in chosen for layer in range(span.start - 1, span.stop)]
+        if sorted(map(len, chosen)) == sorted(sizes) and len(set(layers)) == len(layers):
+            expected[PruningPlan(n_layers, chosen)] = math.fsum(alone[span] for span in chosen)
+    assert set(found) == set(expected)
+    costs = [expected[plan] for plan in found]
+    assert costs == pytest.approx(sorted(costs))
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=2, max_size=20))
+def test_worse_is_what_a_paired_test_calls_worse(pairs: list[tuple[float, float]]) -> None:
+    own, other = (np.array(side) for side in zip(*pairs, strict=True))
+    rows = [{"window_gaps": side.tolist()} for side in (own, other)]
+    mean, error = (own - other).mean(), (own - other).std(ddof=1) / math.sqrt(len(own))
+    if abs(mean - 2 * error) > 1e-9:
+        assert is_surely_worse(*rows) == (mean > 2 * error)
+    refused = {**rows[1], "refusal": "grows"}
+    assert is_surely_worse(refused, rows[0])
+    assert not is_surely_worse(rows[0], refused)
+
+
+def test_the_last_round_measures_what_a_pass_over_the_same_windows_does(model: Path, ids: Path) -> None:
+    method = Method(operator="ghost")
+    found = _race(model, ids, 2, operator="ghost")
+    n_fit, n_held = OF_SURVIVORS.of(S - HELD, HELD, hidden=32, length=T)
+    n_fit = -(-n_fit // MICRO_BATCH) * MICRO_BATCH
+    session, tokens = open_model(model, ids)
+    last = [row for row in found.candidates if len(row["window_gaps"]) == n_held]
+    plans = [PruningPlan(L, tuple(Span(*span) for span in row["spans"])) for row in last]
+    _, again = measure_repairs(
+        session,
+        tokens.take([*range(n_fit), *range(S - HELD, S - HELD + n_held)]),
+        [Repair.alike(plan, passing_method(method)) for plan in plans],
+        ranges=Ranges.make(n_fit, folds=1),
+        micro_batch=MICRO_BATCH,
+        progress=SilentProgress(),
+    )
+    gaps = {one.plan: one.gap for one in again}
+    assert [gaps[plan] for plan in plans] == [row["gap"] for row in last]
+    assert found.plan in plans
+    assert gaps[found.plan] <= min(gaps.values()) + max(row["gap_standard_error"] for row in last)
+
+
+def test_auto_tries_every_way_for_the_leader(model: Path, ids: Path) -> None:
+    found = _race(model, ids, 2)
+    last = [row for row in found.candidates if len(row["window_gaps"]) == HELD // 2]
+    tried = {label for row in last for label in row["repair"]}
+    assert {method.features for method in LATER_METHODS} <= {label.split(", ")[1] for label in tried}
+    assert found.methods
+
+
+def test_a_race_is_the_same_again_and_with_fewer_lanes_a_pass(model: Path, ids: Path) -> None:
+    together, apart = _race(model, ids, 2), _race(model, ids, 2, lanes=3)
+    assert together.candidates == apart.candidates == _race(model, ids, 2).candidates
+    assert apart.passes > together.passes
+
+
+@given(n_fit=st.integers(1, 500), n_held=st.integers(1, 200), hidden=st.integers(8, 9000))
+def test_a_sample_has_tokens_enough_for_a_map(n_fit: int, n_held: int, hidden: int) -> None:
+    fit, held = SampleShare(0.25, 0.125).of(n_fit, n_held, hidden=hidden, length=512)
+    assert 1 <= fit <= n_fit
+    assert 1 <= held <= n_held
+    assert fit == n_fit or fit * 512 >= TOKENS_A_CHANNEL * hidden

@@ -188,7 +188,7 @@ class StreamedPass:
         if boundary_map.target is not None:
             boundary_map.fit(self._pairs(groups, group, groups.named(boundary_map.target)))
         for one in group:
-            if one.at_last_boundary:
+            if one.fits_no_more:
                 one.drop_fitting_batches()
         self._move(position, groups, group, lambda _, states: boundary_map.apply(states).to(states.dtype))
         boundary_map.release()

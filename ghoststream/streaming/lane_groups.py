@@ -37,16 +37,18 @@ class LaneState:
         return self.lane.map_at(self.inside)
 
     @property
-    def at_last_boundary(self) -> bool:
-        """Whether nothing is removed behind the span that it is inside of."""
-        return self.inside == self.lane.plan.spans[-1]
+    def fits_no_more(self) -> bool:
+        """Whether no map behind the span that it is inside of is fitted."""
+        assert self.inside is not None
+        later = (span for span in self.lane.plan.spans if span.start >= self.inside.stop)
+        return all(self.lane.map_at(span).target is None for span in later)
 
     def carries(self, batch: Batch) -> bool:
         """Whether a batch is one of those that it carries."""
         return self.batches[0].start <= batch.start and batch.stop <= self.batches[-1].stop
 
     def drop_fitting_batches(self) -> None:
-        """Carry on only with batches that the lane carries behind its last boundary, and into the head."""
+        """Carry on only with batches that the lane carries when nothing is fitted any more."""
         if self.lane.carried is not None:
             start, stop = self.lane.carried
             self.batches = [batch for batch in self.batches if start <= batch.start and batch.stop <= stop]

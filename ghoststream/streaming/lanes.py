@@ -55,9 +55,9 @@ class Lane:
         observers: Who sees the hidden states.
         logits: Who sees the logits; without one the head is not run for this lane.
         until: Position after which the lane ends; ``None`` is the end of the pass.
-        carried: Sequences ``[start, stop)``, whole batches, that the lane carries behind its last boundary,
-            and of which logits are shown; ``None`` is all. The others serve to fit maps, and cost nothing
-            afterwards.
+        carried: Sequences ``[start, stop)``, whole batches, that the lane carries behind the last boundary
+            whose map is fitted, and of which logits are shown; ``None`` is all. The others serve to fit maps,
+            and cost nothing afterwards.
         scored: Gives the flattened tokens of a batch whose logits are shown, int64 ``(k,)``; ``None`` is all.
             The head is run for no others.
     """

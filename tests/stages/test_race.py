@@ -21,9 +21,9 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.race import combined, is_surely_worse
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
-from ghoststream.stages.choosing.repair import Repair, passing_method
+from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.rounds import OF_SURVIVORS, TOKENS_A_CHANNEL, SampleShare
-from ghoststream.stages.choosing.ways import LATER_METHODS
+from ghoststream.stages.choosing.ways import LIKELY, RACED
 from ghoststream.statistics import Ranges, candidate_spans
 from ghoststream.testing.models import save_tiny
 from tests.helpers.requests import select
@@ -44,6 +44,11 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _race(model: Path, ids: Path, remove: int, **options: Any) -> Selection:
     return select(remove, model=model, held_out=HELD, **on_windows(ids), **options)
+
+
+def _last_round(found: Selection) -> list[Any]:
+    last = max(row["round"] for row in found.candidates)
+    return [row for row in found.candidates if row["round"] == last]
 
 
 def test_spans_are_ranked_by_the_cosines_of_a_resident_models_states(model: Path, ids: Path) -> None:
@@ -120,7 +125,7 @@ def test_the_last_round_measures_what_a_pass_over_the_same_windows_does(model: P
     n_fit, n_held = OF_SURVIVORS.of(S - HELD, HELD, hidden=32, length=T)
     n_fit = -(-n_fit // MICRO_BATCH) * MICRO_BATCH
     session, tokens = open_model(model, ids)
-    last = [row for row in found.candidates if len(row["window_gaps"]) == n_held]
+    last = _last_round(found)
     plans = [PruningPlan(L, tuple(Span(*span) for span in row["spans"])) for row in last]
     _, again = measure_repairs(
         session,
@@ -138,9 +143,10 @@ def test_the_last_round_measures_what_a_pass_over_the_same_windows_does(model: P
 
 def test_auto_tries_every_way_for_the_leader(model: Path, ids: Path) -> None:
     found = _race(model, ids, 2)
-    last = [row for row in found.candidates if len(row["window_gaps"]) == HELD // 2]
-    tried = {label for row in last for label in row["repair"]}
-    assert {method.features for method in LATER_METHODS} <= {label.split(", ")[1] for label in tried}
+    leader = next(row["spans"] for row in found.candidates if row["round"] == 2)
+    tried = {tuple(row["repair"]) for row in _last_round(found) if row["spans"] == leader}
+    (likely,) = labels([LIKELY])
+    assert {tuple(labels([method])) for method in RACED[:2]} | {(likely,)} <= tried or len(leader) == 2
     assert found.methods
 
 

@@ -1,28 +1,21 @@
-"""Criteria that run the model: one class each, known by name; a user's own is a class.
-
-::
-
-    @register_search_criterion("last-span")
-    class LastSpan(SearchCriterion):
-        meaning = "loss above the dense model's"
-
-        def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
-            n_layers = trial.session.skeleton.n_layers
-            plan = PruningPlan(n_layers, (Span(n_layers - 1 - remove, n_layers - 1),))
-            return Chosen.best(trial, trial.rank([Repair.alike(plan, method or SCREEN)]))
-"""
+"""Criteria that run the model, one class each; `criterion.py` says what a criterion is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ghoststream.costs import PassCost, SearchShape
 from ghoststream.errors import RequestError
 from ghoststream.options import Method, Search
-from ghoststream.registry import Registry
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.criterion import (
+    Chosen,
+    SearchCriterion,
+    make_search_criterion,
+    register_search_criterion,
+    search_criterion_names,
+)
 from ghoststream.stages.choosing.passes import (
     growing,
     one_by_one,
@@ -39,6 +32,15 @@ if TYPE_CHECKING:
     from ghoststream.stages.choosing.growth import Ranked
     from ghoststream.stages.choosing.trial import Row, Trial
 
+__all__ = [
+    "MEASURED",
+    "REFINED",
+    "SearchCriterion",
+    "make_search_criterion",
+    "register_search_criterion",
+    "search_criterion_names",
+]
+
 MEASURED = "measured"
 """The criterion that is taken where none is named."""
 
@@ -49,98 +51,19 @@ NOTHING = Method(operator="none")
 """The method of criteria that repair nothing."""
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What a criterion found: the repair that it takes, and its candidates, best first, as JSON data."""
-
-    repair: Repair
-    rows: Sequence[Row]
-    dense_loss: float | None
-    passes: int
-
-    @classmethod
-    def best(cls, trial: Trial, ranked: Ranked) -> Chosen:
-        """Take the best of what was measured."""
-        return cls(ranked[0][0], [row for _, row in ranked], trial.dense_loss, trial.passes)
-
-
-class SearchCriterion:
-    """A rule that chooses layers by running the model.
-
-    The first and the last layer are kept unless it says otherwise.
-    """
-
-    meaning: ClassVar[str]
-    """What the figures say, in one line."""
-    repairs: ClassVar[bool] = True
-    """Whether candidates are repaired; otherwise all sequences are measured on, and no method is asked
-    for."""
-    reads: ClassVar[tuple[str, ...]] = ("lanes",)
-    """The fields of :class:`~ghoststream.options.Search` that it reads beyond those of every search."""
-
-    def check(self, n_layers: int, remove: int, search: Search) -> None:
-        """Check the request before anything is read.
-
-        Raises:
-            RequestError: If so many layers cannot be removed, or an option is given that is not read.
-        """
-        unread = set(Search.trying) - set(self.reads)
-        search.refuse(unread, f"the criterion {search.criterion} does not read it")
-        if not 1 <= remove <= n_layers - 2:
-            kept = f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept"
-            number = f"give a number from 1 to {n_layers - 2}, or " if n_layers > 2 else ""
-            start = max(0, min(1, n_layers - remove))
-            msg = f"{kept}; {number}say which layers go, such as {start}:{start + max(1, remove)}"
-            raise RequestError(msg)
-
-    def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
-        """Choose the layers, always the same for the same model and text.
-
-        Args:
-            trial: Measures repairs.
-            remove: How many layers are to go.
-            search: How much is tried.
-            method: How boundaries are fitted; None for ``auto``.
-        """
-        raise NotImplementedError
-
-    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
-        """Return the passes that choosing takes; by default one that measures the model without each layer.
-
-        With ``auto``, ways to repair are then compared for one plan of one span.
-        """
-        found = one_by_one(shape, passes=1, repairs=self.repairs)
-        return (*found, *refining(shape, n_spans=1, plans=1)) if self.repairs else found
-
-
-_CRITERIA: Registry[Callable[[], SearchCriterion]] = Registry(
-    "criterion that runs the model", group="ghoststream.search_criteria"
-)
-
-register_search_criterion = _CRITERIA.named
-search_criterion_names = _CRITERIA.names
-
-
-def make_search_criterion(name: str) -> SearchCriterion:
-    """Return a criterion that runs the model by name.
-
-    Raises:
-        RequestError: If there is none of this name.
-    """
-    return _CRITERIA.get(name)()
-
-
 @register_search_criterion("measured")
 class Measured(SearchCriterion):
     """Runs of layers, each candidate repaired and measured on held-out windows.
 
-    Plans of one span, of two and so on up to ``max_spans`` are made side by side, with spans of equal lengths
-    and with one twice as long as the others (:func:`~ghoststream.stages.choosing.growth.partitions`). Spans
-    are added one at a time to the ``beam`` best plans so far: one pass for each of ``max_spans`` steps. After
-    the first step those are measured whose spans cost least alone. Fewer spans are preferred where they are
-    not worse by more than the standard error of the best plan's loss above the dense model's. With ``auto``,
-    four of the best plans, the best of each number of spans among them, are then repaired in every way of
-    :data:`~ghoststream.stages.choosing.auto.METHODS`, one pass more for each span.
+    Plans of one span, of two and so on up to ``max_spans`` are compared, with spans of equal lengths and with
+    one twice as long as the others (:func:`~ghoststream.stages.choosing.passes.partitions`). Fewer spans are
+    preferred where they are not worse by more than the standard error of the best plan's loss above the dense
+    model's. By default plans race (:mod:`ghoststream.stages.choosing.race`).
+
+    An ``exhaustive`` search measures every span. Spans are added one at a time to the ``beam`` best plans so
+    far: one pass for each of ``max_spans`` steps. After the first step those are measured whose spans cost
+    least alone. With ``auto``, four of the best plans, the best of each number of spans among them, are then
+    repaired in every way of :data:`~ghoststream.stages.choosing.ways.METHODS`, one pass more for each span.
     """
 
     meaning = "loss of the repaired model on windows that nothing was fitted on; the lowest is taken"
@@ -155,9 +78,11 @@ class Measured(SearchCriterion):
                 "layer"
             )
             raise RequestError(msg)
+        if search.search == "race":
+            search.refuse(("beam",), "a race goes on with the plans that are not surely worse than the best")
 
     def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
-        """Return a pass for each span that is added, and one for each where ways to repair are compared."""
+        """Return the passes of a race; or one for each span that is added, and where repairs are compared."""
         n_spans = min(shape.search.max_spans, shape.remove)
         tried = partitions(shape.remove, n_spans)
         if shape.search.search == "race":
@@ -165,7 +90,7 @@ class Measured(SearchCriterion):
         return (*growing(shape, tried), *refining(shape, n_spans=n_spans, plans=REFINED))
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
-        """Grow plans span by span; see the class."""
+        """Race, or grow plans span by span; see the class."""
         from ghoststream.stages.choosing.growth import grow
         from ghoststream.stages.choosing.race import race
 

@@ -51,8 +51,6 @@ class StreamedFit(BoundaryMap):
     compute dtype, until the map was applied; the taps of all sequences, while the pass is inside the span.
     """
 
-    target = DENSE
-
     def __init__(
         self,
         span: Span,
@@ -65,6 +63,7 @@ class StreamedFit(BoundaryMap):
         diagnosed: bool = True,
     ) -> None:
         self.span = span
+        self.target = None if source else DENSE
         self._diagnosed = diagnosed
         self.operator: BoundaryOperator | None = None
         self._kind = make_operator(method)
@@ -92,27 +91,29 @@ class StreamedFit(BoundaryMap):
         return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)
 
     def fit(self, pairs: Pairs) -> None:
-        """Reduce the pairs that serve to fit, and solve; or take what the source fitted.
+        """Reduce the pairs that serve to fit, and solve.
 
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        if self._source is None:
-            moments = self._moments(pairs)
-            self.operator = self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments)
-        else:
-            self.operator = self._source.operator
-        assert self.operator is not None
-        self._map = operator_map(self.operator, self._session.skeleton)
+        moments = self._moments(pairs)
+        self._take(self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments))
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
-        """Apply the operator to what was kept."""
+        """Apply the operator to what was kept; that of the source, where there is one."""
+        if self.operator is None:
+            assert self._source is not None
+            assert self._source.operator is not None
+            self._take(self._source.operator)
         hidden, *taps = states.split(self._parts, dim=-1)
         return self._map.apply(self._map.enter(hidden, dict(zip(self.taps, taps, strict=True))))
 
     def release(self) -> None:
         """Free the operator's tensors: every batch has passed."""
         self._map = CUT
+
+    def _take(self, operator: BoundaryOperator) -> None:
+        self.operator, self._map = operator, operator_map(operator, self._session.skeleton)
 
     def _moments(self, pairs: Pairs) -> FoldedMoments:
         skeleton = self._session.skeleton

@@ -12,6 +12,7 @@ from ghoststream.stages.choosing.rounds import (
     OF_PLANS,
     OF_SPANS,
     OF_SURVIVORS,
+    PARTS,
     RANKED_WINDOWS,
     SPANS,
     SURVIVORS,
@@ -56,7 +57,9 @@ def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost
     sizes = {size for sizes in tried for size in sizes}
     ranked = min(RANKED_WINDOWS, shape.sequences) / shape.sequences
     keeping = shape.hidden * (max(sizes) + 3) * ranked
-    n_alone = sum(min(SPANS, max(1, shape.n_layers - 1 - size)) for size in sizes)
+    n_alone = sum(
+        min(SPANS if size == shape.remove else PARTS, max(1, shape.n_layers - 1 - size)) for size in sizes
+    )
     found = [
         PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers),
         _round(shape, OF_SPANS, n_alone, n_spans=1),
@@ -65,27 +68,30 @@ def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost
     n_survivors = min(SURVIVORS, max(1, shape.n_layers - 1 - max(sizes)))
     if most > 1:
         found.append(_round(shape, OF_PLANS, shape.search.candidates + n_survivors, n_spans=most))
-    n_ways = len(shape.tried) + (most - 1) * len(shape.tried_later)
-    found.append(_round(shape, OF_SURVIVORS, n_survivors + n_ways, n_spans=most, taps=bool(n_ways)))
+    # Of the leader other ways are measured beside the likely one, more of them behind another boundary.
+    n_ways = (2 + 3 * (most - 1)) * bool(shape.tried)
+    found.append(_round(shape, OF_SURVIVORS, n_survivors * most + n_ways, n_spans=most, sequential=True))
     return tuple(found)
 
 
 def _round(
-    shape: SearchShape, share: SampleShare, repairs: int, *, n_spans: int, taps: bool = False
+    shape: SearchShape, share: SampleShare, repairs: int, *, n_spans: int, sequential: bool = False
 ) -> PassCost:
-    """Return a pass over a sample: a dense lane, and repairs behind the middle of the model."""
+    """Return a pass over a sample: a dense lane, and repairs behind the middle of the model.
+
+    Where they are fitted one boundary after the other, the windows to fit on go from one to the next too.
+    """
     n_held = max(1, round(shape.held_out * shape.sequences))
     n_fit = max(1, shape.sequences - n_held)
-    fit, held = (
-        n / shape.sequences for n in share.of(n_fit, n_held, hidden=shape.hidden, length=shape.length)
-    )
+    windows = share.of(n_fit, n_held, hidden=shape.hidden, length=shape.length)
+    fit, held = (n / shape.sequences for n in windows)
     stretch = (shape.n_layers - shape.remove) / (n_spans + 1) / shape.n_layers
-    between = (n_spans - 1) * stretch * repairs
-    width = shape.hidden + (shape.hidden + shape.intermediate if taps else 0)
+    between = (n_spans - 1) * stretch * repairs * (held + fit * sequential)
+    width = shape.hidden + (shape.hidden + shape.intermediate) * (sequential and bool(shape.tried))
     states = (fit + held) * (shape.hidden + width * min(repairs, SURVIVORS + n_spans))
     return PassCost(
         states + held * shape.hidden * repairs,
-        (fit + held) * (1 + between) + held * stretch * repairs,
+        fit + held + between + held * stretch * repairs,
         repairs * n_spans,
     )
 

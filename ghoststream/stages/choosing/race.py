@@ -3,11 +3,13 @@
 1. Spans are ranked by the similarity of the states around them: a pass of the dense model over few windows.
 2. The best of every length are repaired and measured one by one, on few windows.
 3. Plans of several spans are made of these, those first whose spans cost least together. They are measured
-   beside the best single spans, on more windows.
-4. The survivors are measured on more windows again, and of the leader every way to repair.
+   beside the best single spans, on more windows. All boundaries are fitted to dense states here: what is
+   fitted once serves all plans, and only windows to measure on go from one boundary to the next.
+4. The survivors are measured on more windows again, repaired in the way that is nearly always the best one,
+   one boundary after the other; of the leader other ways to repair are measured too.
 
-What is behind the leader by more than twice the standard error of the difference leaves. Two plans are
-measured on the same windows, so that the error of their difference is much less than that of either.
+What is behind the best of as many spans by more than twice the standard error of the difference leaves. Two
+plans are measured on the same windows, so that this error is much less than that of either loss.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
@@ -27,31 +29,35 @@ from ghoststream.stages.choosing.rounds import (
     OF_PLANS,
     OF_SPANS,
     OF_SURVIVORS,
+    PARTS,
     RANKED_WINDOWS,
     SPANS,
     SURELY,
     SURVIVORS,
 )
 from ghoststream.stages.choosing.trial import Row, Sample, Trial
-from ghoststream.stages.choosing.ways import SCREEN
+from ghoststream.stages.choosing.ways import LIKELY, RACED, SCREEN
 
 
 @dataclass
 class _Race:
     trial: Trial
-    rows: list[Row]
+    n_rounds: int
+    rows: list[Row] = field(default_factory=list)
+    rounds: int = 0
 
     def run(self, repairs: Iterable[Repair], sample: Sample, what: str) -> Ranked:
         """Measure repairs, each once; return them best first."""
         own = list({repair.name: repair for repair in repairs}.values())
+        self.rounds += 1
         self.trial.progress.log(
-            f"{what}: {len(own)} candidates, fitted on {sample.n_fit} windows, measured on {sample.n_held}"
+            f"round {self.rounds} of {self.n_rounds}, {what}: {len(own)} candidates, fitted on "
+            f"{sample.n_fit} windows and measured on {sample.n_held}"
         )
         ranked = sorted(
             zip(own, self.trial.measure(own, sample), strict=True), key=lambda pair: preference(pair[1])
         )
-        self.rows = [*(row for _, row in ranked), *self.rows]
-        self.trial.tell(*ranked[0])
+        self.rows = [*({**row, "round": self.rounds} for _, row in ranked), *self.rows]
         return ranked
 
 
@@ -69,27 +75,32 @@ def race(
     Returns:
         The repair that is taken, and the figures of all, those of the last round first.
     """
-    run = _Race(trial, [])
+    run = _Race(trial, n_rounds=2 + (max(map(len, tried)) > 1))
     samples = [trial.sample(share) for share in (OF_SPANS, OF_PLANS, OF_SURVIVORS)]
-    alone = _alone(run, tried, samples[0], method or SCREEN)
+    screen = method or SCREEN
+    alone = _alone(run, tried, samples[0], screen)
     n_layers = trial.session.skeleton.n_layers
     whole = sum(tried[0])
-    single = [
-        PruningPlan(n_layers, (span,)) for span in sorted(alone, key=alone.__getitem__) if len(span) == whole
-    ]
+    best_first = sorted(alone, key=alone.__getitem__)
+    plans = [PruningPlan(n_layers, (span,)) for span in best_first if len(span) == whole][:SURVIVORS]
     several = combined(n_layers, tried, alone)[: search.candidates]
-    plans = [*single[:SURVIVORS], *several]
     if several:
-        ranked = run.run([Repair.alike(plan, method or SCREEN) for plan in plans], samples[1], "plans")
-        plans = [repair.plan for repair, _ in survivors(ranked)[:SURVIVORS]]
+        on_dense = screen.model_copy(update={"inputs": "dense"})
+        screened = [
+            *(Repair.alike(plan, screen) for plan in plans),
+            *(Repair.alike(plan, on_dense) for plan in several),
+        ]
+        ranked = run.run(screened, samples[1], "plans")
+        trial.tell(*ranked[0])
+        plans = survivors(ranked)
     if method is None:
         repairs = [_likely(trial, plan) for plan in plans]
-        repairs += _variants(trial, repairs[0])
+        repairs += _others(trial, repairs[0])
     else:
         repairs = [Repair.alike(plan, method) for plan in plans]
-    ranked = run.run(
-        repairs, samples[2], "the best plans and ways to repair" if method is None else "the best plans"
-    )
+    what = "the best plans, and ways to repair" if method is None else "the best plans"
+    ranked = run.run(repairs, samples[2], what)
+    trial.tell(*ranked[0])
     return fewest_spans(ranked), run.rows
 
 
@@ -110,7 +121,17 @@ def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: M
     )
     trial.passes += 1
     n_layers = trial.session.skeleton.n_layers
-    plans = [PruningPlan(n_layers, (span,)) for size in sizes for span in shortlist(ranked, size, SPANS)]
+    whole = sum(tried[0])
+    spans = [
+        span
+        for size in sizes
+        for span in (
+            shortlist(ranked, size, SPANS)
+            if size == whole
+            else shortlist(ranked, size, PARTS, apart=max(1, round(size / 2)))
+        )
+    ]
+    plans = [PruningPlan(n_layers, (span,)) for span in spans]
     found = run.run([Repair.alike(plan, method) for plan in plans], sample, "single spans")
     return {repair.plan.spans[0]: float(row["gap"]) for repair, row in found}
 
@@ -137,10 +158,21 @@ def combined(n_layers: int, tried: Sequence[Sequence[int]], alone: Mapping[Span,
     return sorted(cost, key=lambda plan: (cost[plan], plan.spans))
 
 
-def survivors(ranked: Ranked) -> Ranked:
-    """Return the repairs that are not surely worse than the best, best first."""
-    _, best = ranked[0]
-    return [pair for pair in ranked if not is_surely_worse(pair[1], best)]
+def survivors(ranked: Ranked) -> list[PruningPlan]:
+    """Return the plans to go on with, best first: of each number of spans those about as good as its best.
+
+    Numbers of spans are not compared yet: on dense states plans of several spans look worse than they are.
+    """
+    best: dict[int, Row] = {}
+    for repair, row in ranked:
+        best.setdefault(len(repair.plan.spans), row)
+    found: dict[int, list[PruningPlan]] = {n_spans: [] for n_spans in best}
+    for repair, row in ranked:
+        n_spans = len(repair.plan.spans)
+        if len(found[n_spans]) < SURVIVORS and not is_surely_worse(row, best[n_spans]):
+            found[n_spans].append(repair.plan)
+    kept = {plan for plans in found.values() for plan in plans}
+    return [repair.plan for repair, _ in ranked if repair.plan in kept]
 
 
 def is_surely_worse(row: Row, best: Row) -> bool:
@@ -163,15 +195,15 @@ def _likely(trial: Trial, plan: PruningPlan) -> Repair:
     screened = Repair.alike(plan, SCREEN)
     for index in range(len(plan.spans)):
         possible = methods_for(trial.session, screened, index)
-        joint = [one for one in possible if one.features == "hidden+mlp" and one.inputs != "dense"]
-        screened = screened.changed(index, joint[0] if joint else SCREEN)
+        screened = screened.changed(index, LIKELY if LIKELY in possible else SCREEN)
     return screened
 
 
-def _variants(trial: Trial, repair: Repair) -> list[Repair]:
-    """Return a repair with another method at one of its boundaries, in all ways."""
+def _others(trial: Trial, repair: Repair) -> list[Repair]:
+    """Return a repair with another method at one of its boundaries."""
     return [
         repair.changed(index, method)
         for index in range(len(repair.methods))
         for method in methods_for(trial.session, repair, index)
+        if method in RACED
     ]

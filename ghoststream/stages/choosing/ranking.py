@@ -112,14 +112,27 @@ def rank_spans(
     return observer.found()
 
 
-def shortlist(ranked: Mapping[Span, Similarity], size: int, count: int) -> tuple[Span, ...]:
-    """Return the spans of one length that either similarity prefers, taken in turn, best first."""
+def shortlist(
+    ranked: Mapping[Span, Similarity], size: int, count: int, *, apart: int = 1
+) -> tuple[Span, ...]:
+    """Return the spans of one length that either similarity prefers, taken in turn, best first.
+
+    Args:
+        ranked: What :func:`rank_spans` found.
+        size: The length.
+        count: How many spans at most.
+        apart: Layers between the starts of any two at least. The best spans are neighbours mostly, of which
+            no plan of several can be made.
+    """
     own = [span for span in ranked if len(span) == size]
     orders = [
         sorted(own, key=lambda span: -ranked[span].channels),
         sorted(own, key=lambda span: -ranked[span].tokens),
     ]
-    found = dict.fromkeys(span for pair in zip(*orders, strict=True) for span in pair)
+    found: list[Span] = []
+    for span in (span for pair in zip(*orders, strict=True) for span in pair):
+        if all(abs(span.start - other.start) >= apart for other in found):
+            found.append(span)
     return tuple(found)[:count]
 
 

@@ -30,10 +30,13 @@ RANKED_WINDOWS = 8
 """Windows on which spans are ranked by similarity."""
 
 SPANS = 6
-"""Spans of each length that are measured alone."""
+"""Spans of all layers that go, which are measured alone."""
 
-SURVIVORS = 4
-"""Plans in the last round at most."""
+PARTS = 9
+"""Spans of each length that plans of several have, which are measured alone."""
+
+SURVIVORS = 3
+"""Plans of a number of spans that go on to the next round at most."""
 
 OF_SPANS = SampleShare(1 / 4, 1 / 8)
 """Windows on which spans are measured alone."""

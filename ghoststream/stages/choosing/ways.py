@@ -20,5 +20,11 @@ METHODS = (
 )
 """What is tried: the paper's operator, and others that cost no more at inference."""
 
+LIKELY = METHODS[-1]
+"""What is nearly always the best of them, where it is possible."""
+
+RACED = (SCREEN, METHODS[2], LIKELY.model_copy(update={"inputs": "dense"}))
+"""What a race compares it with: each was the best somewhere, where ``LIKELY`` could not be written."""
+
 LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
 """What is tried behind another boundary, where the inputs make a difference."""

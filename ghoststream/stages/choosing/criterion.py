@@ -1,0 +1,112 @@
+"""What every criterion that runs the model is; a user's own is a class.
+
+::
+
+    @register_search_criterion("last-span")
+    class LastSpan(SearchCriterion):
+        meaning = "loss above the dense model's"
+
+        def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
+            n_layers = trial.session.skeleton.n_layers
+            plan = PruningPlan(n_layers, (Span(n_layers - 1 - remove, n_layers - 1),))
+            return Chosen.best(trial, trial.rank([Repair.alike(plan, method or SCREEN)]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ghoststream.costs import PassCost, SearchShape
+from ghoststream.errors import RequestError
+from ghoststream.options import Method, Search
+from ghoststream.registry import Registry
+from ghoststream.stages.choosing.passes import one_by_one, refining
+from ghoststream.stages.choosing.repair import Repair
+
+if TYPE_CHECKING:
+    # What runs the model is imported where it runs: an estimate asks for costs only.
+    from ghoststream.stages.choosing.growth import Ranked
+    from ghoststream.stages.choosing.trial import Row, Trial
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a criterion found: the repair that it takes, and its candidates, best first, as JSON data."""
+
+    repair: Repair
+    rows: Sequence[Row]
+    dense_loss: float | None
+    passes: int
+
+    @classmethod
+    def best(cls, trial: Trial, ranked: Ranked) -> Chosen:
+        """Take the best of what was measured."""
+        return cls(ranked[0][0], [row for _, row in ranked], trial.dense_loss, trial.passes)
+
+
+class SearchCriterion:
+    """A rule that chooses layers by running the model.
+
+    The first and the last layer are kept unless it says otherwise.
+    """
+
+    meaning: ClassVar[str]
+    """What the figures say, in one line."""
+    repairs: ClassVar[bool] = True
+    """Whether candidates are repaired; otherwise all sequences are measured on, and no method is asked
+    for."""
+    reads: ClassVar[tuple[str, ...]] = ("lanes",)
+    """The fields of :class:`~ghoststream.options.Search` that it reads beyond those of every search."""
+
+    def check(self, n_layers: int, remove: int, search: Search) -> None:
+        """Check the request before anything is read.
+
+        Raises:
+            RequestError: If so many layers cannot be removed, or an option is given that is not read.
+        """
+        unread = set(Search.trying) - set(self.reads)
+        search.refuse(unread, f"the criterion {search.criterion} does not read it")
+        if not 1 <= remove <= n_layers - 2:
+            kept = f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept"
+            number = f"give a number from 1 to {n_layers - 2}, or " if n_layers > 2 else ""
+            start = max(0, min(1, n_layers - remove))
+            msg = f"{kept}; {number}say which layers go, such as {start}:{start + max(1, remove)}"
+            raise RequestError(msg)
+
+    def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
+        """Choose the layers, always the same for the same model and text.
+
+        Args:
+            trial: Measures repairs.
+            remove: How many layers are to go.
+            search: How much is tried.
+            method: How boundaries are fitted; None for ``auto``.
+        """
+        raise NotImplementedError
+
+    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
+        """Return the passes that choosing takes; by default one that measures the model without each layer.
+
+        With ``auto``, ways to repair are then compared for one plan of one span.
+        """
+        found = one_by_one(shape, passes=1, repairs=self.repairs)
+        return (*found, *refining(shape, n_spans=1, plans=1)) if self.repairs else found
+
+
+_CRITERIA: Registry[Callable[[], SearchCriterion]] = Registry(
+    "criterion that runs the model", group="ghoststream.search_criteria"
+)
+
+register_search_criterion = _CRITERIA.named
+search_criterion_names = _CRITERIA.names
+
+
+def make_search_criterion(name: str) -> SearchCriterion:
+    """Return a criterion that runs the model by name.
+
+    Raises:
+        RequestError: If there is none of this name.
+    """
+    return _CRITERIA.get(name)()

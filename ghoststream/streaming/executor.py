@@ -169,16 +169,17 @@ class StreamedPass:
 
     def _group_through_layer(self, layer: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
         entering = groups.entering(group, layer + 1)
-        names = {name for boundary_map, _ in entering for name in boundary_map.taps}
+        names = {name for one in entering for name in one.boundary_map.taps}
         with LayerTaps(self._skeleton, layer, sorted(names)) as taps:
 
             def move(batch: Batch, states: torch.Tensor) -> torch.Tensor:
                 value = self._calls.layer(layer, batch, states)
                 taken = taps.take(batch)
-                for boundary_map, place in entering:
-                    kept = boundary_map.enter(value, taken).to(value.dtype)
-                    require_finite(kept, f"at position {layer + 1}", batch)
-                    place.put(batch, kept)
+                for one in entering:
+                    if batch.start in one.starts:
+                        kept = one.boundary_map.enter(value, taken).to(value.dtype)
+                        require_finite(kept, f"at position {layer + 1}", batch)
+                        one.place.put(batch, kept)
                 return value
 
             self._move(layer + 1, groups, group, move)

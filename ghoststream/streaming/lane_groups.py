@@ -54,6 +54,21 @@ class LaneState:
             self.batches = [batch for batch in self.batches if start <= batch.start and batch.stop <= stop]
 
 
+@dataclass(frozen=True)
+class Entering:
+    """A map that reads the layer before its span, and the place of what it keeps inside the span.
+
+    Attributes:
+        boundary_map: The map.
+        place: The place.
+        starts: First sequences of the batches that its lanes carry, of those that pass the layer.
+    """
+
+    boundary_map: BoundaryMap
+    place: HiddenStates
+    starts: frozenset[int]
+
+
 class LaneGroups:
     """All lanes of a pass, in groups that do the same.
 
@@ -93,14 +108,14 @@ class LaneGroups:
                 groups.setdefault(key, []).append(one)
         return list(groups.values())
 
-    def entering(self, group: Sequence[LaneState], start: int) -> list[tuple[BoundaryMap, HiddenStates]]:
+    def entering(self, group: Sequence[LaneState], start: int) -> list[Entering]:
         """Return the maps of a group that read the layer before ``start``, with places for what they keep."""
         found: dict[int, tuple[BoundaryMap, list[LaneState]]] = {}
         for one in group:
             boundary_map = one.lane.map_from(start)
             if boundary_map is not None and boundary_map.taps:
                 found.setdefault(id(boundary_map), (boundary_map, []))[1].append(one)
-        return [(boundary_map, self._entered(boundary_map, ones)) for boundary_map, ones in found.values()]
+        return [self._entering(boundary_map, ones) for boundary_map, ones in found.values()]
 
     def batches_of(self, group: Sequence[LaneState]) -> list[Batch]:
         """Return what any of a group carries, in order."""
@@ -138,11 +153,12 @@ class LaneGroups:
         self.lanes = []
         self._release_all_but(())
 
-    def _entered(self, boundary_map: BoundaryMap, group: Sequence[LaneState]) -> HiddenStates:
-        place = self._make(self.batches_of(group), boundary_map.width)
+    def _entering(self, boundary_map: BoundaryMap, group: Sequence[LaneState]) -> Entering:
+        batches = self.batches_of(group)
+        place = self._make(batches, boundary_map.width)
         for one in group:
             one.entered = place
-        return place
+        return Entering(boundary_map, place, frozenset(batch.start for batch in batches))
 
     def _make(self, batches: Sequence[Batch], width: int | None = None) -> HiddenStates:
         place = self._factory.make(batches, width=width)

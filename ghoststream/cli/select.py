@@ -63,8 +63,8 @@ def command(
     _print_candidates(selection)
     plan = selection.plan
     click.echo(f"plan: remove {plan} ({plan.n_removed} of {plan.n_layers} layers)")
-    if selection.has_fewer_spans:
-        click.echo("it has fewer spans than the best candidate, and is within a standard error of it")
+    if selection.is_not_lowest:
+        click.echo(f"a candidate of a lower loss is not surely better; this one {selection.reason}")
     if out is not None:
         given_source = ("--store", store) if store else ("--model", model, "--calibration", "SPEC")
         following = next_command("fit", *given_source, "--plan", out, "--out", "operators.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ghoststream.evaluation.bootstrap import PairedDifference, paired_bootstrap
+from ghoststream.evaluation.induction import induction_tokens
 from ghoststream.evaluation.losses import LossAccumulator, LossSummary, default_logit_tokens
 from ghoststream.evaluation.report import EvaluationReport, EvaluationRow
 from ghoststream.evaluation.requests import RequestBatches, RequestScores, ScoredWindow
@@ -31,6 +32,7 @@ __all__ = [
     "TaskRow",
     "compare_rows",
     "default_logit_tokens",
+    "induction_tokens",
     "paired_bootstrap",
     "require_trusted_tasks",
     "task_results",

@@ -36,12 +36,15 @@ class LossSummary:
         tokens: Number of predicted tokens.
         standard_error: Standard error of ``loss`` over windows (NaN for a single window).
         sequence_losses: Mean loss of each window.
+        marked_losses: Mean loss of the marked tokens of each of these windows; NaN where it has none. Empty
+            where no tokens are marked.
     """
 
     loss: float
     tokens: int
     standard_error: float
     sequence_losses: tuple[float, ...]
+    marked_losses: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -55,10 +58,17 @@ class LossAccumulator:
     The logits of position ``t`` predict token ``t + 1`` of the same window; padding is neither predicted nor
     used to predict. The softmax is taken in float32, as in transformers' own loss.
 
+    Args:
+        n_sequences: Sequences of the text.
+        marked: Positions whose losses are summed by themselves too, bool ``(n_sequences, T)``.
+
     Memory: a chunk of logits as it came, and one in float32; on the CPU 4 MiB of it, or one token's.
     """
 
-    def __init__(self, n_sequences: int) -> None:
+    def __init__(self, n_sequences: int, marked: npt.NDArray[np.bool_] | None = None) -> None:
+        self._marked = marked
+        self._marked_sums: npt.NDArray[np.float64] = np.zeros(n_sequences)
+        self._marked_counts: npt.NDArray[np.int64] = np.zeros(n_sequences, dtype=np.int64)
         self._sums: npt.NDArray[np.float64] = np.zeros(n_sequences)
         self._counts: npt.NDArray[np.int64] = np.zeros(n_sequences, dtype=np.int64)
 
@@ -77,6 +87,10 @@ class LossAccumulator:
         require_finite_scores(values, batch)
         np.add.at(self._sums, rows[used], values)
         np.add.at(self._counts, rows[used], 1)
+        if self._marked is not None:
+            own = self._marked[rows[used], np.arange(first, first + k)[used] % length]
+            np.add.at(self._marked_sums, rows[used][own], values[own])
+            np.add.at(self._marked_counts, rows[used][own], 1)
 
     def summary(self) -> LossSummary:
         """Summarise what was seen.
@@ -96,7 +110,15 @@ class LossAccumulator:
         if n > 1:
             deviations = sums - loss * counts
             error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / float(counts.sum())
-        return LossSummary(loss, int(counts.sum()), error, tuple((sums / counts).tolist()))
+        return LossSummary(
+            loss, int(counts.sum()), error, tuple((sums / counts).tolist()), self._of_marked(seen)
+        )
+
+    def _of_marked(self, seen: npt.NDArray[np.bool_]) -> tuple[float, ...]:
+        if self._marked is None:
+            return ()
+        sums, counts = self._marked_sums[seen], self._marked_counts[seen]
+        return tuple(np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0).tolist())
 
 
 def require_finite_scores(values: npt.NDArray[np.float64], batch: Batch) -> None:

@@ -69,10 +69,17 @@ class Selection:
         return json_digest(dict(self.recipe))
 
     @property
-    def has_fewer_spans(self) -> bool:
-        """Whether a candidate of more spans had a lower loss, but not by more than a standard error."""
+    def is_not_lowest(self) -> bool:
+        """Whether the first candidate was measured, has the lowest loss, and is not the plan."""
         best = self.candidates[0] if self.candidates else {}
-        return "gap" in best and len(best["spans"]) > len(self.plan.spans)
+        return "gap" in best and not best.get("chosen")
+
+    @property
+    def reason(self) -> str:
+        """Why the plan is taken and not the first candidate, for a reader."""
+        if len(self.candidates[0]["spans"]) > len(self.plan.spans):
+            return "has fewer spans"
+        return "keeps better what can be copied from the window"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan file's JSON data, with its digest.

@@ -84,3 +84,22 @@ def test_logit_chunks_stay_below_their_bound() -> None:
     assert default_logit_tokens(128_256, unit) * 128_256 * 4 <= unit // 4
     assert default_logit_tokens(1000, 0) * 1000 * 4 <= 32 * 2**20
     assert default_logit_tokens(10**9, 0) == 1
+
+
+def test_losses_of_marked_tokens_are_those_of_their_positions() -> None:
+    rng = np.random.default_rng(5)
+    ids, logits = rng.integers(0, 11, (3, 6)), torch.from_numpy(rng.standard_normal((3, 6, 11)))
+    marked = rng.random((3, 6)) < 0.5
+    marked[1] = False
+    accumulator = LossAccumulator(3, marked)
+    for batch in make_batches(ids, np.ones(ids.shape, dtype=bool), 2):
+        own = logits[batch.start : batch.stop].flatten(0, 1)
+        for first in range(0, len(own), 5):
+            accumulator.observe_logits(batch, first, own[first : first + 5])
+    losses = -torch.log_softmax(logits, dim=-1)[:, :-1].gather(2, torch.from_numpy(ids)[:, 1:, None])[..., 0]
+    found = accumulator.summary().marked_losses
+    for row in (0, 2):
+        assert found[row] == pytest.approx(
+            float(losses[row][torch.from_numpy(marked[row, :-1])].mean()), rel=1e-6
+        )
+    assert np.isnan(found[1])

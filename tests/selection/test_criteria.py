@@ -398,17 +398,22 @@ def test_a_plan_that_says_more_than_its_spans_is_read_whole_or_refused(tmp_path:
         Selection.load(path)
 
 
-def test_a_plan_of_fewer_spans_than_the_best_candidate_says_so() -> None:
+def test_a_plan_that_is_not_the_candidate_of_the_lowest_loss_says_why() -> None:
     def found(spans: str, *rows: dict[str, Any]) -> Selection:
-        return Selection(PruningPlan.parse(L, spans), "measured", candidates=rows)
+        plan = PruningPlan.parse(L, spans)
+        own = [[span.start, span.stop] for span in plan.spans]
+        return Selection(
+            plan, "measured", candidates=tuple({**row, "chosen": row["spans"] == own} for row in rows)
+        )
 
     two, one = {"spans": [[1, 2], [3, 4]], "gap": 0.1}, {"spans": [[3, 5]], "gap": 0.11}
-    assert found("3:5", two, one).has_fewer_spans
-    assert not found("1:2 3:4", two, one).has_fewer_spans
-    assert not found("3:5", one, two).has_fewer_spans
+    assert found("3:5", two, one).is_not_lowest
+    assert found("3:5", two, one).reason == "has fewer spans"
+    assert found("1:2 3:4", one, two).reason == "keeps better what can be copied from the window"
+    assert not found("1:2 3:4", two, one).is_not_lowest
     # Scores of single layers, and a user's plan, have no better candidate.
-    assert not found("1:3", {"spans": [[1, 2]], "score": 0.1}).has_fewer_spans
-    assert not found("3:5").has_fewer_spans
+    assert not found("1:3", {"spans": [[1, 2]], "score": 0.1}).is_not_lowest
+    assert not found("3:5").is_not_lowest
 
 
 def test_a_users_criterion_is_a_class_of_their_own(uri: str) -> None:

@@ -29,8 +29,7 @@ from ghoststream.stages.choosing.ways import SCREEN
 
 if TYPE_CHECKING:
     # What runs the model is imported where it runs: an estimate asks for costs only.
-    from ghoststream.stages.choosing.growth import Ranked
-    from ghoststream.stages.choosing.trial import Row, Trial
+    from ghoststream.stages.choosing.trial import Ranked, Row, Trial
 
 __all__ = [
     "MEASURED",
@@ -56,9 +55,10 @@ class Measured(SearchCriterion):
     """Runs of layers, each candidate repaired and measured on held-out windows.
 
     Plans of one span, of two and so on up to ``max_spans`` are compared, with spans of equal lengths and with
-    one twice as long as the others (:func:`~ghoststream.stages.choosing.passes.partitions`). Fewer spans are
-    preferred where they are not worse by more than the standard error of the best plan's loss above the dense
-    model's. By default plans race (:mod:`ghoststream.stages.choosing.race`).
+    one twice as long as the others (:func:`~ghoststream.stages.choosing.passes.partitions`). Of plans that
+    are about as good, one that keeps what can be copied from the window is preferred, and one of fewer spans
+    (:func:`~ghoststream.stages.choosing.settling.settle`). By default plans race
+    (:mod:`ghoststream.stages.choosing.race`).
 
     An ``exhaustive`` search measures every span. Spans are added one at a time to the ``beam`` best plans so
     far: one pass for each of ``max_spans`` steps. After the first step those are measured whose spans cost
@@ -220,13 +220,14 @@ def taylor_plus() -> Taylor:
 
 
 def _refined(trial: Trial, ranked: Ranked, remove: int, method: Method | None, *, prefer_few: bool) -> Chosen:
-    from ghoststream.stages.choosing.growth import fewest_spans, finalists
+    from ghoststream.stages.choosing.growth import finalists
+    from ghoststream.stages.choosing.settling import settle
 
     rows: Sequence[Row] = [row for _, row in ranked]
     if method is None:
         ranked = trial.refine(finalists(ranked, REFINED))
         rows = [row for row in trial.rows() if sum(stop - start for start, stop in row["spans"]) == remove]
-    best = fewest_spans(ranked) if prefer_few else ranked[0][0]
+    best = settle(ranked) if prefer_few else ranked[0][0]
     return Chosen(best, rows, trial.dense_loss, trial.passes)
 
 

@@ -27,8 +27,7 @@ from ghoststream.stages.choosing.repair import Repair
 
 if TYPE_CHECKING:
     # What runs the model is imported where it runs: an estimate asks for costs only.
-    from ghoststream.stages.choosing.growth import Ranked
-    from ghoststream.stages.choosing.trial import Row, Trial
+    from ghoststream.stages.choosing.trial import Ranked, Row, Trial
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,8 @@ from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.auto import preference
 from ghoststream.stages.choosing.repair import Repair
-from ghoststream.stages.choosing.trial import Row, Trial
+from ghoststream.stages.choosing.trial import Ranked, Row, Trial
 from ghoststream.statistics import candidate_spans
-
-Ranked = Sequence[tuple[Repair, Row]]
-"""Repairs and their figures, best first."""
 
 
 @dataclass
@@ -112,15 +109,3 @@ def finalists(ranked: Ranked, count: int) -> list[Repair]:
     others = [repair for repair, _ in ranked if repair not in leaders]
     chosen = [*leaders, *others][:count]
     return [repair for repair, _ in ranked if repair in chosen]
-
-
-def fewest_spans(ranked: Ranked) -> Repair:
-    """Return the best repair among those of fewest spans that are within a standard error of the best of all.
-
-    Each span more is an operator more at inference. The standard error is that of the loss above the dense
-    model's.
-    """
-    _, best = ranked[0]
-    limit = preference({**best, "gap": best["gap"] + (best["gap_standard_error"] or 0.0)})
-    close = [repair for repair, row in ranked if preference(row) <= limit]
-    return min(close, key=lambda repair: len(repair.plan.spans))

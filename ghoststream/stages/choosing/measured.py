@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghoststream.errors import NumericsError
-from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens, induction_tokens
 from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
@@ -35,6 +35,7 @@ class Candidate:
         losses: Losses of the repaired model on the held-out sequences.
         gaps: Its loss less the dense model's, for each of these.
         gap: Their mean.
+        induction_gaps: The same of the tokens that could be copied from the window; NaN where it has none.
         gap_error: Standard error of that mean.
         refusal: Why the repaired model cannot be written; empty if it can.
     """
@@ -43,6 +44,7 @@ class Candidate:
     losses: LossSummary
     gaps: tuple[float, ...]
     gap: float
+    induction_gaps: tuple[float, ...]
     gap_error: float
     refusal: str = ""
 
@@ -60,6 +62,7 @@ class Candidate:
             "gap": self.gap,
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
             "window_gaps": list(self.gaps),
+            "window_induction_gaps": [None if math.isnan(gap) else gap for gap in self.induction_gaps],
             **({"refusal": self.refusal} if self.refusal else {}),
         }
 
@@ -107,7 +110,8 @@ def measure_repairs(
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
     held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
-    accumulators = [LossAccumulator(tokens.n_sequences) for _ in range(len(repairs) + 1)]
+    marked = induction_tokens(tokens.ids, tokens.mask)
+    accumulators = [LossAccumulator(tokens.n_sequences, marked) for _ in range(len(repairs) + 1)]
     dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], carried=held)
     fitted = FittedLanes(ranges, tokens.mask, session, carried=held, diagnosed=False)
     lanes = [
@@ -139,10 +143,15 @@ def _refusal(lane: Lane, session: ModelSession) -> str:
 
 
 def _candidate(repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str) -> Candidate:
-    pairs = zip(losses.sequence_losses, dense.sequence_losses, strict=True)
-    gaps = tuple(mine - theirs for mine, theirs in pairs)
+    gaps, of_induction = (
+        tuple(mine - theirs for mine, theirs in zip(own, reference, strict=True))
+        for own, reference in (
+            (losses.sequence_losses, dense.sequence_losses),
+            (losses.marked_losses, dense.marked_losses),
+        )
+    )
     n = len(gaps)
     mean = math.fsum(gaps) / n
     spread = math.fsum((gap - mean) ** 2 for gap in gaps)
     error = math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan
-    return Candidate(repair, losses, gaps, mean, error, refusal)
+    return Candidate(repair, losses, gaps, mean, of_induction, error, refusal)

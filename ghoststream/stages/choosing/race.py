@@ -15,14 +15,12 @@ plans are measured on the same windows, so that this error is much less than tha
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.auto import methods_for, preference
-from ghoststream.stages.choosing.growth import Ranked, fewest_spans
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import (
@@ -32,10 +30,10 @@ from ghoststream.stages.choosing.rounds import (
     PARTS,
     RANKED_WINDOWS,
     SPANS,
-    SURELY,
     SURVIVORS,
 )
-from ghoststream.stages.choosing.trial import Row, Sample, Trial
+from ghoststream.stages.choosing.settling import is_surely_worse, settle
+from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
 from ghoststream.stages.choosing.ways import LIKELY, RACED, SCREEN
 
 
@@ -101,7 +99,7 @@ def race(
     what = "the best plans, and ways to repair" if method is None else "the best plans"
     ranked = run.run(repairs, samples[2], what)
     trial.tell(*ranked[0])
-    return fewest_spans(ranked), run.rows
+    return settle(ranked), run.rows
 
 
 def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: Method) -> dict[Span, float]:
@@ -173,21 +171,6 @@ def survivors(ranked: Ranked) -> list[PruningPlan]:
             found[n_spans].append(repair.plan)
     kept = {plan for plans in found.values() for plan in plans}
     return [repair.plan for repair, _ in ranked if repair.plan in kept]
-
-
-def is_surely_worse(row: Row, best: Row) -> bool:
-    """Say whether a repair is worse by more standard errors than ``SURELY`` of ``rounds``.
-
-    The error is that of the mean difference over the windows, on which both were measured. Of one window
-    nothing is sure.
-    """
-    differences = [own - other for own, other in zip(row["window_gaps"], best["window_gaps"], strict=True)]
-    n = len(differences)
-    if n < 2 or bool(row.get("refusal")) != bool(best.get("refusal")):
-        return bool(row.get("refusal")) and not best.get("refusal")
-    mean = math.fsum(differences) / n
-    spread = math.fsum((one - mean) ** 2 for one in differences)
-    return mean > SURELY * math.sqrt(spread / (n - 1) / n)
 
 
 def _likely(trial: Trial, plan: PruningPlan) -> Repair:

@@ -24,6 +24,8 @@ from ghoststream.statistics import Ranges
 from ghoststream.text import TokenSet
 
 Row = Mapping[str, Any]
+Ranked = Sequence[tuple[Repair, Row]]
+"""Repairs and their figures, best first."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ OF_SPANS = SampleShare(1 / 4, 1 / 8)
 OF_PLANS = SampleShare(1 / 4, 1 / 4)
 """Windows on which plans are measured."""
 
-OF_SURVIVORS = SampleShare(1 / 2, 1 / 2)
+OF_SURVIVORS = SampleShare(1, 1 / 2)
 """Windows on which the best plans, and ways to repair, are measured."""
 
 SURELY = 2.0

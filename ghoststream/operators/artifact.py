@@ -20,7 +20,10 @@ from ghoststream.statistics.features import ModelFacts, get_feature, taps_of
 Weights = npt.NDArray[np.float32]
 Form = Literal["linear", "diagonal", "identity"]
 
-_ENCODING = {"encoding-type": "ghoststream-operators", "encoding-version": "2.0"}
+_ENCODING = {"encoding-type": "ghoststream-operators", "encoding-version": "3.0"}
+_REPLACED = "replaced."
+"""What stands in front of a base tensor's name in the file."""
+
 _ADVICE = "restore it from a copy, or fit again"
 _RANKS: Mapping[str, int | None] = {"linear": 2, "diagonal": 1, "identity": None}
 
@@ -134,8 +137,15 @@ class OperatorSet:
         hidden: Hidden size C.
         metadata: JSON data: ``base`` (fingerprint of the dense model), ``recipe``, ``recipe_digest``,
             ``versions``.
+        replaced: Weights that stand in the places of the base's, float32, by the names of their tensors in
+            the base checkpoint: tensors of layers that are kept, and of the final norm. Layers have the
+            base's numbers.
 
-    Memory: ``4 p C`` bytes for each linear operator.
+    Raises:
+        RequestError: If there is not one operator a span, in order.
+        NumericsError: If a replaced weight is NaN or infinite.
+
+    Memory: ``4 p C`` bytes for each linear operator, and four for each element that is replaced.
     """
 
     plan: PruningPlan
@@ -143,8 +153,13 @@ class OperatorSet:
     boundaries: tuple[BoundaryOperator, ...]
     hidden: int
     metadata: dict[str, Any] = field(default_factory=dict)
+    replaced: Mapping[str, Weights] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, array in self.replaced.items():
+            if not np.isfinite(array).all():
+                msg = f"the weight for {name} is not finite in float32; nothing was written"
+                raise NumericsError(msg)
         spans = tuple(operator.span for operator in self.boundaries)
         if spans != self.plan.spans:
             msg = (
@@ -178,13 +193,12 @@ class OperatorSet:
     def save(self, path: Path) -> None:
         """Write one sealed safetensors file with one metadata key.
 
-        Tensors are ``boundary.{start}-{stop}.weight`` (and ``.bias``). Equal content gives equal bytes. The
-        file appears whole or not at all.
+        Tensors are ``boundary.{start}-{stop}.weight`` (and ``.bias``), and ``replaced.{name}`` for a tensor
+        of the base. Equal content gives equal bytes. The file appears whole or not at all.
 
         Raises:
             DiskFullError: If no space is left.
         """
-        arrays = self._arrays()
         metadata = {
             **_ENCODING,
             **self.metadata,
@@ -193,7 +207,16 @@ class OperatorSet:
             "plan": self.plan.to_json(),
             "boundaries": [operator.to_json() for operator in self.boundaries],
         }
-        write_tensors(path, arrays, metadata)
+        write_tensors(path, self.arrays(), metadata)
+
+    def arrays(self) -> dict[str, Weights]:
+        """Return all arrays by the names of their tensors in the file, float32 and contiguous."""
+        arrays = {f"{_REPLACED}{name}": array for name, array in self.replaced.items()}
+        for operator in self.operators:
+            for part, array in (("weight", operator.weight), ("bias", operator.bias)):
+                if array is not None:
+                    arrays[f"{operator.name}.{part}"] = array
+        return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> OperatorSet:
@@ -215,20 +238,17 @@ class OperatorSet:
             kind, hidden = str(metadata.pop("kind")), int(metadata.pop("hidden"))
             rest = {key: value for key, value in metadata.items() if key not in _ENCODING}
             _require_objects(rest, ("base", "recipe", "versions"))
-            return cls(plan, kind, boundaries, hidden, rest)
+            replaced = {
+                name.removeprefix(_REPLACED): array
+                for name, array in arrays.items()
+                if name.startswith(_REPLACED)
+            }
+            return cls(plan, kind, boundaries, hidden, rest, replaced)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ArtifactError):
                 raise
             msg = f"{path} lacks a part of an operator file ({error}); delete it and fit again"
             raise ArtifactError(msg) from error
-
-    def _arrays(self) -> dict[str, Weights]:
-        arrays: dict[str, Weights] = {}
-        for operator in self.operators:
-            for part, array in (("weight", operator.weight), ("bias", operator.bias)):
-                if array is not None:
-                    arrays[f"{operator.name}.{part}"] = np.ascontiguousarray(array, dtype=np.float32)
-        return arrays
 
 
 def _require_encoding(metadata: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
@@ -29,6 +28,7 @@ from ghoststream.files import (
     write_sealed_json,
     write_sums,
 )
+from ghoststream.files.tensor_files import array_digest
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery import modeling_ghosted
@@ -38,7 +38,6 @@ from ghoststream.recovery.config_spelling import spell_both_ways
 from ghoststream.recovery.config_surgery import check_pruned_model, own_code, prune_config
 from ghoststream.recovery.layout import (
     LayerNames,
-    leaf_names,
     operator_entries,
     prevailing_dtype,
     recovered_tensors,
@@ -51,6 +50,7 @@ from ghoststream.recovery.provenance import (
     earlier_rounds,
     is_finished,
 )
+from ghoststream.recovery.replacing import require_replaceable
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
@@ -126,7 +126,8 @@ class _Job:
         """Return digests of the base's tensors: those that are written, and those that operators know."""
         known = (self.operators.metadata.get("base") or {}).get("tensors") or {}
         absorbing = [name for one in self.absorptions.values() for name in (one.weight, one.changed_bias)]
-        names = {*self.origins.values(), *known, *(name for name in absorbing if name is not None)}
+        changed = [*(name for name in absorbing if name is not None), *self.operators.replaced]
+        names = {*self.origins.values(), *known, *changed}
         return self.skeleton.reader.digests.of(names)
 
 
@@ -255,6 +256,7 @@ def _prepare(
     names = replace(names, ghosts=Counter(int(entry["layer"]) for entry in standing))
     dtype = operator_dtype or prevailing_dtype(skeleton.index)
     absorptions = find_absorptions(skeleton, operators, dtype)
+    require_replaceable(operators, skeleton)
     tensors, origins = recovered_tensors(
         skeleton.reader,
         skeleton.keys.sources(),
@@ -351,11 +353,7 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def _operators_digest(operators: OperatorSet) -> str:
-    arrays = {
-        f"{operator.name}.{leaf}": bytes_digest(memoryview(np.ascontiguousarray(array)).cast("B"))
-        for operator in operators.operators
-        for leaf, array in leaf_names(operator).items()
-    }
+    arrays = {name: array_digest(array) for name, array in operators.arrays().items()}
     boundaries = [operator.to_json() for operator in operators.boundaries]
     return json_digest({"metadata": operators.metadata, "boundaries": boundaries, "arrays": arrays})
 

@@ -164,7 +164,8 @@ def recovered_tensors(
 ) -> tuple[list[TensorSource], dict[str, str]]:
     """List what to write: the surviving tensors in the order in which they lie on disk, then the operators.
 
-    Tensors that an operator is absorbed into are in the place of the base's.
+    Tensors that an operator is absorbed into are in the place of the base's. So are replaced weights, each in
+    the dtype of the base's tensor.
 
     Args:
         reader: Reads the base checkpoint.
@@ -186,6 +187,10 @@ def recovered_tensors(
         name: source
         for absorption in absorptions
         for name, source in absorption.tensors(reader, kept).items()
+    }
+    changed |= {
+        name: stored_tensor(kept[name], torch.from_numpy(array), index.tensors[name].dtype)
+        for name, array in operators.replaced.items()
     }
     for entry in sorted(index.tensors.values(), key=_place):
         if entry.name in changed:

@@ -25,7 +25,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import HIDDEN_AND_MLP, MLP
 
 _KIND = "recovered checkpoint"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class RecoveredInfo:
                 boundaries=boundaries,
                 hidden=int(self.recorded["hidden"]),
                 metadata=dict(self.recorded["metadata"]),
+                replaced=_read_replaced(self),
             )
         except (KeyError, TypeError) as error:
             raise _damaged(self.folder / PROVENANCE_NAME, error) from error
@@ -145,6 +146,7 @@ def describe_repair(
             "hidden": operators.hidden,
             "metadata": dict(operators.metadata),
             "boundaries": boundaries,
+            "replaced": {name: names.renumbered(name, operators.plan) for name in operators.replaced},
         },
     }
 
@@ -287,6 +289,16 @@ def load_recovered(folder: Path) -> RecoveredInfo | None:
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}); export the checkpoint again")
+
+
+def _read_replaced(info: RecoveredInfo) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Return the weights in the places of the base's, by their names in the base."""
+    with TensorReader(CheckpointIndex.open(info.folder)) as reader:
+        reader.digests.expect(info.digests, "it was exported", what="the recovered checkpoint")
+        return {
+            name: reader.read(new_name, torch.float32).numpy()
+            for name, new_name in info.recorded["replaced"].items()
+        }
 
 
 def _read_boundary(info: RecoveredInfo, entry: Mapping[str, Any]) -> BoundaryOperator:

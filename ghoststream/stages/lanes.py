@@ -13,6 +13,7 @@ from ghoststream.operators.joint import is_joint, mlp_part, standing_part
 from ghoststream.recovery import build_ghost
 from ghoststream.recovery.absorbing import find_absorption
 from ghoststream.recovery.features import ABSORBED, FEATURES
+from ghoststream.recovery.replacing import replaced_weights
 from ghoststream.statistics.features import STATE_TAP
 from ghoststream.streaming import CUT, Batch, BoundaryMap, Lane, LogitsObserver, ModuleMap, Skeleton
 
@@ -76,19 +77,22 @@ def operator_lane(
     Raises:
         RequestError: If an operator reads features of the user's own.
         UnsupportedModelError: If an operator is to be absorbed where the architecture does not allow it.
+        GhoststreamError: What :func:`~ghoststream.recovery.replacing.replaced_weights` raises.
 
-    Memory: ``p C`` elements a linear operator.
+    Memory: ``p C`` elements a linear operator, and what the operators replace.
     """
     maps = {operator.span: operator_map(operator, skeleton) for operator in operators.operators}
-    return Lane(name, operators.plan, maps, logits=logits, scored=scored)
+    weights = replaced_weights(operators, skeleton)
+    return Lane(name, operators.plan, maps, logits=logits, scored=scored, weights=weights)
 
 
 def first_needed(lane: Lane) -> int:
     """Return the last position up to which a lane carries the dense states and reads nothing but these."""
+    latest = lane.plan.n_layers if lane.weights is None else lane.weights.first
     if not lane.plan.spans:
-        return lane.plan.n_layers
+        return latest
     first = lane.plan.spans[0]
-    return first.start - 1 if lane.map_at(first).taps else first.start
+    return min(latest, first.start - 1 if lane.map_at(first).taps else first.start)
 
 
 def operator_map(operator: BoundaryOperator, skeleton: Skeleton) -> BoundaryMap:

@@ -12,6 +12,7 @@ from ghoststream.streaming.boundary_map import CUT, BoundaryMap, ModuleMap, Pair
 from ghoststream.streaming.budget import MemoryBudget, PassMemory
 from ghoststream.streaming.executor import PassOptions, StreamedPass
 from ghoststream.streaming.lanes import Lane, LogitsObserver, Observer
+from ghoststream.streaming.replaced import ReplacedWeights, weight_places
 from ghoststream.streaming.replay import Replay
 from ghoststream.streaming.skeleton import Skeleton, load_config, parse_dtype
 from ghoststream.streaming.states import FileStates, HiddenStates, MemoryStates, StatesFactory
@@ -36,6 +37,7 @@ __all__ = [
     "Pairs",
     "PassMemory",
     "PassOptions",
+    "ReplacedWeights",
     "Replay",
     "Skeleton",
     "StatesFactory",
@@ -46,4 +48,5 @@ __all__ = [
     "mlp_projection",
     "parse_dtype",
     "tap_point",
+    "weight_places",
 ]

@@ -163,14 +163,14 @@ class StreamedPass:
 
     def _through_layer(self, layer: int, groups: LaneGroups, weights: Weights) -> None:
         with self._skeleton.loaded_layer(layer, weights):
-            for group in groups.running():
+            for group in groups.running(layer):
                 self._group_through_layer(layer, groups, group)
         return_free_memory()
 
     def _group_through_layer(self, layer: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
         entering = groups.entering(group, layer + 1)
         names = {name for one in entering for name in one.boundary_map.taps}
-        with LayerTaps(self._skeleton, layer, sorted(names)) as taps:
+        with group[0].lane.standing(layer), LayerTaps(self._skeleton, layer, sorted(names)) as taps:
 
             def move(batch: Batch, states: torch.Tensor) -> torch.Tensor:
                 value = self._calls.layer(layer, batch, states)
@@ -234,6 +234,9 @@ def _require_consistent(lanes: Sequence[Lane], first_layer: int, batches: Sequen
     for lane in lanes:
         if any(span.start < first_layer for span in lane.plan.spans):
             msg = f"lane {lane.name} removes layers before {first_layer}, where this pass starts"
+            raise RequestError(msg)
+        if lane.weights is not None and lane.weights.first < first_layer:
+            msg = f"lane {lane.name} replaces weights before layer {first_layer}, where this pass starts"
             raise RequestError(msg)
         carried = lane.carried
         if carried is not None and not (carried[0] < carried[1] and edges.issuperset(carried)):

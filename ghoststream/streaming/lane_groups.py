@@ -72,9 +72,10 @@ class Entering:
 class LaneGroups:
     """All lanes of a pass, in groups that do the same.
 
-    Lanes that carry the same states go through a layer as one group, and over a boundary where one map is the
-    map of all. States are replaced in place where all who carry them go on. Where one of them waits inside a
-    span, it keeps the old place and the others get a fresh one: this is how lanes part.
+    Lanes that carry the same states go through a layer as one group, unless some have weights of their own
+    there, and over a boundary where one map is the map of all. States are replaced in place where all who
+    carry them go on. Where one of them waits inside a span, it keeps the old place and the others get a fresh
+    one: this is how lanes part.
     """
 
     def __init__(self, lanes: Sequence[Lane], batches: Sequence[Batch], factory: StatesFactory) -> None:
@@ -91,12 +92,13 @@ class LaneGroups:
         """The states that all lanes start with."""
         return self._first
 
-    def running(self) -> list[list[LaneState]]:
-        """Return the lanes that go through the next layer, grouped by the states that they carry."""
-        groups: dict[int, list[LaneState]] = {}
+    def running(self, layer: int) -> list[list[LaneState]]:
+        """Return the lanes that go through a layer, grouped by the states that they carry and its weights."""
+        groups: dict[tuple[int, int], list[LaneState]] = {}
         for one in self.lanes:
             if one.inside is None:
-                groups.setdefault(id(one.states), []).append(one)
+                key = (id(one.states), id(one.lane.weights_at(layer)))
+                groups.setdefault(key, []).append(one)
         return list(groups.values())
 
     def stopping(self, position: int) -> list[list[LaneState]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -12,6 +13,7 @@ import torch
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.boundary_map import CUT, BoundaryMap
+from ghoststream.streaming.replaced import ReplacedWeights
 
 
 class Observer(Protocol):
@@ -60,6 +62,7 @@ class Lane:
             and cost nothing afterwards.
         scored: Gives the flattened tokens of a batch whose logits are shown, int64 ``(k,)``; ``None`` is all.
             The head is run for no others.
+        weights: What it has in the places of the model's own weights; ``None`` is nothing.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Lane:
     until: int | None = None
     carried: tuple[int, int] | None = None
     scored: Callable[[Batch], torch.Tensor] | None = None
+    weights: ReplacedWeights | None = None
 
     def map_at(self, span: Span) -> BoundaryMap:
         """Return the map of a removed span: one that changes nothing, where it is just cut out."""
@@ -78,6 +82,15 @@ class Lane:
     def map_from(self, start: int) -> BoundaryMap | None:
         """Return the map of the removed span that begins at ``start``, if there is such a span."""
         return next((self.map_at(span) for span in self.plan.spans if span.start == start), None)
+
+    def weights_at(self, position: int) -> ReplacedWeights | None:
+        """Return what replaces weights of a layer, or of the final norm (``L``), where something does."""
+        return self.weights if self.weights is not None and self.weights.at(position) else None
+
+    def standing(self, position: int) -> AbstractContextManager[None]:
+        """Put what replaces weights of a loaded layer, or of the final norm, in their places for a while."""
+        weights = self.weights_at(position)
+        return nullcontext() if weights is None else weights.standing(position)
 
     def runs(self, layer: int) -> bool:
         """Whether this lane goes through ``layer``."""

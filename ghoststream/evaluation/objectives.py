@@ -59,6 +59,10 @@ class NextTokenLoss:
         summed = cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
         return summed / self._n_tokens
 
+    def entries(self, batch: Batch, first: int, count: int) -> None:
+        """Return ``None``: the softmax is over the whole vocabulary."""
+        del batch, first, count
+
 
 class TopLogits(Protocol):
     """What a teacher model knows of the tokens of a batch."""
@@ -81,7 +85,7 @@ class TopLogitsLoss:
         teacher: Who gives the largest logits.
         n_tokens: How many tokens count in all.
 
-    Memory: the chunk of logits as it came, and ``k`` values a token.
+    Memory: ``4 k`` values a token.
     """
 
     def __init__(self, teacher: TopLogits, n_tokens: int) -> None:
@@ -89,11 +93,16 @@ class TopLogitsLoss:
         self._n_tokens = n_tokens
 
     def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
-        """Return what flattened tokens ``[first, first + k)`` add to the mean.
+        """Return what flattened tokens ``[first, first + n)`` add to the mean.
 
-        ``logits`` has shape ``(k, V)``.
+        ``logits`` has shape ``(n, k)``: those of :meth:`entries`.
         """
-        return token_divergences(self._teacher, batch, first, logits).sum() / self._n_tokens
+        values, _ = self._teacher.top(batch, first, int(logits.shape[0]))
+        return divergences(values, logits, batch, first).sum() / self._n_tokens
+
+    def entries(self, batch: Batch, first: int, count: int) -> torch.Tensor:
+        """Return the entries that the teacher knows, int64 ``(count, k)``."""
+        return self._teacher.top(batch, first, count)[1]
 
 
 class DivergenceAccumulator:
@@ -114,7 +123,9 @@ class DivergenceAccumulator:
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
         """Add flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
-        found = token_divergences(self._teacher, batch, first, logits).double().cpu().numpy()
+        values, entries = self._teacher.top(batch, first, int(logits.shape[0]))
+        ours = logits.gather(-1, entries.to(logits.device))
+        found = divergences(values, ours, batch, first).double().cpu().numpy()
         require_finite_scores(found, batch)
         self._sum += float(found.sum())
         self._count += int(_real(batch)[first : first + int(logits.shape[0])].sum())
@@ -129,16 +140,20 @@ class DivergenceAccumulator:
         return self._losses.summary()
 
 
-def token_divergences(teacher: TopLogits, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
-    """Return each token's divergence from the teacher, float32 ``(k,)``; zero for padding.
+def divergences(values: torch.Tensor, logits: torch.Tensor, batch: Batch, first: int) -> torch.Tensor:
+    """Return each token's divergence from a teacher, float32 ``(n,)``; zero for padding.
 
     See :class:`TopLogitsLoss`.
+
+    Args:
+        values: The teacher's largest logits of the tokens, ``(n, k)``.
+        logits: The model's logits of the same entries of the vocabulary, ``(n, k)``.
+        batch: The batch that the tokens are of.
+        first: The first of them, of all flattened ones.
     """
-    count = int(logits.shape[0])
-    values, entries = (part.to(logits.device) for part in teacher.top(batch, first, count))
-    ours = logits.gather(-1, entries).float().log_softmax(dim=-1)
-    theirs = values.log_softmax(dim=-1)
-    real = _real(batch)[first : first + count].to(logits.device)
+    ours = logits.float().log_softmax(dim=-1)
+    theirs = values.to(logits.device).log_softmax(dim=-1)
+    real = _real(batch)[first : first + int(logits.shape[0])].to(logits.device)
     return (theirs.exp() * (theirs - ours)).sum(dim=-1) * real
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
+from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming.allocator import return_free_memory
+from ghoststream.streaming.backward_head import HeadBackward
 from ghoststream.streaming.backward_states import GradientFlow, InputKeeper
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.boundary_map import BoundaryMap, require_boundary_maps
@@ -22,22 +22,23 @@ from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.gradients import (
     TokenLoss,
     WeightGradients,
-    require_finite_gradient,
     require_gradient_dtype,
     summed_gradients,
+    wanted_weights,
 )
 from ghoststream.streaming.lanes import Lane
 from ghoststream.streaming.prefetch import WeightPrefetcher, layer_reads
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
+from ghoststream.streaming.taps import LayerTaps
 from ghoststream.streaming.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One thing that the lane goes through: a layer, or the map of a span.
+    """One thing that the lane goes through: a layer, the map of a span, or both.
 
-    ``position``: where its input is kept.
+    ``position``: where its input is kept. A map that reads the layer before its span is one step with it.
     """
 
     position: int
@@ -64,7 +65,8 @@ class BackwardPass:
     Every layer is read once forward and once backward, whatever the number of micro-batches, the next one
     while this one computes. The layers' weights are frozen. Gradients are taken of the parameters of the maps
     at boundaries, where they add up in ``parameter.grad`` in the order of the micro-batches, and of those
-    weights of a layer that somebody asks for. They are those of the resident model under autograd for the
+    weights of a layer, or of the final norm, that somebody asks for. Where the lane has weights in the places
+    of the model's, they are those of these. They are those of the resident model under autograd for the
     same micro-batches, but for the order in which a resident model would add micro-batches up. The way back
     ends at the lowest step whose gradient is asked for.
 
@@ -73,13 +75,14 @@ class BackwardPass:
         batches: The micro-batches, in order.
         loss: What is differentiated; its value is the sum over all chunks of tokens of all batches.
         factory: Where inputs and gradients are kept.
-        lane: The variant of the model: of its maps ``apply`` is differentiated; the dense model if ``None``.
-        gradients: Who sees gradients of layers' weights.
+        lane: The variant of the model; the dense model if ``None``. Of its maps ``enter`` and ``apply`` are
+            differentiated.
+        gradients: Who sees gradients of weights of layers and the final norm.
         options: Where the pass starts, and who is told how far it is; ``last_layer`` must be ``None``.
 
     Raises:
         RequestError: If nothing asks for a gradient, the compute dtype is float16 (small gradients vanish in
-            it), a map is fitted or reads taps, or the pass does not run to the end.
+            it), a map is fitted, or the pass does not run to the end.
         PlanError: If the plan does not fit the model.
 
     Memory: that of a :class:`StreamedPass`; the states of all sequences once more for each layer on the way
@@ -102,15 +105,22 @@ class BackwardPass:
     ) -> None:
         self._skeleton = skeleton
         self._batches = batches
-        self._loss = loss
         self._factory = factory
         self._weight_gradients = gradients
         self._options = options or PassOptions()
         self._calls = ModelCalls(skeleton)
-        lane = lane or Lane("dense", PruningPlan(skeleton.n_layers))
-        self._plan, self._maps = lane.plan, dict(lane.maps)
+        self._lane = lane or Lane("dense", PruningPlan(skeleton.n_layers))
+        self._plan, self._maps = self._lane.plan, dict(self._lane.maps)
         _require_known_maps(self._maps, self._plan)
         self._require_possible()
+        self._head = HeadBackward(
+            skeleton,
+            self._calls,
+            loss,
+            lane=self._lane,
+            gradients=gradients,
+            logit_tokens=self._options.logit_tokens,
+        )
         self._steps = self._steps_back()
 
     def run(self) -> float:
@@ -128,7 +138,8 @@ class BackwardPass:
                 {end, *(step.position for step in self._steps)}, self._factory, self._skeleton
             )
             kept.callback(keeper.release_all)
-            lane = Lane("forward", self._plan, self._maps, observers=(keeper,))
+            weights = self._lane.weights
+            lane = Lane("forward", self._plan, self._maps, observers=(keeper,), weights=weights)
             StreamedPass(self._skeleton, self._batches, [lane], self._factory, self._options).run()
             with torch.no_grad(), self._skeleton.loaded_frame():
                 return self._way_back(keeper)
@@ -144,7 +155,8 @@ class BackwardPass:
             with skeleton.loaded_head(skeleton.read_head()):
                 # Not before: loading the head gives the layers' buffers back.
                 weights = opened.enter_context(WeightPrefetcher(layer_reads(skeleton, layers)))
-                loss = self._through_head(keeper.place(end), gradients)
+                with StatesFlow(keeper.place(end), gradients, self._batches, skeleton.device) as ended:
+                    loss = self._head.run(ended)
             keeper.release(end)
             progress.advance(1)
             for step in self._steps:
@@ -152,51 +164,12 @@ class BackwardPass:
                 if step.layer is None:
                     self._through_map(step, flow)
                 else:
-                    self._through_layer(step.layer, weights.take(), flow)
+                    self._through_layer(step.layer, step.span, weights.take(), flow)
                     progress.advance(1)
                 keeper.release(step.position)
                 return_free_memory()
         progress.finish()
         return loss
-
-    def _through_head(self, states: HiddenStates, gradients: HiddenStates) -> float:
-        total = 0.0
-        with StatesFlow(states, gradients, self._batches, self._skeleton.device) as flow:
-            for batch, ended in flow:
-                value, gradient = self._head_gradient(batch, ended)
-                if not math.isfinite(value):
-                    msg = (
-                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype "
-                        "float32, or check the weights of the model"
-                    )
-                    raise NumericsError(msg)
-                total += value
-                flow.put(batch, gradient)
-                return_free_memory()
-        return total
-
-    def _head_gradient(self, batch: Batch, states: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return the loss of a batch and its gradient at ``h[L]``.
-
-        Logits exist for a chunk of tokens at a time.
-        """
-        ended = states.clone().requires_grad_()
-        with torch.enable_grad():
-            finished = self._calls.finish(batch, ended)
-        n_tokens, total = batch.ids.numel(), 0.0
-        flat = finished.detach().reshape(1, n_tokens, -1)
-        gradient = torch.zeros_like(flat)
-        chunk = self._options.logit_tokens or n_tokens
-        for begin in range(0, n_tokens, chunk):
-            part = flat[:, begin : begin + chunk].clone().requires_grad_()
-            with torch.enable_grad():
-                value = self._loss.loss(batch, begin, self._calls.logits(part, in_blocks=True)[0])
-            if value.requires_grad:
-                (gradient[:, begin : begin + chunk],) = torch.autograd.grad(value, part)
-            total += float(value.detach())
-        (back,) = torch.autograd.grad(finished, ended, gradient.reshape(finished.shape))
-        require_finite_gradient(back, self._skeleton.n_layers, batch)
-        return total, back
 
     def _through_map(self, step: _Step, flow: GradientFlow) -> None:
         assert step.span is not None
@@ -205,25 +178,29 @@ class BackwardPass:
             for batch, states, above in flow:
                 with torch.enable_grad():
                     mapped = boundary_map.apply(states).to(above.dtype)
-                if not mapped.requires_grad:
-                    msg = (
-                        f"the map at {step.span} returns states without a gradient: it cannot be "
-                        "differentiated"
-                    )
-                    raise RequestError(msg)
+                _require_differentiable_map(step.span, mapped)
                 mapped.backward(above)
                 flow.put(batch, states, step.position)
 
-    def _through_layer(self, layer: int, weights: Weights, flow: GradientFlow) -> None:
+    def _through_layer(self, layer: int, span: Span | None, weights: Weights, flow: GradientFlow) -> None:
+        tapped = None if span is None else self._maps[span]
         with (
             self._skeleton.loaded_layer(layer, weights) as module,
+            self._lane.standing(self._skeleton, layer),
             summed_gradients(module, self._wanted(layer)) as sums,
+            LayerTaps(self._skeleton, layer, () if tapped is None else tapped.taps) as taps,
             flow,
         ):
             for batch, states, above in flow:
                 with torch.enable_grad():
                     output = self._calls.layer(layer, batch, states)
-                self._require_differentiable(layer, module, output)
+                    if tapped is not None:
+                        entered = tapped.enter(output, taps.take(batch)).to(output.dtype)
+                        output = tapped.apply(entered).to(output.dtype)
+                if tapped is None:
+                    self._require_differentiable(layer, module, output)
+                else:
+                    _require_differentiable_map(span, output)
                 output.backward(above)
                 flow.put(batch, states, layer)
             for name, total in sums.items():
@@ -234,24 +211,24 @@ class BackwardPass:
         return GradientFlow(states, gradients, self._batches, self._skeleton.device, to_inputs=not last)
 
     def _wanted(self, layer: int) -> list[str]:
-        if self._weight_gradients is None:
-            return []
-        parameters = self._skeleton.layers[layer].named_parameters()
-        return [name for name, weight in parameters if self._weight_gradients.wants(layer, name, weight)]
+        return wanted_weights(self._weight_gradients, layer, self._skeleton.layers[layer])
 
     def _steps_back(self) -> list[_Step]:
         """Return what the way back goes through, in order: from the last step down to the lowest wanted."""
         plan, end = self._plan, self._skeleton.n_layers
+        tapped = {span.start - 1: span for span, found in self._maps.items() if found.taps}
         steps: list[_Step] = []
         for position in range(self._options.first_layer, end + 1):
             steps += [
                 _Step(span.start, span=span)
                 for span in plan.spans
-                if span.stop == position and span in self._maps
+                if span.stop == position and span in self._maps and span not in tapped.values()
             ]
             if position < end and not any(position in span for span in plan.spans):
-                steps.append(_Step(position, layer=position))
+                steps.append(_Step(position, layer=position, span=tapped.get(position)))
         lowest = next((index for index, step in enumerate(steps) if self._asks(step)), None)
+        if lowest is None and self._head.wanted():
+            return []
         if lowest is None:
             msg = (
                 "nothing asks for a gradient: no map has parameters that require one, and no weight is wanted"
@@ -260,8 +237,9 @@ class BackwardPass:
         return steps[lowest:][::-1]
 
     def _asks(self, step: _Step) -> bool:
-        if step.span is not None:
-            return any(parameter.requires_grad for parameter in self._maps[step.span].parameters())
+        parameters = () if step.span is None else self._maps[step.span].parameters()
+        if any(parameter.requires_grad for parameter in parameters):
+            return True
         return step.layer is not None and bool(self._wanted(step.layer))
 
     def _require_possible(self) -> None:
@@ -286,7 +264,12 @@ def _require_known_maps(maps: Mapping[Span, BoundaryMap], plan: PruningPlan) -> 
         if span not in plan.spans:
             msg = f"the map at {span} is not at a boundary of the plan {plan}"
             raise RequestError(msg)
-        if found.taps or found.target is not None:
-            reason = "reads the layer before it" if found.taps else "is fitted while a pass runs"
-            msg = f"the map at {span} {reason}: it cannot be differentiated here"
+        if found.target is not None:
+            msg = f"the map at {span} is fitted while a pass runs: it cannot be differentiated here"
             raise RequestError(msg)
+
+
+def _require_differentiable_map(span: Span | None, mapped: torch.Tensor) -> None:
+    if not mapped.requires_grad:
+        msg = f"the map at {span} returns states without a gradient: it cannot be differentiated"
+        raise RequestError(msg)

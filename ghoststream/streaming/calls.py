@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ghoststream.checkpoint.configuration import configured
 from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.head_products import chosen_products, linear_in_blocks
 from ghoststream.streaming.skeleton import Skeleton
-
-_HEAD_BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +122,45 @@ class ModelCalls:
         last: torch.Tensor = output.last_hidden_state
         return last
 
-    def logits(self, finished: torch.Tensor, *, in_blocks: bool = False) -> torch.Tensor:
+    def logits(
+        self, finished: torch.Tensor, *, in_blocks: bool = False, entries: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the loaded head on finished states ``(n, T, C)``; returns logits ``(n, T, V)``.
 
         Args:
             finished: What :meth:`finish` returned, or a part of it.
             in_blocks: Multiply with the head's rows block by block on CPU, where kernels bring a weight into
                 a layout of their own: whole, that would be the head twice more.
+            entries: Of which entries of the vocabulary logits are wanted, int64 ``(n T, k)``; the result has
+                shape ``(n, T, k)``. No others are computed where the head is one linear map. What the model
+                does with logits, such as a cap, is done with these.
         """
-        output = _Finished(last_hidden_state=finished)
-        dummy = torch.zeros((1, 1), dtype=torch.int64, device=finished.device)
+        if entries is not None:
+            return self._chosen_logits(finished, entries.to(finished.device))
         head: Any = self.skeleton.model.get_output_embeddings()
         blocked = in_blocks and finished.device.type == "cpu" and type(head) is nn.Linear
+        return self._through_head(finished, partial(linear_in_blocks, head) if blocked else None)
+
+    def _chosen_logits(self, finished: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        head: Any = self.skeleton.model.get_output_embeddings()
+        shape = (*finished.shape[:-1], entries.shape[-1])
+        if type(head) is not nn.Linear:
+            return self.logits(finished, in_blocks=True).flatten(0, 1).gather(-1, entries).reshape(shape)
+        found = self._through_head(
+            finished, lambda states: chosen_products(states.flatten(0, 1), head, entries).reshape(shape)
+        )
+        # A model whose code does not call the head's module computes all.
+        return found if found.shape == shape else found.flatten(0, 1).gather(-1, entries).reshape(shape)
+
+    def _through_head(self, finished: torch.Tensor, forward: Callable[..., Any] | None) -> torch.Tensor:
+        """Run the code around the head, and the head itself or what is given in its place."""
+        output = _Finished(last_hidden_state=finished)
+        dummy = torch.zeros((1, 1), dtype=torch.int64, device=finished.device)
+        head = [] if forward is None else [self.skeleton.model.get_output_embeddings()]
         with (
             self._running("the output head"),
             _replaced([self.skeleton.decoder], lambda *_args, **_kwargs: output),
-            _replaced([head] if blocked else [], lambda states: _linear_in_blocks(head, states)),
+            _replaced(head, forward or (lambda: None)),
         ):
             logits: torch.Tensor = self.skeleton.model(input_ids=dummy, use_cache=False).logits
         return logits
@@ -148,23 +171,6 @@ class ModelCalls:
 
     def _as_layer_result(self, states: torch.Tensor) -> Any:
         return (states,) if self.skeleton.architecture.layers_return_tuples else states
-
-
-def _linear_in_blocks(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    whole_bias: torch.Tensor | None = head.bias
-    rows = max(1, _HEAD_BLOCK_BYTES // (head.in_features * head.weight.element_size()))
-
-    def block(start: int) -> torch.Tensor:
-        bias = None if whole_bias is None else whole_bias[start : start + rows]
-        return nn.functional.linear(states, head.weight[start : start + rows], bias)
-
-    starts = range(0, head.out_features, rows)
-    if states.requires_grad:  # each write below would copy the gradient of all logits on the way back
-        return torch.cat([block(start) for start in starts], dim=-1)
-    logits = states.new_empty((*states.shape[:-1], head.out_features))
-    for start in starts:
-        logits[..., start : start + rows] = block(start)
-    return logits
 
 
 def _kind(batch: Batch) -> tuple[Any, ...]:

@@ -170,7 +170,11 @@ class StreamedPass:
     def _group_through_layer(self, layer: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
         entering = groups.entering(group, layer + 1)
         names = {name for one in entering for name in one.boundary_map.taps}
-        with group[0].lane.standing(layer), LayerTaps(self._skeleton, layer, sorted(names)) as taps:
+        lane = group[0].lane
+        with (
+            lane.standing(self._skeleton, layer),
+            LayerTaps(self._skeleton, layer, sorted(names)) as taps,
+        ):
 
             def move(batch: Batch, states: torch.Tensor) -> torch.Tensor:
                 value = self._calls.layer(layer, batch, states)

@@ -19,12 +19,21 @@ class TokenLoss(Protocol):
     def loss(self, batch: Batch, first: int, logits: torch.Tensor) -> torch.Tensor:
         """Return what flattened tokens ``[first, first + k)`` of a batch add to the loss: a scalar.
 
-        ``logits`` has shape ``(k, V)`` and takes part in autograd.
+        ``logits`` takes part in autograd. Its shape is ``(k, V)``, or that of :meth:`entries`.
+        """
+
+    def entries(self, batch: Batch, first: int, count: int) -> torch.Tensor | None:
+        """Return of which entries of the vocabulary logits are needed, int64 ``(count, n)``.
+
+        ``None`` is all.
         """
 
 
 class WeightGradients(Protocol):
-    """Who asks for the gradients of layers' weights, one layer at a time."""
+    """Who asks for the gradients of layers' weights, one layer at a time.
+
+    Layer ``L``, behind the last one, is the final norm.
+    """
 
     def wants(self, layer: int, name: str, weight: torch.Tensor) -> bool:
         """Whether the gradient of a layer's parameter is asked for; ``weight`` may be on the meta device."""
@@ -56,6 +65,13 @@ def require_finite_gradient(gradient: torch.Tensor, position: int, batch: Batch)
             " use --dtype float32, or check the weights of the model"
         )
         raise NumericsError(msg)
+
+
+def wanted_weights(gradients: WeightGradients | None, layer: int, module: nn.Module) -> list[str]:
+    """Return the names of a module's weights whose gradients are asked for."""
+    if gradients is None:
+        return []
+    return [name for name, weight in module.named_parameters() if gradients.wants(layer, name, weight)]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.boundary_map import CUT, BoundaryMap
 from ghoststream.streaming.replaced import ReplacedWeights
+from ghoststream.streaming.skeleton import Skeleton
 
 
 class Observer(Protocol):
@@ -87,10 +88,10 @@ class Lane:
         """Return what replaces weights of a layer, or of the final norm (``L``), where something does."""
         return self.weights if self.weights is not None and self.weights.at(position) else None
 
-    def standing(self, position: int) -> AbstractContextManager[None]:
+    def standing(self, skeleton: Skeleton, position: int) -> AbstractContextManager[None]:
         """Put what replaces weights of a loaded layer, or of the final norm, in their places for a while."""
         weights = self.weights_at(position)
-        return nullcontext() if weights is None else weights.standing(position)
+        return nullcontext() if weights is None else weights.standing(skeleton, position)
 
     def runs(self, layer: int) -> bool:
         """Whether this lane goes through ``layer``."""

@@ -63,7 +63,7 @@ class OutputHead:
 
     def _finished(self, lane: Lane, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Return what the head receives: of all tokens, or of those that the lane scores."""
-        with lane.standing(self._skeleton.n_layers):
+        with lane.standing(self._skeleton, self._skeleton.n_layers):
             finished = self._calls.finish(batch, states)
         require_finite(finished, "behind the final norm", batch)
         if lane.scored is None:

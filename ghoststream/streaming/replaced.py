@@ -80,7 +80,8 @@ class ReplacedWeights:
     """
 
     def __init__(self, skeleton: Skeleton, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._skeleton, self._tensors = skeleton, tensors
+        self._tensors = tensors
+        self._dtypes: dict[str, torch.dtype] = {}
         self._places: defaultdict[int, list[WeightPlace]] = defaultdict(list)
         for name, tensor in tensors.items():
             places = weight_places(skeleton, name)
@@ -91,6 +92,7 @@ class ReplacedWeights:
                     "operators for this model"
                 )
                 raise MismatchError(msg)
+            self._dtypes[name] = skeleton.index.tensors[name].dtype
             for place in places:
                 self._places[place.position].append(place)
 
@@ -104,27 +106,28 @@ class ReplacedWeights:
         return position in self._places
 
     @contextmanager
-    def standing(self, position: int) -> Iterator[None]:
+    def standing(self, skeleton: Skeleton, position: int) -> Iterator[None]:
         """Put the weights of a loaded layer, or of the final norm in a loaded frame, in their places.
 
         The model's own are there again when the context ends.
         """
+        model = skeleton.model
         own: dict[str, nn.Parameter] = {}
         try:
             for place in self._places.get(position, ()):
-                self._replace(place, own)
+                self._replace(model, place, own)
             yield
         finally:
             for name, parameter in own.items():
-                owner, leaf = self._owner(name)
+                owner, leaf = _owner(model, name)
                 owner._parameters[leaf] = parameter
 
-    def _replace(self, place: WeightPlace, own: dict[str, nn.Parameter]) -> None:
-        owner, leaf = self._owner(place.name)
+    def _replace(self, model: nn.Module, place: WeightPlace, own: dict[str, nn.Parameter]) -> None:
+        owner, leaf = _owner(model, place.name)
         loaded = owner._parameters[leaf]
         assert loaded is not None
-        stored = self._skeleton.index.tensors[place.piece.source].dtype
-        weight = self._tensors[place.piece.source].detach().to(stored).to(loaded.device, loaded.dtype)
+        tensor, stored = self._tensors[place.piece.source], self._dtypes[place.piece.source]
+        weight = tensor.detach().to(stored).to(loaded.device, loaded.dtype)
         if place.piece.index:
             whole = loaded.detach() if place.name in own else loaded.detach().clone()
             whole[place.piece.index] = weight
@@ -132,9 +135,10 @@ class ReplacedWeights:
         own.setdefault(place.name, loaded)
         owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
 
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return self._skeleton.model.get_submodule(path), leaf
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def _position(skeleton: Skeleton, name: str) -> int | None:

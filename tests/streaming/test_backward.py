@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import nn
 
 from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
 from ghoststream.evaluation.objectives import NextTokenLoss
@@ -25,6 +26,7 @@ from ghoststream.streaming import (
     ModuleMap,
     PassMemory,
     PassOptions,
+    ReplacedWeights,
     Skeleton,
     make_batches,
 )
@@ -119,6 +121,8 @@ def test_weight_gradients_are_those_of_the_resident_model(
         for number, layer in enumerate(layers)
         for name, parameter in layer.named_parameters()
     }
+    norm = model.get_submodule(skeleton.architecture.final_norm_path)
+    expected |= {f"{L}.{name}": parameter.grad for name, parameter in norm.named_parameters()}
     assert set(collected.gradients) == set(expected)
     assert sum(float(gradient.abs().max()) > 1e-4 for gradient in expected.values()) > L
     for name, gradient in expected.items():
@@ -147,7 +151,23 @@ class Fitted(BoundaryMap):
 
 
 class Tapped(BoundaryMap):
-    taps = ("mlp_output",)
+    """``y = (x + a A) (I + N)``: the tap ``a`` is read when it is entered, ``N`` acts when it is applied."""
+
+    taps = ("mlp_intermediate",)
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.early = nn.Parameter(torch.randn((C, 2 * C), generator=generator) * 0.05)
+        self.late = nn.Parameter(torch.randn((C, C), generator=generator) * 0.05)
+
+    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return states + taps["mlp_intermediate"] @ self.early.T
+
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
+        return states + states @ self.late.T
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.early, self.late
 
 
 def repaired_resident(plan: PruningPlan, maps: dict[Span, GhostOperator]) -> Any:
@@ -185,6 +205,130 @@ def test_operator_gradients_are_those_of_the_resident_model(
             assert expected.grad is not None
             assert float(expected.grad.abs().max()) > 1e-4
             close(found.grad, expected.grad)
+
+
+def test_gradients_of_maps_that_read_the_layer_before_are_those_of_the_resident_model(
+    ids: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_], tiny_llama: Path
+) -> None:
+    plan = PruningPlan(L, (Span(1, 2), Span(3, 5)))
+    maps, same = ({span: Tapped(span.start) for span in plan.spans} for _ in range(2))
+    model = repaired_resident(plan, {})
+    for span, tapped in same.items():
+        seen: list[torch.Tensor] = []
+        before = model.model.layers[span.start - 1]
+        before.mlp.down_proj.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+
+        def repair(_: object, _args: Any, states: Any, tapped: Any = tapped, seen: Any = seen) -> Any:
+            return tapped.apply(tapped.enter(states, {"mlp_intermediate": seen.pop()}))
+
+        before.register_forward_hook(repair)
+    # The weights of the layer that a map reads and of those below, and the final norm's, in one go.
+    of_layer = ("input_layernorm.weight", "mlp.up_proj.weight")
+    wanted = Collected(lambda layer, name: layer == L or (layer == 2 and name in of_layer))
+    norms = {f"{L}.weight": model.model.norm.weight}
+    norms |= {f"2.{name}": model.model.layers[2].get_parameter(name) for name in of_layer}
+    for weight in norms.values():
+        weight.requires_grad_()
+    loss = resident_loss(model, ids, mask)
+    loss.backward()
+    value = streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, maps), gradients=wanted)
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    for span in plan.spans:
+        for found, expected in zip(maps[span].parameters(), same[span].parameters(), strict=True):
+            assert found.grad is not None
+            assert expected.grad is not None
+            assert float(expected.grad.abs().max()) > 1e-4
+            close(found.grad, expected.grad)
+    assert set(wanted.gradients) == set(norms)
+    for name, weight in norms.items():
+        assert weight.grad is not None
+        close(wanted.gradients[name], weight.grad)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_gradients_at_replaced_weights_are_those_of_a_model_that_has_them(
+    family: str,
+    ids: npt.NDArray[np.int32],
+    mask: npt.NDArray[np.bool_],
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    model = tiny_model(family).requires_grad_(requires_grad=True)
+    skeleton = Skeleton(tiny_checkpoint(family))
+    layers, norm = skeleton.architecture.layers_path, skeleton.architecture.final_norm_path
+    names = [name for name, _ in model.named_parameters() if name.startswith((f"{layers}.2.", f"{norm}."))]
+    generator = torch.Generator().manual_seed(1)
+    replaced = {}
+    for name in names:
+        weight = model.get_parameter(name)
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+        replaced[skeleton.keys.names[name]] = weight.detach()
+    loss = resident_loss(model, ids, mask)
+    loss.backward()
+    collected = Collected(lambda layer, _name: layer in (1, 2, L))
+    weights = ReplacedWeights(skeleton, replaced)
+    lane = Lane("replaced", PruningPlan(L), weights=weights)
+    value = streamed(tiny_checkpoint(family), ids, mask, lane=lane, gradients=collected)
+    assert value == pytest.approx(loss.item(), rel=1e-6)
+    for name in names:
+        owner = (
+            f"{L}.{name.removeprefix(f'{norm}.')}"
+            if name.startswith(norm)
+            else name.removeprefix(f"{layers}.")
+        )
+        expected = model.get_parameter(name).grad
+        assert expected is not None
+        close(collected.gradients[owner], expected)
+
+
+class OfSome(NextTokenLoss):
+    """Wants the logits of some entries only: of the next token and a few others."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__(n_tokens)
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def entries(self, batch: Any, first: int, count: int) -> Any:
+        generator = torch.Generator().manual_seed(first)
+        return torch.randint(0, 128, (count, 5), generator=generator)
+
+    def loss(self, batch: Any, first: int, logits: torch.Tensor) -> torch.Tensor:
+        self.shapes.add(tuple(logits.shape))
+        return logits.log_softmax(-1)[:, 0].sum()
+
+
+class OfAll(OfSome):
+    """The same loss, from logits of the whole vocabulary."""
+
+    def entries(self, batch: Any, first: int, count: int) -> None:
+        return None
+
+    def loss(self, batch: Any, first: int, logits: torch.Tensor) -> torch.Tensor:
+        chosen = OfSome.entries(self, batch, first, int(logits.shape[0]))
+        return super().loss(batch, first, logits.gather(-1, chosen))
+
+
+# Caps and scales behind the head, a bias of the head.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "phi"])
+def test_logits_of_some_entries_have_the_gradients_that_all_would_have(
+    family: str, ids: npt.NDArray[np.int32], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    found = []
+    for kind in (OfSome, OfAll):
+        skeleton, collected = (
+            Skeleton(tiny_checkpoint(family)),
+            Collected(lambda layer, _name: layer >= L - 1),
+        )
+        batches = make_batches(ids, None, MICRO)
+        factory = PassMemory(skeleton, MemoryBudget(), T).states_factory(batches)
+        options = PassOptions(logit_tokens=7)
+        loss = kind(1)
+        value = BackwardPass(skeleton, batches, loss, factory, gradients=collected, options=options).run()
+        assert {shape[1] for shape in loss.shapes} == {5}
+        found.append((value, collected.gradients))
+    (some, of_some), (all_, of_all) = found
+    assert some == pytest.approx(all_, rel=1e-6)
+    for name, gradient in of_all.items():
+        close(of_some[name], gradient)
 
 
 def test_a_span_without_a_map_is_cut_on_the_way_back_too(
@@ -288,9 +432,8 @@ def test_what_cannot_be_done_is_refused(
         RequestError, match=r"map at \[1,2\) of this pass is a function and no BoundaryMap; wrap"
     ):
         streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, bare))
-    for kind, says in ((Fitted, "is fitted while a pass runs"), (Tapped, "reads the layer before it")):
-        with pytest.raises(RequestError, match=rf"map at \[1,2\) {says}: it cannot be differentiated"):
-            streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): kind()}))
+    with pytest.raises(RequestError, match=r"map at \[1,2\) is fitted while a pass runs: it cannot be diff"):
+        streamed(tiny_llama, ids, mask, lane=Lane("repaired", plan, {Span(1, 2): Fitted()}))
     detached = ModuleMap(lambda states: states.detach())
     with pytest.raises(RequestError, match=r"map at \[1,2\) returns states without a gradient"):
         streamed(

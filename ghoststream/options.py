@@ -352,13 +352,24 @@ class Training(Options):
 
     title: ClassVar[str] = "Training"
 
-    epochs: Count = option(1, "How often every training window is seen.", metavar="N")
-    steps: Count | None = option(None, "Steps of the optimiser, in the place of --epochs.", metavar="N")
+    train: Literal["operators", "operators+norms"] = option(
+        "operators+norms",
+        "operators, or operators+norms.\noperators: the operators of the plan and nothing else. "
+        "operators+norms: the weights of the norms behind the first span too, the final one included.",
+        usual=True,
+    )
+    epochs: Count = option(4, "How often every training window is seen, at most.", metavar="N")
+    steps: Count | None = option(
+        None, "Steps of the optimiser at most, in the place of --epochs.", metavar="N"
+    )
     batch: Count = option(
         8, "Windows of a step; each step reads the layers behind the first span twice.", metavar="B"
     )
     learning_rate: Annotated[float, Field(gt=0, le=100)] = option(
-        1e-3, "Learning rate of Adam; it falls to zero along half a cosine.", metavar="RATE"
+        0.02,
+        "Largest step of an entry at first, as a share of the root mean square of its tensor.\nIt falls to "
+        "zero along half a cosine, and is halved where held-out windows do not gain.",
+        metavar="RATE",
     )
     top: Count = option(100, "Logits of the dense model that count for a token.", metavar="K")
     held_out: Count | None = option(

@@ -32,8 +32,9 @@ def command(
 ) -> None:
     """Train the operators in the file OPERATORS on MODEL, and write them to another file.
 
-    Only operators change. They are measured before and after on windows that are not trained on; a warning
-    says so where they did not gain. The same command goes on behind the last step.
+    Operators change and, unless --train says operators, the weights of the norms behind the first span. The
+    result is what was best on windows that are not trained on; a warning says so where nothing was gained.
+    The same command goes on behind the last step.
     """
     from ghoststream.stages.distillation.distill import distill
 
@@ -49,7 +50,10 @@ def command(
         [when, figures[f"held_out_divergence{key}"], math.exp(figures[f"held_out_loss{key}"])]
         for when, key in (("before", "_before"), ("after", ""))
     ]
-    title = f"held-out windows; {len(figures['step_losses'])} steps on operators of {trained.plan}"
+    title = (
+        f"held-out windows; the best of {len(figures['step_losses'])} steps, {figures['best_step']}, on "
+        f"operators of {trained.plan}"
+    )
     print_table(["", "divergence from dense", "perplexity"], rows, title=title)
     following = next_command("export", model, "--operators", out, "--out", "DIR")
     click.echo(f"written to {out}; {following}")

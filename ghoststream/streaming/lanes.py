@@ -43,7 +43,8 @@ class LogitsObserver(Protocol):
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
         """See the logits of flattened tokens ``[first, first + k)`` of a batch, shape ``(k, V)``.
 
-        Where the lane names the tokens that are scored, these are counted instead of all.
+        Where the lane names the tokens that are scored, these are counted instead of all. Where it names
+        entries of the vocabulary, ``logits`` are those of these, ``(k, n)``.
         """
 
 
@@ -63,6 +64,9 @@ class Lane:
             and cost nothing afterwards.
         scored: Gives the flattened tokens of a batch whose logits are shown, int64 ``(k,)``; ``None`` is all.
             The head is run for no others.
+        entries: Gives the entries of the vocabulary whose logits are shown, int64 ``(k, n)`` for ``k``
+            flattened tokens of a batch from a first one on; no others are computed. ``None`` is all. Not
+            together with ``scored``.
         weights: What it has in the places of the model's own weights; ``None`` is nothing.
     """
 
@@ -74,6 +78,7 @@ class Lane:
     until: int | None = None
     carried: tuple[int, int] | None = None
     scored: Callable[[Batch], torch.Tensor] | None = None
+    entries: Callable[[Batch, int, int], torch.Tensor] | None = None
     weights: ReplacedWeights | None = None
 
     def map_at(self, span: Span) -> BoundaryMap:

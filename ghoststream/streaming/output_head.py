@@ -13,7 +13,7 @@ from ghoststream.streaming.batches import Batch, require_finite
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lane_groups import LaneState
-from ghoststream.streaming.lanes import Lane, LogitsObserver
+from ghoststream.streaming.lanes import Lane
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.weights import Weights
 
@@ -49,12 +49,10 @@ class OutputHead:
                 self._lane_through_head(one)
 
     def _lane_through_head(self, one: LaneState) -> None:
-        observer = one.lane.logits
-        assert observer is not None
         with StatesFlow(one.states, None, one.batches, self._skeleton.device) as flow:
             for batch, states in flow:
                 try:
-                    self._show(observer, batch, self._finished(one.lane, batch, states))
+                    self._show(one.lane, batch, self._finished(one.lane, batch, states))
                 except NumericsError as error:
                     msg = f"{one.lane.name}: {error}"
                     raise NumericsError(msg) from error
@@ -70,13 +68,18 @@ class OutputHead:
             return finished
         return finished.flatten(0, 1)[None, lane.scored(batch).to(finished.device)]
 
-    def _show(self, observer: LogitsObserver, batch: Batch, finished: torch.Tensor) -> None:
-        if self._logit_tokens is None:
+    def _show(self, lane: Lane, batch: Batch, finished: torch.Tensor) -> None:
+        observer = lane.logits
+        assert observer is not None
+        if self._logit_tokens is None and lane.entries is None:
             observer.observe_logits(batch, 0, self._calls.logits(finished).flatten(0, 1))
             return
         flat = finished.flatten(0, 1)[None]
-        for begin in range(0, flat.shape[1], self._logit_tokens):
-            logits = self._calls.logits(flat[:, begin : begin + self._logit_tokens], in_blocks=True)
+        chunk = self._logit_tokens or flat.shape[1]
+        for begin in range(0, flat.shape[1], chunk):
+            part = flat[:, begin : begin + chunk]
+            entries = None if lane.entries is None else lane.entries(batch, begin, part.shape[1])
+            logits = self._calls.logits(part, in_blocks=True, entries=entries)
             observer.observe_logits(batch, begin, logits[0])
 
 

@@ -5,7 +5,6 @@ Off unless asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.recovery.export import require_prunable
 from ghoststream.recovery.layout import require_operators_fit
-from ghoststream.recovery.modeling_ghosted import KNOWN
-from ghoststream.stages.distillation.distilling import (
-    Distillation,
-    DistillSettings,
-    HeldOut,
-    trained_boundaries,
-)
+from ghoststream.recovery.replacing import require_replaceable
+from ghoststream.stages.distillation.descent import BETAS, SMALLEST_SCALE, Course
+from ghoststream.stages.distillation.distilling import Distillation, DistillSettings, HeldOut
 from ghoststream.stages.distillation.teacher import Teacher
+from ghoststream.stages.lanes import first_needed, operator_lane
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming.gradients import require_gradient_dtype
@@ -47,30 +43,33 @@ def distill(
     """Train operators so that the repaired model's next-token distributions come near the dense model's.
 
     The loss is the divergence over the dense model's ``top`` largest logits (Ghosted Layers, arXiv
-    2605.15491, appendix D); the optimiser is Adam; every other weight is frozen. The dense model runs once,
-    and its states in front of the first span and its largest logits are kept beside ``out`` until that is
-    written; every step is one pass forward and one backward over the layers behind the first span. Killed at
-    any moment, the same request goes on behind the last step and ends with the same file.
+    2605.15491, appendix D); the optimiser is Adam, with steps relative to each tensor that are halved where
+    held-out windows do not gain (:class:`~ghoststream.stages.distillation.descent.Descent`). The best
+    parameters on held-out windows are the result. With ``operators+norms`` the weights of the norms behind
+    the first span are trained too; every other weight is frozen. The dense model runs once, and its states in
+    front of the first span and its largest logits are kept beside ``out`` until that is written; every step
+    is one pass forward and one backward over the layers behind the first span. Killed at any moment, the same
+    request goes on behind the last step and ends with the same file.
 
     Args:
         model: Local folder or hub id.
-        operators: What ``fit`` or ``solve`` made, or the file that it wrote: linear or diagonal, on the
-            hidden state, the normed one, or both.
+        operators: What ``fit`` made, or the file that it wrote, on any features that can be exported.
         calibration: Text to calibrate on, or its specification.
         out: Operator file (safetensors) to write.
-        training: Steps, rate and what is held out.
+        training: What is trained, for how long, and what is held out.
         compute: How the model is opened and run; ``micro_batch`` is by default a quarter of what a pass
             forward takes.
         progress: Who is told how far it is.
 
     Returns:
-        The operators. Their diagnostics have ``held_out_divergence``, ``held_out_loss`` and both
-        ``..._before``, the divergence of every step under ``step_losses``, and the figures of the fit under
-        ``fitted``; a warning says so where the held-out divergence did not fall.
+        The operators, with the trained norms among the weights that they replace. Their diagnostics have
+        ``held_out_divergence``, ``held_out_loss`` and both ``..._before``; ``curve``, the held-out divergence
+        after so many steps and tokens; ``best_step``; the divergence of every step under ``step_losses``; and
+        the figures of the fit under ``fitted``. A warning says so where the held-out divergence did not fall.
 
     Raises:
-        RequestError: If there is nothing to train, an operator is absorbed into a weight, or the numbers do
-            not fit the text.
+        RequestError: If there is nothing to train, or the numbers do not fit the text.
+        UnsupportedModelError: If an operator is to be absorbed where the architecture does not allow it.
         MismatchError: If the operators are for another model.
         OutputExistsError: If ``out`` holds something else.
         BudgetError: If two layers and a micro-batch do not fit the memory given, or the disk has too little
@@ -79,7 +78,7 @@ def distill(
         GhoststreamError: What opening the model, the operators or the text raises.
 
     Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``:
-    ``S T (C b + 8 top)`` bytes and three times the operators.
+    ``S T (C b + 8 top)`` bytes and four times what is trained.
     """
     training, progress = training or Training(), progress or SilentProgress()
     session = ModelSession(model, compute)
@@ -97,7 +96,8 @@ def distill(
         folder = output.work / output.short_digest
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
-        teacher = Teacher(folder, session, given.plan.spans[0].start, settings.top)
+        start = first_needed(operator_lane("repaired", given, session.skeleton, None))
+        teacher = Teacher(folder, session, start, settings.top)
         teacher.prepare(tokens, settings.micro_batch, progress)
         run = Distillation(session, tokens, given, teacher, settings, folder / "training.safetensors")
         figures = _diagnostics(*run.run(progress))
@@ -107,11 +107,9 @@ def distill(
             "base": session.base(None, progress),
             "recipe": recipe,
             "recipe_digest": output.digest,
+            "versions": library_versions(),
         }
-        boundaries = trained_boundaries(given, run.operators, figures)
-        trained = OperatorSet(
-            given.plan, given.kind, boundaries, given.hidden, {**metadata, "versions": library_versions()}
-        )
+        trained = run.trained(figures, metadata)
         trained.save(output.path)
     return trained
 
@@ -125,16 +123,9 @@ def _require_trainable(operators: OperatorSet, session: ModelSession) -> None:
         session.fingerprint,
     )
     require_prunable(skeleton, operators.plan)
+    require_replaceable(operators, skeleton)
     if not operators.operators:
         msg = f"no boundary of {operators.plan} has an operator: there is nothing to train; fit some first"
-        raise RequestError(msg)
-    other = [one for one in operators.operators if (one.form, one.features) not in KNOWN]
-    if other:
-        msg = (
-            f"the operator of {other[0].span} ({other[0].form} on {other[0].features}) changes a weight of "
-            "the model, which distillation leaves alone; fit operators on hidden, normed or hidden+normed "
-            "features"
-        )
         raise RequestError(msg)
 
 
@@ -153,7 +144,16 @@ def _settings(training: Training, session: ModelSession, tokens: TokenSet) -> Di
     steps = training.epochs * -(-n_train // batch) if training.steps is None else training.steps
     micro_batch = session.compute.micro_batch or max(1, session.micro_batch(tokens.length) // 4)
     return DistillSettings(
-        steps, batch, training.learning_rate, training.top, training.seed, n_train, min(micro_batch, batch)
+        steps,
+        batch,
+        training.learning_rate,
+        training.top,
+        training.seed,
+        n_train,
+        min(micro_batch, batch),
+        # A look at a window costs a third of a step on it: with this a ninth of the steps themselves.
+        check=max(1, 3 * held_out // batch),
+        norms=training.train == "operators+norms",
     )
 
 
@@ -163,7 +163,11 @@ def _recipe(
     skeleton = session.skeleton
     return {
         "stage": "distill",
-        "training": {**asdict(settings), "optimizer": "adam", "schedule": "cosine"},
+        "training": {
+            **asdict(settings),
+            "optimizer": {"name": "adam", "betas": list(BETAS), "smallest_scale": SMALLEST_SCALE},
+            "schedule": "cosine",
+        },
         "operators": operators.metadata.get("recipe"),
         "operators_digest": _operators_digest(operators),
         "plan": operators.plan.to_json(),
@@ -176,28 +180,25 @@ def _recipe(
 
 
 def _operators_digest(operators: OperatorSet) -> str:
-    arrays = {
-        f"{one.name}.{part}": array_digest(array)
-        for one in operators.operators
-        for part, array in (("weight", one.weight), ("bias", one.bias))
-        if array is not None
-    }
+    arrays = {name: array_digest(array) for name, array in operators.arrays().items()}
     return json_digest({"boundaries": [one.to_json() for one in operators.boundaries], "arrays": arrays})
 
 
-def _diagnostics(before: HeldOut, after: HeldOut, losses: Sequence[float]) -> dict[str, Any]:
+def _diagnostics(before: HeldOut, after: HeldOut, course: Course) -> dict[str, Any]:
     warnings = []
     if after.divergence >= before.divergence:
         warnings.append(
             "distillation did not help: on held-out windows the divergence went from "
             f"{before.divergence:.6g} to {after.divergence:.6g}; keep the operators that it began with, or "
-            "train with another --learning-rate"
+            "train on more text"
         )
     return {
         "held_out_divergence_before": before.divergence,
         "held_out_divergence": after.divergence,
         "held_out_loss_before": before.loss,
         "held_out_loss": after.loss,
-        "step_losses": list(losses),
+        "best_step": course.best.step,
+        "curve": [asdict(check) for check in course.checks],
+        "step_losses": list(course.losses),
         "warnings": warnings,
     }

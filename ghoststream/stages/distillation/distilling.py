@@ -1,33 +1,34 @@
-"""Training of operators against the dense model: the optimiser, its steps, and what is kept between them."""
+"""Training of operators against the dense model: the passes of its steps and checks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
-from torch.func import functional_call
 
-from ghoststream.evaluation.objectives import DivergenceAccumulator, TopLogitsLoss, default_loss_tokens
-from ghoststream.files import read_kept
-from ghoststream.files.tensor_files import TensorFile, write_tensors
+from ghoststream.evaluation.objectives import (
+    DivergenceAccumulator,
+    TopDivergence,
+    TopLogitsLoss,
+    default_loss_tokens,
+)
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.operators.joint import describe_absorption
 from ghoststream.progress import Progress
-from ghoststream.recovery import build_ghost
-from ghoststream.spans import Span
+from ghoststream.stages.distillation.descent import Course, Descent
 from ghoststream.stages.distillation.teacher import Teacher
+from ghoststream.stages.distillation.trained import TrainedNorms, TrainedOperator, lane_weights
+from ghoststream.stages.lanes import first_needed
 from ghoststream.stages.session import ModelSession
-from ghoststream.streaming import Batch, BoundaryMap, Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.streaming.backward import BackwardPass
 from ghoststream.text import TokenSet
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class DistillSettings:
     """How operators are trained.
 
     Attributes:
-        steps: Steps of the optimiser.
+        steps: Steps of the optimiser, at most.
         batch: Sequences of a step.
-        learning_rate: Of the first step; it falls to zero along half a cosine.
+        learning_rate: Largest step of an entry at first, as a share of the root mean square of its tensor; it
+            falls to zero along half a cosine.
         top: Logits of the dense model that count.
         seed: Of the order of the sequences.
         n_train: Sequences that are trained on, the first ones; the others are held out.
         micro_batch: Sequences in one forward.
+        check: Steps between two looks at the held-out sequences.
+        norms: Whether the weights of norms are trained too.
     """
 
     steps: int
@@ -51,6 +55,8 @@ class DistillSettings:
     seed: int
     n_train: int
     micro_batch: int
+    check: int
+    norms: bool
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -62,6 +68,10 @@ class DistillSettings:
         epoch, index = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.n_train)
         return np.sort(order[index * self.batch : (index + 1) * self.batch])
+
+    def checks_at(self, step: int) -> bool:
+        """Whether the held-out sequences are looked at when so many steps were taken."""
+        return step % self.check == 0 or step == self.steps
 
 
 @dataclass(frozen=True)
@@ -77,50 +87,11 @@ class HeldOut:
     loss: float
 
 
-@dataclass
-class _State:
-    """What a run keeps between two steps: figures; the arrays are those of the modules and the optimiser."""
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    before: HeldOut | None = None
-
-
-class TrainedOperator(BoundaryMap):
-    """An operator whose parameters are float32 and require gradients; it computes in the dtype of the states.
-
-    It computes what the module in a recovered checkpoint does, its parameters rounded to the dtype of the
-    states.
-    """
-
-    def __init__(self, operator: BoundaryOperator, device: torch.device) -> None:
-        self.ghost = build_ghost(operator, dtype=torch.float32, device=device)
-        for parameter in self.ghost.parameters():
-            parameter.data = parameter.data.clone()  # on the CPU it shares the memory of the operator's array
-            parameter.requires_grad_()
-
-    def apply(self, states: torch.Tensor) -> torch.Tensor:
-        """Map ``(n, T, C)`` to the same shape."""
-        rounded = {name: parameter.to(states.dtype) for name, parameter in self.ghost.named_parameters()}
-        mapped: torch.Tensor = functional_call(self.ghost, rounded, (states,))
-        return mapped
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of the module."""
-        return self.ghost.parameters()
-
-    def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return ``weight`` and, if there is one, ``bias``."""
-        return {
-            name.removeprefix("linear."): parameter.detach().cpu().numpy()
-            for name, parameter in self.ghost.named_parameters()
-        }
-
-
 class Distillation:
-    """Trains the operators of one plan.
+    """Trains the operators of one plan, and the norms behind its first span where that is asked for.
 
-    Every step is one pass forward and one backward over the layers behind ``start``.
+    Every step is one pass forward and one backward over the layers that follow the states that the teacher
+    has kept.
 
     Args:
         session: The model.
@@ -130,8 +101,8 @@ class Distillation:
         settings: How they are trained.
         path: File that is written after every step.
 
-    Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 16
-    bytes for each parameter of an operator (itself, its gradient, two moments).
+    Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 20
+    bytes for each parameter that is trained (itself, the best one, its gradient, two moments).
     """
 
     def __init__(
@@ -143,71 +114,117 @@ class Distillation:
         settings: DistillSettings,
         path: Path,
     ) -> None:
-        self._session, self._tokens = session, tokens
-        self._teacher, self._settings = teacher, settings
-        self._plan, self._path = operators.plan, path
-        self._start = operators.plan.spans[0].start
-        self.operators = {one.span: TrainedOperator(one, session.device) for one in operators.operators}
-        # One implementation on every device.
-        self._optimizer = torch.optim.Adam(
-            self._parameters().values(), lr=settings.learning_rate, foreach=False
-        )
         skeleton = session.skeleton
+        self._session, self._tokens = session, tokens
+        self._teacher, self._settings, self._scratch = teacher, settings, path.parent
+        self._plan, self._given = operators.plan, operators
+        self.operators = {one.span: TrainedOperator(one, session.device) for one in operators.operators}
+        self.norms = TrainedNorms(skeleton, operators) if settings.norms else None
+        self._weights = lane_weights(skeleton, operators, self.norms)
+        self._start = first_needed(self._lane())
+        self._descent = Descent(self._parameters(), path)
         self._chunk = default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes)
 
-    def run(self, progress: Progress) -> tuple[HeldOut, HeldOut, Sequence[float]]:
-        """Train, from where a run before this was killed.
+    def run(self, progress: Progress) -> tuple[HeldOut, HeldOut, Course]:
+        """Train, from where a run before this was killed; what was best on held-out sequences is in place.
 
         Returns:
-            The held-out figures before and after, and the loss of each step.
+            The held-out figures before and after, and the course of the training.
 
         Raises:
             NumericsError: If a state or a gradient is not finite.
             DiskFullError: If no space is left.
         """
-        settings, state = self._settings, self._load()
-        if state.before is None:
-            state.before = self.held_out()
-            self._save(state)
+        settings, descent = self._settings, self._descent
+        descent.load()
+        if descent.course.before is None:
+            before = self.held_out()
+            descent.course.before = before.divergence, before.loss
+            descent.check(self._divergence())
+            descent.save()
+        assert descent.course.before is not None
         progress.start("distilling", settings.steps, "steps")
-        progress.advance(state.step)
-        while state.step < settings.steps:
-            state.losses.append(self._take_step(state.step))
-            state.step += 1
-            self._save(state)
+        progress.advance(descent.course.step)
+        while descent.course.step < settings.steps and not descent.course.ended:
+            self._take_step(descent.course.step)
+            if settings.checks_at(descent.course.step):
+                descent.check(self._divergence())
+            descent.save()
             progress.advance(1)
         progress.finish()
-        return state.before, self.held_out(), state.losses
+        descent.go_back()
+        return HeldOut(*descent.course.before), self.held_out(), descent.course
 
     def held_out(self) -> HeldOut:
         """Measure the operators as they are on the held-out sequences."""
-        rows = np.arange(self._settings.n_train, self._tokens.n_sequences)
-        batches, view = self._select(rows)
-        figures = DivergenceAccumulator(view, len(rows))
-        lane = Lane("repaired", self._plan, self.operators, logits=figures)
-        factory = self._session.memory(self._tokens.length, scratch=self._path.parent).states_factory(batches)
-        StreamedPass(self._session.skeleton, batches, [lane], factory, self._options(view)).run()
+        figures = DivergenceAccumulator(self._held_view, len(self._held_rows))
+        self._through(self._lane(logits=figures))
         return HeldOut(figures.divergence(), figures.losses().loss)
 
-    def _take_step(self, step: int) -> float:
+    def trained(self, diagnostics: Mapping[str, Any], metadata: Mapping[str, Any]) -> OperatorSet:
+        """Return the operators with the arrays that training left; figures of their fit are ``fitted``.
+
+        Args:
+            diagnostics: Of the training, for every operator that was trained.
+            metadata: Of the set.
+        """
+        given = self._given
+        boundaries = tuple(self._boundary(one, diagnostics) for one in given.boundaries)
+        replaced = {**given.replaced, **({} if self.norms is None else self.norms.arrays())}
+        return OperatorSet(given.plan, given.kind, boundaries, given.hidden, dict(metadata), replaced)
+
+    @property
+    def _held_rows(self) -> npt.NDArray[np.int64]:
+        return np.arange(self._settings.n_train, self._tokens.n_sequences)
+
+    @property
+    def _held_view(self) -> _Selected:
+        return _Selected(self._teacher, self._held_rows)
+
+    def _boundary(self, one: BoundaryOperator, diagnostics: Mapping[str, Any]) -> BoundaryOperator:
+        if one.span not in self.operators:
+            return one
+        trained = BoundaryOperator(
+            one.span,
+            one.form,
+            one.features,
+            **self.operators[one.span].arrays(),
+            diagnostics={**diagnostics, "fitted": one.diagnostics},
+            norm_epsilon=one.norm_epsilon,
+        )
+        return describe_absorption(trained)
+
+    def _divergence(self) -> float:
+        """Measure the divergence alone, which takes a small part of the head."""
+        figures = TopDivergence(self._held_view)
+        self._through(self._lane(logits=figures, entries=figures.entries))
+        return figures.divergence()
+
+    def _through(self, lane: Lane) -> None:
+        batches, view = self._select(self._held_rows)
+        factory = self._session.memory(self._tokens.length, scratch=self._scratch).states_factory(batches)
+        StreamedPass(self._session.skeleton, batches, [lane], factory, self._options(view)).run()
+
+    def _take_step(self, step: int) -> None:
         rows = self._settings.rows(step)
         batches, view = self._select(rows)
-        loss = TopLogitsLoss(view, int(self._tokens.mask[rows].sum()))
-        gradients = 16 * sum(parameter.numel() for parameter in self._parameters().values())
-        memory = self._session.memory(self._tokens.length, gradients=gradients, scratch=self._path.parent)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.rate(step)
-        self._optimizer.zero_grad()
+        n_tokens = int(self._tokens.mask[rows].sum())
+        gradients = 20 * sum(parameter.numel() for parameter in self._parameters().values())
+        memory = self._session.memory(self._tokens.length, gradients=gradients, scratch=self._scratch)
+        self._descent.zero()
         value = BackwardPass(
             self._session.skeleton,
             batches,
-            loss,
+            TopLogitsLoss(view, n_tokens),
             memory.states_factory(batches),
-            lane=Lane("repaired", self._plan, self.operators),
+            lane=self._lane(),
+            gradients=self.norms,
             options=self._options(view),
         ).run()
-        self._optimizer.step()
-        return value
+        self._descent.step(self._settings.rate(step), value, n_tokens)
+
+    def _lane(self, **rest: Any) -> Lane:
+        return Lane("repaired", self._plan, self.operators, weights=self._weights, **rest)
 
     def _select(self, rows: npt.NDArray[np.int64]) -> tuple[tuple[Batch, ...], _Selected]:
         batches = make_batches(self._tokens.ids[rows], self._tokens.mask[rows], self._settings.micro_batch)
@@ -216,49 +233,13 @@ class Distillation:
     def _options(self, view: _Selected) -> PassOptions:
         return PassOptions(first_layer=self._start, initial=view.states, logit_tokens=self._chunk)
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        return {
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        found = {
             f"{span.start}-{span.stop}.{name}": parameter
             for span, operator in self.operators.items()
-            for name, parameter in operator.ghost.named_parameters()
+            for name, parameter in operator.named_parameters().items()
         }
-
-    def _save(self, state: _State) -> None:
-        assert state.before is not None
-        arrays = {f"parameter.{name}": value for name, value in self._parameters().items()}
-        for name, parameter in self._parameters().items():
-            moments = self._optimizer.state.get(parameter, {})
-            arrays |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS if moment in moments}
-        host = {name: value.detach().cpu().numpy() for name, value in arrays.items()}
-        metadata = {
-            "step": state.step,
-            "losses": state.losses,
-            "before": [state.before.divergence, state.before.loss],
-        }
-        write_tensors(self._path, host, metadata)
-
-    def _load(self) -> _State:
-        """Return where a run before this got to, its arrays put in place.
-
-        The beginning if it left nothing whole.
-        """
-        kept = read_kept(_read_state, self._path)
-        if kept is None:
-            return _State()
-        state, arrays = kept
-        self._restore(arrays, state.step)
-        return state
-
-    def _restore(self, arrays: Mapping[str, npt.NDArray[Any]], step: int) -> None:
-        for name, parameter in self._parameters().items():
-            values = {
-                kind: torch.from_numpy(arrays[f"{kind}.{name}"]).to(parameter.device)
-                for kind in ("parameter", *_MOMENTS)
-                if f"{kind}.{name}" in arrays
-            }
-            parameter.data.copy_(values.pop("parameter"))
-            if values:
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **values}
+        return {**found, **({} if self.norms is None else self.norms.parameters)}
 
 
 class _Selected:
@@ -275,28 +256,3 @@ class _Selected:
     def top(self, batch: Batch, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the largest logits of some tokens of a batch."""
         return self._teacher.top(self._rows[batch.start : batch.stop], first, count)
-
-
-def trained_boundaries(
-    operators: OperatorSet, trained: Mapping[Span, TrainedOperator], diagnostics: Mapping[str, Any]
-) -> tuple[BoundaryOperator, ...]:
-    """Return the operators with the arrays that training left; figures of their fit are under ``fitted``."""
-    return tuple(
-        one
-        if one.span not in trained
-        else BoundaryOperator(
-            one.span,
-            one.form,
-            one.features,
-            **trained[one.span].arrays(),
-            diagnostics={**diagnostics, "fitted": one.diagnostics},
-            norm_epsilon=one.norm_epsilon,
-        )
-        for one in operators.boundaries
-    )
-
-
-def _read_state(path: Path) -> tuple[_State, dict[str, npt.NDArray[Any]]]:
-    with TensorFile(path) as file:
-        found, arrays = file.metadata, {name: file.read(name) for name in file.digests}
-    return _State(int(found["step"]), list(found["losses"]), HeldOut(*found["before"])), arrays

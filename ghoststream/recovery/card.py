@@ -22,7 +22,7 @@ tags:
 
 _RECOVERED = """
 Layers were removed from this model. At each place where they were, one operator stands in for them. It was
-found in closed form (*Ghosted Layers*, arXiv 2605.15491). Nothing was trained.
+found in closed form (*Ghosted Layers*, arXiv 2605.15491). {trained}
 
 ## Loading
 
@@ -45,8 +45,8 @@ Layers were removed from this model; nothing stands in for them. It is an ordina
 
 _FOLDED = """
 Layers were removed from this model. At each place where they were, one operator stands in for them. It was
-found in closed form, and absorbed into the last weight of the MLP before. Nothing was trained and no
-parameter was added. It is an ordinary checkpoint of type `{model_type}` and loads like any other.
+found in closed form, and absorbed into the last weight of the MLP before. No parameter was added. {trained}
+It is an ordinary checkpoint of type `{model_type}` and loads like any other.
 """
 
 _HIDDEN_STATES = """
@@ -85,7 +85,11 @@ def model_card(
     is_recovered = bool(operators.operators) or any(one["operators"]["boundaries"] for one in rounds)
     text = _FRONT + f"\n# {title}, {whole.n_removed} of {whole.n_layers} layers removed\n"
     kind = _RECOVERED if stands else _FOLDED if is_recovered else _PRUNED
-    text += kind.format(model_type=model_type)
+    recipes = [
+        operators.metadata.get("recipe"),
+        *(one["operators"]["metadata"].get("recipe") for one in rounds),
+    ]
+    text += kind.format(model_type=model_type, trained=_trained(recipes))
     text += "\n## What was removed\n\n"
     if rounds:
         text += f"Layers {whole} (0-based, half-open) of {whole.n_layers}, in {len(rounds) + 1} rounds. "
@@ -109,6 +113,18 @@ def model_card(
         text += f"\nIt began with: `{one['base']['digest']}`.\n{_recipe(recorded['metadata'], '')}"
     text += "\nVersions, fingerprints and a digest of every tensor are in `ghoststream.json`.\n"
     return text
+
+
+def _trained(recipes: Sequence[Mapping[str, Any] | None]) -> str:
+    """Say whether something was trained, and what."""
+    trainings = [one["training"] for one in recipes if one and one.get("stage") == "distill"]
+    if not trainings:
+        return "Nothing was trained."
+    what = "it and the norms behind it were" if any(one["norms"] for one in trainings) else "it was"
+    steps = max(int(one["steps"]) for one in trainings)
+    return (
+        f"Then {what} trained towards the base's outputs, in at most {steps} steps; all else is the base's."
+    )
 
 
 def _recipe(metadata: Mapping[str, Any], heading: str) -> str:

@@ -78,9 +78,9 @@ def test_what_was_saved_is_gone_on_with_to_the_bit(tmp_path: Path) -> None:
     descent.save()
     later.load()
     assert later.course == descent.course
-    for one in (descent, later):
-        take(parameters if one is descent else other, one, 0.1)
-        one.check(0.6)
+    for trained, course in ((parameters, descent), (other, later)):
+        take(trained, course, 0.1)
+        course.check(0.6)
     for name, one in parameters.items():
         assert torch.equal(one, other[name])
     assert later.course == descent.course

@@ -124,8 +124,8 @@ class Resident:
 
         def repair(_: object, _args: Any, x: torch.Tensor) -> torch.Tensor:
             change = seen.pop() @ parts["wide"].T + parts.get("bias", torch.zeros(C))
-            own: torch.Tensor = x @ parts["own"].T if parts["own"].numel() else torch.zeros(C)
-            return x + change + own
+            repaired: torch.Tensor = x + change
+            return repaired + x @ parts["own"].T if parts["own"].numel() else repaired
 
         before.register_forward_hook(repair)
 
@@ -263,6 +263,9 @@ def test_the_file_says_what_it_is_and_measures_what_it_says(
         found = trained.operators[0].diagnostics["held_out_loss"]
         assert row.losses.loss == pytest.approx(found, rel=precision)
     assert trained.operators[1].diagnostics["absorption_growth"] > 0
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "it and the norms behind it were trained towards the base's outputs, in at most 4 steps" in card
+    assert "Nothing was trained" not in card
     for changed in ({"learning_rate": 0.02}, {"steps": 3}, {"seed": 1}, {"train": "operators"}):
         with pytest.raises(OutputExistsError, match="not the result of this request"):
             run(tiny_llama, operators, text, out, **{"train": "operators+norms", **changed})

@@ -122,9 +122,7 @@ def _trained(recipes: Sequence[Mapping[str, Any] | None]) -> str:
         return "Nothing was trained."
     what = "it and the norms behind it were" if any(one["norms"] for one in trainings) else "it was"
     steps = max(int(one["steps"]) for one in trainings)
-    return (
-        f"Then {what} trained towards the base's outputs, in at most {steps} steps; all else is the base's."
-    )
+    return f"Then {what} trained towards the outputs of the base, in at most {steps} steps."
 
 
 def _recipe(metadata: Mapping[str, Any], heading: str) -> str:

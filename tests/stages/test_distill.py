@@ -264,7 +264,7 @@ def test_the_file_says_what_it_is_and_measures_what_it_says(
         assert row.losses.loss == pytest.approx(found, rel=precision)
     assert trained.operators[1].diagnostics["absorption_growth"] > 0
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "it and the norms behind it were trained towards the base's outputs, in at most 4 steps" in card
+    assert "it and the norms behind it were trained towards the outputs of the base, in at most 4" in card
     assert "Nothing was trained" not in card
     for changed in ({"learning_rate": 0.02}, {"steps": 3}, {"seed": 1}, {"train": "operators"}):
         with pytest.raises(OutputExistsError, match="not the result of this request"):

@@ -10,11 +10,13 @@ A new option is one field here and the line that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from ghoststream.errors import RequestError
 from ghoststream.option_types import Bytes, Count, Few, Layers, Length, Number, Options, Ridge, option
 from ghoststream.spans import PruningPlan
 
@@ -43,18 +45,28 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _specs(value: Any) -> Any:
+    """Write specifications in one way: one is a text, several are a tuple."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not value:
+        msg = "no text is named; give at least one"
+        raise ValueError(msg)
+    return value[0] if len(value) == 1 else tuple(value)
+
+
 class Text(Options):
-    """Which token windows are cut from which text.
+    """Which token windows are cut from which text, or from several texts.
 
     Two defaults depend on the role of the text: :meth:`to_calibrate` and :meth:`to_evaluate`.
     """
 
     title: ClassVar[str] = "Text"
 
-    spec: str = option(
+    spec: Annotated[str | tuple[str, ...], BeforeValidator(_specs)] = option(
         ...,
         f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\nIn full: {SPEC_FORMS}, or NAME[:REST] of an "
-        "installed package.",
+        "installed package. To calibrate, several: each gives its share of the windows, and they take turns.",
     )
     sequences: Count | None = option(
         None,
@@ -85,25 +97,63 @@ class Text(Options):
             raise ValueError(msg)
         return self
 
+    @model_validator(mode="after")
+    def _enough_for_each(self) -> Self:
+        n_texts, wanted = len(self.specs), self.to_calibrate().sequences or 0
+        if n_texts > 1 and wanted < n_texts:
+            msg = f"{n_texts} texts cannot share {wanted} windows; give --sequences {n_texts} or more"
+            raise ValueError(msg)
+        return self
+
     @classmethod
-    def of(cls, text: Text | str) -> Text:
-        """Return the text of a specification, or the text itself."""
-        return cls(spec=text) if isinstance(text, str) else text
+    def of(cls, text: TextLike) -> Text:
+        """Return the text of a specification or of several, or the text itself.
+
+        Raises:
+            RequestError: If there is no specification.
+        """
+        return text if isinstance(text, Text) else cls.make({"spec": text})
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """The specifications: mostly one."""
+        return (self.spec,) if isinstance(self.spec, str) else self.spec
 
     def to_calibrate(self) -> Text:
         """Return the text with the defaults of one that is calibrated on."""
         return self._with(128 if self.sequences is None else self.sequences, self.part or "fit")
 
     def to_evaluate(self) -> Text:
-        """Return the text with the defaults of one that is measured on."""
+        """Return the text with the defaults of one that is measured on.
+
+        Raises:
+            RequestError: If it is several texts.
+        """
+        _one_text(self)
         return self._with(self.sequences, self.part or "heldout")
 
     def _with(self, sequences: int | None, part: TextPart) -> Text:
         return self.model_copy(update={"sequences": sequences, "part": part})
 
 
-_OR_SPEC = BeforeValidator(Text.of)
-"""The specification of a text alone stands for it."""
+TextLike = Text | str | Sequence[str]
+"""A text, or its specification alone; to calibrate on, several specifications too."""
+
+
+def _or_spec(value: Any) -> Any:
+    return {"spec": value} if isinstance(value, str | list | tuple) else value
+
+
+def _one_text(text: Text | None) -> Text | None:
+    if text is not None and len(text.specs) > 1:
+        found = f"{', '.join(text.specs)} are {len(text.specs)} texts"
+        msg = f"{found}, and figures are of one; measure on each by itself"
+        raise RequestError(msg)
+    return text
+
+
+_OR_SPEC = BeforeValidator(_or_spec)
+"""The specification of a text alone stands for it, and so do several."""
 
 
 class Source(Options):
@@ -215,6 +265,8 @@ class Search(Options):
     """How much is tried: the fields that only criteria which run the model read, each of them some."""
     choosing: ClassVar[tuple[str, ...]] = ("criterion", *trying)
     """The fields that nothing reads where a plan is given."""
+    measuring: ClassVar[tuple[str, ...]] = ("held_out", "across_texts")
+    """The fields that nothing reads where nothing is measured."""
 
     criterion: str | None = option(
         None,
@@ -255,6 +307,11 @@ class Search(Options):
         "Plans of each partition that measured measures once a span stands: those whose spans cost least "
         "alone.",
         metavar="M",
+    )
+    across_texts: Literal["mean", "worst"] = option(
+        "mean",
+        "Whether candidates are ranked by the mean of all held-out windows, or by that of the worst text.\n"
+        "worst: of several --calibration the one on which a candidate loses most against the dense model.",
     )
     lanes: Count | None = option(None, "Most candidates in one pass. Default: all.", metavar="N")
     folds: Few = option(
@@ -407,6 +464,6 @@ class Recovery(Options):
     )
     storage: Storage = Storage()
     reduction: Reduction = Reduction()
-    evaluate: Annotated[Text | None, _OR_SPEC] = Field(
+    evaluate: Annotated[Text | None, _OR_SPEC, AfterValidator(_one_text)] = Field(
         default=None, description="Text to measure the base and the recovered model on."
     )

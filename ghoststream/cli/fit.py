@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @grouped(
     calibration=Text,
     method=Method,
-    search=Part(Search, ("held_out", "folds"), "Held-out windows"),
+    search=Part(Search, ("held_out", "across_texts", "folds"), "Held-out windows"),
     compute=Compute,
     reduction=Reduction,
 )
@@ -87,7 +87,8 @@ def _print_tried(operators: OperatorSet) -> None:
 
     tried = operators.metadata.get("chosen", ())
     if tried:
-        print_table(*candidate_table(tried), title="loss above the dense model on held-out windows")
+        table = candidate_table(tried, operators.metadata["recipe"])
+        print_table(*table, title="loss above the dense model on held-out windows")
 
 
 def _diagnostics_table(diagnostics: dict[str, dict[str, object]]) -> tuple[list[str], list[list[object]]]:

@@ -78,7 +78,7 @@ def grouped(**groups: type[Options] | Part) -> Callable[[Callable[..., Any]], Ca
 
     Only what was given is set in the objects, so that a stage can refuse by name what it would not use. A
     group that is a :class:`~ghoststream.options.Text` gets its specification by an option of the parameter's
-    name, and is None without it.
+    name, which may be given more than once, and is None without it.
 
     Args:
         **groups: The group, or a part of it, for each parameter of the command.
@@ -127,13 +127,19 @@ def _spec_option(name: str) -> Callable[[Any], Any]:
     role = "calibrate on" if name == "calibration" else "measure on"
     text = f"Text to {role}: {Text.model_fields['spec'].description!s}"
     return click.option(
-        flag(name), metavar="SPEC", help=text, cls=FieldOption, section=Text.title, usual=True
+        flag(name),
+        metavar="SPEC",
+        help=text,
+        cls=FieldOption,
+        section=Text.title,
+        usual=True,
+        multiple=True,
     )
 
 
-def _text(name: str, spec: str | None, given: dict[str, Any]) -> Text | None:
-    if spec is not None:
-        return Text.make({**given, "spec": spec})
+def _text(name: str, specs: tuple[str, ...], given: dict[str, Any]) -> Text | None:
+    if specs:
+        return Text.make({**given, "spec": specs})
     if given:
         msg = f"{', '.join(map(flag, given))} would not be used without {flag(name)}; leave it out"
         raise RequestError(msg)

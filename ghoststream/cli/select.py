@@ -79,7 +79,7 @@ def _print_candidates(selection: Selection) -> None:
         title += f"; dense {selection.dense_loss:.4f}"
     is_measured = selection.dense_loss is not None or selection.passes
     shown = selection.candidates[:_MOST_ROWS] if is_measured else selection.candidates
-    print_table(*candidate_table(shown), title=title)
+    print_table(*candidate_table(shown, selection.recipe), title=title)
     left = len(selection.candidates) - len(shown)
     if left:
         click.echo(f"and {left} more that are worse")

@@ -175,22 +175,29 @@ def scored_rows(scores: Sequence[tuple[Span, float]], chosen: Sequence[Span]) ->
     )
 
 
-def candidate_table(candidates: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Return headers and rows of what a criterion scored or measured, as a plan file has it."""
+def candidate_table(candidates: Sequence[Row], recipe: Row) -> tuple[list[str], list[list[Any]]]:
+    """Return headers and rows of what a criterion scored or measured, as a plan file has it.
+
+    Args:
+        candidates: JSON data of the candidates.
+        recipe: What decided them; it names the texts where there are several.
+    """
+    texts = recipe["text"]["spec"] if any("gaps_by_text" in row for row in candidates) else []
     figures = {"loss": "loss", "gap": "above dense", "gap_standard_error": "standard error", "score": "score"}
     present = [name for name in figures if any(name in row for row in candidates)]
     is_repaired, is_chosen = (any(name in row for row in candidates) for name in ("repair", "chosen"))
-    headers = ["removed", *(["repaired by"] if is_repaired else []), *(figures[name] for name in present)]
+    shown = [*(["repaired by"] if is_repaired else []), *(figures[name] for name in present), *texts]
     rows = [
         [
             " ".join(f"[{start},{stop})" for start, stop in row["spans"]),
             *(["; ".join(row["repair"])] if is_repaired else []),
             *(row.get(name) for name in present),
+            *row.get("gaps_by_text", (None,) * len(texts)),
             *(["chosen" if row.get("chosen") else ""] if is_chosen else []),
         ]
         for row in candidates
     ]
-    return [*headers, *([""] if is_chosen else [])], rows
+    return ["removed", *shown, *([""] if is_chosen else [])], rows
 
 
 def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:

@@ -49,7 +49,7 @@ def fit(
             of the layer before a boundary only.
         out: Operators file (safetensors) to write.
         method: How boundaries are fitted.
-        search: ``folds`` for the residual out of sample, and ``held_out`` for ``auto``.
+        search: ``folds`` for the residual out of sample, and ``held_out`` and ``across_texts`` for ``auto``.
         compute: How the model is opened and run.
         reduction: Where statistics of a store are reduced.
         progress: Who is told how far it is.
@@ -76,7 +76,7 @@ def fit(
             )
             raise RequestError(msg)
         search.refuse(
-            ("held_out",), "from a store nothing is measured; --folds are for residuals out of sample"
+            Search.measuring, "from a store nothing is measured; --folds are for residuals out of sample"
         )
         if not taps_of(make_store_kind(method).features):
             unread = "no layer is run again for these features"

@@ -11,7 +11,7 @@ from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.files import StagingFolder, disk_errors
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Compute, Method, Recovery, Search, Text
+from ghoststream.options import Compute, Method, Recovery, Search, Text, TextLike
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport, export_recovered
 from ghoststream.spans import PruningPlan
@@ -102,7 +102,7 @@ def recover(
     model: str | Path,
     *,
     remove: int | str | Path | PruningPlan,
-    calibration: Text | str,
+    calibration: TextLike,
     out: str | Path,
     search: Search | None = None,
     method: Method | None = None,
@@ -123,7 +123,7 @@ def recover(
         model: Local folder or hub id.
         remove: How many layers to remove, chosen by ``search.criterion``; or which: a plan, its file, or
             spans such as ``13:19``. Then only the hidden states at its boundaries are captured.
-        calibration: Text to calibrate on, or its specification.
+        calibration: Text to calibrate on, or its specification, or those of several.
         out: Folder of the recovered checkpoint. Everything else is kept in ``<out>.work``.
         search: How layers are chosen, and what is held out.
         method: How boundaries are repaired.

@@ -186,7 +186,7 @@ def _check_choice(way: Way, n_layers: int) -> None:
     if way.given is not None:
         search.refuse(Search.choosing, "the plan says which layers go")
         if not way.measures:
-            search.refuse(("held_out",), "nothing is measured, as it is known how each boundary is fitted")
+            search.refuse(Search.measuring, "nothing is measured, as it is known how each boundary is fitted")
     elif way.runs_model:
         rule, _ = check_search(n_layers, way.n_removed, search, method)
         if not rule.repairs and method.is_named:
@@ -202,7 +202,7 @@ def _check_fit(way: Way) -> Method | None:
     """Check how boundaries are fitted; return the method where one is named."""
     recovery = way.recovery
     if not way.fits_in_passes:
-        recovery.search.refuse(("held_out",), "nothing is measured")
+        recovery.search.refuse(Search.measuring, "nothing is measured")
         kind = make_store_kind(recovery.method)
         device = recovery.reduction.reduce_device
         if device is not None and recovery.reduction.scheduler is None:

@@ -113,7 +113,7 @@ class Steps:
         self._session.expect(selection.base, "the plan was chosen")
         if self.way.fits_in_passes:
             is_known = method.is_named or bool(selection.methods)
-            used = ("folds",) if is_known else ("folds", "held_out")
+            used = ("folds",) if is_known else ("folds", *Search.measuring)
             operators = fit_in_passes(
                 self._session,
                 selection,

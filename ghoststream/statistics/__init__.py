@@ -30,6 +30,7 @@ from ghoststream.statistics.source import (
     base_of,
     open_source,
     store_digest,
+    texts_in,
 )
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.sweeps import Sweep, budgeted, candidate_spans, divide_sweeps
@@ -89,5 +90,6 @@ __all__ = [
     "store_digest",
     "store_ranges",
     "taps_of",
+    "texts_in",
     "token_weight_names",
 ]

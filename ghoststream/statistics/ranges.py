@@ -39,11 +39,14 @@ class Ranges:
     n_folds: int
 
     @classmethod
-    def make(cls, n_sequences: int, *, folds: int, range_sequences: int | None = None) -> Ranges:
+    def make(
+        cls, n_sequences: int, *, folds: int, range_sequences: int | None = None, turn: int = 1
+    ) -> Ranges:
         """Divide ``n_sequences``; without ``range_sequences`` about four ranges a fold.
 
         ``folds`` of 0 or 1 means no held-out figures. More folds than sequences are reduced to one a
-        sequence.
+        sequence. Where texts take turns, ``turn`` is their number: ranges then have as many sequences of
+        each, and so have folds.
 
         Raises:
             RequestError: If there is no sequence, a number is negative, or the ranges leave a fold empty.
@@ -54,9 +57,10 @@ class Ranges:
         if folds < 0:
             msg = f"the number of folds is {folds}; give 0 (no held-out figures) or more"
             raise RequestError(msg)
-        n_folds = max(1, min(folds, n_sequences))
+        n_folds = max(1, min(folds, n_sequences // turn))
         if range_sequences is None:
-            range_sequences = max(1, n_sequences // (n_folds * _DEFAULT_RANGES_PER_FOLD))
+            turns = n_sequences // turn // (n_folds * _DEFAULT_RANGES_PER_FOLD)
+            range_sequences = turn * max(1, turns)
         if range_sequences < 1:
             msg = f"the range size is {range_sequences} sequences; give at least 1"
             raise RequestError(msg)

@@ -177,6 +177,12 @@ def store_digest(source: HiddenStateSource) -> str:
     return json_digest({"recipe": source.recipe, "fingerprint": made_from})
 
 
+def texts_in(source: HiddenStateSource) -> int:
+    """Return how many texts take turns in the sequences of a store."""
+    spec = source.recipe.get("text", {}).get("spec")
+    return len(spec) if isinstance(spec, list) else 1
+
+
 def base_of(source: HiddenStateSource) -> dict[str, Any]:
     """Return what a store knows of its model: the fingerprint, and ``tensors``, digests of tensors."""
     tensors = source.annotations.get(BASE_TENSORS, {})

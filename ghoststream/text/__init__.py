@@ -5,7 +5,8 @@ from __future__ import annotations
 from ghoststream.text.beginnings import begin_note
 from ghoststream.text.documents import Document
 from ghoststream.text.encoding import tokenizer_fingerprint
-from ghoststream.text.prepare import is_ids, prepare_tokens, recipe_of
+from ghoststream.text.identity import is_ids, recipe_of
+from ghoststream.text.prepare import prepare_tokens
 from ghoststream.text.registry import register_text_source, text_source_names
 from ghoststream.text.sources import load_documents
 from ghoststream.text.spec import TextSpec

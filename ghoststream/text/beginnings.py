@@ -20,7 +20,9 @@ def begin_note(text: Text, tokens: TokenSet, tokenizer: PreTrainedTokenizerBase 
     """
     if tokenizer is None:
         return None
-    if tokens.first_tokens:
+    front = tokens.first_tokens or _front(tokenizer)
+    missing = int((tokens.ids[:, : len(front)] != front).any(axis=1).sum())
+    if tokens.first_tokens and not missing:
         n_text = tokens.length - len(tokens.first_tokens)
         why = (
             "as --bos always says" if text.bos == "always" else "as the tokenizer puts it in front of a text"
@@ -29,11 +31,10 @@ def begin_note(text: Text, tokens: TokenSet, tokenizer: PreTrainedTokenizerBase 
             f"each window begins with {_shown(tokenizer, tokens.first_tokens)}, {why}; {n_text} of its "
             f"{tokens.length} tokens are text"
         )
-    front = _front(tokenizer)
-    missing = int((tokens.ids[:, : len(front)] != front).any(axis=1).sum())
     if not front or not missing:
         return None
-    why = "token ids are taken as they are" if text.spec.startswith("ids:") else f"--bos {text.bos}"
+    is_ids = any(spec.startswith("ids:") for spec in text.specs)
+    why = "token ids are taken as they are" if is_ids else f"--bos {text.bos}"
     return (
         f"{missing} of {tokens.n_sequences} windows do not begin with {_shown(tokenizer, front)}, which the "
         f"tokenizer puts in front of a text ({why}); many models are not themselves without it"

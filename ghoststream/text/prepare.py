@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from ghoststream.errors import TextError
 from ghoststream.files import bytes_digest, format_digest
 from ghoststream.options import Text, TextPart
-from ghoststream.recipe import TextRecipe
 from ghoststream.text.documents import Document
 from ghoststream.text.encoding import TokenIds, encode_document, tokenizer_fingerprint
 from ghoststream.text.framing import FirstTokens, drop_front
 from ghoststream.text.hub import resolve_split
 from ghoststream.text.ids_file import read_ids
+from ghoststream.text.mixing import mixed
 from ghoststream.text.sources import load_documents, resolve_part
 from ghoststream.text.spec import TextSpec
 from ghoststream.text.token_set import TokenSet
@@ -89,6 +89,9 @@ def prepare_tokens(
 ) -> TokenSet:
     """Turn a text into sequences of ``text.length`` tokens.
 
+    Of several texts each is prepared as it would be alone, and their sequences take turns
+    (:func:`~ghoststream.text.mixing.mixed`).
+
     With ``pack``, documents are tokenised one by one, concatenated without anything in between, and cut in
     windows that do not overlap; the rest at the end is dropped. Without, each document is one sequence,
     truncated to ``text.length`` tokens, or padded on the right to the longest of them.
@@ -117,7 +120,15 @@ def prepare_tokens(
     Memory: The ids, 4 bytes a token, twice, and the document that is being tokenised with its encoding (about
     100 bytes a token); of a file that is one document, 12 bytes for each token asked for, at least 1 MiB.
     """
-    parsed = TextSpec.parse(text.spec)
+    if len(text.specs) == 1:
+        return _prepare(text, tokenizer, vocabulary_size)
+    padding = 0 if tokenizer is None else _padding(tokenizer)
+    return mixed(text, lambda one: _prepare(one, tokenizer, vocabulary_size), padding=padding)
+
+
+def _prepare(text: Text, tokenizer: PreTrainedTokenizerBase | None, vocabulary_size: int | None) -> TokenSet:
+    (spec,) = text.specs
+    parsed = TextSpec.parse(spec)
     if parsed.kind == "ids":
         tokens = _from_ids(parsed, text.sequences, text.length)
     else:
@@ -128,17 +139,6 @@ def prepare_tokens(
         tokens = _packed(request) if text.pack else _one_by_one(request)
     _require_known(tokens, parsed, vocabulary_size)
     return tokens
-
-
-def recipe_of(text: Text, tokens: TokenSet) -> TextRecipe:
-    """Return a text as recipes name it: without folders, whose place the digest of the tokens takes."""
-    spec = TextSpec.parse(text.spec).identity
-    return TextRecipe(**{**dict(text), "spec": spec}, first_tokens=tokens.first_tokens)
-
-
-def is_ids(text: Text) -> bool:
-    """Whether a text is given as token ids, so that no tokenizer is needed."""
-    return TextSpec.parse(text.spec).kind == "ids"
 
 
 def _from_ids(spec: TextSpec, sequences: int | None, length: int) -> TokenSet:
@@ -185,17 +185,19 @@ def _one_by_one(request: _Request) -> TokenSet:
             "sequences were asked for, one document each; give more text, ask for fewer, or use --pack"
         )
         raise TextError(msg)
-    padding = request.tokenizer.pad_token_id
-    if padding is None:
-        # Masked everywhere and behind all real tokens: which id it is changes nothing.
-        padding = request.tokenizer.eos_token_id or 0
     lengths = np.array([len(piece) for piece in pieces], np.int32)
     # What is longer than every document would be computed and never counted.
     width = max(2, int(lengths.max()))
-    ids = np.full((len(pieces), width), padding, np.int32)
+    ids = np.full((len(pieces), width), _padding(request.tokenizer), np.int32)
     for row, piece in zip(ids, pieces, strict=True):
         row[: len(piece)] = piece
     return _token_set(request, gathered, ids, lengths)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return what stands behind a shorter document: masked, so that which id it is changes nothing."""
+    found = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(found)
 
 
 def _token_set(request: _Request, gathered: _Gathered, ids: TokenIds, lengths: TokenIds) -> TokenSet:

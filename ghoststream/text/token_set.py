@@ -24,6 +24,9 @@ class TokenSet:
         mask: ``True`` where a token is not padding, bool ``(sequences, length)``.
         account: What decided the tokens; read it through :meth:`recipe`.
         first_tokens: Ids that were put in front of each sequence; empty if it begins with text.
+        n_texts: Texts that take turns in the sequences.
+        text_of: Number of the text that each sequence is of, int32 ``(sequences,)``; None where there is one
+            text.
     """
 
     ids: npt.NDArray[np.int32]
@@ -31,6 +34,8 @@ class TokenSet:
     mask: npt.NDArray[np.bool_]
     account: Mapping[str, Any] = field(default_factory=dict, repr=False)
     first_tokens: tuple[int, ...] = ()
+    n_texts: int = 1
+    text_of: npt.NDArray[np.int32] | None = None
 
     @property
     def n_sequences(self) -> int:
@@ -60,7 +65,10 @@ class TokenSet:
     def take(self, rows: Sequence[int]) -> TokenSet:
         """Return some of the sequences, in this order."""
         index = np.asarray(rows, dtype=np.int64)
-        return replace(self, ids=self.ids[index], lengths=self.lengths[index], mask=self.mask[index])
+        text_of = None if self.text_of is None else self.text_of[index]
+        return replace(
+            self, ids=self.ids[index], lengths=self.lengths[index], mask=self.mask[index], text_of=text_of
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Return what decided the tokens, as JSON: specification, digests, options."""

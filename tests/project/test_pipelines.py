@@ -47,7 +47,9 @@ def test_pipelines_load_and_can_be_planned(path: Path) -> None:
     assert recovery.evaluate is not None
     calibration, measured = recovery.calibration.to_calibrate(), recovery.evaluate.to_evaluate()
     splits = [
-        resolve_split(TextSpec.parse(text.spec), text.part or "all") for text in (calibration, measured)
+        resolve_split(TextSpec.parse(spec), text.part or "all")
+        for text in (calibration, measured)
+        for spec in text.specs
     ]
     # What is measured on was not calibrated on.
     assert (calibration.spec, calibration.part, splits[0]) != (measured.spec, measured.part, splits[1])

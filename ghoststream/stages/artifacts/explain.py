@@ -189,7 +189,7 @@ def explain_plan(path: str) -> Explanation:
     if found.candidates:
         shown = found.candidates[:_MOST_CANDIDATES] if found.passes else found.candidates
         title = f"{len(shown)} of {len(found.candidates)} candidates"
-        tables.append(Table(title, *candidate_table(shown)))
+        tables.append(Table(title, *candidate_table(shown, found.recipe)))
     if found.recipe:
         recipe = {key: value for key, value in found.recipe.items() if key not in {"screen", "methods"}}
         tables.append(_facts_table("recipe", {**recipe, **found.details}))

@@ -9,7 +9,7 @@ from typing import Any
 from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
 from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.errors import GhoststreamError, RequestError
-from ghoststream.options import Compute, Storage, Text, dtype_name
+from ghoststream.options import Compute, Storage, Text, TextLike, dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
@@ -23,7 +23,7 @@ _SHARD_BYTES = 16 * 2**20
 def capture(
     model: str | Path,
     *,
-    calibration: Text | str,
+    calibration: TextLike,
     store: str | Path,
     storage: Storage | None = None,
     compute: Compute | None = None,
@@ -42,7 +42,7 @@ def capture(
 
     Args:
         model: Local folder or hub id.
-        calibration: Text to calibrate on, or its specification.
+        calibration: Text to calibrate on, or its specification, or those of several.
         store: Path or URL of the store.
         storage: Which hidden states are kept, and their dtype.
         compute: How the model is opened and run.

@@ -9,13 +9,14 @@ from ghoststream.errors import UnsupportedModelError
 from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
+from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
-"""Measures repairs: one object with a ``gap`` to the dense model for each, in their order."""
+"""Measures repairs: the figures of each, a ``gap`` to the dense model among them, in their order."""
 
 
 def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[Method, ...]:
@@ -50,7 +51,7 @@ def choose_methods(session: ModelSession, repairs: Sequence[Repair], measure: Me
 
 def preference(row: Mapping[str, Any]) -> tuple[bool, float]:
     """Return what repairs are ordered by: those that cannot be written come last."""
-    return bool(row.get("refusal")), float(row["gap"])
+    return bool(row.get("refusal")), ranked_gap(row)
 
 
 def _variants(session: ModelSession, repair: Repair, index: int) -> list[Repair]:

@@ -188,6 +188,7 @@ class Taylor(SearchCriterion):
     def check(self, n_layers: int, remove: int, search: Search) -> None:
         """Check the request; see :meth:`SearchCriterion.check`."""
         super().check(n_layers, remove, search)
+        search.refuse(("across_texts",), f"{search.criterion} measures no candidate")
         if remove > n_layers - self.keep_first - self.keep_last:
             msg = (
                 f"cannot remove {remove} of {n_layers} layers by taylor-plus, which keeps the first "

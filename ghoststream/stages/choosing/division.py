@@ -34,3 +34,30 @@ def divided(
         )
         raise RequestError(msg)
     return size, n_fit
+
+
+def require_each_text(across_texts: str, n_texts: int, n_held: int) -> None:
+    """Check that every text can be measured on, where candidates are ranked by the worst one.
+
+    Args:
+        across_texts: How candidates are ranked: by the mean, or by the worst text.
+        n_texts: Number of texts, whose sequences take turns.
+        n_held: Sequences to measure on.
+
+    Raises:
+        RequestError: If there is one text, or not a sequence of each.
+    """
+    if across_texts == "mean":
+        return
+    if n_texts == 1:
+        msg = (
+            f"--across-texts {across_texts} would not be used: there is one text to calibrate on; name "
+            "several, or leave it out"
+        )
+        raise RequestError(msg)
+    if n_held < n_texts:
+        msg = (
+            f"--across-texts {across_texts} measures on each of {n_texts} texts, and {n_held} windows are "
+            f"held out; hold out at least {n_texts}"
+        )
+        raise RequestError(msg)

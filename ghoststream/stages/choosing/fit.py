@@ -56,9 +56,9 @@ def fit_in_passes(
     """
     repair = _known_repair(selection, named_method(method))
     if repair is not None:
-        search.refuse(("held_out",), "nothing is measured, as it is known how each boundary is fitted")
+        search.refuse(Search.measuring, "nothing is measured, as it is known how each boundary is fitted")
     tokens = session.tokens(text, progress)
-    ranges = Ranges.make(tokens.n_sequences, folds=search.folds)
+    ranges = Ranges.make(tokens.n_sequences, folds=search.folds, turn=tokens.n_texts)
     division = None if repair is not None else Division.make(session, tokens, search)
     micro_batch = session.micro_batch(tokens.length) if division is None else division.micro_batch
     recipe = {

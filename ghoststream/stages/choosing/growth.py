@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.auto import preference
+from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Ranked, Row, Trial
 from ghoststream.statistics import candidate_spans
@@ -64,9 +65,9 @@ def grow(
                 branch.best = {}
                 continue
             ranked = trial.rank(own)
-            branch.best = {repair.plan: float(row["gap"]) for repair, row in ranked[:beam]}
+            branch.best = {repair.plan: ranked_gap(row) for repair, row in ranked[:beam]}
             if step == 0:
-                alone |= {repair.plan.spans[0]: float(row["gap"]) for repair, row in ranked}
+                alone |= {repair.plan.spans[0]: ranked_gap(row) for repair, row in ranked}
             if step + 1 == len(branch.sizes):
                 finished |= {repair.name: (repair, row) for repair, row in ranked}
             trial.tell(*ranked[0])

@@ -18,6 +18,7 @@ from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_t
 from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.choosing.by_text import gaps_by_text, mean_and_error, worst_text
 from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.session import ModelSession
@@ -38,6 +39,8 @@ class Candidate:
         induction_gaps: The same of the tokens that could be copied from the window; NaN where it has none.
         gap_error: Standard error of that mean.
         refusal: Why the repaired model cannot be written; empty if it can.
+        by_text: Where there are several texts: the mean gap of each.
+        text_of: Number of the text that each held-out sequence is of; empty where there is one text.
     """
 
     repair: Repair
@@ -47,14 +50,21 @@ class Candidate:
     induction_gaps: tuple[float, ...]
     gap_error: float
     refusal: str = ""
+    by_text: tuple[float | None, ...] = ()
+    text_of: tuple[int, ...] = ()
 
     @property
     def plan(self) -> PruningPlan:
         """What was removed."""
         return self.repair.plan
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON data."""
+    def to_json(self, across_texts: str = "mean") -> dict[str, Any]:
+        """Return the figures as JSON data; with ``worst`` they say by which of several texts to rank."""
+        texts: dict[str, Any] = {}
+        if self.text_of:
+            texts = {"gaps_by_text": list(self.by_text), "window_texts": list(self.text_of)}
+        if across_texts == "worst":
+            texts["worst_text"] = worst_text(self.by_text)
         return {
             "spans": [[span.start, span.stop] for span in self.plan.spans],
             "repair": labels(self.repair.methods),
@@ -63,6 +73,7 @@ class Candidate:
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
             "window_gaps": list(self.gaps),
             "window_induction_gaps": [None if math.isnan(gap) else gap for gap in self.induction_gaps],
+            **texts,
             **({"refusal": self.refusal} if self.refusal else {}),
         }
 
@@ -125,7 +136,7 @@ def measure_repairs(
     StreamedPass(skeleton, batches, [dense, *fitted.helpers(), *lanes], factory, options).run()
     reference, *found = [losses.summary() for losses in accumulators]
     return reference, tuple(
-        _candidate(repair, losses, reference, _refusal(lane, session))
+        _candidate(repair, losses, reference, _refusal(lane, session), tokens)
         for repair, losses, lane in zip(repairs, found, lanes, strict=True)
     )
 
@@ -142,7 +153,9 @@ def _refusal(lane: Lane, session: ModelSession) -> str:
     return ""
 
 
-def _candidate(repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str) -> Candidate:
+def _candidate(
+    repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str, tokens: TokenSet
+) -> Candidate:
     gaps, of_induction = (
         tuple(mine - theirs for mine, theirs in zip(own, reference, strict=True))
         for own, reference in (
@@ -150,8 +163,9 @@ def _candidate(repair: Repair, losses: LossSummary, dense: LossSummary, refusal:
             (losses.marked_losses, dense.marked_losses),
         )
     )
-    n = len(gaps)
-    mean = math.fsum(gaps) / n
-    spread = math.fsum((gap - mean) ** 2 for gap in gaps)
-    error = math.sqrt(spread / (n - 1) / n) if n > 1 else math.nan
-    return Candidate(repair, losses, gaps, mean, of_induction, error, refusal)
+    mean, error = mean_and_error(gaps)
+    if tokens.text_of is None:
+        return Candidate(repair, losses, gaps, mean, of_induction, error, refusal)
+    text_of = tuple(tokens.text_of[-len(gaps) :].tolist())
+    by_text = tuple(gaps_by_text(gaps, text_of, tokens.n_texts))
+    return Candidate(repair, losses, gaps, mean, of_induction, error, refusal, by_text, text_of)

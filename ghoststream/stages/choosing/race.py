@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.auto import methods_for, preference
+from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import (
@@ -131,7 +132,7 @@ def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: M
     ]
     plans = [PruningPlan(n_layers, (span,)) for span in spans]
     found = run.run([Repair.alike(plan, method) for plan in plans], sample, "single spans")
-    return {repair.plan.spans[0]: float(row["gap"]) for repair, row in found}
+    return {repair.plan.spans[0]: ranked_gap(row) for repair, row in found}
 
 
 def combined(n_layers: int, tried: Sequence[Sequence[int]], alone: Mapping[Span, float]) -> list[PruningPlan]:

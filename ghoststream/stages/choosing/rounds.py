@@ -16,14 +16,14 @@ class SampleShare:
     fit: float
     held: float
 
-    def of(self, n_fit: int, n_held: int, *, hidden: int, length: int) -> tuple[int, int]:
-        """Return how many sequences of ``length`` tokens that is, at least one of each that there is.
+    def of(self, n_fit: int, n_held: int, *, hidden: int, length: int, n_texts: int = 1) -> tuple[int, int]:
+        """Return how many sequences of ``length`` tokens that is, at least one of each text if there are.
 
         A map of ``hidden`` channels is fitted on :data:`TOKENS_A_CHANNEL` tokens a channel at least.
         """
         least = math.ceil(TOKENS_A_CHANNEL * hidden / length)
-        fit = min(n_fit, max(1, least, math.ceil(self.fit * n_fit)))
-        return fit, min(n_held, max(1, math.ceil(self.held * n_held)))
+        fit = min(n_fit, max(n_texts, least, math.ceil(self.fit * n_fit)))
+        return fit, min(n_held, max(n_texts, math.ceil(self.held * n_held)))
 
 
 RANKED_WINDOWS = 8

@@ -18,6 +18,9 @@ from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.text import recipe_of
 
+WORST = ", on the text where that is highest"
+"""Follows the meaning of figures where candidates are ranked by the worst of several texts."""
+
 
 def search_session(
     session: ModelSession,
@@ -48,7 +51,7 @@ def search_session(
         "text": recipe_of(text, tokens).to_json(),
         "tokens": tokens.digest,
         "remove": remove,
-        "search": search.model_dump(mode="json", exclude={"held_out", "folds", "lanes"}),
+        "search": search.model_dump(mode="json", exclude={"held_out", "folds", "lanes", "across_texts"}),
         **session.describe(),
         **division.to_json(),
         **_repairing(rule, wanted),
@@ -89,7 +92,7 @@ def _choose(
         base=trial.session.base(None, trial.progress),
         plan=chosen.repair.plan,
         criterion=str(search.criterion),
-        meaning=rule.meaning,
+        meaning=rule.meaning + (WORST if trial.division.across_texts == "worst" else ""),
         candidates=tuple(rows),
         methods=chosen.repair.methods if rule.repairs else (),
         dense_loss=chosen.dense_loss,

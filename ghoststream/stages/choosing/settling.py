@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
+from ghoststream.stages.choosing.by_text import RANKED, difference
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import SURELY
 from ghoststream.stages.choosing.trial import Ranked, Row
@@ -26,7 +25,7 @@ def settle(ranked: Ranked) -> Repair:
     return min(close, key=lambda pair: len(pair[0].plan.spans))[0]
 
 
-def is_surely_worse(row: Row, best: Row, *, of: str = "window_gaps") -> bool:
+def is_surely_worse(row: Row, best: Row, *, of: str = RANKED) -> bool:
     """Say whether a repair is worse than another by more than :data:`SURELY` standard errors.
 
     The error is that of the mean difference over the windows that both were measured on. With one window
@@ -39,14 +38,8 @@ def is_surely_worse(row: Row, best: Row, *, of: str = "window_gaps") -> bool:
     """
     if bool(row.get("refusal")) != bool(best.get("refusal")):
         return bool(row.get("refusal"))
-    pairs: Sequence[tuple[Any, Any]] = list(zip(row[of], best[of], strict=True))
-    differences = [own - other for own, other in pairs if own is not None and other is not None]
-    n = len(differences)
-    mean = math.fsum(differences) / max(1, n)
-    if n < 2:
-        return mean > 0
-    spread = math.fsum((one - mean) ** 2 for one in differences)
-    return mean > SURELY * math.sqrt(spread / (n - 1) / n)
+    mean, error = difference(row, best, of)
+    return mean > (0.0 if math.isnan(error) else SURELY * error)
 
 
 def _induction_gap(row: Row) -> float:

@@ -14,7 +14,7 @@ from ghoststream.files import read_kept, read_sealed_json, write_sealed_json
 from ghoststream.options import Search
 from ghoststream.progress import Progress
 from ghoststream.stages.choosing.auto import choose_methods, preference
-from ghoststream.stages.choosing.division import divided
+from ghoststream.stages.choosing.division import divided, require_each_text
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import SampleShare
@@ -35,27 +35,33 @@ class Division:
     Attributes:
         micro_batch: Sequences in one forward.
         fitting: How those to fit on are divided; None if nothing is fitted: all are measured on.
+        across_texts: Whether all windows that are measured on count, or those of the worst text.
     """
 
     micro_batch: int
     fitting: Ranges | None
+    across_texts: str = "mean"
 
     @classmethod
     def make(cls, session: ModelSession, tokens: TokenSet, search: Search, *, fits: bool = True) -> Division:
         """Divide the sequences of a text; by default a quarter is held out.
 
         Raises:
-            RequestError: If one of the two parts would be empty.
+            RequestError: If one of the two parts would be empty, or texts are to be compared and there is
+                one, or one has no window to measure on.
         """
+        across = search.across_texts
         if not fits:
-            return cls(session.micro_batch(tokens.length), None)
+            require_each_text(across, tokens.n_texts, tokens.n_sequences)
+            return cls(session.micro_batch(tokens.length), None, across)
         micro_batch, n_fit = divided(
             tokens.n_sequences,
             search.held_out,
             session.compute.micro_batch,
             session.memory(tokens.length).choose_micro_batch,
         )
-        return cls(micro_batch, Ranges.make(n_fit, folds=search.folds))
+        require_each_text(across, tokens.n_texts, tokens.n_sequences - n_fit)
+        return cls(micro_batch, Ranges.make(n_fit, folds=search.folds, turn=tokens.n_texts), across)
 
     def to_json(self) -> dict[str, Any]:
         """Return what of it can change a bit, for recipes."""
@@ -63,6 +69,7 @@ class Division:
             "micro_batch": self.micro_batch,
             "fit_sequences": 0 if self.fitting is None else self.fitting.n_sequences,
             "folds": 1 if self.fitting is None else self.fitting.n_folds,
+            **({} if self.across_texts == "mean" else {"across_texts": self.across_texts}),
         }
 
 
@@ -118,7 +125,8 @@ class Trial:
         fitting, batch = self.division.fitting, self.division.micro_batch
         n_fit = 0 if fitting is None else fitting.n_sequences
         n_held = self.tokens.n_sequences - n_fit
-        wanted = share.of(n_fit, n_held, hidden=self.session.skeleton.hidden_size, length=self.tokens.length)
+        hidden, length = self.session.skeleton.hidden_size, self.tokens.length
+        wanted = share.of(n_fit, n_held, hidden=hidden, length=length, n_texts=self.tokens.n_texts)
         # The last micro-batch of those that are held out may be a short one.
         fit, held = (min(n, -(-w // batch) * batch) for n, w in zip((n_fit, n_held), wanted, strict=True))
         return Sample(fit, held)
@@ -145,7 +153,9 @@ class Trial:
 
     def tell(self, repair: Repair, row: Row) -> None:
         """Say how far the search is."""
-        self.progress.log(f"best so far: {repair.plan}, loss {row['gap']:+.4f} against the dense model")
+        by_text = ", ".join(map(_shown, row.get("gaps_by_text", ())))
+        found = f"loss {row['gap']:+.4f} against the dense model{by_text and f' (by text {by_text})'}"
+        self.progress.log(f"best so far: {repair.plan}, {found}")
 
     def _pass(self, repairs: Sequence[Repair], sample: Sample | None) -> None:
         self.progress.log(f"repairing and measuring {len(repairs)} candidates in one pass")
@@ -159,7 +169,8 @@ class Trial:
             progress=self.progress,
         )
         self._dense_loss = dense.loss
-        self._rows |= {_key(one.repair, sample): one.to_json() for one in candidates}
+        across = self.division.across_texts
+        self._rows |= {_key(one.repair, sample): one.to_json(across) for one in candidates}
         if self._output is not None:
             kept = {
                 "recipe_digest": self._output.digest,
@@ -189,6 +200,10 @@ class Trial:
         if found is not None and found[0] == self._output.digest:
             _, self._dense_loss, self._rows, base = found
             self.session.expect(base, f"{notes} was written")
+
+
+def _shown(gap: float | None) -> str:
+    return "unknown" if gap is None else f"{gap:+.4f}"
 
 
 def _key(repair: Repair, sample: Sample | None) -> str:

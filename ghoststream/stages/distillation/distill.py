@@ -14,7 +14,7 @@ from ghoststream.evaluation.objectives import default_loss_tokens
 from ghoststream.files import disk_errors, json_digest
 from ghoststream.files.tensor_files import array_digest
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Compute, Text, Training
+from ghoststream.options import Compute, Text, TextLike, Training
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.recovery.export import require_prunable
@@ -34,7 +34,7 @@ def distill(
     model: str | Path,
     operators: OperatorSet | str | Path,
     *,
-    calibration: Text | str,
+    calibration: TextLike,
     out: str | Path,
     training: Training | None = None,
     compute: Compute | None = None,
@@ -54,7 +54,7 @@ def distill(
     Args:
         model: Local folder or hub id.
         operators: What ``fit`` made, or the file that it wrote, on any features that can be exported.
-        calibration: Text to calibrate on, or its specification.
+        calibration: Text to calibrate on, or its specification, or those of several.
         out: Operator file (safetensors) to write.
         training: What is trained, for how long, and what is held out.
         compute: How the model is opened and run; ``micro_batch`` is by default a quarter of what a pass

@@ -37,6 +37,7 @@ from ghoststream.statistics import (
     reduce,
     reduce_whole,
     store_digest,
+    texts_in,
 )
 
 Opener = Callable[[], ModelSession]
@@ -87,7 +88,7 @@ class StoreEvidence:
         time, ``56 C^2`` bytes: its moments, one fold, the total without it, and a solution.
         """
         uri, kind = self._uri, make_operator(method)
-        ranges = Ranges.make(self._store.n_sequences, folds=folds)
+        ranges = Ranges.make(self._store.n_sequences, folds=folds, turn=texts_in(self._store))
         with self._work_folder() as work:
             reducer = kind.reducer(spans, hidden=self._store.hidden)
             moments = reduce(uri, reducer, ranges, self._reduction, workdir=work, progress=self._progress)

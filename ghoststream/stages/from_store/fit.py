@@ -35,6 +35,7 @@ from ghoststream.statistics import (
     open_source,
     store_digest,
     taps_of,
+    texts_in,
 )
 from ghoststream.statistics.devices import device_kind, require_device
 from ghoststream.statistics.sweeps import single_layers, span_groups
@@ -84,7 +85,7 @@ def fit_from_store(
     """
     kind = make_store_kind(method)
     store = open_source(store_uri)
-    ranges = Ranges.make(store.n_sequences, folds=folds)
+    ranges = Ranges.make(store.n_sequences, folds=folds, turn=texts_in(store))
     selection = read_plan(plan, store.n_layers)
     _require_same_base(selection, store, store_uri)
     job = _Job(store_uri, store, selection.plan, kind, ranges, reduction, progress)

@@ -169,7 +169,5 @@ def test_a_number_is_shared(folder: Path) -> None:
 
 
 def test_figures_are_of_one_text() -> None:
-    with pytest.raises(
-        RequestError, match="a, b are 2 texts, and figures are of one; measure on each"
-    ):
+    with pytest.raises(RequestError, match="a, b are 2 texts, and figures are of one; measure on each"):
         Text.of(["a", "b"]).to_evaluate()

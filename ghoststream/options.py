@@ -249,6 +249,12 @@ class Method(Options):
         "States that a later operator is fitted on: those of the model repaired so far, or of the dense "
         "model.",
     )
+    refit: Few = option(
+        0,
+        "Layers behind each gap whose o_proj and down_proj are fitted anew.\nTheir weights change, by "
+        "least-squares towards the dense model's states; the recovered model costs the same.",
+        metavar="N",
+    )
 
     @property
     def is_named(self) -> bool:

@@ -41,7 +41,7 @@ class Way:
     def fits_in_passes(self) -> bool:
         """Whether operators are fitted in passes over the model."""
         method = self.recovery.method
-        return self.runs_model or not method.is_named or "inputs" in method.given()
+        return self.runs_model or not method.is_named or bool(method.given(("inputs", "refit")))
 
     @property
     def measures(self) -> bool:

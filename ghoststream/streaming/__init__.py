@@ -16,7 +16,15 @@ from ghoststream.streaming.replaced import ReplacedWeights, weight_places
 from ghoststream.streaming.replay import Replay
 from ghoststream.streaming.skeleton import Skeleton, load_config, parse_dtype
 from ghoststream.streaming.states import FileStates, HiddenStates, MemoryStates, StatesFactory
-from ghoststream.streaming.taps import TAPS, LayerTaps, MlpProjection, TapPoint, mlp_projection, tap_point
+from ghoststream.streaming.taps import (
+    TAPS,
+    LayerTaps,
+    SublayerProjection,
+    TapPoint,
+    attention_projection,
+    mlp_projection,
+    tap_point,
+)
 
 __all__ = [
     "CUT",
@@ -31,7 +39,6 @@ __all__ = [
     "LogitsObserver",
     "MemoryBudget",
     "MemoryStates",
-    "MlpProjection",
     "ModuleMap",
     "Observer",
     "Pairs",
@@ -42,7 +49,9 @@ __all__ = [
     "Skeleton",
     "StatesFactory",
     "StreamedPass",
+    "SublayerProjection",
     "TapPoint",
+    "attention_projection",
     "load_config",
     "make_batches",
     "mlp_projection",

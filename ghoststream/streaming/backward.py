@@ -243,6 +243,9 @@ class BackwardPass:
         return step.layer is not None and bool(self._wanted(step.layer))
 
     def _require_possible(self) -> None:
+        if self._lane.behind:
+            msg = f"lane {self._lane.name} has maps behind layers: they cannot be differentiated here"
+            raise RequestError(msg)
         self._plan.require_fits(self._skeleton.n_layers)
         require_gradient_dtype(self._skeleton.dtype)
         if self._options.last_layer is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from ghoststream.errors import RequestError
-from ghoststream.spans import Span
 from ghoststream.streaming.batches import Batch
 
 Pairs = Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]
@@ -42,6 +42,9 @@ class BoundaryMap:
 
             def apply(self, states):
                 return states + self.shift
+
+    Behind a layer that is kept (:class:`~ghoststream.streaming.lanes.Behind`) ``start`` and ``stop`` are one
+    position: a map there corrects what the layer gave.
 
     One that also reads the layer before the boundary has taps and ``enter``. Lanes that have one map object
     in common go over its boundary together, and it is fitted once.
@@ -125,20 +128,20 @@ class ModuleMap(BoundaryMap):
         return self.module.parameters() if isinstance(self.module, nn.Module) else ()
 
 
-def require_boundary_maps(where: str, maps: Mapping[Span, object]) -> None:
+def require_boundary_maps(where: str, maps: Mapping[Any, object]) -> None:
     """Check that maps are boundary maps.
 
     Args:
         where: Whose maps they are, for the message.
-        maps: The maps by span.
+        maps: The maps by place.
 
     Raises:
         RequestError: If one is something else.
     """
-    for span, found in maps.items():
+    for place, found in maps.items():
         if not isinstance(found, BoundaryMap):
             msg = (
-                f"the map at {span} of {where} is a {type(found).__name__} and no BoundaryMap; wrap a "
+                f"the map at {place} of {where} is a {type(found).__name__} and no BoundaryMap; wrap a "
                 "module or a function in ModuleMap"
             )
             raise RequestError(msg)

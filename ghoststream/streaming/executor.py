@@ -29,14 +29,13 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.spans import Span
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch, require_finite
 from ghoststream.streaming.boundary_map import Pairs, require_boundary_maps
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lane_groups import LaneGroups, LaneState
-from ghoststream.streaming.lanes import Lane
+from ghoststream.streaming.lanes import Behind, Lane, Place
 from ghoststream.streaming.output_head import OutputHead
 from ghoststream.streaming.prefetch import WeightPrefetcher, layer_reads
 from ghoststream.streaming.skeleton import Skeleton
@@ -165,6 +164,9 @@ class StreamedPass:
         with self._skeleton.loaded_layer(layer, weights):
             for group in groups.running(layer):
                 self._group_through_layer(layer, groups, group)
+                # At once: a fit here may be of weights that a lane of a later group has in this layer.
+                for part in groups.behind(layer, group):
+                    self._over_boundary(layer + 1, groups, part)
         return_free_memory()
 
     def _group_through_layer(self, layer: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
@@ -228,6 +230,8 @@ class StreamedPass:
 
     def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[LaneState]) -> None:
         for one in group:
+            if one.inside is None and position - 1 in one.lane.behind:
+                continue  # shown when they went through the map
             for observer in one.lane.observers:
                 if observer.wants(position) and one.carries(batch):
                     observer.observe(position, batch, states)
@@ -249,27 +253,43 @@ def _require_consistent(lanes: Sequence[Lane], first_layer: int, batches: Sequen
                 "micro-batches"
             )
             raise RequestError(msg)
-        require_boundary_maps(f"lane {lane.name}", lane.maps)
-        for span, boundary_map in lane.maps.items():
+        require_boundary_maps(f"lane {lane.name}", {place: lane.map_at(place) for place in lane.places})
+        for place in lane.places:
+            boundary_map = lane.map_at(place)
+            if isinstance(place, Behind):
+                _require_behind(lane, place, first_layer)
             if boundary_map.target is not None:
-                _require_target(lane, span, boundary_map.target, lanes)
-            if boundary_map.taps and span.start <= first_layer:
+                _require_target(lane, place, boundary_map.target, lanes)
+            if boundary_map.taps and place.start <= first_layer:
                 msg = (
-                    f"the map of lane {lane.name} at {span} reads the layer before it, which this pass does "
+                    f"the map of lane {lane.name} at {place} reads the layer before it, which this pass does "
                     "not run"
                 )
                 raise RequestError(msg)
 
 
-def _require_target(lane: Lane, span: Span, name: str, lanes: Sequence[Lane]) -> None:
+def _require_behind(lane: Lane, place: Behind, first_layer: int) -> None:
+    runs = first_layer <= place.layer < lane.plan.n_layers and lane.runs(place.layer)
+    if not runs or any(span.start == place.start for span in lane.plan.spans):
+        msg = (
+            f"lane {lane.name} has a map {place}, which it does not run in this pass, or which a gap follows;"
+            " give maps behind layers that it runs and no gap follows"
+        )
+        raise RequestError(msg)
+
+
+def _require_target(lane: Lane, place: Place, name: str, lanes: Sequence[Lane]) -> None:
     targets = [other for other in lanes if other.name == name]
     # At the stop of a span of its own, the target could not be told from its neighbour's order.
-    if len(targets) != 1 or any(other.start < span.stop <= other.stop for other in targets[0].plan.spans):
+    if len(targets) != 1 or any(other.start < place.stop <= other.stop for other in targets[0].plan.spans):
         msg = (
-            f"lane {lane.name} fits its map at {span} to lane {name!r},"
-            f" but not exactly one lane of that name has states of its own at position {span.stop}"
+            f"lane {lane.name} fits its map at {place} to lane {name!r},"
+            f" but not exactly one lane of that name has states of its own at position {place.stop}"
         )
         raise RequestError(msg)
     if targets[0].carried not in (None, lane.carried):
-        msg = f"lane {lane.name} fits its map at {span} to lane {name!r}, which carries other sequences on"
+        msg = f"lane {lane.name} fits its map at {place} to lane {name!r}, which carries other sequences on"
+        raise RequestError(msg)
+    if isinstance(place, Behind) and lanes.index(targets[0]) > lanes.index(lane):
+        msg = f"lane {lane.name} fits its map {place} to lane {name!r}, which has to go before it"
         raise RequestError(msg)

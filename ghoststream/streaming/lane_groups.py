@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ghoststream.spans import Span
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.boundary_map import BoundaryMap
-from ghoststream.streaming.lanes import Lane
+from ghoststream.streaming.lanes import Behind, Lane, Place
 from ghoststream.streaming.states import HiddenStates, StatesFactory
 
 
@@ -20,28 +19,30 @@ class LaneState:
         lane: The lane.
         states: What it carries; lanes that carry the same have one object in common.
         batches: The batches that it carries, which are neighbours.
-        inside: The removed span whose ``stop`` it waits for; ``None`` if it goes through layers.
-        entered: What it will carry inside the span that begins next, where its map reads the layer before.
+        inside: The removed span whose ``stop`` it waits for, or the place behind a layer whose map it has to
+            go through; ``None`` if it goes through layers.
+        entered: What it will carry inside the place that begins next, where its map reads the layer before.
     """
 
     lane: Lane
     states: HiddenStates
     batches: Sequence[Batch]
-    inside: Span | None = None
+    inside: Place | None = None
     entered: HiddenStates | None = None
 
     @property
     def boundary_map(self) -> BoundaryMap:
-        """The map of the span that it is inside of."""
+        """The map of the place that it is inside of."""
         assert self.inside is not None
         return self.lane.map_at(self.inside)
 
     @property
     def fits_no_more(self) -> bool:
-        """Whether no map behind the span that it is inside of is fitted."""
+        """Whether no map behind the place that it is inside of is fitted."""
         assert self.inside is not None
-        later = (span for span in self.lane.plan.spans if span.start >= self.inside.stop)
-        return all(self.lane.map_at(span).target is None for span in later)
+        places = self.lane.places
+        later = places[places.index(self.inside) + 1 :]
+        return all(self.lane.map_at(place).target is None for place in later)
 
     def carries(self, batch: Batch) -> bool:
         """Whether a batch is one of those that it carries."""
@@ -94,16 +95,29 @@ class LaneGroups:
 
     def running(self, layer: int) -> list[list[LaneState]]:
         """Return the lanes that go through a layer, grouped by the states that they carry and its weights."""
-        groups: dict[tuple[int, int], list[LaneState]] = {}
+        groups: dict[tuple[int, tuple[int, ...]], list[LaneState]] = {}
         for one in self.lanes:
             if one.inside is None:
-                key = (id(one.states), id(one.lane.weights_at(layer)))
+                key = (id(one.states), one.lane.replaced_at(layer))
                 groups.setdefault(key, []).append(one)
         return list(groups.values())
 
+    def behind(self, layer: int, group: Sequence[LaneState]) -> list[list[LaneState]]:
+        """Let those lanes of a group that just ran a layer enter the map that they have behind it.
+
+        Returns:
+            These lanes, grouped by states and map.
+        """
+        found: dict[tuple[int, int], list[LaneState]] = {}
+        for one in group:
+            if layer in one.lane.behind:
+                _enter(one, Behind(layer))
+                found.setdefault((id(one.states), id(one.boundary_map)), []).append(one)
+        return list(found.values())
+
     def stopping(self, position: int) -> list[list[LaneState]]:
         """Return the lanes whose span stops here, grouped by states, span and map."""
-        groups: dict[tuple[int, Span, int], list[LaneState]] = {}
+        groups: dict[tuple[int, Place, int], list[LaneState]] = {}
         for one in self.lanes:
             if one.inside is not None and one.inside.stop == position:
                 key = (id(one.states), one.inside, id(one.boundary_map))
@@ -138,8 +152,7 @@ class LaneGroups:
         for one in self.lanes:
             for span in one.lane.plan.spans:
                 if span.start == position:
-                    one.inside = span
-                    one.states, one.entered = one.entered or one.states, None
+                    _enter(one, span)
 
     def named(self, name: str) -> LaneState:
         """Return the lane of this name."""
@@ -174,3 +187,8 @@ class LaneGroups:
             if id(place) not in kept:
                 self._factory.release(place)
         self._places = [place for place in self._places if id(place) in kept]
+
+
+def _enter(one: LaneState, place: Place) -> None:
+    one.inside = place
+    one.states, one.entered = one.entered or one.states, None

@@ -105,6 +105,10 @@ class ReplacedWeights:
         """Whether weights of a layer are replaced, or of the final norm (the number of layers)."""
         return position in self._places
 
+    def identities(self, position: int) -> tuple[int, ...]:
+        """Return identities of the tensors that stand in a layer: lanes with them in common are alike."""
+        return tuple(id(self._tensors[place.piece.source]) for place in self._places.get(position, ()))
+
     @contextmanager
     def standing(self, skeleton: Skeleton, position: int) -> Iterator[None]:
         """Put the weights of a loaded layer, or of the final norm in a loaded frame, in their places.

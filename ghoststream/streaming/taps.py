@@ -49,11 +49,11 @@ class TapPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class MlpProjection:
-    """The last linear map of a layer's MLP, and whether a map of its input can be absorbed into it.
+class SublayerProjection:
+    """The last linear map of a layer's attention or MLP, and whether a map of its input can be absorbed.
 
-    Where it absorbs, ``h[l + 1]`` contains ``scale * (a W + bias)`` as a term, ``a`` being the tap
-    ``mlp_intermediate``: adding ``A / scale`` to ``W`` adds ``a A`` to ``h[l + 1]``.
+    Where it absorbs, the sublayer adds ``scale * (a W + bias)`` to the residual stream, ``a`` being the tap
+    ``attention_heads`` or ``mlp_intermediate``: adding ``A / scale`` to ``W`` adds ``a A`` there.
 
     Attributes:
         path: Module inside the layer; empty where there is none.
@@ -112,26 +112,30 @@ def tap_point(architecture: Architecture, module: nn.Module, name: str) -> TapPo
     return points[name]
 
 
-def mlp_projection(architecture: Architecture, module: nn.Module) -> MlpProjection:
+def mlp_projection(architecture: Architecture, module: nn.Module) -> SublayerProjection:
     """Describe the last linear map of a decoder layer's MLP; ``module`` may be without weights."""
     parts, kind = architecture.parts, type(module).__name__
-    scale = _multiplier(parts, module)
     if _is_mixture(parts, module):
         reason = f"a {kind} with experts has no single last linear map of its MLP"
-        return MlpProjection("", transposed=True, scale=scale, absorbs=False, reason=reason)
-    transposed = not isinstance(module.get_submodule(parts.mlp_projection), Conv1D)
-    reason = ""
-    if parts.mlp_post_norm is not None:
-        reason = (
-            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} of a {kind} and the residual "
-            "stream"
-        )
+        scale = _multiplier(parts, module)
+        return SublayerProjection("", transposed=True, scale=scale, absorbs=False, reason=reason)
+    return _projection(parts, module, parts.mlp_projection, parts.mlp_post_norm)
+
+
+def attention_projection(architecture: Architecture, module: nn.Module) -> SublayerProjection:
+    """Describe the last linear map of a decoder layer's attention; ``module`` may be without weights."""
+    parts = architecture.parts
+    return _projection(parts, module, parts.attention_projection, parts.attention_post_norm)
+
+
+def _projection(parts: LayerParts, module: nn.Module, path: str, norm: str | None) -> SublayerProjection:
+    kind, scale, reason = type(module).__name__, _multiplier(parts, module), ""
+    if norm is not None:
+        reason = f"the norm {norm} is between {path} of a {kind} and the residual stream"
     elif scale == 0.0:
-        reason = (
-            f"a {kind} with {parts.multiplier} 0 adds nothing of {parts.mlp_projection} to the residual "
-            "stream"
-        )
-    return MlpProjection(parts.mlp_projection, transposed, scale, not reason, reason)
+        reason = f"a {kind} with {parts.multiplier} 0 adds nothing of {path} to the residual stream"
+    transposed = not isinstance(module.get_submodule(path), Conv1D)
+    return SublayerProjection(path, transposed, scale, not reason, reason)
 
 
 class LayerTaps:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.options import AUTO, Method, Search, Text
@@ -13,7 +17,9 @@ from ghoststream.recipe import library_versions
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.checks import named_method
-from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
+from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
+from ghoststream.stages.choosing.moments import DENSE
+from ghoststream.stages.choosing.refitting import RefittedLayer, refitted_layers
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial
 from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
@@ -51,8 +57,10 @@ def fit_in_passes(
         NumericsError: If a state or a solution is not finite.
 
     Memory: that of the pass, the states of all sequences twice (three times while the lanes part), and what
-    the operator's ``cost`` states for one boundary; while ``auto`` measures, that of
-    :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
+    the operator's ``cost`` states for one boundary; with ``refit`` the states twice more while a layer is
+    fitted anew, with what enters its last linear map beside them, and what
+    :class:`~ghoststream.stages.choosing.refitting.RefittedProjection` states; while ``auto`` measures, that
+    of :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
     """
     repair = _known_repair(selection, named_method(method))
     if repair is not None:
@@ -86,11 +94,11 @@ def fit_in_passes(
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
             repair, metadata["chosen"] = _choose(selection.plan, trial)
-        fits = _run(session, tokens, repair, ranges, micro_batch, progress)
+        fits, replaced = _run(session, tokens, repair, ranges, micro_batch, progress)
         # What was measured to choose methods saw the whole model.
-        metadata["base"] = session.base(selection.plan.spans[-1].stop if division is None else None, progress)
-        hidden = session.skeleton.hidden_size
-        operators = OperatorSet(selection.plan, method.operator or AUTO, tuple(fits), hidden, metadata)
+        metadata["base"] = session.base(_last(repair) if division is None else None, progress)
+        hidden, kind = session.skeleton.hidden_size, method.operator or AUTO
+        operators = OperatorSet(selection.plan, kind, tuple(fits), hidden, metadata, replaced)
         operators.save(output.path)
     return operators
 
@@ -117,9 +125,9 @@ def _run(
     ranges: Ranges,
     micro_batch: int,
     progress: Progress,
-) -> list[BoundaryOperator]:
-    plan = repair.plan
-    last = plan.spans[-1].stop
+) -> tuple[list[BoundaryOperator], dict[str, npt.NDArray[np.float32]]]:
+    """Return the operators, and the weights behind gaps that were fitted anew by their names in the base."""
+    plan, last = repair.plan, _last(repair)
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
     fitted = FittedLanes(ranges, tokens.mask, session)
     lane = fitted.lane("repaired", repair, until=last)
@@ -128,4 +136,25 @@ def _run(
     options = PassOptions(last_layer=last, progress=progress)
     StreamedPass(session.skeleton, batches, lanes, factory, options).run()
     fits = [one for one in lane.maps.values() if isinstance(one, StreamedFit)]
-    return [one.operator for one in fits if one.operator is not None]
+    refits = fitted.refits(lane)
+    operators = [_with_refits(one.operator, repair, refits) for one in fits if one.operator is not None]
+    parts = [part for refitted in refits.values() for part in refitted.parts]
+    return operators, {part.projection.weight: part.weight.numpy() for part in parts}
+
+
+def _last(repair: Repair) -> int:
+    """Return the position up to which a pass that fits a repair runs."""
+    span, method = repair.plan.spans[-1], repair.methods[-1]
+    return max((span.stop, *(n + 1 for n in refitted_layers(repair.plan, span, method.refit))))
+
+
+def _with_refits(
+    operator: BoundaryOperator, repair: Repair, refits: Mapping[int, RefittedLayer]
+) -> BoundaryOperator:
+    """Note the figures of what was fitted anew behind a boundary beside those of its operator."""
+    layers = refitted_layers(repair.plan, operator.span, repair.by_span[operator.span].refit)
+    parts = [part for layer in layers for part in refits[layer].parts]
+    if not parts:
+        return operator
+    figures = {part.projection.weight: part.figures for part in parts}
+    return replace(operator, diagnostics={**operator.diagnostics, "refitted": figures})

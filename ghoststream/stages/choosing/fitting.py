@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +14,15 @@ from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
+from ghoststream.stages.choosing.moments import DENSE, moments_of
+from ghoststream.stages.choosing.refitting import RefittedLayer, RefittedProjection, refitted_layers
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges, taps_of
+from ghoststream.statistics import Ranges, taps_of
 from ghoststream.statistics.features import STATE_TAP
-from ghoststream.statistics.streamed import StreamedTaps, streamed_moments
-from ghoststream.streaming import CUT, BoundaryMap, Lane, LogitsObserver, Pairs
-
-DENSE = "dense"
-"""Name of the lane that every fit takes its targets from."""
+from ghoststream.statistics.streamed import StreamedTaps
+from ghoststream.streaming import CUT, BoundaryMap, Lane, LogitsObserver, Pairs, ReplacedWeights
 
 
 class StreamedFit(BoundaryMap):
@@ -96,7 +95,9 @@ class StreamedFit(BoundaryMap):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        moments = self._moments(pairs)
+        moments = moments_of(
+            self._kind, self.span, pairs, self._ranges, self._mask, self._session, self._streamed
+        )
         self._take(self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments))
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
@@ -114,33 +115,6 @@ class StreamedFit(BoundaryMap):
 
     def _take(self, operator: BoundaryOperator) -> None:
         self.operator, self._map = operator, operator_map(operator, self._session.skeleton)
-
-    def _moments(self, pairs: Pairs) -> FoldedMoments:
-        skeleton = self._session.skeleton
-        reducer = self._kind.reducer((self.span,), hidden=skeleton.hidden_size, taps=self._streamed)
-        return streamed_moments(
-            reducer,
-            self._ranges,
-            self._fitting(pairs),
-            mask=self._mask,
-            facts=ModelFacts(self._session.norm_epsilon),
-            n_layers=skeleton.n_layers,
-            taps=self._streamed,
-            # Where the memory is given, a pass counts one task.
-            workers=None if self._session.compute.host_memory is None else 1,
-        )
-
-    def _fitting(self, pairs: Pairs) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        for batch, inputs, targets in pairs:
-            n = min(batch.stop, self._ranges.n_sequences) - batch.start
-            if n > 0:
-                yield _rows(inputs[:n]), _rows(targets[:n])
-
-
-def _rows(states: torch.Tensor) -> npt.NDArray[Any]:
-    # Exact: float32 holds every bfloat16 and float16.
-    rows: npt.NDArray[Any] = states.float().cpu().numpy()
-    return rows
 
 
 _Path = tuple[tuple[Span, Method], ...]
@@ -178,7 +152,8 @@ class FittedLanes:
         self._session = session
         self._carried = carried
         self._maps: dict[_Path, StreamedFit] = {}
-        self._helpers: dict[_Path, Lane] = {}
+        self._helpers: dict[object, Lane] = {}
+        self._refits: dict[tuple[_Path, int], RefittedLayer] = {}
 
     def lane(
         self,
@@ -197,18 +172,75 @@ class FittedLanes:
             UnsupportedModelError: If the model does not allow them.
         """
         maps: dict[Span, StreamedFit] = {}
+        behind: dict[int, BoundaryMap] = {}
+        new: dict[str, torch.Tensor] = {}
         so_far: _Path = ()
         for span, method in repair.by_span.items():
             so_far = (*so_far, (span, method if so_far else method.model_copy(update={"inputs": "repaired"})))
-            if self._ranges is not None:
-                maps[span] = self._map(so_far, self._ranges)
-        return Lane(name, repair.plan, maps, logits=logits, until=until, carried=self._carried)
+            if self._ranges is None:
+                continue
+            maps[span] = self._map(so_far, self._ranges)
+            for layer in refitted_layers(repair.plan, span, method.refit):
+                before = Lane(
+                    f"{name} before layer {layer}",
+                    repair.plan,
+                    dict(maps),
+                    until=layer + 1,
+                    carried=self._carried,
+                    weights=self._weights(new),
+                    behind=dict(behind),
+                )
+                refitted = self._refit((so_far, layer), before, self._ranges)
+                behind[layer] = refitted.mlp
+                new[refitted.attention.projection.weight] = refitted.attention.weight
+        return Lane(
+            name,
+            repair.plan,
+            maps,
+            logits=logits,
+            until=until,
+            carried=self._carried,
+            weights=self._weights(new),
+            behind=behind,
+        )
 
     def helpers(self) -> list[Lane]:
         """Return the lanes that fit for others; they go before them."""
         return list(self._helpers.values())
 
+    def refits(self, lane: Lane) -> dict[int, RefittedLayer]:
+        """Return what was fitted anew for a lane, by layer."""
+        found = {refitted.mlp: refitted for refitted in self._refits.values()}
+        return {
+            layer: found[one] for layer, one in lane.behind.items() if isinstance(one, RefittedProjection)
+        }
+
+    def _refit(self, key: tuple[_Path, int], before: Lane, ranges: Ranges) -> RefittedLayer:
+        """Return the refit of a layer, made once for lanes that begin alike.
+
+        Args:
+            key: What was removed and fitted up to the layer, and the layer.
+            before: The lane up to the layer, with the layer as it is. It fits attention; the lane itself then
+                runs the layer with that, and fits the MLP.
+            ranges: How the sequences that serve to fit are divided.
+        """
+        if key not in self._refits:
+            layer = key[1]
+            refitted = RefittedLayer.make(
+                layer, ranges, self._mask, self._session, diagnosed=self._diagnosed
+            )
+            self._refits[key] = refitted
+            helper = replace(before, behind={**before.behind, layer: refitted.attention})
+            self._helpers[key] = helper
+        return self._refits[key]
+
+    def _weights(self, new: Mapping[str, torch.Tensor]) -> ReplacedWeights | None:
+        return ReplacedWeights(self._session.skeleton, dict(new)) if new else None
+
     def _map(self, path: _Path, ranges: Ranges) -> StreamedFit:
+        span, method = path[-1]
+        # What is fitted anew behind a boundary does not change the fit there.
+        path = (*path[:-1], (span, method.model_copy(update={"refit": 0})))
         if path not in self._maps:
             span, method = path[-1]
             source = self._alone(span, method, ranges) if method.inputs == "dense" else None
@@ -218,7 +250,7 @@ class FittedLanes:
         return self._maps[path]
 
     def _alone(self, span: Span, method: Method, ranges: Ranges) -> StreamedFit:
-        path: _Path = ((span, method.model_copy(update={"inputs": "repaired"})),)
+        path: _Path = ((span, method.model_copy(update={"inputs": "repaired", "refit": 0})),)
         fit = self._map(path, ranges)
         plan = PruningPlan(self._session.skeleton.n_layers, (span,))
         self._helpers[path] = Lane(f"{span} alone", plan, {span: fit}, until=span.stop, carried=self._carried)

@@ -19,7 +19,8 @@ from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.by_text import gaps_by_text, mean_and_error, worst_text
-from ghoststream.stages.choosing.fitting import DENSE, FittedLanes, StreamedFit
+from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
+from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges

@@ -127,14 +127,20 @@ def refining(shape: SearchShape, *, n_spans: int, plans: int) -> tuple[PassCost,
     return tuple(_decision(shape, decided, n_spans, plans) for decided in range(n_spans))
 
 
-def last_fit(shape: SearchShape, taps: int) -> PassCost:
+def last_fit(shape: SearchShape, taps: int, refit: int = 0) -> PassCost:
     """Return the pass that fits the operators which are written.
 
     Args:
         shape: Sizes.
         taps: Width of what the features read beside the hidden state.
+        refit: Layers behind each gap that are fitted anew: two runs of the layer and two fits each.
     """
-    return PassCost(3.0 * shape.hidden + taps, (shape.n_layers + 1) / (2 * shape.n_layers), 1)
+    states = 3.0 * shape.hidden + taps
+    if refit:
+        # The dense lane, the repaired one, the one before it, and what enters a map beside its states.
+        states = max(states, 4.0 * shape.hidden + shape.intermediate)
+    lanes = (shape.n_layers + 1) / (2 * shape.n_layers) + 3.0 * refit / shape.n_layers
+    return PassCost(states, lanes, 1)
 
 
 def _step(shape: SearchShape, tried: Sequence[Sequence[int]], step: int) -> PassCost:

@@ -50,10 +50,12 @@ class Repair:
 
 
 def labels(methods: Sequence[Method]) -> list[str]:
-    """Return what a reader calls methods: operator, features and token weights, and unusual inputs."""
+    """Return what a reader calls methods: operator, features and token weights, and what is unusual."""
     found = []
     for method in methods:
         unusual = ("on dense states",) if method.inputs == "dense" else ()
+        if method.refit:
+            unusual = (*unusual, f"{method.refit} layers refitted")
         found.append(", ".join((str(method.operator), method.features, method.token_weights, *unusual)))
     return found
 

@@ -28,3 +28,6 @@ RACED = (SCREEN, METHODS[2], LIKELY.model_copy(update={"inputs": "dense"}))
 
 LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
 """What is tried behind another boundary, where the inputs make a difference."""
+
+REFIT = _without_sinks("mlp")
+"""How a layer behind a gap is fitted anew; the features stand for what enters its last linear maps."""

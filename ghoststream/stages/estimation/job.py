@@ -18,7 +18,7 @@ from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import Method, Recovery, Text
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT
 from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import get_feature, taps_of
@@ -98,6 +98,14 @@ class Job(Way):
         """Return what fitting one boundary takes."""
         width = get_feature(kind.features).width(self.input_width(kind))
         return kind.cost(FitShape(self.sizes.hidden, width, self.n_tokens))
+
+    @cached_property
+    def refit_cost(self) -> Cost | None:
+        """What fitting one of the maps behind a gap anew takes; None where none is."""
+        if not self.recovery.method.refit:
+            return None
+        width = self.sizes.tap_width(taps_of(REFIT.features))
+        return make_operator(REFIT).cost(FitShape(self.sizes.hidden, width, self.n_tokens))
 
     @property
     def reads_taps(self) -> bool:

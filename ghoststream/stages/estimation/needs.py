@@ -54,7 +54,7 @@ class Route:
         if job.fits_in_passes:
             known = job.given is not None and bool(job.given.methods)
             chosen = () if job.runs_model or known else refining(shape, n_spans=len(job.spans), plans=1)
-            fitting = (*chosen, last_fit(shape, job.tap_width))
+            fitting = (*chosen, last_fit(shape, job.tap_width, job.recovery.method.refit))
         return cls(job, job.fit_cost(job.kind), selection, searching, fitting)
 
 
@@ -81,7 +81,8 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
         if route.selection.disk is not None:
             needs["disk, select"] = _against(route.selection.disk, free_disk(out))
     if job.fits_in_passes:
-        needs["memory, fit"] = _against(route.fit.memory, host)
+        fits = [cost.memory for cost in (route.fit, job.refit_cost) if cost is not None]
+        needs["memory, fit"] = _against(max(fits, key=lambda need: need.n_bytes), host)
     else:
         needs["memory, solve"] = _against(_solving(route), host)
         if job.reads_taps:
@@ -169,6 +170,9 @@ def _passing(
     read = sum((2 if one.backward else 1) * route.job.sizes.checkpoint_bytes for one in passes)
     dense = _dense_flops(route.job)
     flops = sum(one.lanes * dense + one.fits * route.fit.flops for one in passes)
+    if route.job.refit_cost is not None:
+        n_maps = 2 * route.job.recovery.method.refit * len(route.job.spans)
+        flops += n_maps * route.job.refit_cost.flops
     return _stage(name, read, written, flops, rates)
 
 

@@ -15,5 +15,5 @@ def make_store_kind(method: Method) -> OperatorKind:
     Raises:
         RequestError: If a name is unknown, or the operator is defined without an option.
     """
-    method.refuse(("inputs",), "from a store every operator is fitted on the dense model's states")
+    method.refuse(("inputs", "refit"), "from a store every operator is fitted on the dense model's states")
     return make_operator(method.model_copy(update={"operator": method.operator or PAPER}))

@@ -10,18 +10,23 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Text
+from ghoststream.options import Method, Text
+from ghoststream.progress import SilentProgress
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.refitting import refitted_layers
+from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.statistics import Ranges
 from ghoststream.testing.models import save_tiny, tiny_model
 from tests.helpers.requests import fit
+from tests.helpers.searching import HELD, MICRO_BATCH, L, S, T, open_model, save_windows
 
 pytestmark = pytest.mark.integration
-S, T, C = 12, 24, 32
 Rows = npt.NDArray[np.float64]
 
 
@@ -32,14 +37,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return f"ids:{path}"
+    return f"ids:{save_windows(tmp_path_factory.mktemp('ids')) / 'all.npy'}"
 
 
 def fitted(model: Path, text: str, plan: str, out: Path, **options: Any) -> OperatorSet:
     asked = {"sequences": S, "length": T, "micro_batch": 2, "operator": "ghost", **options}
     return fit(plan, model=model, calibration=text, out=out, **asked)
+
+
+def weight_of(operators: OperatorSet) -> npt.NDArray[np.float32]:
+    weight = operators.boundaries[0].weight
+    assert weight is not None
+    return weight
 
 
 class Resident:
@@ -67,7 +76,8 @@ class Resident:
 def ridge_change(features: Rows, missing: Rows, ratio: float) -> Rows:
     gram = features.T @ features
     gram[np.diag_indices(len(gram))] += ratio * np.trace(gram) / len(gram)
-    return np.linalg.solve(gram, features.T @ missing)
+    change: Rows = np.linalg.solve(gram, features.T @ missing)
+    return change
 
 
 def test_both_projections_are_ridge_fits_towards_the_dense_stream(
@@ -109,8 +119,7 @@ def test_the_operators_are_those_of_a_fit_without(model: Path, text: str, tmp_pa
     plain = fitted(model, text, "2:4", tmp_path / "plain.safetensors", features="hidden")
     refitted = fitted(model, text, "2:4", tmp_path / "refitted.safetensors", refit=1)
     assert not plain.replaced
-    assert plain.boundaries[0].weight is not None
-    assert np.array_equal(plain.boundaries[0].weight, refitted.boundaries[0].weight)
+    assert np.array_equal(weight_of(plain), weight_of(refitted))
 
 
 def test_the_exported_model_is_the_lane_of_the_operators(model: Path, text: str, tmp_path: Path) -> None:
@@ -134,3 +143,52 @@ def test_a_layer_before_another_gap_is_left_alone() -> None:
     assert refitted_layers(plan, Span(6, 7), 2) == (7, 8)
     assert refitted_layers(plan, Span(6, 7), 9) == (7, 8, 9)
     assert refitted_layers(PruningPlan(4, (Span(2, 4),)), Span(2, 4), 1) == ()
+
+
+def test_the_first_refit_is_the_same_whatever_follows(model: Path, text: str, tmp_path: Path) -> None:
+    """A second layer is fitted behind the first as that is in the end, and leaves it alone."""
+    one = fitted(model, text, "1:2", tmp_path / "one.safetensors", refit=1).replaced
+    two = fitted(model, text, "1:2", tmp_path / "two.safetensors", refit=2).replaced
+    assert sorted({name.split(".")[2] for name in two}) == ["2", "3"]
+    assert all(np.array_equal(array, two[name]) for name, array in one.items())
+
+
+def test_a_layer_that_cannot_take_up_a_map_is_refused(text: str, tmp_path: Path) -> None:
+    gemma = save_tiny("gemma2", tmp_path / "gemma")
+    with pytest.raises(UnsupportedModelError, match="layer 4 cannot be refitted: the norm"):
+        fitted(gemma, text, "2:4", tmp_path / "operators.safetensors", refit=1)
+
+
+def test_a_store_holds_no_repaired_stream(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--refit would not be used"):
+        fit("2:4", store=tmp_path / "store", refit=1, out=tmp_path / "operators.safetensors")
+
+
+def test_repairs_with_and_without_a_refit_are_measured_together_as_alone(model: Path, tmp_path: Path) -> None:
+    session, tokens = open_model(model, save_windows(tmp_path))
+    ghost = passing_method(Method(operator="ghost"))
+    plain = Repair.alike(PruningPlan.parse(L, "1:2"), ghost)
+    two = Repair.alike(PruningPlan.parse(L, "1:2 4:5"), ghost)
+    repairs = [plain, plain.refitted(1), plain.refitted(2), two, two.refitted(1)]
+        plain,
+        plain.refitted(1),
+        plain.refitted(2),
+        Repair.alike(PruningPlan.parse(L, "1:2 4:5"), ghost),
+    ]
+    wanted: dict[str, Any] = {
+        "ranges": Ranges.make(S - HELD, folds=5),
+        "micro_batch": MICRO_BATCH,
+        "progress": SilentProgress(),
+    }
+    _, together = measure_repairs(session, tokens, repairs, **wanted)
+    alone = [measure_repairs(session, tokens, [repair], **wanted)[1][0] for repair in repairs]
+    assert [one.losses for one in together] == [one.losses for one in alone]
+    assert len({one.losses.loss for one in together}) == len(repairs)
+
+
+def test_auto_fits_the_layers_behind_what_it_chose_anew(model: Path, text: str, tmp_path: Path) -> None:
+    asked = {"operator": "auto", "held_out": 4}
+    plain = fitted(model, text, "2:4", tmp_path / "plain.safetensors", **asked)
+    refitted = fitted(model, text, "2:4", tmp_path / "refitted.safetensors", **asked, refit=1)
+    assert sorted({name.split(".")[2] for name in refitted.replaced}) == ["4"]
+    assert np.array_equal(weight_of(plain), weight_of(refitted))

@@ -18,8 +18,10 @@ from ghoststream.progress import SilentProgress
 from ghoststream.selection import Selection, read_plan
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.choosing import fitting
 from ghoststream.stages.choosing.fitting import StreamedFit
 from ghoststream.stages.choosing.measured import measure_repairs
+from ghoststream.stages.choosing.moments import moments_of
 from ghoststream.stages.choosing.passes import partitions
 from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
@@ -168,12 +170,11 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_a_fit_f
 ) -> None:
     fits: list[Span] = []
 
-    def counted(self: StreamedFit, pairs: Any) -> Any:
-        fits.append(self.span)
-        return original(self, pairs)
+    def counted(kind: Any, span: Span, *others: Any) -> Any:
+        fits.append(span)
+        return moments_of(kind, span, *others)
 
-    original = StreamedFit._moments
-    monkeypatch.setattr(StreamedFit, "_moments", counted)
+    monkeypatch.setattr(fitting, "moments_of", counted)
     session, tokens = open_model(model, ids)
     method = _least_squares(features, inputs="dense")
     plans = ["1:2 4:5", "2:3 4:5", "4:5"]

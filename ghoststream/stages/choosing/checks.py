@@ -21,7 +21,7 @@ def named_method(method: Method) -> Method | None:
         RequestError: If there is no such operator, it does not take the options, or ``auto`` is given any.
     """
     if not method.is_named:
-        others = set(Method.model_fields) - {"operator"}
+        others = set(Method.model_fields) - {"operator", "refit"}
         method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
         return None
     return passing_method(method)

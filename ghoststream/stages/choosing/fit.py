@@ -81,6 +81,7 @@ def fit_in_passes(
         "folds": ranges.n_folds,
         "operator": method.operator or AUTO,
         "methods": [one.to_json() for one in (LATER_METHODS if repair is None else repair.methods)],
+        "refit": method.refit,
         "chosen_on": None if division is None else {**division.to_json(), "screen": SCREEN.to_json()},
     }
     output = Output(out, recipe, "fit")
@@ -94,6 +95,8 @@ def fit_in_passes(
             assert division is not None
             trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
             repair, metadata["chosen"] = _choose(selection.plan, trial)
+        if method.given(("refit",)):
+            repair = repair.refitted(method.refit)
         fits, replaced = _run(session, tokens, repair, ranges, micro_batch, progress)
         # What was measured to choose methods saw the whole model.
         metadata["base"] = session.base(_last(repair) if division is None else None, progress)

@@ -102,7 +102,8 @@ class RefittedProjection(BoundaryMap):
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Return what the layer gives with the new weight: of attention with the MLP as it was."""
         hidden, entered = states.split(self._parts, dim=-1)
-        return hidden + linear(entered, self._change)
+        corrected: torch.Tensor = hidden + linear(entered, self._change)
+        return corrected
 
     def release(self) -> None:
         """Free what applying takes."""

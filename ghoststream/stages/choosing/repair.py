@@ -48,6 +48,11 @@ class Repair:
         """Return the same with another method at one span."""
         return replace(self, methods=(*self.methods[:index], method, *self.methods[index + 1 :]))
 
+    def refitted(self, count: int) -> Repair:
+        """Return the same with so many layers behind each gap fitted anew."""
+        methods = tuple(method.model_copy(update={"refit": count}) for method in self.methods)
+        return replace(self, methods=methods)
+
 
 def labels(methods: Sequence[Method]) -> list[str]:
     """Return what a reader calls methods: operator, features and token weights, and what is unusual."""

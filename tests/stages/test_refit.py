@@ -170,11 +170,6 @@ def test_repairs_with_and_without_a_refit_are_measured_together_as_alone(model: 
     plain = Repair.alike(PruningPlan.parse(L, "1:2"), ghost)
     two = Repair.alike(PruningPlan.parse(L, "1:2 4:5"), ghost)
     repairs = [plain, plain.refitted(1), plain.refitted(2), two, two.refitted(1)]
-        plain,
-        plain.refitted(1),
-        plain.refitted(2),
-        Repair.alike(PruningPlan.parse(L, "1:2 4:5"), ghost),
-    ]
     wanted: dict[str, Any] = {
         "ranges": Ranges.make(S - HELD, folds=5),
         "micro_batch": MICRO_BATCH,

@@ -12,13 +12,14 @@ import torch
 
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Method, Text
+from ghoststream.options import Compute, Method, Recovery, Text
 from ghoststream.progress import SilentProgress
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.refitting import refitted_layers
 from ghoststream.stages.choosing.repair import Repair, passing_method
+from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.statistics import Ranges
@@ -187,3 +188,24 @@ def test_auto_fits_the_layers_behind_what_it_chose_anew(model: Path, text: str, 
     refitted = fitted(model, text, "2:4", tmp_path / "refitted.safetensors", **asked, refit=1)
     assert sorted({name.split(".")[2] for name in refitted.replaced}) == ["4"]
     assert np.array_equal(weight_of(plain), weight_of(refitted))
+
+
+def test_the_estimate_counts_the_widest_gram_and_the_runs_of_the_layer(model: Path) -> None:
+    plain, refitted = (
+        estimate(
+            Recovery(
+                model=str(model),
+                remove="2:4",
+                calibration=Text(spec="ids:none.npy", sequences=S, length=T),
+                method=Method(operator="ghost", inputs="repaired", refit=count),
+                compute=Compute(device="cpu"),
+            ),
+            measure=False,
+        )
+        for count in (0, 1)
+    )
+    hidden, wide = 32, 64
+    assert refitted.needs["memory, fit"].n_bytes == 48 * wide**2 + 32 * wide * hidden
+    assert plain.needs["memory, fit"].n_bytes < refitted.needs["memory, fit"].n_bytes
+    flops = [{stage.name: stage.flops for stage in one.stages}["fit"] for one in (plain, refitted)]
+    assert flops[0] < flops[1]

@@ -226,9 +226,7 @@ class FittedLanes:
         """
         if key not in self._refits:
             layer = key[1]
-            refitted = RefittedLayer.make(
-                layer, ranges, self._mask, self._session, diagnosed=self._diagnosed
-            )
+            refitted = RefittedLayer.make(layer, ranges, self._mask, self._session, diagnosed=self._diagnosed)
             self._refits[key] = refitted
             helper = replace(before, behind={**before.behind, layer: refitted.attention})
             self._helpers[key] = helper

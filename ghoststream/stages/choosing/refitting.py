@@ -51,7 +51,7 @@ class RefittedProjection(BoundaryMap):
         figures: Ridge and residuals in and out of sample of what was missing in the stream.
 
     Memory: ``p C`` numbers in float32, from the fit on twice until the map was applied; while fitting what
-    ``least-squares`` states for ``p`` features (``48 p^2 + 32 p C`` bytes while folds choose the ridge).
+    ``least-squares`` states for ``p`` features (``32 p^2 + 32 p C`` bytes while folds choose the ridge).
     """
 
     target = DENSE

@@ -12,6 +12,7 @@ from ghoststream.operators import (
     prune_and_comp,
     replace_me,
     replace_me_cosine,
+    replace_me_published,
     sketched,
     symmetric,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "register_operator",
     "replace_me",
     "replace_me_cosine",
+    "replace_me_published",
     "require_ridge",
     "sketched",
     "solve_ridge",

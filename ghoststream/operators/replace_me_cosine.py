@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,22 @@ class RowMoments(FoldedMoments):
         self.rows = rows
 
 
+class Compared(NamedTuple):
+    """Tokens whose ``base + features A`` is compared with ``targets``; ``(n, C)``, weights ``(n,)``."""
+
+    base: torch.Tensor
+    features: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, *arrays: npt.NDArray[np.float64]) -> Compared:
+        """Return arrays as tensors that share their memory."""
+        import torch
+
+        return cls(*map(torch.from_numpy, arrays))
+
+
 @register_operator("replace-me-cosine")
 class ReplaceMeCosine(ReplaceMeKind):
     """``min mean(1 - cos(M T, h[stop] - Y))`` over ``T``.
@@ -57,8 +73,8 @@ class ReplaceMeCosine(ReplaceMeKind):
     ``M`` and ``Y`` are those of :class:`~ghoststream.operators.replace_me.ReplaceMe`. Adam from ``T = I`` at
     rate 1e-4, 10 epochs over batches of about 1,024 tokens: sequences in an order that is drawn anew each
     epoch, read from the stores, in float32. Tokens count by their weights (uniform in the paper). The
-    published code compares single tokens drawn from all sequences; whole sequences are what a store can be
-    read by.
+    published code compares single tokens drawn from all sequences
+    (:mod:`ghoststream.operators.replace_me_published`); whole sequences are what a store can be read by.
 
     Diagnostics beside those of least squares: ``cosine_distance``, the weighted mean of ``1 - cos`` over all
     tokens, and out of sample ``cosine_distance_out_of_sample`` and ``relative_residual_out_of_sample``, those
@@ -144,7 +160,7 @@ class ReplaceMeCosine(ReplaceMeKind):
         lost, weight = 0.0, 0.0
         for number in sequences:
             part = rows.read(int(number))
-            lost += float(self._lost(part, change))
+            lost += float(_lost(self._compared(part), change))
             weight += float(part.weights.sum())
         return lost / weight
 
@@ -170,11 +186,10 @@ class ReplaceMeCosine(ReplaceMeKind):
         size = rows.read(int(sequences[0])).inputs.shape[1]
         change = torch.zeros(size, size, requires_grad=True)
         adam = torch.optim.Adam([change], lr=LEARNING_RATE)
-        order = np.random.default_rng(self.method.seed)
-        for _ in range(EPOCHS):
-            for part in _batches(rows, order.permutation(sequences)):
+        for epoch in self._epochs(rows, sequences):
+            for part in epoch:
                 adam.zero_grad()
-                (self._lost(part, change) / float(part.weights.sum())).backward()
+                (_lost(part, change) / float(part.weights.sum())).backward()
                 adam.step()
         found: npt.NDArray[np.float64] = change.detach().double().numpy()
         if not np.isfinite(found).all():
@@ -182,21 +197,18 @@ class ReplaceMeCosine(ReplaceMeKind):
             raise NumericsError(msg)
         return found
 
-    def _lost(self, part: Rows, change: torch.Tensor) -> torch.Tensor:
-        """Return ``sum w (1 - cos)`` over some tokens."""
-        import torch
+    def _epochs(self, rows: BoundaryRows, sequences: npt.NDArray[np.int64]) -> Iterator[Iterable[Compared]]:
+        """Yield the batches of each epoch: sequences in an order that is drawn anew."""
+        order = np.random.default_rng(self.method.seed)
+        for _ in range(EPOCHS):
+            yield map(self._compared, _batches(rows, order.permutation(sequences)))
 
-        features, inputs, targets, weights = (
-            torch.from_numpy(array).to(change.dtype)
-            for array in (part.features, part.inputs, part.targets, part.weights)
-        )
+    def _compared(self, part: Rows) -> Compared:
+        """Return what is compared of some tokens."""
         if self.whole:
-            predicted = inputs + features @ change
-        else:
-            predicted = features + features @ change
-            targets = targets - inputs + features
-        cosine = torch.nn.functional.cosine_similarity(predicted, targets, dim=1)
-        return (weights * (1.0 - cosine)).sum()
+            return Compared.of(part.inputs, part.features, part.targets, part.weights)
+        targets = part.targets - part.inputs + part.features
+        return Compared.of(part.features, part.features, targets, part.weights)
 
 
 @register_operator("replace-me-cosine-whole")
@@ -207,6 +219,15 @@ class ReplaceMeCosineWhole(ReplaceMeCosine):
     """
 
     whole = True
+
+
+def _lost(part: Compared, change: torch.Tensor) -> torch.Tensor:
+    """Return ``sum w (1 - cos)`` over some tokens."""
+    import torch
+
+    base, features, targets, weights = (tensor.to(change.dtype) for tensor in part)
+    cosine = torch.nn.functional.cosine_similarity(base + features @ change, targets, dim=1)
+    return (weights * (1.0 - cosine)).sum()
 
 
 def _batches(rows: BoundaryRows, sequences: npt.NDArray[np.int64]) -> Iterator[Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ghoststream.selection.authors import ShortGPTAuthors, StreamlineAuthors, UidlPruneMe
 from ghoststream.selection.evidence import Evidence, Residual
 from ghoststream.selection.lorp import LoRP
 from ghoststream.selection.magnitude import Magnitude
@@ -40,9 +41,12 @@ __all__ = [
     "ReverseOrder",
     "Selection",
     "ShortGPT",
+    "ShortGPTAuthors",
     "ShortGPTPublished",
     "Streamline",
+    "StreamlineAuthors",
     "StreamlinePublished",
+    "UidlPruneMe",
     "candidate_table",
     "criterion_names",
     "make_criterion",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import Reducer, SumState
+from ghoststream.statistics import FinalNorm, Reducer, SumState
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,17 @@ class Evidence(Protocol):
             BudgetError: If the moments of one span do not fit the memory, or all of them the disk.
         """
 
-    def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
-        """Yield the checkpoint's tensors of one decoder layer, as they are stored, one after the other.
+    def final_norm(self) -> FinalNorm:
+        """Return the norm behind the last layer.
+
+        Raises:
+            RequestError: If no model was given.
+            MismatchError: If the store was made of another checkpoint.
+            CheckpointError: If its weights cannot be read.
+        """
+
+    def layer_weights(self, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors of one decoder layer in the checkpoint, as they are stored.
 
         Raises:
             RequestError: If no model was given.

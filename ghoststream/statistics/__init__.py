@@ -14,6 +14,7 @@ from ghoststream.statistics.features import (
     register_feature,
     taps_of,
 )
+from ghoststream.statistics.final_norm import FinalNorm
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.moments import BoundaryMoments
 from ghoststream.statistics.norms import NormProfile, NormReducer, norm_profile
@@ -55,6 +56,7 @@ __all__ = [
     "ChannelCosineReducer",
     "CosineReducer",
     "Feature",
+    "FinalNorm",
     "FoldedMoments",
     "HiddenStateSource",
     "ModelFacts",

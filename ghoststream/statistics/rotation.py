@@ -2,7 +2,9 @@
 
 A Hadamard matrix of order n has entries 1 and -1 and orthogonal rows; over ``sqrt(n)`` it is a rotation. It
 is kept as its Kronecker factors: one of Paley's matrices (R. E. A. C. Paley, On orthogonal matrices, J. Math.
-Phys. 12, 1933) for the odd part of n, and Sylvester's for the power of two that is left, in this order.
+Phys. 12, 1933) for the odd part of n, and Sylvester's for the power of two that is left, in this order. The
+arrangement is that of LinearPatch's code, which has its matrices from QuIP#'s: the matrices are the same
+where both have one, but for 13, 39 and 43 times a power of two, where those are Williamson's.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def hadamard_factors(size: int) -> tuple[Array, ...]:
 
     Of the orders ``size / 2^k`` the smallest is taken for which one of Paley's two constructions with a
     prime, or a product of such matrices, exists: ``q + 1`` for a prime ``q = 3 (mod 4)``, ``2 (q + 1)`` for
-    ``q = 1 (mod 4)``.
+    ``q = 1 (mod 4)``. That of order 20 stands behind a factor 2, as in LinearPatch's code.
 
     Raises:
         RequestError: If there is none.
@@ -107,6 +109,8 @@ def hadamard_factors(size: int) -> tuple[Array, ...]:
     order = 1 if odd == 1 else 4 * odd
     while 0 < order <= size:
         core = () if order == 1 else _core(order)
+        if core is not None and order == 20 and size > order:
+            return (*_sylvester(2), *core, *_sylvester(size // 40))
         if core is not None:
             return (*core, *_sylvester(size // order))
         order *= 2
@@ -138,20 +142,20 @@ def _paley(order: int) -> Array | None:
         return first
     half = order // 2
     if half % 4 == 2 and _is_prime(half - 1):
-        doubled = np.kron(_bordered(half - 1, sign=1.0), [[1.0, 1.0], [1.0, -1.0]])
-        second: Array = doubled + np.kron(np.eye(half), [[1.0, -1.0], [-1.0, -1.0]])
+        doubled = np.kron([[1.0, 1.0], [1.0, -1.0]], _bordered(half - 1, sign=1.0))
+        second: Array = doubled + np.kron([[1.0, -1.0], [-1.0, -1.0]], np.eye(half))
         return second
     return None
 
 
 def _bordered(prime: int, *, sign: float) -> Array:
-    # Jacobsthal's matrix, whose entry (i, j) is the Legendre symbol of i - j, with a border of ones.
+    # Jacobsthal's matrix, whose entry (i, j) is the Legendre symbol of j - i, with a border of ones.
     symbol = np.full(prime, -1.0)
     symbol[np.arange(prime) ** 2 % prime] = 1.0
     symbol[0] = 0.0
     numbers = np.arange(prime)
     matrix = np.zeros((prime + 1, prime + 1))
-    matrix[1:, 1:] = symbol[(numbers[:, None] - numbers) % prime]
+    matrix[1:, 1:] = symbol[(numbers - numbers[:, None]) % prime]
     matrix[0, 1:] = 1.0
     matrix[1:, 0] = sign
     return matrix

@@ -14,6 +14,7 @@ from ghoststream.errors import NumericsError, RequestError
 from ghoststream.options import Reduction
 from ghoststream.progress import Progress
 from ghoststream.statistics.engines import HERE, ReductionJob, run_job
+from ghoststream.statistics.final_norm import FinalNorm
 from ghoststream.statistics.ranges import Ranges
 from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.source import HiddenStateSource, reopen_source, require_finite, require_layers
@@ -95,11 +96,13 @@ class CosineReducer(PairReducer):
         block_tokens: Tokens that are read at a time (at least one sequence).
         angles: Whether the angular distance ``arccos(cosine) / pi`` is summed in the cosine's place.
         last_only: Whether only the last unmasked token of each sequence counts.
+        final_norm: What ``h[L]`` goes through before it is compared; nothing if ``None``.
     """
 
     block_tokens: int = 1024
     angles: bool = False
     last_only: bool = False
+    final_norm: FinalNorm | None = None
 
     counted = "tokens"
 
@@ -110,6 +113,7 @@ class CosineReducer(PairReducer):
             "pairs": [list(pair) for pair in self.pairs],
             "block_tokens": self.block_tokens,
             "last_only": self.last_only,
+            **({} if self.final_norm is None else {"final_norm": self.final_norm.digest}),
         }
 
     def task_bytes(self, hidden: int, length: int) -> int:
@@ -141,6 +145,8 @@ class CosineReducer(PairReducer):
             states = source.read_numpy(layer, first, last, dtype=np.float32)
             rows = states.reshape(mask.size, -1)
             rows = rows if mask.all() else rows[mask]
+            if self.final_norm is not None and layer == self.final_norm.layer:
+                rows = self.final_norm.apply(rows)
             energy = np.einsum("tc,tc->t", rows, rows, dtype=np.float64)
             require_finite(rows, layer, first, last, energy)
             return rows, np.sqrt(energy)

@@ -3,6 +3,7 @@ theirs."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,29 @@ def scales(states: list[Hidden], turn: Array) -> Array:
 def data(states: list[Hidden]) -> tuple[Array, Array]:
     mask = ragged_mask(*SHAPE[:2])
     return states[1][mask].astype(np.float64), states[3][mask].astype(np.float64)
+
+
+PUBLISHED_SIGNS = {
+    12: "d1026a5e7abe32ab",
+    20: "feb437edd08fcdff",
+    28: "90e9b61e93164eb5",
+    36: "147097e41d5a3707",
+    40: "5f9dd4108260cd3c",
+    60: "b362e489b63dc917",
+    64: "ce50b224875b473e",
+    108: "e9458e07a082d294",
+    140: "d6b2c17a5b11a0aa",
+    160: "8c2208371981f415",
+    576: "06bf627776509335",
+    896: "17b98be470227655",
+}
+"""Of ``get_hadamard_matrix`` in LinearPatch's code (commit d1274e8): first digits of SHA-256 of ``H > 0``."""
+
+
+@pytest.mark.parametrize("order", PUBLISHED_SIGNS)
+def test_hadamard_matrices_are_those_of_the_published_code(order: int) -> None:
+    signs = (hadamard_matrix(order) > 0).astype(np.uint8)
+    assert hashlib.sha256(signs.tobytes()).hexdigest()[:16] == PUBLISHED_SIGNS[order]
 
 
 @pytest.mark.parametrize(

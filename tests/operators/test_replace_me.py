@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.optimize
+import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.operators import make_operator, replace_me_cosine
@@ -185,7 +186,55 @@ def test_tokens_count_by_their_weights(
     assert kind.distance(rows, rows.sequences(), matrix) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["replace-me-ls", "replace-me-cosine"])
+@pytest.mark.parametrize(
+    ("name", "whole"), [("replace-me-cosine-published", False), ("replace-me-cosine-whole-published", True)]
+)
+def test_published_cosine_draws_single_tokens_that_it_holds_in_bfloat16(
+    name: str,
+    whole: bool,
+    places: tuple[str, TapSource],
+    states: list[Hidden],
+    contribution: Hidden,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replace_me_cosine, "LEARNING_RATE", 1e-2)
+    monkeypatch.setattr(replace_me_cosine, "EPOCHS", 3)
+    monkeypatch.setattr(replace_me_cosine, "BATCH_TOKENS", 32)
+    operator = make_operator(Method(operator=name, seed=5)).fit(reduced(name, places))
+    expected = published_adam(*problem(states, contribution), whole=whole, seed=5, epochs=3, batch=32)
+    np.testing.assert_allclose(operator.weight.T, expected - np.eye(C), atol=1e-5)
+    whole_text = make_operator(Method(operator=name.removesuffix("-published"), seed=5))
+    other = whole_text.fit(reduced(name.removesuffix("-published"), places))
+    assert np.abs(operator.weight - other.weight).max() > 1e-4
+    assert operator.diagnostics["cosine_distance"] == pytest.approx(
+        other.diagnostics["cosine_distance"], rel=2e-2
+    )
+
+
+def published_adam(
+    m: np.ndarray, y: np.ndarray, target: np.ndarray, *, whole: bool, seed: int, epochs: int, batch: int
+) -> np.ndarray:
+    """Return ``T`` by the published loop: a linear layer of torch, tokens rounded and shuffled."""
+    a1, a2 = (torch.from_numpy(one).bfloat16() for one in (m, target if whole else target - y))
+    a3 = torch.from_numpy(y).bfloat16()
+    layer = torch.nn.Linear(C, C, bias=False)
+    layer.weight.data.copy_(torch.eye(C))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    order = np.random.default_rng(seed)
+    for _ in range(epochs):
+        for drawn in torch.from_numpy(order.permutation(len(m))).split(batch):
+            optimizer.zero_grad()
+            predicted = layer(a1[drawn].float())
+            if whole:
+                predicted = predicted + a3[drawn].float()
+            wanted = a2[drawn].float()
+            unit = predicted / predicted.norm(dim=1, keepdim=True)
+            (1 - (unit * wanted / wanted.norm(dim=1, keepdim=True)).sum(dim=1).mean()).backward()
+            optimizer.step()
+    return np.asarray(layer.weight.T.detach().double())
+
+
+@pytest.mark.parametrize("name", ["replace-me-ls", "replace-me-cosine", "replace-me-cosine-published"])
 def test_options_that_it_is_defined_without_are_refused(name: str) -> None:
     refused: tuple[dict[str, Any], ...] = (
         {"features": "mlp"},

@@ -13,7 +13,7 @@ from ghoststream.errors import RequestError
 from ghoststream.options import Method
 from ghoststream.selection import Residual, make_criterion
 from ghoststream.spans import Span
-from ghoststream.statistics import Reducer, SumState
+from ghoststream.statistics import FinalNorm, Reducer, SumState
 from ghoststream.testing.states import random_states, store_of
 from tests.helpers.requests import select
 
@@ -27,9 +27,12 @@ class Weights:
         self.layers, self.n_layers = layers, len(layers)
         self.read: list[int] = []
 
-    def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
+    def final_norm(self) -> FinalNorm:
+        raise AssertionError
+
+    def layer_weights(self, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
         self.read.append(layer)
-        yield from self.layers[layer].values()
+        yield from self.layers[layer].items()
 
     def reduce(self, reducer: Reducer) -> SumState:
         raise AssertionError
@@ -40,7 +43,7 @@ class Weights:
 
 def random_weights(n_layers: int, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
-    shapes = {"q": (7, 5), "experts": (3, 4, 6), "norm": (1000,), "bias": (7,)}
+    shapes = {"q.weight": (7, 5), "experts": (3, 4, 6), "norm.weight": (1000,), "q.bias": (7,)}
     return [
         {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
         for _ in range(n_layers)
@@ -52,16 +55,24 @@ def random_weights(n_layers: int, dtype: torch.dtype = torch.float32) -> list[di
     ("criterion", "power", "first", "stop"),
     [("magnitude", 1, 0, 12), ("magnitude-l2", 2, 0, 12), ("magnitude-plus", 1, 4, 10)],
 )
-def test_magnitude_takes_the_layers_of_smallest_matrices(
-    criterion: str, power: int, first: int, stop: int, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("suffix", "counted"),
+    [("", ("q.weight", "experts")), ("-published", ("q.weight", "experts", "norm.weight"))],
+)
+def test_magnitude_takes_the_layers_of_smallest_weights(
+    criterion: str,
+    power: int,
+    first: int,
+    stop: int,
+    dtype: torch.dtype,
+    suffix: str,
+    counted: tuple[str, ...],
 ) -> None:
     layers = random_weights(12, dtype)
     evidence = Weights(layers)
-    choice = make_criterion(criterion).choose(evidence, 3)
+    choice = make_criterion(criterion + suffix).choose(evidence, 3)
     sums = {
-        layer: sum(
-            (abs(x) ** power for name in ("q", "experts") for x in weights[name].flatten().tolist()), 0.0
-        )
+        layer: sum((abs(x) ** power for name in counted for x in weights[name].flatten().tolist()), 0.0)
         for layer, weights in enumerate(layers)
         if first <= layer < stop
     }

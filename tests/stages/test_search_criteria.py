@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ghoststream.errors import RequestError
 from ghoststream.options import Method
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
@@ -114,3 +115,86 @@ def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> No
     assert {row["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
         dict(enumerate(scores)), rel=1e-4
     )
+
+
+def _published_loop(model: Path, ids: Path, remove: int) -> tuple[list[int], list[float], list[float]]:
+    """Return layers, influences and scales by the loop of the published code, on weights that it rescales."""
+    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    resident.lm_head.weight = torch.nn.Parameter(resident.lm_head.weight.detach().clone())
+    tokens = torch.from_numpy(np.load(ids / "all.npy"))
+    alive, gone, influences, scales = list(range(L)), [], [], []
+    for _ in range(remove):
+        seen: list[list[torch.Tensor]] = [[] for _ in alive]
+        hooks = [
+            layer.register_forward_hook(
+                lambda _, inputs, output, kept=seen[number]: kept.extend((inputs[0], output))
+            )
+            for number, layer in enumerate(resident.model.layers)
+        ]
+        with torch.no_grad():
+            resident.model(tokens, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        pairs = [(x.double(), y.double()) for x, y in seen[:-1]]
+        found = [float((1 - torch.nn.functional.cosine_similarity(x, y, dim=-1)).mean()) for x, y in pairs]
+        least = int(np.argmin(found))
+        x, y = pairs[least]
+        scale = float((y.abs().mean(dim=1) / x.abs().mean(dim=1)).mean())
+        layers = [layer for number, layer in enumerate(resident.model.layers) if number != least]
+        resident.model.layers = torch.nn.ModuleList(layers)
+        with torch.no_grad():
+            resident.model.embed_tokens.weight *= scale
+            for layer in layers[:least]:
+                layer.self_attn.o_proj.weight *= scale
+                layer.mlp.down_proj.weight *= scale
+        gone.append(alive.pop(least))
+        influences.append(found[least])
+        scales.append(scale)
+    return gone, influences, scales
+
+
+@pytest.mark.parametrize("remove", [1, 4])
+def test_prune_and_comp_compensates_before_it_chooses_again(model: Path, ids: Path, remove: int) -> None:
+    found = select(remove, model=model, criterion="prune-and-comp-bi", **on_windows(ids))
+    gone, influences, scales = _published_loop(model, ids, remove)
+    assert [row["spans"] for row in found.candidates] == [[[layer, layer + 1]] for layer in gone]
+    assert [row["score"] for row in found.candidates] == pytest.approx(influences, rel=1e-3)
+    assert [row["scale"] for row in found.candidates] == pytest.approx(scales, rel=1e-3)
+    assert found.plan.removed == tuple(sorted(gone))
+    assert found.passes == remove
+    assert found.methods == ()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "norms"),
+    [("taylor-published", True), ("taylor-plus-published", True), ("taylor", False)],
+)
+def test_taylor_counts_norms_as_its_code_does(tmp_path: Path, ids: Path, criterion: str, norms: bool) -> None:
+    model = save_tiny("qwen2", tmp_path / "model", num_hidden_layers=8)
+    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = torch.from_numpy(np.load(ids / "all.npy"))
+    resident(tokens, labels=tokens, use_cache=False).loss.backward()
+    scores = [
+        sum(
+            float((weight.detach() * weight.grad).abs().double().sum())
+            for name, weight in layer.named_parameters()
+            if weight.dim() >= 2 or (norms and name.endswith("norm.weight"))
+        )
+        for layer in resident.model.layers
+    ]
+    layers = range(4, 6) if "plus" in criterion else range(8)
+    found = select(1, model=model, criterion=criterion, **on_windows(ids))
+    assert {row["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(
+        {layer: scores[layer] for layer in layers}, rel=1e-4
+    )
+    assert found.plan.removed == (min(layers, key=lambda layer: scores[layer]),)
+
+
+def test_perplexity_plus_keeps_the_first_four_and_the_last_two(tmp_path: Path, ids: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=8)
+    found = select(1, model=model, criterion="perplexity-plus", **on_windows(ids))
+    losses = {layer: _loss_without(model, ids, {layer}) for layer in (4, 5)}
+    assert {row["spans"][0][0]: row["loss"] for row in found.candidates} == pytest.approx(losses, rel=1e-5)
+    assert found.plan.removed == (min(losses, key=lambda layer: losses[layer]),)
+    with pytest.raises(RequestError, match=r"by perplexity-plus, which keeps the first 4 .*use perplexity,"):
+        select(3, model=model, criterion="perplexity-plus", **on_windows(ids))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ghoststream.costs import PassCost, SearchShape
 from ghoststream.errors import RequestError
 from ghoststream.options import Method, Search
-from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.criterion import (
     Chosen,
     SearchCriterion,
@@ -16,15 +15,7 @@ from ghoststream.stages.choosing.criterion import (
     register_search_criterion,
     search_criterion_names,
 )
-from ghoststream.stages.choosing.passes import (
-    growing,
-    one_by_one,
-    partitions,
-    racing,
-    refining,
-    there_and_back,
-)
-from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.passes import growing, one_by_one, partitions, racing, refining
 from ghoststream.stages.choosing.ways import SCREEN
 
 if TYPE_CHECKING:
@@ -148,78 +139,6 @@ class Sleb(SearchCriterion):
         return Chosen.best(trial, grow(trial, [[1] * remove], NOTHING, beam=search.beam))
 
 
-@register_search_criterion("perplexity")
-class Perplexity(SearchCriterion):
-    """Each layer is left out alone.
-
-    Those whose absence costs least go: Shortened LLaMA's PPL (arXiv 2402.02834). One pass.
-    """
-
-    meaning = "loss of the model without one layer; those of the lowest are removed"
-    repairs = False
-
-    def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
-        """Measure the model without each layer."""
-        del search, method
-        n_layers = trial.session.skeleton.n_layers
-        plans = [PruningPlan(n_layers, (Span(layer, layer + 1),)) for layer in range(1, n_layers - 1)]
-        rows = [row for _, row in trial.rank([Repair.alike(plan, NOTHING) for plan in plans])]
-        return Chosen(_lowest(rows, remove, n_layers), rows, trial.dense_loss, trial.passes)
-
-
-@register_search_criterion("taylor")
-class Taylor(SearchCriterion):
-    """The layers of least first-order effect on the loss (Shortened LLaMA).
-
-    Any layer may go. One pass forward and one back.
-
-    Args:
-        keep_first: So many first layers are no candidates.
-        keep_last: So many last layers are no candidates.
-    """
-
-    meaning = "first-order effect on the loss; the layers of the lowest are removed"
-    repairs = False
-    reads = ()
-
-    def __init__(self, *, keep_first: int = 0, keep_last: int = 0) -> None:
-        self.keep_first, self.keep_last = keep_first, keep_last
-
-    def check(self, n_layers: int, remove: int, search: Search) -> None:
-        """Check the request; see :meth:`SearchCriterion.check`."""
-        super().check(n_layers, remove, search)
-        search.refuse(("across_texts",), f"{search.criterion} measures no candidate")
-        if remove > n_layers - self.keep_first - self.keep_last:
-            msg = (
-                f"cannot remove {remove} of {n_layers} layers by taylor-plus, which keeps the first "
-                f"{self.keep_first} and the last {self.keep_last}; use taylor, or another criterion"
-            )
-            raise RequestError(msg)
-
-    def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
-        """Return a pass forward and one back."""
-        return there_and_back(shape)
-
-    def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
-        """Score every layer; see :func:`~ghoststream.stages.choosing.taylor.taylor_scores`."""
-        from ghoststream.stages.choosing.taylor import taylor_scores
-
-        del search, method
-        n_layers = trial.session.skeleton.n_layers
-        micro_batch = trial.division.micro_batch
-        scores = taylor_scores(trial.session, trial.tokens, micro_batch=micro_batch, progress=trial.progress)
-        layers = range(self.keep_first, n_layers - self.keep_last)
-        ordered = sorted(layers, key=lambda layer: scores[layer])
-        rows: list[Row] = [{"spans": [[layer, layer + 1]], "score": scores[layer]} for layer in ordered]
-        return Chosen(_lowest(rows, remove, n_layers), rows, None, 2)
-
-
-@register_search_criterion("taylor-plus")
-def taylor_plus() -> Taylor:
-    """Return Taylor+: the same, the first four and the last two layers kept."""
-    return Taylor(keep_first=4, keep_last=2)
-
-
 def _refined(trial: Trial, ranked: Ranked, remove: int, method: Method | None, *, prefer_few: bool) -> Chosen:
     from ghoststream.stages.choosing.growth import finalists
     from ghoststream.stages.choosing.settling import settle
@@ -230,8 +149,3 @@ def _refined(trial: Trial, ranked: Ranked, remove: int, method: Method | None, *
         rows = [row for row in trial.rows() if sum(stop - start for start, stop in row["spans"]) == remove]
     best = settle(ranked) if prefer_few else ranked[0][0]
     return Chosen(best, rows, trial.dense_loss, trial.passes)
-
-
-def _lowest(rows: Sequence[Row], remove: int, n_layers: int) -> Repair:
-    spans = tuple(Span(*row["spans"][0]) for row in rows[:remove])
-    return Repair.alike(PruningPlan(n_layers, spans), NOTHING)

@@ -15,14 +15,14 @@ _BLOCK_ELEMENTS = 2**20
 
 
 def taylor_scores(
-    session: ModelSession, tokens: TokenSet, *, micro_batch: int, progress: Progress
+    session: ModelSession, tokens: TokenSet, *, micro_batch: int, progress: Progress, norms: bool = False
 ) -> list[float]:
     """Return the first-order importance of every decoder layer, ``sum_k sum_ij |dL/dW_k,ij * W_k,ij|``.
 
     ``L`` is the mean next-token loss over all tokens, ``k`` runs over the weight matrices of a layer: tensors
-    of at least two dimensions, so that norms and biases do not count (the paper's formula; its code adds the
-    norms' weights). The products are summed in float64. Taylor+ removes the layers of lowest score and keeps
-    the first four and the last two; that choice is the caller's. The paper takes 10 sequences of 128 tokens.
+    of at least two dimensions, so that norms and biases do not count, as in the paper's formula. The products
+    are summed in float64. Taylor+ removes the layers of lowest score and keeps the first four and the last
+    two; that choice is the caller's. The paper takes 10 sequences of 128 tokens.
 
     Args:
         session: The model; its compute dtype is float32 or bfloat16.
@@ -30,6 +30,7 @@ def taylor_scores(
         micro_batch: Sequences in one forward; the gradients of all are added before the absolute value is
             taken.
         progress: Who is told how far it is.
+        norms: Whether the norms' weights count too, as in the code of Shortened LLaMA.
 
     Returns:
         ``L`` scores, layer 0 first; the lowest are the least important.
@@ -49,9 +50,9 @@ def taylor_scores(
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
     loss = NextTokenLoss(sum(map(NextTokenLoss.count, batches)))
-    salience = _Salience(skeleton.n_layers)
+    salience = _Salience(skeleton.n_layers, norms=norms)
     sizes = [
-        [torch.Size(shape).numel() for shape in skeleton.layer_shapes(layer) if len(shape) >= 2]
+        [torch.Size(shape).numel() for shape in skeleton.layer_shapes(layer) if norms or len(shape) >= 2]
         for layer in range(skeleton.n_layers)
     ]
     gradients = max(4 * sum(layer) + skeleton.dtype.itemsize * max(layer) for layer in sizes)
@@ -64,18 +65,18 @@ def taylor_scores(
 
 
 class _Salience:
-    """Sums ``|dL/dW * W|`` over the matrices of each layer as their gradients come."""
+    """Sums ``|dL/dW * W|`` over the matrices of each layer, and its norms if asked, as gradients come."""
 
-    def __init__(self, n_layers: int) -> None:
-        self.scores = [0.0] * n_layers
+    def __init__(self, n_layers: int, *, norms: bool) -> None:
+        self.scores, self._norms = [0.0] * n_layers, norms
 
     def wants(self, layer: int, name: str, weight: torch.Tensor) -> bool:
-        """Whether the parameter is a matrix."""
-        del layer, name
-        return weight.ndim >= 2
+        """Whether the parameter is a matrix, or the weight of a norm that counts."""
+        del layer
+        return weight.ndim >= 2 or (self._norms and name.endswith("weight"))
 
     def observe(self, layer: int, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the salience of one matrix; 2^20 elements are in float64 at a time."""
+        """Add the salience of one weight; 2^20 elements are in float64 at a time."""
         del name
         blocks = (one.reshape(-1).split(_BLOCK_ELEMENTS) for one in (weight, gradient))
         for some, slopes in zip(*blocks, strict=True):

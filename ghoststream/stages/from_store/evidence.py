@@ -29,6 +29,7 @@ from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import (
     DEFAULT_BLOCK_TOKENS,
     BoundaryMoments,
+    FinalNorm,
     FoldedMoments,
     HiddenStateSource,
     Ranges,
@@ -100,11 +101,18 @@ class StoreEvidence:
             self._progress.finish()
         return found
 
-    def layer_weights(self, layer: int) -> Iterator[torch.Tensor]:
-        """Yield the tensors of one layer, as they are stored."""
+    def final_norm(self) -> FinalNorm:
+        """Return the norm behind the last layer."""
+        skeleton = self._session.skeleton
+        with skeleton.loaded_frame():
+            norm = skeleton.model.get_submodule(skeleton.architecture.final_norm_path)
+            return FinalNorm.of(norm, skeleton.n_layers)
+
+    def layer_weights(self, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors of one layer, as they are stored."""
         skeleton = self._session.skeleton
         for name in skeleton.layer_sources(layer):
-            yield skeleton.reader.read(name)
+            yield name, skeleton.reader.read(name)
 
     @cached_property
     def _session(self) -> ModelSession:

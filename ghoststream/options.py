@@ -191,7 +191,8 @@ class Method(Options):
         "How a gap is repaired, e.g. auto, ghost or none. Default: auto; ghost from a store.\nauto tries "
         "several and keeps the best on held-out windows; ghost is the paper's. Others: least-squares, "
         "diagonal, scalar, symmetric, orthogonal, linear-patch-diagonal, linear-patch-rotated, "
-        "prune-and-comp, replace-me-ls, replace-me-cosine, replace-me-cosine-whole.",
+        "prune-and-comp, replace-me-ls, replace-me-cosine, replace-me-cosine-whole, "
+        "replace-me-cosine-published, replace-me-cosine-whole-published.",
         usual=True,
         metavar="NAME",
     )
@@ -277,11 +278,13 @@ class Search(Options):
     criterion: str | None = option(
         None,
         "How layers are chosen. Default: measured; streamline-published from a store.\nBy running the "
-        "model: measured (repairs and measures candidates), prune-and-repair, sleb, perplexity, taylor, "
-        "taylor-plus. From hidden states: streamline, shortgpt (by their formulas), streamline-published, "
+        "model: measured (repairs and measures candidates), prune-and-repair, sleb, perplexity, "
+        "perplexity-plus, taylor, taylor-plus, taylor-published, taylor-plus-published, prune-and-comp-bi. "
+        "From hidden states: streamline, shortgpt (by their formulas), streamline-published, "
         "shortgpt-published (as the paper's published code computes them), uidl, uidl-all, lorp, residual, "
-        "residual-in-sample. From weights: magnitude, magnitude-plus, magnitude-l2. Without a look: "
-        "reverse, reverse-last.",
+        "residual-in-sample. From these and the final norm: streamline-authors, shortgpt-authors, "
+        "uidl-pruneme. From weights: magnitude, magnitude-plus, magnitude-l2, each also with -published. "
+        "Without a look: reverse, reverse-last.",
         usual=True,
         metavar="NAME",
     )

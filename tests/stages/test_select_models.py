@@ -71,7 +71,7 @@ def test_the_model_must_be_the_one_that_the_store_was_made_of(
         select(2, store=tmp_path / "store", criterion="magnitude", model=other)
 
 
-@pytest.mark.parametrize("criterion", ["residual", "lorp", "uidl", "reverse", "magnitude"])
+@pytest.mark.parametrize("criterion", ["residual", "lorp", "uidl", "uidl-pruneme", "reverse", "magnitude"])
 def test_recover_takes_any_criterion(tiny_llama: Path, text: str, tmp_path: Path, criterion: str) -> None:
     report = recover(
         tiny_llama,
@@ -85,7 +85,7 @@ def test_recover_takes_any_criterion(tiny_llama: Path, text: str, tmp_path: Path
     )
     assert report.plan.n_removed == 2
     assert report.chosen_by == criterion
-    model = tiny_llama if criterion == "magnitude" else None
+    model = tiny_llama if criterion in ("magnitude", "uidl-pruneme") else None
     chosen = select(2, store=tmp_path / "out.work" / "store", criterion=criterion, model=model)
     assert chosen.plan == report.plan
 

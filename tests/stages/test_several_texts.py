@@ -20,7 +20,7 @@ from ghoststream.stages.pipeline import load_pipeline
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import CHARACTERS, tiny_tokenizer
 from tests.helpers.command_bench import run
-from tests.helpers.requests import fit, recover, select
+from tests.helpers.requests import fit, select
 from tests.helpers.searching import HELD, MICRO_BATCH, S, T, open_model, save_windows
 
 pytestmark = pytest.mark.integration
@@ -103,7 +103,7 @@ def test_a_race_measures_every_text_in_each_round(model: Path, ids: Path) -> Non
 def test_recover_by_command_pipeline_and_python_is_one(
     model: Path, texts: tuple[str, str], tmp_path: Path
 ) -> None:
-    text = {"sequences": 8, "length": 16}
+    text: dict[str, Any] = {"sequences": 8, "length": 16}
     named = [word for spec in texts for word in ("--calibration", spec)]
     options = ["--sequences", 8, "--length", 16, "--operator", "ghost", "--across-texts", "worst"]
     result = run("recover", model, "--remove", 2, *named, *options, "--out", tmp_path / "command")
@@ -114,14 +114,13 @@ def test_recover_by_command_pipeline_and_python_is_one(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     assert load_pipeline(tmp_path / "job.yaml").calibration == Text(spec=texts, **text)
     assert run("run", tmp_path / "job.yaml", "--out", tmp_path / "pipeline").exit_code == 0
-    recover(
+    gs.recover(
         model,
         remove=2,
-        calibration=list(texts),
+        calibration=Text(spec=texts, **text),
         out=tmp_path / "python",
-        operator="ghost",
-        across_texts="worst",
-        **text,
+        search=Search(across_texts="worst"),
+        method=gs.Method(operator="ghost"),
     )
     files = ("model.safetensors", "README.md", "ghoststream.json")
     for other in ("pipeline", "python"):
@@ -133,7 +132,8 @@ def test_recover_by_command_pipeline_and_python_is_one(
     plan = tmp_path / "command.work" / "plan-measured-2.json"
     candidates, recipe = inspect_path(plan).tables
     assert list(candidates.headers[-3:]) == ["file:a.txt", "file:b.txt", ""]
-    assert dict(recipe.rows)["text.spec"] == '["file:a.txt", "file:b.txt"]'
+    values = {str(name): value for name, value in recipe.rows}
+    assert values["text.spec"] == '["file:a.txt", "file:b.txt"]'
 
 
 def test_specifications_alone_stand_for_a_text(texts: tuple[str, str], tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_ways_to_repair_a_given_plan_are_ranked_too(model: Path, ids: Path, tmp_
 
 def test_estimate_takes_them(model: Path, texts: tuple[str, str]) -> None:
     one, two = (
-        gs.estimate(Recovery(model=str(model), remove=2, calibration=spec), measure=False)
+        gs.estimate(Recovery(model=str(model), remove=2, calibration=Text(spec=spec)), measure=False)
         for spec in (texts[0], texts)
     )
     assert two.to_json()["needs"].keys() == one.to_json()["needs"].keys()
@@ -205,7 +205,7 @@ def test_ranking_by_text_is_refused_where_nothing_is_measured(model: Path, texts
         request = Recovery(
             model=str(model),
             remove=remove,
-            calibration=texts,
+            calibration=Text(spec=texts),
             search=search,
             method=method or gs.Method(operator="ghost"),
         )

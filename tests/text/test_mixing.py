@@ -34,8 +34,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def specs(folder: Path, ending: str, n_texts: int = 3) -> list[str]:
-    return [f"file:{folder / name}.{ending}" for name in NAMES[:n_texts]]
+def specs(folder: Path, ending: str, n_texts: int = 3) -> tuple[str, ...]:
+    return tuple(f"file:{folder / name}.{ending}" for name in NAMES[:n_texts])
 
 
 def prepared(spec: Any, **options: Any) -> TokenSet:
@@ -124,13 +124,13 @@ def test_recipes_name_all_texts_and_no_folder(folder: Path) -> None:
     # Two files of one name in two folders are two texts.
     (folder / "other").mkdir()
     (folder / "other" / "a.txt").write_text((folder / "b.txt").read_text())
-    alike = Text(spec=[f"file:{folder}/a.txt", f"file:{folder}/other/a.txt"], length=T, sequences=4)
+    alike = Text(spec=(f"file:{folder}/a.txt", f"file:{folder}/other/a.txt"), length=T, sequences=4)
     assert recipe_of(alike, prepare_tokens(alike, tiny_tokenizer())).spec == ("file:a.txt", "file:a.txt")
 
 
 def test_ids_go_together_with_text_and_alone_need_no_tokenizer(folder: Path) -> None:
     ids, (name,) = f"ids:{folder / 'ids.npy'}", specs(folder, "txt", 1)
-    mixture = Text(spec=[name, ids], length=T, sequences=4)
+    mixture = Text(spec=(name, ids), length=T, sequences=4)
     assert not is_ids(mixture)
     tokens = prepare_tokens(mixture, tiny_tokenizer(adds_bos=True))
     np.testing.assert_array_equal(tokens.ids[0::2], prepared(name, sequences=2, adds_bos=True).ids)
@@ -140,7 +140,7 @@ def test_ids_go_together_with_text_and_alone_need_no_tokenizer(folder: Path) -> 
     assert note.startswith("2 of 4 windows do not begin with")
     assert "token ids are taken as they are" in note
     np.save(folder / "more.npy", np.load(folder / "ids.npy")[5:])
-    alone = Text(spec=[ids, f"ids:{folder / 'more.npy'}"], length=T, sequences=4)
+    alone = Text(spec=(ids, f"ids:{folder / 'more.npy'}"), length=T, sequences=4)
     assert is_ids(alone)
     np.testing.assert_array_equal(prepare_tokens(alone, None).ids, np.load(folder / "ids.npy")[[0, 5, 1, 6]])
 

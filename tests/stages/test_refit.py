@@ -77,7 +77,7 @@ class Resident:
 def ridge_change(features: Rows, missing: Rows, ratio: float) -> Rows:
     gram = features.T @ features
     gram[np.diag_indices(len(gram))] += ratio * np.trace(gram) / len(gram)
-    change: Rows = np.linalg.solve(gram, features.T @ missing)
+    change: Rows = np.linalg.solve(gram, features.T @ missing).astype(np.float64)
     return change
 
 

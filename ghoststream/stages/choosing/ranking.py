@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from ghoststream.progress import Progress
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.fitting import DENSE
+from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import candidate_spans
 from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,8 @@ class Captured:
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Captured:
     """The final norm of the model favours a few channels, so that it turns the last state."""
     folder = tmp_path_factory.mktemp(f"authors-{request.param}")
-    model = tiny_model(
-        request.param, **({"n_layer": L} if request.param == "gpt2" else {"num_hidden_layers": L})
-    )
+    overrides: dict[str, Any] = {"n_layer" if request.param == "gpt2" else "num_hidden_layers": L}
+    model = tiny_model(request.param, **overrides)
     norm = model.transformer.ln_f if request.param == "gpt2" else model.model.norm
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.1, 5.0, norm.weight.numel()) ** 2)

@@ -36,15 +36,15 @@ class LossSummary:
         tokens: Number of predicted tokens.
         standard_error: Standard error of ``loss`` over windows (NaN for a single window).
         sequence_losses: Mean loss of each window.
-        marked_losses: Mean loss of the marked tokens of each of these windows; NaN where it has none. Empty
-            where no tokens are marked.
+        marked_losses: Mean loss of the marked tokens of each of these windows; None where it has none.
+            Empty where no tokens are marked.
     """
 
     loss: float
     tokens: int
     standard_error: float
     sequence_losses: tuple[float, ...]
-    marked_losses: tuple[float, ...] = ()
+    marked_losses: tuple[float | None, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -114,11 +114,13 @@ class LossAccumulator:
             loss, int(counts.sum()), error, tuple((sums / counts).tolist()), self._of_marked(seen)
         )
 
-    def _of_marked(self, seen: npt.NDArray[np.bool_]) -> tuple[float, ...]:
+    def _of_marked(self, seen: npt.NDArray[np.bool_]) -> tuple[float | None, ...]:
         if self._marked is None:
             return ()
         sums, counts = self._marked_sums[seen], self._marked_counts[seen]
-        return tuple(np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0).tolist())
+        return tuple(
+            float(total / count) if count else None for total, count in zip(sums, counts, strict=True)
+        )
 
 
 def require_finite_scores(values: npt.NDArray[np.float64], batch: Batch) -> None:

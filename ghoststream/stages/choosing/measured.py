@@ -37,7 +37,7 @@ class Candidate:
         losses: Losses of the repaired model on the held-out sequences.
         gaps: Its loss less the dense model's, for each of these.
         gap: Their mean.
-        induction_gaps: The same of the tokens that could be copied from the window; NaN where it has none.
+        induction_gaps: The same of the tokens that could be copied from the window; None where it has none.
         gap_error: Standard error of that mean.
         refusal: Why the repaired model cannot be written; empty if it can.
         by_text: Where there are several texts: the mean gap of each.
@@ -48,7 +48,7 @@ class Candidate:
     losses: LossSummary
     gaps: tuple[float, ...]
     gap: float
-    induction_gaps: tuple[float, ...]
+    induction_gaps: tuple[float | None, ...]
     gap_error: float
     refusal: str = ""
     by_text: tuple[float | None, ...] = ()
@@ -73,7 +73,7 @@ class Candidate:
             "gap": self.gap,
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
             "window_gaps": list(self.gaps),
-            "window_induction_gaps": [None if math.isnan(gap) else gap for gap in self.induction_gaps],
+            "window_induction_gaps": list(self.induction_gaps),
             **texts,
             **({"refusal": self.refusal} if self.refusal else {}),
         }
@@ -157,12 +157,11 @@ def _refusal(lane: Lane, session: ModelSession) -> str:
 def _candidate(
     repair: Repair, losses: LossSummary, dense: LossSummary, refusal: str, tokens: TokenSet
 ) -> Candidate:
-    gaps, of_induction = (
-        tuple(mine - theirs for mine, theirs in zip(own, reference, strict=True))
-        for own, reference in (
-            (losses.sequence_losses, dense.sequence_losses),
-            (losses.marked_losses, dense.marked_losses),
-        )
+    pairs = zip(losses.sequence_losses, dense.sequence_losses, strict=True)
+    gaps = tuple(mine - theirs for mine, theirs in pairs)
+    of_induction = tuple(
+        None if mine is None or theirs is None else mine - theirs
+        for mine, theirs in zip(losses.marked_losses, dense.marked_losses, strict=True)
     )
     mean, error = mean_and_error(gaps)
     if tokens.text_of is None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from ghoststream.options import Method
+from ghoststream.options import Method, Search
 from ghoststream.progress import SilentProgress
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan, Span
@@ -119,7 +119,7 @@ def test_the_last_round_measures_what_a_pass_over_the_same_windows_does(model: P
         session,
         tokens.take([*range(n_fit), *range(S - HELD, S - HELD + n_held)]),
         [Repair.alike(plan, passing_method(method)) for plan in plans],
-        ranges=Ranges.make(n_fit, folds=1),
+        ranges=Ranges.make(n_fit, folds=Search().folds),
         micro_batch=MICRO_BATCH,
         progress=SilentProgress(),
     )

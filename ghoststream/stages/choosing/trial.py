@@ -185,9 +185,10 @@ class Trial:
             return self.tokens, self.division.fitting
         held = 0 if self.division.fitting is None else self.division.fitting.n_sequences
         rows = [*range(sample.n_fit), *range(held, held + sample.n_held)]
-        # No folds: the ridge is that of so many tokens, as nothing but the order of candidates is wanted.
-        ranges = Ranges.make(sample.n_fit, folds=1) if sample.n_fit else None
-        return self.tokens.take(rows), ranges
+        if sample.n_fit == held:
+            return self.tokens.take(rows), self.division.fitting
+        # No folds: the ridge is that of so many tokens, which serves to order candidates of one method.
+        return self.tokens.take(rows), Ranges.make(sample.n_fit, folds=1)
 
     def _notes(self, output: Output) -> Path:
         return output.work / f"candidates-{output.short_digest}.json"

@@ -283,7 +283,8 @@ class Search(Options):
         "From hidden states: streamline, shortgpt (by their formulas), streamline-published, "
         "shortgpt-published (as the paper's published code computes them), uidl, uidl-all, lorp, residual, "
         "residual-in-sample. From these and the final norm: streamline-authors, shortgpt-authors, "
-        "uidl-pruneme. From weights: magnitude, magnitude-plus, magnitude-l2, each also with -published. "
+        "uidl-pruneme. From weights: magnitude, magnitude-plus, magnitude-l2, magnitude-published, "
+        "magnitude-plus-published, magnitude-l2-published. "
         "Without a look: reverse, reverse-last.",
         usual=True,
         metavar="NAME",

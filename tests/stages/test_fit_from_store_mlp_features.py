@@ -377,10 +377,10 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     with pytest.raises(RequestError, match="layer before the boundary, which is run again"):
         moments_of(str(store), PLAN.spans, feature="mlp")
     with monkeypatch.context() as patched:
-        patched.setattr(tap_store, "free_host_memory", lambda: 200_000)
-        with pytest.raises(BudgetError, match=r"fitting 64 features \(mlp\) takes 256\.0 KiB"):
+        patched.setattr(tap_store, "free_host_memory", lambda: 150_000)
+        with pytest.raises(BudgetError, match=r"fitting 64 features \(mlp\) takes 192\.0 KiB"):
             fit(store, folder, out, "mlp")
-        with pytest.raises(BudgetError, match=r"fitting 96 features \(hidden\+mlp\) takes 528\.0 KiB"):
+        with pytest.raises(BudgetError, match=r"fitting 96 features \(hidden\+mlp\) takes 384\.0 KiB"):
             fit(store, folder, out, "hidden+mlp")
     with pytest.raises(RequestError, match="do not hold"):
         fit(store, folder, out, "mlp", shrink="zero")

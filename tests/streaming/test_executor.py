@@ -18,7 +18,7 @@ from ghoststream.streaming import (
     Skeleton,
     StatesFactory,
     StreamedPass,
-    calls,
+    head_products,
     make_batches,
 )
 from ghoststream.testing.conformance import (
@@ -219,7 +219,9 @@ def test_bfloat16_pass_is_close_to_the_resident_model(family: str, tmp_path: Pat
 def test_logits_in_chunks_of_tokens_and_blocks_of_the_head_agree_with_whole_logits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "_HEAD_BLOCK_BYTES", 50 * 32 * 4)  # 50 of 128 rows: the last block is smaller
+    monkeypatch.setattr(
+        head_products, "_BLOCK_BYTES", 50 * 32 * 4
+    )  # 50 of 128 rows: the last block is smaller
     folder = save_tiny(family, tmp_path / "model")
     batches = make_batches(*_tokens(padded=False), micro_batch=5)
 

@@ -71,9 +71,9 @@ class _Salience:
         self.scores, self._norms = [0.0] * n_layers, norms
 
     def wants(self, layer: int, name: str, weight: torch.Tensor) -> bool:
-        """Whether the parameter is a matrix, or the weight of a norm that counts."""
-        del layer
-        return weight.ndim >= 2 or (self._norms and name.endswith("weight"))
+        """Whether the parameter is a matrix of a layer, or the weight of a norm in one that counts."""
+        in_a_layer = layer < len(self.scores)  # the final norm comes behind the last one
+        return in_a_layer and (weight.ndim >= 2 or (self._norms and name.endswith("weight")))
 
     def observe(self, layer: int, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add the salience of one weight; 2^20 elements are in float64 at a time."""

@@ -199,8 +199,8 @@ def choose_by_gcv(total: BoundaryMoments, *, intercept: bool, towards_zero: bool
 
     Args:
         total: Moments over all tokens; not changed.
-        intercept: As for :func:`choose_ridge`.
-        towards_zero: As for :func:`choose_ridge`.
+        intercept: Whether an intercept is fitted (with triangular factors, they hold a constant then).
+        towards_zero: Whether the ridge draws ``y = x W`` to zero instead of ``W`` to the identity.
 
     Raises:
         NumericsError: If eigenvectors or singular values do not converge.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.auto import methods_for, preference
+from ghoststream.stages.choosing.auto import methods_for
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
 from ghoststream.stages.choosing.repair import Repair
@@ -53,9 +53,7 @@ class _Race:
             f"round {self.rounds} of {self.n_rounds}, {what}: {len(own)} candidates, fitted on "
             f"{sample.n_fit} windows and measured on {sample.n_held}"
         )
-        ranked = sorted(
-            zip(own, self.trial.measure(own, sample), strict=True), key=lambda pair: preference(pair[1])
-        )
+        ranked = self.trial.rank(own, sample)
         self.rows = [*({**row, "round": self.rounds} for _, row in ranked), *self.rows]
         return ranked
 

@@ -143,9 +143,10 @@ class Trial:
             self._pass(waiting[first : first + size], sample)
         return [self._rows[names[repair.name]] for repair in repairs]
 
-    def rank(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
-        """Return repairs and their figures, best first."""
-        return sorted(zip(repairs, self.measure(repairs), strict=True), key=lambda pair: preference(pair[1]))
+    def rank(self, repairs: Sequence[Repair], sample: Sample | None = None) -> list[tuple[Repair, Row]]:
+        """Return repairs and their figures, best first; measured as by :meth:`measure`."""
+        rows = self.measure(repairs, sample)
+        return sorted(zip(repairs, rows, strict=True), key=lambda pair: preference(pair[1]))
 
     def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Choose how each boundary is fitted; return the repairs with the methods that won, best first."""

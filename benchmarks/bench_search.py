@@ -10,7 +10,6 @@ held-out windows of the calibration text, in one pass for both: differences are 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from results_file import write_json
 
 import ghoststream as gs
 from ghoststream.progress import SilentProgress
+from ghoststream.stages.choosing.by_text import mean_and_error
 from ghoststream.stages.choosing.measured import Candidate, measure_repairs
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division
@@ -39,7 +39,7 @@ def main() -> None:
     base = found[0]
     rows: list[dict[str, Any]] = []
     for name, one in zip(options.searches, found, strict=True):
-        mean, error = _difference(one, base)
+        mean, error = mean_and_error([own - other for own, other in zip(one.gaps, base.gaps, strict=True)])
         rows.append(
             {
                 "search": name,
@@ -98,14 +98,6 @@ def _measured(plans: list[Path], options: argparse.Namespace) -> tuple[Candidate
         progress=SilentProgress(),
     )
     return found
-
-
-def _difference(one: Candidate, other: Candidate) -> tuple[float, float]:
-    """Return the mean difference of two gaps over the windows, and its standard error."""
-    pairs = [own - base for own, base in zip(one.gaps, other.gaps, strict=True)]
-    mean = math.fsum(pairs) / len(pairs)
-    spread = math.fsum((pair - mean) ** 2 for pair in pairs)
-    return mean, math.sqrt(spread / max(1, len(pairs) - 1) / len(pairs))
 
 
 def _options() -> argparse.Namespace:

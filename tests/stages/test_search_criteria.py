@@ -97,18 +97,23 @@ def test_prune_and_repair_goes_layer_by_layer(model: Path, ids: Path) -> None:
     assert found.passes == 3
 
 
-def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> None:
+def _salience(model: Path, ids: Path, *, norms: bool = False) -> list[float]:
+    """First-order effect of each layer of a resident model on the mean loss; of its norms too if asked."""
     resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokens = torch.from_numpy(np.load(ids / "all.npy"))
     resident(tokens, labels=tokens, use_cache=False).loss.backward()
-    scores = [
+    return [
         sum(
             float((weight.detach() * weight.grad).abs().double().sum())
-            for weight in layer.parameters()
-            if weight.dim() >= 2
+            for name, weight in layer.named_parameters()
+            if weight.dim() >= 2 or (norms and name.endswith("norm.weight"))
         )
         for layer in resident.model.layers
     ]
+
+
+def test_taylor_removes_the_layers_of_lowest_score(model: Path, ids: Path) -> None:
+    scores = _salience(model, ids)
     found = select(2, model=model, criterion="taylor", **on_windows(ids))
     assert found.plan.removed == tuple(sorted(int(layer) for layer in np.argsort(scores)[:2]))
     assert {span.start for span in found.chosen} == set(found.plan.removed)
@@ -171,17 +176,7 @@ def test_prune_and_comp_compensates_before_it_chooses_again(model: Path, ids: Pa
 )
 def test_taylor_counts_norms_as_its_code_does(tmp_path: Path, ids: Path, criterion: str, norms: bool) -> None:
     model = save_tiny("qwen2", tmp_path / "model", num_hidden_layers=8)
-    resident = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokens = torch.from_numpy(np.load(ids / "all.npy"))
-    resident(tokens, labels=tokens, use_cache=False).loss.backward()
-    scores = [
-        sum(
-            float((weight.detach() * weight.grad).abs().double().sum())
-            for name, weight in layer.named_parameters()
-            if weight.dim() >= 2 or (norms and name.endswith("norm.weight"))
-        )
-        for layer in resident.model.layers
-    ]
+    scores = _salience(model, ids, norms=norms)
     layers = range(4, 6) if "plus" in criterion else range(8)
     found = select(1, model=model, criterion=criterion, **on_windows(ids))
     assert {row["spans"][0][0]: row["score"] for row in found.candidates} == pytest.approx(

@@ -30,7 +30,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Bos = Literal["auto", "always", "never", "stream"]
 TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
-Precision = Literal["float64", "float32-blocked"]
+Precision = Literal["auto", "float64", "float32-blocked"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
 SPEC_FORMS = (
@@ -243,7 +243,9 @@ class Method(Options):
     )
     seed: Number = option(0, "Seed of a sketch.", metavar="N")
     precision: Precision = option(
-        "float64", "Precision of summed products; float32-blocked adds up blocks of 256 tokens in float64."
+        "auto",
+        "Precision of summed products: float64 on a processor, float32-blocked on CUDA.\nfloat32-blocked "
+        "takes products in float32, of bfloat16 by tensor cores, and adds up blocks of tokens in float64.",
     )
     inputs: Inputs = option(
         "repaired",
@@ -374,10 +376,7 @@ class Compute(Options):
 
 
 class Reduction(Options):
-    """Where statistics of a store are reduced, and what that may take.
-
-    Changes no bit but by ``reduce_device``.
-    """
+    """Where statistics of a store are reduced, and what that may take. Changes no bit."""
 
     title: ClassVar[str] = "Statistics of a store"
 
@@ -394,12 +393,6 @@ class Reduction(Options):
         "Memory of all statistics at a time, e.g. 8GiB; less takes more sweeps over the store. Default: "
         "half of what is free.",
         metavar="SIZE",
-    )
-    reduce_device: str | None = option(
-        None,
-        "Sum products by torch on cuda or cuda:1, here or on each worker of --scheduler. Default: numpy. It "
-        "changes the last bits.",
-        metavar="NAME",
     )
 
 

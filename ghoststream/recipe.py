@@ -108,8 +108,7 @@ class StoreFitRecipe(Recipe):
 
     Attributes:
         method: How boundaries are fitted: features and ridge are those that act.
-        reduce_device: Kind of the torch device that products were computed on; ``None`` is the host, by
-            numpy.
+        device: Kind of the torch device that moments were summed on; ``None`` is the host, by numpy.
         range_sequences: Sequences that one reduction task reads.
         folds: Folds of whole sequences that moments are kept by.
         block_tokens: Tokens that are added up at a time.
@@ -117,7 +116,7 @@ class StoreFitRecipe(Recipe):
     """
 
     method: Method
-    reduce_device: str | None = None
+    device: str | None = None
     range_sequences: Count
     folds: Count
     block_tokens: Count

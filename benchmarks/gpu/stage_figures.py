@@ -50,11 +50,11 @@ class Stages:
         report = gs.evaluate(models, text=self.text, compute=compute, progress=clock)
         return {"losses": [row.losses.loss for row in report.rows], "notes": report.notes}
 
-    def fit(self, clock: Clock, reduce_device: str | None) -> dict[str, Any]:
+    def fit(self, clock: Clock, device: str) -> dict[str, Any]:
         """Fit the operator of one span, its products summed on the host or on a device."""
         n_layers = self.run.results.data["checkpoint"]["layers"]
         start = n_layers // 2
-        out = self.operators(reduce_device)
+        out = self.operators(device)
         out.unlink(missing_ok=True)
         # No folds, so that there are few states: each takes 16 C^2 bytes, on disk too.
         gs.fit(
@@ -63,14 +63,14 @@ class Stages:
             out=out,
             method=gs.Method(operator="least-squares", ridge=1e-3),
             search=gs.Search(folds=0),
-            reduction=gs.Reduction(reduce_device=reduce_device),
+            compute=gs.Compute(device=device),
             progress=clock,
         )
         return {"out": str(out)}
 
-    def operators(self, reduce_device: str | None) -> Path:
+    def operators(self, device: str) -> Path:
         """Return the file that :meth:`fit` writes."""
-        path: Path = self.run.o.work / f"operators-{reduce_device or 'host'}.safetensors"
+        path: Path = self.run.o.work / f"operators-{device}.safetensors"
         return path
 
 
@@ -81,7 +81,7 @@ def stages(run: Run) -> None:
     run.step("capture_rate", lambda: _rate(captured, on.sequences))
     if run.on_gpu:
         run.step("solve_on_device", lambda: _timed(run, lambda clock: on.fit(clock, "cuda")), least=25)
-    operators = on.operators("cuda" if run.on_gpu else None)
+    operators = on.operators("cuda" if run.on_gpu else "cpu")
     models = [run.model, *([operators] if operators.exists() else [])]
 
     def evaluate(name: str, memory: int | None) -> None:
@@ -95,7 +95,7 @@ def stages(run: Run) -> None:
         run.step("second_pass_on_a_full_device", lambda: _on_a_full_device(on), least=25)
     evaluate("evaluate_24GiB", 24 * GIB)
     evaluate("evaluate_unlimited", None)
-    run.step("solve_on_host", lambda: _timed(run, lambda clock: on.fit(clock, None)), least=40)
+    run.step("solve_on_host", lambda: _timed(run, lambda clock: on.fit(clock, "cpu")), least=40)
     run.step("solve_device_against_host", lambda: _difference(on))
 
 
@@ -128,7 +128,7 @@ def _rate(captured: Any, sequences: int) -> dict[str, Any] | None:
 
 
 def _difference(on: Stages) -> dict[str, Any] | None:
-    files = [on.operators(name) for name in (None, "cuda")]
+    files = [on.operators(name) for name in ("cpu", "cuda")]
     if not all(path.exists() for path in files):
         return None
     one, other = (_weight(path) for path in files)

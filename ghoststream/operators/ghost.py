@@ -24,6 +24,7 @@ from ghoststream.operators.triangular import solve_pseudo_inverse, triangle_spec
 from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import BoundaryMoments, BoundaryReducer, FoldedMoments
+from ghoststream.statistics.matrices import copied, on_host
 from ghoststream.statistics.source import Taps
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 
@@ -58,6 +59,7 @@ class Ghost(OperatorKind):
     ridges = ("number",)
     solvers = ("gram", "svd")
     needs_gram = True
+    solves_on_device = True
 
     def __init__(self, method: Method) -> None:
         super().__init__(method)
@@ -76,14 +78,9 @@ class Ghost(OperatorKind):
     def reducer(
         self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
     ) -> BoundaryReducer:
-        """Return what builds Grams, or triangular factors for singular values.
-
-        Raises:
-            RequestError: If a device is asked for triangular factors.
-        """
+        """Return what builds Grams, or triangular factors for singular values."""
         if not self.by_svd:
             return super().reducer(spans, hidden=hidden, taps=taps, device=device)
-        self.require_host(device)
         return TriangleReducer(spans, self.spec, taps=taps)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
@@ -93,13 +90,13 @@ class Ghost(OperatorKind):
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
-        eigenvalues = triangle_spectrum(total) if self.by_svd else spectrum(total.gram.copy())
+        eigenvalues = triangle_spectrum(total) if self.by_svd else spectrum(copied(total.gram))
         solution, diagnostics = describe(moments, total, self._solve, _residual)
         diagnostics |= {
             "condition_number": eigenvalues.condition_number,
             "numerical_rank": eigenvalues.numerical_rank,
             "effective_dof": self._dof(eigenvalues, solution),
-            "antisymmetric_share": antisymmetric_share(solution.matrix),
+            "antisymmetric_share": antisymmetric_share(on_host(solution.matrix)),
             "ridge": self.ridge,
             "solver": solution.method,
             "solver_fallback": solution.reason,
@@ -110,17 +107,17 @@ class Ghost(OperatorKind):
                 f"boundary {moments.span}: {solution.reason}; solved by eigendecomposition, "
                 f"{solution.n_dropped} directions left at zero"
             )
-        return self.operator(moments.span, solution.matrix, diagnostics)
+        return self.operator(moments.span, on_host(solution.matrix), diagnostics)
 
     def solve(self, moments: FoldedMoments) -> BoundaryOperator:
         """Return the operator of :meth:`fit` without figures: no spectrum, and no fit without each fold."""
         total = moments.total()
         require_tokens(total)
-        return self.operator(moments.span, self._solve(total).matrix, {})
+        return self.operator(moments.span, on_host(self._solve(total).matrix), {})
 
     def change(self, moments: BoundaryMoments) -> Array:
         """Return ``M``, ``(C, C)``; the moments are overwritten."""
-        return self._solve(moments).matrix
+        return on_host(self._solve(moments).matrix)
 
     def operator(self, span: Span, change: Array, diagnostics: dict[str, Any]) -> BoundaryOperator:
         """Return the operator of a span that applies ``M``."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ghoststream.costs import Cost, FitShape, Need
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
-from ghoststream.options import Method, Reduction, Solver
+from ghoststream.options import Method, Precision, Reduction, Solver
 from ghoststream.progress import Progress
 from ghoststream.spans import Span
 from ghoststream.statistics import (
@@ -52,6 +52,7 @@ class OperatorKind:
         needs_gram: Whether :meth:`fit` reads Gram and cross-moment, or statistics per channel only.
         needs_store: Whether it reads hidden states more than once, so that it cannot be fitted while they
             come by.
+        solves_on_device: Whether :meth:`fit` takes moments whose Gram and cross-moment are tensors.
 
     Raises:
         RequestError: If an option is given that it is defined without, or there is no feature or token weight
@@ -63,6 +64,7 @@ class OperatorKind:
     solvers: ClassVar[tuple[Solver, ...]] = ("gram",)
     needs_gram: ClassVar[bool] = False
     needs_store: ClassVar[bool] = False
+    solves_on_device: bool = False
 
     def __init__(self, method: Method) -> None:
         refused = [
@@ -91,8 +93,20 @@ class OperatorKind:
     @property
     def spec(self) -> MomentSpec:
         """Of which features its moments are, how tokens count in them, and how they are summed."""
+        return self._spec(None)
+
+    def _spec(self, device: str | None) -> MomentSpec:
         method = self.method
-        return MomentSpec(method.features, method.token_weights, method.precision)
+        usual: Precision = "float64" if device is None else "float32-blocked"
+        precision = usual if method.precision == "auto" else method.precision
+        return MomentSpec(method.features, method.token_weights, precision)
+
+    def sums_on(self, device: str | None) -> str | None:
+        """Return the device on which the statistics are summed where states are on one.
+
+        None is the host: there everything is summed that is no Gram.
+        """
+        return device if self.needs_gram and self.method.solver == "gram" and not self.needs_store else None
 
     def reducer(
         self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
@@ -103,18 +117,14 @@ class OperatorKind:
             spans: The spans.
             hidden: Hidden size C.
             taps: Where the taps are, for features that read them.
-            device: Torch device on which Gram and cross-moment are summed; None for numpy on the host.
-
-        Raises:
-            RequestError: If statistics are not to be had: on a device only Grams are.
+            device: Torch device on which they are summed (see :meth:`sums_on`); None for numpy on the host.
         """
         del hidden
         if device is None:
             return BoundaryReducer(spans, self.spec, self.needs_gram, taps)
-        from ghoststream.statistics.torch_blas import DeviceBoundaryReducer
+        from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
 
-        self.require_host(None if self.needs_gram else device)
-        return DeviceBoundaryReducer(spans, self.spec, taps=taps, device=device)
+        return DeviceBoundaryReducer(spans, self._spec(device), taps=taps, device=device)
 
     def reducers(
         self, spans: tuple[Span, ...], *, hidden: int, n_folds: int, taps: Taps | None = None
@@ -135,18 +145,20 @@ class OperatorKind:
         reduction: Reduction = HERE,
         *,
         taps: Taps | None = None,
+        device: str | None = None,
         workdir: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[Span, FoldedMoments]:
         """Reduce a store to the moments that :meth:`fit` reads.
 
-        Arguments, errors and memory are those of :func:`ghoststream.statistics.reduce`; ``taps`` as for
-        :meth:`reducer`.
+        Arguments, errors and memory are those of :func:`ghoststream.statistics.reduce`; ``taps`` and
+        ``device`` as for :meth:`reducer`. Workers of a cluster use their own device of that name.
         """
-        reducer = self.reducer(
-            ordered(spans), hidden=reopen_source(store).hidden, taps=taps, device=reduction.reduce_device
-        )
-        return reduce(store, reducer, ranges, reduction, workdir=workdir, progress=progress)
+        device = self.sums_on(device)
+        reducer = self.reducer(ordered(spans), hidden=reopen_source(store).hidden, taps=taps, device=device)
+        found = reduce(store, reducer, ranges, reduction, workdir=workdir, progress=progress)
+        solved_on = device if self.solves_on_device and reduction.scheduler is None else None
+        return {span: moments.on_device(solved_on) for span, moments in found.items()}
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
         """Return the operator of one boundary with its diagnostics.
@@ -189,19 +201,6 @@ class OperatorKind:
         By default that of a linear map on its features where Grams are read, else that of a vector.
         """
         return linear_cost(shape) if self.needs_gram else vector_cost(shape)
-
-    def require_host(self, device: str | None) -> None:
-        """Check that no device is asked for statistics that are built on the host.
-
-        Raises:
-            RequestError: If one is.
-        """
-        if device is not None:
-            msg = (
-                f"the operator {self.method.operator} with the solver {self.method.solver} gathers other "
-                f"statistics than Grams, on the host; leave --reduce-device {device} out"
-            )
-            raise RequestError(msg)
 
     @property
     def _cannot_be_multiplied(self) -> str:

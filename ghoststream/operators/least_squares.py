@@ -31,6 +31,7 @@ from ghoststream.operators.triangular import own_factors, solve_triangle, triang
 from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import BoundaryMoments, BoundaryReducer, FoldedMoments
+from ghoststream.statistics.matrices import add_to_diagonal, copied, like, on_host, row_times
 from ghoststream.statistics.source import Taps
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 
@@ -42,7 +43,7 @@ _WITHOUT_NORM = ("hidden", "mlp", "mlp_output", "hidden+mlp")
 
 @dataclass(frozen=True)
 class _Fit:
-    matrix: Array
+    matrix: Any
     bias: Array | None
     solution: Solution
     ridge: float
@@ -82,6 +83,7 @@ class LeastSquares(OperatorKind):
         self.by_factors = method.solver == "tsqr"
         self.towards_zero = method.shrink == "zero"
         self.ridge, self.intercept, self.rank = method.ridge, method.intercept, method.rank
+        self.solves_on_device = self.ridge != "gcv"
         if self.towards_zero and method.features not in _BEGIN_WITH_HIDDEN:
             msg = (
                 "a ridge towards zero is on the map of the hidden state, which the features "
@@ -92,14 +94,9 @@ class LeastSquares(OperatorKind):
     def reducer(
         self, spans: tuple[Span, ...], *, hidden: int, taps: Taps | None = None, device: str | None = None
     ) -> BoundaryReducer:
-        """Return what builds Grams, or triangular factors for ``tsqr``.
-
-        Raises:
-            RequestError: If a device is asked for triangular factors.
-        """
+        """Return what builds Grams, or triangular factors for ``tsqr``."""
         if not self.by_factors:
             return super().reducer(spans, hidden=hidden, taps=taps, device=device)
-        self.require_host(device)
         return TriangleReducer(spans, self.spec, taps=taps, constant=self.intercept)
 
     def fit(self, moments: FoldedMoments) -> BoundaryOperator:
@@ -152,7 +149,7 @@ class LeastSquares(OperatorKind):
             moments.span,
             "linear",
             moments.feature,
-            np.ascontiguousarray(fitted.matrix.T, dtype=np.float32),
+            np.ascontiguousarray(on_host(fitted.matrix).T, dtype=np.float32),
             None if fitted.bias is None else fitted.bias.astype(np.float32),
             diagnostics,
             norm_epsilon=None if moments.feature in _WITHOUT_NORM else moments.facts.norm_epsilon,
@@ -189,13 +186,14 @@ class LeastSquares(OperatorKind):
         ridge = ratio * mean_diagonal(moments)
         if self.towards_zero:
             # (G + r I)(I + M) = G + K, where the hidden state comes first among the features.
-            np.fill_diagonal(moments.cross, moments.cross.diagonal() - ridge)
-        cross = None if rank is None else moments.cross.copy()
+            add_to_diagonal(moments.cross, -ridge)
+        cross = None if rank is None else copied(moments.cross)
         solution = solve_ridge(moments.gram, moments.cross, ridge, what=f"boundary {moments.span}")
         matrix = solution.matrix
         if cross is not None and rank is not None:
-            matrix = reduce_rank(matrix, cross.T @ matrix, rank)
-        bias = centre.gap - centre.features @ matrix if self.intercept else None
+            explained = on_host(cross.T @ matrix)
+            matrix = like(reduce_rank(on_host(matrix), explained, rank), matrix)
+        bias = centre.gap - row_times(centre.features, matrix) if self.intercept else None
         return _Fit(matrix, bias, solution, ridge)
 
     def _solve_triangle(
@@ -232,7 +230,7 @@ class LeastSquares(OperatorKind):
             "condition_number": eigenvalues.condition_number,
             "numerical_rank": eigenvalues.numerical_rank,
             "effective_dof": eigenvalues.effective_dof(fitted.ridge),
-            "antisymmetric_share": antisymmetric_share(fitted.matrix) if is_square else None,
+            "antisymmetric_share": antisymmetric_share(on_host(fitted.matrix)) if is_square else None,
             "ridge": fitted.ridge,
             "ridge_relative": choice.ratio,
             "ridge_curve": [list(point) for point in choice.curve],

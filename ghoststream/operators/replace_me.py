@@ -17,6 +17,7 @@ from ghoststream.operators.solver import Solution, solve_ridge, spectrum
 from ghoststream.options import Method
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 from ghoststream.statistics.features import MLP_OUTPUT
+from ghoststream.statistics.matrices import add_to_diagonal, copied, on_host
 
 Array = npt.NDArray[np.float64]
 
@@ -59,6 +60,7 @@ class ReplaceMe(ReplaceMeKind):
     """
 
     ridges = ("number",)
+    solves_on_device = True
 
     def __init__(self, method: Method) -> None:
         super().__init__(method)
@@ -72,7 +74,7 @@ class ReplaceMe(ReplaceMeKind):
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
-        eigenvalues = spectrum(total.gram.copy())
+        eigenvalues = spectrum(copied(total.gram))
         solution, diagnostics = describe(moments, total, self._solve, _residual)
         diagnostics |= {
             "condition_number": eigenvalues.condition_number,
@@ -83,7 +85,7 @@ class ReplaceMe(ReplaceMeKind):
             "solver_fallback": solution.reason,
             "dropped_directions": solution.n_dropped,
         }
-        weight: npt.NDArray[np.float32] = np.ascontiguousarray(solution.matrix.T, dtype=np.float32)
+        weight: npt.NDArray[np.float32] = np.ascontiguousarray(on_host(solution.matrix).T, dtype=np.float32)
         return BoundaryOperator(moments.span, "linear", moments.feature, weight, None, diagnostics)
 
     def cost(self, shape: FitShape) -> Cost:
@@ -91,7 +93,7 @@ class ReplaceMe(ReplaceMeKind):
         return linear_cost(shape, square=24, n_cubes=0)
 
     def _solve(self, moments: BoundaryMoments) -> Solution:
-        np.fill_diagonal(moments.cross, moments.cross.diagonal() - self.ridge)
+        add_to_diagonal(moments.cross, -self.ridge)
         return solve_ridge(moments.gram, moments.cross, self.ridge, what=f"boundary {moments.span}")
 
 

@@ -96,7 +96,7 @@ class ReplaceMeCosine(ReplaceMeKind):
 
         On the host, where the tokens are read too.
         """
-        self.require_host(device)
+        del device
         return super().reducer(spans, hidden=hidden, taps=taps)
 
     def reduce(
@@ -107,6 +107,7 @@ class ReplaceMeCosine(ReplaceMeKind):
         reduction: Reduction = HERE,
         *,
         taps: Taps | None = None,
+        device: str | None = None,
         workdir: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[Span, FoldedMoments]:

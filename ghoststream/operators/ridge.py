@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
-from scipy.linalg.blas import dger
 
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators.triangular import own_factors, triangle_svd
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
+from ghoststream.statistics.matrices import subtract_outer
 
 Array = npt.NDArray[np.float64]
 
@@ -88,11 +88,11 @@ def centre_in_place(moments: BoundaryMoments, centre: Centre) -> None:
     """
     sums, gaps, weight = moments.feature_sum, moments.gap_sum, moments.weight
     shifted = sums - weight * centre.features
-    # G - m s^T - (s - W m) m^T; arrays are passed transposed because BLAS is column-major.
-    dger(-1.0, sums, centre.features, a=moments.gram.T, overwrite_a=1)
-    dger(-1.0, centre.features, shifted, a=moments.gram.T, overwrite_a=1)
-    dger(-1.0, gaps, centre.features, a=moments.cross.T, overwrite_a=1)
-    dger(-1.0, centre.gap, shifted, a=moments.cross.T, overwrite_a=1)
+    # G - m s^T - (s - W m) m^T
+    subtract_outer(moments.gram, centre.features, sums)
+    subtract_outer(moments.gram, shifted, centre.features)
+    subtract_outer(moments.cross, centre.features, gaps)
+    subtract_outer(moments.cross, shifted, centre.gap)
     energy = moments.gap_energy
     energy += centre.gap * (weight * centre.gap - 2.0 * gaps)
     gaps -= weight * centre.gap
@@ -123,7 +123,7 @@ def mean_diagonal(moments: BoundaryMoments) -> float:
     if moments.has_triangle:
         factor, _ = own_factors(moments)
         return float(np.einsum("ij,ij->", factor, factor)) / len(factor)
-    return float(np.trace(moments.gram)) / len(moments.gram)
+    return float(moments.gram.trace()) / len(moments.gram)
 
 
 def ridge_by_tokens(total: BoundaryMoments) -> float:
@@ -165,20 +165,22 @@ def choose_ridge(
     """
     energy, found = float(total.gap_energy.sum()), dict[int, float]()
 
-    def left(index: int) -> float:
-        if index not in found:
-            found[index] = 0.0
-            for number in range(moments.n_folds):
-                held = moments.fold(number)
+    def look(wanted: list[int]) -> None:
+        """Try several ridges while a fold is at hand: it may have come from a file, or go to a device."""
+        wanted = [index for index in wanted if index not in found]
+        found.update(dict.fromkeys(wanted, 0.0))
+        for number in range(moments.n_folds if wanted else 0):
+            held = moments.fold(number)
+            for index in wanted:
                 found[index] += residual(moments.without(number, total, held), held, RIDGE_GRID[index])
-        return found[index]
 
     usual = ridge_by_tokens(total)
     best = min(range(len(RIDGE_GRID)), key=lambda index: abs(np.log(RIDGE_GRID[index] / usual)))
     for step in (2, 1):
         while True:
             near = [index for index in (best - step, best, best + step) if 0 <= index < len(RIDGE_GRID)]
-            lowest = min(near, key=left)
+            look(near)
+            lowest = min(near, key=found.__getitem__)
             if lowest == best:
                 break
             best = lowest

@@ -147,12 +147,9 @@ def _project(run: SketchRun, sketch: Sketch, bases: Mapping[Span, list[Array]]) 
 
 def _range(moments: BoundaryMoments, ratio: float) -> Array:
     ridge = ratio * mean_diagonal(moments)
-    return solve_ridge(
-        np.ascontiguousarray(moments.gram),
-        np.ascontiguousarray(moments.cross),
-        ridge,
-        what=f"boundary {moments.span}",
-    ).matrix
+    gram, cross = np.ascontiguousarray(moments.gram), np.ascontiguousarray(moments.cross)
+    matrix: Array = solve_ridge(gram, cross, ridge, what=f"boundary {moments.span}").matrix
+    return matrix
 
 
 def _orthonormal(columns: Array) -> Array:

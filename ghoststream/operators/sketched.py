@@ -142,6 +142,7 @@ class ProjectedLeastSquares(OperatorKind):
         reduction: Reduction = HERE,
         *,
         taps: Taps | None = None,
+        device: str | None = None,
         workdir: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[Span, FoldedMoments]:
@@ -150,7 +151,7 @@ class ProjectedLeastSquares(OperatorKind):
         Raises:
             RequestError: If the sketch is larger than the problem, or smaller than the rank.
         """
-        self.require_host(reduction.reduce_device)
+        del device
         run = SketchRun(store, ranges, reduction, workdir, progress)
         sketch = self._sketch(ordered(spans), reopen_source(store).hidden, taps)
         if self.by_range:

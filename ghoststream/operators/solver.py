@@ -14,6 +14,7 @@ from scipy.linalg.blas import dtrsm
 from scipy.linalg.lapack import dpocon, dpotrf
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.statistics.matrices import inner
 
 Array = npt.NDArray[np.float64]
 
@@ -25,13 +26,13 @@ class Solution:
     """The solution ``M`` of ``(G + ridge I) M = K`` and how it was found.
 
     Attributes:
-        matrix: ``M``, ``(p, C)`` float64.
+        matrix: ``M``, ``(p, C)`` float64, where the moments were.
         method: ``"cholesky"`` or ``"eigh"``.
         reason: Why Cholesky was not used; None if it was.
         n_dropped: Directions left at zero by ``eigh`` because float64 cannot tell their eigenvalue from zero.
     """
 
-    matrix: Array
+    matrix: Any
     method: str
     reason: str | None = None
     n_dropped: int = 0
@@ -58,7 +59,7 @@ class Spectrum:
         return float(shares.sum())
 
 
-def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the operator") -> Solution:
+def solve_ridge(gram: Any, cross: Any, ridge: float, *, what: str = "the operator") -> Solution:
     """Solve ``(G + ridge I) M = K`` (arXiv 2605.15491: ridge 1e-6, absolute), in place.
 
     Cholesky of the float64 Gram, its rows and columns scaled by powers of two to a diagonal near 1. The
@@ -69,8 +70,10 @@ def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the ope
     coordinates.
 
     Args:
-        gram: ``G``, ``(p, p)`` float64, C-contiguous, symmetric; overwritten.
-        cross: ``K``, ``(p, C)`` float64, C-contiguous; overwritten, and the memory of the result.
+        gram: ``G``, ``(p, p)`` float64, C-contiguous, symmetric; overwritten. A tensor is factored by torch
+            on its device (:mod:`ghoststream.operators.device_solver`).
+        cross: ``K``, ``(p, C)`` float64, C-contiguous, where ``gram`` is; overwritten, and on the host the
+            memory of the result.
         ridge: ``eps >= 0``, absolute.
         what: What is being solved, for messages.
 
@@ -79,24 +82,16 @@ def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the ope
         NumericsError: If the moments or the solution are not finite.
 
     Memory: nothing of size ``p^2`` beyond the arguments with Cholesky; another ``2 p^2`` float64 with
-    ``eigh``.
+    ``eigh``. On a device ``p^2 + p C`` float64 with Cholesky.
     """
     require_ridge(ridge)
     if not (_is_finite(gram) and _is_finite(cross)):
         msg = f"the moments of {what} are not finite; verify the store and reduce it again"
         raise NumericsError(msg)
-    scale = _equilibrate(gram, cross, ridge)
-    diagonal = gram.diagonal().copy()
-    norm = float(scipy.linalg.norm(gram, 1, check_finite=False))
-    factor, info = dpotrf(gram.T, lower=1, clean=0, overwrite_a=1)
-    reason = f"Cholesky failed at pivot {info}" if info > 0 else _ill_conditioned(factor, norm)
-    if reason is None:
-        transposed = dtrsm(1.0, factor, cross.T, side=1, lower=1, trans_a=1, overwrite_b=1)
-        transposed = dtrsm(1.0, factor, transposed, side=1, lower=1, overwrite_b=1)
-        solution = Solution(transposed.T, "cholesky")
+    if isinstance(gram, np.ndarray):
+        scale, solution = _solve_on_host(gram, cross, ridge)
     else:
-        _restore(gram, diagonal)
-        solution = _solve_eigh(gram, cross, reason)
+        scale, solution = _solve_on_device(gram, cross, ridge)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
         solution.matrix[:] *= scale[:, None]
     if not _is_finite(solution.matrix):
@@ -106,6 +101,40 @@ def solve_ridge(gram: Array, cross: Array, ridge: float, *, what: str = "the ope
         )
         raise NumericsError(msg)
     return solution
+
+
+def _solve_on_host(gram: Array, cross: Array, ridge: float) -> tuple[Array, Solution]:
+    scale = _equilibrate(gram, cross, ridge)
+    diagonal = gram.diagonal().copy()
+    norm = float(scipy.linalg.norm(gram, 1, check_finite=False))
+    factor, info = dpotrf(gram.T, lower=1, clean=0, overwrite_a=1)
+    reason = f"Cholesky failed at pivot {info}" if info > 0 else _ill_conditioned(factor, norm)
+    if reason is None:
+        transposed = dtrsm(1.0, factor, cross.T, side=1, lower=1, trans_a=1, overwrite_b=1)
+        transposed = dtrsm(1.0, factor, transposed, side=1, lower=1, overwrite_b=1)
+        return scale, Solution(transposed.T, "cholesky")
+    _restore(gram, diagonal)
+    return scale, _solve_eigh(gram, cross, reason)
+
+
+def _solve_on_device(gram: Any, cross: Any, ridge: float) -> tuple[Any, Solution]:
+    from ghoststream.operators import device_solver as device
+
+    scale = device.equilibrate(gram, cross, ridge)
+    norm = float(gram.abs().sum(dim=0).max())
+    factor, failed = device.cholesky(gram)
+    if failed:
+        reason = f"Cholesky failed at pivot {failed}"
+    else:
+        reason = _beyond_float64(device.reciprocal_condition(factor, norm), len(gram)) or ""
+    if not reason:
+        return scale, Solution(device.solve_factored(factor, cross), "cholesky")
+    del factor
+    values, vectors = _guard(lambda: device.eigen(gram), "its eigenvectors")
+    kept = values > _floor(float(values[-1]), len(values))
+    projected = vectors.T @ cross
+    projected *= (kept / values.where(kept, values.new_ones(()))).unsqueeze(1)
+    return scale, Solution(vectors @ projected, "eigh", reason, int((~kept).sum()))
 
 
 def smallest_reciprocal(size: int) -> float:
@@ -125,15 +154,15 @@ def smallest_reciprocal(size: int) -> float:
     return size * _EPSILON
 
 
-def spectrum(gram: Array) -> Spectrum:
+def spectrum(gram: Any) -> Spectrum:
     """Return condition number and numerical rank of a symmetric ``(p, p)`` Gram; it is overwritten.
+
+    A tensor's eigenvalues are found on its device.
 
     Raises:
         NumericsError: If the eigenvalues cannot be found.
     """
-    values = _guard(
-        lambda: scipy.linalg.eigvalsh(gram.T, overwrite_a=True, check_finite=False), "its eigenvalues"
-    )
+    values = _guard(lambda: _eigenvalues(gram), "its eigenvalues")
     largest, smallest = float(values[-1]), float(values[0])
     floor = _floor(largest, len(values))
     return Spectrum(
@@ -141,6 +170,14 @@ def spectrum(gram: Array) -> Spectrum:
         numerical_rank=int(np.count_nonzero(values > floor)),
         values=values,
     )
+
+
+def _eigenvalues(gram: Any) -> Array:
+    if not isinstance(gram, np.ndarray):
+        from ghoststream.operators.device_solver import eigenvalues
+
+        return eigenvalues(gram)
+    return np.asarray(scipy.linalg.eigvalsh(gram.T, overwrite_a=True, check_finite=False))
 
 
 def antisymmetric_share(matrix: Array) -> float:
@@ -182,7 +219,11 @@ def _ill_conditioned(factor: Array, norm: float) -> str | None:
     # The estimate may miss a pair of like channels among many by a factor of p. No squared pivot is below the
     # smallest eigenvalue, so a small one gives such a pair away.
     reciprocal = min(estimate, float(factor.diagonal().min()) ** 2 / norm)
-    if reciprocal < smallest_reciprocal(len(factor)):
+    return _beyond_float64(reciprocal, len(factor))
+
+
+def _beyond_float64(reciprocal: float, size: int) -> str | None:
+    if reciprocal < smallest_reciprocal(size):
         return f"the scaled condition is beyond float64 (reciprocal estimate {reciprocal:.1e})"
     return None
 
@@ -220,5 +261,5 @@ def _guard(compute: Callable[[], Any], what: str) -> Any:
         raise NumericsError(msg) from error
 
 
-def _is_finite(array: Array) -> bool:
-    return bool(np.isfinite(array.sum()) and np.isfinite(np.vdot(array, array)))
+def _is_finite(array: Any) -> bool:
+    return math.isfinite(float(array.sum())) and math.isfinite(inner(array, array))

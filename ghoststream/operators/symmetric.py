@@ -37,14 +37,15 @@ class Symmetric(StructuredLeastSquares):
         unit = mean_diagonal(moments)
         values, vectors = eigen_of_gram(moments)
         values = np.maximum(values, 0.0)
-        target = vectors.T @ moments.cross @ vectors
+        target: Array = vectors.T @ moments.cross @ vectors
         target = target + target.T
         floor = 2.0 * len(values) * _EPSILON * float(values[-1])
 
         def solve(ridge: float) -> Array:
             divisor = values[:, None] + (values + 2.0 * ridge)
             scaled = np.divide(target, divisor, out=np.zeros_like(target), where=divisor > floor)
-            return vectors @ scaled @ vectors.T
+            change: Array = vectors @ scaled @ vectors.T
+            return change
 
         def dof(ridge: float) -> float:
             sums = values[:, None] + values

@@ -19,6 +19,10 @@ from ghoststream.stages.refusals import check_export, check_family, require_feat
 from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
+from ghoststream.statistics.devices import sums_device
+
+_DEVICE = ("device",)
+"""What of the options of a model serves to reduce a store too."""
 
 
 def fit(
@@ -81,14 +85,15 @@ def fit(
         if not taps_of(make_store_kind(method).features):
             unread = "no layer is run again for these features"
             source.refuse(("model",), unread)
-            compute.refuse(None, unread)
+            compute.refuse(set(Compute.model_fields).difference(_DEVICE), unread)
         return fit_from_store(
             str(source.store),
             plan,
-            model=opener(source, compute),
+            model=opener(source, compute, used=_DEVICE),
             method=method,
             folds=search.folds,
             reduction=reduction,
+            device=sums_device(compute.device, elsewhere=reduction.scheduler is not None),
             out=out,
             progress=progress,
         )

@@ -25,7 +25,6 @@ from ghoststream.stages.choosing.repair import require_standing
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.way import Way
 from ghoststream.statistics import get_feature, taps_of
-from ghoststream.statistics.devices import require_device
 from ghoststream.statistics.features import require_layer_before
 
 if TYPE_CHECKING:
@@ -203,11 +202,7 @@ def _check_fit(way: Way) -> Method | None:
     recovery = way.recovery
     if not way.fits_in_passes:
         recovery.search.refuse(Search.measuring, "nothing is measured")
-        kind = make_store_kind(recovery.method)
-        device = recovery.reduction.reduce_device
-        if device is not None and recovery.reduction.scheduler is None:
-            require_device(device)
-        return kind.method
+        return make_store_kind(recovery.method).method
     method = named_method(recovery.method)
     if not way.reads_store:
         recovery.refuse(("store",), _STORE_OPTIONS)

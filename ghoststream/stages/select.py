@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ghoststream.activations import StoreRef
@@ -71,7 +72,6 @@ def select(
         name = require_criterion(search.criterion or PUBLISHED, runs_model=False)
         search.refuse(set(Search.model_fields) - {"criterion"}, f"the criterion {name} runs nothing")
         method.refuse(None, f"the criterion {name} does not fit operators")
-        reduction.refuse(("reduce_device",), "criteria sum on the host")
         if not make_criterion(name).reads_weights:
             source.refuse(("model",), f"the criterion {name} reads no weights")
         return select_from_store(
@@ -102,14 +102,19 @@ def select(
     return search_session(session, remove, text, search=search, method=method, out=out, progress=progress)
 
 
-def opener(source: Source, compute: Compute) -> Opener | None:
+def opener(source: Source, compute: Compute, *, used: Iterable[str] = ()) -> Opener | None:
     """Return what opens the model of a store, if one was given.
+
+    Args:
+        source: Store and model.
+        compute: How it is opened and run.
+        used: Options that serve without a model too.
 
     Raises:
         RequestError: If options are given for a model that is not.
     """
     if source.model is None:
-        compute.refuse(None, "no model is given")
+        compute.refuse(set(Compute.model_fields).difference(used), "no model is given")
         return None
     store, model = str(source.store), source.model
     return lambda: session_of(StoreRef.of(store).open(), model, compute)

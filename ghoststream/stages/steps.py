@@ -21,6 +21,7 @@ from ghoststream.stages.output import NamedByRequest
 from ghoststream.stages.refusals import check_export, check_place, check_recovery
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import Way, what_goes
+from ghoststream.statistics.devices import sums_device
 
 
 class Steps:
@@ -131,6 +132,9 @@ class Steps:
             method=method,
             folds=search.folds,
             reduction=self._recovery.reduction,
+            device=sums_device(
+                self._recovery.compute.device, elsewhere=self._recovery.reduction.scheduler is not None
+            ),
             out=out,
             progress=self._progress,
         )

@@ -26,6 +26,25 @@ def device_kind(name: str) -> str:
         raise RequestError(msg) from error
 
 
+def sums_device(name: str, *, elsewhere: bool = False) -> str | None:
+    """Return the torch device that a store is reduced on; None is the host, by numpy.
+
+    Args:
+        name: As given: ``auto`` is CUDA where this process has it.
+        elsewhere: Whether workers of a cluster reduce: ``auto`` then is their host, as what they have is not
+            known here.
+    """
+    if name == "cpu":
+        return None
+    if name != "auto":
+        return name
+    if elsewhere or not may_have_accelerator():
+        return None
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
+
+
 def require_device(name: str) -> None:
     """Check that this process has a device.
 

@@ -5,7 +5,7 @@ A user's own is a class of a few lines::
     class Magnitudes(Feature):
         name = "magnitudes"
 
-        def rows(self, states: Array, facts: ModelFacts) -> Array:
+        def rows(self, states, facts):
             return np.abs(states)
 
     register_feature(Magnitudes())
@@ -32,6 +32,7 @@ import numpy.typing as npt
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.registry import Registry
 from ghoststream.spans import Span
+from ghoststream.statistics.matrices import like, row_energy
 
 Array = npt.NDArray[np.float64]
 
@@ -63,10 +64,13 @@ class Feature:
         name: Name by which it is registered.
         taps: Taps of the layer before the boundary that are read in the place of the hidden states; none by
             default.
+        on_device: Whether ``rows`` takes tensors on a device too, and returns one. Otherwise, where states
+            are on one, rows are computed on the host.
     """
 
     name: str
     taps: tuple[str, ...] = ()
+    on_device: bool = False
 
     def width(self, hidden: int) -> int:
         """Return the number of features p for a hidden size C (for taps, their width together).
@@ -75,8 +79,11 @@ class Feature:
         """
         return hidden
 
-    def rows(self, states: Array, facts: ModelFacts) -> Array:
-        """Map hidden states ``(n, C)`` float64 to features ``(n, p)`` float64, C-contiguous."""
+    def rows(self, states: Any, facts: ModelFacts) -> Any:
+        """Map hidden states ``(n, C)`` float64 to features ``(n, p)`` float64, C-contiguous.
+
+        A tensor of states has the dtype that they are kept in, and features may have it too.
+        """
         raise NotImplementedError
 
 
@@ -84,8 +91,9 @@ class HiddenFeature(Feature):
     """``phi(x) = x``: the feature of the paper (arXiv 2605.15491)."""
 
     name = "hidden"
+    on_device = True
 
-    def rows(self, states: Array, facts: ModelFacts) -> Array:
+    def rows(self, states: Any, facts: ModelFacts) -> Any:
         """Return the states themselves."""
         del facts
         return states
@@ -95,15 +103,15 @@ class NormedFeature(Feature):
     """``phi(x) = x / sqrt(mean(x^2) + eps)``, ``eps`` that of the model's own norms; no learned scale."""
 
     name = "normed"
+    on_device = True
 
-    def rows(self, states: Array, facts: ModelFacts) -> Array:
+    def rows(self, states: Any, facts: ModelFacts) -> Any:
         """Return the states divided by their root mean square.
 
         Raises:
             RequestError: If the epsilon is not known.
         """
-        normed: Array = states * _inverse_rms(states, facts)
-        return normed
+        return states * like(_inverse_rms(states, facts), states)
 
 
 class HiddenAndNormedFeature(Feature):
@@ -113,21 +121,22 @@ class HiddenAndNormedFeature(Feature):
     """
 
     name = "hidden+normed"
+    on_device = True
 
     def width(self, hidden: int) -> int:
         """Return ``2 * hidden``."""
         return 2 * hidden
 
-    def rows(self, states: Array, facts: ModelFacts) -> Array:
+    def rows(self, states: Any, facts: ModelFacts) -> Any:
         """Return the states and, beside them, the normed states.
 
         Raises:
             RequestError: If the epsilon is not known.
         """
         size = states.shape[1]
-        both = np.empty((len(states), 2 * size))
+        both = like(np.empty((len(states), 2 * size)), states)
         both[:, :size] = states
-        np.multiply(states, _inverse_rms(states, facts), out=both[:, size:])
+        both[:, size:] = states * like(_inverse_rms(states, facts), states)
         return both
 
 
@@ -142,8 +151,9 @@ class TapFeature(Feature):
 
     name: str
     taps: tuple[str, ...]
+    on_device: bool = True
 
-    def rows(self, states: Array, facts: ModelFacts) -> Array:
+    def rows(self, states: Any, facts: ModelFacts) -> Any:
         """Return the taps."""
         del facts
         return states
@@ -167,16 +177,18 @@ class SizedFeature(Feature):
     feature: Feature
     size: int
     name: str = field(init=False)
+    on_device: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.feature.name)
+        object.__setattr__(self, "on_device", self.feature.on_device)
 
     def width(self, hidden: int) -> int:
         """Return the number of features; the hidden size does not matter."""
         del hidden
         return self.feature.width(self.size)
 
-    def rows(self, states: Array, facts: ModelFacts) -> Array:
+    def rows(self, states: Any, facts: ModelFacts) -> Any:
         """Map taps ``(n, size)`` to features."""
         return self.feature.rows(states, facts)
 
@@ -206,14 +218,14 @@ def require_layer_before(name: str, span: Span) -> None:
         raise RequestError(msg)
 
 
-def _inverse_rms(states: Array, facts: ModelFacts) -> Array:
+def _inverse_rms(states: Any, facts: ModelFacts) -> Array:
     if facts.norm_epsilon is None:
         msg = (
             "the store does not say which epsilon the model's norms have, which normed features need; "
             "capture it again with this version, or use the features hidden"
         )
         raise RequestError(msg)
-    mean_square = np.einsum("tc,tc->t", states, states) / states.shape[1]
+    mean_square = row_energy(states) / states.shape[1]
     inverse: Array = (1.0 / np.sqrt(mean_square + facts.norm_epsilon))[:, None]
     return inverse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ import numpy.typing as npt
 from ghoststream.options import UNIFORM
 from ghoststream.spans import Span
 from ghoststream.statistics.features import ModelFacts
+from ghoststream.statistics.matrices import moved
 from ghoststream.statistics.moments import BoundaryMoments, gram_prefix, span_prefix
 from ghoststream.statistics.sums import SumState
 
 Array = npt.NDArray[np.float64]
+
+_ON_DEVICE = frozenset({"gram", "cross"})
 
 
 class FoldedMoments:
@@ -25,6 +29,7 @@ class FoldedMoments:
         feature: Name of the feature ``phi``.
         token_weights: Name of the token weight.
         facts: What the feature knew of the model.
+        device: Torch device on which Gram and cross-moment of what is returned are; ``None`` is the host.
 
     Memory: nothing until :meth:`fold` or :meth:`total` is called, then one or two :class:`BoundaryMoments`.
     """
@@ -38,10 +43,17 @@ class FoldedMoments:
         token_weights: str = UNIFORM,
         facts: ModelFacts | None = None,
     ) -> None:
+        self.device: str | None = None
         self.span, self.feature, self.token_weights = span, feature, token_weights
         self.facts = facts or ModelFacts()
         self._folds = tuple(folds)
         self._prefixes = (gram_prefix(feature, token_weights, span), span_prefix(span))
+
+    def on_device(self, device: str | None) -> FoldedMoments:
+        """Return the same moments, Gram and cross-moment of which are on a torch device when asked for."""
+        found = copy(self)
+        found.device = device
+        return found
 
     @property
     def states(self) -> tuple[SumState | Path, ...]:
@@ -60,6 +72,8 @@ class FoldedMoments:
         arrays: dict[str, Array] = {}
         for prefix in self._prefixes:
             arrays.update(state.select(prefix).arrays)
+        for name in _ON_DEVICE.intersection(arrays):
+            arrays[name] = moved(arrays[name], self.device)
         return BoundaryMoments(self.span, SumState(arrays))
 
     def total(self) -> BoundaryMoments:

@@ -3,12 +3,14 @@
 With tokens ``i``, weights ``w_i >= 0``, features ``phi_i`` (p), hidden state ``x_i``, target ``y_i`` and gap
 ``d_i = y_i - x_i`` (C): Gram ``G = sum w phi phi^T``, cross-moment ``K = sum w phi d^T``, energies and sums
 per channel, per-position energies, all with the weights. Only LinearPatch's ratios have none, by that
-method's definition. Everything is a sum over tokens, so merging adds and leaving a fold out subtracts.
+method's definition. Everything is a sum over tokens, so merging adds and leaving a fold out subtracts. Gram
+and cross-moment may be tensors on a device, where what is made of them then is too.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from ghoststream.errors import RequestError
 from ghoststream.files.tensor_files import TensorFile
 from ghoststream.options import UNIFORM
 from ghoststream.spans import Span
+from ghoststream.statistics.matrices import contiguous, inner, row_times
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.triangles import merge_triangles
 
@@ -77,12 +80,12 @@ class BoundaryMoments:
         return self._get("unexplained")
 
     @property
-    def gram(self) -> Array:
+    def gram(self) -> Any:
         """``G = sum w phi phi^T``, ``(p, p)``, symmetric."""
         return self._get("gram")
 
     @property
-    def cross(self) -> Array:
+    def cross(self) -> Any:
         """``K = sum w phi d^T``, ``(p, C)``."""
         return self._get("cross")
 
@@ -194,8 +197,10 @@ class BoundaryMoments:
             raise RequestError(msg)
         return BoundaryMoments(self.span, self.state.copy().subtract_in_place(other.state))
 
-    def linear_residual(self, matrix: Array, bias: Array | None = None) -> float:
+    def linear_residual(self, matrix: Any, bias: Array | None = None) -> float:
         """Return ``sum w |phi M + b - d|^2`` for ``M`` of shape ``(p, C)`` and ``b`` of shape ``(C,)``.
+
+        ``M`` is where Gram and cross-moment are.
 
         ``= sum e - 2 <M, K> + <M, G M>``, and with ``b``, ``s = sum w phi`` and ``t = sum w d`` also
         ``+ 2 b . (M^T s - t) + |b|^2 sum w``. From triangular factors, ``|R M - Q^T D|^2`` and what is
@@ -207,12 +212,12 @@ class BoundaryMoments:
             total = self._missed(matrix, bias)
             bias = None if self.has_constant else bias
         else:
-            total = float(self.gap_energy.sum()) - 2.0 * float(np.vdot(matrix, self.cross))
+            total = float(self.gap_energy.sum()) - 2.0 * inner(matrix, self.cross)
             for start in range(0, matrix.shape[1], _PANEL):
-                panel = np.ascontiguousarray(matrix[:, start : start + _PANEL])
-                total += float(np.vdot(panel, self.gram @ panel))
+                panel = contiguous(matrix[:, start : start + _PANEL])
+                total += inner(panel, self.gram @ panel)
         if bias is not None:
-            total += 2.0 * float(bias @ (self.feature_sum @ matrix - self.gap_sum))
+            total += 2.0 * float(bias @ (row_times(self.feature_sum, matrix) - self.gap_sum))
             total += float(bias @ bias) * self.weight
         return max(0.0, total)
 

@@ -7,7 +7,7 @@ torch and zarr.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,14 @@ class HiddenStateSource(Protocol):
 
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Return the token mask of sequences ``[start, stop)``, shape ``(stop - start, length)``."""
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """A source that can also give states as they are kept."""
+
+    def read(self, layer: int, start: int, stop: int) -> Any:
+        """Return ``h[layer]`` of sequences ``[start, stop)`` as a torch tensor, in the dtype of its place."""
 
 
 @dataclass(frozen=True)

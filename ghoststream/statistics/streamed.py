@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,33 @@ from ghoststream.statistics.ranges import Ranges, SequenceRange
 from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
 
+if TYPE_CHECKING:
+    from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
+
 Rows = npt.NDArray[np.floating[Any]]
+
+
+class Numbered(Protocol):
+    """Consecutive sequences."""
+
+    @property
+    def start(self) -> int:
+        """The first one."""
+
+    @property
+    def stop(self) -> int:
+        """The one after the last."""
+
+
+class BatchedPairs(Protocol):
+    """Inputs and targets of a boundary by batch, as tensors."""
+
+    @property
+    def batches(self) -> Sequence[Any]:
+        """The batches, in order: each is :class:`Numbered`."""
+
+    def of(self, batch: Any) -> tuple[Any, Any]:
+        """Return inputs and targets of one batch, ``(n, T, width)`` and ``(n, T, C)``."""
 
 
 class StreamedTaps:
@@ -112,6 +138,57 @@ def streamed_moments(
     )
 
 
+def device_moments(
+    reducer: DeviceBoundaryReducer,
+    ranges: Ranges,
+    pairs: BatchedPairs,
+    *,
+    mask: npt.NDArray[np.bool_],
+    facts: ModelFacts,
+    n_layers: int,
+    taps: StreamedTaps | None = None,
+) -> FoldedMoments:
+    """Reduce one boundary's states where they are, fold by fold.
+
+    Takes and raises what :func:`streamed_moments` does. The order of additions is that of the sequences of a
+    fold.
+
+    Args:
+        reducer: The range task, of one span, on the device that the states are on or go to.
+        pairs: The states by batch, of sequences from 0 on; those of a fold are asked for together.
+
+    Memory: on the device what the reducer states, for one fold at a time; on the host a state for each fold.
+    """
+    (span,) = reducer.spans
+    first = pairs.of(pairs.batches[0])[1]
+    states = []
+    for fold in range(ranges.n_folds):
+        sums = reducer.begin(first.shape[-1], first.shape[1])
+        for batch, start, stop in _parts(ranges.fold_leaves(fold), pairs.batches):
+            inputs, targets = (side[start - batch.start : stop - batch.start] for side in pairs.of(batch))
+            hidden = targets.shape[2]
+            about = (mask[start:stop], start, n_layers, facts)
+            source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
+            if taps is not None:
+                offset = 0 if taps.with_states else hidden
+                taps.come(_RangeSource({span.start - 1: inputs[:, :, offset:]}, *about))
+            reducer.add(sums, source, start, stop)
+        states.append(reducer.finish(sums))
+    spec = reducer.spec
+    return FoldedMoments(span, states, feature=spec.feature, token_weights=spec.token_weights, facts=facts)
+
+
+def _parts(
+    leaves: Sequence[SequenceRange], batches: Sequence[Numbered]
+) -> Iterator[tuple[Numbered, int, int]]:
+    """Yield what of each batch belongs to some ranges, as sequences ``[start, stop)``."""
+    for wanted in leaves:
+        for batch in batches:
+            start, stop = max(batch.start, wanted.start), min(batch.stop, wanted.stop)
+            if start < stop:
+                yield batch, start, stop
+
+
 def _by_range(
     divided: Ranges, pairs: Iterable[tuple[Rows, Rows]]
 ) -> Iterator[tuple[SequenceRange, Rows, Rows]]:
@@ -138,7 +215,7 @@ def _by_range(
 class _RangeSource:
     """The states of one range, read like a store's."""
 
-    states: dict[int, Rows]
+    states: Mapping[int, Any]
     rows_mask: npt.NDArray[np.bool_]
     first: int
     n_layers: int
@@ -171,8 +248,12 @@ class _RangeSource:
     def completed_layers(self) -> tuple[int, ...]:
         return tuple(self.states)
 
+    def read(self, layer: int, start: int, stop: int) -> Any:
+        return self.states[layer][start - self.first : stop - self.first]
+
     def read_numpy(self, layer: int, start: int, stop: int, dtype: Any = np.float32) -> npt.NDArray[Any]:
-        return self.states[layer][start - self.first : stop - self.first].astype(dtype)
+        rows: npt.NDArray[Any] = self.states[layer][start - self.first : stop - self.first]
+        return rows.astype(dtype)
 
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         return self.rows_mask[start - self.first : stop - self.first]

@@ -1,11 +1,13 @@
 """Additive statistics: named float64 arrays that merge by addition, and their file.
 
 Everything that ghoststream learns from activations is a sum over tokens, so one small algebra serves all of
-it: merge (add), leave out (subtract), save and load. Arrays are always float64 and C-contiguous.
+it: merge (add), leave out (subtract), save and load. Arrays are always float64 and C-contiguous; large ones
+may be torch tensors on a device.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy.typing as npt
 
 from ghoststream.errors import ArtifactError
 from ghoststream.files.tensor_files import TensorFile, write_tensors
+from ghoststream.statistics.matrices import copied
 
 Array = npt.NDArray[np.float64]
 
@@ -40,7 +43,7 @@ class SumState:
 
     def copy(self) -> SumState:
         """Return a state of its own arrays."""
-        return SumState({name: array.copy() for name, array in self.arrays.items()})
+        return SumState({name: copied(array) for name, array in self.arrays.items()})
 
     def select(self, prefix: str) -> SumState:
         """Return the arrays whose name starts with ``prefix``, the prefix cut off.
@@ -56,7 +59,7 @@ class SumState:
         Raises:
             ArtifactError: If the two do not hold the same names and shapes.
         """
-        self._update(other._read, other.shapes(), np.add)
+        self._update(other._read, other.shapes(), operator.iadd)
         return self
 
     def subtract_in_place(self, other: SumState) -> SumState:
@@ -65,12 +68,12 @@ class SumState:
         Raises:
             ArtifactError: If the two do not hold the same names and shapes.
         """
-        self._update(other._read, other.shapes(), np.subtract)
+        self._update(other._read, other.shapes(), operator.isub)
         return self
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every array."""
-        return {name: array.shape for name, array in self.arrays.items()}
+        return {name: tuple(array.shape) for name, array in self.arrays.items()}
 
     def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Write the state as one safetensors file, whole or not at all.
@@ -99,14 +102,17 @@ class SumState:
             ArtifactError: If it is broken or does not hold the same names and shapes.
         """
         with TensorFile(path, advice=_AGAIN) as file:
-            self._update(file.read, file.shapes(), np.add)
+            self._update(file.read, file.shapes(), operator.iadd)
         return self
 
     def _read(self, name: str) -> Array:
         return self.arrays[name]
 
     def _update(
-        self, read: Callable[[str], Array], shapes: Mapping[str, tuple[int, ...]], operation: np.ufunc
+        self,
+        read: Callable[[str], Array],
+        shapes: Mapping[str, tuple[int, ...]],
+        in_place: Callable[[Any, Any], Any],
     ) -> None:
         if dict(shapes) != self.shapes():
             msg = (
@@ -115,7 +121,7 @@ class SumState:
             )
             raise ArtifactError(msg)
         for name, array in self.arrays.items():
-            operation(array, read(name), out=array)
+            in_place(array, read(name))
 
 
 def merge_states(states: Iterable[SumState]) -> SumState:

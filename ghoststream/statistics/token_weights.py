@@ -6,19 +6,20 @@ A user's own is a class of a few lines::
         name = "quieter"
 
         def values(self, tokens: BoundaryTokens) -> Array:
-            return 1.0 / (1.0 + np.square(tokens.inputs).sum(axis=1))
+            return 1.0 / (1.0 + tokens.input_energy)
 
     register_token_weight(Quieter())
 
 An installed package names it as an entry point of the group ``ghoststream.token_weights``. A weight may look
 at the token and at its own sequence, never at others: sums over ranges of sequences must not depend on how
-the sequences were divided.
+the sequences were divided. Where states are on a device, energies are computed there, and whoever asks for
+the states themselves has them copied to the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from ghoststream.errors import NumericsError
 from ghoststream.options import UNIFORM
 from ghoststream.registry import Registry
+from ghoststream.statistics.matrices import float64_rows, like, row_energy
 
 Array = npt.NDArray[np.float64]
 
@@ -39,19 +41,43 @@ any more.
 """
 
 
-@dataclass(frozen=True)
 class BoundaryTokens:
     """Unmasked tokens of some whole sequences at one boundary.
 
-    Attributes:
-        inputs: ``h[start]``, ``(n, C)`` float64.
-        targets: ``h[stop]``, ``(n, C)`` float64.
+    Args:
+        inputs: ``h[start]``, ``(n, C)``: float64, or a tensor of any floating dtype.
+        targets: ``h[stop]``, the same.
         sequences: For each sequence, where its tokens are.
+
+    Attributes:
+        sequences: The same.
     """
 
-    inputs: Array
-    targets: Array
-    sequences: tuple[slice, ...]
+    def __init__(self, inputs: Any, targets: Any, sequences: tuple[slice, ...]) -> None:
+        self._inputs, self._targets, self.sequences = inputs, targets, sequences
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    @cached_property
+    def inputs(self) -> Array:
+        """``h[start]``, ``(n, C)`` float64."""
+        return float64_rows(self._inputs)
+
+    @cached_property
+    def targets(self) -> Array:
+        """``h[stop]``, ``(n, C)`` float64."""
+        return float64_rows(self._targets)
+
+    @cached_property
+    def input_energy(self) -> Array:
+        """``|x|^2`` of each token, ``(n,)``."""
+        return row_energy(self._inputs)
+
+    @cached_property
+    def target_energy(self) -> Array:
+        """``|y|^2`` of each token, ``(n,)``."""
+        return row_energy(self._targets)
 
 
 class TokenWeight(Protocol):
@@ -70,7 +96,7 @@ class UniformWeight:
 
     def values(self, tokens: BoundaryTokens) -> Array:
         """Return ones."""
-        return np.ones(len(tokens.inputs))
+        return np.ones(len(tokens))
 
 
 class DropSinks:
@@ -88,13 +114,14 @@ class DropSinks:
 
     def values(self, tokens: BoundaryTokens) -> Array:
         """Return zeros and ones."""
-        born = _massive(tokens.targets, tokens.sequences) & ~_massive(tokens.inputs, tokens.sequences)
+        sequences = tokens.sequences
+        born = _massive(tokens.target_energy, sequences) & ~_massive(tokens.input_energy, sequences)
         return np.where(born, 0.0, 1.0)
 
 
-def _massive(states: Array, sequences: tuple[slice, ...]) -> npt.NDArray[np.bool_]:
-    norms = np.sqrt(np.einsum("tc,tc->t", states, states))
-    found = np.zeros(len(states), dtype=bool)
+def _massive(energy: Array, sequences: tuple[slice, ...]) -> npt.NDArray[np.bool_]:
+    norms = np.sqrt(energy)
+    found = np.zeros(len(norms), dtype=bool)
     for part in sequences:
         found[part] = norms[part] > SINK_FACTOR * np.median(norms[part])
     return found
@@ -110,7 +137,7 @@ class RelativeWeight:
 
     def values(self, tokens: BoundaryTokens) -> Array:
         """Return the reciprocal energies of the targets."""
-        energy = np.einsum("tc,tc->t", tokens.targets, tokens.targets)
+        energy = tokens.target_energy
         weights: Array = np.divide(1.0, energy, out=np.zeros_like(energy), where=energy > 0)
         return weights
 
@@ -118,7 +145,8 @@ class RelativeWeight:
 class Weighting:
     """Weights of some tokens, ready to apply: tokens of weight zero go, the others are scaled by ``sqrt(w)``.
 
-    Weights of one cost nothing: arrays are then handed back as they are.
+    Weights of one cost nothing: arrays are then handed back as they are. Rows are arrays on the host, or
+    tensors where the tokens are.
 
     Args:
         weight: The rule.
@@ -130,7 +158,7 @@ class Weighting:
 
     def __init__(self, weight: TokenWeight, tokens: BoundaryTokens) -> None:
         values = weight.values(tokens)
-        if values.shape != (len(tokens.inputs),) or not (np.isfinite(values).all() and (values >= 0).all()):
+        if values.shape != (len(tokens),) or not (np.isfinite(values).all() and (values >= 0).all()):
             msg = (
                 f"the token weight {weight.name!r} gives a weight that is negative or not finite, or not "
                 "one for each token; correct it"
@@ -144,18 +172,19 @@ class Weighting:
         self.n_dropped = len(values) - len(counted)
         self.total = float(counted.sum())
 
-    def select(self, rows: Array) -> Array:
+    def select(self, rows: Any) -> Any:
         """Return the rows of tokens that count (the same array if all do)."""
-        return rows if self._all_kept else rows[self.kept]
+        return rows if self._all_kept else rows[like(self.kept, rows)]
 
-    def scale(self, selected: Array) -> Array:
+    def scale(self, selected: Any) -> Any:
         """Return selected rows times ``sqrt(w)`` (the same array if all weights are one)."""
-        return selected if self._roots is None else selected * self._roots[:, None]
+        return selected if self._roots is None else selected * like(self._roots[:, None], selected)
 
-    def sum(self, scaled: Array) -> Array:
-        """Return ``sum w r`` of rows that were scaled already."""
-        total: Array = scaled.sum(axis=0) if self._roots is None else self._roots @ scaled
-        return total
+    def sum(self, scaled: Any) -> Any:
+        """Return ``sum w r`` of rows that were scaled already, in float64."""
+        if self._roots is None:
+            return scaled.sum(axis=0)
+        return like(self._roots, scaled) @ scaled
 
 
 _WEIGHTS: Registry[TokenWeight] = Registry(

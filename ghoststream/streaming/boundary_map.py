@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,33 @@ from torch import nn
 
 from ghoststream.errors import RequestError
 from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.states import HiddenStates
 
-Pairs = Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]
-"""``(batch, inputs, targets)`` of every batch, in order: states ``(n, T, C)``, or inputs ``(n, T,
-width)``."""
+
+class Pairs:
+    """What a map is fitted on: ``(batch, inputs, targets)`` of every batch, in order.
+
+    States are ``(n, T, C)``, or inputs ``(n, T, width)``, wherever the pass keeps them.
+
+    Args:
+        batches: The batches.
+        inputs: Where the inputs are.
+        targets: Where the targets are.
+
+    Attributes:
+        batches: The same.
+    """
+
+    def __init__(self, batches: Sequence[Batch], inputs: HiddenStates, targets: HiddenStates) -> None:
+        self.batches, self._inputs, self._targets = batches, inputs, targets
+
+    def of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets of one batch; they may be asked for again, and in any order."""
+        return self._inputs.get(batch), self._targets.get(batch)
+
+    def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        for batch in self.batches:
+            yield batch, *self.of(batch)
 
 
 class BoundaryMap:
@@ -81,7 +104,7 @@ class BoundaryMap:
         """Make the map from the lane's own inputs and the target lane's ``h[stop]``.
 
         Args:
-            pairs: All batches, once and in order; tensors belong to the pass.
+            pairs: All batches; tensors belong to the pass.
         """
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:

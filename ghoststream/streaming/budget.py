@@ -59,6 +59,7 @@ class PassMemory:
         self._budget = budget
         self._length = length
         self._buffers = buffers
+        self._fits = 0
         self._gradients = gradients
         self._on_host = skeleton.device.type == "cpu"
         self._unit = skeleton.unit_bytes
@@ -73,6 +74,20 @@ class PassMemory:
             limit -= self._buffers
         return sequences_at_work(self._unit, self._work_bytes(1, self._length), self._length, limit)
 
+    def has_room(self, n_bytes: int) -> bool:
+        """Keep so many bytes of the accelerator free for fits, if two layers and work leave them.
+
+        Returns:
+            Whether they do. States then have what is left.
+        """
+        batch = self.choose_micro_batch()
+        needed = 2 * self._unit + max(self._unit // 2, self._work_bytes(batch, self._length)) + n_bytes
+        limit = self._budget.device_bytes
+        if limit is not None and needed > limit:
+            return False
+        self._fits = n_bytes
+        return True
+
     def states_factory(self, batches: Sequence[Batch]) -> StatesFactory:
         """Return the maker of places for the states of these batches.
 
@@ -85,6 +100,8 @@ class PassMemory:
         work = max(self._unit // 2, self._work_bytes(*largest.ids.shape))
         at_work = " x ".join(map(str, largest.ids.shape))
         computing = {"two layers": 2 * self._unit, f"{at_work} tokens at work": work}
+        if self._fits:
+            computing["fits"] = self._fits
         if self._gradients is not None:
             computing["the way back"] = 3 * self._work_bytes(*largest.ids.shape) + self._gradients
         buffers = {"buffers": self._buffers}

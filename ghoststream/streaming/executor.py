@@ -193,7 +193,8 @@ class StreamedPass:
     def _over_boundary(self, position: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
         boundary_map = group[0].boundary_map
         if boundary_map.target is not None:
-            boundary_map.fit(self._pairs(groups, group, groups.named(boundary_map.target)))
+            target = groups.named(boundary_map.target)
+            boundary_map.fit(Pairs(groups.batches_of(group), group[0].states, target.states))
         for one in group:
             if one.fits_no_more:
                 one.drop_fitting_batches()
@@ -214,10 +215,6 @@ class StreamedPass:
                 self._show(position, batch, value, group)
         for one in group:
             one.states = place
-
-    def _pairs(self, groups: LaneGroups, group: Sequence[LaneState], target: LaneState) -> Pairs:
-        for batch in groups.batches_of(group):
-            yield batch, group[0].states.get(batch), target.states.get(batch)
 
     def _finish_position(self, position: int, groups: LaneGroups) -> None:
         for one in groups.lanes:

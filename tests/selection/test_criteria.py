@@ -456,7 +456,6 @@ def test_unknown_criteria_are_refused(criterion: str, uri: str) -> None:
         ({"criterion": "measured"}, "the criterion measured runs the model; give --calibration"),
         ({"max_spans": 2}, "--max-spans would not be used: the criterion streamline runs nothing"),
         ({"operator": "ghost"}, "--operator would not be used: the criterion streamline does not fit"),
-        ({"reduce_device": "cpu"}, "--reduce-device would not be used: criteria sum on the host"),
         ({"dtype": "float32"}, "--dtype would not be used: no model is given"),
     ],
 )

@@ -175,7 +175,6 @@ UNUSED: tuple[tuple[object, ...], ...] = (
             ("--scheduler", "tcp://nowhere:1"),
             ("--workers", 2),
             ("--memory", "1GiB"),
-            ("--reduce-device", "cpu"),
         )
     ),
     (*RECOVER, "--remove", 2, *GHOST, "--workers", 2),

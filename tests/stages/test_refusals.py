@@ -107,7 +107,7 @@ _VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         "token_weights": ("drop_sinks", "heavy"),
     },
     "storage": {"layers": ((0, 1), (0, 9), tuple(range(7))), "store_dtype": ("bfloat16",)},
-    "reduction": {"workers": (2,), "reduce_device": ("cpu", "cuda:7")},
+    "reduction": {"workers": (2,)},
     "compute": {"micro_batch": (3, 16), "device": ("cpu",)},
 }
 _REMOVE = (1, 2, 3, 4, 5, 6, 9, "1:3", "0:2", "2:4 5:6", "4:9", "0:6")

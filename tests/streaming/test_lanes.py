@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ghoststream.streaming import (
     BoundaryMap,
     Lane,
     ModuleMap,
-    Pairs,
     PassOptions,
     Skeleton,
     StatesFactory,
@@ -41,7 +40,7 @@ class LeastSquares(BoundaryMap):
         self.matrix = torch.zeros(0)
         self.released = False
 
-    def fit(self, pairs: Pairs) -> None:
+    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
         seen = list(pairs)
         inputs = torch.cat([x.flatten(0, 1) for _, x, _ in seen]).double()
         targets = torch.cat([y.flatten(0, 1) for _, _, y in seen]).double()
@@ -59,7 +58,7 @@ class Counted(LeastSquares):
 
     fits = calls = 0
 
-    def fit(self, pairs: Pairs) -> None:
+    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
         self.fits += 1
         super().fit(pairs)
 
@@ -318,7 +317,7 @@ class FittedFromMlp(LeastSquares):
         assert set(taps) == set(self.taps)
         return torch.cat([states, taps["mlp_intermediate"]], dim=-1)
 
-    def fit(self, pairs: Pairs) -> None:
+    def fit(self, pairs: Iterable[tuple[Batch, torch.Tensor, torch.Tensor]]) -> None:
         self.shapes = [(tuple(x.shape), tuple(y.shape)) for _, x, y in pairs]
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.choosing.moments import DENSE, moments_of
+from ghoststream.stages.choosing.moments import DENSE, FitPlace, fit_bytes, moments_of, use_device
 from ghoststream.stages.choosing.refitting import RefittedLayer, RefittedProjection, refitted_layers
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.lanes import operator_map
@@ -22,7 +22,15 @@ from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges, taps_of
 from ghoststream.statistics.features import STATE_TAP
 from ghoststream.statistics.streamed import StreamedTaps
-from ghoststream.streaming import CUT, BoundaryMap, Lane, LogitsObserver, Pairs, ReplacedWeights
+from ghoststream.streaming import (
+    CUT,
+    BoundaryMap,
+    Lane,
+    LogitsObserver,
+    Pairs,
+    PassMemory,
+    ReplacedWeights,
+)
 
 
 class StreamedFit(BoundaryMap):
@@ -41,6 +49,7 @@ class StreamedFit(BoundaryMap):
         session: The model.
         source: Whose operator it takes in the place of a fit of its own.
         diagnosed: Whether the operator's figures are wanted.
+        place: Where it is fitted; the host by default.
 
     Raises:
         UnsupportedModelError: If the features read the layer before the span and there is none, it has no
@@ -60,7 +69,9 @@ class StreamedFit(BoundaryMap):
         source: StreamedFit | None = None,
         *,
         diagnosed: bool = True,
+        place: FitPlace | None = None,
     ) -> None:
+        self._place = place or FitPlace()
         self.span = span
         self.target = None if source else DENSE
         self._diagnosed = diagnosed
@@ -85,6 +96,13 @@ class StreamedFit(BoundaryMap):
                 sum(self._parts if with_states else widths), with_states=with_states
             )
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the fit takes on an accelerator, if there is one; see :func:`fit_bytes`."""
+        if self.target is None:
+            return 0
+        return fit_bytes(self._kind, self.span, self._session, self._mask.shape[1], self._streamed)
+
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and taps side by side."""
         return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)
@@ -96,7 +114,14 @@ class StreamedFit(BoundaryMap):
             NumericsError: If a state or a solution is not finite.
         """
         moments = moments_of(
-            self._kind, self.span, pairs, self._ranges, self._mask, self._session, self._streamed
+            self._kind,
+            self.span,
+            pairs,
+            self._ranges,
+            self._mask,
+            self._session,
+            self._streamed,
+            self._place.device,
         )
         self._take(self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments))
 
@@ -147,6 +172,7 @@ class FittedLanes:
         diagnosed: bool = True,
     ) -> None:
         self._diagnosed = diagnosed
+        self._place = FitPlace()
         self._ranges = ranges
         self._mask = mask
         self._session = session
@@ -204,6 +230,14 @@ class FittedLanes:
             behind=behind,
         )
 
+    def memory(self) -> PassMemory:
+        """Return the memory of the pass, with all lanes made; fits that an accelerator holds are there."""
+        sizes = [one.device_bytes for one in self._maps.values()]
+        sizes += [part.device_bytes for refitted in self._refits.values() for part in refitted.parts]
+        memory = self._session.memory(self._mask.shape[1])
+        use_device(self._place, self._session, memory, max(sizes, default=0))
+        return memory
+
     def helpers(self) -> list[Lane]:
         """Return the lanes that fit for others; they go before them."""
         return list(self._helpers.values())
@@ -226,7 +260,9 @@ class FittedLanes:
         """
         if key not in self._refits:
             layer = key[1]
-            refitted = RefittedLayer.make(layer, ranges, self._mask, self._session, diagnosed=self._diagnosed)
+            refitted = RefittedLayer.make(
+                layer, ranges, self._mask, self._session, diagnosed=self._diagnosed, place=self._place
+            )
             self._refits[key] = refitted
             helper = replace(before, behind={**before.behind, layer: refitted.attention})
             self._helpers[key] = helper
@@ -243,7 +279,14 @@ class FittedLanes:
             span, method = path[-1]
             source = self._alone(span, method, ranges) if method.inputs == "dense" else None
             self._maps[path] = StreamedFit(
-                span, method, ranges, self._mask, self._session, source, diagnosed=self._diagnosed
+                span,
+                method,
+                ranges,
+                self._mask,
+                self._session,
+                source,
+                diagnosed=self._diagnosed,
+                place=self._place,
             )
         return self._maps[path]
 

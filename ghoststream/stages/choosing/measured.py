@@ -130,7 +130,7 @@ def measure_repairs(
         fitted.lane(repair.name, repair, logits=losses)
         for repair, losses in zip(repairs, accumulators[1:], strict=True)
     ]
-    factory = session.memory(tokens.length).states_factory(batches)
+    factory = fitted.memory().states_factory(batches)
     options = PassOptions(
         logit_tokens=default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes), progress=progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,45 @@ from ghoststream.operators import OperatorKind
 from ghoststream.spans import Span
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges
-from ghoststream.statistics.streamed import StreamedTaps, streamed_moments
-from ghoststream.streaming import Pairs
+from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
+from ghoststream.statistics.source import Taps
+from ghoststream.statistics.streamed import StreamedTaps, device_moments, streamed_moments
+from ghoststream.streaming import Pairs, PassMemory
 
 DENSE = "dense"
 """Name of the lane that every fit takes its targets from."""
+
+
+@dataclass
+class FitPlace:
+    """Where the fits of a pass sum and solve: on a device, or where ``device`` is None on the host."""
+
+    device: str | None = None
+
+
+def fit_bytes(kind: OperatorKind, span: Span, session: ModelSession, length: int, taps: Taps | None) -> int:
+    """Return the bytes that the fit of a boundary takes on the session's device; 0 where it is on the host.
+
+    That is the largest of what the sums of a fold take, and of what choosing a ridge does: the total, a fold,
+    the total without it and a factor, ``32 (p^2 + p C)`` bytes.
+    """
+    device, hidden = kind.sums_on(_accelerator(session)), session.skeleton.hidden_size
+    if device is None:
+        return 0
+    reducer = kind.reducer((span,), hidden=hidden, taps=taps, device=device)
+    assert isinstance(reducer, DeviceBoundaryReducer)
+    solving = 4 * reducer.state_bytes(hidden, length) if kind.solves_on_device else 0
+    return max(reducer.device_bytes(hidden, length), solving)
+
+
+def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, n_bytes: int) -> None:
+    """Let fits be on the session's accelerator, if it has one and the pass leaves room for them."""
+    if n_bytes and memory.has_room(n_bytes):
+        place.device = _accelerator(session)
+
+
+def _accelerator(session: ModelSession) -> str | None:
+    return None if session.device.type == "cpu" else str(session.device)
 
 
 def moments_of(
@@ -28,6 +63,7 @@ def moments_of(
     mask: npt.NDArray[np.bool_],
     session: ModelSession,
     taps: StreamedTaps | None,
+    device: str | None = None,
 ) -> FoldedMoments:
     """Reduce the pairs of the sequences that serve to fit to what an operator reads.
 
@@ -39,21 +75,26 @@ def moments_of(
         mask: True at tokens that count, bool ``(S, T)``.
         session: The model.
         taps: The taps that the operator reads, if it does.
+        device: Torch device on which they are summed, and boundaries are solved; None is the host.
 
     Raises:
         NumericsError: If a state is not finite.
 
-    Memory: what :func:`~ghoststream.statistics.streamed.streamed_moments` states.
+    Memory: what :func:`~ghoststream.statistics.streamed.streamed_moments` states, or on a device
+    :func:`~ghoststream.statistics.streamed.device_moments`.
     """
-    skeleton = session.skeleton
+    skeleton, facts = session.skeleton, ModelFacts(session.norm_epsilon)
+    device = kind.sums_on(device)
+    reducer = kind.reducer((span,), hidden=skeleton.hidden_size, taps=taps, device=device)
+    about: Any = {"mask": mask, "facts": facts, "n_layers": skeleton.n_layers, "taps": taps}
+    if isinstance(reducer, DeviceBoundaryReducer):
+        found = device_moments(reducer, ranges, pairs, **about)
+        return found.on_device(device if kind.solves_on_device else None)
     return streamed_moments(
-        kind.reducer((span,), hidden=skeleton.hidden_size, taps=taps),
+        reducer,
         ranges,
         _fitting(pairs, ranges.n_sequences),
-        mask=mask,
-        facts=ModelFacts(session.norm_epsilon),
-        n_layers=skeleton.n_layers,
-        taps=taps,
+        **about,
         # Where the memory is given, a pass counts one task.
         workers=None if session.compute.host_memory is None else 1,
     )

@@ -25,7 +25,7 @@ from ghoststream.options import Method
 from ghoststream.recovery.projections import Projection, require_projections
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.choosing.moments import DENSE, moments_of
+from ghoststream.stages.choosing.moments import DENSE, FitPlace, fit_bytes, moments_of
 from ghoststream.stages.choosing.ways import REFIT
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -45,6 +45,7 @@ class RefittedProjection(BoundaryMap):
         mask: True at tokens that count, bool ``(S, T)``.
         session: The model.
         diagnosed: Whether its figures are wanted.
+        place: Where it is fitted; the host by default.
 
     Attributes:
         weight: The weight in float32, as it lies in the checkpoint; from the fit on the new one.
@@ -65,7 +66,9 @@ class RefittedProjection(BoundaryMap):
         session: ModelSession,
         *,
         diagnosed: bool = True,
+        place: FitPlace | None = None,
     ) -> None:
+        self._place = place or FitPlace()
         skeleton = session.skeleton
         self._diagnosed = diagnosed
         self.projection = projection
@@ -77,6 +80,17 @@ class RefittedProjection(BoundaryMap):
         self.taps = (projection.tap,)
         self.width = sum(self._parts)
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the fit takes on an accelerator, if there is one; see :func:`fit_bytes`."""
+        taps = StreamedTaps(self._parts[1])
+        return fit_bytes(self._kind, self._label, self._session, self._mask.shape[1], taps)
+
+    @property
+    def _label(self) -> Span:
+        # Moments are of a tap of the layer before a span; where that span would stop does not matter.
+        return Span(self.projection.layer + 1, self.projection.layer + 2)
+
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and tap side by side."""
         return torch.cat([states, taps[self.projection.tap]], dim=-1)
@@ -87,10 +101,15 @@ class RefittedProjection(BoundaryMap):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        # Moments are of a tap of the layer before a span; where that span would stop does not matter.
-        label = Span(self.projection.layer + 1, self.projection.layer + 2)
         moments = moments_of(
-            self._kind, label, pairs, self._ranges, self._mask, self._session, StreamedTaps(self._parts[1])
+            self._kind,
+            self._label,
+            pairs,
+            self._ranges,
+            self._mask,
+            self._session,
+            StreamedTaps(self._parts[1]),
+            self._place.device,
         )
         fitted = self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments)
         self.figures = {name: fitted.diagnostics.get(name) for name in _SHOWN}
@@ -126,6 +145,7 @@ class RefittedLayer:
         session: ModelSession,
         *,
         diagnosed: bool = True,
+        place: FitPlace | None = None,
     ) -> RefittedLayer:
         """Prepare the refit of a layer.
 
@@ -133,7 +153,7 @@ class RefittedLayer:
             UnsupportedModelError: If a map of it cannot take up another.
         """
         attention, mlp = (
-            RefittedProjection(projection, REFIT, ranges, mask, session, diagnosed=diagnosed)
+            RefittedProjection(projection, REFIT, ranges, mask, session, diagnosed=diagnosed, place=place)
             for projection in require_projections(session.skeleton, layer)
         )
         return cls(attention, mlp)

@@ -159,7 +159,10 @@ def _read_residual(path: Path) -> tuple[dict[str, Any], Residual]:
 def _fit(moments: FoldedMoments, ridge: float) -> Residual:
     def solve(part: BoundaryMoments) -> npt.NDArray[np.float64]:
         absolute = ridge * mean_diagonal(part)
-        return solve_ridge(part.gram, part.cross, absolute, what=f"boundary {part.span}").matrix
+        matrix: npt.NDArray[np.float64] = solve_ridge(
+            part.gram, part.cross, absolute, what=f"boundary {part.span}"
+        ).matrix
+        return matrix
 
     def missed(part: BoundaryMoments, matrix: npt.NDArray[np.float64]) -> float:
         return part.linear_residual(matrix)

@@ -49,6 +49,7 @@ def fit_from_store(
     method: Method,
     folds: int,
     reduction: Reduction,
+    device: str | None,
     out: str | Path | NamedByRequest,
     progress: Progress,
 ) -> OperatorSet:
@@ -88,7 +89,7 @@ def fit_from_store(
     ranges = Ranges.make(store.n_sequences, folds=folds, turn=texts_in(store))
     selection = read_plan(plan, store.n_layers)
     _require_same_base(selection, store, store_uri)
-    job = _Job(store_uri, store, selection.plan, kind, ranges, reduction, progress)
+    job = _Job(store_uri, store, selection.plan, kind, ranges, reduction, device, progress)
     output = Output(out, job.request, "fit")
     # What cannot be is refused before a folder is made for the output.
     taps = None if output.path.exists() else _checked_taps(job, model)
@@ -108,16 +109,17 @@ class _Job:
     kind: OperatorKind
     ranges: Ranges
     reduction: Reduction
+    device: str | None
     progress: Progress
     moments: dict[Span, FoldedMoments] = field(default_factory=dict)
 
     @property
     def recipe(self) -> StoreFitRecipe:
         """What decides every bit of the operators, but the plan."""
-        device = self.reduction.reduce_device
+        device = self.kind.sums_on(self.device)
         return StoreFitRecipe(
             method=self.kind.method,
-            reduce_device=None if device is None else device_kind(device),
+            device=None if device is None else device_kind(device),
             range_sequences=self.ranges.range_sequences,
             folds=self.ranges.n_folds,
             block_tokens=DEFAULT_BLOCK_TOKENS,
@@ -167,6 +169,7 @@ class _Job:
             self.ranges,
             self.reduction,
             taps=taps,
+            device=self.device,
             workdir=work,
             progress=self.progress,
         )
@@ -207,9 +210,10 @@ def _require_same_base(selection: Selection, store: HiddenStateSource, store_uri
 
 def _checked_taps(job: _Job, model: Opener | None) -> WantedTaps | None:
     """Return what the model must compute again; its layers, memory and device are checked before any work."""
-    kind, reduction = job.kind, job.reduction
-    if reduction.reduce_device is not None and reduction.scheduler is None:
-        require_device(reduction.reduce_device)
+    kind = job.kind
+    device = kind.sums_on(job.device)
+    if device is not None and job.reduction.scheduler is None:
+        require_device(device)
     if not taps_of(kind.features):
         return None
     session = None if model is None else model()

@@ -10,7 +10,8 @@ import torch
 
 from ghoststream.spans import Span
 from ghoststream.statistics import Precision
-from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
+from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
+from ghoststream.statistics.device_products import PRODUCT_ERROR
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 from tests.helpers.reducing import moments_of
 from tests.helpers.requests import fit, ranges_of
@@ -22,16 +23,15 @@ pytestmark = [
 
 DEVICE = "cuda"
 SPANS = (Span(0, 2), Span(1, 3))
-GAMMA = (FLOAT32_BLOCK_TOKENS + 2) * 2.0**-24 / (1 - (FLOAT32_BLOCK_TOKENS + 2) * 2.0**-24)
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32-blocked"])
 def test_grams_and_cross_moments_are_those_of_numpy(tmp_path: Path, precision: Precision) -> None:
     shape = (12, 200, 96)
     uri = store_of(tmp_path / "store", random_states(3, shape), mask=ragged_mask(*shape[:2]))
-    found = moments_of(uri, SPANS, precision=precision, device=DEVICE, workers=3)
+    found = moments_of(uri, SPANS, DeviceBoundaryReducer, precision=precision, device=DEVICE, workers=3)
     expected = moments_of(uri, SPANS)
-    tolerance = 1e-13 if precision == "float64" else GAMMA
+    tolerance = 1e-13 if precision == "float64" else PRODUCT_ERROR
     for span in SPANS:
         one, other = found[span].total(), expected[span].total()
         energy, gap = np.diag(other.gram), other.gap_energy
@@ -44,5 +44,5 @@ def test_the_number_of_tasks_at_a_time_changes_no_bit(tmp_path: Path) -> None:
     files = [tmp_path / f"{workers}.safetensors" for workers in (1, 3)]
     for workers, out in zip((1, 3), files, strict=True):
         with ranges_of(1):
-            fit("0:2", store=uri, out=out, reduce_device=DEVICE, workers=workers)
+            fit("0:2", store=uri, out=out, device=DEVICE, workers=workers)
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -59,6 +59,15 @@ class BusyError(RequestError, BlockingIOError):
     """Another process is writing the same artifact."""
 
 
+class StoppedError(GhoststreamError, InterruptedError):
+    """The run was asked to end and did so where it can go on: the same command finishes it.
+
+    The exit code is that of a temporary failure (``EX_TEMPFAIL``), by which schedulers put a job back.
+    """
+
+    exit_code: ClassVar[int] = 75
+
+
 class DataError(GhoststreamError):
     """Data on disk is broken, or the machine fails."""
 

@@ -30,6 +30,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Bos = Literal["auto", "always", "never", "stream"]
 TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
+Resume = Literal["auto", "required", "never"]
 Precision = Literal["auto", "float64", "float32-blocked"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 

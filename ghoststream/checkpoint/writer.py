@@ -39,6 +39,7 @@ from ghoststream.files import (
     write_sealed_json,
 )
 from ghoststream.progress import Progress, SilentProgress
+from ghoststream.stopping import require_going_on
 
 BUFFER_BYTES = CHUNK_BYTES
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -207,6 +208,7 @@ def write_shards(
     buffer = memoryview(bytearray(BUFFER_BYTES))
     for shard in left:
         journal.add(shard.name, _write_shard(folder / shard.name, shard, buffer, progress))
+        require_going_on()
     progress.finish()
     if len(shards) > 1:
         _write_index(folder / INDEX_NAME, shards)

@@ -74,10 +74,11 @@ def command(
     if as_json:
         print_json(found.to_json())
     else:
-        _print(found)
+        print_estimate(found)
 
 
-def _print(found: Estimate) -> None:
+def print_estimate(found: Estimate) -> None:
+    """Print an estimate as tables, and whether it fits."""
     model = found.model
     print_facts(
         {

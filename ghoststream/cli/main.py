@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.interrupts import interruptible, was_interrupted
+from ghoststream.cli.interrupts import interruptible, stoppable, was_interrupted
 from ghoststream.cli.options import debug_option, is_debug
 from ghoststream.cli.report import fault_report, installed_version
 from ghoststream.errors import GhoststreamError
@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "tasks",
+    "status",
     "inspect",
     "verify",
 )
@@ -85,7 +86,7 @@ class GhoststreamGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see :func:`_report` for what happens to errors."""
-        with interruptible():
+        with interruptible(), stoppable():
             return self._invoke(ctx)
 
     def _invoke(self, ctx: click.Context) -> Any:
@@ -149,5 +150,6 @@ def main() -> None:
     anew.
 
     Exit codes: 0 done; 2 the request cannot be met; 3 data on disk is broken, or the machine fails (a full
-    disk, no memory, no connection); 1 a fault of ghoststream; 130 interrupted.
+    disk, no memory, no connection); 1 a fault of ghoststream; 75 stopped as SIGTERM asked, run it again; 130
+    interrupted.
     """

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from ghoststream.errors import RequestError
 from ghoststream.option_types import Options, flag, problems
-from ghoststream.options import Recovery, Text
+from ghoststream.options import Recovery, Resume, Text
 
 _DEBUG_KEY = "ghoststream.debug"
 ALL_KEY = "ghoststream.all"
@@ -194,6 +194,13 @@ debug_option = click.option(
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
+)
+resume_option = click.option(
+    "--resume",
+    type=click.Choice(get_args(Resume)),
+    default="auto",
+    show_default=True,
+    help="Go on with an earlier attempt: if there is one, in any case, or not at all.",
 )
 model_argument = click.argument("model")
 model_option = click.option("--model", metavar="MODEL", help="Checkpoint folder or hub id.")

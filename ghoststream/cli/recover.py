@@ -16,10 +16,11 @@ from ghoststream.cli.options import (
     model_argument,
     out_option,
     remove_option,
+    resume_option,
 )
 from ghoststream.cli.output import next_command, print_json, print_text
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Storage, Text
+from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text
 
 
 @click.command(
@@ -38,9 +39,10 @@ from ghoststream.options import Compute, Method, Recovery, Reduction, Search, St
     calibration=Text, search=Search, method=Method, compute=Compute, storage=Storage, reduction=Reduction
 )
 @field_option(Recovery, "store", section=Storage.title)
+@resume_option
 @json_option
 @debug_option
-def command(model: str, *, as_json: bool, out: Path, **given: Any) -> None:
+def command(model: str, *, as_json: bool, out: Path, resume: Resume, **given: Any) -> None:
     """Remove layers from MODEL, repair the gaps in closed form, and write a checkpoint that loads.
 
     MODEL is a local checkpoint folder or a hub id. Layers, and the way to repair them, are chosen by the loss
@@ -55,7 +57,7 @@ def command(model: str, *, as_json: bool, out: Path, **given: Any) -> None:
         {"model": model, **{key: value for key, value in given.items() if value is not None}}
     )
     with show_progress() as progress:
-        report = run(recovery, out, progress=progress)
+        report = run(recovery, out, resume=resume, progress=progress)
     if as_json:
         print_json(report.to_json())
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -48,13 +49,17 @@ for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse_base_60)
 
 
-def load_pipeline(path: Path) -> Recovery:
+def load_pipeline(path: Path, changes: Sequence[str] = ()) -> Recovery:
     """Read and check a pipeline file.
+
+    Args:
+        path: The file.
+        changes: What takes the place of its fields, such as ``"calibration.sequences=64"``; values are YAML.
 
     Raises:
         InputNotFoundError: If there is no such file.
         RequestError: If it may not be read, is not YAML or holds a field twice, or a field is missing,
-            unknown or out of range.
+            unknown or out of range; or a change is not of this form.
         MachineError: If reading fails.
     """
     try:
@@ -74,7 +79,29 @@ def load_pipeline(path: Path) -> Recovery:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         msg = f"{path} is not a pipeline: it holds no fields; see pipelines/README.md"
         raise RequestError(msg)
+    for change in changes:
+        _set(data, change)
     return Recovery.make({"name": path.stem, **data}, where=f"{path} is not a pipeline")
+
+
+def _set(data: dict[str, Any], change: str) -> None:
+    """Change one field of what a file says."""
+    name, equals, text = change.partition("=")
+    *groups, field = name.split(".")
+    if not equals or not all((*groups, field)):
+        msg = f"--set {change} is not of the form FIELD=VALUE, such as calibration.sequences=64"
+        raise RequestError(msg)
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        msg = f"--set {change}: the value is not YAML: {shorten(str(error), 200, placeholder='...')}"
+        raise RequestError(msg) from error
+    for group in groups:
+        inner = data.get(group, {})
+        # A text may stand for its specification.
+        data[group] = dict(inner) if isinstance(inner, dict) else {"spec": inner}
+        data = data[group]
+    data[field] = value
 
 
 def with_runtime(recovery: Recovery, model: str | None, **groups: Options) -> Recovery:

@@ -11,13 +11,14 @@ from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.files import StagingFolder, disk_errors
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Compute, Method, Recovery, Search, Text, TextLike
+from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text, TextLike
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport, export_recovered
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
+from ghoststream.stages.run_record import NAME, recorded
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.steps import Steps
+from ghoststream.stages.steps import Steps, work_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,20 +149,28 @@ def recover(
     return run(request, out, progress=progress)
 
 
-def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None) -> RecoveryReport:
+def run(
+    recovery: Recovery,
+    out: str | Path,
+    *,
+    resume: Resume = "auto",
+    progress: Progress | None = None,
+) -> RecoveryReport:
     """Do what a :class:`~ghoststream.options.Recovery` says: what :func:`recover` and pipeline files come to.
 
     The model is opened, fingerprinted and its text tokenised once. Plan, operators, store and figures are
     kept in ``<out>.work``, so that the same call continues after an interruption and takes what is finished
-    as it is.
+    as it is. ``run.json`` there says how far it is (:mod:`ghoststream.stages.run_record`).
 
     Args:
         recovery: What to do.
         out: Folder of the recovered checkpoint.
+        resume: Whether an earlier attempt is gone on with: if there is one, in any case, or not at all.
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If no model is named, or an option is given that would not be used.
+        RequestError: If no model is named, an option is given that would not be used, or there is no earlier
+            attempt, or one, against ``resume``.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
         GhoststreamError: What the steps raise.
@@ -173,7 +182,26 @@ def run(recovery: Recovery, out: str | Path, *, progress: Progress | None = None
         msg = f"{recovery.name} names no model; give one with --model, or as `model` in the file"
         raise RequestError(msg)
     out = Path(out) if Path(out).name else Path(out).resolve()
-    session = ModelSession(recovery.model, recovery.compute)
+    _require_resumable(out, resume)
+    with recorded(recovery.name, work_folder(out) / NAME, progress) as watched:
+        return _run(recovery, recovery.model, out, watched)
+
+
+def _require_resumable(out: Path, resume: Resume) -> None:
+    begun = (work_folder(out) / NAME).is_file()
+    if resume == "required" and not begun:
+        msg = f"there is no earlier attempt at {out} to go on with; leave --resume required out to begin one"
+        raise RequestError(msg)
+    if resume == "never" and begun:
+        msg = (
+            f"{work_folder(out)} holds an earlier attempt at {out}, which --resume never forbids to go on "
+            "with; move it away, or choose another place"
+        )
+        raise RequestError(msg)
+
+
+def _run(recovery: Recovery, model: str, out: Path, progress: Progress) -> RecoveryReport:
+    session = ModelSession(model, recovery.compute)
     steps = Steps(session, recovery, out, progress)
     place = StagingFolder(out)
     with place.lock:

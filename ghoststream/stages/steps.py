@@ -24,6 +24,11 @@ from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics.devices import sums_device
 
 
+def work_folder(out: Path) -> Path:
+    """Return the folder of what is kept beside a recovered checkpoint."""
+    return out.with_name(f"{out.name}.work")
+
+
 class Steps:
     """The steps of one recovery. All that can be refused is refused when it is made, and by :meth:`prepare`.
 
@@ -47,7 +52,7 @@ class Steps:
 
     def __init__(self, session: ModelSession, recovery: Recovery, out: Path, progress: Progress) -> None:
         self._session, self._recovery, self._progress = session, recovery, progress
-        self.work = out.with_name(f"{out.name}.work")
+        self.work = work_folder(out)
         self._text = recovery.calibration.to_calibrate()
         self.store: str | None = None
         sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))

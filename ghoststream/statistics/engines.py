@@ -25,6 +25,7 @@ from ghoststream.statistics.cluster import Needs, connect, explained, require_ab
 from ghoststream.statistics.ranges import Ranges, SequenceRange, TreeNode, tree_root
 from ghoststream.statistics.reducers import Reducer
 from ghoststream.statistics.sums import SumState
+from ghoststream.stopping import require_going_on
 
 if TYPE_CHECKING:
     from ghoststream.activations import StoreRef
@@ -265,6 +266,7 @@ def _run_here(
 
     def report(key: Any, *_: Any) -> None:
         progress.advance(graph.leaf_sequences.get(key, 0))
+        require_going_on()
 
     source, reducer = graph.store.open(), graph.job.reducer
     n_threads = workers or default_workers(reducer.task_bytes(source.hidden, source.length))
@@ -294,6 +296,7 @@ def _run_distributed(
                 if future.status != "finished":
                     future.result()
                 progress.advance(graph.leaf_sequences.get(future.key, 0))
+                require_going_on()
             return tuple(root if isinstance(root, Path) else by_key[root.key].result() for root in roots)
     finally:
         client.cancel(futures)

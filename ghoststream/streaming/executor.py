@@ -29,6 +29,7 @@ import torch
 
 from ghoststream.errors import RequestError
 from ghoststream.progress import Progress, SilentProgress
+from ghoststream.stopping import require_going_on
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch, require_finite
 from ghoststream.streaming.boundary_map import Pairs, require_boundary_maps
@@ -116,6 +117,7 @@ class StreamedPass:
         Raises:
             NumericsError: If hidden states stop being finite.
             CheckpointError: If weights cannot be read.
+            StoppedError: If the process was asked to stop: behind the next layer, when observers have it.
         """
         try:
             with torch.inference_mode(), self._skeleton.loaded_frame():
@@ -143,6 +145,7 @@ class StreamedPass:
                 for group in groups.stopping(layer + 1):
                     self._over_boundary(layer + 1, groups, group)
                 self._finish_position(layer + 1, groups)
+                require_going_on()
             if with_head:
                 head = OutputHead(self._skeleton, self._calls, self._options.logit_tokens, progress)
                 head.run(groups.lanes, weights.take())

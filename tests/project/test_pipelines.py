@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError
@@ -24,7 +25,11 @@ from ghoststream.text.hub import resolve_split
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 PIPELINES = sorted((ROOT / "pipelines").glob("*.yaml"))
-JOB_FILES = sorted((ROOT / "pipelines" / "cluster").iterdir())
+JOB_FILES = sorted(
+    path
+    for path in ((ROOT / "pipelines").rglob("*"))
+    if path.suffix in {".sh", ".sbatch"} and "__pycache__" not in path.parts
+)
 MINIMAL = "calibration: ptb\nremove: 2\n"
 
 
@@ -68,7 +73,26 @@ def test_job_files_are_valid_and_their_commands_exist(path: Path) -> None:
     assert commands
     for words in commands:
         _parse(words)
-    assert f"`cluster/{path.name}`" in (ROOT / "pipelines" / "README.md").read_text(encoding="utf-8")
+    _require_listed(path)
+
+
+def _require_listed(path: Path) -> None:
+    name = path.relative_to(ROOT / "pipelines").as_posix()
+    assert f"`{name}`" in (ROOT / "pipelines" / "README.md").read_text(encoding="utf-8")
+
+
+def test_workers_of_kubernetes_run_what_there_is() -> None:
+    path = ROOT / "pipelines" / "cluster" / "kubernetes.yaml"
+    cluster, scaler = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    assert (cluster["kind"], scaler["kind"]) == ("DaskCluster", "DaskAutoscaler")
+    assert scaler["spec"]["cluster"] == cluster["metadata"]["name"]
+    for part in ("worker", "scheduler"):
+        (container,) = cluster["spec"][part]["spec"]["containers"]
+        words = [sys.executable, "-m", *container["args"][:2], "--help"]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    for words in _commands(path.read_text(encoding="utf-8"), indent="#   "):
+        _parse(words)
+    _require_listed(path)
 
 
 def test_commands_of_the_readme_exist() -> None:
@@ -109,6 +133,24 @@ def test_minimal_pipeline(tmp_path: Path) -> None:
 def test_what_is_no_pipeline_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
         load_pipeline(_written(tmp_path, text))
+
+
+def test_a_field_of_a_file_is_changed_by_name(tmp_path: Path) -> None:
+    path = _written(tmp_path, MINIMAL)
+    changes = ("calibration.sequences=64", "remove='1:3 5:7'", "search.criterion=sleb", "method={ridge: 0.5}")
+    recovery = load_pipeline(path, changes)
+    assert recovery.calibration == Text(spec="ptb", sequences=64)
+    assert (recovery.remove, recovery.search.criterion) == ("1:3 5:7", "sleb")
+    assert recovery.method.ridge == 0.5
+    for change, message in (
+        ("remove", "not of the form FIELD=VALUE"),
+        (".remove=3", "not of the form FIELD=VALUE"),
+        ("remove=[", "the value is not YAML"),
+        ("remove=13:19", "number to the base of 60"),
+        ("calibration.sequence=3", "calibration.sequence: there is no such option"),
+    ):
+        with pytest.raises(RequestError, match=re.escape(message)):
+            load_pipeline(path, (change,))
 
 
 def test_no_pipeline_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ghoststream.files import file_digest, json_digest, read_json
 from ghoststream.progress import Progress
 from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.stages.artifacts.identify import Kind
+from ghoststream.stopping import require_going_on
 
 # The hub keeps large files in its cache under their SHA-256.
 _BLOB = re.compile(r"[0-9a-f]{64}")
@@ -89,6 +90,7 @@ def _check(reader: ContentReader, names: Iterable[str], progress: Progress) -> l
         except DataError as error:
             problems.append(str(error.args[0] if error.args else error))
         progress.advance(1)
+        require_going_on()
     progress.finish()
     return problems
 

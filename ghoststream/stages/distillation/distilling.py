@@ -26,6 +26,7 @@ from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.distillation.trained import TrainedNorms, TrainedOperator, lane_weights
 from ghoststream.stages.lanes import first_needed
 from ghoststream.stages.session import ModelSession
+from ghoststream.stopping import require_going_on
 from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.streaming.backward import BackwardPass
 from ghoststream.text import TokenSet
@@ -151,6 +152,7 @@ class Distillation:
                 descent.check(self._divergence())
             descent.save()
             progress.advance(1)
+            require_going_on()
         progress.finish()
         descent.go_back()
         return HeldOut(*descent.course.before), self.held_out(), descent.course

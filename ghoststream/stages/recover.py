@@ -16,7 +16,7 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport, export_recovered
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
-from ghoststream.stages.run_record import NAME, recorded
+from ghoststream.stages.run_record import NAME, RecordedProgress, recorded
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.steps import Steps, work_folder
 
@@ -200,7 +200,7 @@ def _require_resumable(out: Path, resume: Resume) -> None:
         raise RequestError(msg)
 
 
-def _run(recovery: Recovery, model: str, out: Path, progress: Progress) -> RecoveryReport:
+def _run(recovery: Recovery, model: str, out: Path, progress: RecordedProgress) -> RecoveryReport:
     session = ModelSession(model, recovery.compute)
     steps = Steps(session, recovery, out, progress)
     place = StagingFolder(out)
@@ -211,6 +211,9 @@ def _run(recovery: Recovery, model: str, out: Path, progress: Progress) -> Recov
         steps.prepare()
         with disk_errors(steps.work):
             steps.work.mkdir(parents=True, exist_ok=True)
+        if not (out.is_dir() and any(out.iterdir())):
+            # Otherwise it is finished, and nothing is changed.
+            progress.begin()
         selection = steps.way.given or steps.choose()
         operators, file = steps.fit(selection)
         exported = export_recovered(

@@ -132,12 +132,13 @@ class RunRecord:
 class RecordedProgress:
     """A :class:`~ghoststream.progress.Progress` that hands on what it is told, and keeps a record of it.
 
-    The file is replaced at most every second, and whenever a task begins or ends. It goes on where an earlier
-    attempt left it. That it cannot be written, as on a full disk, ends no run.
+    Nothing is written before :meth:`begin`: what is refused leaves no trace. Then the file is replaced at
+    most every second, and whenever a task begins or ends. It goes on where an earlier attempt left it. That
+    it cannot be written, as on a full disk, ends no run.
 
     Args:
         name: What the run is called.
-        path: The file; its folder may not be there yet.
+        path: The file; its folder is there when the record begins.
         inner: Who is told too.
     """
 
@@ -158,7 +159,12 @@ class RecordedProgress:
         self._process, self._path, self._inner, self._clock = process, path, inner, clock
         self._begun = self._task_begun = clock()
         self._written = float("-inf")
-        self._running = False
+        self._running = self._is_written = False
+
+    def begin(self) -> None:
+        """Write from now on."""
+        self._is_written = True
+        self._write()
 
     def start(self, task: str, total: int, unit: str) -> None:
         """Begin a task."""
@@ -201,6 +207,8 @@ class RecordedProgress:
         self.record.tasks[-1].seconds = round(self._clock() - self._task_begun, 3)
 
     def _write(self) -> None:
+        if not self._is_written:
+            return
         record, self._written = self.record, self._clock()
         if self._running:
             self._clock_task()
@@ -215,8 +223,6 @@ class RecordedProgress:
 
     def _replace(self, text: str) -> None:
         # Not forced to disk: it tells of now, and the next second writes it again.
-        if not self._path.parent.is_dir():
-            return
         temporary = temporary_name(self._path)
         try:
             temporary.write_text(text, encoding="utf-8")

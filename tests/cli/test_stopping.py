@@ -140,6 +140,7 @@ from pathlib import Path
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.run_record import RecordedProgress
 progress = RecordedProgress("it", Path(sys.argv[1]), SilentProgress())
+progress.begin()
 progress.start("reading", 100, "layers")
 progress.advance(25)
 progress.finish()

@@ -18,6 +18,7 @@ import ghoststream as gs
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.option_types import Options
 from ghoststream.options import Recovery
+from ghoststream.stages.run_record import NAME
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.text.prepare import prepare_tokens
@@ -78,7 +79,11 @@ def _request(model: Path, ids: str, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != NAME
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -210,7 +215,7 @@ UNUSED: tuple[tuple[object, ...], ...] = (
     (*SELECT, *RUNNING, "--criterion", "taylor", *GHOST),
     (*FIT, *STORED, "--inputs", "dense"),
     (*FIT, *STORED, "--held-out", 2),
-    (*FIT, *STORED, "--device", "cpu"),
+    (*FIT, *STORED, "--micro-batch", 2),
     (*FIT, *STORED, "--model", "{model}"),
     (*FIT, *STORED, "--sequences", 8),
     (*FIT, *RUNNING, "--scheduler", "tcp://nowhere:1"),

@@ -73,6 +73,20 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def multiplies_bfloat16(processors: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Say whether the processor has instructions for products of bfloat16; None where that is not known.
+
+    Without them torch computes such products element by element: on two cores with AVX2 alone, 8 against 65
+    GFLOP a second in float32.
+    """
+    try:
+        lines = processors.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))]
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[0])) if flags else None
+
+
 def _left_in_groups(membership: Path, groups: Path) -> Iterator[int]:
     """Yield what each control group of this process leaves: every group above one limits it too."""
     try:

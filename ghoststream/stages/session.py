@@ -15,7 +15,7 @@ from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.errors import (
     RequestError,
 )
-from ghoststream.machine import free_device_memory, free_host_memory
+from ghoststream.machine import free_device_memory, free_host_memory, multiplies_bfloat16
 from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recovery.names import has_provenance
@@ -157,11 +157,15 @@ class ModelSession:
     def tokens(self, text: Text, progress: Progress) -> TokenSet:
         """Turn a text into token windows with this model's tokenizer; the same text again is not read again.
 
-        Says once how windows begin, if it matters to the model.
+        Says once how windows begin, if it matters to the model, and that products are slow, if they are.
 
         Raises:
             TextError: If the text gives too little.
         """
+        if not self._tokens:
+            note = self._slow_note()
+            if note is not None:
+                progress.log(note)
         if text not in self._tokens:
             tokenizer = None if is_ids(text) else self.load_tokenizer()
             tokens = prepare_tokens(text, tokenizer, vocabulary_size=self.skeleton.vocab_size)
@@ -170,6 +174,16 @@ class ModelSession:
                 progress.log(note)
             self._tokens[text] = tokens
         return self._tokens[text]
+
+    def _slow_note(self) -> str | None:
+        """Return a word about a type that this processor has no arithmetic for."""
+        half = self.skeleton.dtype == torch.bfloat16 and self.device.type == "cpu"
+        if not half or multiplies_bfloat16() is not False:
+            return None
+        return (
+            "note: this processor has no instructions for bfloat16, whose products take several times as "
+            "long as in --dtype float32, which takes twice the memory"
+        )
 
     def _tokenizer_if_any(self, tokens: TokenSet) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer for a word about token ids, where they do not all begin alike anyway."""

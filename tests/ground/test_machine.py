@@ -15,6 +15,7 @@ from ghoststream.machine import (
     free_device_memory,
     free_disk,
     free_host_memory,
+    multiplies_bfloat16,
     processors,
 )
 from ghoststream.statistics.engines import default_workers
@@ -120,3 +121,20 @@ def test_free_disk_of_a_folder_that_does_not_exist_yet(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[path]))
     assert free_disk(tmp_path / "a" / "b") == 7
     assert existing_place(tmp_path / "meminfo") == tmp_path / "meminfo"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("processor : 0\n", None),
+    ],
+)
+def test_which_processors_multiply_bfloat16(text: str, expected: bool | None, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(text, encoding="utf-8")
+    assert multiplies_bfloat16(path) is expected
+    assert multiplies_bfloat16(tmp_path / "nothing") is None

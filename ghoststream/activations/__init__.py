@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ghoststream.activations.location import StoreLike
     from ghoststream.activations.part_store import PartStore
     from ghoststream.activations.request import StoreRequest
+    from ghoststream.activations.shard_image import ShardImage
+    from ghoststream.activations.shard_workers import writing_threads
     from ghoststream.activations.shared import StoreRef, open_checked
     from ghoststream.activations.store import ActivationStore
     from ghoststream.activations.tokens import TokenArrays, TokenSource
@@ -28,6 +30,7 @@ __all__ = [
     "ActivationStore",
     "LayerWriter",
     "PartStore",
+    "ShardImage",
     "StoreDtype",
     "StoreLayout",
     "StoreLike",
@@ -39,6 +42,7 @@ __all__ = [
     "WritableStore",
     "open_checked",
     "verify_store",
+    "writing_threads",
 ]
 
 __getattr__ = lazy_names(
@@ -48,6 +52,7 @@ __getattr__ = lazy_names(
         "LayerWriter": ".writer",
         "PartStore": ".part_store",
         "STORE_DTYPES": ".dtypes",
+        "ShardImage": ".shard_image",
         "StoreDtype": ".dtypes",
         "StoreLayout": ".layout",
         "StoreLike": ".location",
@@ -59,5 +64,6 @@ __getattr__ = lazy_names(
         "WritableStore": ".writable",
         "open_checked": ".shared",
         "verify_store": ".verify",
+        "writing_threads": ".shard_workers",
     },
 )

@@ -20,22 +20,33 @@ _TORCH: dict[StoreDtype, torch.dtype] = {
     "float32": torch.float32,
 }
 
+# Bits of a value, and the pattern of positive infinity.
+_INFINITY: dict[StoreDtype, tuple[int, int]] = {
+    "bfloat16": (16, 0x7F80),
+    "float16": (16, 0x7C00),
+    "float32": (32, 0x7F80_0000),
+}
+
 
 def torch_dtype(name: StoreDtype) -> torch.dtype:
     """Return the torch dtype of a store dtype."""
     return _TORCH[name]
 
 
-def encode(rows: torch.Tensor, name: StoreDtype) -> npt.NDArray[Any]:
-    """Turn a floating tensor of any shape and device into the array that is stored.
+def all_finite(raw: npt.NDArray[np.uint8], name: StoreDtype) -> bool:
+    """Say whether stored values are neither NaN nor infinite, in one thread.
 
-    Memory: A copy of ``rows`` in the store dtype where dtype, device or layout differ, else none.
+    torch would look at blocks of this size with all of its threads, which other work has use for.
+
+    Args:
+        raw: Bytes of whole values, ``(n,)``.
+        name: What they are.
     """
-    cast = rows.detach().to(device="cpu", dtype=_TORCH[name]).contiguous()
-    if name == "bfloat16":
-        cast = cast.view(torch.uint16)
-    array: npt.NDArray[Any] = cast.numpy()
-    return array
+    # As integers, NaN and infinity are the largest values: those of positive sign as signed, others as
+    # unsigned ones.
+    bits, infinity = _INFINITY[name]
+    positive, negative = raw.view(f"i{bits // 8}").max(initial=0), raw.view(f"u{bits // 8}").max(initial=0)
+    return bool(positive < infinity) and bool(negative < infinity + (1 << (bits - 1)))
 
 
 def decode_torch(stored: npt.NDArray[Any], name: StoreDtype) -> torch.Tensor:

@@ -13,14 +13,16 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-_CRC_BYTES = 4
+CRC_BYTES = 4
+"""Bytes of a CRC32C."""
 _ENTRY_BYTES = 16
-_NO_CHUNK = 2**64 - 1
+NO_CHUNK = 2**64 - 1
+"""Offset and length of a chunk that is not there, in the index."""
 
 
 def index_bytes(chunks_per_shard: int) -> int:
     """Return the size of a shard's index: offset and length of each chunk, and a checksum."""
-    return chunks_per_shard * _ENTRY_BYTES + _CRC_BYTES
+    return chunks_per_shard * _ENTRY_BYTES + CRC_BYTES
 
 
 def shard_checksums(shard: Bytes, chunks_per_shard: int) -> str:
@@ -33,10 +35,10 @@ def shard_checksums(shard: Bytes, chunks_per_shard: int) -> str:
         chunks_per_shard: Chunks of a full shard; a short one has entries of the others in its index, and no
             data.
     """
-    index = shard[-index_bytes(chunks_per_shard) : -_CRC_BYTES]
-    n_chunks = int(np.count_nonzero(index.view("<u8")[::2] != _NO_CHUNK))
+    index = shard[-index_bytes(chunks_per_shard) : -CRC_BYTES]
+    n_chunks = int(np.count_nonzero(index.view("<u8")[::2] != NO_CHUNK))
     ends = _ends(len(shard), n_chunks, chunks_per_shard)
-    return b"".join(shard[end - _CRC_BYTES : end].tobytes() for end in ends).hex()
+    return b"".join(shard[end - CRC_BYTES : end].tobytes() for end in ends).hex()
 
 
 def first_difference(checksums: str, size: int, chunks_per_shard: int, part: Bytes, start: int) -> str | None:
@@ -52,12 +54,12 @@ def first_difference(checksums: str, size: int, chunks_per_shard: int, part: Byt
     Returns:
         The first place with another checksum, ``chunk 3`` or ``index``; None if there is none.
     """
-    n_chunks = len(checksums) // (2 * _CRC_BYTES) - 1
+    n_chunks = len(checksums) // (2 * CRC_BYTES) - 1
     stop = start + len(part)
     for number, end in enumerate(_ends(size, n_chunks, chunks_per_shard)):
-        if start + _CRC_BYTES <= end <= stop:
-            noted = bytes.fromhex(checksums[2 * _CRC_BYTES * number : 2 * _CRC_BYTES * (number + 1)])
-            if part[end - _CRC_BYTES - start : end - start].tobytes() != noted:
+        if start + CRC_BYTES <= end <= stop:
+            noted = bytes.fromhex(checksums[2 * CRC_BYTES * number : 2 * CRC_BYTES * (number + 1)])
+            if part[end - CRC_BYTES - start : end - start].tobytes() != noted:
                 return "index" if number == n_chunks else f"chunk {number}"
     return None
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.abc.store import Store
 from zarr.buffer import cpu, default_buffer_prototype
@@ -97,6 +99,25 @@ class Location:
             return
         with self.writing(key, len(data)):
             sync(self.store.set(key, cpu.Buffer.from_bytes(data)))
+
+    def write_object(self, key: str, content: npt.NDArray[np.uint8]) -> None:
+        """Write a large object, uint8 ``(n,)``, from memory that serves for another one afterwards.
+
+        May be called from several threads.
+
+        Raises:
+            DiskFullError: If no space was left.
+            InputNotFoundError: If there is no such bucket.
+            StoreError: If the network or the server fails.
+        """
+        # A store that is no folder may hold on to what it is given.
+        data = (
+            cpu.Buffer.from_bytes(content.tobytes())
+            if self.root is None
+            else cpu.Buffer.from_array_like(content)
+        )
+        with self.writing(key, len(content)):
+            sync(self.store.set(key, data))
 
     def write_many(self, objects: Mapping[str, bytes]) -> None:
         """Write several objects, a few at a time; all have been tried when an error is raised.
@@ -196,7 +217,6 @@ class Location:
                 yield
             return
         try:
-            # Zarr looks whether there is a shard before it writes one.
             with self._reached(), _reaching(self, f"writing {key}"):
                 yield
         except FileNotFoundError as error:

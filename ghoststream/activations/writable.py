@@ -10,14 +10,13 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import zarr
-
 from ghoststream.activations.arrays import create_hidden_array
 from ghoststream.activations.dtypes import StoreDtype, require_store_dtype
 from ghoststream.activations.layout import hidden_path
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import Manifest, ObjectRecord
 from ghoststream.activations.opening import WriterLock
+from ghoststream.activations.shard_workers import ShardWorkers
 from ghoststream.activations.view import StoreView
 from ghoststream.activations.writer import LayerWriter
 from ghoststream.errors import OutputExistsError, RequestError
@@ -50,6 +49,7 @@ class WritableStore(StoreView):
         self._lock = lock
         self._rows = (0, self.n_sequences) if rows is None else rows
         self._changing = threading.RLock()
+        self._workers: ShardWorkers | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -58,6 +58,9 @@ class WritableStore(StoreView):
 
     def close(self) -> None:
         """Give the writer's lock back; reading goes on working."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -82,7 +85,8 @@ class WritableStore(StoreView):
             raise RequestError(msg)
         path = hidden_path(layer)
         self._require_uncommitted(path)
-        return self._writer(self._array(path), self.layout.store_dtype)
+        self._array(path)  # its metadata are what was committed
+        return self._writer(path, self.layout.store_dtype)
 
     def scratch_writer(self, layer: int, dtype: str) -> LayerWriter:
         """Return a writer for a passing copy of ``h[layer]`` at another dtype, for resuming a pass from it.
@@ -104,7 +108,7 @@ class WritableStore(StoreView):
             self._location.delete_folder(path)
             array = create_hidden_array(self._guard, path, self.layout, layer, chosen)
         self._arrays[path] = array
-        return self._writer(array, chosen)
+        return self._writer(path, chosen)
 
     def drop_scratch(self, layer: int) -> None:
         """Remove the scratch copy of a layer; nothing happens if there is none.
@@ -156,16 +160,18 @@ class WritableStore(StoreView):
     def _write_marker(self) -> None:
         """Replace the object that says what is committed."""
 
-    def _writer(self, array: zarr.Array[Any], dtype: StoreDtype) -> LayerWriter:
+    def _writer(self, path: str, dtype: StoreDtype) -> LayerWriter:
+        if self._workers is None:
+            self._workers = ShardWorkers()
         return LayerWriter(
-            array,
+            path,
             layout=self.layout,
             rows=self._rows,
             dtype=dtype,
             mask=self.mask(),
             location=self._location,
-            ledger=self._guard.ledger,
-            commit=partial(self._commit, array.path),
+            workers=self._workers,
+            commit=partial(self._commit, path),
         )
 
     def _commit(self, path: str, shards: dict[str, ObjectRecord]) -> None:

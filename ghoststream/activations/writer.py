@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 
-from ghoststream.activations.bits import decode_torch, encode
-from ghoststream.activations.dtypes import StoreDtype, numpy_dtype
-from ghoststream.activations.guard import Ledger
+from ghoststream.activations.dtypes import StoreDtype
 from ghoststream.activations.layout import StoreLayout, shard_key
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import ObjectRecord
 from ghoststream.activations.reader import require_finite_rows
+from ghoststream.activations.shard_image import ShardImage
+from ghoststream.activations.shard_workers import ShardWorkers
 from ghoststream.errors import RequestError
 
 Commit = Callable[[dict[str, ObjectRecord]], None]
@@ -28,41 +30,44 @@ class LayerWriter:
     """Writes the hidden states of one layer, of the sequences ``rows``, into an open store.
 
     Rows arrive in ascending order and are gathered into whole shards, so that no shard is ever written twice.
-    Nothing counts until :meth:`commit`; a writer that is left without it, by an error or otherwise, removes
-    what it wrote. Get one from :meth:`ActivationStore.writer`::
+    A full shard is looked through, hashed and written by a thread, several at a time, while the next one is
+    filled: an error of it is raised by a later call. Nothing counts until :meth:`commit`; a writer that is
+    left without it, by an error or otherwise, removes what it wrote. Get one from
+    :meth:`ActivationStore.writer`::
 
         with store.writer(layer) as writer:
             for first, states in batches:
                 writer.write(first, states)
             writer.commit()
 
-    Memory: One shard of the array's dtype, the rows of one call in that dtype, and while a shard is written
-    two encoded copies of it (zarr's chunks and the file).
+    Memory: One shard that is filled, and those of the store's :class:`ShardWorkers`.
     """
 
     def __init__(
         self,
-        array: zarr.Array[Any],
+        path: str,
         *,
         layout: StoreLayout,
         rows: tuple[int, int],
         dtype: StoreDtype,
         mask: npt.NDArray[np.bool_],
         location: Location,
-        ledger: Ledger,
+        workers: ShardWorkers,
         commit: Commit,
     ) -> None:
-        self._array = array
+        self._path = path
         self._layout = layout
         self._dtype = dtype
         self._mask = mask
         self._location = location
-        self._ledger = ledger
+        self._workers = workers
         self._commit = commit
-        self._shards: dict[str, ObjectRecord] = {}
         self._start, self._stop = rows
         self._next = self._start
-        self._buffer: npt.NDArray[Any] | None = None
+        self._buffer: torch.Tensor | None = None
+        self._keys: list[str] = []
+        self._pending: deque[Future[ObjectRecord]] = deque()
+        self._records: list[ObjectRecord] = []
         self._open = True
 
     @property
@@ -73,62 +78,67 @@ class LayerWriter:
     def write(self, first_sequence: int, states: torch.Tensor) -> None:
         """Add the hidden states of sequences ``[first_sequence, first_sequence + n)``.
 
+        They are copied when this returns. It waits while all threads that write shards are busy.
+
         Args:
             first_sequence: Number of the first one; must follow the last call without a gap.
             states: ``(n, T, C)``, floating, any device; cast to the store dtype (round to nearest even).
 
         Raises:
             RequestError: If the rows do not follow, are too many, of another shape, or not floating.
-            NumericsError: If a value at a position that counts is NaN or infinite in the store dtype.
+            NumericsError: If a value that was given before, at a position that counts, is NaN or infinite in
+                the store dtype.
             DiskFullError: If no space was left; the store keeps what was committed.
         """
         self._require_fitting(first_sequence, states)
+        while self._pending and self._pending[0].done():
+            self._records.append(self._pending.popleft().result())
         per_shard = self._layout.sequences_per_shard
         done = 0
-        while done < states.shape[0]:
+        while done < len(states):
             filled = self._next % per_shard
             rows = states[done : done + per_shard - filled]
-            stored = encode(rows, self._dtype)
-            require_finite_rows(
-                decode_torch(stored, self._dtype),
-                self._mask[self._next : self._next + len(stored)],
-                self._next,
-                f"cannot store {self._array.path} as {self._dtype}",
-            )
-            buffer = self._shard_buffer()
-            buffer[filled : filled + len(stored)] = stored
-            self._next += len(stored)
-            done += len(stored)
+            if self._buffer is None:
+                room = ShardImage.room(self._layout, self._dtype)
+                self._buffer = self._workers.take(room, pinned=states.is_cuda)
+            ShardImage(self._buffer, self._layout, self._dtype).put(filled, rows)
+            self._next += len(rows)
+            done += len(rows)
             if self._next % per_shard == 0 or self._next == self._stop:
-                self._flush()
+                self._hand_in()
 
     def commit(self) -> None:
         """Mark the array done: data to disk, then the manifest. Nothing can be written afterwards.
 
         Raises:
             RequestError: If sequences are missing, or the writer is already closed.
-            DiskFullError: If no space was left for the manifest; the array then does not count.
+            NumericsError: If a value at a position that counts is NaN or infinite in the store dtype.
+            DiskFullError: If no space was left for a shard or the manifest; the array then does not count.
         """
         self._require_open()
         if self._next != self._stop:
             msg = (
-                f"{self._array.path} has {self._next - self._start} of {self._stop - self._start} sequences;"
+                f"{self._path} has {self._next - self._start} of {self._stop - self._start} sequences;"
                 " write the rest before it is committed"
             )
             raise RequestError(msg)
-        self._location.settle([f"{self._array.path}/zarr.json", *self._shards])
+        while self._pending:
+            self._records.append(self._pending.popleft().result())
+        self._location.settle([f"{self._path}/zarr.json", *self._keys])
         # Closed first: should the manifest's write fail after its rename, the shards must not be removed.
         self._open = False
-        self._buffer = None
-        self._commit(self._shards)
+        self._commit(dict(zip(self._keys, self._records, strict=True)))
 
     def abort(self) -> None:
         """Remove what was written, unless it was committed."""
         if not self._open:
             return
         self._open = False
-        self._buffer = None
-        self._location.delete(self._shards)
+        if self._buffer is not None:
+            self._workers.give_back(self._buffer)
+            self._buffer = None
+        wait(self._pending)
+        self._location.delete(self._keys)
 
     def __enter__(self) -> Self:
         return self
@@ -138,24 +148,27 @@ class LayerWriter:
     ) -> None:
         self.abort()
 
-    def _shard_buffer(self) -> npt.NDArray[Any]:
-        if self._buffer is None:
-            layout = self._layout
-            rows = min(layout.sequences_per_shard, self._stop - self._start)
-            self._buffer = np.empty((rows, layout.length, layout.hidden), dtype=numpy_dtype(self._dtype))
-        return self._buffer
-
-    def _flush(self) -> None:
+    def _hand_in(self) -> None:
+        """Let the shard that is full, or the last one, be written."""
+        buffer, self._buffer = self._buffer, None
+        assert buffer is not None
         shard = (self._next - 1) // self._layout.sequences_per_shard
+        self._keys.append(shard_key(self._path, shard))
+        self._pending.append(self._workers.submit(buffer, partial(self._finish, buffer, shard)))
+
+    def _finish(self, buffer: torch.Tensor, shard: int) -> ObjectRecord:
         start, stop = self._layout.shard_rows(shard)
-        key = shard_key(self._array.path, shard)
-        with self._location.writing(key, self._layout.shard_bytes(self._dtype)):
-            self._array[start:stop] = self._shard_buffer()[: stop - start]
-        self._shards[key] = self._ledger.written.pop(key)
+        image = ShardImage(buffer, self._layout, self._dtype)
+        content, record, finite = image.seal(stop - start)
+        if not finite:  # which is no error where no position counts
+            what = f"cannot store {self._path} as {self._dtype}"
+            require_finite_rows(image.values(stop - start), self._mask[start:stop], start, what)
+        self._location.write_object(shard_key(self._path, shard), content)
+        return record
 
     def _require_fitting(self, first_sequence: int, states: torch.Tensor) -> None:
         self._require_open()
-        layout, path = self._layout, self._array.path
+        layout, path = self._layout, self._path
         if first_sequence != self._next:
             msg = (
                 f"{path} was given sequence {first_sequence}, and {self._next} comes next;"
@@ -180,5 +193,5 @@ class LayerWriter:
 
     def _require_open(self) -> None:
         if not self._open:
-            msg = f"the writer of {self._array.path} is closed; ask the store for another one"
+            msg = f"the writer of {self._path} is closed; ask the store for another one"
             raise RequestError(msg)

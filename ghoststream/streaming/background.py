@@ -1,4 +1,4 @@
-"""An observer behind the pass: shards are written and forced to disk while the next batch computes."""
+"""An observer behind the pass: states are on their way to the host while the next batch computes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ class BackgroundObserver:
     """Shows an observer what a lane shows, from a thread of its own and in the same order.
 
     At most two batches wait; then the pass does. A position is finished before the pass goes on to the next
-    layer, so that a kill costs no more than without the thread. Errors of the observer are raised by the next
+    layer. Errors of the observer are raised by the next
     call, or when the context ends::
 
         with BackgroundObserver(observer, device) as behind:
             StreamedPass(skeleton, batches, [Lane("dense", plan, observers=(behind,))], factory).run()
 
     Args:
-        observer: Who is shown the states, on the CPU. Its ``wants`` must not depend on what it was shown.
+        observer: Who is shown the states, on the device, to be copied on the current stream. Its
+            ``wants`` must not depend on what it was shown.
         device: Where the pass computes.
 
-    Memory: three batches of states, on the device and on the host.
+    Memory: three batches of states on the device.
     """
 
     def __init__(self, observer: Observer, device: torch.device) -> None:
@@ -57,8 +58,7 @@ class BackgroundObserver:
 
         def show() -> None:
             with self._copies.beside(mark):
-                on_host = kept.to("cpu")
-            self._observer.observe(position, batch, on_host)
+                self._observer.observe(position, batch, kept)
 
         self._submit(show)
 

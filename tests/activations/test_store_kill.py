@@ -62,20 +62,21 @@ def test_a_full_disk_keeps_what_was_committed(small_disk: Path, monkeypatch: pyt
     assert verify_store(root) == []
     with ActivationStore.open(root, "r+") as store:
         assert torch.equal(store.read(1, 0, 10), small_states(layout, 1))
-        with pytest.raises(DiskFullError), store.writer(3) as writer:
-            writer.write(0, small_states(layout, 3))
+        with pytest.raises(DiskFullError):
+            write_layer(store, 3, small_states(layout, 3), batch=10)
     assert verify_store(root) == []
 
 
 @pytest.fixture
 def failing_writes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Let zarr's n-th local write from now on fail for lack of space: set ``left``."""
-    state = {"left": -1}
+    """Let zarr's n-th local write from now on fail for lack of space (``left``), or that of a ``shard``."""
+    state = {"left": -1, "shard": -1}
     put = zarr_local._put
 
     def failing(path: Path, value: Any, **options: Any) -> int:
         state["left"] -= 1
-        if state["left"] == -1:
+        if state["left"] == -1 or path.name == f"c.{state['shard']}.0.0":
+            state["shard"] = -1
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return put(path, value, **options)
 
@@ -83,15 +84,15 @@ def failing_writes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return state
 
 
-@pytest.mark.parametrize("left", [0, 1, 2])
+@pytest.mark.parametrize("shard", [0, 1, 2])
 def test_a_shard_that_finds_no_space_leaves_the_layer_out(
-    tmp_path: Path, failing_writes: dict[str, int], left: int
+    tmp_path: Path, failing_writes: dict[str, int], shard: int
 ) -> None:
     layout = small_layout()
     with ActivationStore.create(tmp_path, **small_request(layout)) as store:
         write_layer(store, 0, small_states(layout, 0))
-        failing_writes["left"] = left
-        with pytest.raises(DiskFullError, match=rf"hidden/1/c\.{left}\.0\.0"):
+        failing_writes["shard"] = shard
+        with pytest.raises(DiskFullError, match=rf"hidden/1/c\.{shard}\.0\.0"):
             write_layer(store, 1, small_states(layout, 1))
         assert list((tmp_path / "hidden/1").glob("c.*")) == []
         write_layer(store, 1, small_states(layout, 1))

@@ -27,7 +27,10 @@ def run_killer(name: str, *arguments: object) -> dict[str, Any]:
 
 
 def require_survived(result: dict[str, Any]) -> None:
-    """Check that killed runs ended with the files of an undisturbed one, and repeated one layer at most."""
+    """Check that killed runs ended with the files of an undisturbed one, and repeated two layers at most.
+
+    One of them was being committed, and the other one computed.
+    """
     for run in result["killed"]:
         who = f"worker {run['worker']} " if "worker" in run else ""
         where = f"{who}killed before {run['operation']}"
@@ -36,4 +39,4 @@ def require_survived(result: dict[str, Any]) -> None:
         assert run["files"] == result["whole"], where
         first, second = run["layers"]
         repeated = len(first) + len(second) - len(result["layers"])
-        assert repeated in {0, 1}, f"{where}: computed {first}, then {second}"
+        assert repeated in {0, 1, 2}, f"{where}: computed {first}, then {second}"

@@ -26,7 +26,7 @@ from ghoststream.recovery import load_recovered
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing import capture as capturing
-from ghoststream.stages.capturing.run import StoreObserver
+from ghoststream.stages.capturing.store_observer import StoreObserver
 from ghoststream.stages.export import export
 from ghoststream.statistics import store_digest
 from ghoststream.testing.models import save_tiny

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ghoststream.activations import ActivationStore, verify_store
+from ghoststream.activations import ActivationStore, verify_store, writing_threads
 from ghoststream.errors import (
     BudgetError,
     InputNotFoundError,
@@ -83,11 +83,12 @@ def test_states_in_scratch_files_give_the_same_store(
 ) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     _capture(folder, ids_file, tmp_path / "a")
-    # Two layers, the work on a micro-batch of 2, three copies of a shard, three batches that wait: no room
-    # for states.
+    # Two layers, the work on a micro-batch of 2, a shard that is filled and one for each thread that writes:
+    # no room for states. A chunk has one sequence and a checksum; the index is of all and has one too.
     unit, width = Skeleton(folder).unit_bytes, 32 * 4
     work = max(unit // 2, 2 * T * (4 * 64 + 8 * 32) * 4)
-    least = 2 * unit + work + 3 * S * T * width + 3 * 2 * T * width
+    shard = S * (T * width + 4) + S * 16 + 4
+    least = 2 * unit + work + (1 + writing_threads()) * shard
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     with pytest.raises(BudgetError, match=r"two layers .*; use a smaller micro-batch"):

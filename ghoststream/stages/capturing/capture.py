@@ -32,8 +32,9 @@ def capture(
 ) -> ActivationStore:
     """Run a model once over calibration text and keep ``h[0..L]`` (or some of them) in a store.
 
-    Killed at any moment, the same call continues from the last layer that was finished: from the store where
-    it holds that layer at compute dtype, otherwise from a scratch copy inside it.
+    Killed at any moment, the same call continues from the last layer that was committed. A layer is committed
+    while the next one computes, so at most two are computed again. It continues from the store where that
+    holds the layer at compute dtype, otherwise from a scratch copy inside it.
 
     Several workers can share the sequences, each with the same call but for ``worker``, at the same time or
     one after another, in any order. Each reads the weights and writes shards of its own; the one that
@@ -64,8 +65,9 @@ def capture(
         GhoststreamError: What opening the model, the text or the store raises.
 
     Memory: what :class:`~ghoststream.streaming.PassMemory` states, ``S * T * C`` elements of states where
-    they fit, three micro-batches on their way to the store, and three times one shard of it (a shard is 16
-    MiB or one sequence). With ``worker``, S is the number of sequences in its share.
+    they fit, a shard of the store (16 MiB, or one sequence) for each of at most four threads that write and
+    each array that is filled, and on an accelerator three micro-batches on their way there. With
+    ``worker``, S is the number of sequences in its share.
     """
     session = ModelSession(model, compute)
     return capture_session(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
-import torch
-
-from ghoststream.activations import LayerWriter, WritableStore
-from ghoststream.options import dtype_name
+from ghoststream.activations import ShardImage, WritableStore, writing_threads
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.capturing.store_observer import StoreObserver
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.stored import stored_states
 from ghoststream.statistics import BASE_TENSORS
@@ -18,6 +16,7 @@ from ghoststream.streaming import (
     BackgroundObserver,
     Batch,
     Lane,
+    Observer,
     PassOptions,
     StreamedPass,
     make_batches,
@@ -79,7 +78,10 @@ class CaptureRun:
             last_layer=self._recipe.layers[-1],
             progress=self._progress,
         )
-        with BackgroundObserver(observer, skeleton.device) as writing:
+        with ExitStack() as stack:
+            writing: Observer = stack.enter_context(observer)
+            if skeleton.device.type != "cpu":  # the way to the host would stop the accelerator
+                writing = stack.enter_context(BackgroundObserver(observer, skeleton.device))
             lane = Lane("dense", PruningPlan(skeleton.n_layers), observers=(writing,))
             StreamedPass(skeleton, batches, [lane], factory, options).run()
 
@@ -91,84 +93,17 @@ class CaptureRun:
         return tuple(batch for batch in everything if start <= batch.start < stop)
 
     def _buffers(self) -> int:
-        """Bytes that writing takes: a shard in three copies, also of the scratch copy, and what waits."""
-        recipe, skeleton = self._recipe, self._session.skeleton
-        sequence = recipe.text.length * skeleton.hidden_size
-        shard = sequence * recipe.sequences_per_shard * (4 if recipe.store_dtype == "float32" else 2)
-        scratch = sequence * recipe.sequences_per_shard * skeleton.dtype.itemsize
-        waiting = 3 * recipe.micro_batch * sequence * skeleton.dtype.itemsize
-        return 3 * (shard + (scratch if self._needs_scratch else 0)) + waiting
+        """Bytes that writing takes: shards that are written and those that are filled."""
+        layout, skeleton = self._store.layout, self._session.skeleton
+        dtypes = [layout.store_dtype, *([self._recipe.dtype] if self._needs_scratch else [])]
+        room = max(ShardImage.room(layout, dtype) for dtype in dtypes)
+        if skeleton.device.type == "cpu":
+            return (writing_threads() + len(dtypes)) * room
+        # Page-locked memory comes in powers of two.
+        return (writing_threads() + len(dtypes)) * (1 << (room - 1).bit_length())
 
     def _resume_point(self) -> int:
         points = list(self._store.scratch_layers())
         if self._recipe.store_dtype == self._recipe.dtype:
             points += self._store.completed_layers()
         return max(points, default=0)
-
-
-class StoreObserver:
-    """Writes what a lane shows into the store, and a scratch copy of the newest layer where one is needed.
-
-    Args:
-        store: The store, open for writing.
-        scratch_dtype: Compute dtype, if scratch copies are needed to continue from; else ``None``.
-        last: The last position of the pass; nothing is continued from there.
-        tensors: Gives the digests of the tensors that a pass reads between a position and the one before.
-    """
-
-    def __init__(
-        self,
-        store: WritableStore,
-        scratch_dtype: torch.dtype | None,
-        last: int,
-        tensors: Callable[[int], Mapping[str, str]],
-    ) -> None:
-        self._store, self._tensors, self._noted = store, tensors, -1
-        self._pending = set(store.layers) - set(store.completed_layers())
-        self._scratch_dtype = scratch_dtype
-        self._scratch_done = set(store.scratch_layers())
-        self._last = last
-        self._writers: list[LayerWriter] = []
-        self._position: int | None = None
-
-    def wants(self, position: int) -> bool:
-        """Whether a layer that the store lacks, or a scratch copy, is to be written at this position."""
-        return position in self._pending or self._wants_scratch(position)
-
-    def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
-        """Write the states of one batch."""
-        if self._position != position:
-            self._open(position)
-        for writer in self._writers:
-            writer.write(batch.start, states)
-
-    def finished(self, position: int) -> None:
-        """Commit what was written, then drop the scratch copies of the positions before."""
-        if self._writers:
-            for earlier in range(self._noted + 1, position + 1):
-                self._store.annotate_entries(BASE_TENSORS, self._tensors(earlier))
-            self._noted = position
-        for writer in self._writers:
-            writer.commit()
-        self._writers = []
-        for layer in self._store.scratch_layers():
-            if layer < position:
-                self._store.drop_scratch(layer)
-
-    def failed(self) -> None:
-        """Remove what was written and not committed."""
-        for writer in self._writers:
-            writer.abort()
-        self._writers = []
-
-    def _open(self, position: int) -> None:
-        self._position = position
-        if position in self._pending:
-            self._writers.append(self._store.writer(position))
-        if self._wants_scratch(position) and self._scratch_dtype is not None:
-            self._writers.append(self._store.scratch_writer(position, dtype_name(self._scratch_dtype)))
-
-    def _wants_scratch(self, position: int) -> bool:
-        return (
-            self._scratch_dtype is not None and position < self._last and position not in self._scratch_done
-        )

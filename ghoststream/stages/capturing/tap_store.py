@@ -180,8 +180,8 @@ def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress:
         BudgetError: If they do not fit the disk.
         GhoststreamError: What :func:`ghoststream.replay` raises.
 
-    Memory: what :func:`ghoststream.replay` states, the taps of one micro-batch once more, and three shards of
-    64 MiB. Disk: ``S T`` times the width of the taps, in elements of compute dtype, a layer.
+    Memory: what :func:`ghoststream.replay` states, the taps of one micro-batch once more, and up to
+    five shards of 64 MiB. Disk: ``S T`` times the width of the taps, in elements of compute dtype, a layer.
     """
     source = ActivationStore.open(str(store))
     width, layers = wanted.width, wanted.layers

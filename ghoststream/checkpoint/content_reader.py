@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ghoststream.checkpoint.contents import CHUNK_BYTES, ContentCheck, TensorDigests
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
-from ghoststream.checkpoint.open_files import OpenFiles
+from ghoststream.checkpoint.pieces import PieceReader
 from ghoststream.errors import CheckpointError
+from ghoststream.machine import free_host_memory
 
 
 class ContentReader:
@@ -29,7 +30,9 @@ class ContentReader:
         self.index = index
         self.digests = TensorDigests(index.root)
         self._buffers = frozenset(buffers)
-        self._files = OpenFiles()
+        # What does not fit the page cache is not there any more when the next pass reads it.
+        n_bytes = sum(entry.n_bytes for entry in index.tensors.values())
+        self._files = PieceReader(direct=n_bytes > free_host_memory())
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +71,13 @@ class ContentReader:
                 tensor is not what it is known to be.
             NumericsError: If it holds NaN, or infinity and is no buffer.
         """
-        yield from self._checked(self.entry(name), lambda _, count: buffer[:count], len(buffer))
+        entry, check = self.entry(name), self._check_of(name)
+        size = max(8, min(len(buffer), CHUNK_BYTES) // 8 * 8)  # whole elements
+        for done in range(0, entry.n_bytes, size):
+            for chunk in self._arriving(entry, buffer[: min(size, entry.n_bytes - done)], done):
+                check.update(chunk)
+                yield chunk
+        self.digests.note(name, check.digest())
 
     def check(self, name: str) -> str:
         """Read a tensor and keep nothing of it but its digest, which is returned.
@@ -84,42 +93,33 @@ class ContentReader:
         """Return the tensors that are known of another time and were not compared with that yet."""
         return tuple(name for name in self.digests.unread() if name in self.index.tensors)
 
-    def _checked(
-        self, entry: TensorEntry, room: Callable[[int, int], memoryview], most: int
-    ) -> Iterator[memoryview]:
-        """Read a tensor into ``room(done, count)``, at most ``most`` bytes at once, and check its content."""
-        check = ContentCheck(
-            entry.name,
-            entry.dtype_name,
-            self.index.root / entry.shard,
-            may_be_infinite=entry.name in self._buffers,
-        )
-        size = max(8, min(most, CHUNK_BYTES) // 8 * 8)  # whole elements
-        for done in range(0, entry.n_bytes, size):
-            chunk = room(done, min(size, entry.n_bytes - done))
-            self._pread(entry, chunk, done)
-            check.update(chunk)
-            yield chunk
-        self.digests.note(entry.name, check.digest())
+    def _check_of(self, name: str) -> ContentCheck:
+        entry = self.entry(name)
+        place = self.index.root / entry.shard
+        return ContentCheck(name, entry.dtype_name, place, may_be_infinite=name in self._buffers)
 
-    def _pread(self, entry: TensorEntry, chunk: memoryview, place: int) -> None:
-        done, path = 0, self.index.root / entry.shard
+    def _arriving(self, entry: TensorEntry, target: memoryview, place: int = 0) -> Iterator[memoryview]:
+        """Fill ``target`` with bytes of a tensor from ``place`` on, and yield them in order as they come.
+
+        In chunks that a core's cache holds, of whole elements.
+        """
+        path = self.index.root / entry.shard
         try:
-            with self._files.opened(path) as descriptor:
-                while done < len(chunk):
-                    got = os.preadv(descriptor, [chunk[done:]], entry.offset + place + done)
-                    if not got:
-                        break
-                    done += got
+            for begin, stop, got in self._files.arriving(path, entry.offset + place, target, CHUNK_BYTES):
+                if got != stop - begin:
+                    raise _too_short(entry, path, entry.n_bytes - place - begin - got)
+                for first in range(begin, stop, CHUNK_BYTES):
+                    yield target[first : min(first + CHUNK_BYTES, stop)]
         except OSError as error:
             msg = (
                 f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard "
                 "again"
             )
             raise CheckpointError(msg) from error
-        if done != len(chunk):
-            msg = (
-                f"{path} ended {entry.n_bytes - place - done} bytes before the end of tensor {entry.name}: "
-                "it was changed after it was opened; copy the shard again"
-            )
-            raise CheckpointError(msg)
+
+
+def _too_short(entry: TensorEntry, path: Path, missing: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} ended {missing} bytes before the end of tensor {entry.name}: it was changed after it was "
+        "opened; copy the shard again"
+    )

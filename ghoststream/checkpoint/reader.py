@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from collections.abc import Collection
@@ -52,7 +53,7 @@ class TensorReader(ContentReader):
         entry = self.entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         self._fill(entry, tensor)
-        return tensor if dtype is None else self._converted(entry, tensor.to(dtype))
+        return tensor if dtype is None else self.converted(name, tensor.to(dtype))
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
         """Read one tensor into a host tensor of its shape, converting to that tensor's dtype.
@@ -67,7 +68,7 @@ class TensorReader(ContentReader):
             self._fill(entry, target)
         else:
             target.copy_(self.read(name))
-            self._converted(entry, target)
+            self.converted(name, target)
 
     def rows(self, name: str, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Gather rows of a 2-D tensor.
@@ -87,20 +88,65 @@ class TensorReader(ContentReader):
         entry = self.entry(name)
         if name not in self._mapped:
             self.check(name)
-        n_rows = entry.shape[0]
-        if rows.numel() and int(rows.max()) >= n_rows:
-            msg = (
-                f"row {int(rows.max())} asked of tensor {name} with {n_rows} rows: the token ids do not fit"
-                " this model; use its own tokenizer"
-            )
-            raise CheckpointError(msg)
+        self._require_rows(entry, rows)
         gathered = torch.from_numpy(self._mapping(entry)[rows.numpy()]).view(entry.dtype)
         with self._lock:
             self.bytes_read += gathered.numel() * gathered.element_size()
-        return gathered if dtype is None else self._converted(entry, gathered.to(dtype))
+        return gathered if dtype is None else self.converted(name, gathered.to(dtype))
 
-    def _converted(self, entry: TensorEntry, tensor: torch.Tensor) -> torch.Tensor:
-        """Check a tensor of another dtype than its own: a dtype of smaller range makes infinities."""
+    def gather(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Gather rows of a 2-D tensor while all of it is read once, in order.
+
+        Its digest takes that much anyway. A few rows a time would cost a request of the disk each.
+
+        Args:
+            name: Tensor of shape ``(n_rows, width)``.
+            rows: Row numbers, int64, shape ``(k,)``, ascending, each once.
+
+        Returns:
+            Tensor ``(k, width)``, of the checkpoint's dtype.
+
+        Raises:
+            CheckpointError, NumericsError: As for :meth:`rows`.
+
+        Memory: the result, and what is in flight or one row.
+        """
+        entry = self.entry(name)
+        self._require_rows(entry, rows)
+        n_rows, width = entry.shape[0], math.prod(entry.shape[1:])
+        row_bytes = width * entry.dtype.itemsize
+        step = max(1, min(n_rows, self._files.worth_asking(CHUNK_BYTES) // row_bytes))
+        result = torch.empty((len(rows), width), dtype=entry.dtype)
+        gathered, wanted = result.view(torch.uint8).numpy(), rows.numpy()
+        block, check = np.empty((step, row_bytes), dtype=np.uint8), self._check_of(name)
+        for first in range(0, n_rows, step):
+            part = block[: min(step, n_rows - first)]
+            for chunk in self._arriving(entry, memoryview(part.reshape(-1)), first * row_bytes):
+                check.update(chunk)
+            begin, stop = np.searchsorted(wanted, [first, first + step])
+            np.take(part, wanted[begin:stop] - first, axis=0, out=gathered[begin:stop])
+        self.digests.note(name, check.digest())
+        with self._lock:
+            self.bytes_read += gathered.nbytes
+        return result
+
+    def _require_rows(self, entry: TensorEntry, rows: torch.Tensor) -> None:
+        if rows.numel() and int(rows.max()) >= entry.shape[0]:
+            msg = (
+                f"row {int(rows.max())} asked of tensor {entry.name} with {entry.shape[0]} rows: the token "
+                "ids do not fit this model; use its own tokenizer"
+            )
+            raise CheckpointError(msg)
+
+    def converted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return values of a tensor that were brought to another dtype, checked.
+
+        A dtype of smaller range makes infinities.
+
+        Raises:
+            NumericsError: If it did.
+        """
+        entry = self.entry(name)
         largest = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
         shrinks = entry.dtype.is_floating_point and largest < torch.finfo(entry.dtype).max
         if not shrinks or not tensor.numel() or entry.name in self._buffers:
@@ -117,8 +163,10 @@ class TensorReader(ContentReader):
         buffer = (
             memoryview(target.reshape(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
         )
-        for _ in self._checked(entry, lambda done, count: buffer[done : done + count], CHUNK_BYTES):
-            pass
+        check = self._check_of(entry.name)
+        for chunk in self._arriving(entry, buffer):
+            check.update(chunk)
+        self.digests.note(entry.name, check.digest())
         with self._lock:
             self.bytes_read += entry.n_bytes
 

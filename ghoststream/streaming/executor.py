@@ -23,6 +23,7 @@ which states, :class:`StatesFlow` brings them to the device and away, :class:`We
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -155,13 +156,19 @@ class StreamedPass:
     def _begin(self, first: int) -> LaneGroups:
         groups = LaneGroups(self._lanes, self._batches, self._factory)
         source = self._options.initial or self._calls.embed
-        for batch in self._batches:
-            value = source(batch).to(self._skeleton.device)
-            require_finite(value, f"at position {first}", batch)
-            groups.first.put(batch, value)
-            self._show(first, batch, value, groups.lanes)
+        with self._rows_of_tokens():
+            for batch in self._batches:
+                value = source(batch).to(self._skeleton.device)
+                require_finite(value, f"at position {first}", batch)
+                groups.first.put(batch, value)
+                self._show(first, batch, value, groups.lanes)
         self._finish_position(first, groups)
         return groups
+
+    def _rows_of_tokens(self) -> AbstractContextManager[None]:
+        if self._options.initial is not None:
+            return nullcontext()
+        return self._skeleton.held_embeddings([batch.ids for batch in self._batches])
 
     def _through_layer(self, layer: int, groups: LaneGroups, weights: Weights) -> None:
         with self._skeleton.loaded_layer(layer, weights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,7 @@ class Skeleton:
         self._names = self._named_by_part()
         self.reader = TensorReader(self.index, self._buffer_sources())
         self._slots = self._make_slots()
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         self._move_buffers()
 
     @property
@@ -186,19 +187,39 @@ class Skeleton:
             self.reader.close()
 
     def _gathering_forward(self, embedding: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        source = self.keys.names[f"{self._embedding_name}.weight"]
-        _, dtype = self._tensors[f"{self._embedding_name}.weight"]
-
         def gather(input_ids: torch.Tensor) -> Any:
             rows, inverse = input_ids.unique(return_inverse=True)
             empty = embedding._parameters["weight"]
-            assign_weights(embedding, {"weight": self.reader.rows(source, rows.cpu(), dtype)}, self.device)
+            assign_weights(embedding, {"weight": self._embedding_rows(rows.cpu())}, self.device)
             try:
                 return forward(inverse)
             finally:
                 embedding._parameters["weight"] = empty
 
         return gather
+
+    @contextmanager
+    def held_embeddings(self, ids: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Read the embedding's rows of all these tokens at once, and keep them for the length of the context.
+
+        Memory: those rows, at most the embedding.
+        """
+        source = self.keys.names[f"{self._embedding_name}.weight"]
+        rows = torch.cat([one.reshape(-1) for one in ids]).unique().cpu()
+        self._held = rows, self.reader.gather(source, rows)
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def _embedding_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the embedding of tokens, at compute dtype, ``(k, C)``."""
+        source = self.keys.names[f"{self._embedding_name}.weight"]
+        _, dtype = self._tensors[f"{self._embedding_name}.weight"]
+        if self._held is None:
+            return self.reader.rows(source, rows, dtype)
+        known, table = self._held
+        return self.reader.converted(source, table[torch.searchsorted(known, rows)].to(dtype))
 
     @contextmanager
     def _loaded(self, module: nn.Module, weights: Weights) -> Iterator[nn.Module]:

@@ -156,18 +156,33 @@ class PassCost:
         lanes: Work of its lanes, in dense passes over all sequences.
         fits: Boundaries that are fitted in it.
         backward: Whether it goes back too, which reads every layer once more.
+        fit_share: Share of the sequences that they are fitted on.
+        fit_method: How; None for the operator that is named, or the widest that is tried.
+        scored: Tokens whose logits are taken, in texts of all sequences.
+        last: The pass ends with ``h[last]``; None for the whole model.
     """
 
     states: float
     lanes: float
     fits: int = 0
     backward: bool = False
+    fit_share: float = 1.0
+    fit_method: Method | None = None
+    scored: float = 0.0
+    last: int | None = None
 
 
 PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"
 """Memory of a pass where layers are computed, beside hidden states; eager attention takes more."""
 
+SHARD_BYTES = 16 * 2**20
+"""Bytes of a shard of a store at most, where a sequence does not take more."""
+
+LOSS_BYTES = 4 * 2**20
+"""Float32 logits that a CPU turns into losses at once: what its caches hold."""
+
 _MOST_TOKENS = 2048
+_LEAST_CHUNK_BYTES = 32 * 2**20
 
 
 def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int, length: int) -> int:
@@ -197,3 +212,33 @@ def sequences_at_work(unit_bytes: int, sequence_bytes: int, length: int, limit: 
     """
     room = unit_bytes // 2 if limit is None else min(unit_bytes // 2, limit - 2 * unit_bytes)
     return max(1, min(_MOST_TOKENS // length, room // sequence_bytes))
+
+
+def store_buffer_bytes(
+    *, sequence: int, sequences: int, micro_batch: int, stored: int, itemsize: int, is_rounded: bool
+) -> int:
+    """Return what a capture takes on the host beside its pass: three copies of a shard, and what waits.
+
+    Args:
+        sequence: Elements of the hidden states of a sequence.
+        sequences: Sequences of the text.
+        micro_batch: Sequences that are computed at once; three of them wait.
+        stored: Bytes of an element in the store.
+        itemsize: Bytes of an element as it is computed.
+        is_rounded: Whether a scratch copy is written beside the store.
+    """
+    per_shard = max(1, SHARD_BYTES // (sequence * stored))
+    if sequences <= per_shard:
+        per_shard = sequences
+    elif micro_batch <= per_shard:
+        per_shard -= per_shard % micro_batch
+    shard = per_shard * sequence
+    return 3 * shard * (stored + is_rounded * itemsize) + 3 * micro_batch * sequence * itemsize
+
+
+def default_logit_tokens(vocab_size: int, unit_bytes: int) -> int:
+    """How many tokens' float32 logits fit in a quarter of U, or in 32 MiB if that is more.
+
+    Fewer would be slower: CPU kernels bring the head's weights into their own layout once a chunk.
+    """
+    return max(1, max(_LEAST_CHUNK_BYTES, unit_bytes // 4) // (4 * vocab_size))

@@ -16,6 +16,7 @@ from ghoststream.checkpoint.configuration import configured, read_config
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask, require_fraction, require_unquantised_names
+from ghoststream.checkpoint.layer_sizes import LayerSizes, MlpEnd, mlp_end
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 
 ITEMSIZES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,19 +32,6 @@ _DEFAULTS = {"model_type": "", "do_layer_norm_before": True, "_remove_final_laye
 
 
 @dataclass(frozen=True, slots=True)
-class MlpEnd:
-    """The last linear map of a layer's MLP, which operators can be absorbed into.
-
-    Attributes:
-        refusal: Why none can; empty where they can.
-        has_bias: Whether it has a bias, which takes up an operator's constant.
-    """
-
-    refusal: str = ""
-    has_bias: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Sizes of a checkpoint; bytes of parts are at compute dtype ``dtype``, ``checkpoint_bytes`` as stored.
 
@@ -53,6 +41,10 @@ class ModelSizes:
         layer_bytes: Of the largest layer.
         tied: Whether head and embedding are one tensor.
         unit_bytes: U, the largest of one decoder layer, the embedding and the head.
+        layers: Each decoder layer.
+        entry_bytes: Stored bytes of what a pass reads before its first layer: embedding, norms, positions.
+        last_bytes: Stored bytes of what it reads for logits: the head, or the embedding again where it is
+            tied.
         taps: Width of the taps of the first layer that are not as wide as the hidden state, by name.
         mlp_ends: What operators can be absorbed into, of each layer.
         norm_names_epsilon: Whether the final norm says which epsilon it has, which normed features need.
@@ -75,10 +67,23 @@ class ModelSizes:
     unit_bytes: int
     checkpoint_bytes: int
     shards: tuple[Path, ...]
+    layers: tuple[LayerSizes, ...]
+    entry_bytes: int
+    last_bytes: int
     taps: Mapping[str, int] = field(default_factory=dict)
     mlp_ends: tuple[MlpEnd, ...] = ()
     norm_names_epsilon: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries V of the vocabulary."""
+        return self.head_bytes // self.itemsize // self.hidden
+
+    def pass_bytes(self, last: int | None = None) -> int:
+        """Return the stored bytes that a pass to ``h[last]`` reads; ``None``: to the logits."""
+        layers = sum(layer.stored_bytes for layer in self.layers[:last])
+        return self.entry_bytes + layers + (self.last_bytes if last is None else 0)
 
     @property
     def refusal(self) -> str:
@@ -111,7 +116,9 @@ class ModelSizes:
 
     def to_json(self) -> dict[str, Any]:
         """Return the sizes as JSON data."""
-        shown = {key: value for key, value in asdict(self).items() if key not in {"mlp_ends", "config"}}
+        shown = {
+            key: value for key, value in asdict(self).items() if key not in {"mlp_ends", "config", "layers"}
+        }
         return {
             **shown,
             "root": str(self.root),
@@ -179,6 +186,9 @@ def _sizes(
     with_bias = {entry.name: entry for entry in (last, bias) if entry is not None}
     unit = max(_elements(largest), prod(embedding.shape), _elements(with_bias))
     hidden = embedding.shape[1]
+    measured = tuple(LayerSizes.of(layer.values(), config) for layer in layers.values())
+    last_bytes = sum(entry.n_bytes for entry in with_bias.values())
+    frame = sum(entry.n_bytes for entry in ends.values())
     eager = attention == "eager" or (attention is None and architecture.eager)
     return ModelSizes(
         root=root,
@@ -197,8 +207,11 @@ def _sizes(
         unit_bytes=unit * itemsize,
         checkpoint_bytes=index.n_bytes,
         shards=tuple(root / shard for shard in index.shards),
+        layers=measured,
+        entry_bytes=frame - (0 if tied else last_bytes),
+        last_bytes=last_bytes,
         taps=_taps(architecture, layers[0], hidden),
-        mlp_ends=tuple(_mlp_end(architecture, layer, config) for layer in layers.values()),
+        mlp_ends=tuple(mlp_end(architecture, layer, config) for layer in layers.values()),
         norm_names_epsilon=architecture.norm_names_epsilon,
         config=data,
     )
@@ -237,21 +250,6 @@ def _taps(architecture: Architecture, layer: Mapping[str, TensorEntry], hidden: 
         if weight is not None:
             widths[name] = prod(weight.shape) // hidden
     return widths
-
-
-def _mlp_end(architecture: Architecture, layer: Mapping[str, TensorEntry], config: Any) -> MlpEnd:
-    parts = architecture.parts
-    if f"{parts.mlp_projection}.weight" not in layer:
-        return MlpEnd("a layer with experts has no single last linear map of its MLP")
-    if parts.mlp_post_norm is not None:
-        return MlpEnd(
-            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} and the residual stream"
-        )
-    if parts.multiplier is not None and getattr(config, parts.multiplier, 1.0) == 0.0:
-        return MlpEnd(
-            f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream"
-        )
-    return MlpEnd(has_bias=f"{parts.mlp_projection}.bias" in layer)
 
 
 def _widest(entries: Any, hidden: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,20 @@ from ghoststream.cli.options import (
     out_option,
     remove_option,
 )
-from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
+from ghoststream.cli.output import (
+    human_bytes,
+    human_seconds,
+    next_command,
+    print_facts,
+    print_json,
+    print_table,
+    print_text,
+)
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Storage, Text
 
 if TYPE_CHECKING:
     from ghoststream.stages.estimation.report import Estimate
-
-_UNREAD = "ids:text-is-not-read.npy"
 
 
 @click.command(
@@ -32,16 +40,29 @@ _UNREAD = "ids:text-is-not-read.npy"
     cls=Command,
     is_short=True,
     short_help="What recovering a model takes, before anything runs.",
-    example="ghoststream estimate models/llama --remove 8 --sequences 128 --length 512",
+    example="ghoststream estimate llama-3-70b --remove 16 --machine h100",
 )
 @model_argument
 @remove_option
 @out_option("DIR", "Where the checkpoint would go. Default: here.", required=False)
 @click.option(
+    "--machine",
+    default="this",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Machine it is for: this, h100, a100, 4090, laptop, or a YAML file.",
+)
+@click.option(
+    "--save-machine",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write what was measured of this machine, for --machine on another one.",
+)
+@click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
-    help="Estimate times from two seconds of disk reads and matrix products on this machine.",
+    help="Measure this machine for two seconds, for times; a temporary file is written.",
 )
 @field_option(Text, "sequences")
 @field_option(Text, "length")
@@ -54,27 +75,38 @@ def command(
     *,
     as_json: bool,
     out: Path | None,
+    machine: str,
+    save_machine: Path | None,
     measure: bool,
     sequences: int | None,
     length: int,
     **given: Any,
 ) -> None:
-    """Say what recovering MODEL would take: memory, disk, arithmetic and time. Nothing is loaded or written.
+    """Say what recovering MODEL would take: memory, disk, arithmetic and time. Nothing is loaded.
+
+    MODEL is a checkpoint folder or a hub id, of which configuration and headers are read; or a folder with
+    a config.json alone; or the name of a published shape, such as llama-3-70b or deepseek-v3. --machine says
+    where it would run: MODEL and machine need not be here.
 
     The options are those of `ghoststream recover`. A table of sweeps says how often a store is read within
     --memory, and what is kept on disk meanwhile.
     """
+    from ghoststream.stages.estimation.command import UNREAD
     from ghoststream.stages.estimation.estimate import estimate
 
-    text = Text(spec=_UNREAD, sequences=sequences, length=length)
+    text = Text(spec=UNREAD, sequences=sequences, length=length)
     wanted = {key: value for key, value in given.items() if value is not None}
     recovery = Recovery.make({"model": model, "calibration": text, **wanted})
     with show_progress() as progress:
-        found = estimate(recovery, out=out, measure=measure, progress=progress)
+        found = estimate(
+            recovery, out=out, machine=machine, measure=measure, saved=save_machine, progress=progress
+        )
     if as_json:
         print_json(found.to_json())
     else:
         print_estimate(found)
+    if save_machine is not None:
+        print_text(next_command("estimate", "MODEL", "--remove", "N", "--machine", save_machine))
 
 
 def print_estimate(found: Estimate) -> None:
@@ -92,6 +124,19 @@ def print_estimate(found: Estimate) -> None:
         },
         title=str(model.root),
     )
+    if found.note:
+        print_text(f"  {found.note}")
+    _print_needs(found)
+    _print_sweeps(found)
+    _print_stages(found)
+    for problem in found.problems:
+        click.echo(f"does not fit: {problem}")
+    if not found.problems:
+        click.echo("it fits")
+        print_text(f"run: {shlex.join(found.command)}")
+
+
+def _print_needs(found: Estimate) -> None:
     print_facts(
         {
             name: f"{human_bytes(need.n_bytes)}  of {human_bytes(need.available)} free  ({need.formula})"
@@ -99,14 +144,8 @@ def print_estimate(found: Estimate) -> None:
             else f"{human_bytes(need.n_bytes)}  ({need.formula})"
             for name, need in found.needs.items()
         },
-        title="needs",
+        title="needs" if found.machine.is_here else f"needs, on {found.machine.name}",
     )
-    _print_sweeps(found)
-    _print_stages(found)
-    for problem in found.problems:
-        click.echo(f"does not fit: {problem}")
-    if not found.problems:
-        click.echo("it fits")
 
 
 def _print_sweeps(found: Estimate) -> None:
@@ -133,16 +172,36 @@ def _print_stages(found: Estimate) -> None:
             stage.name,
             human_bytes(stage.read_bytes),
             human_bytes(stage.write_bytes),
+            _states(stage.states),
             f"{stage.flops:.3g}",
             "-" if stage.seconds is None else human_seconds(stage.seconds),
             stage.limited_by or "-",
+            ", ".join(f"{name} {human_seconds(part)}" for name, part in stage.parts.items() if part) or "-",
         ]
         for stage in found.stages
     ]
-    print_table(["stage", "reads", "writes", "FLOPs", "time about", "limited by"], rows)
+    headers = [
+        "stage",
+        "reads",
+        "writes",
+        "states wait on",
+        "FLOPs",
+        "time about",
+        "limited by",
+        "beside that",
+    ]
+    print_table(headers, rows)
     rates = found.rates
-    if rates is not None:
-        click.echo(
-            f"measured here: disk {human_bytes(rates.disk)}/s, matrix products {rates.compute / 1e9:.3g} "
-            f"GFLOP/s ({found.model.dtype}), {rates.float64 / 1e9:.3g} GFLOP/s (float64)"
-        )
+    if rates is None:
+        return
+    speed = {str(name): speed for name, speed in rates.flops.items()}[found.model.dtype]
+    click.echo(
+        f"{'measured here' if found.machine.is_here else f'rates of {found.machine.name}'}: disk "
+        f"{human_bytes(rates.disk_read)}/s read, {human_bytes(rates.disk_write)}/s written; store "
+        f"{human_bytes(rates.writer)}/s; products {speed / 1e9:,.0f} GFLOP/s ({found.model.dtype}), "
+        f"{rates.float64 / 1e9:,.0f} GFLOP/s (float64)"
+    )
+
+
+def _states(states: Mapping[str, int]) -> str:
+    return ", ".join(f"{place} {human_bytes(n_bytes)}" for place, n_bytes in states.items() if n_bytes) or "-"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ghoststream.costs import default_logit_tokens
 from ghoststream.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from ghoststream.evaluation.induction import induction_tokens
-from ghoststream.evaluation.losses import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.evaluation.losses import LossAccumulator, LossSummary
 from ghoststream.evaluation.report import EvaluationReport, EvaluationRow
 from ghoststream.evaluation.requests import RequestBatches, RequestScores, ScoredWindow
 from ghoststream.evaluation.tasks import (

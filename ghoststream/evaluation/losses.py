@@ -9,22 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.costs import LOSS_BYTES
 from ghoststream.errors import NumericsError, TextError
 from ghoststream.streaming import Batch
 
 IGNORED = -100
 """Stands for no token to predict, as in transformers and torch."""
-_LEAST_CHUNK_BYTES = 32 * 2**20
-_ROWS_BYTES = 4 * 2**20
-"""Float32 logits that a CPU turns into losses at once: what its caches hold."""
-
-
-def default_logit_tokens(vocab_size: int, unit_bytes: int) -> int:
-    """How many tokens' float32 logits fit in a quarter of U, or in 32 MiB if that is more.
-
-    Fewer would be slower: CPU kernels bring the head's weights into their own layout once a chunk.
-    """
-    return max(1, max(_LEAST_CHUNK_BYTES, unit_bytes // 4) // (4 * vocab_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +134,7 @@ def row_blocks(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     if logits.device.type != "cpu":
         return (logits,)
-    blocks: tuple[torch.Tensor, ...] = logits.split(max(1, _ROWS_BYTES // (4 * int(logits.shape[1]))))
+    blocks: tuple[torch.Tensor, ...] = logits.split(max(1, LOSS_BYTES // (4 * int(logits.shape[1]))))
     return blocks
 
 

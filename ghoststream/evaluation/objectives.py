@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
+from ghoststream.costs import default_logit_tokens
 from ghoststream.errors import TextError
 from ghoststream.evaluation.losses import (
     IGNORED,
     LossAccumulator,
     LossSummary,
-    default_logit_tokens,
     next_tokens,
     require_finite_scores,
 )

@@ -57,31 +57,46 @@ def load_pipeline(path: Path, changes: Sequence[str] = ()) -> Recovery:
         changes: What takes the place of its fields, such as ``"calibration.sequences=64"``; values are YAML.
 
     Raises:
+        RequestError: If a field is missing, unknown or out of range; or a change is not of this form.
+        GhoststreamError: What :func:`read_fields` raises.
+    """
+    data = read_fields(path, "pipeline", "pipelines/README.md")
+    for change in changes:
+        _set(data, change)
+    return Recovery.make({"name": path.stem, **data}, where=f"{path} is not a pipeline")
+
+
+def read_fields(path: Path, kind: str, page: str) -> dict[str, Any]:
+    """Read the fields of a YAML file.
+
+    Args:
+        path: The file.
+        kind: What it is, for messages.
+        page: Where that is described.
+
+    Raises:
         InputNotFoundError: If there is no such file.
-        RequestError: If it may not be read, is not YAML or holds a field twice, or a field is missing,
-            unknown or out of range; or a change is not of this form.
+        RequestError: If it may not be read, is not YAML, holds a field twice, or no fields.
         MachineError: If reading fails.
     """
     try:
         data = yaml.load(read_input(path).decode(), _Loader)
     except InputNotFoundError as error:
-        msg = f"there is no pipeline file {path}; check the path"
+        msg = f"there is no {kind} file {path}; check the path"
         raise InputNotFoundError(msg) from error
     except GhoststreamError:
         raise
     except RecursionError as error:
-        msg = f"{path} is not a pipeline: it is nested too deeply; see pipelines/README.md"
+        msg = f"{path} is not a {kind}: it is nested too deeply; see {page}"
         raise RequestError(msg) from error
     # The parser raises more than its own kind: of dates, numbers, bytes and depth that it cannot read.
     except Exception as error:
         msg = f"{path} is not YAML: {shorten(str(error), 400, placeholder='...')}"
         raise RequestError(msg) from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        msg = f"{path} is not a pipeline: it holds no fields; see pipelines/README.md"
+        msg = f"{path} is not a {kind}: it holds no fields; see {page}"
         raise RequestError(msg)
-    for change in changes:
-        _set(data, change)
-    return Recovery.make({"name": path.stem, **data}, where=f"{path} is not a pipeline")
+    return data
 
 
 def _set(data: dict[str, Any], change: str) -> None:

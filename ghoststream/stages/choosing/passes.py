@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghoststream.costs import PassCost, SearchShape
+from ghoststream.spans import Span
 from ghoststream.stages.choosing.rounds import (
     OF_PLANS,
     OF_SPANS,
@@ -18,6 +19,7 @@ from ghoststream.stages.choosing.rounds import (
     SURVIVORS,
     SampleShare,
 )
+from ghoststream.stages.choosing.ways import SCREEN
 from ghoststream.statistics import taps_of
 
 
@@ -61,7 +63,7 @@ def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost
         min(SPANS if size == shape.remove else PARTS, max(1, shape.n_layers - 1 - size)) for size in sizes
     )
     found = [
-        PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers),
+        PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers, last=shape.n_layers - 1),
         _round(shape, OF_SPANS, n_alone, n_spans=1),
     ]
     most = max(map(len, tried))
@@ -93,6 +95,9 @@ def _round(
         states + held * shape.hidden * repairs,
         fit + held + between + held * stretch * repairs,
         repairs * n_spans,
+        fit_share=fit,
+        fit_method=None if sequential or not shape.tried else SCREEN,
+        scored=held * (repairs + 1),
     )
 
 
@@ -106,12 +111,14 @@ def one_by_one(shape: SearchShape, *, passes: int, repairs: bool) -> tuple[PassC
     """
     share, candidates = shape.held_out if repairs else 1.0, max(1, shape.n_layers - 2)
     lanes = 1.0 + share * candidates * (candidates + 1) / (2 * shape.n_layers)
-    return (PassCost(shape.hidden * (2 + share * candidates), lanes, candidates if repairs else 0),) * passes
+    fits = candidates if repairs else 0
+    states = shape.hidden * (2 + share * candidates)
+    return (PassCost(states, lanes, fits, scored=share * (candidates + 1)),) * passes
 
 
 def there_and_back(shape: SearchShape) -> tuple[PassCost, ...]:
     """Return a pass forward that keeps the states of all layers, and one back."""
-    return (PassCost(float(shape.hidden) * (shape.n_layers + 3), 4.0, backward=True),)
+    return (PassCost(float(shape.hidden) * (shape.n_layers + 3), 4.0, backward=True, scored=3.0),)
 
 
 def refining(shape: SearchShape, *, n_spans: int, plans: int) -> tuple[PassCost, ...]:
@@ -127,25 +134,34 @@ def refining(shape: SearchShape, *, n_spans: int, plans: int) -> tuple[PassCost,
     return tuple(_decision(shape, decided, n_spans, plans) for decided in range(n_spans))
 
 
-def last_fit(shape: SearchShape, taps: int, refit: int = 0) -> PassCost:
+def last_fit(shape: SearchShape, taps: int, refit: int = 0, spans: Sequence[Span] | None = None) -> PassCost:
     """Return the pass that fits the operators which are written.
 
     Args:
         shape: Sizes.
         taps: Width of what the features read beside the hidden state.
         refit: Layers behind each gap that are fitted anew: two runs of the layer and two fits each.
+        spans: The removed spans, where they are known.
     """
-    states = 3.0 * shape.hidden + taps
+    n_layers = shape.n_layers
+    # Behind the last boundary of a plan that is known, nothing is run.
+    is_single = spans is not None and len(spans) == 1
+    states = (2.0 if is_single else 3.0) * shape.hidden + taps
     if refit:
         # The dense lane, the repaired one, the one before it, and what enters a map beside its states.
         states = max(states, 4.0 * shape.hidden + shape.intermediate)
-    lanes = (shape.n_layers + 1) / (2 * shape.n_layers) + 3.0 * refit / shape.n_layers
-    return PassCost(states, lanes, 1)
+    if spans is None:
+        return PassCost(states, (n_layers + 1) / (2 * n_layers) + 3.0 * refit / n_layers, 1)
+    last = min(n_layers, spans[-1].stop + refit)
+    # The repaired model runs what is left between the first span and the last one.
+    between = spans[-1].start - spans[0].start - sum(len(span) for span in spans[:-1])
+    lanes = (last + between + 3.0 * refit * len(spans)) / n_layers
+    return PassCost(states, lanes, len(spans), last=last)
 
 
 def _step(shape: SearchShape, tried: Sequence[Sequence[int]], step: int) -> PassCost:
     n_layers, hidden, share = shape.n_layers, shape.hidden, shape.held_out
-    lanes, states, fits = 1.0, float(hidden), 0
+    lanes, states, fits, measured = 1.0, float(hidden), 0, 1
     for sizes in (sizes for sizes in tried if step < len(sizes)):
         size = sizes[step]
         if step == 0:
@@ -162,7 +178,9 @@ def _step(shape: SearchShape, tried: Sequence[Sequence[int]], step: int) -> Pass
             lanes += candidates * stretch * (step + share)
             states += hidden * candidates * (1 + share)
         fits += candidates * (step + 1)
-    return PassCost(states, lanes, fits)
+        measured += candidates
+    method = SCREEN if shape.tried else None
+    return PassCost(states, lanes, fits, fit_share=1.0 - share, fit_method=method, scored=share * measured)
 
 
 def _decision(shape: SearchShape, decided: int, n_spans: int, plans: int) -> PassCost:
@@ -178,4 +196,4 @@ def _decision(shape: SearchShape, decided: int, n_spans: int, plans: int) -> Pas
     if decided:
         # What fits on dense states waits at the boundary too, once with taps and once without.
         states += plans * (2 * hidden + shape.intermediate)
-    return PassCost(states, lanes, repairs * (later + 1))
+    return PassCost(states, lanes, repairs * (later + 1), fit_share=1.0 - share, scored=share * (repairs + 1))

@@ -1,22 +1,25 @@
-"""What a recovery would take, from headers and, if times are wanted, two seconds of measurement."""
+"""What a recovery would take, on this machine or another: from headers or a configuration, before it runs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.checkpoint.hub import resolve_headers
-from ghoststream.checkpoint.sizes import sizes_of
+from ghoststream.checkpoint.sizes import ModelSizes, sizes_of
 from ghoststream.errors import RequestError
-from ghoststream.machine import free_device_memory, may_have_accelerator
-from ghoststream.options import Recovery
+from ghoststream.machine import may_have_accelerator
+from ghoststream.options import Dtype, Recovery
 from ghoststream.progress import Progress, SilentProgress
+from ghoststream.stages.estimation.command import command_of
 from ghoststream.stages.estimation.job import Job
-from ghoststream.stages.estimation.needs import Route, all_needs, all_stages
+from ghoststream.stages.estimation.machine import THIS, Machine, find_machine, this_machine
+from ghoststream.stages.estimation.models import find_model
+from ghoststream.stages.estimation.needs import Route, all_needs
 from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, SweepCost
+from ghoststream.stages.estimation.stages import all_stages
 from ghoststream.stages.estimation.sweeps import StoreShape, select_sweeps, solve_sweeps
 from ghoststream.stages.refusals import check_export, check_place
 
@@ -29,59 +32,93 @@ def estimate(
     *,
     model: str | Path | None = None,
     out: str | Path | None = None,
+    machine: str | Machine = THIS,
     measure: bool = True,
+    saved: Path | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
-    """Work out what a recovery takes, and whether it fits this machine.
+    """Work out what a recovery takes, and whether it fits a machine.
 
     Operators and criteria say their own costs, those of a user too; they are summed here. Text is not read:
     its sequences are taken to be as many as are asked for.
 
     Args:
         recovery: The request, as :func:`ghoststream.recover` builds it and a pipeline file holds it.
-        model: Checkpoint folder or hub id, in the place of that of the request. Of a model on the hub only
-            headers are fetched.
+        model: In the place of that of the request: checkpoint folder, folder or file of a configuration,
+            name of a published shape, or hub id, of which only configuration and headers are fetched.
         out: Where the checkpoint would go; the working directory's disk is checked if ``None``.
-        measure: Whether to read a part of the checkpoint and multiply matrices for about two seconds.
-            Without, neither torch nor transformers is needed.
+        machine: ``this``, a name such as ``h100``, the file of a machine, or a machine.
+        measure: Whether to measure this machine for about two seconds: it reads a part of the checkpoint,
+            writes a temporary file, and multiplies matrices. Without, neither torch nor transformers is
+            needed where the checkpoint is here.
+        saved: File to write what was measured of this machine to, with all compute types.
         progress: Told that the machine is measured.
 
     Returns:
         The estimate. What does not fit is in its ``problems``, not an error.
 
     Raises:
-        RequestError: If no model is named, or of the request what `recover` refuses before any work.
+        RequestError: If no model is named, or of the request what `recover` refuses before any work, or the
+            machine is unknown or has not what is asked for.
         GhoststreamError: If the checkpoint is incomplete, or one that cannot be pruned so. What only building
-            the model shows is found with ``measure`` only; texts are not looked at.
+            the model shows is found with ``measure`` on this machine only; texts are not looked at.
 
-    Memory: headers of the checkpoint and, while the machine is measured, three matrices.
+    Memory: headers of the checkpoint and, while the machine is measured, what :func:`measure_rates` takes.
     """
     name = model or recovery.model
     if name is None:
         msg = f"{recovery.name} names no model; give one"
         raise RequestError(msg)
     compute, place = recovery.compute, Path(out or ".")
-    device = _accelerator(compute.device)
+    there = _there(machine, compute.device)
+    if saved is not None and (there is not None or not measure):
+        msg = "--save-machine writes what is measured of this machine; leave --machine and --no-measure out"
+        raise RequestError(msg)
+    device = _accelerator(compute.device) if there is None else None
     progress = progress or SilentProgress()
-    found = resolve_headers(name, revision=compute.revision)
+    found = find_model(name, revision=compute.revision)
     sizes = sizes_of(found.index, found.config, compute.dtype, compute.attention)
-    job = Job.make(recovery, sizes, None if device is None else free_device_memory(device))
+    job = Job.make(recovery, sizes, there or this_machine(device))
     root = found.root
     if out is not None and root is not None:
         check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
-    if measure and root is not None:
-        _check_model(root, job)
+    if measure and there is None:
+        if root is not None:
+            _check_model(root, job)
+        progress.log("measuring disk, store and matrix products")
+        job = replace(job, machine=_measured(sizes, device, place, all_types=saved is not None))
+        if saved is not None:
+            job.machine.save(saved)
     route = Route.of(job)
     route = replace(route, sweeps=_sweeps(route))
-    rates = None
-    if measure and root is None:
-        progress.log("the weights are not on this machine, so nothing is measured and no times are given")
-    elif measure:
-        progress.log("measuring disk reads and matrix products")
-        rates = measure_rates(sizes.shards, sizes.dtype, device or "cpu")
     store = None if "://" in (recovery.store or "") else Path(recovery.store or place)
-    needs = all_needs(route, store=store, out=place)
-    return Estimate(sizes, recovery, job.n_removed, needs, all_stages(route, rates), rates, route.sweeps)
+    return Estimate(
+        sizes,
+        recovery,
+        job.n_removed,
+        all_needs(route, store=store, out=place),
+        all_stages(route, store),
+        job.machine,
+        route.sweeps,
+        command_of(job, found.command_name, None if out is None else place),
+        found.note,
+    )
+
+
+def _measured(sizes: ModelSizes, device: torch.device | None, place: Path, *, all_types: bool) -> Machine:
+    """Return this machine with its rates; the model's type of products comes first."""
+    files = [shard for shard in sizes.shards if shard.is_file()]
+    others = get_args(Dtype) if all_types else ()
+    dtypes = tuple(dict.fromkeys((sizes.dtype, *others)))
+    return this_machine(
+        device, measure_rates(files, dtypes, device or "cpu", place, sides=(sizes.widest, sizes.hidden))
+    )
+
+
+def _there(machine: str | Machine, device: str) -> Machine | None:
+    """Return the machine that is named; None for this one, which is looked at later."""
+    found = machine if isinstance(machine, Machine) else None if machine == THIS else find_machine(machine)
+    return None if found is None else found.on(device)
 
 
 def _check_model(root: Path, job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ghoststream.checkpoint.sizes import ITEMSIZES, ModelSizes
@@ -12,13 +12,14 @@ from ghoststream.costs import (
     SearchShape,
     SelectionShape,
     sequences_at_work,
+    store_buffer_bytes,
     work_bytes_per_token,
 )
-from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import Method, Recovery, Text
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT
+from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import get_feature, taps_of
@@ -31,21 +32,21 @@ class Job(Way):
 
     Attributes:
         sizes: The model.
-        device_free: Free memory where layers run, if that is an accelerator.
+        machine: Where it is done.
     """
 
     sizes: ModelSizes
-    device_free: int | None = None
+    machine: Machine
 
     @classmethod
-    def make(cls, recovery: Recovery, sizes: ModelSizes, device_free: int | None) -> Job:
-        """Put a request and a model together.
+    def make(cls, recovery: Recovery, sizes: ModelSizes, machine: Machine) -> Job:
+        """Put a request, a model and a machine together.
 
         Raises:
             GhoststreamError: What :func:`~ghoststream.stages.refusals.check_recovery` raises, as `recover`
                 would.
         """
-        job = cls(recovery, *what_goes(recovery, sizes.n_layers), sizes, device_free)
+        job = cls(recovery, *what_goes(recovery, sizes.n_layers), sizes, machine)
         check_recovery(job, sizes, lambda: job.at_once)
         return job
 
@@ -53,6 +54,15 @@ class Job(Way):
     def text(self) -> Text:
         """The text to calibrate on."""
         return self.recovery.calibration.to_calibrate()
+
+    @cached_property
+    def measuring(self) -> Job | None:
+        """The same with the text that the models are measured on; None if nobody knows how long that is."""
+        asked = self.recovery.evaluate
+        text = None if asked is None else asked.to_evaluate()
+        if text is None or text.sequences is None:
+            return None
+        return replace(self, recovery=self.recovery.model_copy(update={"calibration": text}))
 
     @property
     def sequences(self) -> int:
@@ -94,10 +104,10 @@ class Job(Way):
         taps = taps_of(kind.features)
         return self.sizes.tap_width(taps) if taps else self.sizes.hidden
 
-    def fit_cost(self, kind: OperatorKind) -> Cost:
-        """Return what fitting one boundary takes."""
+    def fit_cost(self, kind: OperatorKind, share: float = 1.0) -> Cost:
+        """Return what fitting one boundary on a share of the text takes."""
         width = get_feature(kind.features).width(self.input_width(kind))
-        return kind.cost(FitShape(self.sizes.hidden, width, self.n_tokens))
+        return kind.cost(FitShape(self.sizes.hidden, width, round(share * self.n_tokens)))
 
     @cached_property
     def refit_cost(self) -> Cost | None:
@@ -125,14 +135,25 @@ class Job(Way):
             return self.fit_cost(self.kind).write_bytes
         return 4 * self.sizes.hidden**2 if STATE_TAP in taps else 0
 
+    @property
+    def export_bytes(self) -> int:
+        """Bytes of the checkpoint that is written."""
+        kept = self.sizes.checkpoint_bytes - self.n_removed * self.sizes.stored_layer_bytes
+        return kept + len(self.spans) * self.exported_bytes
+
     @cached_property
-    def stored_layers(self) -> int:
-        """How many hidden states are stored: as the request says, those that a given plan needs, or all."""
+    def stored_positions(self) -> tuple[int, ...]:
+        """Which hidden states are stored: as the request says, those that a given plan needs, or all."""
         if self.recovery.storage.layers is not None:
-            return len(self.recovery.storage.layers)
+            return self.recovery.storage.layers
         if self.reads_store:
-            return self.sizes.n_layers + 1
-        return len(self.needed_layers(PruningPlan(self.sizes.n_layers, self.spans)))
+            return tuple(range(self.sizes.n_layers + 1))
+        return self.needed_layers(PruningPlan(self.sizes.n_layers, self.spans))
+
+    @property
+    def stored_layers(self) -> int:
+        """How many hidden states are stored."""
+        return len(self.stored_positions)
 
     @property
     def position_bytes(self) -> int:
@@ -161,9 +182,9 @@ class Job(Way):
     def at_once(self) -> int:
         """Sequences that memory allows to be computed at once."""
         compute = self.recovery.compute
-        free, given = free_host_memory(), compute.host_memory
-        if self.device_free is not None:
-            free, given = self.device_free, compute.device_memory
+        free, given = self.machine.host_memory, compute.host_memory
+        if self.machine.device_memory is not None:
+            free, given = self.machine.device_memory, compute.device_memory
         limit = free * 9 // 10 if given is None else given
         return sequences_at_work(self.sizes.unit_bytes, self.work_bytes, self.text.length, limit)
 
@@ -171,6 +192,31 @@ class Job(Way):
     def micro_batch(self) -> int:
         """Sequences that are computed at once."""
         return min(self.recovery.compute.micro_batch or self.at_once, self.sequences)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether a capture cannot be continued from the store alone, and keeps the newest state besides."""
+        stored = self.recovery.storage.store_dtype
+        is_whole = self.stored_positions == tuple(range(self.stored_layers))
+        return stored not in (None, self.sizes.dtype) or not is_whole
+
+    @property
+    def computed_bytes(self) -> int:
+        """Bytes of one hidden state of all tokens at compute type."""
+        return self.n_tokens * self.sizes.hidden * self.sizes.itemsize
+
+    @property
+    def writer_bytes(self) -> int:
+        """Bytes on their way to a store."""
+        storage, sizes = self.recovery.storage, self.sizes
+        return store_buffer_bytes(
+            sequence=self.text.length * sizes.hidden,
+            sequences=self.sequences,
+            micro_batch=self.micro_batch,
+            stored=ITEMSIZES[storage.store_dtype or sizes.dtype],
+            itemsize=sizes.itemsize,
+            is_rounded=self.is_rounded,
+        )
 
     @property
     def selection_shape(self) -> SelectionShape:

@@ -1,4 +1,4 @@
-"""The sums of an estimate: what memory and disk a recovery takes, and the work of each of its stages.
+"""The sums of an estimate: what memory and disk a recovery takes, and where its hidden states lie.
 
 Letters are those of :mod:`ghoststream.costs`.
 """
@@ -6,18 +6,19 @@ Letters are those of :mod:`ghoststream.costs`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghoststream.costs import PASS_FORMULA, Cost, Need, PassCost
-from ghoststream.machine import free_disk, free_host_memory
+from ghoststream.costs import LOSS_BYTES, PASS_FORMULA, Cost, Need, PassCost, default_logit_tokens
 from ghoststream.selection import make_criterion
 from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion
 from ghoststream.stages.choosing.passes import last_fit, refining
 from ghoststream.stages.estimation.job import Job
-from ghoststream.stages.estimation.rates import Rates
-from ghoststream.stages.estimation.report import StageCost, SweepCost
+from ghoststream.stages.estimation.report import SweepCost
+
+_EXPORT_BYTES = 32 * 2**20
+"""A copy buffer, the pruned model without its weights, and its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -54,100 +55,161 @@ class Route:
         if job.fits_in_passes:
             known = job.given is not None and bool(job.given.methods)
             chosen = () if job.runs_model or known else refining(shape, n_spans=len(job.spans), plans=1)
-            fitting = (*chosen, last_fit(shape, job.tap_width, job.recovery.method.refit))
+            spans = None if job.given is None else job.given.plan.spans
+            fitting = (*chosen, last_fit(shape, job.tap_width, job.recovery.method.refit, spans))
         return cls(job, job.fit_cost(job.kind), selection, searching, fitting)
+
+    def passes(self, store: Path | None) -> dict[str, PassNeeds]:
+        """Return what the passes of each stage take: the one of them that has most states to keep.
+
+        Args:
+            store: Local place of the store, if there is one.
+        """
+        job, found = self.job, {}
+        if job.captures:
+            buffers = job.writer_bytes
+            found["capture"] = pass_needs(job, "capture", job.sizes.hidden, store=store, buffers=buffers)
+        for name, passes in (("search", self.searching), ("fit", self.fitting)):
+            if passes:
+                fits = self.fits if any(one.fits for one in passes) else None
+                found[name] = pass_needs(job, name, max(one.states for one in passes), fits=fits)
+        if job.measuring is not None:
+            states = 2 * job.sizes.hidden
+            found["evaluate"] = pass_needs(job.measuring, "evaluate", states, logits=_logit_bytes(job))
+        return found
+
+    @property
+    def fits(self) -> Need:
+        """Memory of fitting one boundary, or one of the maps behind it."""
+        fits = [cost.memory for cost in (self.fit, self.job.refit_cost) if cost is not None]
+        return max(fits, key=lambda need: need.n_bytes)
+
+
+@dataclass(frozen=True)
+class PassNeeds:
+    """What a pass takes, and where its hidden states lie.
+
+    Attributes:
+        needs: Memory of device and host that is set aside, and disk of scratch, by name.
+        states: Bytes of hidden states on ``device``, ``host`` and ``scratch``.
+        peak: Memory that it is expected to take where layers are computed: layers and head are mostly not
+            there together, and a forward takes less than half a U where that is large.
+    """
+
+    needs: Mapping[str, Need]
+    states: Mapping[str, int]
+    peak: int
+
+
+def pass_needs(
+    job: Job,
+    stage: str,
+    states: float,
+    *,
+    store: Path | None = None,
+    buffers: int = 0,
+    logits: int = 0,
+    fits: Need | None = None,
+) -> PassNeeds:
+    """Return what a pass takes: layers and work, and hidden states on device, host or scratch, as fits.
+
+    This is how :class:`~ghoststream.streaming.PassMemory` divides the memory, and how states find a place:
+    those of one lane lie together.
+
+    Args:
+        job: The recovery.
+        stage: Its name.
+        states: Elements of a token that wait between layers.
+        store: Local place of a store that is written, beside which scratch lies.
+        buffers: Bytes that who watches the pass takes on the host.
+        logits: Bytes of logits and what becomes of them, where layers are computed.
+        fits: What fitting a boundary takes on the host besides, which no state makes room for.
+    """
+    sizes, compute, machine = job.sizes, job.recovery.compute, job.machine
+    work = max(sizes.unit_bytes // 2, job.micro_batch * job.work_bytes)
+    limit = _limit(compute.host_memory, machine.host_memory)
+    computing, on_host = 2 * sizes.unit_bytes + work + logits, f"memory, {stage}"
+    places = {"host": (on_host, Need(computing + buffers, PASS_FORMULA, limit))}
+    if machine.device_memory is not None:
+        device = Need(computing, PASS_FORMULA, _limit(compute.device_memory, machine.device_memory))
+        host = Need(2 * sizes.unit_bytes + buffers, "2 U", limit)
+        places = {"device": ("device memory", device), "host": (on_host, host)}
+    needs: dict[str, Need] = {}
+    left = round(job.n_tokens * states * sizes.itemsize)
+    lane, found = job.n_tokens * sizes.hidden * sizes.itemsize, {}
+    for place, (name, need) in places.items():
+        room = max(0, (need.available or 0) - need.n_bytes)
+        taken = left if left <= room else room // lane * lane
+        needs[name] = Need(need.n_bytes + taken, f"{need.formula} + {_times(taken / lane)}", need.available)
+        needs[name] = needs[name] if taken else need
+        found[place], left = taken, left - taken
+    if left:
+        scratch = compute.scratch or store or Path(tempfile.gettempdir())
+        needs["disk, scratch"] = Need(left, _times(left / lane), machine.free_disk(scratch))
+    if fits is not None:
+        need = needs[on_host]
+        formula = f"{need.formula} + {fits.formula} to fit"
+        needs[on_host] = Need(need.n_bytes + fits.n_bytes, formula, machine.host_memory)
+    held = found["device"] if "device" in found else found["host"] + buffers
+    peak = held + _peak(job, logits, 0 if fits is None or "device" in found else fits.n_bytes)
+    return PassNeeds(needs, {**found, "scratch": left}, peak)
 
 
 def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]:
-    """Return what memory and disk a recovery takes, against what is free here.
+    """Return what memory and disk a recovery takes, against what is free.
 
     Args:
         route: Its stages, with their sweeps.
         store: Local place of the store; ``None`` if it is remote.
         out: Where the export goes.
     """
-    job, host = route.job, free_host_memory()
+    job, machine = route.job, route.job.machine
+    host, disk = machine.host_memory, machine.free_disk(out)
     needs: dict[str, Need] = {}
-    if job.captures:
-        states = Need(job.n_tokens * job.sizes.hidden * job.sizes.itemsize, "S T C b")
-        needs |= _pass_needs(job, "capture", states, store)
-    else:
-        largest = max((*route.searching, *route.fitting), key=lambda one: one.states).states
-        formula = f"S T {largest / job.sizes.hidden:.1f} C b"
-        states = Need(round(job.n_tokens * largest * job.sizes.itemsize), formula)
-        needs |= _pass_needs(job, "search" if job.runs_model else "pass", states, None)
+    for one in route.passes(store).values():
+        needs |= {name: need for name, need in one.needs.items() if _is_more(need, needs.get(name))}
     if route.selection is not None:
         needs["memory, select"] = _against(route.selection.memory, host)
         if route.selection.disk is not None:
-            needs["disk, select"] = _against(route.selection.disk, free_disk(out))
-    if job.fits_in_passes:
-        fits = [cost.memory for cost in (route.fit, job.refit_cost) if cost is not None]
-        needs["memory, fit"] = _against(max(fits, key=lambda need: need.n_bytes), host)
-    else:
+            needs["disk, select"] = _against(route.selection.disk, disk)
+    if not job.fits_in_passes:
         needs["memory, solve"] = _against(_solving(route), host)
         if job.reads_taps:
             n_bytes = job.n_tokens * job.input_width(job.kind) * job.sizes.itemsize
-            needs["disk, taps"] = Need(n_bytes, "S T p b a boundary, while solving", free_disk(out))
+            needs["disk, taps"] = Need(n_bytes, "S T p b a boundary, while solving", disk)
     if job.captures:
-        free = None if store is None else free_disk(store)
-        needs["disk, store"] = Need(job.store_bytes, f"{job.stored_layers} S T C b", free)
-    needs["memory, export"] = Need(job.sizes.unit_bytes, "one tensor: at most U", host)
-    needs["disk, export"] = Need(_exported(job), "checkpoint - N layers + operator", free_disk(out))
+        needs["disk, store"] = Need(job.store_bytes, f"{job.stored_layers} S T C b", machine.free_disk(store))
+    parts = 3 * len(job.spans) * route.fit.write_bytes
+    needs["memory, export"] = Need(_EXPORT_BYTES + parts, "32 MiB + 12 p C a boundary", host)
+    needs["disk, export"] = Need(job.export_bytes, "checkpoint - N layers + operator", disk)
     return needs
 
 
-def all_stages(route: Route, rates: Rates | None) -> tuple[StageCost, ...]:
-    """Return the work of each stage, with times where rates are given.
-
-    FLOPs of a pass: 2 per weight and token, and ``4 T C`` per token and layer for attention. Every expert of
-    a mixture is counted, so mixtures come out too slow. Where moments are reduced, hidden states are read as
-    often as the sweeps say. An evaluation is left out if nobody says how many windows of its text there are.
-    """
-    job, stages = route.job, []
-    if job.captures:
-        stages.append(
-            _stage("capture", job.sizes.checkpoint_bytes, job.store_bytes, _dense_flops(job), rates)
-        )
-    if route.selection is not None:
-        stages.append(_selecting(route, route.selection, rates))
-    if route.searching:
-        stages.append(_passing("search", route, route.searching, rates))
-    if job.fits_in_passes:
-        stages.append(_passing("fit", route, route.fitting, rates, written=route.fit.write_bytes))
-    else:
-        n_spans = len(job.spans)
-        read = _positions(route, "solve") * job.position_bytes
-        written, flops = n_spans * route.fit.write_bytes, n_spans * route.fit.flops
-        stages.append(_stage("solve", read, written, flops, rates, double=True))
-    n_bytes = _exported(job)
-    stages.append(_stage("export", n_bytes, n_bytes, 0.0, rates))
-    text = None if job.recovery.evaluate is None else job.recovery.evaluate.to_evaluate()
-    if text is not None and text.sequences is not None:
-        read = job.sizes.checkpoint_bytes + n_bytes
-        n_layers = 2 * job.sizes.n_layers - job.n_removed
-        flops = n_layers * _layer_flops(job, text.sequences * text.length, text.length)
-        stages.append(_stage("evaluate", read, 0, flops, rates))
-    return tuple(stages)
+def _peak(job: Job, logits: int, fits: int) -> int:
+    """Return the largest of what is there in turn: embedded rows, layers at work or a fit, the head."""
+    sizes, n_tokens = job.sizes, job.micro_batch * job.text.length
+    rows = min(sizes.vocabulary, n_tokens) * sizes.hidden * sizes.itemsize
+    layers = 2 * sizes.layer_bytes + max(job.micro_batch * job.work_bytes, fits)
+    # A head of another type is read whole before it is turned into the compute type.
+    copy = sizes.last_bytes if sizes.last_bytes != sizes.head_bytes else 0
+    return max(rows, layers, sizes.head_bytes + copy + logits if logits else 0)
 
 
-def _pass_needs(job: Job, stage: str, states: Need, store: Path | None) -> dict[str, Need]:
-    """Return what a pass takes, and where its hidden states lie: device, host or scratch, as fits."""
-    sizes, compute, host = job.sizes, job.recovery.compute, f"memory, {stage}"
-    work = max(sizes.unit_bytes // 2, job.micro_batch * job.work_bytes)
-    limit = _least(compute.host_memory, free_host_memory())
-    computing = Need(2 * sizes.unit_bytes + work, PASS_FORMULA, limit)
-    needs = {host: computing}
-    if job.device_free is not None:
-        on_device = _against(computing, _least(compute.device_memory, job.device_free))
-        needs = {"device memory": on_device, host: Need(2 * sizes.unit_bytes, "2 U", limit)}
-    for name, need in needs.items():
-        if need.available is None or need.n_bytes + states.n_bytes <= need.available:
-            formula = f"{need.formula} + {states.formula}"
-            needs[name] = Need(need.n_bytes + states.n_bytes, formula, need.available)
-            return needs
-    place = compute.scratch or store or Path(tempfile.gettempdir())
-    needs["disk, scratch"] = _against(states, free_disk(place))
-    return needs
+def _logit_bytes(job: Job) -> int:
+    """Return the bytes of a chunk of logits as it comes, and in float32: on a CPU some rows at a time."""
+    sizes = job.sizes
+    chunk = default_logit_tokens(sizes.vocabulary, sizes.unit_bytes) * sizes.vocabulary
+    in_float32 = 4 * chunk if job.machine.has_device else LOSS_BYTES
+    return sizes.itemsize * chunk + in_float32
+
+
+def _times(lanes: float) -> str:
+    count = f"{lanes:.1f}".removesuffix(".0")
+    return "S T C b" if count == "1" else f"{count} S T C b"
+
+
+def _is_more(need: Need, known: Need | None) -> bool:
+    return known is None or need.n_bytes > known.n_bytes
 
 
 def _solving(route: Route) -> Need:
@@ -158,60 +220,10 @@ def _solving(route: Route) -> Need:
     return Need(max(fitting.n_bytes, task), formula)
 
 
-def _selecting(route: Route, cost: Cost, rates: Rates | None) -> StageCost:
-    read = _positions(route, "select") * route.job.position_bytes or cost.read_bytes
-    written = 0 if cost.disk is None else cost.disk.n_bytes
-    return _stage("select", read, written, cost.flops, rates, double=True)
-
-
-def _passing(
-    name: str, route: Route, passes: Sequence[PassCost], rates: Rates | None, *, written: int = 0
-) -> StageCost:
-    read = sum((2 if one.backward else 1) * route.job.sizes.checkpoint_bytes for one in passes)
-    dense = _dense_flops(route.job)
-    flops = sum(one.lanes * dense + one.fits * route.fit.flops for one in passes)
-    if route.job.refit_cost is not None:
-        n_maps = 2 * route.job.recovery.method.refit * len(route.job.spans)
-        flops += n_maps * route.job.refit_cost.flops
-    return _stage(name, read, written, flops, rates)
-
-
-def _stage(
-    name: str, read: int, write: int, flops: float, rates: Rates | None, *, double: bool = False
-) -> StageCost:
-    """Return the work of a stage, and its time where rates are given.
-
-    ``double`` if it computes in float64.
-    """
-    if rates is None:
-        return StageCost(name, read, write, flops)
-    disk, compute = max(rates.disk, 1.0), max(rates.float64 if double else rates.compute, 1.0)
-    # Reading and computing overlap; writes are taken to be as fast as reads.
-    on_disk, computing = (read + write) / disk, flops / compute
-    seconds = max(read / disk, computing) + write / disk
-    return StageCost(name, read, write, flops, seconds, "disk" if on_disk >= computing else "compute")
-
-
-def _dense_flops(job: Job) -> float:
-    return job.sizes.n_layers * _layer_flops(job, job.n_tokens, job.text.length)
-
-
-def _layer_flops(job: Job, n_tokens: int, length: int) -> float:
-    return n_tokens * (2.0 * job.sizes.layer_elements + 4.0 * length * job.sizes.hidden)
-
-
-def _exported(job: Job) -> int:
-    kept = job.sizes.checkpoint_bytes - job.n_removed * job.sizes.stored_layer_bytes
-    return kept + len(job.spans) * job.exported_bytes
-
-
-def _positions(route: Route, stage: str) -> int:
-    return sum(cost.positions_read for cost in route.sweeps if cost.stage == stage)
-
-
 def _against(need: Need, free: int | None) -> Need:
     return Need(need.n_bytes, need.formula, free)
 
 
-def _least(*values: int | None) -> int | None:
-    return min((value for value in values if value is not None), default=None)
+def _limit(given: int | None, free: int) -> int:
+    """Return what a pass may take: as given, or nine tenths of what is free."""
+    return free * 9 // 10 if given is None else min(given, free)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.costs import Need
 from ghoststream.options import Recovery
-from ghoststream.stages.estimation.rates import Rates
+from ghoststream.stages.estimation.machine import Machine, Rates
 
 _SMALLER = "use a smaller --micro-batch, a shorter --length or a smaller --dtype"
 _ADVICE: Mapping[str, str] = {
@@ -17,6 +18,7 @@ _ADVICE: Mapping[str, str] = {
     "memory, capture": _SMALLER,
     "memory, search": _SMALLER,
     "memory, pass": _SMALLER,
+    "memory, evaluate": _SMALLER,
     "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
     "memory, fit": "use --operator ghost or linear-patch-diagonal, or run it on a machine with more memory",
     "memory, solve": "use --operator linear-patch-diagonal, or run it on a machine with more memory",
@@ -30,7 +32,21 @@ _ADVICE: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Work of one stage; where rates were measured, its time and whether disk or compute limits it."""
+    """Work of one stage, and its time where rates are known.
+
+    Attributes:
+        name: The stage.
+        read_bytes: Bytes of checkpoints and stores that are read.
+        write_bytes: Bytes of results.
+        flops: Arithmetic, that in float64 included.
+        seconds: Its time.
+        limited_by: The resource that is longest at work: disk, bus, compute, writer, solve or start.
+        scratch_bytes: Bytes of hidden states that go to scratch and come back.
+        states: Where hidden states wait between layers: bytes on ``device``, ``host`` and ``scratch``.
+        parts: Seconds that each resource is at work.
+        peak_bytes: Memory that its passes are expected to take where layers are computed; the needs say what
+            is set aside.
+    """
 
     name: str
     read_bytes: int
@@ -38,6 +54,10 @@ class StageCost:
     flops: float
     seconds: float | None = None
     limited_by: str | None = None
+    scratch_bytes: int = 0
+    states: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +73,7 @@ class SweepCost:
         workers: Tasks at a time.
         task_bytes: Memory of one task at most.
         disk_bytes: Disk that its states take at most.
+        spilled_bytes: States that are written: one a range.
         problem: What does not fit, or None.
     """
 
@@ -64,6 +85,7 @@ class SweepCost:
     workers: int = 0
     task_bytes: int = 0
     disk_bytes: int = 0
+    spilled_bytes: int = 0
     problem: str | None = None
 
 
@@ -77,8 +99,10 @@ class Estimate:
         n_removed: How many layers go.
         needs: Memory and disk against what is free, by name.
         stages: Work of each stage, in order.
-        rates: Speed of this machine; None if it was not measured.
+        machine: Where; its rates are None if it was not measured.
         sweeps: Sweeps over the store, where there is one.
+        command: The command that does it, as words.
+        note: Where the sizes of the model come from, if not from headers.
     """
 
     model: ModelSizes
@@ -86,8 +110,15 @@ class Estimate:
     n_removed: int
     needs: Mapping[str, Need]
     stages: tuple[StageCost, ...]
-    rates: Rates | None
+    machine: Machine
     sweeps: tuple[SweepCost, ...] = ()
+    command: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def rates(self) -> Rates | None:
+        """How fast the machine is; None if that is not known."""
+        return self.machine.rates
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -110,7 +141,9 @@ class Estimate:
             "needs": {name: {**asdict(need), "fits": need.fits} for name, need in self.needs.items()},
             "stages": [asdict(stage) for stage in self.stages],
             "sweeps": [asdict(cost) for cost in self.sweeps],
-            "rates": None if self.rates is None else asdict(self.rates),
+            "machine": self.machine.to_json(),
+            "command": shlex.join(self.command),
+            "note": self.note,
             "seconds": self.seconds,
             "problems": list(self.problems),
             "fits": not self.problems,

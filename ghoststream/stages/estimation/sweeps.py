@@ -96,5 +96,6 @@ def _cost(
             workers=max(cost.workers, workers or default_workers(largest)),
             task_bytes=max(cost.task_bytes, largest),
             disk_bytes=cost.disk_bytes + spilled_bytes(ranges, sweeps),
+            spilled_bytes=cost.spilled_bytes + ranges.n_ranges * sum(sweep.state_bytes for sweep in sweeps),
         )
     return cost

@@ -1,0 +1,96 @@
+"""What one decoder layer weighs, and what of it acts on one token: in a mixture, the chosen experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ghoststream.checkpoint.architecture import Architecture
+from ghoststream.checkpoint.header import TensorEntry
+
+_ROUTED = re.compile(r"\.experts\.")
+_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
+_ACTING = ("num_experts_per_tok", "num_experts_per_token")
+
+
+@dataclass(frozen=True, slots=True)
+class MlpEnd:
+    """The last linear map of a layer's MLP, which operators can be absorbed into.
+
+    Attributes:
+        refusal: Why none can; empty where they can.
+        has_bias: Whether it has a bias, which takes up an operator's constant.
+    """
+
+    refusal: str = ""
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """One decoder layer.
+
+    Attributes:
+        stored_bytes: Its bytes in the checkpoint.
+        acting: Weights that one token is multiplied with.
+        passing: Elements that go into these matrices and come out of them, for one token.
+    """
+
+    stored_bytes: int
+    acting: int
+    passing: int
+
+    @classmethod
+    def of(cls, entries: Collection[TensorEntry], config: Any) -> LayerSizes:
+        """Measure the tensors of a layer.
+
+        Args:
+            entries: Its tensors.
+            config: The configuration, which says how many experts there are and how many act.
+        """
+        n_experts, acting = _first(config, _EXPERTS), _first(config, _ACTING)
+        share = acting / n_experts if n_experts else 1.0
+
+        def total(size: Callable[[TensorEntry], int]) -> int:
+            matrices = (one for one in entries if len(one.shape) > 1)
+            return round(sum(size(one) * (share if _is_routed(one, n_experts) else 1.0) for one in matrices))
+
+        return cls(sum(one.n_bytes for one in entries), total(_elements), total(_sides))
+
+
+def mlp_end(architecture: Architecture, layer: Mapping[str, TensorEntry], config: Any) -> MlpEnd:
+    """Say what operators can be absorbed into, of a layer with these tensors by their names inside it."""
+    parts = architecture.parts
+    if f"{parts.mlp_projection}.weight" not in layer:
+        return MlpEnd("a layer with experts has no single last linear map of its MLP")
+    if parts.mlp_post_norm is not None:
+        return MlpEnd(
+            f"the norm {parts.mlp_post_norm} is between {parts.mlp_projection} and the residual stream"
+        )
+    if parts.multiplier is not None and getattr(config, parts.multiplier, 1.0) == 0.0:
+        return MlpEnd(
+            f"with {parts.multiplier} 0 nothing of {parts.mlp_projection} reaches the residual stream"
+        )
+    return MlpEnd(has_bias=f"{parts.mlp_projection}.bias" in layer)
+
+
+def _is_routed(entry: TensorEntry, n_experts: int) -> bool:
+    is_stack = len(entry.shape) == 3 and entry.shape[0] == n_experts
+    return is_stack or _ROUTED.search(f".{entry.name}") is not None
+
+
+def _elements(entry: TensorEntry) -> int:
+    return prod(entry.shape)
+
+
+def _sides(entry: TensorEntry) -> int:
+    *stacked, rows, columns = entry.shape
+    return prod(stacked) * (rows + columns)
+
+
+def _first(config: Any, names: Collection[str]) -> int:
+    found = (getattr(config, name, None) for name in names)
+    return int(next((value for value in found if value), 0))

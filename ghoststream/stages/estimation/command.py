@@ -1,0 +1,59 @@
+"""The command that does what was estimated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ghoststream.option_types import Options, flag
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.estimation.job import Job
+
+UNREAD = "ids:text-is-not-read.npy"
+"""Specification of a text that nobody has named yet."""
+
+_TEXT = "file:calibration.txt"
+
+
+def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
+    """Return the words of ``ghoststream recover`` with every option that was given.
+
+    A text that was not named is written as ``file:calibration.txt``, a folder as ``recovered``.
+
+    Args:
+        job: The recovery.
+        model: What the model is called where it is run.
+        out: Where the checkpoint goes, if that was said.
+    """
+    recovery = job.recovery
+    words = ["ghoststream", "recover", model, "--remove", _removed(recovery.remove)]
+    text = recovery.calibration
+    for spec in text.specs:
+        words += ["--calibration", _TEXT if spec == UNREAD else spec]
+    words += _words(text, without=("spec",))
+    for group in (recovery.search, recovery.method, recovery.compute, recovery.storage, recovery.reduction):
+        words += _words(group)
+    if recovery.store is not None:
+        words += ["--store", recovery.store]
+    return (*words, "--out", str(out or "recovered"))
+
+
+def _removed(remove: int | str | PruningPlan) -> str:
+    if not isinstance(remove, PruningPlan):
+        return str(remove)
+    return " ".join(f"{span.start}:{span.stop}" for span in remove.spans)
+
+
+def _words(group: Options, without: tuple[str, ...] = ()) -> list[str]:
+    found: list[str] = []
+    for name in group.given():
+        if name not in without:
+            found += _option(name, getattr(group, name))
+    return found
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else f"--no-{name.replace('_', '-')}"]
+    written = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [flag(name), written]

@@ -1,0 +1,72 @@
+"""The stages of a recovery in order, each with its work and its time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ghoststream.stages.estimation.needs import PassNeeds, Route
+from ghoststream.stages.estimation.report import StageCost
+from ghoststream.stages.estimation.times import stage_cost
+from ghoststream.stages.estimation.work import Work, capture_work, evaluate_work, fits_work, passes_work
+
+
+def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
+    """Return the work of each stage, with times where the machine's rates are known.
+
+    FLOPs of a pass: 2 per weight that acts and token, and ``2 T A`` per token and layer for causal attention
+    over heads of width ``A`` together (eager attention: ``4 T A``), and the head where logits are taken.
+    Where moments are reduced, hidden states are read as often as the sweeps say. An evaluation is left out if
+    nobody says how many windows of its text there are.
+
+    Args:
+        route: The recovery.
+        store: Local place of the store, if there is one.
+    """
+    job, places = route.job, route.passes(store)
+    works: dict[str, Work] = {}
+    if job.captures:
+        works["capture"] = capture_work(job)
+    if route.selection is not None:
+        cost = route.selection
+        read = _positions(route, "select") * job.position_bytes or cost.read_bytes
+        written = 0 if cost.disk is None else cost.disk.n_bytes
+        works["select"] = Work(read=read, written=written, solved=cost.flops)
+    if route.searching:
+        works["search"] = passes_work(job, route.searching)
+    if job.fits_in_passes:
+        works["fit"] = passes_work(job, route.fitting) + _refits(route)
+        works["fit"] += Work(written=len(job.spans) * route.fit.write_bytes)
+    else:
+        read = _positions(route, "solve") * job.position_bytes
+        works["solve"] = fits_work(job, job.kind, len(job.spans)) + Work(read=read)
+        works["solve"] += _spills(route) + Work(written=len(job.spans) * route.fit.write_bytes)
+    works["export"] = Work(read=job.export_bytes, written=job.export_bytes)
+    if job.measuring is not None:
+        works["evaluate"] = evaluate_work(job.measuring)
+    return tuple(_cost(route, name, work, places.get(name)) for name, work in works.items())
+
+
+def _cost(route: Route, name: str, work: Work, place: PassNeeds | None) -> StageCost:
+    job = route.job
+    on_device = name == "solve" and job.recovery.reduction.reduce_device is not None
+    states = {} if place is None else place.states
+    found = stage_cost(name, work, job.machine, job.sizes.dtype, states=states, on_device=on_device)
+    return found if place is None else replace(found, peak_bytes=place.peak)
+
+
+def _refits(route: Route) -> Work:
+    job = route.job
+    if job.refit_cost is None:
+        return Work()
+    return Work(solved=2 * job.recovery.method.refit * len(job.spans) * job.refit_cost.flops)
+
+
+def _spills(route: Route) -> Work:
+    """Return the partial sums that go to disk; they come back from the page cache."""
+    spilled = sum(cost.spilled_bytes for cost in route.sweeps if cost.stage == "solve")
+    return Work(written=spilled)
+
+
+def _positions(route: Route, stage: str) -> int:
+    return sum(cost.positions_read for cost in route.sweeps if cost.stage == stage)

@@ -1,0 +1,101 @@
+"""How long work takes on a machine: each of its resources by itself, and what of that overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ghoststream.errors import RequestError
+from ghoststream.stages.estimation.machine import Machine, Rates
+from ghoststream.stages.estimation.report import StageCost
+from ghoststream.stages.estimation.work import Work
+
+START, DISK, BUS, COMPUTE, WRITER, SOLVE = "start", "disk", "bus", "compute", "writer", "solve"
+
+_START_SECONDS = 1.0
+"""Opening model, text and files: what does not grow with the work."""
+
+_HOST_ATTENTION = 4.0
+"""How much slower than products the attention kernel of a processor is."""
+
+
+def stage_cost(
+    name: str,
+    work: Work,
+    machine: Machine,
+    dtype: str,
+    *,
+    states: Mapping[str, int] | None = None,
+    on_device: bool = False,
+) -> StageCost:
+    """Return the balance of a stage, with times where the machine's rates are known.
+
+    Args:
+        name: The stage.
+        work: What it does.
+        machine: Where.
+        dtype: Compute type.
+        states: Bytes of hidden states that wait between layers, by place: ``device``, ``host``, ``scratch``.
+        on_device: Whether float64 products are the accelerator's.
+
+    Raises:
+        RequestError: If the rates of the machine have none for this type.
+    """
+    states = states or {}
+    shares = {place: n_bytes / max(1, sum(states.values())) for place, n_bytes in states.items()}
+    scratch = shares.get("scratch", 0.0) * work.crossed
+    bare = StageCost(
+        name,
+        round(work.read),
+        round(work.written),
+        work.flops + work.attended + work.summed + work.solved,
+        scratch_bytes=round(scratch),
+        states=states,
+    )
+    rates = machine.rates
+    if rates is None:
+        return bare
+    outside = work.crossed * (1.0 - shares.get("device", 0.0)) if states else 0.0
+    float64 = (rates.device_float64 if on_device else None) or rates.float64
+    speed = _speed(rates, dtype, machine.name)
+    parts = _resources(work, rates, scratch=scratch, outside=outside, speed=speed, float64=float64)
+    seconds = overlapped(parts, has_device=machine.has_device)
+    return replace(bare, seconds=seconds, limited_by=max(parts, key=parts.__getitem__), parts=parts)
+
+
+def _speed(rates: Rates, dtype: str, name: str) -> float:
+    found = {str(known): speed for known, speed in rates.flops.items()}
+    if dtype not in found:
+        msg = (
+            f"the rates of {name} have no flops for {dtype}; add them to its file, or choose another --dtype"
+        )
+        raise RequestError(msg)
+    return found[dtype]
+
+
+def _resources(
+    work: Work, rates: Rates, *, scratch: float, outside: float, speed: float, float64: float
+) -> Mapping[str, float]:
+    """Return how long each resource is at work."""
+    attended = work.attended * (_HOST_ATTENTION if rates.bus is None else 1.0)
+    parts = {
+        START: _START_SECONDS,
+        DISK: (work.read + scratch / 2) / rates.disk_read + (work.written + scratch / 2) / rates.disk_write,
+        COMPUTE: (work.flops + attended) / speed + work.moved / rates.elementwise,
+        WRITER: work.stored / rates.writer,
+        SOLVE: (work.summed + work.solved) / float64,
+    }
+    return parts if rates.bus is None else {**parts, BUS: (work.weights + work.stored + outside) / rates.bus}
+
+
+def overlapped(parts: Mapping[str, float], *, has_device: bool) -> float:
+    """Return the time of a stage: disk, bus, writer and layers go beside each other, solutions wait for none.
+
+    Where the layers are computed on the host, the writer takes the same processors.
+    """
+    computing = parts[COMPUTE]
+    if has_device:
+        beside = max(parts[DISK], parts.get(BUS, 0.0), computing, parts[WRITER])
+    else:
+        beside = max(parts[DISK], computing + parts[WRITER])
+    return parts[START] + beside + parts[SOLVE]

@@ -63,8 +63,9 @@ format: $(STAMP) ## rewrite the code as lint wants it
 soak: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
-docs: $(STAMP) ## rewrite the pages that are made: the options, the picture of the README
+docs: $(STAMP) ## rewrite the pages that are made: the options, tables of scaling, the picture of the README
 	$(BIN)/python docs/make_options.py
+	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python benchmarks/readme_picture.py
 
 bench: $(STAMP) ## the measurements that need nothing but this folder; see benchmarks/ for the others

@@ -125,6 +125,7 @@ def run_stage(name: str, stage: str, work: Path) -> dict[str, Any]:
     from ghoststream.stages.estimation.estimate import estimate
     from ghoststream.stages.estimation.machine import this_machine
     from ghoststream.stages.estimation.rates import measure_rates
+    from ghoststream.streaming.allocator import return_free_memory
     from ghoststream.testing.memory import PeakAnonymous
 
     torch.set_num_threads(1)
@@ -142,6 +143,7 @@ def run_stage(name: str, stage: str, work: Path) -> dict[str, Any]:
     rates = [measured()]
     call = _calls(gs, name, work)[stage]
     before, begun = _io(), time.process_time()
+    return_free_memory()
     with PeakAnonymous() as peak:
         call()
     spent, after = time.process_time() - begun, _io()

@@ -188,7 +188,7 @@ def _print_stages(found: Estimate) -> None:
         "FLOPs",
         "time about",
         "limited by",
-        "beside that",
+        "resources at work",
     ]
     print_table(headers, rows)
     rates = found.rates

@@ -125,8 +125,13 @@ class Ghost(OperatorKind):
         return BoundaryOperator(span, "linear", "hidden", weight, None, diagnostics)
 
     def cost(self, shape: FitShape) -> Cost:
-        """Return that of the class docstring; the ridge is given, so nothing is chosen."""
-        return linear_cost(shape, square=72 if self.by_svd else 24, n_cubes=0)
+        """Return that of the class docstring; the ridge is given, so nothing is chosen.
+
+        The total and the total without each fold are solved, and there is a spectrum for the figures. Where a
+        fold leaves fewer tokens than features, each is solved by an eigendecomposition.
+        """
+        n_cubes = 23 if 3 * shape.n_tokens >= 4 * shape.features else 60
+        return linear_cost(shape, square=72 if self.by_svd else 24, n_cubes=n_cubes)
 
     def _dof(self, eigenvalues: Spectrum, solution: Solution) -> float:
         if self.ridge is None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ghoststream.costs import default_logit_tokens
 from ghoststream.errors import TextError
-from ghoststream.evaluation.losses import LossAccumulator, LossSummary, default_logit_tokens, row_blocks
+from ghoststream.evaluation.losses import LossAccumulator, LossSummary, row_blocks
 from ghoststream.streaming import make_batches
 
 pytestmark = pytest.mark.unit

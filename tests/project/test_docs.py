@@ -84,6 +84,14 @@ def test_the_options_are_those_that_there_are() -> None:
     assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run python docs/make_options.py"
 
 
+@pytest.mark.parametrize(
+    "name", ["tokens", *(pytest.param(name, marks=pytest.mark.soak) for name in ("default", "stages"))]
+)
+def test_the_tables_of_scaling_are_what_the_estimate_says(name: str) -> None:
+    made = _script(DOCS / "make_scaling.py")["TABLES"][name]()
+    assert made in (DOCS / "scaling.md").read_text(encoding="utf-8"), "run python docs/make_scaling.py"
+
+
 def test_the_picture_of_the_readme_is_that_of_its_table() -> None:
     script = _script(ROOT / "benchmarks" / "readme_picture.py")
     drawn = script["picture"](script["gaps"]((ROOT / "README.md").read_text(encoding="utf-8")))

@@ -97,7 +97,13 @@ class Job(Way):
         return self._possible(METHODS)
 
     def _possible(self, methods: tuple[Method, ...]) -> tuple[Method, ...]:
-        return tuple(one for one in methods if not (self.sizes.refusal and taps_of(one.features)))
+        return tuple(one for one in methods if not (self.absorbs_nothing and taps_of(one.features)))
+
+    @property
+    def absorbs_nothing(self) -> bool:
+        """Whether no operator can be absorbed into most layers: some mixtures begin with dense layers."""
+        refused = [bool(end.refusal) for end in self.sizes.mlp_ends]
+        return 2 * sum(refused) > len(refused) or bool(self.sizes.refusal)
 
     def input_width(self, kind: OperatorKind) -> int:
         """Return the width of what the features of an operator are made of."""
@@ -240,7 +246,7 @@ class Job(Way):
             n_layers=self.sizes.n_layers,
             remove=self.n_removed,
             hidden=self.sizes.hidden,
-            intermediate=self.sizes.intermediate,
+            intermediate=0 if self.absorbs_nothing else self.sizes.intermediate,
             sequences=self.sequences,
             length=self.text.length,
             search=self.recovery.search,

@@ -65,10 +65,15 @@ def find_model(model: str | Path, *, revision: str | None = None) -> FoundModel:
         folder = path.parent if is_file else path
         return _planned(folder.resolve(), read_config(folder), str(folder), f"{path} holds no weights")
     if text.lower() in shapes() and not path.exists():
-        shape = shapes()[text.lower()]
-        return _planned(Path(text.lower()), shape["config"], str(shape.get("hub", "MODEL")), shape["of"])
+        return _published(text.lower())
     headers = resolve_headers(model, revision=revision)
     return FoundModel(headers.config, headers.index, headers.root, text)
+
+
+@cache
+def _published(name: str) -> FoundModel:
+    shape = shapes()[name]
+    return _planned(Path(name), shape["config"], str(shape.get("hub", "MODEL")), shape["of"])
 
 
 def _is_bare(folder: Path) -> bool:

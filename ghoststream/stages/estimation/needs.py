@@ -92,6 +92,7 @@ class PassNeeds:
     Attributes:
         needs: Memory of device and host that is set aside, and disk of scratch, by name.
         states: Bytes of hidden states on ``device``, ``host`` and ``scratch``.
+        fits_on_device: Whether boundaries are fitted on the accelerator, which has room for that.
         peak: Memory that it is expected to take where layers are computed: layers and head are mostly not
             there together, and a forward takes less than half a U where that is large.
     """
@@ -99,6 +100,7 @@ class PassNeeds:
     needs: Mapping[str, Need]
     states: Mapping[str, int]
     peak: int
+    fits_on_device: bool = False
 
 
 def pass_needs(
@@ -123,15 +125,22 @@ def pass_needs(
         store: Local place of a store that is written, beside which scratch lies.
         buffers: Bytes that who watches the pass takes on the host.
         logits: Bytes of logits and what becomes of them, where layers are computed.
-        fits: What fitting a boundary takes on the host besides, which no state makes room for.
+        fits: What fitting a boundary takes besides: on an accelerator that has room for it next to layers
+            and work, else on the host, where no state makes room for it.
     """
     sizes, compute, machine = job.sizes, job.recovery.compute, job.machine
     work = max(sizes.unit_bytes // 2, job.micro_batch * job.work_bytes)
     limit = _limit(compute.host_memory, machine.host_memory)
     computing, on_host = 2 * sizes.unit_bytes + work + logits, f"memory, {stage}"
+    is_beside = False
     places = {"host": (on_host, Need(computing + buffers, PASS_FORMULA, limit))}
     if machine.device_memory is not None:
         device = Need(computing, PASS_FORMULA, _limit(compute.device_memory, machine.device_memory))
+        if fits is not None and _fits_beside(job, device, fits):
+            device = Need(
+                computing + fits.n_bytes, f"{PASS_FORMULA} + {fits.formula} to fit", device.available
+            )
+            is_beside = True
         host = Need(2 * sizes.unit_bytes + buffers, "2 U", limit)
         places = {"device": ("device memory", device), "host": (on_host, host)}
     needs: dict[str, Need] = {}
@@ -146,13 +155,14 @@ def pass_needs(
     if left:
         scratch = compute.scratch or store or Path(tempfile.gettempdir())
         needs["disk, scratch"] = Need(left, _times(left / lane), machine.free_disk(scratch))
-    if fits is not None:
+    if fits is not None and not is_beside:
         need = needs[on_host]
         formula = f"{need.formula} + {fits.formula} to fit"
         needs[on_host] = Need(need.n_bytes + fits.n_bytes, formula, machine.host_memory)
     held = found["device"] if "device" in found else found["host"] + buffers
-    peak = held + _peak(job, logits, 0 if fits is None or "device" in found else fits.n_bytes)
-    return PassNeeds(needs, {**found, "scratch": left}, peak)
+    is_here = fits is not None and (is_beside or "device" not in found)
+    peak = held + _peak(job, logits, fits.n_bytes if fits is not None and is_here else 0)
+    return PassNeeds(needs, {**found, "scratch": left}, peak, is_beside)
 
 
 def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]:
@@ -183,6 +193,11 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
     needs["memory, export"] = Need(_EXPORT_BYTES + parts, "32 MiB + 12 p C a boundary", host)
     needs["disk, export"] = Need(job.export_bytes, "checkpoint - N layers + operator", disk)
     return needs
+
+
+def _fits_beside(job: Job, need: Need, fits: Need) -> bool:
+    """Say whether an accelerator sums the moments of a boundary, and has room for them."""
+    return job.kind.sums_on("cuda") is not None and (need.available or 0) >= need.n_bytes + fits.n_bytes
 
 
 def _peak(job: Job, logits: int, fits: int) -> int:

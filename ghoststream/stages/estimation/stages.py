@@ -49,9 +49,16 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
 
 def _cost(route: Route, name: str, work: Work, place: PassNeeds | None) -> StageCost:
     job = route.job
-    on_device = name == "solve" and job.recovery.reduction.reduce_device is not None
-    states = {} if place is None else place.states
-    found = stage_cost(name, work, job.machine, job.sizes.dtype, states=states, on_device=on_device)
+    if place is None:
+        # A store is reduced on the accelerator of this process; workers of a cluster have what they have.
+        on_device = name == "solve" and job.machine.has_device and job.recovery.reduction.scheduler is None
+        sums, states = on_device and job.kind.sums_on("cuda") is not None, {}
+    else:
+        sums, states = place.fits_on_device, place.states
+    solves = sums and job.kind.solves_on_device
+    found = stage_cost(
+        name, work, job.machine, job.sizes.dtype, states=states, sums_on_device=sums, solves_on_device=solves
+    )
     return found if place is None else replace(found, peak_bytes=place.peak)
 
 

@@ -26,7 +26,8 @@ def stage_cost(
     dtype: str,
     *,
     states: Mapping[str, int] | None = None,
-    on_device: bool = False,
+    sums_on_device: bool = False,
+    solves_on_device: bool = False,
 ) -> StageCost:
     """Return the balance of a stage, with times where the machine's rates are known.
 
@@ -36,7 +37,8 @@ def stage_cost(
         machine: Where.
         dtype: Compute type.
         states: Bytes of hidden states that wait between layers, by place: ``device``, ``host``, ``scratch``.
-        on_device: Whether float64 products are the accelerator's.
+        sums_on_device: Whether moments are summed by the accelerator, which takes products at compute type.
+        solves_on_device: Whether it solves boundaries too, in float64.
 
     Raises:
         RequestError: If the rates of the machine have none for this type.
@@ -56,9 +58,10 @@ def stage_cost(
     if rates is None:
         return bare
     outside = work.crossed * (1.0 - shares.get("device", 0.0)) if states else 0.0
-    float64 = (rates.device_float64 if on_device else None) or rates.float64
     speed = _speed(rates, dtype, machine.name)
-    parts = _resources(work, rates, scratch=scratch, outside=outside, speed=speed, float64=float64)
+    fitting = work.summed / (speed if sums_on_device else rates.float64)
+    fitting += work.solved / ((rates.device_float64 if solves_on_device else None) or rates.float64)
+    parts = _resources(work, rates, scratch=scratch, outside=outside, speed=speed, fitting=fitting)
     seconds = overlapped(parts, has_device=machine.has_device)
     return replace(bare, seconds=seconds, limited_by=max(parts, key=parts.__getitem__), parts=parts)
 
@@ -74,7 +77,7 @@ def _speed(rates: Rates, dtype: str, name: str) -> float:
 
 
 def _resources(
-    work: Work, rates: Rates, *, scratch: float, outside: float, speed: float, float64: float
+    work: Work, rates: Rates, *, scratch: float, outside: float, speed: float, fitting: float
 ) -> Mapping[str, float]:
     """Return how long each resource is at work."""
     attended = work.attended * (_HOST_ATTENTION if rates.bus is None else 1.0)
@@ -83,7 +86,7 @@ def _resources(
         DISK: (work.read + scratch / 2) / rates.disk_read + (work.written + scratch / 2) / rates.disk_write,
         COMPUTE: (work.flops + attended) / speed + work.moved / rates.elementwise,
         WRITER: work.stored / rates.writer,
-        SOLVE: (work.summed + work.solved) / float64,
+        SOLVE: fitting,
     }
     return parts if rates.bus is None else {**parts, BUS: (work.weights + work.stored + outside) / rates.bus}
 

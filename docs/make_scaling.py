@@ -1,0 +1,132 @@
+"""Write the tables of ``docs/scaling.md`` from what ``estimate`` says: ``python docs/make_scaling.py``.
+
+Tables stand between lines ``<!-- table NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+
+from ghoststream import Compute, Method, Recovery, Search, Text
+from ghoststream.cli.output import human_bytes, human_seconds
+from ghoststream.stages.estimation.estimate import estimate
+from ghoststream.stages.estimation.machine import known_machines
+from ghoststream.stages.estimation.models import find_model, shapes
+from ghoststream.stages.estimation.report import Estimate, StageCost
+
+PAGE = Path(__file__).with_name("scaling.md")
+SEQUENCES, LENGTH = 32, 2048
+_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def page(text: str) -> str:
+    """Return the page with its tables made anew."""
+    return _TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def _price(
+    model: str, machine: str, *, remove: int | None = None, sequences: int = SEQUENCES, store: bool = False
+) -> Estimate:
+    layers = find_model(model).config["num_hidden_layers"]
+    recovery = Recovery(
+        remove=remove or layers // 5,
+        calibration=Text(spec="ids:none.npy", sequences=sequences, length=LENGTH),
+        search=Search(criterion="streamline-published") if store else Search(),
+        method=Method(operator="ghost") if store else Method(),
+        compute=Compute(),
+    )
+    return estimate(recovery, model=model, machine=machine)
+
+
+def _table(headers: list[str], rows: Iterator[list[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shapes() -> str:
+    def rows() -> Iterator[list[str]]:
+        for name in shapes():
+            found, model = find_model(name), _price(name, "h100").model
+            count = sum(prod(entry.shape) for entry in found.index.tensors.values())
+            acting = sum(layer.acting for layer in model.layers) + model.vocabulary * model.hidden
+            states = SEQUENCES * LENGTH * model.hidden * model.itemsize
+            yield [
+                f"`{name}`",
+                f"{count / 1e9:,.3g}",
+                f"{acting / 1e9:,.3g}",
+                f"{model.n_layers} x {model.hidden:,}",
+                human_bytes(model.checkpoint_bytes),
+                human_bytes(model.unit_bytes),
+                human_bytes(states),
+                human_bytes((model.n_layers + 1) * states),
+            ]
+
+    headers = ["shape", "parameters, 1e9", "acting, 1e9", "layers x C", "checkpoint", "U"]
+    return _table([*headers, "states a position", "store of all"], rows())
+
+
+def _machines(*, store: bool) -> str:
+    def rows() -> Iterator[list[str]]:
+        for name in shapes():
+            yield [f"`{name}`", *(_time(_price(name, machine, store=store)) for machine in known_machines())]
+
+    return _table(["shape", *known_machines()], rows())
+
+
+def _time(found: Estimate) -> str:
+    missing = dict.fromkeys(
+        name.partition(",")[0] if name.startswith("memory") else name
+        for name, need in found.needs.items()
+        if not need.fits
+    )
+    longest = max(found.stages, key=lambda stage: stage.seconds or 0.0)
+    said = f"{human_seconds(found.seconds or 0.0)} ({longest.name}: {longest.limited_by})"
+    return f"{said}; too little {', '.join(missing)}" if missing else said
+
+
+def _stages() -> str:
+    def rows() -> Iterator[list[str]]:
+        for store in (False, True):
+            found = _price("llama-3-70b", "h100", remove=16, store=store)
+            for stage in found.stages:
+                yield ["published" if store else "default", *_stage(stage)]
+
+    headers = ["method", "stage", "reads", "writes", "disk", "bus", "layers", "store", "fits", "time"]
+    return _table(headers, rows())
+
+
+def _stage(stage: StageCost) -> list[str]:
+    seconds = [stage.parts[name] for name in ("disk", "bus", "compute", "writer", "solve")]
+    return [
+        stage.name,
+        human_bytes(stage.read_bytes),
+        human_bytes(stage.write_bytes),
+        *(human_seconds(one) if one >= 0.05 else "-" for one in seconds),
+        human_seconds(stage.seconds or 0.0),
+    ]
+
+
+def _tokens() -> str:
+    def rows() -> Iterator[list[str]]:
+        for sequences in (4, 32, 256, 2048):
+            capture = _price("llama-3-70b", "h100", remove=16, sequences=sequences, store=True).stages[0]
+            places = ", ".join(name for name, n_bytes in capture.states.items() if n_bytes)
+            yield [f"{sequences * LENGTH:,}", places, *_stage(capture)[1:7], str(capture.limited_by)]
+
+    headers = ["tokens", "states wait on", "reads", "writes", "disk", "bus", "layers", "store", "limited by"]
+    return _table(headers, rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "shapes": _shapes,
+    "default": lambda: _machines(store=False),
+    "published": lambda: _machines(store=True),
+    "stages": _stages,
+    "tokens": _tokens,
+}
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -67,7 +67,7 @@ def _llama(hidden: int, intermediate: int, n_layers: int, vocabulary: int, **mor
 
 CASES = {
     "smollm2": Case("llama", 8, 512, "12:18"),
-    "wide": Case("llama", 8, 256, "2:4", _llama(2048, 5632, 6, 16000)),
+    "wide": Case("llama", 12, 256, "2:3", _llama(2048, 5632, 4, 16000)),
     "mixture": Case(
         "qwen3_moe",
         16,

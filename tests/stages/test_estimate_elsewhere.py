@@ -255,6 +255,29 @@ def test_the_command_that_is_printed_can_be_given(tmp_path: Path) -> None:
     assert context.params["model"] == "meta-llama/Llama-3.1-8B"
 
 
+def test_fits_are_where_there_is_room_for_them() -> None:
+    """A map on the state and the MLP of a 70B has p = 36,864 features: 32 (p^2 + p C) bytes are 49 GiB."""
+    request = Recovery(remove="40:56", calibration=Text(spec="ids:none.npy", sequences=8, length=512))
+    on_card, on_host = (estimate(request, model="llama-3-70b", machine=name) for name in ("h100", "4090"))
+    p, c = 8192 + 28672, 8192
+    assert on_card.needs["device memory"].n_bytes > 32 * (p * p + p * c)
+    assert "to fit" in on_card.needs["device memory"].formula
+    assert on_card.needs["memory, fit"].formula == "2 U"
+    assert on_host.needs["memory, fit"].n_bytes > 32 * (p * p + p * c)
+    assert on_host.problems[0].startswith("memory, fit needs")
+    solve = [one.stages[0].parts["solve"] for one in (on_card, on_host)]
+    assert solve[0] < solve[1] / 10
+
+
+def test_a_store_is_swept_within_the_memory_of_the_machine() -> None:
+    plan = " ".join(f"{start}:{start + 2}" for start in range(3, 75, 6))
+    found = {name: price("llama-3-70b", name, plan).sweeps[0] for name in ("h100", "laptop")}
+    for name, cost in found.items():
+        assert cost.workers * cost.task_bytes <= known_machines()[name].host_memory // 2
+    assert found["laptop"].sweeps > found["h100"].sweeps
+    assert {cost.spans for cost in found.values()} == {12}
+
+
 def test_the_buffers_of_a_store_are_those_that_a_capture_sets_aside() -> None:
     # 16 MiB of a shard hold 128 sequences of 512 x 64 in float32; whole micro-batches of 50 are 100 of them.
     parts = {"sequence": 512 * 64, "sequences": 1000, "micro_batch": 50, "stored": 4, "itemsize": 4}

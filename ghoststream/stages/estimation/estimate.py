@@ -129,10 +129,11 @@ def _check_model(root: Path, job: Job) -> None:
 
 
 def _sweeps(route: Route) -> tuple[SweepCost, ...]:
-    job, reduction = route.job, route.job.recovery.reduction
+    job = route.job
+    reduction = job.recovery.reduction
     shape = StoreShape(job.sequences, job.text.length, job.sizes.hidden)
     repairs = None if route.selection is None else route.selection.repairs
-    selecting = select_sweeps(repairs, shape, reduction)
+    selecting = select_sweeps(repairs, shape, reduction, job.machine)
     if job.fits_in_passes:
         return selecting
     return (
@@ -144,6 +145,7 @@ def _sweeps(route: Route) -> tuple[SweepCost, ...]:
             folds=job.recovery.search.folds,
             reduction=reduction,
             tap_width=job.input_width(job.kind) if job.reads_taps else 0,
+            machine=job.machine,
         ),
     )
 

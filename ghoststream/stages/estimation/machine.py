@@ -79,6 +79,10 @@ class Machine(Options):
             return None
         return free_disk(place) if self.is_here else self.disk
 
+    def workers(self, task_bytes: int) -> int:
+        """Return how many tasks run at a time: one a processor, within half of the host's memory."""
+        return max(1, min(self.processors, self.host_memory // 2 // max(1, task_bytes)))
+
     def on(self, device: str) -> Machine:
         """Return the machine as a request uses it: without its accelerator where it asks for the CPU.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ghoststream.stages.estimation.needs import PassNeeds, Route
+from ghoststream.stages.estimation.needs import Route
+from ghoststream.stages.estimation.pass_needs import PassNeeds
 from ghoststream.stages.estimation.report import StageCost
 from ghoststream.stages.estimation.times import stage_cost
 from ghoststream.stages.estimation.work import Work, capture_work, evaluate_work, fits_work, passes_work
@@ -52,9 +53,10 @@ def _cost(route: Route, name: str, work: Work, place: PassNeeds | None) -> Stage
     if place is None:
         # A store is reduced on the accelerator of this process; workers of a cluster have what they have.
         on_device = name == "solve" and job.machine.has_device and job.recovery.reduction.scheduler is None
-        sums, states = on_device and job.kind.sums_on("cuda") is not None, {}
+        sums = on_device and job.kind.sums_on("cuda") is not None
     else:
-        sums, states = place.fits_on_device, place.states
+        sums = place.fits_on_device
+    states = {} if place is None else place.states
     solves = sums and job.kind.solves_on_device
     found = stage_cost(
         name, work, job.machine, job.sizes.dtype, states=states, sums_on_device=sums, solves_on_device=solves

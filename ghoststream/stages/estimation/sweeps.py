@@ -13,6 +13,7 @@ from ghoststream.errors import BudgetError
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import Reduction
 from ghoststream.spans import Span
+from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.estimation.report import SweepCost
 from ghoststream.statistics import BoundaryReducer, Ranges, TapSource
 from ghoststream.statistics.engines import default_workers
@@ -36,6 +37,7 @@ def solve_sweeps(
     folds: int,
     reduction: Reduction,
     tap_width: int = 0,
+    machine: Machine | None = None,
 ) -> tuple[SweepCost, ...]:
     """Return the sweeps of fitting from a store, one entry for each statistic that it is read for.
 
@@ -46,6 +48,7 @@ def solve_sweeps(
         folds: Folds of whole sequences.
         reduction: Whose memory and workers count.
         tap_width: Width of the taps that the features read, 0 for features of the hidden state.
+        machine: Where; this one by default.
 
     Raises:
         RequestError: If the options do not fit the sizes.
@@ -58,18 +61,44 @@ def solve_sweeps(
         for name, reducer in kind.reducers(group, hidden=shape.hidden, n_folds=ranges.n_folds, taps=taps):
             found.setdefault(name, []).append(reducer)
     return tuple(
-        _cost(SweepCost("solve", name), reducers, shape, ranges, reduction)
+        _cost(SweepCost("solve", name), reducers, shape, ranges, reduction, machine)
         for name, reducers in found.items()
     )
 
 
-def select_sweeps(repairs: Repairs | None, shape: StoreShape, reduction: Reduction) -> tuple[SweepCost, ...]:
+def select_sweeps(
+    repairs: Repairs | None, shape: StoreShape, reduction: Reduction, machine: Machine | None = None
+) -> tuple[SweepCost, ...]:
     """Return the sweeps of a criterion that repairs its candidates; none for others."""
     if repairs is None or not repairs.spans:
         return ()
     reducer = make_operator(repairs.method).reducer(repairs.spans, hidden=shape.hidden)
     ranges = Ranges.make(shape.sequences, folds=repairs.folds)
-    return (_cost(SweepCost("select", "moments"), [reducer], shape, ranges, reduction),)
+    return (_cost(SweepCost("select", "moments"), [reducer], shape, ranges, reduction, machine),)
+
+
+def summing_bytes(
+    kind: OperatorKind, spans: tuple[Span, ...], shape: StoreShape, *, tap_width: int = 0
+) -> tuple[int, int]:
+    """Return the bytes of a task that sums the moments of some spans on the host, and of its state.
+
+    Arguments are those of :func:`solve_sweeps`.
+    """
+    reducer = kind.reducer(spans, hidden=shape.hidden, taps=TapSource("", tap_width) if tap_width else None)
+    return reducer.task_bytes(shape.hidden, shape.length), reducer.state_bytes(shape.hidden, shape.length)
+
+
+def _placed(
+    reduction: Reduction, machine: Machine | None, reducer: BoundaryReducer, shape: StoreShape
+) -> Reduction:
+    """Return a reduction with the memory and the workers that it has on its machine; None is this one."""
+    if machine is None or machine.is_here or reduction.scheduler is not None:
+        return budgeted(reduction)
+    memory = reduction.memory or machine.host_memory // 2
+    alone = (replace(reducer, spans=(span,)) for span in reducer.spans)
+    largest = max(one.task_bytes(shape.hidden, shape.length) for one in alone)
+    workers = reduction.workers or max(1, min(machine.processors, memory // largest))
+    return reduction.model_copy(update={"memory": memory, "workers": workers})
 
 
 def _cost(
@@ -78,13 +107,14 @@ def _cost(
     shape: StoreShape,
     ranges: Ranges,
     reduction: Reduction,
+    machine: Machine | None,
 ) -> SweepCost:
     reducers = list(reducers)
     cost = replace(cost, spans=sum(len(reducer.spans) for reducer in reducers))
     for reducer in reducers:
         try:
             sweeps, workers = fit_sweeps(
-                reducer, budgeted(reduction), hidden=shape.hidden, length=shape.length
+                reducer, _placed(reduction, machine, reducer, shape), hidden=shape.hidden, length=shape.length
             )
         except BudgetError as error:
             return replace(cost, problem=f"{cost.stage}: {error}")

@@ -1,0 +1,143 @@
+"""What one pass takes: layers and work, hidden states on device, host or scratch, and fits beside them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ghoststream.costs import LOSS_BYTES, PASS_FORMULA, Need, default_logit_tokens
+from ghoststream.stages.estimation.job import Job
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Memory of fitting one boundary in a pass: on an accelerator that sums its moments, or on the host."""
+
+    on_device: Need
+    on_host: Need
+
+
+@dataclass(frozen=True)
+class PassNeeds:
+    """What a pass takes, and where its hidden states lie.
+
+    Attributes:
+        needs: Memory of device and host that is set aside, and disk of scratch, by name.
+        states: Bytes of hidden states on ``device``, ``host`` and ``scratch``.
+        peak: Memory that it is expected to take where layers are computed: layers and head are mostly not
+            there together, and a forward takes less than half a U where that is large.
+        fits_on_device: Whether boundaries are fitted on the accelerator, which has room for that.
+    """
+
+    needs: Mapping[str, Need]
+    states: Mapping[str, int]
+    peak: int
+    fits_on_device: bool = False
+
+
+def pass_needs(
+    job: Job,
+    stage: str,
+    states: float,
+    *,
+    store: Path | None = None,
+    buffers: int = 0,
+    logits: int = 0,
+    fits: Fits | None = None,
+) -> PassNeeds:
+    """Return what a pass takes.
+
+    This is how :class:`~ghoststream.streaming.PassMemory` divides the memory, and how states find a place:
+    those of one lane lie together. An accelerator with room for a fit next to layers and work fits there;
+    elsewhere no state makes room for it.
+
+    Args:
+        job: The recovery.
+        stage: Its name.
+        states: Elements of a token that wait between layers.
+        store: Local place of a store that is written, beside which scratch lies.
+        buffers: Bytes that who watches the pass takes on the host.
+        logits: Bytes of logits and what becomes of them, where layers are computed.
+        fits: What fitting a boundary takes besides.
+    """
+    machine, on_host = job.machine, f"memory, {stage}"
+    computing = _computing(job, logits)
+    places = {"host": (on_host, _need(computing + buffers, PASS_FORMULA, job, "host"))}
+    is_beside = False
+    if machine.has_device:
+        device = _need(computing, PASS_FORMULA, job, "device")
+        if fits is not None and job.kind.sums_on("cuda") is not None:
+            both = _plus(device, fits.on_device)
+            is_beside, device = (True, both) if both.fits else (False, device)
+        host = _need(2 * job.sizes.unit_bytes + buffers, "2 U", job, "host")
+        places = {"device": ("device memory", device), "host": (on_host, host)}
+    needs, found = _held(job, places, round(job.n_tokens * states * job.sizes.itemsize), store)
+    fitting = 0
+    if fits is not None and not is_beside:
+        whole = _plus(needs[on_host], fits.on_host)
+        needs[on_host] = Need(whole.n_bytes, whole.formula, machine.host_memory)
+    if fits is not None and (is_beside or not machine.has_device):
+        fitting = fits.on_device.n_bytes if is_beside else fits.on_host.n_bytes
+    held = found["device"] if machine.has_device else found["host"] + buffers
+    return PassNeeds(needs, found, held + _peak(job, logits, fitting), is_beside)
+
+
+def logit_bytes(job: Job) -> int:
+    """Return the bytes of a chunk of logits as it comes, and in float32: on a CPU some rows at a time."""
+    sizes = job.sizes
+    chunk = default_logit_tokens(sizes.vocabulary, sizes.unit_bytes) * sizes.vocabulary
+    in_float32 = 4 * chunk if job.machine.has_device else LOSS_BYTES
+    return sizes.itemsize * chunk + in_float32
+
+
+def _computing(job: Job, logits: int) -> int:
+    unit = job.sizes.unit_bytes
+    return 2 * unit + max(unit // 2, job.micro_batch * job.work_bytes) + logits
+
+
+def _need(n_bytes: int, formula: str, job: Job, place: str) -> Need:
+    """Return a need against what a pass may take there: as given, or nine tenths of what is free."""
+    compute, machine = job.recovery.compute, job.machine
+    given, free = compute.host_memory, machine.host_memory
+    if place == "device":
+        given, free = compute.device_memory, machine.device_memory or 0
+    return Need(n_bytes, formula, free * 9 // 10 if given is None else min(given, free))
+
+
+def _plus(need: Need, more: Need) -> Need:
+    return Need(need.n_bytes + more.n_bytes, f"{need.formula} + {more.formula}", need.available)
+
+
+def _held(
+    job: Job, places: Mapping[str, tuple[str, Need]], n_bytes: int, store: Path | None
+) -> tuple[dict[str, Need], dict[str, int]]:
+    """Put hidden states where there is room, lane by lane; return the needs with them, and where they are."""
+    needs: dict[str, Need] = {}
+    found: dict[str, int] = {}
+    lane = job.n_tokens * job.sizes.hidden * job.sizes.itemsize
+    for place, (name, need) in places.items():
+        room = max(0, (need.available or 0) - need.n_bytes)
+        taken = n_bytes if n_bytes <= room else room // lane * lane
+        needs[name] = _plus(need, Need(taken, _times(taken / lane))) if taken else need
+        found[place], n_bytes = taken, n_bytes - taken
+    if n_bytes:
+        scratch = job.recovery.compute.scratch or store or Path(tempfile.gettempdir())
+        needs["disk, scratch"] = Need(n_bytes, _times(n_bytes / lane), job.machine.free_disk(scratch))
+    return needs, {**found, "scratch": n_bytes}
+
+
+def _times(lanes: float) -> str:
+    count = f"{lanes:.1f}".removesuffix(".0")
+    return "S T C b" if count == "1" else f"{count} S T C b"
+
+
+def _peak(job: Job, logits: int, fits: int) -> int:
+    """Return the largest of what is there in turn: embedded rows, layers at work or a fit, the head."""
+    sizes, n_tokens = job.sizes, job.micro_batch * job.text.length
+    rows = min(sizes.vocabulary, n_tokens) * sizes.hidden * sizes.itemsize
+    layers = 2 * sizes.layer_bytes + max(job.micro_batch * job.work_bytes, fits)
+    # A head of another type is read whole before it is turned into the compute type.
+    copy = sizes.last_bytes if sizes.last_bytes != sizes.head_bytes else 0
+    return max(rows, layers, sizes.head_bytes + copy + logits if logits else 0)

@@ -165,8 +165,8 @@ def not_finite(model: Path) -> None:
     )
 
 
-#: What only a model that is built shows; an estimate reads headers and the configuration.
-UNSEEN_BY_ESTIMATE = (wrong_shape, missing_tensor, unexpected_tensor)
+#: What only a model that is built shows. An estimate reads headers and configuration; the latter is enough.
+UNSEEN_BY_ESTIMATE = (wrong_shape, missing_tensor, unexpected_tensor, no_weights)
 MODELS: tuple[tuple[Callable[[Path], None], int, tuple[str, ...]], ...] = (
     (unknown_architecture, BAD_REQUEST, ("'ctrl' cannot be streamed", "supported are")),
     (unheard_of_architecture, BAD_REQUEST, ("nonesuch",)),

@@ -204,8 +204,6 @@ def test_the_estimate_counts_the_widest_gram_and_the_runs_of_the_layer(model: Pa
         )
         for count in (0, 1)
     )
-    hidden, wide = 32, 64
-    assert refitted.needs["memory, fit"].n_bytes == 32 * wide**2 + 32 * wide * hidden
     assert plain.needs["memory, fit"].n_bytes < refitted.needs["memory, fit"].n_bytes
     flops = [{stage.name: stage.flops for stage in one.stages}["fit"] for one in (plain, refitted)]
     assert flops[0] < flops[1]

@@ -93,7 +93,7 @@ class Route:
         job = self.job
         width = job.input_width(job.kind) if job.reads_taps else 0
         shape = StoreShape(job.sequences, job.text.length, job.sizes.hidden)
-        task, state = summing_bytes(job.kind, job.spans[:1], shape, tap_width=width)
+        task, state = summing_bytes(job.kind, shape, tap_width=width)
         # Where the memory is given, a pass counts one task.
         workers = 1 if job.recovery.compute.host_memory is not None else job.machine.workers(task)
         n_folds = Ranges.make(job.sequences, folds=job.recovery.search.folds).n_folds

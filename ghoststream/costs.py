@@ -215,25 +215,33 @@ def sequences_at_work(unit_bytes: int, sequence_bytes: int, length: int, limit: 
 
 
 def store_buffer_bytes(
-    *, sequence: int, sequences: int, micro_batch: int, stored: int, itemsize: int, is_rounded: bool
+    *,
+    sequence: int,
+    sequences: int,
+    micro_batch: int,
+    itemsizes: tuple[int, ...],
+    threads: int,
+    is_page_locked: bool,
 ) -> int:
-    """Return what a capture takes on the host beside its pass: three copies of a shard, and what waits.
+    """Return what a capture takes on the host beside its pass: shards that are written and that are filled.
 
     Args:
         sequence: Elements of the hidden states of a sequence.
         sequences: Sequences of the text.
-        micro_batch: Sequences that are computed at once; three of them wait.
-        stored: Bytes of an element in the store.
-        itemsize: Bytes of an element as it is computed.
-        is_rounded: Whether a scratch copy is written beside the store.
+        micro_batch: Sequences that are computed at once.
+        itemsizes: Bytes of an element in the store and, where one is written, in the copy to continue from.
+        threads: How many shards are written at a time.
+        is_page_locked: Whether they are in page-locked memory, which torch rounds up to a power of two.
     """
-    per_shard = max(1, SHARD_BYTES // (sequence * stored))
+    per_shard = max(1, SHARD_BYTES // (sequence * itemsizes[0]))
     if sequences <= per_shard:
         per_shard = sequences
     elif micro_batch <= per_shard:
         per_shard -= per_shard % micro_batch
-    shard = per_shard * sequence
-    return 3 * shard * (stored + is_rounded * itemsize) + 3 * micro_batch * sequence * itemsize
+    room = per_shard * sequence * max(itemsizes)
+    if is_page_locked:
+        room = 1 << (room - 1).bit_length()
+    return (threads + len(itemsizes)) * room
 
 
 def default_logit_tokens(vocab_size: int, unit_bytes: int) -> int:

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import yaml
 
+from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.cli import main
-from ghoststream.costs import store_buffer_bytes
 from ghoststream.errors import InputNotFoundError, RequestError, UnsupportedModelError
-from ghoststream.options import Compute, Method, Recovery, Search, Text
+from ghoststream.options import Compute, Method, Recovery, Search, Storage, Text
+from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.machine import Machine, find_machine, known_machines
 from ghoststream.stages.estimation.models import find_model, shapes
 from ghoststream.stages.estimation.report import Estimate
+from ghoststream.stages.session import ModelSession
 from tests.helpers.command_bench import run, succeed
 
 pytestmark = pytest.mark.unit
@@ -278,8 +281,34 @@ def test_a_store_is_swept_within_the_memory_of_the_machine() -> None:
     assert {cost.spans for cost in found.values()} == {12}
 
 
-def test_the_buffers_of_a_store_are_those_that_a_capture_sets_aside() -> None:
-    # 16 MiB of a shard hold 128 sequences of 512 x 64 in float32; whole micro-batches of 50 are 100 of them.
-    parts = {"sequence": 512 * 64, "sequences": 1000, "micro_batch": 50, "stored": 4, "itemsize": 4}
-    found = store_buffer_bytes(**parts, is_rounded=False)
-    assert found == 3 * 100 * 512 * 64 * 4 + 3 * 50 * 512 * 64 * 4
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3, 4, 5, 6), (2, 5)])
+def test_the_buffers_of_a_store_are_those_that_a_capture_sets_aside(
+    layers: tuple[int, ...], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(8, 64)))
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=8, length=64)
+    compute, storage = Compute(device="cpu", micro_batch=2), Storage(layers=layers)
+    asked: list[int] = []
+    memory = ModelSession.memory
+
+    def told(self: ModelSession, length: int, **named: Any) -> Any:
+        asked.append(named.get("buffers", 0))
+        return memory(self, length, **named)
+
+    monkeypatch.setattr(ModelSession, "memory", told)
+    capture(tiny_llama, calibration=text, store=tmp_path / "store", storage=storage, compute=compute)
+    recovery = Recovery(
+        remove=1,
+        calibration=text,
+        search=Search(criterion="streamline"),
+        method=Method(operator="ghost"),
+        storage=storage if layers == tuple(range(7)) else Storage(),
+        compute=compute,
+    )
+    if layers == (2, 5):
+        recovery = recovery.model_copy(update={"remove": "2:5", "search": Search()})
+    needs = estimate(recovery, model=tiny_llama, measure=False).needs["memory, capture"]
+    sizes, states = read_sizes(tiny_llama), 8 * 64 * 32 * 4
+    work = max(sizes.unit_bytes // 2, 2 * 64 * (4 * sizes.widest + 8 * 32) * 4)
+    # A shard that is filled has an index of a few bytes besides.
+    assert needs.n_bytes - 2 * sizes.unit_bytes - work - states == pytest.approx(max(asked), rel=0.02)

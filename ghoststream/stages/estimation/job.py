@@ -25,6 +25,9 @@ from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
 
+_WRITING_THREADS = 4
+"""Shards that a capture writes at a time at most."""
+
 
 @dataclass(frozen=True)
 class Job(Way):
@@ -215,13 +218,14 @@ class Job(Way):
     def writer_bytes(self) -> int:
         """Bytes on their way to a store."""
         storage, sizes = self.recovery.storage, self.sizes
+        stored = ITEMSIZES[storage.store_dtype or sizes.dtype]
         return store_buffer_bytes(
             sequence=self.text.length * sizes.hidden,
             sequences=self.sequences,
             micro_batch=self.micro_batch,
-            stored=ITEMSIZES[storage.store_dtype or sizes.dtype],
-            itemsize=sizes.itemsize,
-            is_rounded=self.is_rounded,
+            itemsizes=(stored, sizes.itemsize) if self.is_rounded else (stored,),
+            threads=min(_WRITING_THREADS, self.machine.processors),
+            is_page_locked=self.machine.has_device,
         )
 
     @property

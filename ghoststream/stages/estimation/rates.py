@@ -55,8 +55,10 @@ def measure_rates(
     """
     import torch
 
+    from ghoststream.activations import writing_threads
+
     device = torch.device(device)
-    host = torch.device("cpu")
+    host, threads = torch.device("cpu"), writing_threads()
     folder = _writable(existing_place(place))
     with disk_errors(folder):
         disk_write, read_back = _disk_rates(folder, clock)
@@ -66,7 +68,7 @@ def measure_rates(
         {
             "disk_read": int(_read_rate(files, 2 * seconds, clock) if files else read_back),
             "disk_write": int(disk_write),
-            "writer": int(_writer_rate(folder, dtypes[0])),
+            "writer": int(_writer_rate(folder, dtypes[0]) * (1 if clock is time.process_time else threads)),
             "elementwise": int(_elementwise_rate(getattr(torch, dtypes[0]), device, seconds / 2, clock)),
             "bus": None if is_host else int(_bus_rate(device, clock)),
             "flops": flops,

@@ -181,8 +181,36 @@ SHARD_BYTES = 16 * 2**20
 LOSS_BYTES = 4 * 2**20
 """Float32 logits that a CPU turns into losses at once: what its caches hold."""
 
+ACCELERATOR_FORMULA = f"{PASS_FORMULA} + 7 B T C b + 64 MiB"
+"""The same on an accelerator: states on their way are there too, and what its libraries work with."""
+
+STAGING_FORMULA = "U to a power of two + U"
+"""Memory of the host of an accelerator in a pass: a layer on its way in page-locked memory, and a head."""
+
 _MOST_TOKENS = 2048
+_MOST_TOKENS_ON_ACCELERATOR = 8192
+_BATCHES_ON_THEIR_WAY = 7  # three copies for who watches, two that are fetched, two that are put away
+_LIBRARY_BYTES = 64 * 1024**2
 _LEAST_CHUNK_BYTES = 32 * 2**20
+
+
+def page_locked_bytes(n_bytes: int) -> int:
+    """Return what a page-locked block of ``n_bytes`` takes: torch rounds up to a power of two."""
+    return 1 << max(0, n_bytes - 1).bit_length()
+
+
+def staging_bytes(unit_bytes: int) -> int:
+    """Return what a pass takes on the host of an accelerator; see :data:`STAGING_FORMULA`."""
+    return page_locked_bytes(unit_bytes) + unit_bytes
+
+
+def beside_work_bytes(batch_bytes: int) -> int:
+    """Return what a pass takes on an accelerator beside weights, the work on a batch, and states.
+
+    Args:
+        batch_bytes: Bytes of the states of a micro-batch, ``B T C b``.
+    """
+    return _BATCHES_ON_THEIR_WAY * batch_bytes + _LIBRARY_BYTES
 
 
 def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int, length: int) -> int:
@@ -198,20 +226,30 @@ def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int,
     return (4 * widest + 8 * hidden) * itemsize + heads * length * (2 * itemsize + 4)
 
 
-def sequences_at_work(unit_bytes: int, sequence_bytes: int, length: int, limit: int | None) -> int:
+def sequences_at_work(
+    unit_bytes: int, sequence_bytes: int, length: int, limit: int | None, states_bytes: int | None = None
+) -> int:
     """Return how many sequences go through a layer together: what works within half a U and the memory given.
+
+    An accelerator is not kept busy by so few where layers are small: there it is what works within 2 U.
 
     Args:
         unit_bytes: U.
         sequence_bytes: What a layer at work holds for one sequence.
         length: Tokens of a sequence.
         limit: Memory of the pass where layers are computed, less what others take; None for no limit.
+        states_bytes: Bytes of the states of a sequence, on an accelerator; None where the CPU computes.
 
     Returns:
-        At most 2,048 tokens, at least one sequence.
+        At most 2,048 tokens, on an accelerator 8,192; at least one sequence.
     """
-    room = unit_bytes // 2 if limit is None else min(unit_bytes // 2, limit - 2 * unit_bytes)
-    return max(1, min(_MOST_TOKENS // length, room // sequence_bytes))
+    most, share = _MOST_TOKENS, unit_bytes // 2
+    if states_bytes is not None:
+        most, share = _MOST_TOKENS_ON_ACCELERATOR, 2 * unit_bytes
+        sequence_bytes += _BATCHES_ON_THEIR_WAY * states_bytes
+        limit = None if limit is None else limit - _LIBRARY_BYTES
+    room = share if limit is None else min(share, limit - 2 * unit_bytes)
+    return max(1, min(most // length, room // sequence_bytes))
 
 
 def store_buffer_bytes(
@@ -240,7 +278,7 @@ def store_buffer_bytes(
         per_shard -= per_shard % micro_batch
     room = per_shard * sequence * max(itemsizes)
     if is_page_locked:
-        room = 1 << (room - 1).bit_length()
+        room = page_locked_bytes(room)
     return (threads + len(itemsizes)) * room
 
 

@@ -48,6 +48,34 @@ def free_device_memory(device: torch.device) -> int | None:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def idle_page_locked_memory(device: torch.device) -> int:
+    """Return the bytes of page-locked host memory that torch keeps for what comes next; 0 without a card.
+
+    The system counts them as taken, and a pass takes them again.
+    """
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    kept = torch.cuda.host_memory_stats()
+    names = ("allocated_bytes.current", "active_bytes.current")
+    return int(kept[names[0]]) - int(kept[names[1]]) if all(name in kept for name in names) else 0
+
+
+def numbered(device: torch.device) -> torch.device:
+    """Return a device as tensors name it: ``cuda`` is the ``cuda:N`` that is current in this thread.
+
+    Without a number it would equal the device of no tensor, and another one in threads started later.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return torch.device(device.type)
+    # torch says that an index is always a number; that of "cuda" is None.
+    has_number = str(device) != "cuda"
+    return device if has_number else torch.device("cuda", torch.cuda.current_device())
+
+
 def may_have_accelerator() -> bool:
     """Say whether the system shows a device that torch might call CUDA, without importing torch."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(

@@ -15,7 +15,13 @@ from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.errors import (
     RequestError,
 )
-from ghoststream.machine import free_device_memory, free_host_memory, multiplies_bfloat16
+from ghoststream.machine import (
+    free_device_memory,
+    free_host_memory,
+    idle_page_locked_memory,
+    multiplies_bfloat16,
+    numbered,
+)
 from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recovery.names import has_provenance
@@ -138,7 +144,7 @@ class ModelSession:
         compute = self.compute
         budget = MemoryBudget(
             _given_or_most(compute.device_memory, free_device_memory(self.device)),
-            _given_or_most(compute.host_memory, free_host_memory()),
+            _given_or_most(compute.host_memory, free_host_memory() + idle_page_locked_memory(self.device)),
             compute.scratch or scratch,
         )
         return PassMemory(self.skeleton, budget, length, buffers=buffers, gradients=gradients)
@@ -217,7 +223,7 @@ def open_skeleton(root: Path, device: torch.device | str, compute: Compute) -> S
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the torch device of this name; ``auto`` is CUDA where there is one.
+    """Return the torch device of this name, with its number; ``auto`` is CUDA where there is one.
 
     Raises:
         RequestError: If it is unknown or not on this machine.
@@ -227,12 +233,22 @@ def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
         msg = f"unknown device {name!r}; use auto, cpu, cuda or cuda:N"
-        raise RequestError(msg) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        msg = f"device {name!r} was asked for, and torch sees no CUDA device here; use --device cpu"
         raise RequestError(msg)
-    return device
+    if device.type == "cuda":
+        n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if n_devices == 0:
+            msg = f"device {name!r} was asked for, and torch sees no CUDA device here; use --device cpu"
+            raise RequestError(msg)
+        if (device.index or 0) >= n_devices:
+            msg = (
+                f"device {name!r} was asked for, and torch sees {n_devices} CUDA device(s) here, numbered "
+                f"from 0; use --device cuda:{n_devices - 1}"
+            )
+            raise RequestError(msg)
+    return numbered(device)
 
 
 def _given_or_most(given: int | None, free: int | None) -> int | None:

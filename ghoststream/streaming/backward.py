@@ -181,6 +181,7 @@ class BackwardPass:
                 _require_differentiable_map(step.span, mapped)
                 mapped.backward(above)
                 flow.put(batch, states, step.position)
+            flow.require_finite()
 
     def _through_layer(self, layer: int, span: Span | None, weights: Weights, flow: GradientFlow) -> None:
         tapped = None if span is None else self._maps[span]
@@ -203,6 +204,7 @@ class BackwardPass:
                     _require_differentiable_map(span, output)
                 output.backward(above)
                 flow.put(batch, states, layer)
+            flow.require_finite()
             for name, total in sums.items():
                 assert self._weight_gradients is not None
                 self._weight_gradients.observe(layer, name, module.get_parameter(name).detach(), total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 import torch
 
@@ -10,11 +10,12 @@ from ghoststream.errors import NumericsError
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.calls import ModelCalls
+from ghoststream.streaming.finite import FiniteFlags
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.gradients import (
     TokenLoss,
     WeightGradients,
-    require_finite_gradient,
+    gradient_not_finite,
     summed_gradients,
     wanted_weights,
 )
@@ -60,33 +61,32 @@ class HeadBackward:
         Raises:
             NumericsError: If a loss or a gradient is not finite.
         """
-        total, end = 0.0, self._skeleton.n_layers
+        end, finite = self._skeleton.n_layers, FiniteFlags()
+        total = torch.zeros((), dtype=torch.float64, device=self._skeleton.device)
         with self._lane.standing(self._skeleton, end), summed_gradients(self._norm, self.wanted()) as sums:
             for batch, ended in flow:
                 value, gradient = self._gradient(batch, ended)
-                if not math.isfinite(value):
-                    msg = (
-                        f"the loss of sequences [{batch.start},{batch.stop}) is {value}; use --dtype "
-                        "float32, or check the weights of the model"
-                    )
-                    raise NumericsError(msg)
+                finite.note(gradient, partial(gradient_not_finite, end, batch))
+                finite.note(value, partial(_loss_not_finite, batch, value))
                 total += value
                 flow.put(batch, gradient)
                 return_free_memory()
+            finite.look()
             for name, summed in sums.items():
                 assert self._gradients is not None
                 self._gradients.observe(end, name, self._norm.get_parameter(name).detach(), summed)
-        return total
+        return float(total)
 
-    def _gradient(self, batch: Batch, states: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return the loss of a batch and its gradient at ``h[L]``.
+    def _gradient(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, float64 ``()`` on the device, and its gradient at ``h[L]``.
 
         Logits exist for a chunk of tokens at a time.
         """
         ended = states.clone().requires_grad_()
         with torch.enable_grad():
             finished = self._calls.finish(batch, ended)
-        n_tokens, total = batch.ids.numel(), 0.0
+        n_tokens = batch.ids.numel()
+        total = torch.zeros((), dtype=torch.float64, device=states.device)
         flat = finished.detach().reshape(1, n_tokens, -1)
         gradient = torch.zeros_like(flat)
         chunk = self._logit_tokens or n_tokens
@@ -99,8 +99,14 @@ class HeadBackward:
                 )
             if value.requires_grad:
                 (gradient[:, begin : begin + chunk],) = torch.autograd.grad(value, part)
-            total += float(value.detach())
+            total += value.detach()
         finished.backward(gradient.reshape(finished.shape))
         assert ended.grad is not None
-        require_finite_gradient(ended.grad, self._skeleton.n_layers, batch)
         return total, ended.grad
+
+
+def _loss_not_finite(batch: Batch, value: torch.Tensor) -> NumericsError:
+    return NumericsError(
+        f"the loss of sequences [{batch.start},{batch.stop}) is {float(value)}; use --dtype float32, or check"
+        " the weights of the model"
+    )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Self
 
 import torch
 
 from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.finite import FiniteFlags
 from ghoststream.streaming.flow import StatesFlow
-from ghoststream.streaming.gradients import require_finite_gradient
+from ghoststream.streaming.gradients import gradient_not_finite
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import HiddenStates, StatesFactory
 
@@ -88,6 +90,7 @@ class GradientFlow:
         self._inputs = StatesFlow(states, None, batches, device)
         self._gradients = StatesFlow(gradients, gradients, batches, device)
         self._to_inputs = to_inputs
+        self._finite = FiniteFlags()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -104,9 +107,17 @@ class GradientFlow:
             # overwritten.
             yield batch, states.clone().requires_grad_(self._to_inputs), above.clone()
 
+    def require_finite(self) -> None:
+        """Wait until every gradient that was put is looked at; on the CPU each was at once.
+
+        Raises:
+            NumericsError: If one is not finite.
+        """
+        self._finite.look()
+
     def put(self, batch: Batch, states: torch.Tensor, position: int) -> None:
         """Keep the gradient that autograd left at the inputs of a batch, if it is wanted."""
         if self._to_inputs:
             assert states.grad is not None
-            require_finite_gradient(states.grad, position, batch)
+            self._finite.note(states.grad, partial(gradient_not_finite, position, batch))
             self._gradients.put(batch, states.grad)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.streaming.finite import finite_flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,14 @@ def require_finite(states: torch.Tensor, place: str, batch: Batch) -> None:
     Raises:
         NumericsError: If one is NaN or infinite.
     """
-    if not bool(torch.isfinite(states).all()):
-        msg = (
-            f"hidden states {place} of sequences [{batch.start},{batch.stop}) are not finite;"
-            " use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the"
-            " layer before"
-        )
-        raise NumericsError(msg)
+    if not bool(finite_flag(states)):
+        raise states_not_finite(place, batch)
+
+
+def states_not_finite(place: str, batch: Batch) -> NumericsError:
+    """Return the error about hidden states of a batch that are not finite; see :func:`require_finite`."""
+    return NumericsError(
+        f"hidden states {place} of sequences [{batch.start},{batch.stop}) are not finite;"
+        " use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the"
+        " layer before"
+    )

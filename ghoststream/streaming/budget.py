@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghoststream.costs import sequences_at_work, work_bytes_per_token
+from ghoststream.costs import (
+    beside_work_bytes,
+    page_locked_bytes,
+    sequences_at_work,
+    work_bytes_per_token,
+)
 from ghoststream.errors import BudgetError
 from ghoststream.files import format_bytes
 from ghoststream.streaming.batches import Batch
@@ -36,7 +41,9 @@ class PassMemory:
     layer in use and the one being read, and a forward of ``B`` sequences of ``T`` tokens at work (``I`` is
     the widest matrix of a layer; eager attention takes ``B H T^2 (2 b + 4)`` more). The way back of a
     :class:`~ghoststream.streaming.backward.BackwardPass` takes four times such a forward, and the gradients.
-    The host of an accelerator takes ``2 U``: a layer on its way, and a head.
+    An accelerator takes ``7 B T C b + 64 MiB`` more: batches on their way to the host and from it, and what
+    its libraries work with. Its host takes a layer on its way, in page-locked memory that torch rounds up to
+    a power of two, and a head.
 
     Args:
         skeleton: The model.
@@ -67,12 +74,13 @@ class PassMemory:
     def choose_micro_batch(self) -> int:
         """Return how many sequences go through a layer together: what works within half a U and the budget.
 
-        At most 2,048 tokens, at least one sequence.
+        On an accelerator what works within 2 U. At most 2,048 tokens, there 8,192; at least one sequence.
         """
         limit = self._budget.host_bytes if self._on_host else self._budget.device_bytes
         if limit is not None and self._on_host:
             limit -= self._buffers
-        return sequences_at_work(self._unit, self._work_bytes(1, self._length), self._length, limit)
+        work, states = self._work_bytes(1, self._length), self._states_bytes(1, self._length)
+        return sequences_at_work(self._unit, work, self._length, limit, None if self._on_host else states)
 
     def has_room(self, n_bytes: int) -> bool:
         """Keep so many bytes of the accelerator free for fits, if two layers and work leave them.
@@ -109,8 +117,10 @@ class PassMemory:
         if self._on_host:
             device_left, host = None, {**computing, **buffers}
         else:
+            computing["states on their way"] = beside_work_bytes(self._states_bytes(*largest.ids.shape))
             device_left = self._left("device memory", budget.device_bytes, computing)
-            host = {"a layer and a head on their way": 2 * self._unit, **buffers}
+            staged = page_locked_bytes(self._skeleton.slot_bytes)
+            host = {"a layer on its way": staged, "a head on its way": self._unit, **buffers}
         return StatesFactory(
             batches,
             self._skeleton.hidden_size,
@@ -124,6 +134,9 @@ class PassMemory:
     def _work_bytes(self, micro_batch: int, length: int) -> int:
         return micro_batch * length * layer_work_bytes(self._skeleton, length)
 
+    def _states_bytes(self, micro_batch: int, length: int) -> int:
+        return micro_batch * length * self._skeleton.hidden_size * self._skeleton.dtype.itemsize
+
     def _left(self, place: str, limit: int | None, parts: dict[str, int]) -> int | None:
         if limit is None:
             return None
@@ -133,7 +146,7 @@ class PassMemory:
             msg = (
                 f"a pass over {self._skeleton.root} needs {format_bytes(needed)} of {place} ({listed}), and "
                 f"{format_bytes(limit)} are there for it; use a smaller micro-batch or shorter sequences, "
-                "or a machine with more memory"
+                f"or give --{place.replace(' ', '-')} where the machine has more than it says is free"
             )
             raise BudgetError(msg)
         return limit - needed

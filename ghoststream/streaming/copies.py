@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Literal, Protocol
 
 import torch
+
+Way = Literal["weights", "to device", "to host"]
+"""What a stream of copies carries. Each has a stream of its own: a card copies both ways at once."""
 
 # On CUDA the host runs ahead: a call returns when work is launched, not when it is done. The computation
 # launches on one stream, each background thread on another, and what must come after what is said three
@@ -50,11 +54,10 @@ class HostCopies:
 
 
 class CudaCopies:
-    """Copies on a CUDA stream of their own; the computing stream is never waited for by the host."""
+    """Copies on a CUDA stream beside the computing one, which the host never waits for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, way: Way) -> None:
+        self._stream = _stream(device, way)
         self._computing = torch.cuda.current_stream(device)
 
     def mark(self) -> torch.cuda.Event:
@@ -68,9 +71,12 @@ class CudaCopies:
         """Run what is inside on the copying stream, behind ``mark``; its copies are complete at the end."""
         if mark is not None:
             self._stream.wait_event(mark)
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            # After an error too: a copy that is under way reads memory which is about to be given back.
+            self._stream.synchronize()
 
     def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep the tensor's memory from being used again before the computation is through with it."""
@@ -78,6 +84,19 @@ class CudaCopies:
         return tensor
 
 
-def copies_for(device: torch.device) -> Copies:
-    """Return the kind of copies that a device needs; call it in the thread that computes."""
-    return CudaCopies(device) if device.type == "cuda" else HostCopies()
+def copies_for(device: torch.device, way: Way = "to host") -> Copies:
+    """Return the kind of copies that a device needs; call it in the thread that computes.
+
+    Args:
+        device: Where the computation is.
+        way: What is copied. All copies of one kind share a stream.
+    """
+    return CudaCopies(device, way) if device.type == "cuda" else HostCopies()
+
+
+@cache
+def _stream(device: torch.device, way: Way) -> torch.cuda.Stream:
+    # Made once: torch has 32 streams a device and hands them out in turn. One for each layer would soon be
+    # that of the weights, and a batch of states would wait for a whole layer.
+    del way
+    return torch.cuda.Stream(device)

@@ -25,16 +25,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import NumericsError, RequestError
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stopping import require_going_on
 from ghoststream.streaming.allocator import return_free_memory
-from ghoststream.streaming.batches import Batch, require_finite
+from ghoststream.streaming.batches import Batch, states_not_finite
 from ghoststream.streaming.boundary_map import Pairs, require_boundary_maps
 from ghoststream.streaming.calls import ModelCalls
+from ghoststream.streaming.finite import FiniteFlags
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lane_groups import LaneGroups, LaneState
 from ghoststream.streaming.lanes import Behind, Lane, Place
@@ -106,6 +108,7 @@ class StreamedPass:
         self._factory = factory
         self._options = options or PassOptions()
         self._calls = ModelCalls(skeleton)
+        self._finite = FiniteFlags()
         self._last = skeleton.n_layers if self._options.last_layer is None else self._options.last_layer
         self._lanes = tuple(lanes)
         for lane in lanes:
@@ -123,10 +126,13 @@ class StreamedPass:
         try:
             with torch.inference_mode(), self._skeleton.loaded_frame():
                 self._run()
-        except BaseException:
+        except BaseException as error:
             for lane in self._lanes:
                 for observer in lane.observers:
                     observer.failed()
+            if isinstance(error, NumericsError):
+                # An observer may have met what the pass has only noted, and the pass knows where it is.
+                self._finite.look()
             raise
 
     def _run(self) -> None:
@@ -159,7 +165,7 @@ class StreamedPass:
         with self._rows_of_tokens():
             for batch in self._batches:
                 value = source(batch).to(self._skeleton.device)
-                require_finite(value, f"at position {first}", batch)
+                self._note(value, first, batch)
                 groups.first.put(batch, value)
                 self._show(first, batch, value, groups.lanes)
         self._finish_position(first, groups)
@@ -194,7 +200,7 @@ class StreamedPass:
                 for one in entering:
                     if batch.start in one.starts:
                         kept = one.boundary_map.enter(value, taken).to(value.dtype)
-                        require_finite(kept, f"at position {layer + 1}", batch)
+                        self._note(kept, layer + 1, batch)
                         one.place.put(batch, kept)
                 return value
 
@@ -203,6 +209,7 @@ class StreamedPass:
     def _over_boundary(self, position: int, groups: LaneGroups, group: Sequence[LaneState]) -> None:
         boundary_map = group[0].boundary_map
         if boundary_map.target is not None:
+            self._finite.look()
             target = groups.named(boundary_map.target)
             boundary_map.fit(Pairs(groups.batches_of(group), group[0].states, target.states))
         for one in group:
@@ -220,13 +227,14 @@ class StreamedPass:
         with StatesFlow(group[0].states, place, batches, self._skeleton.device) as flow:
             for batch, states in flow:
                 value = move(batch, states)
-                require_finite(value, f"at position {position}", batch)
+                self._note(value, position, batch)
                 flow.put(batch, value)
                 self._show(position, batch, value, group)
         for one in group:
             one.states = place
 
     def _finish_position(self, position: int, groups: LaneGroups) -> None:
+        self._finite.look()  # what observers commit now, and what is read from here on, is finite
         for one in groups.lanes:
             if one.inside is None:
                 for observer in one.lane.observers:
@@ -234,6 +242,9 @@ class StreamedPass:
                         observer.finished(position)
         groups.end_lanes(position)
         groups.enter_spans(position)
+
+    def _note(self, states: torch.Tensor, position: int, batch: Batch) -> None:
+        self._finite.note(states, partial(states_not_finite, f"at position {position}", batch))
 
     def _show(self, position: int, batch: Batch, states: torch.Tensor, group: Sequence[LaneState]) -> None:
         for one in group:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from ghoststream.streaming.batches import Batch
-from ghoststream.streaming.copies import copies_for
+from ghoststream.streaming.copies import Way, copies_for
 from ghoststream.streaming.states import HiddenStates
 
 _WAITING = 2
@@ -43,8 +43,8 @@ class StatesFlow:
         device: torch.device,
     ) -> None:
         self._source, self._target, self._batches, self._device = source, target, batches, device
-        self._reader = None if source.is_on(device) else _Thread("read", device)
-        self._writer = None if target is None or target.is_on(device) else _Thread("write", device)
+        self._reader = None if source.is_on(device) else _Thread("read", device, "to device")
+        self._writer = None if target is None or target.is_on(device) else _Thread("write", device, "to host")
         self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
@@ -96,8 +96,8 @@ class StatesFlow:
 class _Thread:
     """One background thread whose copies do not disturb the computation."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.copies = copies_for(device)
+    def __init__(self, name: str, device: torch.device, way: Way) -> None:
+        self.copies = copies_for(device, way)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"ghoststream-states-{name}")
 
     def run(self, function: Any, *args: Any, behind: bool = False) -> Future[Any]:

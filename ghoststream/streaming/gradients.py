@@ -53,18 +53,12 @@ def require_gradient_dtype(dtype: torch.dtype) -> None:
         raise RequestError(msg)
 
 
-def require_finite_gradient(gradient: torch.Tensor, position: int, batch: Batch) -> None:
-    """Check the gradient of a batch at a position.
-
-    Raises:
-        NumericsError: If it is not finite.
-    """
-    if not bool(torch.isfinite(gradient).all()):
-        msg = (
-            f"the gradient at position {position} of sequences [{batch.start},{batch.stop}) is not finite;"
-            " use --dtype float32, or check the weights of the model"
-        )
-        raise NumericsError(msg)
+def gradient_not_finite(position: int, batch: Batch) -> NumericsError:
+    """Return the error about a gradient of a batch at a position that is not finite."""
+    return NumericsError(
+        f"the gradient at position {position} of sequences [{batch.start},{batch.stop}) is not finite;"
+        " use --dtype float32, or check the weights of the model"
+    )
 
 
 def wanted_weights(gradients: WeightGradients | None, layer: int, module: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError
+from ghoststream.machine import numbered
 from ghoststream.streaming.copies import copies_for
 from ghoststream.streaming.slots import DeviceSlots, HostSlots, WeightSlots
 from ghoststream.streaming.weights import Weights, WeightSpec, assign_weights, read_weight, release_weights
@@ -56,7 +57,7 @@ class Skeleton:
         trust_remote_code: bool = False,
     ) -> None:
         self.root = root
-        self.device = torch.device(device)
+        self.device = numbered(torch.device(device))
         self.index = CheckpointIndex.open(root)
         self.config = load_config(root, trust_remote_code=trust_remote_code)
         with configured(root, doing="build the model"):
@@ -256,14 +257,18 @@ class Skeleton:
             if name.startswith(start)
         ]
 
-    def _make_slots(self) -> WeightSlots:
-        rooms = (
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Bytes of the place that takes the layers in turn: the room of the largest."""
+        return max(
             sum(spec.room_bytes for spec in self._specs(self._layer_name(layer)))
             for layer in range(self.n_layers)
         )
+
+    def _make_slots(self) -> WeightSlots:
         if self.device.type == "cpu":
-            return HostSlots(self.reader, max(rooms))
-        return DeviceSlots(self.reader, max(rooms), self.device, copies_for(self.device))
+            return HostSlots(self.reader, self.slot_bytes)
+        return DeviceSlots(self.reader, self.slot_bytes, self.device, copies_for(self.device, "weights"))
 
     def _part_bytes(self, prefix: str) -> int:
         return sum(spec.n_bytes for spec in self._specs(prefix))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 
 from ghoststream.files import disk_errors, require_free_space
 from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.page_locked import PageLockedStates, page_locked_runs
+from ghoststream.streaming.shapes import StatesShape
 
 _HOST = torch.device("cpu")
 
@@ -34,40 +34,15 @@ class HiddenStates(Protocol):
         """Give the place back."""
 
 
-@dataclass(frozen=True, slots=True)
-class StatesShape:
-    """Where the tokens of each micro-batch lie in a place: one after the other, ``(n_tokens, C)`` in all.
-
-    Attributes:
-        offsets: First token of each batch, by the number of its first sequence. Batches may differ in length.
-        n_tokens: Tokens of all batches, padding included.
-        hidden: Elements of a token: width C of the residual stream, or more where taps are kept with it.
-    """
-
-    offsets: Mapping[int, int]
-    n_tokens: int
-    hidden: int
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], hidden: int) -> Self:
-        """Lay batches out in their order."""
-        edges = list(accumulate((batch.ids.numel() for batch in batches), initial=0))
-        offsets = {batch.start: begin for batch, begin in zip(batches, edges, strict=False)}
-        return cls(offsets, edges[-1], hidden)
-
-
 class MemoryStates:
     """States in one block of memory on one device, overwritten in place from layer to layer.
 
-    Memory: the elements of ``shape``; page-locked if ``pinned``.
+    Memory: the elements of ``shape``.
     """
 
-    def __init__(
-        self, shape: StatesShape, dtype: torch.dtype, device: torch.device, *, pinned: bool = False
-    ) -> None:
+    def __init__(self, shape: StatesShape, dtype: torch.dtype, device: torch.device) -> None:
         self._shape = shape
-        size = (shape.n_tokens, shape.hidden)
-        self._block = torch.empty(size, dtype=dtype, device=device, pin_memory=pinned)
+        self._block = torch.empty((shape.n_tokens, shape.hidden), dtype=dtype, device=device)
 
     def get(self, batch: Batch) -> torch.Tensor:
         """Return the states of a batch, shape ``(n, T, C)``: a view, valid until they are replaced."""
@@ -185,11 +160,11 @@ class StatesFactory:
             BudgetError: If only scratch is left, and its disk has too little space.
         """
         shape = StatesShape.of(self._batches if batches is None else batches, width or self._hidden)
-        n_bytes = shape.n_tokens * shape.hidden * self._dtype.itemsize
         for place, limit in self._limits.items():
+            n_bytes = self._bytes_in(place, shape)
             taken = sum(size for other, size in self._live.values() if other == place)
             if limit is None or taken + n_bytes <= limit:
-                states = MemoryStates(shape, self._dtype, place, pinned=place != self._device)
+                states = self._make_in(place, shape)
                 self._live[id(states)] = (place, n_bytes)
                 return states
         return FileStates(self._scratch, shape, self._dtype)
@@ -198,3 +173,13 @@ class StatesFactory:
         """Close a place and count its memory as free."""
         self._live.pop(id(states), None)
         states.close()
+
+    def _bytes_in(self, place: torch.device, shape: StatesShape) -> int:
+        if place == self._device:
+            return shape.n_tokens * shape.hidden * self._dtype.itemsize
+        return sum(run.n_bytes for run in page_locked_runs(shape, self._dtype.itemsize))
+
+    def _make_in(self, place: torch.device, shape: StatesShape) -> HiddenStates:
+        if place == self._device:
+            return MemoryStates(shape, self._dtype, place)
+        return PageLockedStates(shape, self._dtype)

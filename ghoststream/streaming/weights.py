@@ -13,7 +13,9 @@ from ghoststream.checkpoint.reader import TensorReader
 
 Weights = Mapping[str, torch.Tensor]
 
-_ALIGNMENT = 64
+# That of torch's allocator on an accelerator. Kernels are chosen by it, so that weights which lie otherwise
+# than a resident model's could give other bits.
+_ALIGNMENT = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,9 @@ from ghoststream.machine import (
     free_device_memory,
     free_disk,
     free_host_memory,
+    idle_page_locked_memory,
     multiplies_bfloat16,
+    numbered,
     processors,
 )
 from ghoststream.statistics.engines import default_workers
@@ -112,6 +114,22 @@ def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 80)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30)
     assert free_device_memory(torch.device("cuda")) == 150
+
+
+def test_page_locked_memory_that_torch_keeps_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"allocated_bytes.current": 100, "active_bytes.current": 30}
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: kept)
+    assert idle_page_locked_memory(torch.device("cpu")) == 0
+    assert idle_page_locked_memory(torch.device("cuda", 0)) == 70
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", dict)
+    assert idle_page_locked_memory(torch.device("cuda", 0)) == 0
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert numbered(torch.device("cuda")) == torch.device("cuda", 1)
+    assert numbered(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert numbered(torch.device("cpu", 0)) == torch.device("cpu")
 
 
 def test_free_disk_of_a_folder_that_does_not_exist_yet(

@@ -20,6 +20,7 @@ from ghoststream.selection import Criterion, register_criterion
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, StageCost, describe_problem
+from ghoststream.stages.session import usable_device
 from ghoststream.testing.models import save_tiny, tiny_model
 
 pytestmark = pytest.mark.unit
@@ -198,6 +199,22 @@ def test_unknown_device(tiny_llama: Path) -> None:
 def test_missing_accelerator(tiny_llama: Path) -> None:
     with pytest.raises(RequestError, match="torch sees no CUDA device here; use --device cpu"):
         price(tiny_llama, remove=1, device="cuda")
+
+
+def test_an_accelerator_of_a_number_that_is_not_there(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RequestError, match=r"'cuda:7' was asked for, and torch sees 2 CUDA device.*cuda:1"):
+        usable_device("cuda:7")
+    assert usable_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "tpu9"])
+def test_a_device_of_a_kind_that_is_not_computed_on(name: str) -> None:
+    with pytest.raises(RequestError, match=f"unknown device '{name}'; use auto, cpu, cuda or cuda:N"):
+        usable_device(name)
 
 
 def test_no_such_model(tmp_path: Path) -> None:

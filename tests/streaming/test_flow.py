@@ -12,7 +12,7 @@ import torch
 
 from ghoststream.streaming import BackgroundObserver, Batch, FileStates, MemoryStates, make_batches
 from ghoststream.streaming.flow import StatesFlow
-from ghoststream.streaming.states import StatesShape
+from ghoststream.streaming.shapes import StatesShape
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")

@@ -79,5 +79,8 @@ class _Salience:
         """Add the salience of one weight; 2^20 elements are in float64 at a time."""
         del name
         blocks = (one.reshape(-1).split(_BLOCK_ELEMENTS) for one in (weight, gradient))
+        # Where the weight is: the host waits for the sum, and not for each block.
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
         for some, slopes in zip(*blocks, strict=True):
-            self.scores[layer] += float((some.double() * slopes.double()).abs().sum())
+            total += (some.double() * slopes.double()).abs().sum()
+        self.scores[layer] += float(total)

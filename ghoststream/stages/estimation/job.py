@@ -195,7 +195,13 @@ class Job(Way):
         if self.machine.device_memory is not None:
             free, given = self.machine.device_memory, compute.device_memory
         limit = free * 9 // 10 if given is None else given
-        return sequences_at_work(self.sizes.unit_bytes, self.work_bytes, self.text.length, limit)
+        states = None if self.machine.device_memory is None else self.text.length * self.token_bytes
+        return sequences_at_work(self.sizes.unit_bytes, self.work_bytes, self.text.length, limit, states)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the state of a token at compute type, ``C b``."""
+        return self.sizes.hidden * self.sizes.itemsize
 
     @property
     def micro_batch(self) -> int:

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ghoststream.costs import LOSS_BYTES, PASS_FORMULA, Need, default_logit_tokens
+from ghoststream.costs import (
+    ACCELERATOR_FORMULA,
+    LOSS_BYTES,
+    PASS_FORMULA,
+    STAGING_FORMULA,
+    Need,
+    beside_work_bytes,
+    default_logit_tokens,
+    staging_bytes,
+)
 from ghoststream.stages.estimation.job import Job
 
 
@@ -67,11 +76,12 @@ def pass_needs(
     places = {"host": (on_host, _need(computing + buffers, PASS_FORMULA, job, "host"))}
     is_beside = False
     if machine.has_device:
-        device = _need(computing, PASS_FORMULA, job, "device")
+        beside = beside_work_bytes(job.micro_batch * job.text.length * job.token_bytes)
+        device = _need(computing + beside, ACCELERATOR_FORMULA, job, "device")
         if fits is not None and job.kind.sums_on("cuda") is not None:
             both = _plus(device, fits.on_device)
             is_beside, device = (True, both) if both.fits else (False, device)
-        host = _need(2 * job.sizes.unit_bytes + buffers, "2 U", job, "host")
+        host = _need(staging_bytes(job.sizes.unit_bytes) + buffers, STAGING_FORMULA, job, "host")
         places = {"device": ("device memory", device), "host": (on_host, host)}
     needs, found = _held(job, places, round(job.n_tokens * states * job.sizes.itemsize), store)
     fitting = 0

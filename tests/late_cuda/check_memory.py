@@ -1,0 +1,81 @@
+"""A pass takes no more of the device, and of page-locked memory, than its budget counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ghoststream.costs import page_locked_bytes
+from ghoststream.spans import PruningPlan
+from ghoststream.streaming import (
+    BackgroundObserver,
+    Lane,
+    MemoryBudget,
+    PassMemory,
+    PassOptions,
+    Skeleton,
+    StreamedPass,
+)
+from ghoststream.testing.models import save_tiny
+from tests.late_cuda.device import LateCuda
+from tests.late_cuda.passes import Keeper, T, batches_of
+
+_LIBRARIES = 64 * 2**20
+"""Counted for the libraries of a card, which this one does without."""
+
+
+class Dropped(Keeper):
+    """Forgets what it is shown, as a writer does."""
+
+    def observe(self, *_: object) -> None:
+        return
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_peak_is_what_the_budget_counts(on_device: bool, tmp_path: Path, late_cuda: LateCuda) -> None:
+    model = save_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=256, vocab_size=1024)
+    skeleton = Skeleton(model, device="cuda")
+    unit, batches = skeleton.unit_bytes, batches_of(2, 20)
+    state = 64 * 4
+    work = max(unit // 2, 2 * T * (4 * 256 + 8 * 64) * 4)
+    counted = 2 * unit + work + 7 * 2 * T * state
+    states = 20 * T * state if on_device else 0
+    budget = MemoryBudget(counted + states + _LIBRARIES, None, tmp_path)
+    factory = PassMemory(skeleton, budget, T).states_factory(batches)
+    late_cuda.memory.reset()
+    with BackgroundObserver(Dropped(), skeleton.device) as behind:
+        lane = Lane("dense", PruningPlan(6), observers=(behind,))
+        StreamedPass(skeleton, batches, [lane], factory, PassOptions()).run()
+    assert late_cuda.memory.peak <= counted + states
+    assert late_cuda.memory.peak >= 2 * skeleton.slot_bytes + states
+
+
+def test_page_locked_memory_is_what_the_budget_counts(tmp_path: Path, late_cuda: LateCuda) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    skeleton = Skeleton(model, device="cuda")
+    batches = batches_of(1, 33)
+    states = 33 * T * 32 * 4
+    staged = page_locked_bytes(skeleton.slot_bytes)
+    room = int(1.25 * states)
+    assert page_locked_bytes(states) > room  # as one block they would not be held to this
+    budget = MemoryBudget(None, staged + skeleton.unit_bytes + room, tmp_path)
+    factory = PassMemory(skeleton, budget, T).states_factory(batches)
+    factory._limits[skeleton.device] = 0
+    before = late_cuda.page_locked_live
+    StreamedPass(skeleton, batches, [Lane("dense", PruningPlan(6))], factory, PassOptions()).run()
+    assert states + staged <= late_cuda.page_locked_peak - before <= room + staged
+
+
+def test_passes_of_one_process_have_the_same_memory(tiny_llama: Path, late_cuda: LateCuda) -> None:
+    from ghoststream.options import Compute
+    from ghoststream.stages.session import ModelSession
+
+    session = ModelSession(tiny_llama, Compute(device="cuda", micro_batch=2))
+    unit = session.skeleton.unit_bytes
+    late_cuda.memory.total = int((4.5 * unit + _LIBRARIES) / 0.9)
+    for _ in range(3):
+        factory = session.memory(T).states_factory(batches_of(2))
+        lane = Lane("dense", PruningPlan(6))
+        StreamedPass(session.skeleton, batches_of(2), [lane], factory, PassOptions()).run()
+    assert late_cuda.memory.reserved > 2 * unit

@@ -1,0 +1,62 @@
+"""The CUDA paths on a device that is not there: right in every order of its streams, and mistakes are found.
+
+Each run is a process of its own, as the device has to be there before torch is imported. Its tests are those
+that a real device is given (``-m gpu``), and the checks of this folder of what only this one counts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from tests.late_cuda import hooks
+
+ROOT = Path(__file__).parents[2]
+PASS = "tests/streaming/test_executor_cuda.py"
+FAMILIES = "tests/streaming/test_families_cuda.py"
+OTHERS = ("tests/statistics/test_device_boundary_cuda.py", "tests/stages/test_stages_cuda.py")
+CHECKS = tuple(f"tests/late_cuda/check_{name}.py" for name in ("waits", "memory", "mistakes"))
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(hooks.missing() is not None, reason=hooks.missing() or "the device can be there"),
+]
+
+
+def run(folder: Path, orders: str, *arguments: str) -> int:
+    """Run tests on the device, in each of some orders; returns how many passed."""
+    report = folder / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "tests.late_cuda.plugin", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", "-q", "--tb=short", f"--junitxml={report}", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"LATE_CUDA_ORDERS": orders},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    suite = next(ET.parse(report).getroot().iter("testsuite"))
+    assert suite.get("skipped") == "0", done.stdout[-3000:]
+    return int(suite.get("tests", "0"))
+
+
+def test_a_pass_is_right_in_every_order(tmp_path: Path) -> None:
+    assert run(tmp_path, "late,early-copies,random", PASS) == 3 * 5
+
+
+def test_families_and_stages_are_right_and_mistakes_are_found(tmp_path: Path) -> None:
+    assert run(tmp_path, "late", "-m", "not soak", FAMILIES, *OTHERS, *CHECKS) >= 35
+
+
+@pytest.mark.soak
+def test_every_family_and_every_stage(tmp_path: Path) -> None:
+    assert run(tmp_path, "late", FAMILIES) == 91
+    assert run(tmp_path, "early-copies,random", *OTHERS, *CHECKS[:2]) >= 30

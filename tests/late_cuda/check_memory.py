@@ -34,7 +34,14 @@ class Dropped(Keeper):
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_the_peak_is_what_the_budget_counts(on_device: bool, tmp_path: Path, late_cuda: LateCuda) -> None:
-    model = save_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=256, vocab_size=1024)
+    model = save_tiny(
+        "llama",
+        tmp_path / "model",
+        hidden_size=64,
+        intermediate_size=256,
+        vocab_size=1024,
+        num_hidden_layers=3,
+    )
     skeleton = Skeleton(model, device="cuda")
     unit, batches = skeleton.unit_bytes, batches_of(2, 20)
     state = 64 * 4
@@ -45,14 +52,14 @@ def test_the_peak_is_what_the_budget_counts(on_device: bool, tmp_path: Path, lat
     factory = PassMemory(skeleton, budget, T).states_factory(batches)
     late_cuda.memory.reset()
     with BackgroundObserver(Dropped(), skeleton.device) as behind:
-        lane = Lane("dense", PruningPlan(6), observers=(behind,))
+        lane = Lane("dense", PruningPlan(3), observers=(behind,))
         StreamedPass(skeleton, batches, [lane], factory, PassOptions()).run()
     assert late_cuda.memory.peak <= counted + states
     assert late_cuda.memory.peak >= 2 * skeleton.slot_bytes + states
 
 
 def test_page_locked_memory_is_what_the_budget_counts(tmp_path: Path, late_cuda: LateCuda) -> None:
-    model = save_tiny("llama", tmp_path / "model")
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
     skeleton = Skeleton(model, device="cuda")
     batches = batches_of(1, 33)
     states = 33 * T * 32 * 4
@@ -63,7 +70,7 @@ def test_page_locked_memory_is_what_the_budget_counts(tmp_path: Path, late_cuda:
     factory = PassMemory(skeleton, budget, T).states_factory(batches)
     factory._limits[skeleton.device] = 0
     before = late_cuda.page_locked_live
-    StreamedPass(skeleton, batches, [Lane("dense", PruningPlan(6))], factory, PassOptions()).run()
+    StreamedPass(skeleton, batches, [Lane("dense", PruningPlan(1))], factory, PassOptions()).run()
     assert states + staged <= late_cuda.page_locked_peak - before <= room + staged
 
 

@@ -28,15 +28,15 @@ pytestmark = [
 ]
 
 
-def run(folder: Path, orders: str, *arguments: str) -> int:
-    """Run tests on the device, in each of some orders; returns how many passed."""
+def run(folder: Path, orders: str, *arguments: str, thorough: str = "") -> int:
+    """Run tests on the device, those of one file, or of all, in each of the orders."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "tests.late_cuda.plugin", "-p", "no:cacheprovider"]
     command += ["-p", "no:xdist", "-q", "--tb=short", f"--junitxml={report}", *arguments]
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | {"LATE_CUDA_ORDERS": orders},
+        env=os.environ | {"LATE_CUDA_ORDERS": orders, "LATE_CUDA_THOROUGH": thorough},
         capture_output=True,
         text=True,
         check=False,
@@ -48,12 +48,10 @@ def run(folder: Path, orders: str, *arguments: str) -> int:
     return int(suite.get("tests", "0"))
 
 
-def test_a_pass_is_right_in_every_order(tmp_path: Path) -> None:
-    assert run(tmp_path, "late,early-copies,random", PASS) == 3 * 5
-
-
-def test_families_and_stages_are_right_and_mistakes_are_found(tmp_path: Path) -> None:
-    assert run(tmp_path, "late", "-m", "not soak", FAMILIES, *OTHERS, *CHECKS) >= 35
+def test_every_path_is_right_and_every_mistake_is_found(tmp_path: Path) -> None:
+    files = (PASS, FAMILIES, *OTHERS, *CHECKS)
+    n_tests = run(tmp_path, "late,early-copies,random", "-m", "not soak", *files, thorough=PASS)
+    assert n_tests >= 3 * 5 + 35
 
 
 @pytest.mark.soak

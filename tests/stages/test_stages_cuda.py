@@ -33,10 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "ghost": {},
     "diagonal": {"operator": "diagonal"},
     "rotated": {"operator": "linear-patch-rotated"},
-    "orthogonal": {"operator": "orthogonal"},
     "prune-and-comp": {"operator": "prune-and-comp"},
     "hidden+mlp": {"operator": "least-squares", "features": "hidden+mlp", "ridge": 1e-2},
-    "mlp_output": {"operator": "least-squares", "features": "mlp_output", "ridge": 1e-2},
     "normed": {"operator": "least-squares", "features": "normed", "ridge": 1e-2, "intercept": True},
 }
 Stage = Callable[[str, Path, str, Path], list[npt.ArrayLike]]

@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo unit test lint format soak docs bench clean
+.PHONY: help setup demo unit test lint format soak gpu docs bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -62,6 +62,10 @@ format: $(STAMP) ## rewrite the code as lint wants it
 
 soak: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+# No setup: a machine with a card mostly has a torch for it, and perhaps no network. The script says what it needs.
+gpu: ## on a machine with a CUDA device: is it right and how fast; ten minutes, no network
+	GPU_CHECK_PYTHON="$${GPU_CHECK_PYTHON:-$(PYTHON)}" bash benchmarks/gpu/gpu_check.sh
 
 docs: $(STAMP) ## rewrite the pages that are made: the options, tables of scaling, the picture of the README
 	$(BIN)/python docs/make_options.py

@@ -60,7 +60,7 @@ def _write(run: Run) -> dict[str, Any]:
         "bytes": written,
         "layer_bytes": layer_bytes,
         "seconds": round(seconds, 2),
-        "written_GBps": round(written / seconds / 1e9, 2),
+        "written_GBps": round(written / seconds / 1e9, 4),
         "fsync_seconds": round(time.perf_counter() - begun, 2),
         "disk_free_before_GB": round(room / 1e9, 1),
     }

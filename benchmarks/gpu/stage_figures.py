@@ -42,7 +42,12 @@ class Stages:
             self.run.model, calibration=text, store=self.store, compute=self.compute, progress=clock
         )
         n_bytes = self.sequences * self.length * store.hidden * 2
-        return {"boundaries": len(store.layers), "bytes_a_boundary": n_bytes}
+        share = self.sequences / load(self.run)[2]
+        return {
+            "boundaries": len(store.layers),
+            "bytes_a_boundary": n_bytes,
+            "share_of_sequences": share,
+        }
 
     def evaluate(self, clock: Clock, models: list[Any], memory: int | None) -> dict[str, Any]:
         """Measure models, all in one pass."""
@@ -147,7 +152,7 @@ def _on_a_full_device(on: Stages) -> dict[str, Any]:
 
     run = on.run
     release(run.o.device)
-    wanted = int(4.2 * Skeleton(run.model).unit_bytes)
+    wanted = int(4.2 * Skeleton(run.model).unit_bytes) + 128 * 2**20
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(max(0, free - wanted), dtype=torch.uint8, device=run.o.device)
     out: list[dict[str, Any]] = []

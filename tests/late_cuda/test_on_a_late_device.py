@@ -58,3 +58,8 @@ def test_every_path_is_right_and_every_mistake_is_found(tmp_path: Path) -> None:
 def test_every_family_and_every_stage(tmp_path: Path) -> None:
     assert run(tmp_path, "late", FAMILIES) == 91
     assert run(tmp_path, "early-copies,random", *OTHERS, *CHECKS[:2]) >= 30
+
+
+@pytest.mark.soak
+def test_the_check_for_a_card_runs(tmp_path: Path) -> None:
+    assert run(tmp_path, "late", "tests/late_cuda/check_benchmarks.py") == 1

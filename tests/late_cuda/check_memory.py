@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ from tests.late_cuda.passes import Keeper, T, batches_of
 
 _LIBRARIES = 64 * 2**20
 """Counted for the libraries of a card, which this one does without."""
+
+
+def _taken(late_cuda: LateCuda) -> int:
+    """Return what an earlier test, that failed perhaps, still holds of the device."""
+    gc.collect()
+    late_cuda.memory.reset()
+    return late_cuda.memory.allocated
 
 
 class Dropped(Keeper):
@@ -50,12 +58,11 @@ def test_the_peak_is_what_the_budget_counts(on_device: bool, tmp_path: Path, lat
     states = 20 * T * state if on_device else 0
     budget = MemoryBudget(counted + states + _LIBRARIES, None, tmp_path)
     factory = PassMemory(skeleton, budget, T).states_factory(batches)
-    late_cuda.memory.reset()
+    before = _taken(late_cuda)
     with BackgroundObserver(Dropped(), skeleton.device) as behind:
         lane = Lane("dense", PruningPlan(3), observers=(behind,))
         StreamedPass(skeleton, batches, [lane], factory, PassOptions()).run()
-    assert late_cuda.memory.peak <= counted + states
-    assert late_cuda.memory.peak >= 2 * skeleton.slot_bytes + states
+    assert 2 * skeleton.slot_bytes + states <= late_cuda.memory.peak - before <= counted + states
 
 
 def test_page_locked_memory_is_what_the_budget_counts(tmp_path: Path, late_cuda: LateCuda) -> None:
@@ -80,7 +87,7 @@ def test_passes_of_one_process_have_the_same_memory(tiny_llama: Path, late_cuda:
 
     session = ModelSession(tiny_llama, Compute(device="cuda", micro_batch=2))
     unit = session.skeleton.unit_bytes
-    late_cuda.memory.total = int((4.5 * unit + _LIBRARIES) / 0.9)
+    late_cuda.memory.total = _taken(late_cuda) + int((4.5 * unit + _LIBRARIES) / 0.9)
     for _ in range(3):
         factory = session.memory(T).states_factory(batches_of(2))
         lane = Lane("dense", PruningPlan(6))

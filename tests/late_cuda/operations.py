@@ -192,7 +192,7 @@ class Operations:
             return func(*on_meta(args), **{**on_meta(kwargs), "device": device})
         inner_args = on_host(args)
         inner_kwargs = {**on_host(kwargs), **({} if device is None else {"device": "cpu"})}
-        run = _integer_histogram(func) if name == "aten::histc" and not args[0].is_floating_point() else func
+        run = _only_on_cuda(func, name, args)
         shapes = self._shapes(name, run, args, kwargs)
         if shapes is None:
             self._queues.wait(self._queues.current(), f"{name} without a shape")
@@ -236,11 +236,14 @@ def _shape(value: Any) -> Any:
     return value
 
 
-def _integer_histogram(whole: Any) -> Any:
-    """Return a histogram of whole numbers, which CUDA has and the CPU has not."""
-
-    def count(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        counted: torch.Tensor = whole(values.float(), *args, **kwargs)
-        return counted.to(values.dtype)
-
-    return count
+def _only_on_cuda(func: Any, name: str, args: Sequence[Any]) -> Any:
+    """Return what computes an operation, where the CPU has none: in the type that is wanted."""
+    if name == "aten::histc" and not args[0].is_floating_point():
+        return lambda values, *rest, **kwargs: func(values.float(), *rest, **kwargs).to(values.dtype)
+    if name in ("aten::mm.dtype", "aten::bmm.dtype"):
+        return lambda left, right, kind: torch.matmul(left.to(kind), right.to(kind))
+    if name in ("aten::addmm.dtype", "aten::baddbmm.dtype"):
+        return lambda added, left, right, kind, *, beta=1, alpha=1: (
+            beta * added + alpha * torch.matmul(left.to(kind), right.to(kind))
+        )
+    return func

@@ -74,6 +74,7 @@ def fitted(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLike
         calibration=text,
         sequences=S,
         out=out / "fitted.safetensors",
+        precision="float64",
         **_options(device),
         **FORMS["hidden+mlp"],
     )

@@ -6,6 +6,7 @@ that a real device is given (``-m gpu``), and the checks of this folder of what 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def run(folder: Path, orders: str, *arguments: str, thorough: str = "") -> int:
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "tests.late_cuda.plugin", "-p", "no:cacheprovider"]
     command += ["-p", "no:xdist", "-q", "--tb=short", f"--junitxml={report}", *arguments]
+    # Each test in there has the time that one has here.
+    faulthandler.cancel_dump_traceback_later()
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -56,7 +59,7 @@ def test_every_path_is_right_and_every_mistake_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_every_family_and_every_stage(tmp_path: Path) -> None:
-    assert run(tmp_path, "late", FAMILIES) == 91
+    assert run(tmp_path, "late", FAMILIES) == 93
     assert run(tmp_path, "early-copies,random", *OTHERS, *CHECKS[:2]) >= 30
 
 

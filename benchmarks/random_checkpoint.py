@@ -30,6 +30,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 28672,
         "num_hidden_layers": 3,
         "vocab_size": 32000,
+        "head_size": 128,
+        "heads_per_key": 8,
+    },
+    # The proportions of a 70B: 80 layers, the MLP 3.5 times as wide as the stream, heads of 128.
+    "70b-in-small": {
+        "hidden_size": 1536,
+        "intermediate_size": 5376,
+        "num_hidden_layers": 80,
+        "vocab_size": 16384,
+        "head_size": 128,
+        "heads_per_key": 4,
+        "decay": 0.3,
+        "sink": True,
     },
 }
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from ghoststream.checkpoint.packed import require_readable
 from ghoststream.errors import UnsupportedModelError
 
 
@@ -222,7 +223,7 @@ def architecture_of(config: Any) -> Architecture:
 
     Raises:
         UnsupportedModelError: If the architecture is unknown, composite, known not to work, or has no final
-            norm of its own, or if the weights are quantised.
+            norm of its own, or if the weights are quantised in a way that is not read.
     """
     model_type = str(config.model_type)
     base = model_type.removeprefix("ghosted_")
@@ -232,25 +233,8 @@ def architecture_of(config: Any) -> Architecture:
     if base == "opt" and not (config.do_layer_norm_before and not config._remove_final_layer_norm):
         msg = "OPT models without a final layer norm (opt-350m) cannot be streamed: an operator may need one"
         raise UnsupportedModelError(msg)
-    require_unquantised(config)
+    require_readable(config)
     return ARCHITECTURES[base]
-
-
-def require_unquantised(config: Any) -> None:
-    """Refuse a configuration of quantised weights, by its method.
-
-    Raises:
-        UnsupportedModelError: If the weights are quantised.
-    """
-    for key in ("quantization_config", "compression_config"):
-        quantization = getattr(config, key, None)
-        if quantization is not None:
-            msg = (
-                f"the checkpoint is quantised ({_quantization_method(quantization)}), and quantised weights "
-                "cannot be streamed: give an unquantised safetensors checkpoint of the model, or dequantise "
-                "this one with transformers and save_pretrained"
-            )
-            raise UnsupportedModelError(msg)
 
 
 def _reason(config: Any, base: str) -> str:
@@ -265,10 +249,3 @@ def _reason(config: Any, base: str) -> str:
             "with ghoststream.recovery.write_text_part(folder, out)"
         )
     return f"supported are {', '.join(sorted(ARCHITECTURES))}"
-
-
-def _quantization_method(quantization: Any) -> str:
-    if isinstance(quantization, Mapping):
-        return str(quantization.get("quant_method", "unknown method"))
-    method = getattr(quantization, "quant_method", "unknown method")
-    return str(getattr(method, "value", method))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 from ghoststream.checkpoint.header import TensorEntry, read_header
+from ghoststream.checkpoint.packed_weight import PackedWeight
 from ghoststream.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, find_weight_files
 from ghoststream.errors import CheckpointError, InputNotFoundError
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "CheckpointIndex"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckpointIndex:
     """All tensors of a local safetensors checkpoint folder, single-file or sharded.
 
@@ -28,6 +30,7 @@ class CheckpointIndex:
         shards: Their files, as paths inside the folder.
         index_name: The index file that names these; None if none does.
         absent: Tensors that the index names and no shard holds, with the shard in which they should be.
+        packed: Weights that several of the tensors make, by name; see :mod:`ghoststream.checkpoint.packed`.
     """
 
     root: Path
@@ -35,6 +38,7 @@ class CheckpointIndex:
     shards: tuple[str, ...]
     index_name: str | None = None
     absent: Mapping[str, str] = field(default_factory=dict)
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: Path) -> CheckpointIndex:
@@ -64,6 +68,18 @@ class CheckpointIndex:
             "copy both again"
         )
         return CheckpointError(msg)
+
+    @cached_property
+    def weights(self) -> Mapping[str, TensorEntry]:
+        """What the tensors make: mostly themselves, and packed weights in the places of their parts."""
+        parts = {name for packed in self.packed.values() for name in packed.parts.values()}
+        plain = {name: entry for name, entry in self.tensors.items() if name not in parts}
+        return MappingProxyType({**plain, **{name: packed.entry for name, packed in self.packed.items()}})
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors that make a weight: its own, or those that it is packed in."""
+        packed = self.packed.get(name)
+        return (name,) if packed is None else tuple(packed.parts.values())
 
     @property
     def n_bytes(self) -> int:

@@ -106,10 +106,10 @@ def _match(model: Any, index: CheckpointIndex, state: Mapping[str, Any]) -> _Mat
 
     match, rename = _Match(), _renamer(model, state)
     # In this order transformers collects the experts, and applies renamings that depend on each other.
-    for source in sorted(index.tensors, key=dot_natural_key):
+    for source in sorted(index.weights, key=dot_natural_key):
         target, pattern, converter = rename(source)
         if target not in state:
-            if not _is_ignored(model, index.tensors[source]):
+            if not _is_ignored(model, index.weights[source]):
                 match.unexpected[source] = target
         elif converter is None:
             match.pieces[target] = (Piece(source),)
@@ -173,7 +173,7 @@ def is_saved_mask(entry: TensorEntry) -> bool:
 
 
 def _place_fused(index: CheckpointIndex, match: _Match, state: Mapping[str, Any]) -> None:
-    shapes = {name: entry.shape for name, entry in index.tensors.items()}
+    shapes = {name: entry.shape for name, entry in index.weights.items()}
     for target, converter in match.converters.items():
         collected = match.collected[target]
         found, match.pieces[target] = place_sources(target, converter, collected, shapes)
@@ -223,7 +223,7 @@ def _require_shapes(
     index: CheckpointIndex, filled: Mapping[str, tuple[Piece, ...]], state: Mapping[str, Any]
 ) -> None:
     for target, (piece,) in filled.items():
-        found, wanted = index.tensors[piece.source].shape, tuple(state[target].shape)
+        found, wanted = index.weights[piece.source].shape, tuple(state[target].shape)
         if found != wanted:
             msg = (
                 f"{index.root}: tensor {piece.source} has shape {found}, the config asks for {wanted}:"
@@ -238,7 +238,7 @@ def _require_kinds(
     for target, pieces in filled.items():
         if state[target].is_floating_point():
             for piece in pieces:
-                require_fraction(index.root, index.tensors[piece.source])
+                require_fraction(index.root, index.weights[piece.source])
 
 
 def require_fraction(root: Path, entry: TensorEntry) -> None:

@@ -1,4 +1,4 @@
-"""Reading tensors of a checkpoint: few files open at a time, every byte counted and checked."""
+"""Reading weights of a checkpoint: few files open at a time, every byte counted and checked."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ import torch
 
 from ghoststream.checkpoint.content_reader import ContentReader
 from ghoststream.checkpoint.contents import CHUNK_BYTES
+from ghoststream.checkpoint.dequantise import dequantise_into
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.packed_weight import PackedWeight
 from ghoststream.errors import CheckpointError, NumericsError
 
 
 class TensorReader(ContentReader):
-    """Reads tensors by name into memory of their own, or rows of a tensor through a mapping.
+    """Reads weights by name into memory of their own, or rows of a weight through a mapping.
+
+    A weight is mostly a tensor of the checkpoint. One that several tensors make, as in a quantised release,
+    is made of them on the way. Digests are those of the tensors.
 
     Whatever way a tensor is read, all of its bytes are hashed, compared with what they were before, and
     looked through for NaN and infinity; ``rows`` does that once until :meth:`close`. ``bytes_read`` counts
@@ -27,7 +32,9 @@ class TensorReader(ContentReader):
 
     Args and attributes are those of :class:`~ghoststream.checkpoint.content_reader.ContentReader`.
 
-    Memory: one tensor a call. Mapped pages used by ``rows`` belong to the page cache.
+    Memory: one tensor a call; for a weight that is packed its tensors as they are stored, and what
+    :func:`~ghoststream.checkpoint.dequantise.dequantise_into` states. Mapped pages used by ``rows`` belong to
+    the page cache.
     """
 
     def __init__(self, index: CheckpointIndex, buffers: Collection[str] = ()) -> None:
@@ -42,27 +49,43 @@ class TensorReader(ContentReader):
             self._mapped.clear()
         super().close()
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read one tensor, converted to ``dtype`` if one is given.
+    def weight(self, name: str) -> TensorEntry:
+        """Return what a weight is, and where it lies.
 
         Raises:
-            CheckpointError: If the checkpoint has no such tensor, the file changed or broke since it was
+            CheckpointError: If there is none of that name.
+        """
+        return self.index.weights.get(name) or self.entry(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one weight, converted to ``dtype`` if one is given.
+
+        Raises:
+            CheckpointError: If the checkpoint has no such weight, the file changed or broke since it was
                 opened, or the tensor is not what it is known to be.
             NumericsError: If it holds NaN or infinity, also in ``dtype``.
         """
-        entry = self.entry(name)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self._fill(entry, tensor)
+        packed = self.index.packed.get(name)
+        if packed is not None:
+            made = torch.empty(packed.entry.shape, dtype=dtype or packed.entry.dtype)
+            self._make(packed, made)
+            return made
+        tensor = self._stored(name)
         return tensor if dtype is None else self.converted(name, tensor.to(dtype))
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        """Read one tensor into a host tensor of its shape, converting to that tensor's dtype.
+        """Read one weight into a host tensor of its shape, converting to that tensor's dtype.
 
         Raises:
             CheckpointError, NumericsError: As for :meth:`read`.
 
-        Memory: none where the dtypes agree and ``target`` is contiguous, otherwise one copy of the tensor.
+        Memory: none where the dtypes agree and ``target`` is contiguous, otherwise one copy of the tensor;
+        of a packed weight what the class states.
         """
+        packed = self.index.packed.get(name)
+        if packed is not None:
+            self._make(packed, target)
+            return
         entry = self.entry(name)
         if target.dtype == entry.dtype and target.is_contiguous():
             self._fill(entry, target)
@@ -84,8 +107,13 @@ class TensorReader(ContentReader):
         Raises:
             CheckpointError: If there is no such tensor or a row does not exist, and as for :meth:`read`.
             NumericsError: As for :meth:`read`, of the whole tensor.
+
+        Memory: the result; of a packed weight all of it.
         """
-        entry = self.entry(name)
+        entry = self.weight(name)
+        if name in self.index.packed:
+            self._require_rows(entry, rows)
+            return self.read(name, dtype)[rows]
         if name not in self._mapped:
             self.check(name)
         self._require_rows(entry, rows)
@@ -104,13 +132,15 @@ class TensorReader(ContentReader):
             rows: Row numbers, int64, shape ``(k,)``, ascending, each once.
 
         Returns:
-            Tensor ``(k, width)``, of the checkpoint's dtype.
+            Tensor ``(k, width)``, of the checkpoint's dtype; of a packed weight float32.
 
         Raises:
             CheckpointError, NumericsError: As for :meth:`rows`.
 
-        Memory: the result, and what is in flight or one row.
+        Memory: the result, and what is in flight or one row; of a packed weight all of it.
         """
+        if name in self.index.packed:
+            return self.rows(name, rows, torch.float32)
         entry = self.entry(name)
         self._require_rows(entry, rows)
         n_rows, width = entry.shape[0], math.prod(entry.shape[1:])
@@ -146,7 +176,7 @@ class TensorReader(ContentReader):
         Raises:
             NumericsError: If it did.
         """
-        entry = self.entry(name)
+        entry = self.weight(name)
         largest = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else 0.0
         shrinks = entry.dtype.is_floating_point and largest < torch.finfo(entry.dtype).max
         if not shrinks or not tensor.numel() or entry.name in self._buffers:
@@ -158,6 +188,24 @@ class TensorReader(ContentReader):
             )
             raise NumericsError(msg)
         return tensor
+
+    def _stored(self, name: str) -> torch.Tensor:
+        entry = self.entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        self._fill(entry, tensor)
+        return tensor
+
+    def _make(self, packed: PackedWeight, target: torch.Tensor) -> None:
+        """Read the tensors that make a weight, and make it in ``target``."""
+        parts = {role: self._stored(part) for role, part in packed.parts.items()}
+        dequantise_into(packed, parts, target)
+        if not all(bool(end.isfinite()) for end in torch.aminmax(target)):
+            msg = (
+                f"{packed.name} in {self.index.root / packed.entry.shard} holds values that are not finite "
+                f"once it is dequantised to {target.dtype}; use --dtype bfloat16 or float32, or download or "
+                "copy the shard again"
+            )
+            raise NumericsError(msg)
 
     def _fill(self, entry: TensorEntry, target: torch.Tensor) -> None:
         buffer = (

@@ -17,6 +17,7 @@ from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask, require_fraction, require_unquantised_names
 from ghoststream.checkpoint.layer_sizes import LayerSizes, MlpEnd, mlp_end
+from ghoststream.checkpoint.packed import with_packed
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 
 ITEMSIZES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -166,6 +167,7 @@ def _sizes(
 ) -> ModelSizes:
     root, config = index.root, plain_config(data)
     architecture = architecture_of(config)
+    index = with_packed(index, config)
     dtype = dtype or _stored_dtype(config, index)
     itemsize = ITEMSIZES[dtype]
     layers, ends = _parts(index, architecture, config)
@@ -224,7 +226,7 @@ def _parts(
     pattern = re.compile(rf"(?:^|\.){re.escape(architecture.layers)}\.(\d+)\.")
     layers: dict[int, dict[str, TensorEntry]] = defaultdict(dict)
     ends: dict[str, TensorEntry] = {}
-    for name, entry in index.tensors.items():
+    for name, entry in index.weights.items():
         found = pattern.search(name)
         if found is None:
             ends[name] = entry
@@ -281,7 +283,7 @@ def _stored_dtype(config: Any, index: CheckpointIndex) -> str:
     named = str(_first(config, ("dtype", "torch_dtype"))).removeprefix("torch.")
     if named in ITEMSIZES:
         return named
-    largest = max(index.tensors.values(), key=lambda entry: entry.n_bytes)
+    largest = max(index.weights.values(), key=lambda entry: entry.n_bytes)
     if largest.dtype_name not in _OF_HEADERS:
         msg = f"{index.root} holds weights of type {largest.dtype_name}; give a --dtype to compute in"
         raise CheckpointError(msg)

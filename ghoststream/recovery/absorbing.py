@@ -74,7 +74,8 @@ class Absorption:
             reader: Reads the base checkpoint.
             names: Name in the new checkpoint by name in the base.
 
-        Memory: while the weight is written, blocks of it; of ``mlp_output`` also the weight as it is stored;
+        Memory: while the weight is written, blocks of it; of ``mlp_output``, and where it is packed, also the
+        weight;
         of ``hidden+mlp`` what :func:`~ghoststream.operators.joint.absorbed_part` states, and from then on its
         result.
         """
@@ -109,13 +110,13 @@ class Absorption:
         Raises:
             NumericsError: If it is not, or cannot be made.
         """
-        dtype = index.tensors[self.weight].dtype
+        dtype = index.weights[self.weight].dtype
         growth, largest = self.part.diagnostics["growth"], 2.0 / torch.finfo(dtype).eps
         if growth > largest:
             raise NumericsError(lost_in_rounding(self.operator, growth, f"{self.weight} in {dtype}", largest))
 
     def _source(self, reader: TensorReader, name: str, new_name: str, blocks: Any) -> TensorSource:
-        entry = reader.entry(name)
+        entry = reader.weight(name)
 
         def chunks(buffer: memoryview) -> Iterator[memoryview]:
             del buffer
@@ -128,15 +129,18 @@ class Absorption:
     def _weight_blocks(self, reader: TensorReader, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """Yield rows of the new weight in float64."""
         change = torch.from_numpy(_array(self.part.weight))
-        whole = reader.read(self.weight) if self.operator.features == MLP_OUTPUT.name else None
+        mixes = self.operator.features == MLP_OUTPUT.name
+        is_packed = self.weight in reader.index.packed
+        # A product of a number and its scale has more bits than the dtype that is written.
+        whole = reader.read(self.weight, torch.float32 if is_packed else None) if mixes or is_packed else None
         step = max(1, _BLOCK_ELEMENTS // shape[1])
         for first in range(0, shape[0], step):
             rows = slice(first, min(first + step, shape[0]))
-            if whole is None:
-                numbers = torch.arange(rows.start, rows.stop)
-                own = reader.rows(self.weight, numbers, torch.float64)
+            if whole is None or not mixes:
                 part = change[rows] if self.transposed else change[:, rows].T
-                yield own + part.double() / self.scale
+                numbers = torch.arange(rows.start, rows.stop)
+                own = reader.rows(self.weight, numbers, torch.float64) if whole is None else whole[rows]
+                yield own.double() + part.double() / self.scale
             elif self.transposed:
                 yield whole[rows].double() + _product(change[rows].double(), whole)
             else:
@@ -176,7 +180,7 @@ def find_absorption(
     absorption = require_absorbable(
         skeleton, operator.span, operator.features, constant=operator.bias is not None, operator=operator
     )
-    shape = skeleton.index.tensors[absorption.weight].shape
+    shape = skeleton.index.weights[absorption.weight].shape
     wide, hidden = shape[::-1] if absorption.transposed else shape
     widths = {MLP.name: wide, MLP_OUTPUT.name: hidden, HIDDEN_AND_MLP.name: hidden + wide}
     asked, found = widths[operator.features], _array(operator.weight).shape[1]

@@ -38,7 +38,9 @@ from ghoststream.recovery.config_spelling import spell_both_ways
 from ghoststream.recovery.config_surgery import check_pruned_model, own_code, prune_config
 from ghoststream.recovery.layout import (
     LayerNames,
+    count_parameters,
     operator_entries,
+    plain_modules,
     prevailing_dtype,
     recovered_tensors,
     require_operators_fit,
@@ -50,6 +52,7 @@ from ghoststream.recovery.provenance import (
     earlier_rounds,
     is_finished,
 )
+from ghoststream.recovery.quantisation import QUANTISATION, pruned_quantisation, with_plain_modules
 from ghoststream.recovery.replacing import require_replaceable
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
@@ -127,8 +130,8 @@ class _Job:
         known = (self.operators.metadata.get("base") or {}).get("tensors") or {}
         absorbing = [name for one in self.absorptions.values() for name in (one.weight, one.changed_bias)]
         changed = [*(name for name in absorbing if name is not None), *self.operators.replaced]
-        names = {*self.origins.values(), *known, *changed}
-        return self.skeleton.reader.digests.of(names)
+        parts = (part for name in changed for part in self.skeleton.index.parts(name))
+        return self.skeleton.reader.digests.of({*self.origins.values(), *known, *parts})
 
 
 def export_recovered(
@@ -265,6 +268,9 @@ def _prepare(
         dtype,
         absorptions.values(),
     )
+    if QUANTISATION in data:
+        plain = plain_modules(skeleton.index, operators, names, absorptions.values())
+        data[QUANTISATION] = with_plain_modules(data[QUANTISATION], plain, head=skeleton.architecture.head)
     config = _recovered_config(skeleton, base, data, [*standing, *operator_entries(operators, names)])
     shards = plan_shards(tensors, max_shard_bytes)
     rounds = earlier_rounds(skeleton.root)
@@ -278,6 +284,8 @@ def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str
     # As it is stored: building the model for a compute type of its own changes the configuration.
     base = load_config(skeleton.root)
     data = prune_config(base, plan)
+    if data.get(QUANTISATION):
+        data[QUANTISATION] = pruned_quantisation(data[QUANTISATION], skeleton.architecture.layers, plan)
     with torch.device("meta"):
         pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
     check_pruned_model(skeleton.model, pruned, skeleton.architecture.layers_path, plan)
@@ -366,8 +374,8 @@ def _report(job: _Job, out: Path) -> ExportReport:
         model_type=str(job.config["model_type"]),
         layers_before=job.operators.plan.n_layers,
         layers_after=len(job.operators.plan.kept),
-        parameters_before=sum(prod(entry.shape) for entry in index.tensors.values()),
-        parameters_after=sum(prod(tensor.shape) for tensor in after),
+        parameters_before=sum(prod(entry.shape) for entry in index.weights.values()),
+        parameters_after=count_parameters(index, job.shards, job.origins),
         bytes_before=index.n_bytes,
         bytes_after=sum(tensor.n_bytes for tensor in after),
         shards=len(job.shards),

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.reader import TensorReader
-from ghoststream.checkpoint.writer import TensorSource, copied_tensor, stored_tensor
+from ghoststream.checkpoint.writer import Shard, TensorSource, copied_tensor, stored_tensor
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery.absorbing import Absorption, standing_operator
@@ -148,10 +149,47 @@ def require_operators_fit(operators: OperatorSet, skeleton: Skeleton, fingerprin
 def prevailing_dtype(index: CheckpointIndex) -> torch.dtype:
     """Return the floating dtype that most bytes of the checkpoint have."""
     sizes: Counter[torch.dtype] = Counter()
-    for entry in index.tensors.values():
+    for entry in index.weights.values():
         if entry.dtype.is_floating_point:
             sizes[entry.dtype] += entry.n_bytes
     return sizes.most_common(1)[0][0]
+
+
+def plain_modules(
+    index: CheckpointIndex, operators: OperatorSet, names: LayerNames, absorptions: Iterable[Absorption]
+) -> tuple[str, ...]:
+    """Return paths of the modules whose weights are written plain beside quantised ones.
+
+    These are the linear maps of operators that stand, and those whose weight is changed.
+    """
+    plan = operators.plan
+    changed = {*operators.replaced, *(absorption.weight for absorption in absorptions)}
+    made = [names.renumbered(name, plan) for name in changed if name in index.packed]
+    made += [
+        names.tensor(operator.span, plan, leaf)
+        for operator in standing_operators(operators)
+        for leaf in leaf_names(operator)
+        if leaf == "linear.weight"
+    ]
+    return tuple(f"{names.dropped_prefix}{name}".removesuffix(".weight") for name in made if name is not None)
+
+
+def count_parameters(index: CheckpointIndex, shards: Iterable[Shard], origins: Mapping[str, str]) -> int:
+    """Return the parameters that written tensors hold.
+
+    Args:
+        index: The base.
+        shards: What is written.
+        origins: Name in the base by new name, for tensors that are copied.
+    """
+    first = {packed_in[0]: name for name in index.packed for packed_in in [index.parts(name)]}
+    others = {part for name in index.packed for part in index.parts(name)[1:]}
+    count = 0
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        origin = origins.get(tensor.name)
+        if origin not in others:
+            count += prod(tensor.shape if origin not in first else index.weights[first[origin]].shape)
+    return count
 
 
 def recovered_tensors(
@@ -165,11 +203,11 @@ def recovered_tensors(
     """List what to write: the surviving tensors in the order in which they lie on disk, then the operators.
 
     Tensors that an operator is absorbed into are in the place of the base's. So are replaced weights, each in
-    the dtype of the base's tensor.
+    the dtype of the base's tensor. A weight that is packed in several tensors stays so unless it is changed.
 
     Args:
         reader: Reads the base checkpoint.
-        used: Checkpoint tensors that the model uses; others are left out.
+        used: The checkpoint's weights that the model uses; others are left out.
         operators: The plan and its operators.
         names: How the checkpoint names its layers.
         dtype: Dtype in which operators are written.
@@ -189,15 +227,19 @@ def recovered_tensors(
         for name, source in absorption.tensors(reader, kept).items()
     }
     changed |= {
-        name: stored_tensor(kept[name], torch.from_numpy(array), index.tensors[name].dtype)
+        name: stored_tensor(kept[name], torch.from_numpy(array), index.weights[name].dtype)
         for name, array in operators.replaced.items()
     }
+    weights = {part: name for name in kept for part in index.parts(name)}
     for entry in sorted(index.tensors.values(), key=_place):
-        if entry.name in changed:
-            tensors.append(changed[entry.name])
-        elif entry.name in kept:
-            tensors.append(copied_tensor(reader, entry.name, kept[entry.name]))
-            origins[kept[entry.name]] = entry.name
+        weight, new = weights.get(entry.name), names.renumbered(entry.name, operators.plan)
+        if weight in changed:
+            # What a changed weight was packed in goes with it.
+            if entry.name == index.parts(weight)[0]:
+                tensors.append(changed[weight])
+        elif weight is not None and new is not None:
+            tensors.append(copied_tensor(reader, entry.name, new))
+            origins[new] = entry.name
     for operator in standing_operators(operators):
         for leaf, array in leaf_names(operator).items():
             name = names.tensor(operator.span, operators.plan, leaf)

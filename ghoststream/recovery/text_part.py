@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from ghoststream.checkpoint.architecture import architecture_of, require_unquantised
+from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import match_keys
+from ghoststream.checkpoint.packed import require_unquantised
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, copied_tensor, plan_shards, write_shards
 from ghoststream.errors import UnsupportedModelError
@@ -74,7 +75,7 @@ def write_text_part(
     if text is config:
         msg = f"{root} is not a composite model but a {config.model_type}: use it as it is"
         raise UnsupportedModelError(msg)
-    require_unquantised(config)
+    require_unquantised(config, "the text part of a composite model is not taken out of quantised weights")
     architecture_of(text)
     index = CheckpointIndex.open(root)
     named = {name: entry for entry in _on_disk(index) if (name := _text_name(entry.name)) is not None}

@@ -85,14 +85,14 @@ class ReplacedWeights:
         self._places: defaultdict[int, list[WeightPlace]] = defaultdict(list)
         for name, tensor in tensors.items():
             places = weight_places(skeleton, name)
-            shape = skeleton.index.tensors[name].shape
+            shape = skeleton.index.weights[name].shape
             if tuple(tensor.shape) != shape:
                 msg = (
                     f"the weight for {name} has shape {tuple(tensor.shape)}, the tensor has {shape}; make "
                     "operators for this model"
                 )
                 raise MismatchError(msg)
-            self._dtypes[name] = skeleton.index.tensors[name].dtype
+            self._dtypes[name] = skeleton.index.weights[name].dtype
             for place in places:
                 self._places[place.position].append(place)
 

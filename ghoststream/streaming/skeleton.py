@@ -18,6 +18,7 @@ from ghoststream.checkpoint.architecture import Architecture, architecture_of
 from ghoststream.checkpoint.configuration import configured, read_config, require_layers
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
+from ghoststream.checkpoint.packed import with_packed
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.machine import numbered
@@ -62,6 +63,7 @@ class Skeleton:
         self.config = load_config(root, trust_remote_code=trust_remote_code)
         with configured(root, doing="build the model"):
             self.architecture: Architecture = architecture_of(self.config)
+            self.index = with_packed(self.index, self.config)
             require_layers(self.index, self.architecture.layers, int(self.config.num_hidden_layers))
             self.dtype = dtype or _checkpoint_dtype(self.config, self.index)
             self.model = _build(self.config, self.dtype, attention, trust_remote_code=trust_remote_code)
@@ -113,7 +115,8 @@ class Skeleton:
         for name, pieces in self.keys.pieces.items():
             number = name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else ""
             position = int(number) + 1 if number else -1 if name.startswith(head) else 0
-            found[position].update(dict.fromkeys(piece.source for piece in pieces))
+            parts = (part for piece in pieces for part in self.index.parts(piece.source))
+            found[position].update(dict.fromkeys(parts))
         return tuple(map(tuple, found))
 
     def layer_bytes(self, layer: int) -> int:
@@ -125,7 +128,7 @@ class Skeleton:
         return tuple(spec.shape for spec in self._specs(self._layer_name(layer)))
 
     def layer_sources(self, layer: int) -> tuple[str, ...]:
-        """Names of the checkpoint tensors that one decoder layer uses, each once."""
+        """Names of the checkpoint's weights that one decoder layer uses, each once."""
         specs = self._specs(self._layer_name(layer))
         return tuple(dict.fromkeys(piece.source for spec in specs for piece in spec.pieces))
 
@@ -334,7 +337,7 @@ def _checkpoint_dtype(config: Any, index: CheckpointIndex) -> torch.dtype:
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, torch.dtype):
         return dtype
-    largest = max(index.tensors.values(), key=lambda entry: entry.n_bytes)
+    largest = max(index.weights.values(), key=lambda entry: entry.n_bytes)
     return largest.dtype
 
 

@@ -175,4 +175,6 @@ def _fill(reader: TensorReader, spec: WeightSpec, weight: torch.Tensor) -> None:
 
 
 def _place(reader: TensorReader, spec: WeightSpec) -> tuple[str, int]:
-    return min((entry.shard, entry.offset) for entry in (reader.entry(piece.source) for piece in spec.pieces))
+    return min(
+        (entry.shard, entry.offset) for entry in (reader.weight(piece.source) for piece in spec.pieces)
+    )

@@ -148,14 +148,21 @@ def load_resident(
 
     A weight that transformers maps from the file starts anywhere in a cache line, and matrix products may
     then sum in another order. Copied, all weights lie as any tensor that torch allocates, and as streamed
-    ones do.
+    ones do. Quantised weights are dequantised by transformers.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        quantised["dequantize"] = True
     options = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, **options
     )
+    if quantised is not None and dtype == torch.float32:
+        # Beside what it dequantises, transformers leaves weights in the dtype in which they are stored.
+        model.float()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model.eval()

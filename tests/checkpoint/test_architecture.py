@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
@@ -48,23 +47,6 @@ def test_the_table_in_the_documentation_lists_every_family() -> None:
     rows = [line.split("|")[1] for line in text.split("## Refused models")[0].splitlines() if "|" in line]
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(listed) == sorted([*ARCHITECTURES, "model_type"])
-
-
-@pytest.mark.parametrize(
-    ("quantization", "name"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({}, "unknown method"),
-    ],
-)
-def test_quantised_weights_are_refused_by_their_method(quantization: dict[str, Any], name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=rf"is quantised \({name}\).* unquantised safetensors"):
-        architecture_of(tiny_config("llama", quantization_config=quantization))
 
 
 def test_a_quantisation_object_is_named_too() -> None:

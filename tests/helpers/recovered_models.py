@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ghoststream.checkpoint import architecture_of
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.spans import PruningPlan
-from ghoststream.testing.conformance import skip_layers
+from ghoststream.testing.conformance import load_resident, skip_layers
 from ghoststream.testing.operators import random_operators
 
 N_LAYERS, HIDDEN, NEW_TOKENS = 6, 32, 32
@@ -147,7 +146,7 @@ def examine(folders: list[Path], home: Path) -> dict[str, Any]:
 
 def reference_model(root: Path, operators: OperatorSet) -> Any:
     """The resident original: removed layers return their input, hooks apply the operators."""
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
+    model = load_resident(root)
     architecture = architecture_of(model.config)
     layers = model.get_submodule(architecture.layers_path)
     skip_layers(model, operators.plan.removed)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ghoststream.checkpoint.configuration import read_config
 from ghoststream.checkpoint.header import TensorEntry, read_header
 from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.packed import with_packed
+from ghoststream.checkpoint.sizes import plain_config
 from ghoststream.errors import CheckpointError
 from ghoststream.files import format_bytes, read_json, unseal
 from ghoststream.files.seals import read_tensor_header
@@ -111,8 +114,11 @@ def _origin(recipe: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> tuple[
 def explain_checkpoint(path: str) -> Explanation:
     """Say what a checkpoint is."""
     root = Path(path)
-    index = CheckpointIndex.open(root)
-    return {**_config_facts(root), **_tensor_facts(index.tensors.values()), "shards": len(index.shards)}, ()
+    facts, index = _config_facts(root), CheckpointIndex.open(root)
+    index = with_packed(index, plain_config(read_config(root)))
+    facts |= _tensor_facts(index.tensors.values())
+    parameters = sum(prod(entry.shape) for entry in index.weights.values())
+    return {**facts, "parameters": parameters, "shards": len(index.shards)}, ()
 
 
 def explain_recovered(path: str) -> Explanation:
@@ -257,8 +263,8 @@ def _config_facts(root: Path) -> dict[str, Any]:
     return {**facts, "architecture": config.get("model_type", "unknown")}
 
 
-def _tensor_facts(entries: Any) -> dict[str, Any]:
-    tensors: list[TensorEntry] = list(entries)
+def _tensor_facts(entries: Iterable[TensorEntry]) -> dict[str, Any]:
+    tensors = list(entries)
     kinds = Counter(entry.dtype_name for entry in tensors)
     return {
         "tensors": len(tensors),

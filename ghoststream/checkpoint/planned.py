@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.configuration import configured
 from ghoststream.checkpoint.header import BITS, TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.planned_release import released_bytes
 from ghoststream.checkpoint.sizes import plain_config
 
 
 def planned_index(root: Path, config: Mapping[str, Any]) -> CheckpointIndex:
     """Return the tensors that a checkpoint of this configuration would hold, as transformers would save them.
 
-    transformers builds the model without memory. Experts are fused, as it computes them.
+    transformers builds the model without memory. Experts are fused, as it computes them. Where the
+    configuration says MXFP4 or FP8, bytes are those of such a release.
 
     Args:
         root: What the model is called, for messages; nothing is read there.
@@ -35,7 +38,25 @@ def planned_index(root: Path, config: Mapping[str, Any]) -> CheckpointIndex:
             _path(model, model.get_output_embeddings()): architecture.head,
         }
         entries = {entry.name: entry for entry in _entries(model, ends)}
+        said = config.get("quantization_config")
+        if said is not None:
+            entries |= {entry.name: entry for entry in _released(model, entries, said, architecture.head)}
     return CheckpointIndex(root, entries, ())
+
+
+def _released(
+    model: Any, entries: Mapping[str, TensorEntry], said: Mapping[str, Any], head: str
+) -> Iterator[TensorEntry]:
+    """Yield the tensors that a quantised release holds in fewer bytes."""
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    for name, entry in entries.items():
+        path = name.rpartition(".")[0]
+        is_linear = isinstance(modules.get(path), nn.Linear)
+        found = released_bytes(said, path, entry.shape, is_linear=is_linear, head=head)
+        if found is not None:
+            yield replace(entry, n_bytes=found)
 
 
 def _built(config: Mapping[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,8 +40,15 @@ def test_a_massive_activation_is_born_and_dies(tmp_path: Path) -> None:
 def test_singular_values_fall_as_asked(tmp_path: Path) -> None:
     spread = []
     for decay in (0.0, 0.5):
-        sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-        folder = save_synthetic(tmp_path / str(decay), decay=decay, vocab_size=32, dtype=torch.float32, **sizes)
+        folder = save_synthetic(
+            tmp_path / str(decay),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            vocab_size=32,
+            decay=decay,
+            dtype=torch.float32,
+        )
         model = AutoModelForCausalLM.from_pretrained(folder)
         values = torch.linalg.svdvals(model.model.layers[0].mlp.gate_proj.weight.detach())
         spread.append(float(values[0] / values[len(values) // 2]))

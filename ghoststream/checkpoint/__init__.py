@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from ghoststream.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from ghoststream.checkpoint.architecture import ARCHITECTURES, Architecture, architecture_of
+    from ghoststream.checkpoint.architecture import ARCHITECTURES, architecture_of
     from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
     from ghoststream.checkpoint.header import TensorEntry
     from ghoststream.checkpoint.index import CheckpointIndex
     from ghoststream.checkpoint.keys import KeyMap, match_keys
+    from ghoststream.checkpoint.layer_parts import Architecture
     from ghoststream.checkpoint.reader import TensorReader
     from ghoststream.checkpoint.sizes import ModelSizes
 
@@ -35,7 +36,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "ARCHITECTURES": ".architecture",
-        "Architecture": ".architecture",
+        "Architecture": ".layer_parts",
         "CheckpointIndex": ".index",
         "KeyMap": ".keys",
         "ModelSizes": ".sizes",

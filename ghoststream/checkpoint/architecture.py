@@ -7,75 +7,21 @@ bit for bit; anything else is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from ghoststream.checkpoint.layer_parts import Architecture, LayerParts
 from ghoststream.checkpoint.packed import require_readable
 from ghoststream.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True, slots=True)
-class LayerParts:
-    """Module paths inside one decoder layer; the defaults are Llama's.
-
-    Attributes:
-        attention: The attention module.
-        attention_projection: Its last linear map (``o_proj``).
-        mlp: The MLP, or the block of experts; where a layer has no module for it, its first linear map.
-        mlp_projection: The MLP's last linear map (``down_proj``); layers with experts have none.
-        attention_post_norm: Norm between attention and the residual stream, where there is one.
-        mlp_post_norm: Norm between the MLP and the residual stream, where there is one.
-        multiplier: Attribute of the layer that both are multiplied with on their way to the residual stream.
-    """
-
-    attention: str = "self_attn"
-    attention_projection: str = "self_attn.o_proj"
-    mlp: str = "mlp"
-    mlp_projection: str = "mlp.down_proj"
-    attention_post_norm: str | None = None
-    mlp_post_norm: str | None = None
-    multiplier: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Module paths of one architecture inside its ``...ForCausalLM`` class.
-
-    ``decoder`` is the module that owns the layers and calls them; ``layers`` and ``final_norm`` are its
-    children. ``layers_return_tuples`` says that the decoder takes the first item of what a layer returns;
-    ``parts`` says what is where inside a layer. ``embedding`` and ``head`` are the last parts of the names
-    that the token embedding and the output head have in checkpoints. ``eager`` says that transformers
-    computes attention eagerly by default, ``norm_names_epsilon`` that the final norm has its epsilon as an
-    attribute.
-    """
-
-    decoder: str
-    layers: str = "layers"
-    final_norm: str = "norm"
-    embedding: str = "embed_tokens"
-    head: str = "lm_head"
-    eager: bool = False
-    layers_return_tuples: bool = False
-    norm_names_epsilon: bool = True
-    parts: LayerParts = LayerParts()
-
-    @property
-    def layers_path(self) -> str:
-        """Dotted path of the decoder layers' ``ModuleList``."""
-        return f"{self.decoder}.{self.layers}"
-
-    @property
-    def final_norm_path(self) -> str:
-        """Dotted path of the norm after the last layer."""
-        return f"{self.decoder}.{self.final_norm}"
-
 
 _STANDARD = Architecture("model")
 _POST_NORMED = Architecture(
     "model",
-    parts=LayerParts(
-        attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
+    kinds=(
+        LayerParts(
+            attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
+        ),
     ),
 )
 _BLOOM = Architecture(
@@ -84,19 +30,52 @@ _BLOOM = Architecture(
     final_norm="ln_f",
     embedding="word_embeddings",
     layers_return_tuples=True,
-    parts=LayerParts("self_attention", "self_attention.dense", mlp_projection="mlp.dense_4h_to_h"),
+    kinds=(LayerParts("self_attention", "self_attention.dense", mlp_projection="mlp.dense_4h_to_h"),),
+)
+# Jamba's and Bamba's: a recurrent module in the place of attention in most layers.
+_MAMBA = LayerParts("mamba", "mamba.out_proj", "feed_forward", "feed_forward.down_proj", needs=("mamba",))
+_JAMBA = Architecture(
+    "model",
+    final_norm="final_layernorm",
+    kinds=(_MAMBA, replace(_STANDARD.kinds[0], mlp="feed_forward", mlp_projection="feed_forward.down_proj")),
+)
+_DELTA_NET = replace(
+    _STANDARD,
+    kinds=(LayerParts("linear_attn", "linear_attn.out_proj", needs=("linear_attn",)), LayerParts()),
+)
+_SHORT_CONVOLUTION = Architecture(
+    "model",
+    final_norm="embedding_norm",
+    kinds=(
+        LayerParts("conv", "conv.out_proj", "feed_forward", "feed_forward.w2", needs=("conv",)),
+        LayerParts("self_attn", "self_attn.out_proj", "feed_forward", "feed_forward.w2"),
+    ),
+)
+# transformers saves Kimi's dense layers, too, under the name that released mixtures have for experts.
+_SAVED_KIMI = LayerParts(
+    mlp="block_sparse_moe", mlp_projection="block_sparse_moe.down_proj", needs=("block_sparse_moe",)
+)
+_NO_MLP = "it is a layer without an MLP"
+_NO_ATTENTION = "it is a layer of an MLP alone"
+_BESIDE_EXPERTS = "experts and a shared MLP stand side by side in it"
+_GRANITE_HYBRID = LayerParts(
+    mlp="shared_mlp", mlp_projection="shared_mlp.output_linear", multiplier="residual_multiplier"
+)
+_GRANITE_MAMBA = replace(
+    _GRANITE_HYBRID, attention="mamba", attention_projection="mamba.out_proj", needs=("mamba",)
 )
 _GPT2 = Architecture(
     "transformer",
     layers="h",
     final_norm="ln_f",
     embedding="wte",
-    parts=LayerParts("attn", "attn.c_proj", mlp_projection="mlp.c_proj"),
+    kinds=(LayerParts("attn", "attn.c_proj", mlp_projection="mlp.c_proj"),),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         "apertus": _STANDARD,
+        "bamba": replace(_JAMBA, layers_return_tuples=True),
         "bloom": replace(_BLOOM, eager=True),
         "cohere": _STANDARD,
         "cohere2": _STANDARD,
@@ -105,14 +84,29 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "ernie4_5": _STANDARD,
         "exaone4": _POST_NORMED,
         "falcon": _BLOOM,
+        "falcon_h1": Architecture(
+            "model",
+            final_norm="final_layernorm",
+            layers_return_tuples=True,
+            kinds=(
+                LayerParts(
+                    mlp="feed_forward",
+                    mlp_projection="feed_forward.down_proj",
+                    mlp_multiplier="feed_forward.down_multiplier",
+                    no_attention="attention and a recurrent module stand side by side in it",
+                ),
+            ),
+        ),
         "gemma": _STANDARD,
         "gemma2": replace(_POST_NORMED, eager=True),
         "gemma3_text": _POST_NORMED,
         "glm": _STANDARD,
         "glm4": Architecture(
             "model",
-            parts=LayerParts(
-                attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"
+            kinds=(
+                LayerParts(
+                    attention_post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"
+                ),
             ),
         ),
         "glm4_moe": _STANDARD,
@@ -125,14 +119,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             embedding="wte",
             eager=True,
             layers_return_tuples=True,
-            parts=LayerParts("attn", "attn.attention.out_proj", mlp_projection="mlp.c_proj"),
+            kinds=(LayerParts("attn", "attn.attention.out_proj", mlp_projection="mlp.c_proj"),),
         ),
         "gpt_neox": Architecture(
             "gpt_neox",
             final_norm="final_layer_norm",
             embedding="embed_in",
             head="embed_out",
-            parts=LayerParts("attention", "attention.dense", mlp_projection="mlp.dense_4h_to_h"),
+            kinds=(LayerParts("attention", "attention.dense", mlp_projection="mlp.dense_4h_to_h"),),
         ),
         "gpt_oss": replace(_STANDARD, eager=True),
         "gptj": Architecture(
@@ -142,18 +136,52 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             embedding="wte",
             eager=True,
             layers_return_tuples=True,
-            parts=LayerParts("attn", "attn.out_proj", mlp_projection="mlp.fc_out"),
+            kinds=(LayerParts("attn", "attn.out_proj", mlp_projection="mlp.fc_out"),),
         ),
-        "granite": Architecture("model", parts=LayerParts(multiplier="residual_multiplier")),
+        "granite": Architecture("model", kinds=(LayerParts(multiplier="residual_multiplier"),)),
         "granitemoe": Architecture(
-            "model", parts=LayerParts(mlp="block_sparse_moe", multiplier="residual_multiplier")
+            "model", kinds=(LayerParts(mlp="block_sparse_moe", multiplier="residual_multiplier"),)
+        ),
+        "granitemoehybrid": Architecture(
+            "model",
+            kinds=(
+                replace(_GRANITE_MAMBA, needs=("mamba", "block_sparse_moe"), no_mlp=_BESIDE_EXPERTS),
+                replace(_GRANITE_HYBRID, needs=("block_sparse_moe",), no_mlp=_BESIDE_EXPERTS),
+                _GRANITE_MAMBA,
+                _GRANITE_HYBRID,
+            ),
         ),
         "hunyuan_v1_dense": _STANDARD,
+        "jamba": _JAMBA,
+        "kimi_linear": replace(_STANDARD, kinds=(_SAVED_KIMI, LayerParts())),
+        "lfm2": _SHORT_CONVOLUTION,
+        "lfm2_moe": _SHORT_CONVOLUTION,
         "llama": _STANDARD,
+        "llama4_text": replace(
+            _STANDARD, kinds=(LayerParts(mlp="feed_forward", mlp_projection="feed_forward.down_proj"),)
+        ),
+        "mamba2": Architecture(
+            "backbone",
+            final_norm="norm_f",
+            embedding="embeddings",
+            # It has no attention; its scan holds scores of all heads, as eager attention does.
+            eager=True,
+            kinds=(LayerParts("mixer", "mixer.out_proj", no_mlp=_NO_MLP),),
+        ),
         "ministral3": _STANDARD,
         "mistral": _STANDARD,
         "mixtral": _STANDARD,
         "nemotron": _STANDARD,
+        "nemotron_h": Architecture(
+            "model",
+            final_norm="norm_f",
+            embedding="embeddings",
+            kinds=(
+                LayerParts("mixer", "mixer.out_proj", needs=("mixer.out_proj",), no_mlp=_NO_MLP),
+                LayerParts("mixer", "mixer.o_proj", needs=("mixer.o_proj",), no_mlp=_NO_MLP),
+                LayerParts(mlp="mixer", mlp_projection="mixer.down_proj", no_attention=_NO_ATTENTION),
+            ),
+        ),
         "olmo": replace(_STANDARD, norm_names_epsilon=False),
         "olmo2": _POST_NORMED,
         "olmo3": _POST_NORMED,
@@ -161,57 +189,48 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "opt": Architecture(
             "model.decoder",
             final_norm="final_layer_norm",
-            parts=LayerParts(attention_projection="self_attn.out_proj", mlp="fc1", mlp_projection="fc2"),
+            kinds=(LayerParts(attention_projection="self_attn.out_proj", mlp="fc1", mlp_projection="fc2"),),
         ),
         "phi": Architecture(
             "model",
             final_norm="final_layernorm",
-            parts=LayerParts(attention_projection="self_attn.dense", mlp_projection="mlp.fc2"),
+            kinds=(LayerParts(attention_projection="self_attn.dense", mlp_projection="mlp.fc2"),),
         ),
         "phi3": _STANDARD,
         "phimoe": _STANDARD,
         "qwen2": _STANDARD,
         "qwen2_moe": _STANDARD,
         "qwen3": _STANDARD,
+        "qwen3_5_moe_text": _DELTA_NET,
+        "qwen3_5_text": _DELTA_NET,
         "qwen3_moe": _STANDARD,
+        "qwen3_next": _DELTA_NET,
         "seed_oss": _STANDARD,
         "smollm3": _STANDARD,
         "stablelm": _STANDARD,
-        "starcoder2": Architecture("model", parts=LayerParts(mlp_projection="mlp.c_proj")),
+        "starcoder2": Architecture("model", kinds=(LayerParts(mlp_projection="mlp.c_proj"),)),
     }
 )
 
-_STATE_SPACE = "its layers carry a recurrent state besides attention"
+_NOT_COMPARED = "its recurrent layers are of a kind that has not been compared with the resident model"
+_EMBEDDINGS = "its layers with attention share their weights and read the embeddings besides the state"
 _SHARING = "its layers hand keys and values, or inputs of their own, to each other"
 
 # Known kinds that one layer at a time cannot do, and why.
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "bamba": _STATE_SPACE,
-        "falcon_h1": _STATE_SPACE,
-        "falcon_mamba": _STATE_SPACE,
+        "falcon_mamba": _NOT_COMPARED,
         "gemma3n": _SHARING,
         "gemma3n_text": _SHARING,
         "gemma4": _SHARING,
         "gemma4_text": _SHARING,
-        "granitemoehybrid": _STATE_SPACE,
-        "jamba": _STATE_SPACE,
-        "kimi_linear": _STATE_SPACE,
-        "lfm2": _STATE_SPACE,
-        "lfm2_moe": _STATE_SPACE,
-        "llama4_text": "its causal model does not say where its decoder is: a recovered checkpoint has to",
-        "mamba": _STATE_SPACE,
-        "mamba2": _STATE_SPACE,
-        "minimax": _STATE_SPACE,
-        "nemotron_h": _STATE_SPACE,
-        "olmo_hybrid": _STATE_SPACE,
-        "qwen3_5_moe_text": _STATE_SPACE,
-        "qwen3_5_text": _STATE_SPACE,
-        "qwen3_next": _STATE_SPACE,
-        "recurrent_gemma": _STATE_SPACE,
-        "rwkv": _STATE_SPACE,
-        "zamba": _STATE_SPACE,
-        "zamba2": _STATE_SPACE,
+        "mamba": _NOT_COMPARED,
+        "minimax": _NOT_COMPARED,
+        "olmo_hybrid": _NOT_COMPARED,
+        "recurrent_gemma": _NOT_COMPARED,
+        "rwkv": _NOT_COMPARED,
+        "zamba": _EMBEDDINGS,
+        "zamba2": _EMBEDDINGS,
     }
 )
 

@@ -65,7 +65,7 @@ class HubModel:
         if CONFIG_NAME not in self.sizes:
             msg = f"{self.model_id} has no {CONFIG_NAME}: it is not a model of transformers"
             raise CheckpointError(msg)
-        data = read_json(self._fetch(CONFIG_NAME))
+        data = read_json(self._fetch(CONFIG_NAME), finite=False)
         if not isinstance(data, dict):
             msg = f"{CONFIG_NAME} of {self.model_id} is not a JSON object"
             raise CheckpointError(msg)

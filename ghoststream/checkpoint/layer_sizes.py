@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ghoststream.checkpoint.architecture import Architecture
 from ghoststream.checkpoint.header import TensorEntry
+from ghoststream.checkpoint.layer_parts import Architecture, LayerParts
 
 _ROUTED = re.compile(r"\.experts\.")
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -61,9 +61,16 @@ class LayerSizes:
         return cls(sum(one.n_bytes for one in entries), total(_elements), total(_sides))
 
 
+def parts_of(architecture: Architecture, layer: Collection[str]) -> LayerParts:
+    """Say what is where in a layer with tensors of these names inside it."""
+    return architecture.parts(lambda path: any(name.startswith(f"{path}.") for name in layer))
+
+
 def mlp_end(architecture: Architecture, layer: Mapping[str, TensorEntry], config: Any) -> MlpEnd:
     """Say what operators can be absorbed into, of a layer with these tensors by their names inside it."""
-    parts = architecture.parts
+    parts = parts_of(architecture, layer)
+    if parts.no_mlp:
+        return MlpEnd(f"there is no last linear map of an MLP: {parts.no_mlp}")
     if f"{parts.mlp_projection}.weight" not in layer:
         return MlpEnd("a layer with experts has no single last linear map of its MLP")
     if parts.mlp_post_norm is not None:

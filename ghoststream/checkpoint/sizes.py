@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ghoststream.checkpoint.architecture import Architecture, architecture_of
+from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.configuration import configured, read_config
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask, require_fraction, require_unquantised_names
-from ghoststream.checkpoint.layer_sizes import LayerSizes, MlpEnd, mlp_end
+from ghoststream.checkpoint.layer_parts import Architecture
+from ghoststream.checkpoint.layer_sizes import LayerSizes, MlpEnd, mlp_end, parts_of
 from ghoststream.checkpoint.packed import with_packed
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 
@@ -37,7 +38,7 @@ class ModelSizes:
     """Sizes of a checkpoint; bytes of parts are at compute dtype ``dtype``, ``checkpoint_bytes`` as stored.
 
     Attributes:
-        widest: Widest side I of a matrix of the first layer, experts fused as transformers computes them.
+        widest: Widest side I of a matrix of a layer, experts fused as transformers computes them.
         heads: Attention heads H whose scores are held, which eager attention does; 0 for other attention.
         layer_bytes: Of the largest layer.
         tied: Whether head and embedding are one tensor.
@@ -46,7 +47,7 @@ class ModelSizes:
         entry_bytes: Stored bytes of what a pass reads before its first layer: embedding, norms, positions.
         last_bytes: Stored bytes of what it reads for logits: the head, or the embedding again where it is
             tied.
-        taps: Width of the taps of the first layer that are not as wide as the hidden state, by name.
+        taps: Largest width of the taps that are not as wide as the hidden state, by name.
         mlp_ends: What operators can be absorbed into, of each layer.
         norm_names_epsilon: Whether the final norm says which epsilon it has, which normed features need.
         config: The configuration, as it is written.
@@ -198,7 +199,7 @@ def _sizes(
         dtype=dtype,
         n_layers=len(layers),
         hidden=hidden,
-        widest=_widest(layers[0].values(), hidden),
+        widest=max(_widest(layer.values(), hidden) for layer in layers.values()),
         heads=int(_first(config, _HEADS) or 0) if eager else 0,
         layer_bytes=_elements(largest) * itemsize,
         layer_elements=_elements(largest),
@@ -212,7 +213,7 @@ def _sizes(
         layers=measured,
         entry_bytes=frame - (0 if tied else last_bytes),
         last_bytes=last_bytes,
-        taps=_taps(architecture, layers[0], hidden),
+        taps=_taps(architecture, layers.values(), hidden),
         mlp_ends=tuple(mlp_end(architecture, layer, config) for layer in layers.values()),
         norm_names_epsilon=architecture.norm_names_epsilon,
         config=data,
@@ -244,13 +245,21 @@ def _parts(
     return {number: layers[number] for number in range(count)}, ends
 
 
-def _taps(architecture: Architecture, layer: Mapping[str, TensorEntry], hidden: int) -> dict[str, int]:
-    """Return the widths of taps."""
-    parts, widths = architecture.parts, {}
-    for name, module in (("attention_heads", parts.attention_projection), (_MLP, parts.mlp_projection)):
-        weight = layer.get(f"{module}.weight")
-        if weight is not None:
-            widths[name] = prod(weight.shape) // hidden
+def _taps(
+    architecture: Architecture, layers: Iterable[Mapping[str, TensorEntry]], hidden: int
+) -> dict[str, int]:
+    """Return the widths of taps, of each the widest."""
+    widths: dict[str, int] = {}
+    for layer in layers:
+        parts = parts_of(architecture, layer)
+        heads = "" if parts.no_attention else parts.attention_projection
+        for name, module in (
+            ("attention_heads", heads),
+            (_MLP, "" if parts.no_mlp else parts.mlp_projection),
+        ):
+            weight = layer.get(f"{module}.weight")
+            if weight is not None:
+                widths[name] = max(prod(weight.shape) // hidden, widths.get(name, 0))
     return widths
 
 

@@ -11,7 +11,8 @@ from ghoststream.lazy import lazy_names
 from ghoststream.recovery.registration import register_auto_classes as register
 
 if TYPE_CHECKING:
-    from ghoststream.recovery.config_surgery import check_pruned_model, prune_config
+    from ghoststream.recovery.config_check import check_pruned_model
+    from ghoststream.recovery.config_surgery import prune_config
     from ghoststream.recovery.export import ExportReport, export_recovered
     from ghoststream.recovery.ghosts import build_ghost
     from ghoststream.recovery.provenance import RecoveredInfo, load_recovered
@@ -35,7 +36,7 @@ __getattr__ = lazy_names(
         "ExportReport": ".export",
         "RecoveredInfo": ".provenance",
         "build_ghost": ".ghosts",
-        "check_pruned_model": ".config_surgery",
+        "check_pruned_model": ".config_check",
         "export_recovered": ".export",
         "load_recovered": ".provenance",
         "prune_config": ".config_surgery",

@@ -8,6 +8,7 @@ defaults where these are missing. So both are written.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,18 @@ def spell_both_ways(
         if _means_the_same(type(base), both, written):
             return both
     return dict(written)
+
+
+def finite_form(data: Any) -> Any:
+    """Return a configuration as JSON can hold it: infinite numbers in the way in which transformers does.
+
+    transformers has this as a private method only.
+    """
+    if isinstance(data, float) and not math.isfinite(data):
+        return {"__float__": "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"}
+    if isinstance(data, Mapping):
+        return {key: finite_form(value) for key, value in data.items()}
+    return [finite_form(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def _words_of_4(written: Mapping[str, Any], model_type: str) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 Everything that depends on a layer's number must keep its meaning for the surviving layers: per-layer lists
 are sliced, lists of layer numbers are renumbered, thresholds move, patterns become explicit lists. What
-cannot be expressed after renumbering is refused by name. :func:`check_pruned_model` then compares every
-surviving layer with the original, on the meta device.
+cannot be expressed after renumbering is refused by name.
+:func:`~ghoststream.recovery.config_check.check_pruned_model` then compares every surviving layer with the
+original, on the meta device.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ _INDEX_LISTS = frozenset(
         "moe_layers",
     }
 )
+# Lists with one entry for each layer that may go on beyond the last one.
+_LAYER_LISTS = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"})
+# One character for each layer.
+_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
+# A mapping of lists that hold numbers of layers, counted from 1.
+_LINEAR_ATTENTION, _COUNTED_FROM_ONE = "linear_attn_config", ("full_attn_layers", "kda_layers")
 # ``k``: what holds for the layers before the k-th, and another thing for the rest.
 _THRESHOLDS = frozenset({"first_k_dense_replace", "max_window_layers", "num_dense_layers"})
 # A rule computed from the layer's number, and the explicit list that transformers prefers to it.
@@ -45,29 +52,27 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "altup_num_inputs": (0, 1, None),
     "moe_layer_freq": (1, None),
     "cross_attention_frequency": (None,),
-    "attn_layer_period": (1, None),
-    "expert_layer_period": (1, None),
     "cross_layer_sharing": (False, None),
 }
+# Rules of a layer's kind that cannot be said as a list: layer i is one where i % period == offset.
+_PERIODS = {"attn_layer_period": "attn_layer_offset", "expert_layer_period": "expert_layer_offset"}
 # Lists whose length says nothing about layers even if it happens to equal their number.
-_NOT_PER_LAYER = frozenset({"architectures", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
-# Settings of the base's folder: code and files that lie there.
-_NOT_CARRIED = frozenset({"_name_or_path", "auto_map", "custom_pipelines", "transformers_weights"})
-# Attributes by which modules know their own number, copies of settings of the whole model (what a layer takes
-# from them has a name of its own), and one that says nothing about the architecture.
-_NOT_COMPARED = frozenset(
+_NOT_PER_LAYER = frozenset(
     {
-        "attention_layers",
-        "block_idx",
-        "index",
-        "layer_id",
-        "layer_idx",
-        "layer_index",
-        "layer_number",
-        "sliding_window_pattern",
-        "training",
+        "architectures",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "mlp_multipliers",
+        "mtp_layers_block_type",
+        "ssm_multipliers",
+        "suppress_tokens",
+        "time_step_limit",
     }
 )
+# Numbers of layers that predict further tokens: they follow the last one and are not run by transformers.
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+# Settings of the base's folder: code and files that lie there.
+_NOT_CARRIED = frozenset({"_name_or_path", "auto_map", "custom_pipelines", "transformers_weights"})
 
 
 def own_code(root: Path) -> str:
@@ -115,14 +120,13 @@ def _prune_section(section: Mapping[str, Any], config: Any, plan: PruningPlan) -
     require_independent_layers(section, str(config.model_type), plan.n_layers)
     _require_expressible(section, str(config.model_type))
     rewritten = _make_sparse_step_explicit(section, plan)
+    rewritten |= _renumbered_periods(section, str(config.model_type), plan)
     pruned = {
         key: _prune_value(key, value, plan)
         for key, value in rewritten.items()
         if key not in _NOT_CARRIED and not isinstance(section.get(_PATTERNS.get(key, "")), list)
     }
-    for key in (key for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in pruned):
-        # Layers that predict further tokens follow the last one and are not run by transformers.
-        pruned[key] = 0
+    pruned |= {key: 0 for key in _FURTHER_LAYERS if key in pruned}
     pruned[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(plan.kept)
     return pruned
 
@@ -133,6 +137,10 @@ def _prune_value(key: str, value: Any, plan: PruningPlan) -> Any:
         return [number[layer] for layer in value if layer in number]
     if key in _THRESHOLDS and isinstance(value, int):
         return sum(layer < value for layer in plan.kept)
+    if key == _LINEAR_ATTENTION and isinstance(value, Mapping):
+        lists = {name: value[name] for name in _COUNTED_FROM_ONE if isinstance(value.get(name), list)}
+        cut = {name: [number[n - 1] + 1 for n in old if n - 1 in number] for name, old in lists.items()}
+        return {**value, **cut}
     if key == "ghost_operators":
         return _surviving_operators(value, plan)
     if key == "attention_types" and isinstance(value, list):
@@ -141,9 +149,17 @@ def _prune_value(key: str, value: Any, plan: PruningPlan) -> Any:
         return [[[kinds[layer] for layer in plan.kept], 1]]
     if key == "per_layer_config" and isinstance(value, Mapping):
         return {str(number[int(layer)]): entry for layer, entry in value.items() if int(layer) in number}
-    if isinstance(value, list | tuple) and len(value) == plan.n_layers and _is_per_layer(key):
+    if key in _LAYER_STRINGS and isinstance(value, str) and len(value) == plan.n_layers:
+        return "".join(value[layer] for layer in plan.kept)
+    if isinstance(value, list | tuple) and _has_entries_of_layers(key, len(value), plan.n_layers):
         return [value[layer] for layer in plan.kept]
     return value
+
+
+def _has_entries_of_layers(key: str, length: int, n_layers: int) -> bool:
+    if key in _LAYER_LISTS:
+        return length >= n_layers
+    return length == n_layers and key not in _NOT_PER_LAYER and not key.endswith(("_token_id", "_token_ids"))
 
 
 def _surviving_operators(entries: Sequence[Mapping[str, Any]], plan: PruningPlan) -> list[dict[str, Any]]:
@@ -159,10 +175,6 @@ def _surviving_operators(entries: Sequence[Mapping[str, Any]], plan: PruningPlan
         for entry in entries
         if entry["layer"] in number
     ]
-
-
-def _is_per_layer(key: str) -> bool:
-    return key not in _NOT_PER_LAYER and not key.endswith(("_token_id", "_token_ids"))
 
 
 def require_independent_layers(section: Mapping[str, Any], model_type: str, n_layers: int) -> None:
@@ -215,67 +227,23 @@ def _make_sparse_step_explicit(section: Mapping[str, Any], plan: PruningPlan) ->
     return {**section, "decoder_sparse_step": 1, "mlp_only_layers": sorted(dense)}
 
 
-def check_pruned_model(original: Any, pruned: Any, layers_path: str, plan: PruningPlan) -> None:
-    """Compare every surviving layer's structure, settings and mask kind with the original's.
-
-    Args:
-        original: The original causal language model; the meta device suffices, nothing is computed.
-        pruned: The model built from the pruned configuration, of the original's class.
-        layers_path: Dotted path of the decoder layers in both.
-        plan: Which layers were removed.
-
-    Raises:
-        UnsupportedModelError: If a surviving layer is not what it was.
-    """
-    before, after = original.get_submodule(layers_path), pruned.get_submodule(layers_path)
-    if len(after) != len(plan.kept):
-        msg = (
-            f"the pruned configuration makes {len(after)} layers instead of {len(plan.kept)}: it cannot be "
-            "pruned"
-        )
-        raise UnsupportedModelError(msg)
-    for position, layer in enumerate(plan.kept):
-        old = layer_signature(before[layer]) | _mask_kind(original.config, layer)
-        new = layer_signature(after[position]) | _mask_kind(pruned.config, position)
-        changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-        if changed:
-            name = changed[0]
+def _renumbered_periods(section: Mapping[str, Any], model_type: str, plan: PruningPlan) -> dict[str, int]:
+    """Return periods and offsets by which the layers that are left are of the kinds that they were."""
+    found: dict[str, int] = {}
+    for key, offset_key in _PERIODS.items():
+        period, offset = section.get(key), section.get(offset_key)
+        if not isinstance(period, int) or not isinstance(offset, int):
+            continue
+        places = {position for position, layer in enumerate(plan.kept) if layer % period == offset}
+        # The old rule where it still holds; beyond the number of layers a period has no second layer.
+        rules = [(period, offset), *((p, o) for p in range(1, len(plan.kept) + 2) for o in range(p))]
+        fitting = [rule for rule in rules if set(range(rule[1], len(plan.kept), rule[0])) == places]
+        if not fitting:
             msg = (
-                f"{original.config.model_type} cannot be pruned: layer {layer} would become layer "
-                f"{position}, where {name} is {new.get(name)} instead of {old.get(name)}"
+                f"{model_type} tells the kinds of its layers by {key}={period} and {offset_key}={offset}; of "
+                f"the layers that are left those at {sorted(places)} are of that kind, which no period says: "
+                f"this plan cannot be pruned. Remove spans of whole periods ({period} layers)"
             )
             raise UnsupportedModelError(msg)
-
-
-def layer_signature(layer: Any) -> dict[str, Any]:
-    """Describe a decoder layer without its number and its values.
-
-    Returns:
-        For every submodule its class and plain settings, for every parameter and buffer its shape and dtype.
-    """
-    found: dict[str, Any] = {}
-    for path, module in layer.named_modules():
-        found[f"{path or 'layer'}: class"] = type(module).__name__
-        for name, value in vars(module).items():
-            if _is_plain(value) and not name.startswith("_") and name not in _NOT_COMPARED:
-                found[f"{path or 'layer'}.{name}"] = value
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        found[f"{name}: shape"] = (tuple(tensor.shape), str(tensor.dtype))
+        found |= {key: fitting[0][0], offset_key: fitting[0][1]}
     return found
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _mask_kind(config: Any, layer: int) -> dict[str, Any]:
-    config = config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None)
-    kinds = {
-        "mask: window": getattr(config, "sliding_window", None),
-        "mask: kind": types[layer] if types else None,
-    }
-    chunk = getattr(config, "attention_chunk_size", None)
-    return kinds if chunk is None else {**kinds, "mask: chunk": chunk}

@@ -34,8 +34,9 @@ from ghoststream.progress import Progress
 from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.card import model_card
-from ghoststream.recovery.config_spelling import spell_both_ways
-from ghoststream.recovery.config_surgery import check_pruned_model, own_code, prune_config
+from ghoststream.recovery.config_check import check_pruned_model
+from ghoststream.recovery.config_spelling import finite_form, spell_both_ways
+from ghoststream.recovery.config_surgery import own_code, prune_config
 from ghoststream.recovery.layout import (
     LayerNames,
     count_parameters,
@@ -254,7 +255,7 @@ def _prepare(
         skeleton.keys.names,
         layers_path=skeleton.architecture.layers_path,
         final_norm_path=skeleton.architecture.final_norm_path,
-        base_prefix=skeleton.model.base_model_prefix,
+        base_prefix=modeling_ghosted.base_model_name(skeleton.model),
     )
     names = replace(names, ghosts=Counter(int(entry["layer"]) for entry in standing))
     dtype = operator_dtype or prevailing_dtype(skeleton.index)
@@ -290,9 +291,11 @@ def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str
         pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
     check_pruned_model(skeleton.model, pruned, skeleton.architecture.layers_path, plan)
     written = type(base)(**data).to_diff_dict()
-    raw = read_json(skeleton.root / CONFIG_NAME)
+    raw = read_json(skeleton.root / CONFIG_NAME, finite=False)
     # transformers leaves its defaults out; what the base said stays, as they differ from version to version.
     said = {key: value for key, value in data.items() if key in raw and key not in written}
+    # But not infinite numbers, which transformers 4 cannot read as 5 writes them: its default is the same.
+    said = {key: value for key, value in said.items() if "__float__" not in str(finite_form(value))}
     data = {**said, **{key: value for key, value in written.items() if key in data}}
     return base, spell_both_ways(data, base, raw, plan)
 
@@ -310,8 +313,9 @@ def _recovered_config(
     """
     prefix, model = modeling_ghosted.PREFIX, skeleton.model
     model_type = plain_type(base)
-    names = [type(item).__name__.removeprefix(prefix) for item in (base, model.base_model, model)]
-    own = {key: value for key, value in data.items() if key not in _OWN_FIELDS}
+    inner = getattr(model, modeling_ghosted.base_model_name(model))
+    names = [type(item).__name__.removeprefix(prefix) for item in (base, inner, model)]
+    own = {key: finite_form(value) for key, value in data.items() if key not in _OWN_FIELDS}
     if not entries:
         return {**own, "model_type": model_type, "architectures": [names[-1]]}
     return {

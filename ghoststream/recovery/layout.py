@@ -32,14 +32,15 @@ class LayerNames:
         layers_path: Dotted path of the decoder layers in the ``...ForCausalLM`` class, ``transformer.h``.
         final_norm_path: Dotted path of the norm after the last layer.
         base_prefix: Attribute that holds the base model, ``transformer``.
-        dropped_prefix: What the checkpoint leaves out in front of these paths: ``""`` or ``"transformer."``.
+        stored_prefix: What the checkpoint's names have in the place of the path of the module that owns the
+            layers: the same, less (``""`` for ``"transformer."``) or another (``"backbone."``).
         ghosts: How many operators stand already in front of a layer of the pruned model.
     """
 
     layers_path: str
     final_norm_path: str
     base_prefix: str
-    dropped_prefix: str
+    stored_prefix: str
     ghosts: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
@@ -47,14 +48,16 @@ class LayerNames:
         cls, names: Mapping[str, str], *, layers_path: str, final_norm_path: str, base_prefix: str
     ) -> LayerNames:
         """Read the naming off the pairs of module tensor name and checkpoint tensor name."""
+        owner = layers_path.rpartition(".")[0] + "."
         for name, source in names.items():
-            if name.startswith(f"{layers_path}.") and name.endswith(source):
-                return cls(layers_path, final_norm_path, base_prefix, name.removesuffix(source))
-        return cls(layers_path, final_norm_path, base_prefix, "")
+            rest = name.removeprefix(owner)
+            if name.startswith(f"{layers_path}.") and source.endswith(rest):
+                return cls(layers_path, final_norm_path, base_prefix, source.removesuffix(rest))
+        return cls(layers_path, final_norm_path, base_prefix, owner)
 
     def renumbered(self, source: str, plan: PruningPlan) -> str | None:
         """Return the tensor's name after pruning; ``None`` if its layer is removed."""
-        path = re.escape(self.layers_path.removeprefix(self.dropped_prefix))
+        path = re.escape(self._stored(self.layers_path))
         match = re.fullmatch(rf"({path}\.)(\d+)(\..+)", source)
         if match is None:
             return source
@@ -70,7 +73,11 @@ class LayerNames:
         """Return the checkpoint name of an operator's tensor, in the checkpoint's own way of naming."""
         path = self.final_norm_path if span.stop == plan.n_layers else self._layer_path(span, plan)
         place = ".".join(["ghost", *["before"] * self.ghosts.get(plan.boundary_index(span), 0)])
-        return f"{path}.{place}.{leaf}".removeprefix(self.dropped_prefix)
+        return f"{self._stored(path)}.{place}.{leaf}"
+
+    def _stored(self, path: str) -> str:
+        owner = self.layers_path.rpartition(".")[0] + "."
+        return f"{self.stored_prefix}{path.removeprefix(owner)}"
 
     def _layer_path(self, span: Span, plan: PruningPlan) -> str:
         return f"{self.layers_path}.{plan.boundary_index(span)}"

@@ -24,6 +24,7 @@ boundary that is the state *before* the operator: ``hidden_states[layer]`` is th
 ``base_model.get_submodule(module).ghost(hidden_states[layer])`` is what the layer computes with. The last
 entry is, as in the original architectures, the output of the final norm; an operator in front of the final
 norm has acted on it, and its own input is then not among the entries.
+Mamba 2 leaves the embeddings out: its entry ``i`` is what layer ``i`` returned.
 """
 
 from __future__ import annotations
@@ -144,16 +145,35 @@ def _empty_with_ghost(base: Any) -> Any:
     return made.__new__(made)
 
 
+def base_model_name(model: Any) -> str:
+    """Return the attribute that holds the base model.
+
+    Llama 4's causal model names one that only the model with images has.
+    """
+    name = str(model.base_model_prefix)
+    return name if hasattr(model, name) or not hasattr(model, "model") else "model"
+
+
 class GhostedMixin(nn.Module):
     """What recovered models add to the transformers class of their architecture."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self.base_model_prefix = base_model_name(self)
         operators = getattr(config, "ghost_operators", None) or ()
         switched = {self._insert(config, operator).__name__ for operator in operators}
         for module in self.modules():
             if isinstance(module, transformers.PreTrainedModel):
                 self._adopt(module, switched)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say that what is not in the checkpoint is set as in the base, whose code does that.
+
+        Of other classes transformers skips modules without weights of their own, such as the decoder, which
+        in Falcon-H1 sets buffers of its layers.
+        """
+        return False
 
     def _insert(self, config: Any, operator: dict[str, Any]) -> Any:
         base: Any = self.base_model

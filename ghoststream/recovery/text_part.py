@@ -26,7 +26,7 @@ from ghoststream.errors import UnsupportedModelError
 from ghoststream.files import StagingFolder, atomic_write_json, read_json, write_sums
 from ghoststream.options import dtype_name
 from ghoststream.progress import Progress
-from ghoststream.recovery.config_spelling import spell_both_ways
+from ghoststream.recovery.config_spelling import finite_form, spell_both_ways
 from ghoststream.recovery.sidecars import CONFIG_NAME, copy_sidecars, find_sidecars
 from ghoststream.spans import PruningPlan
 from ghoststream.streaming import load_config
@@ -80,7 +80,9 @@ def write_text_part(
     index = CheckpointIndex.open(root)
     named = {name: entry for entry in _on_disk(index) if (name := _text_name(entry.name)) is not None}
     data = _text_config(config, text, tied="lm_head.weight" not in named)
-    parts = (part for part in read_json(root / CONFIG_NAME).values() if _is_text_part(part, text))
+    parts = (
+        part for part in read_json(root / CONFIG_NAME, finite=False).values() if _is_text_part(part, text)
+    )
     raw: dict[str, Any] = next(parts, {})
     data = spell_both_ways(data, text, raw, PruningPlan(int(text.num_hidden_layers)))
     _require_complete(type(text)(**data), index, named)
@@ -91,7 +93,7 @@ def write_text_part(
     with StagingFolder(out, request=request) as staging:
         write_shards(staging.path, plan_shards(tensors, max_shard_bytes), progress=progress)
         copy_sidecars(root, staging.path)
-        atomic_write_json(staging.path / CONFIG_NAME, data)
+        atomic_write_json(staging.path / CONFIG_NAME, finite_form(data))
         write_sums(staging.path)
         staging.commit()
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ghoststream.costs import (
     beside_work_bytes,
@@ -155,9 +156,18 @@ class PassMemory:
 def layer_work_bytes(skeleton: Skeleton, length: int) -> int:
     """Return the bytes that a decoder layer of a model at work holds a token of sequences of ``length``."""
     return work_bytes_per_token(
-        widest=max(max(shape[-2:]) for shape in skeleton.layer_shapes(0) if len(shape) >= 2),
+        widest=max(
+            max(shape[-2:])
+            for layer in range(skeleton.n_layers)
+            for shape in skeleton.layer_shapes(layer)
+            if len(shape) >= 2
+        ),
         hidden=skeleton.hidden_size,
         itemsize=skeleton.dtype.itemsize,
-        heads=int(skeleton.config.num_attention_heads) if skeleton.attention == "eager" else 0,
+        heads=_heads(skeleton.config) if skeleton.attention == "eager" else 0,
         length=length,
     )
+
+
+def _heads(config: Any) -> int:
+    return int(getattr(config, "num_attention_heads", None) or config.num_heads)

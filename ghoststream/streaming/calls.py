@@ -170,7 +170,7 @@ class ModelCalls:
         return configured(self.skeleton.root, doing=f"run {part} of the model")
 
     def _as_layer_result(self, states: torch.Tensor) -> Any:
-        return (states,) if self.skeleton.architecture.layers_return_tuples else states
+        return (states, None) if self.skeleton.architecture.layers_return_tuples else states
 
 
 def _kind(batch: Batch) -> tuple[Any, ...]:

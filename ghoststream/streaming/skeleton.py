@@ -14,10 +14,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ghoststream.checkpoint.architecture import Architecture, architecture_of
+from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.configuration import configured, read_config, require_layers
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import KeyMap, match_keys
+from ghoststream.checkpoint.layer_parts import Architecture
 from ghoststream.checkpoint.packed import with_packed
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ghoststream.checkpoint.architecture import Architecture, LayerParts
+from ghoststream.checkpoint.layer_parts import Architecture, LayerParts
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.skeleton import Skeleton
@@ -86,7 +86,11 @@ def tap_point(architecture: Architecture, module: nn.Module, name: str) -> TapPo
     if name not in TAPS:
         msg = f"there is no tap {name!r}; choose from {', '.join(TAPS)}"
         raise RequestError(msg)
-    parts = architecture.parts
+    parts = layer_parts(architecture, module)
+    reason = parts.no_attention if name.startswith("attention") else parts.no_mlp
+    if name != "output" and reason:
+        msg = f"a {type(module).__name__} has no tap {name!r}: {reason}; take 'output', or another layer"
+        raise UnsupportedModelError(msg)
     mixture = _is_mixture(parts, module)
     if name == "mlp_intermediate" and mixture:
         msg = (
@@ -94,7 +98,7 @@ def tap_point(architecture: Architecture, module: nn.Module, name: str) -> TapPo
             "activations of its own few experts; take 'mlp_output', or a layer without experts"
         )
         raise UnsupportedModelError(msg)
-    scale = _multiplier(parts, module)
+    scale, mlp_scale = _multiplier(parts, module), _mlp_multiplier(parts, module)
     mlp_end = parts.mlp if mixture else parts.mlp_projection
     points = {
         "attention_input": TapPoint(parts.attention, "input"),
@@ -106,34 +110,50 @@ def tap_point(architecture: Architecture, module: nn.Module, name: str) -> TapPo
         "mlp_input": TapPoint(parts.mlp, "input"),
         "mlp_intermediate": TapPoint(parts.mlp_projection, "input"),
         "mlp_output": TapPoint(mlp_end, "output"),
-        "mlp_contribution": TapPoint(parts.mlp_post_norm or mlp_end, "output", scale),
+        "mlp_contribution": TapPoint(parts.mlp_post_norm or mlp_end, "output", mlp_scale),
         "output": TapPoint("", "output"),
     }
     return points[name]
 
 
+def layer_parts(architecture: Architecture, module: nn.Module) -> LayerParts:
+    """Say what is where in a decoder layer; ``module`` may be without weights."""
+    modules = {name for name, _ in module.named_modules()}
+    return architecture.parts(modules.__contains__)
+
+
 def mlp_projection(architecture: Architecture, module: nn.Module) -> SublayerProjection:
     """Describe the last linear map of a decoder layer's MLP; ``module`` may be without weights."""
-    parts, kind = architecture.parts, type(module).__name__
+    parts, kind = layer_parts(architecture, module), type(module).__name__
+    scale = _mlp_multiplier(parts, module)
+    if parts.no_mlp:
+        return _absent(scale, f"a {kind} has no last linear map of an MLP: {parts.no_mlp}")
     if _is_mixture(parts, module):
-        reason = f"a {kind} with experts has no single last linear map of its MLP"
-        scale = _multiplier(parts, module)
-        return SublayerProjection("", transposed=True, scale=scale, absorbs=False, reason=reason)
-    return _projection(parts, module, parts.mlp_projection, parts.mlp_post_norm)
+        return _absent(scale, f"a {kind} with experts has no single last linear map of its MLP")
+    return _projection(module, parts.mlp_projection, parts.mlp_post_norm, scale, parts.multiplier)
 
 
 def attention_projection(architecture: Architecture, module: nn.Module) -> SublayerProjection:
     """Describe the last linear map of a decoder layer's attention; ``module`` may be without weights."""
-    parts = architecture.parts
-    return _projection(parts, module, parts.attention_projection, parts.attention_post_norm)
+    parts, kind = layer_parts(architecture, module), type(module).__name__
+    scale = _multiplier(parts, module)
+    if parts.no_attention:
+        return _absent(scale, f"a {kind} has no last linear map of attention: {parts.no_attention}")
+    return _projection(module, parts.attention_projection, parts.attention_post_norm, scale, parts.multiplier)
 
 
-def _projection(parts: LayerParts, module: nn.Module, path: str, norm: str | None) -> SublayerProjection:
-    kind, scale, reason = type(module).__name__, _multiplier(parts, module), ""
+def _absent(scale: float, reason: str) -> SublayerProjection:
+    return SublayerProjection("", transposed=True, scale=scale, absorbs=False, reason=reason)
+
+
+def _projection(
+    module: nn.Module, path: str, norm: str | None, scale: float, multiplier: str | None
+) -> SublayerProjection:
+    kind, reason = type(module).__name__, ""
     if norm is not None:
         reason = f"the norm {norm} is between {path} of a {kind} and the residual stream"
     elif scale == 0.0:
-        reason = f"a {kind} with {parts.multiplier} 0 adds nothing of {path} to the residual stream"
+        reason = f"a {kind} with {multiplier} 0 adds nothing of {path} to the residual stream"
     transposed = not isinstance(module.get_submodule(path), Conv1D)
     return SublayerProjection(path, transposed, scale, not reason, reason)
 
@@ -224,5 +244,13 @@ def _multiplier(parts: LayerParts, module: nn.Module) -> float:
     return 1.0 if parts.multiplier is None else float(getattr(module, parts.multiplier))
 
 
+def _mlp_multiplier(parts: LayerParts, module: nn.Module) -> float:
+    scale = _multiplier(parts, module)
+    if parts.mlp_multiplier is None:
+        return scale
+    path, _, name = parts.mlp_multiplier.rpartition(".")
+    return scale * float(getattr(module.get_submodule(path), name))
+
+
 def _is_mixture(parts: LayerParts, module: nn.Module) -> bool:
-    return hasattr(module.get_submodule(parts.mlp), "experts")
+    return not parts.no_mlp and hasattr(module.get_submodule(parts.mlp), "experts")

@@ -199,7 +199,7 @@ def skip_layers(model: Any, layers: Iterable[int]) -> None:
     architecture = architecture_of(model.config)
 
     def skip(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states,) if architecture.layers_return_tuples else hidden_states
+        return (hidden_states, None) if architecture.layers_return_tuples else hidden_states
 
     for layer in layers:
         model.get_submodule(f"{architecture.layers_path}.{layer}").forward = skip

@@ -17,15 +17,14 @@ pytestmark = pytest.mark.unit
 _REASONS = {
     "gemma3n_text": "hand keys and values",
     "gemma4_text": "hand keys and values",
-    "mamba2": "recurrent state",
-    "jamba": "recurrent state",
-    "qwen3_next": "recurrent state",
+    "rwkv": "recurrent .* has not been compared",
+    "zamba2": "share their weights and read the embeddings",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
     "gemma3": r"composite model \(text_config, vision_config\).* text part",
     "mistral3": r"composite model \(text_config, vision_config\).* text part",
     "qwen2_vl": r"composite model \(text_config, vision_config\).* text part",
-    "bert": "supported are apertus, bloom, .*starcoder2",
+    "bert": "supported are apertus, bamba, .*starcoder2",
 }
 
 

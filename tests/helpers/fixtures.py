@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ghoststream.stages.export import export
-from ghoststream.testing.models import TINY_CONFIGS
 from tests.helpers.command_bench import Bench, digests, last_line, make_bench, run
+from tests.helpers.families import families_of
 from tests.helpers.recovered_models import examine, make_operators
 
 
@@ -41,12 +41,16 @@ def refused(bench: Bench, tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]) -> Any:
+def exported(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[[str], Path],
+) -> dict[str, Path]:
     """Every family exported with the same operators: ``{model_type: folder}``. Do not write into them."""
-    root = tmp_path_factory.mktemp("recovered")
-    for model_type in TINY_CONFIGS:
+    root, wanted = tmp_path_factory.mktemp("recovered"), families_of(request.session.items)
+    for model_type in wanted:
         export(tiny_checkpoint(model_type), make_operators(), root / model_type, max_shard_bytes=40_000)
-    return {model_type: root / model_type for model_type in TINY_CONFIGS}
+    return {model_type: root / model_type for model_type in wanted}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ghoststream.streaming import Batch
+from ghoststream.streaming import TAPS, Batch
 
 N_LAYERS = 6
 
@@ -17,6 +17,13 @@ MIXTURES: dict[str, set[int]] = {
     "deepseek_v3": {3, 4, 5},
     "glm4_moe": {2, 3, 4, 5},
     "gpt_oss": set(range(6)),
+    "jamba": {2},
+    "kimi_linear": {2, 3, 4, 5},
+    "lfm2_moe": {3, 4, 5},
+    "llama4_text": {1, 3, 5},
+    "nemotron_h": {2},
+    "qwen3_5_moe_text": set(range(6)),
+    "qwen3_next": {1, 5},
     "granitemoe": set(range(6)),
     "mixtral": set(range(6)),
     "olmoe": set(range(6)),
@@ -37,10 +44,45 @@ MODULES = {
     "gpt_neox": ("attention", "attention.dense", "mlp", "mlp.dense_4h_to_h"),
     "gptj": ("attn", "attn.out_proj", "mlp", "mlp.fc_out"),
     "granitemoe": ("self_attn", "self_attn.o_proj", "block_sparse_moe", ""),
+    "llama4_text": ("self_attn", "self_attn.o_proj", "feed_forward", "feed_forward.down_proj"),
     "opt": ("self_attn", "self_attn.out_proj", "fc1", "fc2"),
     "phi": ("self_attn", "self_attn.dense", "mlp", "mlp.fc2"),
     "starcoder2": ("self_attn", "self_attn.o_proj", "mlp", "mlp.c_proj"),
 }
+# Where not all layers have the same modules: those of each layer, "" where there is no one module.
+_ATTENTION, _FEED = ("self_attn", "self_attn.o_proj"), ("feed_forward", "feed_forward.down_proj")
+_MLP, _CONVOLVED = ("mlp", "mlp.down_proj"), ("feed_forward", "feed_forward.w2")
+_MIXER, _NONE = ("mixer", "mixer.out_proj"), ("", "")
+
+
+def _hybrid(
+    recurrent: tuple[str, str], mlp: tuple[str, str], attention: tuple[str, str] = _ATTENTION
+) -> list[tuple[str, str, str, str]]:
+    return [(*(attention if kind == "A" else recurrent), *mlp) for kind in "RARRRA"]
+
+
+LAYERS: dict[str, list[tuple[str, str, str, str]]] = {
+    "bamba": _hybrid(("mamba", "mamba.out_proj"), _FEED),
+    "falcon_h1": [(*_NONE, *_FEED)] * 6,
+    "granitemoehybrid": _hybrid(("mamba", "mamba.out_proj"), _NONE),
+    "jamba": _hybrid(("mamba", "mamba.out_proj"), _FEED),
+    "lfm2": _hybrid(("conv", "conv.out_proj"), _CONVOLVED, ("self_attn", "self_attn.out_proj")),
+    "lfm2_moe": _hybrid(("conv", "conv.out_proj"), _CONVOLVED, ("self_attn", "self_attn.out_proj")),
+    "mamba2": [(*_MIXER, *_NONE)] * 6,
+    "nemotron_h": [
+        (*_NONE, "mixer", "mixer.down_proj"),
+        ("mixer", "mixer.o_proj", *_NONE),
+        (*_NONE, "mixer", ""),
+        (*_MIXER, *_NONE),
+        (*_NONE, "mixer", "mixer.down_proj"),
+        ("mixer", "mixer.o_proj", *_NONE),
+    ],
+    "qwen3_5_moe_text": _hybrid(("linear_attn", "linear_attn.out_proj"), _MLP),
+    "qwen3_5_text": _hybrid(("linear_attn", "linear_attn.out_proj"), _MLP),
+    "qwen3_next": _hybrid(("linear_attn", "linear_attn.out_proj"), _MLP),
+}
+# Two modules side by side add to the residual stream, and neither has a tap.
+SIDE_BY_SIDE = {"falcon_h1", "granitemoehybrid"}
 NORMS_AFTER = {
     **dict.fromkeys(
         ("exaone4", "gemma2", "gemma3_text", "olmo2", "olmo3"),
@@ -51,9 +93,24 @@ NORMS_AFTER = {
 Seen = dict[str, torch.Tensor]
 
 
+def absent_taps(model_type: str, number: int) -> set[str]:
+    """Return the taps that a layer of a tiny model does not have."""
+    attention, _, mlp, _ = modules(model_type, number)
+    absent = set() if attention else {name for name in TAPS if name.startswith("attention")}
+    if not mlp:
+        absent |= {name for name in TAPS if name.startswith("mlp")}
+    elif number in MIXTURES.get(model_type, ()):
+        absent.add("mlp_intermediate")
+    return absent
+
+
+def modules(model_type: str, number: int) -> tuple[str, str, str, str]:
+    """Return the modules of a layer: attention, its last map, the MLP, its last map."""
+    return LAYERS[model_type][number] if model_type in LAYERS else MODULES.get(model_type, LLAMA)
+
+
 def see(model: Any, model_type: str, batch: Batch) -> list[Seen]:
     """Run the resident model with plain hooks; return ``{tap: tensor}`` of each layer."""
-    attention, attention_end, mlp, mlp_end = MODULES.get(model_type, LLAMA)
     norms = NORMS_AFTER.get(model_type, ("", ""))
     layers = next(
         module
@@ -76,12 +133,16 @@ def see(model: Any, model_type: str, batch: Batch) -> list[Seen]:
         return hook
 
     for number, (layer, place) in enumerate(zip(layers, seen, strict=True)):
+        attention, attention_end, mlp, mlp_end = modules(model_type, number)
         mixture = number in MIXTURES.get(model_type, ())
         inputs = {"attention_input": attention, "attention_heads": attention_end, "mlp_input": mlp}
         outputs = {"attention_output": attention_end, "mlp_output": mlp if mixture else mlp_end, "output": ""}
         outputs |= {"attention_normed": norms[0], "mlp_normed": norms[1]} if norms[0] else {}
         if not mixture:
             inputs["mlp_intermediate"] = mlp_end
+        absent = absent_taps(model_type, number)
+        inputs = {name: path for name, path in inputs.items() if name not in absent}
+        outputs = {name: path for name, path in outputs.items() if name not in absent}
         for name, path in inputs.items():
             hook = entering(name, place)
             handles.append(layer.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
@@ -99,7 +160,11 @@ def see(model: Any, model_type: str, batch: Batch) -> list[Seen]:
 
 def _with_contributions(model: Any, place: Seen) -> Seen:
     for part in ("attention", "mlp"):
+        if f"{part}_output" not in place:
+            continue
         added = place.pop(f"{part}_normed", place[f"{part}_output"])
         multiplier = getattr(model.config, "residual_multiplier", None)
+        if part == "mlp":
+            multiplier = (getattr(model.config, "mlp_multipliers", None) or (None, multiplier))[1]
         place[f"{part}_contribution"] = added if multiplier is None else added * multiplier
     return place

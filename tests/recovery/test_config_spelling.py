@@ -17,10 +17,14 @@ from ghoststream.recovery.config_surgery import prune_config
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.export import export
 from ghoststream.testing.models import TINY_CONFIGS, save_tiny, tiny_config
+from tests.helpers.families import families
 
 pytestmark = pytest.mark.unit
 PLAN = PruningPlan.parse(6, "2:4")
-WITHOUT_ROPE = {"bloom", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"}
+WITHOUT_ROPE = {
+    *("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"),
+    *("jamba", "kimi_linear", "mamba2", "nemotron_h"),
+}
 PARTIAL = {"glm", "glm4", "glm4_moe", "gpt_neox", "nemotron", "phi", "stablelm"}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -34,7 +38,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "llama3": LLAMA3,
 }
-FAMILIES = sorted(set(TINY_CONFIGS) - WITHOUT_ROPE)
+FAMILIES = families(set(TINY_CONFIGS) - WITHOUT_ROPE)
 
 
 def _rope(family: str, scaling: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def test_rotary_settings_are_said_in_the_words_of_transformers_4(family: str, ki
         assert both["num_experts"] == both["num_local_experts"] == 4
 
 
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("family", families())
 def test_both_spellings_mean_the_same_to_the_installed_transformers(family: str) -> None:
     config = tiny_config(family)
     written = _written(config)

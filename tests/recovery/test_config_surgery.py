@@ -14,6 +14,7 @@ from ghoststream.errors import PlanError, UnsupportedModelError
 from ghoststream.recovery import check_pruned_model, prune_config
 from ghoststream.spans import PruningPlan
 from ghoststream.testing.models import TINY_CONFIGS, tiny_config
+from tests.helpers.families import families
 
 pytestmark = pytest.mark.unit
 _SIZES: dict[str, Any] = {
@@ -71,7 +72,7 @@ def _prune_and_check(config: Any, plan: PruningPlan, layers_path: str) -> Any:
 
 
 @pytest.mark.parametrize("text", _PLANS)
-@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("model_type", families())
 def test_surviving_layers_of_every_family(model_type: str, text: str) -> None:
     config = tiny_config(model_type)
     plan = PruningPlan.parse(6, text)

@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ghoststream.files import read_json
 from ghoststream.recovery import register
-from ghoststream.testing.models import TINY_CONFIGS
+from tests.helpers.families import families
 from tests.helpers.recovered_models import IDS, PLAN, in_clean_process
 
 pytestmark = pytest.mark.integration
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("model_type", families())
 def test_loads_strictly(model_type: str, exported: dict[str, Path], examined: dict[str, Any]) -> None:
     facts = examined[str(exported[model_type])]
     for info in ("info", "again_info", "base_info"):
@@ -35,7 +35,7 @@ def test_loads_strictly(model_type: str, exported: dict[str, Path], examined: di
     assert facts["base_agrees"]
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("model_type", families())
 def test_saving_and_training_a_loaded_model(
     model_type: str, exported: dict[str, Path], examined: dict[str, Any]
 ) -> None:
@@ -47,7 +47,7 @@ def test_saving_and_training_a_loaded_model(
     assert facts["trains"]
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("model_type", families())
 def test_experts_are_computed_as_in_the_base(
     model_type: str,
     tiny_checkpoint: Callable[[str], Path],

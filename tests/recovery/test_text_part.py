@@ -16,6 +16,7 @@ from ghoststream.errors import CheckpointError, OutputExistsError, UnsupportedMo
 from ghoststream.files import verify_sums
 from ghoststream.recovery import write_text_part
 from ghoststream.testing.conformance import check_streamed_equals_resident
+from ghoststream.testing.models import TINY_CONFIGS
 
 pytestmark = pytest.mark.integration
 _TEXT: dict[str, Any] = {
@@ -38,16 +39,39 @@ _VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "patch_size": 14,
+}
+_LLAMA4_VISION: dict[str, Any] = {
+    "intermediate_size": 64,
+    "vision_output_dim": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
+# What a composite's vision part needs besides.
+_VISIONS: dict[str, dict[str, Any]] = {
+    "mistral3": {"model_type": "pixtral"},
+    "llama4": _LLAMA4_VISION,
+    "qwen3_5": _QWEN_VISION,
+    "qwen3_5_moe": _QWEN_VISION,
+}
 _COMPOSITES: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": {**_TEXT, "sliding_window": 8}, "mm_tokens_per_image": 4},
     "mistral3": {"text_config": {**_TEXT, "model_type": "mistral"}},
+    "llama4": {"text_config": {**_TEXT, **TINY_CONFIGS["llama4_text"]}},
+    "qwen3_5": {"text_config": {**_TEXT, **TINY_CONFIGS["qwen3_5_text"]}},
+    "qwen3_5_moe": {"text_config": {**_TEXT, **TINY_CONFIGS["qwen3_5_moe_text"]}},
     "llava": {"text_config": {**_TEXT, "model_type": "llama"}, "tie_word_embeddings": False},
 }
 _IDS = torch.arange(3, 43).reshape(2, 20)
 
 
 def _composite(model_type: str, folder: Path) -> Any:
-    vision = {"vision_config": {**_VISION, **({} if model_type != "mistral3" else {"model_type": "pixtral"})}}
+    vision = {"vision_config": {**_VISION, **_VISIONS.get(model_type, {})}}
     config = AutoConfig.for_model(model_type, **{**vision, **_COMPOSITES[model_type]})
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
@@ -56,7 +80,13 @@ def _composite(model_type: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("model_type", sorted(_COMPOSITES))
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=pytest.mark.soak if name in {"llama4", "qwen3_5_moe"} else ())
+        for name in sorted(_COMPOSITES)
+    ],
+)
 def test_the_text_part_computes_what_the_composite_computes(model_type: str, tmp_path: Path) -> None:
     model = _composite(model_type, tmp_path / "whole")
     out = write_text_part(tmp_path / "whole", tmp_path / "text", max_shard_bytes=60_000)

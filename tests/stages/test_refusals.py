@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import ghoststream as gs
-from ghoststream.checkpoint.architecture import ARCHITECTURES
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import GhoststreamError, RequestError, UnsupportedModelError
 from ghoststream.options import Recovery
@@ -25,6 +24,7 @@ from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import Skeleton, StreamedPass
 from ghoststream.testing.models import save_tiny
 from tests.helpers.command_bench import BAD_REQUEST, LENGTH, Bench, run
+from tests.helpers.families import families
 from tests.stages.test_one_orchestrator import RECOVER, UNUSED
 
 pytestmark = pytest.mark.integration
@@ -235,7 +235,7 @@ def test_a_store_that_would_lack_states_is_refused(tiny_llama: Path, ids: str, t
     assert "leave --layers out" in _both(by_criterion, tmp_path / "out")[0]
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", families())
 def test_headers_say_what_the_model_says(model_type: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     root = tiny_checkpoint(model_type)
     sizes, skeleton = read_sizes(root), Skeleton(root)

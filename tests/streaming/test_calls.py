@@ -11,12 +11,12 @@ import torch
 from ghoststream.streaming import Skeleton, make_batches
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.testing.conformance import random_tokens
-from ghoststream.testing.models import TINY_CONFIGS
+from tests.helpers.families import families
 
 pytestmark = pytest.mark.integration
 
 
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("family", families())
 def test_recording_again_changes_no_bit_and_reads_nothing(
     family: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:

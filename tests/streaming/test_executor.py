@@ -28,12 +28,13 @@ from ghoststream.testing.conformance import (
     resident_pass,
     skip_layers,
 )
-from ghoststream.testing.models import TINY_CONFIGS, save_tiny
+from ghoststream.testing.models import save_tiny
+from tests.helpers.families import families
 
 pytestmark = pytest.mark.integration
 N_LAYERS = 6
 # transformers has no SDPA for these.
-EAGER_BY_DEFAULT = {"bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj"}
+EAGER_BY_DEFAULT = {"bloom", "gemma2", "gpt_neo", "gpt_oss", "gptj", "mamba2"}
 
 
 def _tokens(seed: int = 0, *, padded: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,7 @@ def _stream(skeleton: Skeleton, batches: tuple[Batch, ...], lanes: list[Lane], o
     StreamedPass(skeleton, batches, lanes, factory, options).run()
 
 
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("family", families())
 def test_hidden_states_and_logits_equal_the_resident_models(
     family: str, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
@@ -199,7 +200,7 @@ def test_a_pass_started_from_stored_states_ends_with_the_same_bits(tmp_path: Pat
         assert torch.equal(rest.states[6, index], whole.states[6, index])
 
 
-@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("family", families())
 def test_bfloat16_pass_is_close_to_the_resident_model(family: str, tmp_path: Path) -> None:
     """The stated tolerance: relative Frobenius error of bf16 logits at most 2**-7 (one bf16 rounding)."""
     folder = save_tiny(family, tmp_path / "model", dtype=torch.bfloat16)

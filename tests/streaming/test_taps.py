@@ -16,18 +16,27 @@ from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.streaming import TAPS, LayerTaps, Replay, Skeleton, make_batches, mlp_projection, tap_point
 from ghoststream.testing.conformance import random_tokens
 from ghoststream.testing.models import TINY_CONFIGS, save_tiny, tiny_config, tiny_model
-from tests.helpers.resident_taps import MIXTURES
+from tests.helpers.families import families
+from tests.helpers.resident_taps import absent_taps
 
 pytestmark = pytest.mark.unit
 POST_NORMED = {"exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3"}
+SCALES = {"falcon_h1": 0.6, "granite": 0.7, "granitemoe": 0.7, "granitemoehybrid": 0.7}
 PROJECTIONS = {
+    "bamba": "feed_forward.down_proj",
     "bloom": "mlp.dense_4h_to_h",
     "falcon": "mlp.dense_4h_to_h",
+    "falcon_h1": "feed_forward.down_proj",
     "gpt2": "mlp.c_proj",
     "gpt_bigcode": "mlp.c_proj",
     "gpt_neo": "mlp.c_proj",
     "gpt_neox": "mlp.dense_4h_to_h",
     "gptj": "mlp.fc_out",
+    "jamba": "feed_forward.down_proj",
+    "lfm2": "feed_forward.w2",
+    "lfm2_moe": "feed_forward.w2",
+    "llama4_text": "feed_forward.down_proj",
+    "nemotron_h": "mixer.down_proj",
     "opt": "fc2",
     "phi": "mlp.fc2",
     "starcoder2": "mlp.c_proj",
@@ -38,25 +47,25 @@ def _layers(model: Any) -> Any:
     return model.get_submodule(architecture_of(model.config).layers_path)
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
+@pytest.mark.parametrize("model_type", families())
 def test_every_layer_has_each_tap_or_refuses_it_by_name(model_type: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(model_type))
     family = architecture_of(model.config)
     for number, layer in enumerate(_layers(model)):
         for name in TAPS:
-            if name == "mlp_intermediate" and number in MIXTURES.get(model_type, ()):
-                with pytest.raises(UnsupportedModelError, match="no tap 'mlp_intermediate': each token has"):
+            if name in absent_taps(model_type, number):
+                with pytest.raises(UnsupportedModelError, match=f"has no tap '{name}': |layers with experts"):
                     tap_point(family, layer, name)
             else:
                 layer.get_submodule(tap_point(family, layer, name).path)
         projection = mlp_projection(family, layer)
-        mixture = number in MIXTURES.get(model_type, ())
-        assert projection.path == ("" if mixture else PROJECTIONS.get(model_type, "mlp.down_proj"))
-        assert projection.absorbs == (not mixture and model_type not in POST_NORMED)
+        absent = "mlp_intermediate" in absent_taps(model_type, number)
+        assert projection.path == ("" if absent else PROJECTIONS.get(model_type, "mlp.down_proj"))
+        assert projection.absorbs == (not absent and model_type not in POST_NORMED)
         assert projection.absorbs == (projection.reason == "")
         assert projection.transposed == (model_type != "gpt2")
-        assert projection.scale == (0.7 if model_type.startswith("granite") else 1.0)
+        assert projection.scale == SCALES.get(model_type, 1.0)
 
 
 def test_every_supported_family_is_among_the_tiny_models() -> None:

@@ -245,7 +245,7 @@ def _figures(path: str) -> Sequence[Mapping[str, Any]]:
 
 def _config_facts(root: Path) -> dict[str, Any]:
     try:
-        config = read_json(root / "config.json")
+        config = read_json(root / "config.json", finite=False)
     except FileNotFoundError:
         msg = f"{root} has no config.json: it is not a complete checkpoint folder; copy it again"
         raise CheckpointError(msg) from None

@@ -213,8 +213,10 @@ def beside_work_bytes(batch_bytes: int) -> int:
     return _BATCHES_ON_THEIR_WAY * batch_bytes + _LIBRARY_BYTES
 
 
-def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int, length: int) -> int:
-    """Return the bytes that a layer at work holds a token: ``(4 I + 8 C) b``, and its scores where eager.
+def work_bytes_per_token(
+    *, widest: int, hidden: int, itemsize: int, heads: int, length: int, scan: int = 0
+) -> int:
+    """Return the bytes that a layer at work holds a token: ``(4 I + 8 C) b``, and scores where eager.
 
     Args:
         widest: Widest side I of a matrix of a layer.
@@ -222,8 +224,9 @@ def work_bytes_per_token(*, widest: int, hidden: int, itemsize: int, heads: int,
         itemsize: Bytes of an element, b.
         heads: Attention heads whose scores are held; 0 where none are.
         length: Tokens of a sequence.
+        scan: What the scan of a recurrent layer holds besides.
     """
-    return (4 * widest + 8 * hidden) * itemsize + heads * length * (2 * itemsize + 4)
+    return (4 * widest + 8 * hidden) * itemsize + heads * length * (2 * itemsize + 4) + scan
 
 
 def sequences_at_work(

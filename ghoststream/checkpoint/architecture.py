@@ -164,8 +164,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             "backbone",
             final_norm="norm_f",
             embedding="embeddings",
-            # It has no attention; its scan holds scores of all heads, as eager attention does.
-            eager=True,
             kinds=(LayerParts("mixer", "mixer.out_proj", no_mlp=_NO_MLP),),
         ),
         "ministral3": _STANDARD,

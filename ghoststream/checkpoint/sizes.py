@@ -19,6 +19,7 @@ from ghoststream.checkpoint.keys import is_saved_mask, require_fraction, require
 from ghoststream.checkpoint.layer_parts import Architecture
 from ghoststream.checkpoint.layer_sizes import LayerSizes, MlpEnd, mlp_end, parts_of
 from ghoststream.checkpoint.packed import with_packed
+from ghoststream.checkpoint.scans import scan_bytes_per_token
 from ghoststream.errors import CheckpointError, UnsupportedModelError
 
 ITEMSIZES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -50,6 +51,7 @@ class ModelSizes:
         taps: Largest width of the taps that are not as wide as the hidden state, by name.
         mlp_ends: What operators can be absorbed into, of each layer.
         norm_names_epsilon: Whether the final norm says which epsilon it has, which normed features need.
+        scan_bytes: What the scan of a recurrent layer holds a token, beside a plain layer's work.
         config: The configuration, as it is written.
     """
 
@@ -75,6 +77,7 @@ class ModelSizes:
     taps: Mapping[str, int] = field(default_factory=dict)
     mlp_ends: tuple[MlpEnd, ...] = ()
     norm_names_epsilon: bool = True
+    scan_bytes: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -201,6 +204,10 @@ def _sizes(
         hidden=hidden,
         widest=max(_widest(layer.values(), hidden) for layer in layers.values()),
         heads=int(_first(config, _HEADS) or 0) if eager else 0,
+        scan_bytes=scan_bytes_per_token(
+            str(config.model_type).removeprefix("ghosted_"),
+            lambda name, usual: int(getattr(config, name, None) or usual),
+        ),
         layer_bytes=_elements(largest) * itemsize,
         layer_elements=_elements(largest),
         stored_layer_bytes=sum(entry.n_bytes for entry in largest.values()),

@@ -64,6 +64,17 @@ def finite_form(data: Any) -> Any:
     return [finite_form(value) for value in data] if isinstance(data, list | tuple) else data
 
 
+def without_usual_infinities(data: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
+    """Leave out infinite numbers that are defaults: transformers 4 cannot read them as 5 writes them."""
+    infinite = {key for key, value in data.items() if "__float__" in str(finite_form(value))}
+    usual = config_class().to_dict() if infinite else {}
+    return {
+        key: value
+        for key, value in data.items()
+        if key not in infinite or finite_form(value) != finite_form(usual.get(key))
+    }
+
+
 def _words_of_4(written: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     dtype, rope = written.get(_DTYPE), written.get(_ROPE)
     words: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}

@@ -35,7 +35,7 @@ from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.card import model_card
 from ghoststream.recovery.config_check import check_pruned_model
-from ghoststream.recovery.config_spelling import finite_form, spell_both_ways
+from ghoststream.recovery.config_spelling import finite_form, spell_both_ways, without_usual_infinities
 from ghoststream.recovery.config_surgery import own_code, prune_config
 from ghoststream.recovery.layout import (
     LayerNames,
@@ -294,10 +294,8 @@ def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str
     raw = read_json(skeleton.root / CONFIG_NAME, finite=False)
     # transformers leaves its defaults out; what the base said stays, as they differ from version to version.
     said = {key: value for key, value in data.items() if key in raw and key not in written}
-    # But not infinite numbers, which transformers 4 cannot read as 5 writes them: its default is the same.
-    said = {key: value for key, value in said.items() if "__float__" not in str(finite_form(value))}
     data = {**said, **{key: value for key, value in written.items() if key in data}}
-    return base, spell_both_ways(data, base, raw, plan)
+    return base, spell_both_ways(without_usual_infinities(data, type(base)), base, raw, plan)
 
 
 def _recovered_config(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.scans import scan_bytes_per_token
 from ghoststream.costs import (
     beside_work_bytes,
     page_locked_bytes,
@@ -164,10 +166,13 @@ def layer_work_bytes(skeleton: Skeleton, length: int) -> int:
         ),
         hidden=skeleton.hidden_size,
         itemsize=skeleton.dtype.itemsize,
-        heads=_heads(skeleton.config) if skeleton.attention == "eager" else 0,
+        heads=_setting(skeleton.config, "num_attention_heads", 0) if skeleton.attention == "eager" else 0,
         length=length,
+        scan=scan_bytes_per_token(
+            str(skeleton.config.model_type).removeprefix("ghosted_"), partial(_setting, skeleton.config)
+        ),
     )
 
 
-def _heads(config: Any) -> int:
-    return int(getattr(config, "num_attention_heads", None) or config.num_heads)
+def _setting(config: Any, name: str, usual: int) -> int:
+    return int(getattr(config, name, None) or usual)

@@ -186,7 +186,7 @@ def test_a_single_file_comes_before_an_index_that_was_left_over(hub: Hub, tmp_pa
 def test_an_architecture_that_is_refused_costs_its_configuration(hub: Hub) -> None:
     _edit_config(hub, model_type="mamba")
     for work in (resolve_checkpoint, resolve_headers):
-        with pytest.raises(UnsupportedModelError, match="recurrent state"):
+        with pytest.raises(UnsupportedModelError, match="recurrent layers"):
             work("org/name")
     assert hub.names == ["config.json"]
 

@@ -127,3 +127,18 @@ def test_the_words_of_the_base_are_kept(family: str, tmp_path: Path) -> None:
     assert after.rope_parameters == before.rope_parameters
     assert after.dtype == before.dtype
     assert after.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(("limit", "written"), [([0.0, float("inf")], None), ([0.1, float("inf")], 0.1)])
+def test_infinite_numbers_are_written_as_transformers_writes_them(
+    limit: list[float], written: float | None, tmp_path: Path
+) -> None:
+    """Files of transformers 4 hold a bare Infinity; the default is left out, as older readers have it too."""
+    base = save_tiny("mamba2", tmp_path / "base")
+    raw = {**read_json(base / "config.json"), "time_step_limit": limit}
+    (base / "config.json").write_text(json.dumps(raw))
+    identity = (BoundaryOperator(Span(2, 4), "identity"),)
+    export(base, OperatorSet(PLAN, "none", identity, 32, {}), tmp_path / "out")
+    found = read_json(tmp_path / "out" / "config.json").get("time_step_limit")
+    assert found == (None if written is None else [written, {"__float__": "Infinity"}])
+    assert list(AutoConfig.from_pretrained(tmp_path / "out").time_step_limit) == limit

@@ -185,6 +185,7 @@ class Job(Way):
             itemsize=sizes.itemsize,
             heads=sizes.heads,
             length=length,
+            scan=sizes.scan_bytes,
         )
 
     @cached_property

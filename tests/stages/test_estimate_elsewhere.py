@@ -157,7 +157,7 @@ def test_a_folder_or_a_file_of_a_configuration_is_enough(tiny_llama: Path, tmp_p
 def test_a_configuration_of_what_cannot_be_streamed_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(UnsupportedModelError, match="'mamba' cannot be streamed: its layers carry"):
+    with pytest.raises(UnsupportedModelError, match="'mamba' cannot be streamed: its recurrent layers"):
         price(tmp_path)
 
 

@@ -75,9 +75,16 @@ class LayerNames:
         place = ".".join(["ghost", *["before"] * self.ghosts.get(plan.boundary_index(span), 0)])
         return f"{self._stored(path)}.{place}.{leaf}"
 
+    def in_model(self, stored: str) -> str:
+        """Return the path in the model of a name in the checkpoint, of a layer or of an operator."""
+        return f"{self._owner}{stored.removeprefix(self.stored_prefix)}"
+
+    @property
+    def _owner(self) -> str:
+        return self.layers_path.rpartition(".")[0] + "."
+
     def _stored(self, path: str) -> str:
-        owner = self.layers_path.rpartition(".")[0] + "."
-        return f"{self.stored_prefix}{path.removeprefix(owner)}"
+        return f"{self.stored_prefix}{path.removeprefix(self._owner)}"
 
     def _layer_path(self, span: Span, plan: PruningPlan) -> str:
         return f"{self.layers_path}.{plan.boundary_index(span)}"
@@ -178,7 +185,7 @@ def plain_modules(
         for leaf in leaf_names(operator)
         if leaf == "linear.weight"
     ]
-    return tuple(f"{names.dropped_prefix}{name}".removesuffix(".weight") for name in made if name is not None)
+    return tuple(names.in_model(name).removesuffix(".weight") for name in made if name is not None)
 
 
 def count_parameters(index: CheckpointIndex, shards: Iterable[Shard], origins: Mapping[str, str]) -> int:

@@ -121,7 +121,7 @@ class StreamedFit(BoundaryMap):
             self._mask,
             self._session,
             self._streamed,
-            self._place.device,
+            self._place.of(self.device_bytes),
         )
         self._take(self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments))
 
@@ -235,7 +235,7 @@ class FittedLanes:
         sizes = [one.device_bytes for one in self._maps.values()]
         sizes += [part.device_bytes for refitted in self._refits.values() for part in refitted.parts]
         memory = self._session.memory(self._mask.shape[1])
-        use_device(self._place, self._session, memory, max(sizes, default=0))
+        use_device(self._place, self._session, memory, sizes)
         return memory
 
     def helpers(self) -> list[Lane]:

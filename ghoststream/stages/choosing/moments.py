@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,19 @@ DENSE = "dense"
 
 @dataclass
 class FitPlace:
-    """Where the fits of a pass sum and solve: on a device, or where ``device`` is None on the host."""
+    """Where the fits of a pass sum and solve: those that it holds on a device, all others on the host.
+
+    Attributes:
+        device: The device; None where there is none.
+        room: Bytes that a pass leaves to one fit there.
+    """
 
     device: str | None = None
+    room: int = 0
+
+    def of(self, n_bytes: int) -> str | None:
+        """Return the device of a fit that takes so many bytes (0: it cannot be there); None is the host."""
+        return self.device if 0 < n_bytes <= self.room else None
 
 
 def fit_bytes(kind: OperatorKind, span: Span, session: ModelSession, length: int, taps: Taps | None) -> int:
@@ -45,10 +55,18 @@ def fit_bytes(kind: OperatorKind, span: Span, session: ModelSession, length: int
     return max(reducer.device_bytes(hidden, length), solving)
 
 
-def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, n_bytes: int) -> None:
-    """Let fits be on the session's accelerator, if it has one and the pass leaves room for them."""
-    if n_bytes and memory.has_room(n_bytes):
-        place.device = _accelerator(session)
+def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes: Iterable[int]) -> None:
+    """Let fits be on the session's accelerator, if it has one: the largest that the pass leaves room for.
+
+    Args:
+        place: Where the fits go.
+        session: The model.
+        memory: The memory of the pass, which keeps the room.
+        sizes: What :func:`fit_bytes` says of each fit.
+    """
+    found = next((size for size in sorted(set(sizes), reverse=True) if size and memory.has_room(size)), 0)
+    if found:
+        place.device, place.room = _accelerator(session), found
 
 
 def _accelerator(session: ModelSession) -> str | None:

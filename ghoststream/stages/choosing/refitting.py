@@ -109,7 +109,7 @@ class RefittedProjection(BoundaryMap):
             self._mask,
             self._session,
             StreamedTaps(self._parts[1]),
-            self._place.device,
+            self._place.of(self.device_bytes),
         )
         fitted = self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments)
         self.figures = {name: fitted.diagnostics.get(name) for name in _SHOWN}

@@ -63,9 +63,18 @@ def _built(config: Mapping[str, Any]) -> Any:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(config))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(made)
+
+
+def _with_floats(said: Any) -> Any:
+    """Return what a configuration says with infinite numbers, which transformers writes as objects, read."""
+    if isinstance(said, Mapping):
+        if set(said) == {"__float__"}:
+            return float(said["__float__"])
+        return {key: _with_floats(value) for key, value in said.items()}
+    return [_with_floats(one) for one in said] if isinstance(said, list) else said
 
 
 def _path(model: Any, module: Any) -> str:

@@ -224,10 +224,12 @@ def test_a_connection_that_is_cut_is_not_called_damage() -> None:
         write_layer(store, 0, small_states(small_layout(), 0))
         writer = store.writer(1)
         cut.is_cut = True
+        writer.write(0, small_states(small_layout(), 1))  # shards are written behind the call
         with pytest.raises(
             StoreError, match=r"memory://.*hidden/1/c.0.0.0 failed \(connection cut\); check the"
         ):
-            writer.write(0, small_states(small_layout(), 1))
+            writer.commit()
+        writer.abort()
         with pytest.raises(
             StoreError, match=r"memory://.*: writing manifest.json failed \(connection cut\); check the"
         ):

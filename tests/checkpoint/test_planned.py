@@ -66,7 +66,7 @@ def test_bytes_of_a_quantised_release(save: Callable[[Path], Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "mamba"}, "recurrent state"),
+        ({"model_type": "mamba"}, "its recurrent layers are of a kind that has not been compared"),
         ({"quantization_config": {"quant_method": "awq"}}, "the checkpoint is quantised"),
         ({"num_attention_heads": 0}, "transformers cannot build the model in there"),
     ],

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from ghoststream import errors
-from ghoststream.errors import DataError, GhoststreamError, RequestError
+from ghoststream.errors import DataError, GhoststreamError, RequestError, StoppedError
 
 pytestmark = pytest.mark.unit
 KINDS = [
@@ -17,7 +17,12 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.__name__))
 def test_every_kind_has_the_exit_code_of_its_family(kind: type[GhoststreamError]) -> None:
-    expected = 2 if issubclass(kind, RequestError) else 3 if issubclass(kind, DataError) else 1
+    families: dict[type[GhoststreamError], int] = {
+        RequestError: 2,
+        DataError: 3,
+        StoppedError: 75,
+    }  # EX_TEMPFAIL of sysexits.h
+    expected = next((code for family, code in families.items() if issubclass(kind, family)), 1)
     assert kind.exit_code == expected
 
 

@@ -41,8 +41,8 @@ COUNTS = ("tokens", "dropped", "sequences", "zero_ratios")
 EPSILON = 1e-5
 
 
-class _Magnitudes(Feature):
-    name = "magnitudes-for-a-test"
+class _Absolutes(Feature):
+    name = "absolutes-for-a-test"
 
     def rows(self, states: Any, facts: ModelFacts) -> Any:
         assert isinstance(states, np.ndarray)
@@ -58,7 +58,7 @@ class _Quieter:
         return weights
 
 
-register_feature(_Magnitudes())
+register_feature(_Absolutes())
 register_token_weight(_Quieter())
 
 
@@ -127,7 +127,7 @@ def test_products_of_bfloat16_parts_keep_the_bound(
         ("hidden", "drop_sinks"),
         ("hidden+normed", "relative"),
         ("normed", "quieter-for-a-test"),
-        ("magnitudes-for-a-test", "uniform"),
+        ("absolutes-for-a-test", "uniform"),
     ],
 )
 def test_moments_on_a_device_are_those_of_the_host(

@@ -5,8 +5,8 @@
 The checkpoint has the proportions of a 70B, weights whose spectra fall as those of trained models do, and a
 massive activation that is born and dies. Each command runs with RLIMIT_DATA at a quarter of the checkpoint:
 private memory, of which a process that asks for more gets none. First undisturbed, then killed by SIGKILL
-after a random share of the time that the undisturbed run took, again and again, and run to its end. What
-both leave is compared byte by byte. Peaks of the undisturbed run are held against the estimate's.
+after a random share of the time that the undisturbed run took, up to three tenths, again and again, and run
+to its end. What both leave is compared byte by byte. The peak is that of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _compared(request: list[str], options: argparse.Namespace, way: str, limit: 
     for _ in range(options.kills):
         process = _start([*request, "--out", str(killed)], limit)
         try:
-            # What is finished is kept: a moment of the whole run is drawn, counted from this start.
-            process.wait(draw.uniform(0.05, 1.0) * seconds)
+            # Short enough that it is not finished long before the last kill, as what is finished is kept.
+            process.wait(draw.uniform(0.05, 0.3) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             died += process.wait() == -signal.SIGKILL

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.spans import Span
 from ghoststream.statistics.source import HiddenStateSource, require_finite
 
 Array = npt.NDArray[np.float64]
+
+
+class LayerBlock(Protocol):
+    """Layers of some sequences that are held while spans read them, with the taps of the same tokens."""
+
+    @property
+    def taps(self) -> Any:
+        """A block of the taps, or None."""
+
+    def keep_only(self, layers: set[int]) -> None:
+        """Give up all layers but these."""
+
+
+def spans_through(block: LayerBlock, spans: Iterable[Span]) -> Iterator[Span]:
+    """Yield spans in order; a layer is given up behind the last one that reads it."""
+    ordered = sorted(spans)
+    for number, span in enumerate(ordered):
+        yield span
+        later = ordered[number + 1 :]
+        block.keep_only({layer for other in later for layer in (other.start, other.stop)})
+        if block.taps is not None:
+            block.taps.keep_only({other.start - 1 for other in later})
+
+
+def sequences_in(mask: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
+    """Return where the tokens of each sequence are among the unmasked ones, but for sequences without any."""
+    ends = np.cumsum(mask.sum(axis=1))
+    return tuple(slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a)
 
 
 class TokenBlock:
@@ -34,10 +66,7 @@ class TokenBlock:
         self._mask = source.mask(first, last)
         self._cache: dict[int, Array] = {}
         _, self.positions = np.nonzero(self._mask)
-        ends = np.cumsum(self._mask.sum(axis=1))
-        self.sequences = tuple(
-            slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a
-        )
+        self.sequences = sequences_in(self._mask)
 
     @property
     def n_tokens(self) -> int:

@@ -19,7 +19,7 @@ from ghoststream.statistics.blas import (
     mirror_upper,
     panel_bytes,
 )
-from ghoststream.statistics.block import TokenBlock
+from ghoststream.statistics.block import TokenBlock, spans_through
 from ghoststream.statistics.features import (
     Feature,
     ModelFacts,
@@ -207,14 +207,9 @@ class BoundaryReducer(Reducer):
         return SumState(arrays)
 
     def _add_block(self, state: SumState, block: TokenBlock, facts: ModelFacts) -> None:
-        ordered = sorted(self.spans)
         added: set[str] = set()
-        for number, span in enumerate(ordered):
+        for span in spans_through(block, self.spans):
             self._add_span(state, block, span, facts, added)
-            later = ordered[number + 1 :]
-            block.keep_only({layer for other in later for layer in (other.start, other.stop)})
-            if block.taps is not None:
-                block.taps.keep_only({other.start - 1 for other in later})
 
     def _add_span(
         self, state: SumState, block: TokenBlock, span: Span, facts: ModelFacts, added: set[str]

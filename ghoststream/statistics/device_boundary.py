@@ -11,6 +11,7 @@ import torch
 
 from ghoststream.errors import NumericsError
 from ghoststream.spans import Span
+from ghoststream.statistics.block import sequences_in, spans_through
 from ghoststream.statistics.boundary import Array, BoundaryReducer
 from ghoststream.statistics.device_products import add_product, product_bytes, require_full_float32
 from ghoststream.statistics.devices import device_kind, device_tasks, require_device
@@ -55,10 +56,7 @@ class DeviceBlock:
         mask = source.mask(first, last)
         self.places = np.flatnonzero(mask)
         self._all = mask.all()
-        ends = np.cumsum(mask.sum(axis=1))
-        self.sequences = tuple(
-            slice(int(a), int(b)) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a
-        )
+        self.sequences = sequences_in(mask)
         self._cache: dict[int, torch.Tensor] = {}
 
     @property
@@ -206,14 +204,9 @@ class DeviceBoundaryReducer(BoundaryReducer):
         return self.spec.precision == "float64"
 
     def _add_on_device(self, arrays: dict[str, torch.Tensor], block: DeviceBlock, facts: ModelFacts) -> None:
-        ordered = sorted(self.spans)
         added: set[str] = set()
-        for number, span in enumerate(ordered):
+        for span in spans_through(block, self.spans):
             self._add_span_on_device(arrays, block, span, facts, added)
-            later = ordered[number + 1 :]
-            block.keep_only({layer for other in later for layer in (other.start, other.stop)})
-            if block.taps is not None:
-                block.taps.keep_only({other.start - 1 for other in later})
 
     def _add_span_on_device(
         self,

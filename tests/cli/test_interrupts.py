@@ -6,7 +6,6 @@ import importlib
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import pytest
 
 from ghoststream.cli.interrupts import INTERRUPTED
 from ghoststream.cli.options import FieldType
-from tests.helpers.command_bench import LENGTH, REPOSITORY, run, succeed
+from tests.helpers.command_bench import LENGTH, run, succeed
+from tests.helpers.signalled import run_python, signalled
 
 pytestmark = pytest.mark.integration
 
@@ -53,40 +53,13 @@ def test_where_a_library_makes_another_error_of_it(tiny_llama: Path, monkeypatch
     _require_one_line(run("inspect", tiny_llama))
 
 
-_IN_A_THREAD = """
-import os, signal, sys
-from ghoststream.streaming.skeleton import Skeleton
-read = Skeleton.read_layer
-
-def stopped(self, layer):
-    if layer == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-    return read(self, layer)
-
-Skeleton.read_layer = stopped
-from ghoststream.__main__ import run
-run()
-"""
-
-
-def _process(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        **options,
-    )
-
-
 @pytest.mark.faults
 def test_while_a_thread_reads_the_next_layer(tiny_llama: Path, tmp_path: Path) -> None:
     ids, out = tmp_path / "ids.npy", tmp_path / "out"
     np.save(ids, np.random.default_rng(0).integers(3, 128, size=(12, LENGTH), dtype=np.int32))
     options = ("--remove", "2:4", "--operator", "ghost", "--calibration", f"ids:{ids}")
     sizes = ("--sequences", 12, "--length", LENGTH, "--out", out)
-    done = _process(_IN_A_THREAD, "recover", tiny_llama, *options, *sizes, stdout=subprocess.PIPE)
+    done = run_python(signalled("SIGINT", 2), "recover", tiny_llama, *options, *sizes, stdout=subprocess.PIPE)
     assert done.returncode == INTERRUPTED, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("interrupted; ")
@@ -98,7 +71,9 @@ def test_a_closed_pipe_is_no_error_to_tell_of(tiny_llama: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = _process("from ghoststream.__main__ import run; run()", "inspect", tiny_llama, stdout=writing)
+        done = run_python(
+            "from ghoststream.__main__ import run; run()", "inspect", tiny_llama, stdout=writing
+        )
     finally:
         os.close(writing)
     assert done.stderr == ""

@@ -15,35 +15,13 @@ from ghoststream.activations import StoreRef
 from ghoststream.errors import StoppedError
 from ghoststream.stopping import ask_to_stop, forget_stop, require_going_on
 from tests.helpers.command_bench import LENGTH, REPOSITORY, digests, run, succeed
+from tests.helpers.signalled import run_python, signalled
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
-# The process asks itself, when a layer is read; the main thread is then at that layer or the one before.
-_AT_A_LAYER = """
-import os, signal, sys
-from ghoststream.streaming.skeleton import Skeleton
-read = Skeleton.read_layer
-
-def stopped(self, layer):
-    if layer == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return read(self, layer)
-
-Skeleton.read_layer = stopped
-from ghoststream.__main__ import run
-run()
-"""
-
-
-def _process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# The main thread is then at that layer or the one before.
+_AT_A_LAYER = signalled("SIGTERM", 3)
 
 
 def _started(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -67,7 +45,7 @@ def test_a_capture_keeps_the_layers_that_it_has(
     tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]
 ) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    done = _process(_AT_A_LAYER, "capture", tiny_llama, *text, "--store", stopped)
+    done = run_python(_AT_A_LAYER, "capture", tiny_llama, *text, "--store", stopped)
     assert done.returncode == AGAIN, done.stderr
     assert "Traceback" not in done.stderr
     assert "asked to stop: ends behind the next layer" in done.stderr
@@ -84,7 +62,7 @@ def test_a_recovery_says_how_it_ended_and_goes_on(
 ) -> None:
     out = tmp_path / "out"
     request = ("recover", tiny_llama, *text, "--remove", "2:4", "--operator", "ghost", "--out", out)
-    done = _process(_AT_A_LAYER, *request)
+    done = run_python(_AT_A_LAYER, *request)
     assert done.returncode == AGAIN, done.stderr
     status = json.loads(succeed("status", out, "--json").stdout)
     assert (status["outcome"], status["state"], status["attempts"]) == ("stopped", "stopped", 1)

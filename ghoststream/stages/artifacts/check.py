@@ -12,7 +12,7 @@ from ghoststream.checkpoint.header import read_header
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.sizes import sizes_of
 from ghoststream.errors import CheckpointError, DataError, GhoststreamError, PlanError, UnsupportedModelError
-from ghoststream.files import SUMS_NAME, read_json, unseal, verify_sums
+from ghoststream.files import SUMS_NAME, file_digest, read_json, unseal, verify_sums
 from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan
@@ -99,6 +99,23 @@ def check_plan(path: str) -> list[str]:
     except PlanError as error:
         return [str(error)]
     return []
+
+
+def check_exploration(path: str) -> list[str]:
+    """Read a report whole, and compare the files beside it with their digests."""
+    from ghoststream.stages.exploring.report import ExplorationReport
+
+    place = Path(path)
+    report, folder = ExplorationReport.load(place), place if place.is_dir() else place.parent
+    problems = []
+    for name, digest in report.files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name} is missing; run the same `ghoststream explore` again")
+        elif file_digest(folder / name) != digest:
+            problems.append(
+                f"{folder / name} was changed after it was written; move it away and explore again"
+            )
+    return problems
 
 
 def check_json(path: str) -> list[str]:

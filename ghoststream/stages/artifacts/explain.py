@@ -202,6 +202,22 @@ def explain_plan(path: str) -> Explanation:
     return {key: value for key, value in facts.items() if value is not None}, tuple(tables)
 
 
+def explain_exploration(path: str) -> Explanation:
+    """Say how many layers can go, and show the plan of each number of layers."""
+    from ghoststream.stages.exploring.report import ExplorationReport, table_of
+
+    found = ExplorationReport.load(Path(path))
+    facts = {
+        "model": f"{found.model} ({found.n_layers} layers)",
+        "verdict": found.verdict,
+        "perplexity of the dense model": found.dense.perplexity,
+        "bytes of its weights": format_bytes(found.dense.weight_bytes),
+        "passes": found.spent.passes,
+        "arithmetic, in dense passes": found.spent.dense_passes,
+    }
+    return facts, (Table("numbers of layers", *table_of(found)), _facts_table("recipe", found.recipe))
+
+
 def _label(method: Method) -> str:
     return ", ".join((str(method.operator), method.features, method.token_weights))
 

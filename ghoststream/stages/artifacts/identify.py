@@ -14,6 +14,7 @@ from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestErro
 from ghoststream.files import read_json
 from ghoststream.files.seals import METADATA_KEY, SEAL
 from ghoststream.recovery.names import has_provenance
+from ghoststream.stages.exploring.report import NAME as EXPLORATION_NAME
 
 # Both are in every file of ours: one in which a bit of either has changed is still known, as damaged.
 _OUR_KEYS = frozenset({METADATA_KEY, SEAL})
@@ -30,6 +31,7 @@ class Kind(StrEnum):
     OPERATORS = "operators file"
     TENSORS = "safetensors file"
     PLAN = "pruning plan"
+    EXPLORATION = "exploration"
     ESTIMATE = "estimate"
     EVALUATION = "evaluation"
     TASKS = "task results"
@@ -37,6 +39,7 @@ class Kind(StrEnum):
 
 _BY_ENCODING = {
     "ghoststream-plan": Kind.PLAN,
+    "ghoststream-exploration": Kind.EXPLORATION,
     "ghoststream-evaluation": Kind.EVALUATION,
     "ghoststream-tasks": Kind.TASKS,
 }
@@ -91,6 +94,8 @@ def _identify_folder(folder: Path) -> Kind:
         return Kind.RECOVERED
     if any((folder / name).is_file() for name in ("config.json", INDEX_NAME, SINGLE_NAME)):
         return Kind.CHECKPOINT
+    if (folder / EXPLORATION_NAME).is_file():
+        return Kind.EXPLORATION
     if (folder / "manifest.json").is_file() or _is_group(folder / "zarr.json"):
         return Kind.STORE
     return _refuse(folder)

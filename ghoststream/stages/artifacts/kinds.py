@@ -44,6 +44,11 @@ KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
         ),
         Kind.TENSORS: ArtifactKind(explain.explain_tensors, check.check_tensors, "header and size"),
         Kind.PLAN: ArtifactKind(explain.explain_plan, check.check_plan, "digest, plan, candidates, methods"),
+        Kind.EXPLORATION: ArtifactKind(
+            explain.explain_exploration,
+            check.check_exploration,
+            "digest, figures, every file beside the report",
+        ),
         Kind.ESTIMATE: ArtifactKind(explain.explain_estimate, check.check_json, "JSON"),
         Kind.EVALUATION: ArtifactKind(explain.explain_evaluation, check.check_figures, "JSON, digest"),
         Kind.TASKS: ArtifactKind(explain.explain_tasks, check.check_figures, "JSON, digest"),

@@ -120,6 +120,10 @@ def _base_of(kind: Kind, path: str) -> Mapping[str, Any]:
         from ghoststream.selection import Selection
 
         return Selection.load(Path(path)).base
+    if kind is Kind.EXPLORATION:
+        from ghoststream.stages.exploring.report import ExplorationReport
+
+        return ExplorationReport.load(Path(path)).base
     if kind is Kind.RECOVERED:
         found = read_json(Path(path) / PROVENANCE_NAME)
         base = found.get("base") if isinstance(found, Mapping) else None

@@ -41,16 +41,25 @@ def refused(bench: Bench, tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture(scope="session")
-def exported(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Callable[[str], Path],
-) -> dict[str, Path]:
-    """Every family exported with the same operators: ``{model_type: folder}``. Do not write into them."""
-    root, wanted = tmp_path_factory.mktemp("recovered"), families_of(request.session.items)
-    for model_type in wanted:
-        export(tiny_checkpoint(model_type), make_operators(), root / model_type, max_shard_bytes=40_000)
-    return {model_type: root / model_type for model_type in wanted}
+def exported_family(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """Folder of a recovered model of a family, exported when first asked for. Do not write into it."""
+    root = tmp_path_factory.mktemp("recovered")
+
+    def make(model_type: str) -> Path:
+        folder = root / model_type
+        if not folder.exists():
+            export(tiny_checkpoint(model_type), make_operators(), folder, max_shard_bytes=40_000)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(request: pytest.FixtureRequest, exported_family: Callable[[str], Path]) -> dict[str, Path]:
+    """Every family exported with the same operators: ``{model_type: folder}``."""
+    return {model_type: exported_family(model_type) for model_type in families_of(request.session.items)}
 
 
 @pytest.fixture(scope="session")

@@ -53,14 +53,14 @@ def run(folder: Path, orders: str, *arguments: str, thorough: str = "") -> int:
 
 def test_every_path_is_right_and_every_mistake_is_found(tmp_path: Path) -> None:
     files = (PASS, FAMILIES, *OTHERS, *CHECKS)
-    n_tests = run(tmp_path, "late,early-copies,random", "-m", "not soak", *files, thorough=PASS)
-    assert n_tests >= 3 * 5 + 35
+    n_tests = run(tmp_path, "late,random", "-m", "not soak", *files, thorough=PASS)
+    assert n_tests >= 2 * 5 + 35
 
 
 @pytest.mark.soak
 def test_every_family_and_every_stage(tmp_path: Path) -> None:
     assert run(tmp_path, "late", FAMILIES) == 93
-    assert run(tmp_path, "early-copies,random", *OTHERS, *CHECKS[:2]) >= 30
+    assert run(tmp_path, "early-copies,random", PASS, *OTHERS, *CHECKS[:2]) >= 35
 
 
 @pytest.mark.soak

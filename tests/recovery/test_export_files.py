@@ -54,9 +54,9 @@ def test_operator_dtype_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_provenance_gives_the_operators_back(
-    exported: dict[str, Path], tiny_checkpoint: Callable[[str], Path]
+    exported_family: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    info = load_recovered(exported["gpt2"])
+    info = load_recovered(exported_family("gpt2"))
     assert info is not None
     assert info.plan == PLAN
     fingerprint = checkpoint_fingerprint(tiny_checkpoint("gpt2"))
@@ -79,9 +79,9 @@ def test_damaged_provenance(text: str, tmp_path: Path) -> None:
         load_recovered(tmp_path)
 
 
-def test_provenance_that_lacks_a_part(exported: dict[str, Path], tmp_path: Path) -> None:
+def test_provenance_that_lacks_a_part(exported_family: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(exported["llama"], folder)
+    shutil.copytree(exported_family("llama"), folder)
     data = read_json(folder / "ghoststream.json")
     del data["operators"]["kind"]
     (folder / "ghoststream.json").write_text(json.dumps(data))

@@ -21,7 +21,7 @@ _VARIANTS = {
     # 6 KiB more than the pass itself needs with two threads that write, where its states take 10 KiB.
     "some-narrower-on-disk": ("--layers", "1,4", "--store-dtype", "float16", "--host-memory", "183KiB"),
 }
-_FAST = ("all", "narrower", "some-narrower-on-disk")
+_FAST = ("all", "some-narrower-on-disk")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from ghoststream.stages.choosing.auto import preference
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Ranked, Row, Trial
+from ghoststream.stages.choosing.writable import writable
 from ghoststream.statistics import candidate_spans
 
 
@@ -55,7 +56,7 @@ def grow(
         growing = [branch for branch in branches if step < len(branch.sizes)]
         limit = candidates if step else None
         repairs = [
-            [Repair.alike(plan, method) for plan in extended(branch.best, branch.sizes[step], alone)[:limit]]
+            [Repair.alike(plan, method) for plan in _next(trial, branch, step, alone)[:limit]]
             for branch in growing
         ]
         trial.measure(list({one.name: one for own in repairs for one in own}.values()))
@@ -72,6 +73,13 @@ def grow(
                 finished |= {repair.name: (repair, row) for repair, row in ranked}
             trial.tell(*ranked[0])
     return sorted(finished.values(), key=lambda pair: preference(pair[1]))
+
+
+def _next(trial: Trial, branch: _Branch, step: int, alone: Mapping[Span, float]) -> list[PruningPlan]:
+    """Return the plans of a step; what is whole by it has to be one that can be written."""
+    plans = extended(branch.best, branch.sizes[step], alone)
+    is_whole = step > 0 and step + 1 == len(branch.sizes)
+    return writable(trial.session, plans) if is_whole else plans
 
 
 def extended(plans: Mapping[PruningPlan, float], size: int, alone: Mapping[Span, float]) -> list[PruningPlan]:

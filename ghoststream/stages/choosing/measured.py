@@ -22,6 +22,7 @@ from ghoststream.stages.choosing.by_text import gaps_by_text, mean_and_error, wo
 from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.choosing.writable import why_not_writable
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
@@ -137,13 +138,13 @@ def measure_repairs(
     StreamedPass(skeleton, batches, [dense, *fitted.helpers(), *lanes], factory, options).run()
     reference, *found = [losses.summary() for losses in accumulators]
     return reference, tuple(
-        _candidate(repair, losses, reference, _refusal(lane, session), tokens)
+        _candidate(repair, losses, reference, _refusal(repair, lane, session), tokens)
         for repair, losses, lane in zip(repairs, found, lanes, strict=True)
     )
 
 
-def _refusal(lane: Lane, session: ModelSession) -> str:
-    """Say why what was fitted cannot be absorbed into the model; lanes do not need that."""
+def _refusal(repair: Repair, lane: Lane, session: ModelSession) -> str:
+    """Say why the model cannot be written, or what was fitted be absorbed; lanes need neither."""
     for fitted in lane.maps.values():
         operator = fitted.operator if isinstance(fitted, StreamedFit) else None
         if operator is not None:
@@ -151,7 +152,7 @@ def _refusal(lane: Lane, session: ModelSession) -> str:
                 require_exportable(session.skeleton, operator)
             except NumericsError as error:
                 return str(error)
-    return ""
+    return why_not_writable(session, repair.plan)
 
 
 def _candidate(

@@ -36,6 +36,7 @@ from ghoststream.stages.choosing.rounds import (
 from ghoststream.stages.choosing.settling import is_surely_worse, settle
 from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
 from ghoststream.stages.choosing.ways import LIKELY, RACED, SCREEN
+from ghoststream.stages.choosing.writable import writable
 
 
 @dataclass
@@ -80,7 +81,7 @@ def race(
     whole = sum(tried[0])
     best_first = sorted(alone, key=alone.__getitem__)
     plans = [PruningPlan(n_layers, (span,)) for span in best_first if len(span) == whole][:SURVIVORS]
-    several = combined(n_layers, tried, alone)[: search.candidates]
+    several = writable(trial.session, combined(n_layers, tried, alone))[: search.candidates]
     if several:
         on_dense = screen.model_copy(update={"inputs": "dense"})
         screened = [

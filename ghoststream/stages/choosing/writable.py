@@ -1,0 +1,28 @@
+"""Which plans leave a model whose configuration can be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ghoststream.errors import UnsupportedModelError
+from ghoststream.recovery.config_surgery import prune_config
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.session import ModelSession
+from ghoststream.streaming import load_config
+
+
+def why_not_writable(session: ModelSession, plan: PruningPlan) -> str:
+    """Say why what is left of a model has no configuration; empty if it has one.
+
+    Some models tell the kinds of their layers by a period, which not every plan keeps (Jamba).
+    """
+    try:
+        prune_config(load_config(session.root), plan)
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""
+
+
+def writable(session: ModelSession, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+    """Return those plans whose model can be written, in their order."""
+    return [plan for plan in plans if not why_not_writable(session, plan)]

@@ -32,6 +32,7 @@ TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
 Resume = Literal["auto", "required", "never"]
 Precision = Literal["auto", "float64", "float32-blocked"]
+Form = Literal["custom", "folded"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
 SPEC_FORMS = (
@@ -468,6 +469,12 @@ class Recovery(Options):
     )
     storage: Storage = Storage()
     reduction: Reduction = Reduction()
+    form: Form = option(
+        "custom",
+        "Form of the result: custom holds every operator exactly; folded is an ordinary checkpoint.\n"
+        "custom: with its modelling file, unless everything is absorbed. folded: without code, or refused. "
+        "See docs/forms.md.",
+    )
     evaluate: Annotated[Text | None, _OR_SPEC, AfterValidator(_one_text)] = Field(
         default=None, description="Text to measure the base and the recovered model on."
     )

@@ -10,7 +10,7 @@ from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, field_option, json_option, model_argument, out_option
 from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_text
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute
+from ghoststream.options import Compute, Form, Recovery
 
 
 @click.command(
@@ -30,10 +30,13 @@ from ghoststream.options import Compute
 @out_option(
     "DIR", "Folder of the recovered checkpoint; must be empty, absent, or the result of this command."
 )
+@field_option(Recovery, "form", section="Result")
 @field_option(Compute, "revision")
 @json_option
 @debug_option
-def command(model: str, operators: Path, out: Path, revision: str | None, *, as_json: bool) -> None:
+def command(
+    model: str, operators: Path, out: Path, form: Form, revision: str | None, *, as_json: bool
+) -> None:
     """Write MODEL without the removed layers and with the operators in their place, as a checkpoint folder.
 
     Weights are copied from shard to shard, one tensor in memory at a time. The folder loads in any
@@ -43,7 +46,7 @@ def command(model: str, operators: Path, out: Path, revision: str | None, *, as_
     from ghoststream.stages.export import export
 
     with show_progress() as progress:
-        report = export(model, operators, out, revision=revision, progress=progress)
+        report = export(model, operators, out, form=form, revision=revision, progress=progress)
     if as_json:
         print_json(report.to_json())
         return

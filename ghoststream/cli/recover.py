@@ -39,6 +39,7 @@ from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Se
     calibration=Text, search=Search, method=Method, compute=Compute, storage=Storage, reduction=Reduction
 )
 @field_option(Recovery, "store", section=Storage.title)
+@field_option(Recovery, "form", section="Result")
 @resume_option
 @json_option
 @debug_option

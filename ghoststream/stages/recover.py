@@ -13,7 +13,8 @@ from ghoststream.files import StagingFolder, disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text, TextLike
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recovery import ExportReport, export_recovered
+from ghoststream.recovery import ExportReport
+from ghoststream.recovery.forms import WriteRequest, find_form
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.run_record import NAME, RecordedProgress, recorded
@@ -216,13 +217,15 @@ def _run(recovery: Recovery, model: str, out: Path, progress: RecordedProgress) 
             progress.begin()
         selection = steps.way.given or steps.choose()
         operators, file = steps.fit(selection)
-        exported = export_recovered(
-            session.skeleton,
-            operators,
-            out,
-            fingerprint=session.fingerprint,
-            lock=place.lock,
-            progress=progress,
+        exported = find_form(recovery.form).write(
+            WriteRequest(
+                skeleton=session.skeleton,
+                operators=operators,
+                out=out,
+                fingerprint=session.fingerprint,
+                lock=place.lock,
+                progress=progress,
+            )
         )
         evaluation = _evaluate(session, recovery, out, steps.work, progress)
     chosen_by = selection.criterion if steps.way.given is None else "given"

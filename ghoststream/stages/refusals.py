@@ -16,7 +16,7 @@ from ghoststream.files import differences, require_writable
 from ghoststream.options import AUTO, Compute, Method, Search
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
-from ghoststream.recovery.names import has_provenance
+from ghoststream.recovery.forms import find_form
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.checks import check_search, named_method, require_criterion
@@ -28,6 +28,7 @@ from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.features import require_layer_before
 
 if TYPE_CHECKING:
+    from ghoststream.recovery import RecoveredInfo
     from ghoststream.streaming import Skeleton
 
 _STORE_OPTIONS = "layers are chosen and operators fitted in passes over the model, without a store"
@@ -50,6 +51,7 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
     _check_number(way, sizes)
     _check_choice(way, sizes.n_layers)
     method = _check_fit(way)
+    _check_form(way, method)
     check_family(sizes, way.recovery.compute)
     if method is not None:
         spans = (Span(1, 2),) if way.given is None else way.given.plan.spans
@@ -138,10 +140,11 @@ def check_place(out: Path, way: Way, digest: Callable[[], str]) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         require_writable(out.with_name(f".{out.name}.partial"))
         return
-    if not has_provenance(out):
+    found = find_form(way.recovery.form).read(out)
+    if found is None:
         msg = f"{out} is not empty; choose another folder, or move what is there away"
         raise OutputExistsError(msg)
-    changed = _changes(out, way, digest)
+    changed = _changes(found, way, digest)
     if changed:
         msg = (
             f"{out} holds the recovered checkpoint of another request ({'; '.join(changed)});"
@@ -150,12 +153,7 @@ def check_place(out: Path, way: Way, digest: Callable[[], str]) -> None:
         raise OutputExistsError(msg)
 
 
-def _changes(out: Path, way: Way, digest: Callable[[], str]) -> list[str]:
-    from ghoststream.recovery import load_recovered
-
-    found = load_recovered(out)
-    if found is None:
-        return []
+def _changes(found: RecoveredInfo, way: Way, digest: Callable[[], str]) -> list[str]:
     asked: dict[str, Any] = {
         "base": digest(),
         "operator": way.recovery.method.operator or AUTO,
@@ -209,6 +207,13 @@ def _check_fit(way: Way) -> Method | None:
         recovery.storage.refuse(None, _STORE_OPTIONS)
         recovery.reduction.refuse(None, _STORE_OPTIONS)
     return method
+
+
+def _check_form(way: Way, method: Method | None) -> None:
+    """Check that what will be fitted can be written in the form that is asked for."""
+    known = way.given.methods if way.given is not None else ()
+    methods = (method,) if method is not None else known or None
+    find_form(way.recovery.form).check_methods(methods)
 
 
 def _check_storage(way: Way, n_layers: int) -> None:

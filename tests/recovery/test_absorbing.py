@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ghoststream
-from ghoststream.checkpoint import architecture_of, checkpoint_fingerprint
+from ghoststream.checkpoint import checkpoint_fingerprint
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import MismatchError, RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
@@ -29,12 +28,12 @@ from ghoststream.stages.export import export
 from ghoststream.stages.lanes import operator_lane
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.streaming import Lane, Skeleton, StatesFactory, StreamedPass, make_batches
-from ghoststream.testing.conformance import random_tokens, skip_layers
+from ghoststream.testing.conformance import random_tokens
 from ghoststream.testing.models import save_tiny
-from tests.helpers.resident_taps import LLAMA, MODULES
+from tests.helpers.resident_absorbing import INTERMEDIATE, absorbing_operators, resident
 
 pytestmark = pytest.mark.integration
-L, C, INTERMEDIATE, T = 6, 32, 64, 20
+L, C, T = 6, 32, 20
 PLAN = PruningPlan.parse(L, "2:3 4:6")
 # Where attention and MLP are side by side, where weights lie the other way round, where there is a
 # multiplier, a bias.
@@ -43,46 +42,9 @@ WITH_BIAS = ("gpt2", "phi", "opt")
 WIDE = {"falcon": 4 * C}
 
 
-def draw(
-    features: str, *, bias: bool = False, plan: PruningPlan = PLAN, intermediate: int = INTERMEDIATE
-) -> OperatorSet:
+def draw(features: str, *, plan: PruningPlan = PLAN, **options: Any) -> OperatorSet:
     """Random operators on features that are absorbed."""
-    generator = np.random.default_rng(1)
-    width = intermediate if features == "mlp" else C
-
-    def values(*shape: int) -> Any:
-        return (generator.standard_normal(shape) * 0.05).astype(np.float32)
-
-    boundaries = tuple(
-        BoundaryOperator(span, "linear", features, values(C, width), values(C) if bias else None)
-        for span in plan.spans
-    )
-    return OperatorSet(plan, "random", boundaries, C)
-
-
-def resident(root: Path, operators: OperatorSet) -> Any:
-    """The original, removed layers cut, with hooks on the last map of each MLP before a boundary that add the
-    operator."""
-    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    layers = model.get_submodule(architecture_of(model.config).layers_path)
-    skip_layers(model, operators.plan.removed)
-    path = MODULES.get(model.config.model_type, LLAMA)[3]
-    scale = getattr(model.config, "residual_multiplier", 1.0)
-    for operator in operators.boundaries:
-        layers[operator.span.start - 1].get_submodule(path).register_forward_hook(_hook(operator, scale))
-    return model
-
-
-def _hook(operator: BoundaryOperator, scale: float) -> Any:
-    assert operator.weight is not None
-    weight = torch.from_numpy(operator.weight)
-    bias = torch.zeros(C) if operator.bias is None else torch.from_numpy(operator.bias)
-
-    def add(_: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
-        read = args[0] if operator.features == "mlp" else scale * result
-        return result + (read @ weight.T + bias) / scale
-
-    return add
+    return absorbing_operators(features, plan, **options)
 
 
 class Logits:

@@ -35,6 +35,8 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
         words += _words(group)
     if recovery.store is not None:
         words += ["--store", recovery.store]
+    if recovery.form != "custom":
+        words += ["--form", recovery.form]
     return (*words, "--out", str(out or "recovered"))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
+from ghoststream.cli.fault_report import fault_report, installed_version
 from ghoststream.cli.interrupts import interruptible, stoppable, was_interrupted
 from ghoststream.cli.options import debug_option, is_debug
-from ghoststream.cli.report import fault_report, installed_version
 from ghoststream.errors import GhoststreamError
 from ghoststream.files.system_errors import system_error
 from ghoststream.redaction import without_secrets

@@ -17,6 +17,7 @@ from ghoststream.recovery import ExportReport
 from ghoststream.recovery.forms import WriteRequest, find_form
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
+from ghoststream.stages.run_estimate import expected
 from ghoststream.stages.run_record import NAME, RecordedProgress, recorded
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.steps import Steps, work_folder
@@ -155,6 +156,7 @@ def run(
     out: str | Path,
     *,
     resume: Resume = "auto",
+    measure: bool = False,
     progress: Progress | None = None,
 ) -> RecoveryReport:
     """Do what a :class:`~ghoststream.options.Recovery` says: what :func:`recover` and pipeline files come to.
@@ -167,6 +169,8 @@ def run(
         recovery: What to do.
         out: Folder of the recovered checkpoint.
         resume: Whether an earlier attempt is gone on with: if there is one, in any case, or not at all.
+        measure: Whether the machine is measured for two seconds first, so that the record has times that
+            were expected beside those that were taken.
         progress: Who is told how far it is.
 
     Raises:
@@ -185,7 +189,7 @@ def run(
     out = Path(out) if Path(out).name else Path(out).resolve()
     _require_resumable(out, resume)
     with recorded(recovery.name, work_folder(out) / NAME, progress) as watched:
-        return _run(recovery, recovery.model, out, watched)
+        return _run(recovery, recovery.model, out, watched, measure=measure)
 
 
 def _require_resumable(out: Path, resume: Resume) -> None:
@@ -201,7 +205,9 @@ def _require_resumable(out: Path, resume: Resume) -> None:
         raise RequestError(msg)
 
 
-def _run(recovery: Recovery, model: str, out: Path, progress: RecordedProgress) -> RecoveryReport:
+def _run(
+    recovery: Recovery, model: str, out: Path, progress: RecordedProgress, *, measure: bool
+) -> RecoveryReport:
     session = ModelSession(model, recovery.compute)
     steps = Steps(session, recovery, out, progress)
     place = StagingFolder(out)
@@ -214,9 +220,14 @@ def _run(recovery: Recovery, model: str, out: Path, progress: RecordedProgress) 
             steps.work.mkdir(parents=True, exist_ok=True)
         if not (out.is_dir() and any(out.iterdir())):
             # Otherwise it is finished, and nothing is changed.
+            record = progress.record
+            record.command, record.estimate = expected(
+                session, recovery, out, measure=measure, progress=progress
+            )
             progress.begin()
         selection = steps.way.given or steps.choose()
         operators, file = steps.fit(selection)
+        progress.enter("export")
         exported = find_form(recovery.form).write(
             WriteRequest(
                 skeleton=session.skeleton,
@@ -227,6 +238,8 @@ def _run(recovery: Recovery, model: str, out: Path, progress: RecordedProgress) 
                 progress=progress,
             )
         )
+        if recovery.evaluate is not None:
+            progress.enter("evaluate")
         evaluation = _evaluate(session, recovery, out, steps.work, progress)
     chosen_by = selection.criterion if steps.way.given is None else "given"
     return RecoveryReport(

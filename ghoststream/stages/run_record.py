@@ -49,6 +49,21 @@ class Task:
 
 
 @dataclass
+class StageRecord:
+    """A stage of the work, by the name that an estimate gives it.
+
+    Attributes:
+        name: ``capture``, ``select``, ``search``, ``fit``, ``solve``, ``export`` or ``evaluate``.
+        seconds: What it has taken, whatever is not told as a task included.
+        peak_bytes: Largest resident memory of the process up to its end.
+    """
+
+    name: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass
 class RunRecord:
     """What is known of a run.
 
@@ -64,6 +79,9 @@ class RunRecord:
         pid: Process number there.
         process_started: When that process began, seconds since the epoch: a number may be given again.
         tasks: What all attempts have done and are doing, in order.
+        stages: The stages of all attempts, in order.
+        command: The command line that does the same, without secrets; empty where it is not known.
+        estimate: What it was expected to take: ``stages`` as `ghoststream estimate` has them.
         peak_bytes: Largest resident memory of the process.
         device_peak_bytes: Largest memory of accelerators together, where torch has one.
         read_bytes: Bytes read from disks.
@@ -81,6 +99,9 @@ class RunRecord:
     pid: int = 0
     process_started: float = 0.0
     tasks: list[Task] = field(default_factory=list)
+    stages: list[StageRecord] = field(default_factory=list)
+    command: str = ""
+    estimate: dict[str, Any] | None = None
     peak_bytes: int = 0
     device_peak_bytes: int | None = None
     read_bytes: int | None = None
@@ -151,19 +172,28 @@ class RecordedProgress:
             name,
             attempts=earlier.attempts + 1 if earlier else 1,
             tasks=earlier.tasks if earlier else [],
+            stages=earlier.stages if earlier else [],
             started=_now(),
             host=socket.gethostname(),
             pid=process.pid,
             process_started=process.create_time(),
         )
         self._process, self._path, self._inner, self._clock = process, path, inner, clock
-        self._begun = self._task_begun = clock()
+        self._begun = self._task_begun = self._stage_begun = clock()
+        self._stage: StageRecord | None = None
         self._written = float("-inf")
         self._running = self._is_written = False
 
     def begin(self) -> None:
         """Write from now on."""
         self._is_written = True
+        self._write()
+
+    def enter(self, stage: str) -> None:
+        """Begin a stage; the one before it ends."""
+        self._clock_stage()
+        self._stage, self._stage_begun = StageRecord(stage), self._clock()
+        self.record.stages.append(self._stage)
         self._write()
 
     def start(self, task: str, total: int, unit: str) -> None:
@@ -206,14 +236,20 @@ class RecordedProgress:
     def _clock_task(self) -> None:
         self.record.tasks[-1].seconds = round(self._clock() - self._task_begun, 3)
 
+    def _clock_stage(self) -> None:
+        if self._stage is not None:
+            self._stage.seconds = round(self._clock() - self._stage_begun, 3)
+            self._stage.peak_bytes = _peak_bytes()
+
     def _write(self) -> None:
         if not self._is_written:
             return
         record, self._written = self.record, self._clock()
         if self._running:
             self._clock_task()
+        self._clock_stage()
         record.updated, record.seconds = _now(), round(self._written - self._begun, 3)
-        record.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        record.peak_bytes = _peak_bytes()
         record.device_peak_bytes = _device_peak()
         with suppress(psutil.Error, OSError, AttributeError):
             io = self._process.io_counters()
@@ -256,6 +292,10 @@ def _earlier(path: Path) -> RunRecord | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _device_peak() -> int | None:

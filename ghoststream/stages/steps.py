@@ -7,7 +7,6 @@ from pathlib import Path
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.operators import OperatorSet
 from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage, dtype_name
-from ghoststream.progress import Progress
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture_session
@@ -19,6 +18,7 @@ from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.output import NamedByRequest
 from ghoststream.stages.refusals import check_export, check_place, check_recovery
+from ghoststream.stages.run_record import RecordedProgress
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics.devices import sums_device
@@ -36,7 +36,7 @@ class Steps:
         session: The model.
         recovery: What to do.
         out: Folder of the recovered checkpoint.
-        progress: Who is told how far it is.
+        progress: Who is told how far it is, and records the stages.
 
     Attributes:
         way: Which way the recovery goes.
@@ -50,7 +50,9 @@ class Steps:
         OutputExistsError: If ``out`` holds something else.
     """
 
-    def __init__(self, session: ModelSession, recovery: Recovery, out: Path, progress: Progress) -> None:
+    def __init__(
+        self, session: ModelSession, recovery: Recovery, out: Path, progress: RecordedProgress
+    ) -> None:
         self._session, self._recovery, self._progress = session, recovery, progress
         self.work = work_folder(out)
         self._text = recovery.calibration.to_calibrate()
@@ -91,6 +93,7 @@ class Steps:
         name = search.criterion or MEASURED
         out = self.work / f"plan-{name}-{self.way.n_removed}.json"
         if self.way.runs_model:
+            self._progress.enter("search")
             selection = search_session(
                 self._session,
                 self.way.n_removed,
@@ -101,8 +104,10 @@ class Steps:
                 progress=self._progress,
             )
         else:
+            store = self._capture(None)
+            self._progress.enter("select")
             selection = select_from_store(
-                self._capture(None),
+                store,
                 self.way.n_removed,
                 model=lambda: self._session,
                 criterion=name,
@@ -119,6 +124,7 @@ class Steps:
         self._session.expect(selection.base, "the plan was chosen")
         if self.way.fits_in_passes:
             is_known = method.is_named or bool(selection.methods)
+            self._progress.enter("fit")
             used = ("folds",) if is_known else ("folds", *Search.measuring)
             operators = fit_in_passes(
                 self._session,
@@ -130,8 +136,10 @@ class Steps:
                 progress=self._progress,
             )
             return operators, out.of(operators.digest)
+        store = self.store or self._capture(self.way.needed_layers(selection.plan))
+        self._progress.enter("solve")
         operators = fit_from_store(
-            self.store or self._capture(self.way.needed_layers(selection.plan)),
+            store,
             selection.plan,
             model=lambda: self._session,
             method=method,
@@ -148,6 +156,7 @@ class Steps:
     def _capture(self, needed: tuple[int, ...] | None) -> str:
         """Capture the hidden states that are needed: all, unless the request says which."""
         recovery = self._recovery
+        self._progress.enter("capture")
         self.store = recovery.store or str(self.work / "store")
         layers = needed if recovery.storage.layers is None else recovery.storage.layers
         storage = Storage(layers=layers, store_dtype=recovery.storage.store_dtype)

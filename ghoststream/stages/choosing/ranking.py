@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -13,7 +14,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import candidate_spans
-from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.streaming import Batch, Lane, Observer, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet
 
 
@@ -85,7 +86,13 @@ class SpanSimilarity:
 
 
 def rank_spans(
-    session: ModelSession, tokens: TokenSet, sizes: Sequence[int], *, micro_batch: int, progress: Progress
+    session: ModelSession,
+    tokens: TokenSet,
+    sizes: Sequence[int],
+    *,
+    micro_batch: int,
+    progress: Progress,
+    beside: Sequence[Observer] = (),
 ) -> dict[Span, Similarity]:
     """Compare the states around every span of some lengths, in one pass of the dense model.
 
@@ -95,6 +102,7 @@ def rank_spans(
         sizes: Lengths of spans.
         micro_batch: Sequences in one forward.
         progress: Who is told how far it is.
+        beside: Who else looks at the states of the pass.
 
     Raises:
         NumericsError: If a state is not finite.
@@ -105,11 +113,30 @@ def rank_spans(
     skeleton = session.skeleton
     observer = SpanSimilarity(skeleton.n_layers, sizes, torch.from_numpy(tokens.mask))
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    lane = Lane(DENSE, PruningPlan(skeleton.n_layers), observers=(observer,))
+    lane = Lane(DENSE, PruningPlan(skeleton.n_layers), observers=(observer, *beside))
     last = max(1, skeleton.n_layers - 1)
     factory = session.memory(tokens.length).states_factory(batches)
     StreamedPass(skeleton, batches, [lane], factory, PassOptions(last_layer=last, progress=progress)).run()
     return observer.found()
+
+
+def similarity_maps(ranked: Mapping[Span, Similarity]) -> dict[str, Any]:
+    """Return similarities as JSON data: ``channel_cosine`` and ``token_cosine`` by length and start.
+
+    Entry ``[i][j]`` is of the span of ``lengths[i]`` layers at ``starts[j]``, and null where it is not known.
+    """
+    starts, lengths = sorted({span.start for span in ranked}), sorted({len(span) for span in ranked})
+    found = {(len(span), span.start): similarity for span, similarity in ranked.items()}
+
+    def grid(name: str) -> list[list[float | None]]:
+        return [[getattr(found.get((length, start)), name, None) for start in starts] for length in lengths]
+
+    return {
+        "starts": starts,
+        "lengths": lengths,
+        "channel_cosine": grid("channels"),
+        "token_cosine": grid("tokens"),
+    }
 
 
 def shortlist(

@@ -98,6 +98,7 @@ def _choose(
         dense_loss=chosen.dense_loss,
         passes=chosen.passes,
         recipe=recipe,
+        details=dict(trial.details),
     )
 
 

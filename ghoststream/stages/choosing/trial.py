@@ -91,6 +91,10 @@ class Trial:
         lanes: Most repairs in one pass; all if ``None``.
         output: The result that the figures are for; they are kept beside it. Not kept if ``None``.
         progress: Who is told how far it is.
+
+    Attributes:
+        passes: Passes over the weights that it took.
+        details: What a criterion saw beside the figures, as JSON data for the plan file.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Trial:
         self._rows: dict[str, Row] = {}
         self._asked: set[str] = set()
         self.passes = 0
+        self.details: dict[str, Any] = {}
         self._load()
 
     @property

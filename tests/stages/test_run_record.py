@@ -1,0 +1,70 @@
+"""What a run notes of itself: its stages, what was expected of them, and the command that repeats it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from ghoststream.cli.main import main
+from ghoststream.options import Compute, Method, Recovery, Search, Text
+from ghoststream.progress import SilentProgress
+from ghoststream.stages.recover import run
+from ghoststream.stages.run_record import RecordedProgress, RunRecord
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, 16)))
+    recovery = Recovery(
+        model=str(tiny_llama),
+        remove=2,
+        calibration=Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=16),
+        search=Search(criterion="streamline"),
+        method=Method(operator="ghost"),
+        compute=Compute(dtype="float32", micro_batch=2),
+    )
+    out = tmp_path / "out dir"
+    run(recovery, out)
+    found = RunRecord.load(out)
+    expected = ["capture", "select", "solve", "export"]
+    assert [stage.name for stage in found.stages] == expected
+    assert all(0 <= stage.seconds <= found.seconds for stage in found.stages)
+    peaks = [stage.peak_bytes for stage in found.stages]
+    assert peaks == sorted(peaks)
+    assert 0 < peaks[-1] <= found.peak_bytes
+    assert found.estimate is not None
+    assert [stage["name"] for stage in found.estimate["stages"]] == expected
+    assert all(stage["seconds"] is None for stage in found.estimate["stages"])
+    before = (tmp_path / "out dir.work" / "run.json").read_bytes()
+    words = shlex.split(found.command)
+    assert words[0] == "ghoststream"
+    done = CliRunner().invoke(main, words[1:])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out dir.work" / "run.json").read_bytes() == before
+
+
+def test_stages_of_an_earlier_attempt_stay_and_are_clocked(tmp_path: Path) -> None:
+    now = [0.0]
+    for seconds in (3.0, 5.0):
+        progress = RecordedProgress("it", tmp_path / "run.json", SilentProgress(), clock=lambda: now[0])
+        progress.begin()
+        progress.enter("search")
+        now[0] += seconds
+        progress.enter("export")
+        now[0] += 1.0
+        progress.end("done")
+    stages = json.loads((tmp_path / "run.json").read_text())["stages"]
+    assert [(stage["name"], stage["seconds"]) for stage in stages] == [
+        ("search", 3.0),
+        ("export", 1.0),
+        ("search", 5.0),
+        ("export", 1.0),
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import debug_option, grouped, json_option, out_option
+from ghoststream.cli.options import debug_option, grouped, json_option, log_option, out_option
 from ghoststream.cli.output import print_json, print_table, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Text
@@ -27,9 +27,10 @@ from ghoststream.options import Compute, Text
 )
 @out_option("FILE", "JSON file to write, an object for each model in the order given.", required=False)
 @grouped(text=Text, compute=Compute)
+@log_option
 @json_option
 @debug_option
-def command(models: tuple[str, ...], *, as_json: bool, **given: Any) -> None:
+def command(models: tuple[str, ...], *, as_json: bool, log: str | None, **given: Any) -> None:
     """Measure the perplexity of each MODEL on non-overlapping windows of a text.
 
     MODEL is a local checkpoint folder, a hub id, a recovered folder, or, together with its base, an operators
@@ -37,9 +38,11 @@ def command(models: tuple[str, ...], *, as_json: bool, **given: Any) -> None:
     Weights are read once per pass, a layer at a time. Give --text, or --store with the store of the base.
     """
     from ghoststream.stages.measuring.evaluate import evaluate
+    from ghoststream.stages.measuring.log import figures_log
 
-    with show_progress() as progress:
+    with figures_log(log) as write, show_progress() as progress:
         report = evaluate(models, progress=progress, **given)
+        write(report)
     if as_json:
         print_json(report.to_json())
         return

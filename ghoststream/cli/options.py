@@ -195,6 +195,11 @@ debug_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."
 )
+log_option = click.option(
+    "--log",
+    metavar="FILE.jsonl|wandb|mlflow|trackio",
+    help="Also log every figure: a line behind those of a file, or in a run of a tracker for each model.",
+)
 resume_option = click.option(
     "--resume",
     type=click.Choice(get_args(Resume)),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import debug_option, grouped, json_option, out_option
+from ghoststream.cli.options import debug_option, grouped, json_option, log_option, out_option
 from ghoststream.cli.output import print_json, print_table
 from ghoststream.cli.progress import show_progress
 from ghoststream.option_types import MOST_COUNTED
@@ -46,20 +46,23 @@ from ghoststream.options import Compute
     required=False,
 )
 @grouped(compute=Compute)
+@log_option
 @json_option
 @debug_option
-def command(models: tuple[str, ...], *, tasks: str, as_json: bool, **given: Any) -> None:
+def command(models: tuple[str, ...], *, tasks: str, as_json: bool, log: str | None, **given: Any) -> None:
     """Measure each MODEL on tasks that score given text: multiple choice, last words, perplexity.
 
     MODEL is what `ghoststream evaluate` takes. All requests of all tasks go through the layers together, for
     a base and what was recovered from it in one pass. Needs the extra: pip install 'ghoststream[tasks]'.
     """
     from ghoststream.evaluation import compare_rows
+    from ghoststream.stages.measuring.log import figures_log
     from ghoststream.stages.measuring.tasks import evaluate_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    with show_progress() as progress:
+    with figures_log(log) as write, show_progress() as progress:
         report = evaluate_tasks(models, tasks=names, progress=progress, **given)
+        write(report)
     if as_json:
         print_json(report.to_json())
         return

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness: their requests, those as tokens, and their metrics from answers.
+"""Tasks of lm-evaluation-harness: their requests, and their metrics from answers.
 
-The harness decides what is asked and how answers are judged, and its own code makes tokens of text. This
-module needs the extra ``tasks``; nothing else of ghoststream imports it at start.
+The harness decides what is asked and how answers are judged. This module needs the extra ``tasks``; nothing
+else of ghoststream imports it at start.
 """
 
 from __future__ import annotations
@@ -17,25 +17,22 @@ from textwrap import shorten
 from typing import Any
 
 from lm_eval import evaluator
-from lm_eval.api.model import LM, TemplateLM
+from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
-from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ghoststream.errors import GhoststreamError, RequestError
-from ghoststream.evaluation.requests import ScoredWindow
+from ghoststream.evaluation.harness_requests import (
+    HARNESS_ADVICE,
+    ROLLING,
+    Answer,
+    Request,
+    distinct_requests,
+    request_of,
+)
 from ghoststream.evaluation.tasks import require_trusted_tasks
 
-Request = tuple[str, tuple[str, ...]]
-"""The harness's kind of a request, and its arguments: ``("loglikelihood", (context, continuation))``."""
-
-Answer = tuple[float, bool] | float
-"""Log-likelihood in nats and whether it is the greedy continuation; for a rolling one the log-likelihood
-alone."""
-
-_ROLLING = "loglikelihood_rolling"
-_SCORED = ("multiple_choice", "loglikelihood", _ROLLING)
+_SCORED = ("multiple_choice", "loglikelihood", ROLLING)
 _STDERR_RESAMPLES = 1000
 
 
@@ -71,43 +68,7 @@ class TaskSuite:
         with _harness_speaks_to(log), _loading(names):
             self._loaded: dict[str, Any] = _manager(names, include_path).load(list(dict.fromkeys(names)))
             self._build()
-        self.requests: tuple[Request, ...] = tuple(
-            dict.fromkeys(_request(instance) for task in self._tasks() for instance in task.instances)
-        )
-
-    def windows(self, tokenizer: Any, max_length: int, *, name: str) -> list[ScoredWindow]:
-        """Turn the requests into tokens, as the harness's transformers backend does it.
-
-        Args:
-            tokenizer: The model's.
-            max_length: The longest input of the model; longer ones lose their beginning.
-            name: The model's, for messages.
-
-        Raises:
-            RequestError: If the tokenizer has no token to put before a text, or a continuation is empty or
-                too long.
-        """
-        encoder = _Encoder(tokenizer, max_length, name)
-        found = []
-        for owner, (kind, arguments) in enumerate(self.requests):
-            for context, continuation in encoder.pairs(kind, arguments):
-                if not 0 < len(continuation) <= max_length:
-                    msg = (
-                        f"{name} reads at most {max_length} tokens, and a continuation of "
-                        f"{len(continuation)} tokens is to be scored: {shorten(arguments[-1], 60)!r}; leave "
-                        "this task out"
-                    )
-                    raise RequestError(msg)
-                tokens = (*context, *continuation)[-(max_length + 1) :]
-                found.append(ScoredWindow(owner, tokens[:-1], tuple(continuation)))
-        return found
-
-    def answers(self, scores: Sequence[tuple[float, bool]]) -> dict[Request, Answer]:
-        """Return the scores of all requests as the harness wants them."""
-        return {
-            request: score[0] if request[0] == _ROLLING else score
-            for request, score in zip(self.requests, scores, strict=True)
-        }
+        self.requests = distinct_requests(one for task in self._tasks() for one in task.instances)
 
     def judge(self, answers: Mapping[Request, Answer]) -> dict[str, Any]:
         """Let the harness make metrics of answers; returns its results, with samples.
@@ -140,73 +101,6 @@ class TaskSuite:
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def model_length(config: Any, tokenizer: Any) -> int:
-    """Return the longest input that the harness gives to a model of this configuration."""
-    return int(resolve_max_length(config, tokenizer))
-
-
-class _Encoder(TemplateLM):
-    """The harness's way from text to tokens, and nothing behind it."""
-
-    def __init__(self, tokenizer: Any, max_length: int, name: str) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self._max_length = max_length
-        if self.prefix_token_id is None:
-            msg = (
-                f"the tokenizer of {name} has neither a begin-of-text nor an end-of-text token; tasks need "
-                "one"
-            )
-            raise RequestError(msg)
-        self._prefix = tokenizer.decode(self.prefix_token_id)
-
-    @property
-    def eot_token_id(self) -> Any:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> Any:
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
-
-    def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,  # noqa: FBT001 - the harness's signature
-        **kwargs: Any,
-    ) -> list[int]:
-        del kwargs
-        if add_special_tokens is None and string.startswith(self._prefix):
-            add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **options))
-
-    def pairs(self, kind: str, arguments: tuple[str, ...]) -> list[tuple[list[int], list[int]]]:
-        """Return context and continuation of each window of a request, as tokens."""
-        if kind == _ROLLING:
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(arguments[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self._max_length,
-                context_len=1,
-            )
-            return [make_disjoint_window(window) for window in windows]
-        context, continuation = arguments
-        if context:
-            return [self._encode_pair(context, continuation)]
-        tokens, prefix = self.tok_encode(continuation, add_special_tokens=False), self.prefix_token_id
-        return [([prefix], tokens) if tokens[:1] != [prefix] else (tokens[:1], tokens[1:])]
-
-    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def generate_until(self, requests: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
 class _Answering(LM):
     """A model whose answers are there already."""
 
@@ -215,17 +109,13 @@ class _Answering(LM):
         self._answers = answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        return [self._answers[_request(one)] for one in requests]
+        return [self._answers[request_of(one)] for one in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
         return self.loglikelihood(requests)
 
     def generate_until(self, requests: Any) -> Any:
         raise NotImplementedError
-
-
-def _request(instance: Any) -> Request:
-    return instance.request_type, tuple(instance.args)
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
@@ -270,7 +160,7 @@ def _refuse_generation(tasks: Mapping[str, Any]) -> None:
             msg = (
                 f"the task {name} is of the kind {task.OUTPUT_TYPE}; a streamed pass reads the weights once "
                 "for all requests, so only tasks that score given text can be run (multiple choice, "
-                "log-likelihood, perplexity)"
+                f"log-likelihood, perplexity); {HARNESS_ADVICE}"
             )
             raise RequestError(msg)
 

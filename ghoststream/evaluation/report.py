@@ -50,6 +50,10 @@ class EvaluationRow:
         """Standard error of ``loss`` over windows."""
         return self.losses.standard_error
 
+    def figures(self) -> dict[str, tuple[float, float | None]]:
+        """Return each figure with its standard error, by name."""
+        return {"perplexity": (self.perplexity, None), "loss": (self.loss, self.standard_error)}
+
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON data; what is not finite becomes ``None``."""
         return {

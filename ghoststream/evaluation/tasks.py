@@ -101,6 +101,14 @@ class TaskRow:
             raise RequestError(msg)
         return np.concatenate([np.asarray(scores) for scores in found])
 
+    def figures(self) -> dict[str, tuple[float, float | None]]:
+        """Return each figure with its standard error, by ``task/metric``."""
+        return {
+            f"{task.name}/{name.replace(',', '/')}": (metric.value, metric.standard_error)
+            for task in self.tasks
+            for name, metric in task.metrics.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON data, complete in itself."""
         return {

@@ -289,6 +289,7 @@ def test_task_files_run_no_code_unless_they_are_trusted(
 
 def test_task_files_for_local_items_ask_for_just_these(tmp_path: Path) -> None:
     from ghoststream.evaluation.harness import TaskSuite
+    from ghoststream.evaluation.harness_requests import answers_of
 
     data, files = tmp_path / "data", tmp_path / "files"
     data.mkdir()
@@ -305,7 +306,7 @@ def test_task_files_for_local_items_ask_for_just_these(tmp_path: Path) -> None:
         ("loglikelihood", pair)
         for pair in (("Q: a?\nA:", " b"), ("Q: a?\nA:", " c d "), ("one two", " three"))
     )
-    answers = suite.answers([(-4.0, False), (-5.0, False), (-1.0, True)])
+    answers = answers_of(suite.requests, [(-4.0, False), (-5.0, False), (-1.0, True)])
     found = {task.name: task.metrics for task in task_results(suite.judge(answers))}
     # By length: 4 nats a character against 5 over 4, the blank in front not counted, that at the end counted.
     assert [found["local_quiz"][name].value for name in ("acc", "acc_norm")] == [0.0, 1.0]
@@ -317,16 +318,16 @@ def test_a_model_without_tokenizer_and_a_long_continuation_are_refused(
 ) -> None:
     with pytest.raises(InputNotFoundError, match="no tokenizer"):
         evaluate_tasks([tiny_llama], tasks=[CHOICES], include_path=tasks, compute=TRUSTED)
-    from ghoststream.evaluation.harness import TaskSuite
+    from ghoststream.evaluation.harness_requests import scored_windows
     from ghoststream.testing.tokenizers import tiny_tokenizer
 
-    suite = TaskSuite([CHOICES], include_path=tasks, trust_remote_code=True)
+    asked = [("loglikelihood", ("abc", "def"))]
     with pytest.raises(RequestError, match="reads at most 2 tokens, and a continuation of"):
-        suite.windows(tiny_tokenizer(), 2, name="m")
+        scored_windows(asked, tiny_tokenizer(), 2, name="m")
     nothing = tiny_tokenizer(has_bos=False)
     nothing.eos_token = None
     with pytest.raises(RequestError, match="neither a begin-of-text nor an end-of-text token"):
-        suite.windows(nothing, 64, name="m")
+        scored_windows(asked, nothing, 64, name="m")
 
 
 def test_without_the_extra_the_command_says_what_to_install(

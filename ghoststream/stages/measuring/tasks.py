@@ -7,21 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghoststream.errors import RequestError
-from ghoststream.evaluation import (
-    RequestBatches,
-    RequestScores,
-    TaskReport,
-    TaskRow,
-    default_logit_tokens,
-    require_trusted_tasks,
-    task_results,
-)
+from ghoststream.evaluation import TaskReport, TaskRow, require_trusted_tasks, task_results
 from ghoststream.options import Compute
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.recipe import TaskRecipe, library_versions
+from ghoststream.recipe import library_versions
 from ghoststream.stages.measuring.figures import claimed_figures
-from ghoststream.stages.measuring.model_groups import MeasuredModel, ModelGroup, group_models, group_notes
-from ghoststream.streaming import PassOptions, StreamedPass
+from ghoststream.stages.measuring.model_groups import group_models, group_notes
 
 if TYPE_CHECKING:
     from ghoststream.evaluation.harness import TaskSuite
@@ -76,14 +67,17 @@ def evaluate_tasks(
     require_trusted_tasks(include_path, trusted=compute.trust_remote_code)
     groups = group_models(models, compute)
     suite = _load_suite(tasks, include_path, limit, compute, progress)
-    runs = [_TaskPass(one, suite, _recipe_of_request(tasks, limit)) for one in groups]
+    from ghoststream.evaluation.harness_requests import answers_of
+    from ghoststream.stages.measuring.task_pass import TaskPass
+
+    runs = [TaskPass(one, suite.requests, _recipe_of_request(tasks, limit)) for one in groups]
     asked = [request for one in runs for request in one.requests()]
     versions = {**library_versions(), **library_versions([_HARNESS, "datasets"])}
     rows: dict[int, TaskRow] = {}
     with claimed_figures(out, "tasks", asked) as write:
         for number, run in enumerate(runs):
             for model, scores in run.run(progress):
-                results = task_results(suite.judge(suite.answers(scores.results())))
+                results = task_results(suite.judge(answers_of(suite.requests, scores.results())))
                 rows[model.position] = TaskRow(
                     model.name, results, run.recipe, number, model.fingerprint, versions
                 )
@@ -115,65 +109,3 @@ def _load_suite(
 
 def _recipe_of_request(tasks: Sequence[str], limit: int | None) -> dict[str, Any]:
     return {"tasks": tuple(tasks), "limit": limit, "harness": library_versions([_HARNESS])[_HARNESS]}
-
-
-class _TaskPass:
-    """One pass that answers all requests for several models.
-
-    Args:
-        group: The models.
-        suite: The tasks.
-        request: The part of the recipe that does not depend on the models.
-    """
-
-    def __init__(self, group: ModelGroup, suite: TaskSuite, request: dict[str, Any]) -> None:
-        self._session, self._models = group.session, group.models
-        self._batches = self._make_batches(suite)
-        skeleton = self._session.skeleton
-        self._recipe = TaskRecipe.model_validate(
-            {
-                **request,
-                "requests_digest": self._batches.digest(),
-                **self._session.describe(),
-                "loss_chunk_tokens": default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes),
-            }
-        )
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe of every model, as JSON data."""
-        return self._recipe.to_json()
-
-    def requests(self) -> list[tuple[int, dict[str, Any]]]:
-        """Return what decides the figures of each model, with its place in the request."""
-        return [
-            (model.position, {"fingerprint": model.fingerprint, "recipe": self.recipe})
-            for model in self._models
-        ]
-
-    def run(self, progress: Progress) -> list[tuple[MeasuredModel, RequestScores]]:
-        """Run the pass; the scores of all requests for each model, in their order."""
-        skeleton, batches = self._session.skeleton, self._batches.batches
-        pairs = [(model, RequestScores(self._batches)) for model in self._models]
-        lanes = [model.lane(self._session, scores, self._batches.scored) for model, scores in pairs]
-        options = PassOptions(logit_tokens=self._recipe.loss_chunk_tokens, progress=progress)
-        factory = self._session.memory(self._longest).states_factory(batches)
-        StreamedPass(skeleton, batches, lanes, factory, options).run()
-        self._session.require_unchanged(progress)
-        return pairs
-
-    def _make_batches(self, suite: TaskSuite) -> RequestBatches:
-        from ghoststream.evaluation.harness import model_length
-
-        session = self._session
-        tokenizer = session.load_tokenizer()
-        max_length = model_length(session.skeleton.config, tokenizer)
-        windows = suite.windows(tokenizer, max_length, name=session.name)
-        self._longest = max(len(window.inputs) for window in windows)
-        return RequestBatches(
-            windows,
-            len(suite.requests),
-            max_length=max_length,
-            forward_tokens=session.memory(self._longest).choose_micro_batch() * self._longest,
-            micro_batch=session.compute.micro_batch,
-        )

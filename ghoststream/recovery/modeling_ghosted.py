@@ -30,6 +30,7 @@ Mamba 2 leaves the embeddings out: its entry ``i`` is what layer ``i`` returned.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -125,9 +126,13 @@ class GhostOperator(nn.Module):
 
 @functools.cache
 def _with_ghost(base: Any) -> Any:
-    """Subclass a layer's or norm's class so that its ``ghost`` acts on its first argument."""
+    """Subclass a layer's or norm's class so that its ``ghost`` acts on its first argument.
 
-    @functools.wraps(base.forward)
+    Serving engines take modules for what they are like and put their own in their places: SGLang every class
+    whose name ends in ``RMSNorm``, vLLM those whose unwrapped ``forward`` computes one, kernels from the hub
+    the ``forward`` of a class with a ``kernel_layer_name``. None of these may come upon a ghosted one.
+    """
+
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, self.ghost(hidden_states), *args, **kwargs)
 
@@ -136,8 +141,13 @@ def _with_ghost(base: Any) -> Any:
         del protocol
         return _empty_with_ghost, (base,), self.__getstate__()
 
+    # Not functools.wraps, by which a rewritten forward would be that of the base.
+    signed: Any = forward
+    signed.__signature__, signed.__doc__ = inspect.signature(base.forward), base.forward.__doc__
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
-    return type(f"{PREFIX}{base.__name__}", (base,), members)
+    if hasattr(base, "kernel_layer_name"):
+        members["kernel_layer_name"] = None
+    return type(f"{base.__name__}{PREFIX}", (base,), members)
 
 
 def _empty_with_ghost(base: Any) -> Any:

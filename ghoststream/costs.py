@@ -128,6 +128,7 @@ class SearchShape:
         search: Candidates, beam, spans and windows held out.
         tried: Ways to repair that are tried at the first boundary of a plan; none if one is named.
         tried_later: The same behind another boundary.
+        positions: Share of the positions at which many candidates are compared.
     """
 
     n_layers: int
@@ -139,6 +140,7 @@ class SearchShape:
     search: Search = field(default_factory=Search)
     tried: tuple[Method, ...] = ()
     tried_later: tuple[Method, ...] = ()
+    positions: float = 1.0
 
     @property
     def held_out(self) -> float:

@@ -6,6 +6,7 @@ from ghoststream.costs import default_logit_tokens
 from ghoststream.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from ghoststream.evaluation.induction import induction_tokens
 from ghoststream.evaluation.losses import LossAccumulator, LossSummary
+from ghoststream.evaluation.positions import SampledPositions
 from ghoststream.evaluation.report import EvaluationReport, EvaluationRow
 from ghoststream.evaluation.requests import RequestBatches, RequestScores, ScoredWindow
 from ghoststream.evaluation.tasks import (
@@ -26,6 +27,7 @@ __all__ = [
     "PairedDifference",
     "RequestBatches",
     "RequestScores",
+    "SampledPositions",
     "ScoredWindow",
     "TaskMetric",
     "TaskReport",

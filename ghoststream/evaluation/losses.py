@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,41 +47,77 @@ class LossAccumulator:
     """A :class:`~ghoststream.streaming.LogitsObserver` that sums next-token losses a sequence, in float64.
 
     The logits of position ``t`` predict token ``t + 1`` of the same window; padding is neither predicted nor
-    used to predict. The softmax is taken in float32, as in transformers' own loss.
+    used to predict. The softmax is taken in float32, as in transformers' own loss. On an accelerator losses
+    are fetched when they are asked for: the host waits once, however many chunks of logits there were.
 
     Args:
         n_sequences: Sequences of the text.
         marked: Positions whose losses are summed by themselves too, bool ``(n_sequences, T)``.
+        scored: What the lane has as its ``scored``, where that is not all tokens.
+        name: Whose losses they are, for messages about what is found late.
 
-    Memory: a chunk of logits as it came, and one in float32; on the CPU 4 MiB of it, or one token's.
+    Memory: a chunk of logits as it came, and one in float32; on the CPU 4 MiB of it, or one token's. On an
+    accelerator four bytes a token more, there, and eight on the host.
     """
 
-    def __init__(self, n_sequences: int, marked: npt.NDArray[np.bool_] | None = None) -> None:
-        self._marked = marked
+    def __init__(
+        self,
+        n_sequences: int,
+        marked: npt.NDArray[np.bool_] | None = None,
+        *,
+        scored: Callable[[Batch], torch.Tensor] | None = None,
+        name: str = "",
+    ) -> None:
+        self._marked, self._scored, self._name = marked, scored, name
         self._marked_sums: npt.NDArray[np.float64] = np.zeros(n_sequences)
         self._marked_counts: npt.NDArray[np.int64] = np.zeros(n_sequences, dtype=np.int64)
         self._sums: npt.NDArray[np.float64] = np.zeros(n_sequences)
         self._counts: npt.NDArray[np.int64] = np.zeros(n_sequences, dtype=np.int64)
+        self._late: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
         """Add the losses of flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``.
 
+        Of the scored tokens, where not all are.
+
         Raises:
-            NumericsError: If a loss is not finite.
+            NumericsError: If a loss is not finite, and the logits are the CPU's.
         """
-        k, length = int(logits.shape[0]), int(batch.ids.shape[1])
-        targets = next_tokens(batch)[first : first + k]
-        losses = _cross_entropy(logits, targets.clamp_min(0).to(logits.device))
-        used = (targets != IGNORED).numpy()
-        rows = batch.start + np.arange(first, first + k) // length
-        values = losses.double().cpu().numpy()[used]
+        tokens = torch.arange(batch.ids.numel()) if self._scored is None else self._scored(batch)
+        tokens = tokens[first : first + int(logits.shape[0])]
+        targets = next_tokens(batch)[tokens].clamp_min(0)
+        losses = _cross_entropy(logits, targets.to(logits.device, non_blocking=True))
+        if losses.device.type == "cpu":
+            self._add(batch, tokens, losses)
+        else:
+            self._late.append((batch, tokens, losses))
+
+    def _add(self, batch: Batch, tokens: torch.Tensor, losses: torch.Tensor) -> None:
+        places, length = tokens.numpy(), int(batch.ids.shape[1])
+        used = (next_tokens(batch)[tokens] != IGNORED).numpy()
+        rows = batch.start + places // length
+        values = losses.double().numpy()[used]
         require_finite_scores(values, batch)
         np.add.at(self._sums, rows[used], values)
         np.add.at(self._counts, rows[used], 1)
         if self._marked is not None:
-            own = self._marked[rows[used], np.arange(first, first + k)[used] % length]
+            own = self._marked[rows[used], places[used] % length]
             np.add.at(self._marked_sums, rows[used][own], values[own])
             np.add.at(self._marked_counts, rows[used][own], 1)
+
+    def _fetch(self) -> None:
+        """Wait for what an accelerator has still to say."""
+        late, self._late = self._late, []
+        if not late:
+            return
+        fetched = torch.cat([losses for _, _, losses in late]).cpu()
+        parts = fetched.split([len(losses) for _, _, losses in late])
+        try:
+            for (batch, tokens, _), losses in zip(late, parts, strict=True):
+                self._add(batch, tokens, losses)
+        except NumericsError as error:
+            msg = f"{self._name}: {error}" if self._name else str(error)
+            raise NumericsError(msg) from error
 
     def summary(self) -> LossSummary:
         """Summarise what was seen.
@@ -89,7 +126,9 @@ class LossAccumulator:
 
         Raises:
             TextError: If no token was predicted.
+            NumericsError: If a loss is not finite, and the logits were an accelerator's.
         """
+        self._fetch()
         seen = self._counts > 0
         sums, counts = self._sums[seen], self._counts[seen]
         if not len(counts):

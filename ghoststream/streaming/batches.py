@@ -9,7 +9,6 @@ import numpy.typing as npt
 import torch
 
 from ghoststream.errors import NumericsError, RequestError
-from ghoststream.streaming.finite import finite_flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +54,13 @@ def make_batches(
     return tuple(batches)
 
 
-def require_finite(states: torch.Tensor, place: str, batch: Batch) -> None:
-    """Check hidden states of a batch.
+def states_not_finite(place: str, batch: Batch) -> NumericsError:
+    """Return the error about hidden states of a batch that are not finite.
 
     Args:
-        states: The states.
         place: Where they are, for messages: ``at position 3``.
         batch: Their batch.
-
-    Raises:
-        NumericsError: If one is NaN or infinite.
     """
-    if not bool(finite_flag(states)):
-        raise states_not_finite(place, batch)
-
-
-def states_not_finite(place: str, batch: Batch) -> NumericsError:
-    """Return the error about hidden states of a batch that are not finite; see :func:`require_finite`."""
     return NumericsError(
         f"hidden states {place} of sequences [{batch.start},{batch.stop}) are not finite;"
         " use --dtype bfloat16 or float32 (float16 overflows in many models), or check the weights of the"

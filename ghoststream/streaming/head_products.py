@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ _BLOCK_BYTES = 16 * 2**20
 def linear_in_blocks(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     """Return ``head(states)``, multiplied a block of the head's rows at a time.
 
-    Memory: beside the result 16 MiB, and as much again in a kernel's layout.
+    Memory: beside the result, what a kernel's layout of 16 MiB takes.
     """
-    whole_bias: torch.Tensor | None = head.bias
     rows = max(1, _BLOCK_BYTES // (head.in_features * head.weight.element_size()))
-
-    def block(start: int) -> torch.Tensor:
-        bias = None if whole_bias is None else whole_bias[start : start + rows]
-        return nn.functional.linear(states, head.weight[start : start + rows], bias)
-
-    starts = range(0, head.out_features, rows)
+    blocks = head.weight.split(rows)
+    whole: torch.Tensor | None = head.bias
+    biases: Sequence[torch.Tensor | None] = [None] * len(blocks) if whole is None else whole.split(rows)
     if states.requires_grad:  # each write below would copy the gradient of all logits on the way back
-        return torch.cat([block(start) for start in starts], dim=-1)
+        pairs = zip(blocks, biases, strict=True)
+        return torch.cat([nn.functional.linear(states, *pair) for pair in pairs], dim=-1)
     logits = states.new_empty((*states.shape[:-1], head.out_features))
-    for start in starts:
-        logits[..., start : start + rows] = block(start)
+    flat, places = states.flatten(0, -2), logits.flatten(0, -2).split(rows, dim=-1)
+    for block, bias, place in zip(blocks, biases, places, strict=True):
+        # Into its place: copying it there would take up to a fifth of the time of the product.
+        if bias is None:
+            torch.mm(flat, block.t(), out=place)
+        else:
+            torch.addmm(bias, flat, block.t(), out=place)
     return logits
 
 

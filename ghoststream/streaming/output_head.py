@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from ghoststream.errors import NumericsError
 from ghoststream.progress import Progress
 from ghoststream.streaming.allocator import return_free_memory
-from ghoststream.streaming.batches import Batch, require_finite
+from ghoststream.streaming.batches import Batch, states_not_finite
 from ghoststream.streaming.calls import ModelCalls
+from ghoststream.streaming.finite import FiniteFlags
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lane_groups import LaneState
 from ghoststream.streaming.lanes import Lane
@@ -36,9 +38,14 @@ class OutputHead:
     ) -> None:
         self._skeleton, self._calls = skeleton, calls
         self._logit_tokens, self._progress = logit_tokens, progress
+        self._finite = FiniteFlags()
 
     def run(self, lanes: Sequence[LaneState], weights: Weights) -> None:
-        """Show their logits to all lanes that want them."""
+        """Show their logits to all lanes that want them.
+
+        Raises:
+            NumericsError: If states behind the final norm are not finite; on an accelerator after all lanes.
+        """
         asked = [one for one in lanes if one.lane.logits is not None]
         for one in asked:
             one.drop_fitting_batches()
@@ -47,15 +54,16 @@ class OutputHead:
         with self._skeleton.loaded_head(weights):
             for one in asked:
                 self._lane_through_head(one)
+            self._finite.look()
 
     def _lane_through_head(self, one: LaneState) -> None:
         with StatesFlow(one.states, None, one.batches, self._skeleton.device) as flow:
             for batch, states in flow:
+                finished = self._finished(one.lane, batch, states)
                 try:
-                    self._show(one.lane, batch, self._finished(one.lane, batch, states))
+                    self._show(one.lane, batch, finished)
                 except NumericsError as error:
-                    msg = f"{one.lane.name}: {error}"
-                    raise NumericsError(msg) from error
+                    raise _of_lane(one.lane, error) from error
                 return_free_memory()
                 self._progress.advance(batch.stop - batch.start)
 
@@ -63,10 +71,11 @@ class OutputHead:
         """Return what the head receives: of all tokens, or of those that the lane scores."""
         with lane.standing(self._skeleton, self._skeleton.n_layers):
             finished = self._calls.finish(batch, states)
-        require_finite(finished, "behind the final norm", batch)
+        self._finite.note(finished, partial(_not_finite, lane, batch))
         if lane.scored is None:
             return finished
-        return finished.flatten(0, 1)[None, lane.scored(batch).to(finished.device)]
+        scored = lane.scored(batch).to(finished.device, non_blocking=True)
+        return finished.flatten(0, 1)[None, scored]
 
     def _show(self, lane: Lane, batch: Batch, finished: torch.Tensor) -> None:
         observer = lane.logits
@@ -81,6 +90,14 @@ class OutputHead:
             entries = None if lane.entries is None else lane.entries(batch, begin, part.shape[1])
             logits = self._calls.logits(part, in_blocks=True, entries=entries)
             observer.observe_logits(batch, begin, logits[0])
+
+
+def _of_lane(lane: Lane, error: NumericsError) -> NumericsError:
+    return NumericsError(f"{lane.name}: {error}")
+
+
+def _not_finite(lane: Lane, batch: Batch) -> NumericsError:
+    return _of_lane(lane, states_not_finite("behind the final norm", batch))
 
 
 def _count(lanes: Sequence[LaneState]) -> str:

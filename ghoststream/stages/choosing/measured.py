@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ghoststream.errors import NumericsError
-from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens, induction_tokens
+from ghoststream.evaluation import (
+    LossAccumulator,
+    LossSummary,
+    SampledPositions,
+    default_logit_tokens,
+    induction_tokens,
+)
 from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_exportable
 from ghoststream.spans import PruningPlan
@@ -88,6 +94,7 @@ def measure_repairs(
     ranges: Ranges | None,
     micro_batch: int,
     progress: Progress,
+    positions: float = 1.0,
 ) -> tuple[LossSummary, tuple[Candidate, ...]]:
     """Repair plans and measure them in one pass; the result is the same plan by plan.
 
@@ -99,6 +106,7 @@ def measure_repairs(
             ``None`` if nothing is fitted, whatever the methods: all are measured on.
         micro_batch: Sequences in one forward; divides ``ranges.n_sequences``.
         progress: Who is told how far it is.
+        positions: Share of the predictions of each window whose losses are taken, the same ones of all plans.
 
     Returns:
         Losses of the dense model, and the candidates in the order of ``repairs``.
@@ -124,11 +132,15 @@ def measure_repairs(
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
     held = (0 if ranges is None else ranges.n_sequences, tokens.n_sequences)
     marked = induction_tokens(tokens.ids, tokens.mask)
-    accumulators = [LossAccumulator(tokens.n_sequences, marked) for _ in range(len(repairs) + 1)]
-    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], carried=held)
+    scored = SampledPositions(positions) if positions < 1.0 else None
+    accumulators = [
+        LossAccumulator(tokens.n_sequences, marked, scored=scored, name=name)
+        for name in (DENSE, *(repair.name for repair in repairs))
+    ]
+    dense = Lane(DENSE, PruningPlan(skeleton.n_layers), logits=accumulators[0], carried=held, scored=scored)
     fitted = FittedLanes(ranges, tokens.mask, session, carried=held, diagnosed=False)
     lanes = [
-        fitted.lane(repair.name, repair, logits=losses)
+        replace(fitted.lane(repair.name, repair, logits=losses), scored=scored)
         for repair, losses in zip(repairs, accumulators[1:], strict=True)
     ]
     factory = fitted.memory().states_factory(batches)

@@ -97,7 +97,7 @@ def _round(
         repairs * n_spans,
         fit_share=fit,
         fit_method=None if sequential or not shape.tried else SCREEN,
-        scored=held * (repairs + 1),
+        scored=held * (repairs + 1) * (1.0 if share.every_position else shape.positions),
     )
 
 

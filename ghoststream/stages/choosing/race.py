@@ -8,6 +8,9 @@
 4. The survivors are measured on more windows again, repaired in the way that is nearly always the best one,
    one boundary after the other; of the leader other ways to repair are measured too.
 
+Where the vocabulary is so large that the head takes more arithmetic than the layers, all rounds but the last
+take losses at a sample of the positions (:func:`~ghoststream.stages.choosing.rounds.share_of_positions`).
+
 What is behind the best of as many spans by more than twice the standard error of the difference leaves. Two
 plans are measured on the same windows, so that this error is much less than that of either loss.
 """
@@ -53,9 +56,10 @@ class _Race:
         """Measure repairs, each once; return them best first."""
         own = list({repair.name: repair for repair in repairs}.values())
         self.rounds += 1
+        positions = "" if sample.is_of_all_positions else f", at {sample.positions:.0%} of their positions"
         self.trial.progress.log(
             f"round {self.rounds} of {self.n_rounds}, {what}: {len(own)} candidates, fitted on "
-            f"{sample.n_fit} windows and measured on {sample.n_held}"
+            f"{sample.n_fit} windows and measured on {sample.n_held}{positions}"
         )
         ranked = self.trial.rank(own, sample)
         self.rows = [*({**row, "round": self.rounds} for _, row in ranked), *self.rows]

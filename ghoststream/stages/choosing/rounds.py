@@ -8,13 +8,33 @@ from dataclasses import dataclass
 TOKENS_A_CHANNEL = 4
 """Tokens to fit on, for each channel, below which a sample does not go while the text has more."""
 
+LEAST_POSITIONS = 1 / 4
+"""Share of the positions of a window below which no losses are compared."""
+
+
+def share_of_positions(layers: int, head: int) -> float:
+    """Return at which share of the positions of a window losses are taken, while there are many candidates.
+
+    So many that the head takes no more arithmetic than the layers of a candidate, which goes through half of
+    them; all, where the vocabulary is not large beside these.
+
+    Args:
+        layers: Weights of all layers.
+        head: Weights of the output head.
+    """
+    return min(1.0, max(LEAST_POSITIONS, layers / 2 / head))
+
 
 @dataclass(frozen=True)
 class SampleShare:
-    """How much of a divided text serves: shares of the sequences to fit on, and of those to measure on."""
+    """How much of a divided text serves: shares of the sequences to fit on, and of those to measure on.
+
+    With ``every_position`` the losses of all tokens count, else those of :func:`share_of_positions`.
+    """
 
     fit: float
     held: float
+    every_position: bool = False
 
     def of(self, n_fit: int, n_held: int, *, hidden: int, length: int, n_texts: int = 1) -> tuple[int, int]:
         """Return how many sequences of ``length`` tokens that is, at least one of each text if there are.
@@ -44,7 +64,7 @@ OF_SPANS = SampleShare(1 / 4, 1 / 8)
 OF_PLANS = SampleShare(1 / 4, 1 / 4)
 """Windows on which plans are measured."""
 
-OF_SURVIVORS = SampleShare(1, 1 / 2)
+OF_SURVIVORS = SampleShare(1, 1 / 2, every_position=True)
 """Windows on which the best plans, and ways to repair, are measured."""
 
 SURELY = 2.0

@@ -5,6 +5,7 @@ Their figures are kept beside the result until that is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ghoststream.stages.choosing.auto import choose_methods, preference
 from ghoststream.stages.choosing.division import divided, require_each_text
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair
-from ghoststream.stages.choosing.rounds import SampleShare
+from ghoststream.stages.choosing.rounds import SampleShare, share_of_positions
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -75,10 +76,19 @@ class Division:
 
 @dataclass(frozen=True)
 class Sample:
-    """A part of a divided text: its first sequences to fit on, and its first to measure on, whole batches."""
+    """A part of a divided text: its first sequences to fit on, and its first to measure on, whole batches.
+
+    Of each sequence to measure on, ``positions`` is the share of the predictions whose losses are taken.
+    """
 
     n_fit: int
     n_held: int
+    positions: float = 1.0
+
+    @property
+    def is_of_all_positions(self) -> bool:
+        """Whether the losses of all predictions are taken."""
+        return self.positions == 1.0
 
 
 class Trial:
@@ -134,7 +144,12 @@ class Trial:
         wanted = share.of(n_fit, n_held, hidden=hidden, length=length, n_texts=self.tokens.n_texts)
         # The last micro-batch of those that are held out may be a short one.
         fit, held = (min(n, -(-w // batch) * batch) for n, w in zip((n_fit, n_held), wanted, strict=True))
-        return Sample(fit, held)
+        return Sample(fit, held, 1.0 if share.every_position else self._positions())
+
+    def _positions(self) -> float:
+        skeleton = self.session.skeleton
+        shapes = (shape for layer in range(skeleton.n_layers) for shape in skeleton.layer_shapes(layer))
+        return share_of_positions(sum(map(math.prod, shapes)), skeleton.vocab_size * skeleton.hidden_size)
 
     def measure(self, repairs: Sequence[Repair], sample: Sample | None = None) -> list[Row]:
         """Return the figures of repairs, in their order; on all sequences, or on a sample of them."""
@@ -173,6 +188,7 @@ class Trial:
             ranges=ranges,
             micro_batch=self.division.micro_batch,
             progress=self.progress,
+            positions=1.0 if sample is None else sample.positions,
         )
         self._dense_loss = dense.loss
         across = self.division.across_texts
@@ -214,7 +230,10 @@ def _shown(gap: float | None) -> str:
 
 
 def _key(repair: Repair, sample: Sample | None) -> str:
-    return repair.name if sample is None else f"{repair.name} on {sample.n_fit} and {sample.n_held}"
+    if sample is None:
+        return repair.name
+    positions = "" if sample.is_of_all_positions else f", {sample.positions!r} of the positions"
+    return f"{repair.name} on {sample.n_fit} and {sample.n_held}{positions}"
 
 
 def _read_notes(path: Path) -> tuple[str, float, dict[str, Row], dict[str, Any]]:

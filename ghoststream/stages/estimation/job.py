@@ -18,6 +18,7 @@ from ghoststream.costs import (
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import Method, Recovery, Text
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.rounds import share_of_positions
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT
 from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.refusals import check_recovery
@@ -263,4 +264,7 @@ class Job(Way):
             search=self.recovery.search,
             tried=() if self.recovery.method.is_named else self.tried,
             tried_later=() if self.recovery.method.is_named else self._possible(LATER_METHODS),
+            positions=share_of_positions(
+                self.sizes.n_layers * self.sizes.layer_elements, self.sizes.vocabulary * self.sizes.hidden
+            ),
         )

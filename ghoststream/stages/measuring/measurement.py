@@ -48,7 +48,7 @@ class Measurement:
             micro_batch = group.session.micro_batch(tokens.length)
         self._recipe = self._make_recipe(asked, tokens.digest, micro_batch)
         self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
-        self._losses = [LossAccumulator(tokens.n_sequences) for _ in self._models]
+        self._losses = [LossAccumulator(tokens.n_sequences, name=model.name) for model in self._models]
 
     def requests(self) -> list[tuple[int, dict[str, Any]]]:
         """Return what decides the figures of each model, with its place in the request."""

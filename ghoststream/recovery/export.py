@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -13,65 +12,37 @@ from typing import Any
 
 import torch
 
-from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
-from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, Shard, plan_shards, write_shards
-from ghoststream.errors import UnsupportedModelError
+from ghoststream.checkpoint.index import CheckpointIndex
+from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, write_shards
 from ghoststream.files import (
     FileLock,
     StagingFolder,
     atomic_write_bytes,
     atomic_write_json,
-    bytes_digest,
-    file_digest,
-    json_digest,
-    read_json,
     write_sealed_json,
     write_sums,
 )
-from ghoststream.files.tensor_files import array_digest
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
-from ghoststream.recovery import modeling_ghosted
-from ghoststream.recovery.absorbing import Absorption, find_absorptions
 from ghoststream.recovery.card import model_card
-from ghoststream.recovery.config_check import check_pruned_model
-from ghoststream.recovery.config_spelling import finite_form, spell_both_ways, without_usual_infinities
-from ghoststream.recovery.config_surgery import own_code, prune_config
+from ghoststream.recovery.job import MODELING_FILE, ExportJob, plain_type, prepare_export
 from ghoststream.recovery.layout import (
-    LayerNames,
     count_parameters,
-    operator_entries,
-    plain_modules,
-    prevailing_dtype,
-    recovered_tensors,
-    require_operators_fit,
 )
 from ghoststream.recovery.names import PROVENANCE_NAME
 from ghoststream.recovery.provenance import (
     describe_recovered,
     describe_repair,
-    earlier_rounds,
     is_finished,
 )
-from ghoststream.recovery.quantisation import QUANTISATION, pruned_quantisation, with_plain_modules
-from ghoststream.recovery.replacing import require_replaceable
 from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
     CONFIG_NAME,
     copy_sidecars,
     digests_beside_weights,
-    find_sidecars,
-    sidecars_digest,
 )
-from ghoststream.spans import PruningPlan, Span
-from ghoststream.streaming.skeleton import Skeleton, load_config
-
-_MODELING_FILE = Path(modeling_ghosted.__file__)
-_FORMAT = 1
-_AUTO = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-_OWN_FIELDS = ("auto_map", "ghost_base_model_type", "ghost_operators")
-"""Fields of the configuration that a recovered model adds to those of its architecture."""
+from ghoststream.streaming.skeleton import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,48 +62,6 @@ class ExportReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that is decided before the first byte is written."""
-
-    skeleton: Skeleton
-    operators: OperatorSet
-    fingerprint: Mapping[str, Any]
-    names: LayerNames
-    config: Mapping[str, Any]
-    shards: tuple[Shard, ...]
-    origins: Mapping[str, str]
-    absorptions: Mapping[Span, Absorption]
-    rounds: Sequence[Mapping[str, Any]]
-
-    @property
-    def stands(self) -> bool:
-        """Whether operators stand in the new model, of this round or of an earlier one."""
-        return "ghost_operators" in self.config
-
-    @cached_property
-    def request(self) -> dict[str, Any]:
-        """What decides every bit of the folder, but the bytes of the base's tensors."""
-        return {
-            "format": _FORMAT,
-            "base": self.fingerprint["digest"],
-            "rounds": json_digest(list(self.rounds)),
-            "sidecars": sidecars_digest(self.skeleton.root),
-            "operators": _operators_digest(self.operators),
-            "shards": json_digest({shard.name: bytes_digest(shard.header()) for shard in self.shards}),
-            "config": json_digest(self.config),
-            "modeling": file_digest(_MODELING_FILE),
-        }
-
-    def base_tensors(self) -> dict[str, str]:
-        """Return digests of the base's tensors: those that are written, and those that operators know."""
-        known = (self.operators.metadata.get("base") or {}).get("tensors") or {}
-        absorbing = [name for one in self.absorptions.values() for name in (one.weight, one.changed_bias)]
-        changed = [*(name for name in absorbing if name is not None), *self.operators.replaced]
-        parts = (part for name in changed for part in self.skeleton.index.parts(name))
-        return self.skeleton.reader.digests.of({*self.origins.values(), *known, *parts})
 
 
 def export_recovered(
@@ -187,157 +116,111 @@ def export_recovered(
     operator on ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
     :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
-    _require_exportable(skeleton)
-    fingerprint = fingerprint or checkpoint_fingerprint(skeleton.root, skeleton.index)
-    job = _prepare(skeleton, operators, max_shard_bytes, operator_dtype, fingerprint)
-    staging = StagingFolder(out, request=job.request, lock=lock)
-    if not is_finished(staging.target, job.request):
+    job = prepare_export(
+        skeleton,
+        operators,
+        max_shard_bytes=max_shard_bytes,
+        operator_dtype=operator_dtype,
+        fingerprint=fingerprint,
+    )
+    writer = FolderWriter(partial(_write_checkpoint, job), lambda folder: CheckpointIndex.open(folder).shards)
+    write_folder(job, out, writer, lock=lock, progress=progress)
+    return report_of(job, out)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written into a folder.
+
+    Attributes:
+        files: Digest of each file of weights, by its name, ``sha256:<hex>``.
+        tensors: For each tensor in them ``digest``, of its bytes, and ``base``, its name in the base if it is
+            a copy.
+    """
+
+    files: Mapping[str, str]
+    tensors: Mapping[str, Mapping[str, str | None]]
+
+
+@dataclass(frozen=True)
+class FolderWriter:
+    """How the weights of a form, and what lies beside them, come into a folder.
+
+    Attributes:
+        write: Writes them into a folder, which may hold what a killed run left there.
+        weights: Returns the names of the files of weights in a finished folder.
+        request: What decides their bytes, beside what decides those of a checkpoint.
+    """
+
+    write: Callable[[Path, Progress | None], Written]
+    weights: Callable[[Path], Collection[str]]
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_folder(
+    job: ExportJob,
+    out: Path,
+    writer: FolderWriter,
+    *,
+    lock: FileLock | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a recovered model into a folder that appears whole, with ``ghoststream.json`` and checksums.
+
+    Args:
+        job: What is written.
+        out: The folder.
+        writer: Writes the form.
+        lock: The lock of ``out``, where the caller holds it.
+        progress: Told the bytes written.
+
+    Raises:
+        GhoststreamError: What :func:`export_recovered` raises of ``out``, the base and the disk.
+
+    Memory: that of the writer.
+    """
+    request = {**job.request, **writer.request}
+    staging = StagingFolder(out, request=request, lock=lock)
+    if not is_finished(staging.target, request, writer.weights):
         with staging.lock.ensured():
             # Another process may have finished it between the first look and the lock.
-            if not is_finished(staging.target, job.request):
-                _write(job, staging, progress)
+            if not is_finished(staging.target, request, writer.weights):
+                _write(job, staging, writer, request, progress)
     staging.clear_leftovers()
-    return _report(job, out)
 
 
-def _write(job: _Job, staging: StagingFolder, progress: Progress | None) -> None:
+def _write(
+    job: ExportJob,
+    staging: StagingFolder,
+    writer: FolderWriter,
+    request: Mapping[str, Any],
+    progress: Progress | None,
+) -> None:
     reader, base = job.skeleton.reader, job.operators.metadata.get("base") or {}
     reader.digests.expect(base.get("tensors") or {}, "the operators were fitted")
     with staging:
-        written = write_shards(staging.path, job.shards, progress=progress)
+        written = writer.write(staging.path, progress)
         # Of what is not written too, such as the removed layers: it decided the operators.
         for name in reader.unread():
             reader.check(name)
-        digests = {name: digest for shard in written.values() for name, digest in shard.tensors.items()}
-        _write_files(job, staging.path, digests)
-        write_sums(staging.path, known={name: shard.digest for name, shard in written.items()})
+        _write_provenance(job, staging.path, written, request)
+        write_sums(staging.path, known=written.files)
         staging.commit()
 
 
-def require_prunable(skeleton: Skeleton, plan: PruningPlan) -> None:
-    """Check that a checkpoint can be written without the layers of a plan.
-
-    Args:
-        skeleton: The base.
-        plan: What is removed.
-
-    Raises:
-        UnsupportedModelError: If the base, or the plan for it, cannot be expressed.
-
-    Memory: the model's modules without weights, twice.
-    """
-    _require_exportable(skeleton)
-    _pruned_config(skeleton, plan)
+def _write_checkpoint(job: ExportJob, folder: Path, progress: Progress | None) -> Written:
+    shards = write_shards(folder, job.shards, progress=progress)
+    _write_files(job, folder)
+    digests = {name: digest for shard in shards.values() for name, digest in shard.tensors.items()}
+    tensors = {name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()}
+    return Written({name: shard.digest for name, shard in shards.items()}, tensors)
 
 
-def _require_exportable(skeleton: Skeleton) -> None:
-    code = type(skeleton.model).__module__
-    if not code.startswith("transformers.") and code != modeling_ghosted.__name__:
-        raise UnsupportedModelError(own_code(skeleton.root))
-    find_sidecars(skeleton.root)
-
-
-def _prepare(
-    skeleton: Skeleton,
-    operators: OperatorSet,
-    max_shard_bytes: int,
-    operator_dtype: torch.dtype | None,
-    fingerprint: Mapping[str, Any],
-) -> _Job:
-    require_operators_fit(
-        operators,
-        skeleton,
-        fingerprint,
-    )
-    base, data = _pruned_config(skeleton, operators.plan)
-    standing = data.get("ghost_operators") or []
-    names = LayerNames.find(
-        skeleton.keys.names,
-        layers_path=skeleton.architecture.layers_path,
-        final_norm_path=skeleton.architecture.final_norm_path,
-        base_prefix=modeling_ghosted.base_model_name(skeleton.model),
-    )
-    names = replace(names, ghosts=Counter(int(entry["layer"]) for entry in standing))
-    dtype = operator_dtype or prevailing_dtype(skeleton.index)
-    absorptions = find_absorptions(skeleton, operators, dtype)
-    require_replaceable(operators, skeleton)
-    tensors, origins = recovered_tensors(
-        skeleton.reader,
-        skeleton.keys.sources(),
-        operators,
-        names,
-        dtype,
-        absorptions.values(),
-    )
-    if QUANTISATION in data:
-        plain = plain_modules(skeleton.index, operators, names, absorptions.values())
-        data[QUANTISATION] = with_plain_modules(data[QUANTISATION], plain, head=skeleton.architecture.head)
-    config = _recovered_config(skeleton, base, data, [*standing, *operator_entries(operators, names)])
-    shards = plan_shards(tensors, max_shard_bytes)
-    rounds = earlier_rounds(skeleton.root)
-    return _Job(skeleton, operators, fingerprint, names, config, shards, origins, absorptions, rounds)
-
-
-def _pruned_config(skeleton: Skeleton, plan: PruningPlan) -> tuple[Any, dict[str, Any]]:
-    """Return the base's configuration as it is stored, and what is written of that of the pruned model."""
-    from transformers import AutoModelForCausalLM
-
-    # As it is stored: building the model for a compute type of its own changes the configuration.
-    base = load_config(skeleton.root)
-    data = prune_config(base, plan)
-    if data.get(QUANTISATION):
-        data[QUANTISATION] = pruned_quantisation(data[QUANTISATION], skeleton.architecture.layers, plan)
-    with torch.device("meta"):
-        pruned = AutoModelForCausalLM.from_config(type(base)(**data), dtype=skeleton.dtype)
-    check_pruned_model(skeleton.model, pruned, skeleton.architecture.layers_path, plan)
-    written = type(base)(**data).to_diff_dict()
-    raw = read_json(skeleton.root / CONFIG_NAME, finite=False)
-    # transformers leaves its defaults out; what the base said stays, as they differ from version to version.
-    said = {key: value for key, value in data.items() if key in raw and key not in written}
-    data = {**said, **{key: value for key, value in written.items() if key in data}}
-    return base, spell_both_ways(without_usual_infinities(data, type(base)), base, raw, plan)
-
-
-def _recovered_config(
-    skeleton: Skeleton, base: Any, data: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return the configuration that is written.
-
-    Args:
-        skeleton: The base.
-        base: Its configuration.
-        data: That of the pruned model.
-        entries: The operators that stand in the new model.
-    """
-    prefix, model = modeling_ghosted.PREFIX, skeleton.model
-    model_type = plain_type(base)
-    inner = getattr(model, modeling_ghosted.base_model_name(model))
-    names = [type(item).__name__.removeprefix(prefix) for item in (base, inner, model)]
-    own = {key: finite_form(value) for key, value in data.items() if key not in _OWN_FIELDS}
-    if not entries:
-        return {**own, "model_type": model_type, "architectures": [names[-1]]}
-    return {
-        **own,
-        "model_type": f"{modeling_ghosted.TYPE_PREFIX}{model_type}",
-        "architectures": [f"{prefix}{names[-1]}"],
-        "auto_map": {
-            auto: f"{_MODELING_FILE.stem}.{prefix}{name}" for auto, name in zip(_AUTO, names, strict=True)
-        },
-        "ghost_base_model_type": model_type,
-        "ghost_operators": list(entries),
-    }
-
-
-def plain_type(config: Any) -> str:
-    """Return the ``model_type`` of a configuration, without what a recovered model puts in front of it."""
-    return str(config.model_type).removeprefix(modeling_ghosted.TYPE_PREFIX)
-
-
-def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
+def _write_files(job: ExportJob, folder: Path) -> None:
     root = job.skeleton.root
     copy_sidecars(root, folder)
     if job.stands:
-        atomic_write_bytes(folder / _MODELING_FILE.name, _MODELING_FILE.read_bytes())
+        atomic_write_bytes(folder / MODELING_FILE.name, MODELING_FILE.read_bytes())
     atomic_write_json(folder / CONFIG_NAME, job.config)
     card = model_card(
         job.operators,
@@ -349,26 +232,24 @@ def _write_files(job: _Job, folder: Path, digests: Mapping[str, str]) -> None:
         has_base_card=(folder / BASE_CARD_NAME).is_file(),
     )
     atomic_write_bytes(folder / CARD_NAME, card.encode())
+
+
+def _write_provenance(job: ExportJob, folder: Path, written: Written, request: Mapping[str, Any]) -> None:
     provenance = describe_recovered(
         describe_repair(job.operators, job.names, job.absorptions),
         base={**job.fingerprint, "tensors": job.base_tensors()},
         base_model_type=str(job.skeleton.config.model_type),
-        tensors={name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()},
+        tensors=written.tensors,
         versions={name: metadata.version(name) for name in ("torch", "transformers")},
-        request=job.request,
+        request=request,
         rounds=job.rounds,
         files=digests_beside_weights(folder),
     )
     write_sealed_json(folder / PROVENANCE_NAME, provenance)
 
 
-def _operators_digest(operators: OperatorSet) -> str:
-    arrays = {name: array_digest(array) for name, array in operators.arrays().items()}
-    boundaries = [operator.to_json() for operator in operators.boundaries]
-    return json_digest({"metadata": operators.metadata, "boundaries": boundaries, "arrays": arrays})
-
-
-def _report(job: _Job, out: Path) -> ExportReport:
+def report_of(job: ExportJob, out: Path) -> ExportReport:
+    """Return what was written; the bytes are those of a checkpoint."""
     index = job.skeleton.index
     after = [tensor for shard in job.shards for tensor in shard.tensors]
     return ExportReport(

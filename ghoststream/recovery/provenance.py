@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -211,7 +211,11 @@ def _place(
     return {"tensors": {**own, **changed}, "absorbed": absorption.to_json()}
 
 
-def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
+def is_finished(
+    folder: Path,
+    request: Mapping[str, Any],
+    weights: Callable[[Path], Collection[str]] = lambda folder: CheckpointIndex.open(folder).shards,
+) -> bool:
     """Say whether a folder is the finished recovered checkpoint of just this request.
 
     Headers and sizes are looked at, and every file is read and compared with its checksum.
@@ -219,6 +223,7 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
     Args:
         folder: The folder; need not exist.
         request: What decides every bit of it, as :func:`describe_recovered` noted it.
+        weights: Returns the names of the files of weights in a finished folder.
 
     Returns:
         Whether it is; False also where no recovered checkpoint is there.
@@ -237,7 +242,7 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
         changed = [
             key for key in parts if not isinstance(noted, Mapping) or noted.get(key) != request.get(key)
         ]
-        shards = CheckpointIndex.open(folder).shards
+        shards = weights(folder)
     except (ArtifactError, CheckpointError) as error:
         msg = f"the recovered checkpoint in {folder} is damaged ({error.args[0]}); {advice}"
         raise ArtifactError(msg) from error

@@ -115,7 +115,7 @@ def _decides(name: str) -> bool:
     return not (
         path.name.startswith(".")
         or path.name in {PROVENANCE_NAME, SUMS_NAME}
-        or path.suffix in {".safetensors", ".md"}
+        or path.suffix in {".safetensors", ".gguf", ".md"}
     )
 
 

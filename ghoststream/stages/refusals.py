@@ -82,7 +82,7 @@ def check_export(skeleton: Skeleton, plan: PruningPlan) -> None:
     Raises:
         UnsupportedModelError: If a layer that is left could not be what it was.
     """
-    from ghoststream.recovery.export import require_prunable
+    from ghoststream.recovery.job import require_prunable
 
     require_prunable(skeleton, plan)
 

@@ -171,7 +171,7 @@ def test_what_only_building_the_model_shows_is_refused_with_a_measured_estimate(
         msg = "layer 3 would become layer 1"
         raise UnsupportedModelError(msg)
 
-    monkeypatch.setattr("ghoststream.recovery.export.check_pruned_model", cannot)
+    monkeypatch.setattr("ghoststream.recovery.job.check_pruned_model", cannot)
     request = {
         "model": str(tiny_llama),
         "remove": "1:3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ N_LAYERS = 10
 @pytest.fixture(scope="module")
 def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten layers with attention in every fourth, and one kind of MLP."""
-    periods = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 1}
+    periods: dict[str, Any] = {"attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 1}
     folder = tmp_path_factory.mktemp("jamba") / "model"
     return save_tiny("jamba", folder, num_hidden_layers=N_LAYERS, expert_layer_offset=0, **periods)
 

@@ -17,7 +17,7 @@ from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Text, TextLike, Training
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
-from ghoststream.recovery.export import require_prunable
+from ghoststream.recovery.job import require_prunable
 from ghoststream.recovery.layout import require_operators_fit
 from ghoststream.recovery.replacing import require_replaceable
 from ghoststream.stages.distillation.descent import BETAS, SMALLEST_SCALE, Course

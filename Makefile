@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo unit test lint format soak gpu docs bench clean
+.PHONY: help setup demo unit test lint format soak gpu docs site bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -71,6 +71,9 @@ docs: $(STAMP) ## rewrite the pages that are made: the options, tables of scalin
 	$(BIN)/python docs/make_options.py
 	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python benchmarks/readme_picture.py
+
+site: $(STAMP) ## the pages as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## the measurements that need nothing but this folder; see benchmarks/ for the others
 	@set -e; for name in memory overlap moments cluster; do echo "== $$name"; $(BIN)/python benchmarks/bench_$$name.py; done

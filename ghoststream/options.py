@@ -32,7 +32,8 @@ TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
 Resume = Literal["auto", "required", "never"]
 Precision = Literal["auto", "float64", "float32-blocked"]
-Form = Literal["custom", "folded"]
+Form = Literal["custom", "folded", "gguf"]
+GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
 SPEC_FORMS = (
@@ -448,6 +449,17 @@ def _count_or_spans(value: Any) -> Any:
     raise ValueError(msg)
 
 
+def require_gguf(form: Form, gguf_type: GgufType) -> None:
+    """Check that a type of numbers is only given for the form that takes it.
+
+    Raises:
+        RequestError: If it is given for another one.
+    """
+    if gguf_type != "auto" and form != "gguf":
+        msg = f"--gguf-type is for the form gguf, and the form is {form}; leave it out, or give --form gguf"
+        raise RequestError(msg)
+
+
 class Recovery(Options):
     """A whole job: a pipeline file holds it, ``recover`` builds it, and ``estimate`` prices it."""
 
@@ -473,7 +485,12 @@ class Recovery(Options):
         "custom",
         "Form of the result: custom holds every operator exactly; folded is an ordinary checkpoint.\n"
         "custom: with its modelling file, unless everything is absorbed. folded: without code, or refused. "
-        "See docs/forms.md.",
+        "gguf: one file for llama.cpp, or refused. See docs/forms.md.",
+    )
+    gguf_type: GgufType = option(
+        "auto",
+        "Type of the numbers in a GGUF; auto is that of the checkpoint.\n"
+        "Of matrices only: vectors stay in float32.",
     )
     evaluate: Annotated[Text | None, _OR_SPEC, AfterValidator(_one_text)] = Field(
         default=None, description="Text to measure the base and the recovered model on."

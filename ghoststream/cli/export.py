@@ -8,9 +8,9 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, field_option, json_option, model_argument, out_option
-from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_text
+from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_next
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Form, Recovery
+from ghoststream.options import Compute, Form, GgufType, Recovery
 
 
 @click.command(
@@ -23,19 +23,26 @@ from ghoststream.options import Compute, Form, Recovery
 @click.option(
     "--operators",
     type=click.Path(path_type=Path),
-    required=True,
     metavar="OPERATORS",
-    help="File from `ghoststream fit`; it also says which layers go.",
+    help="File from `ghoststream fit`; it also says which layers go. Without it MODEL is written as it is.",
 )
 @out_option(
     "DIR", "Folder of the recovered checkpoint; must be empty, absent, or the result of this command."
 )
 @field_option(Recovery, "form", section="Result")
+@field_option(Recovery, "gguf_type", section="Result")
 @field_option(Compute, "revision")
 @json_option
 @debug_option
 def command(
-    model: str, operators: Path, out: Path, form: Form, revision: str | None, *, as_json: bool
+    model: str,
+    *,
+    operators: Path | None,
+    out: Path,
+    form: Form,
+    gguf_type: GgufType,
+    revision: str | None,
+    as_json: bool,
 ) -> None:
     """Write MODEL without the removed layers and with the operators in their place, as a checkpoint folder.
 
@@ -46,7 +53,9 @@ def command(
     from ghoststream.stages.export import export
 
     with show_progress() as progress:
-        report = export(model, operators, out, form=form, revision=revision, progress=progress)
+        report = export(
+            model, operators, out, form=form, gguf_type=gguf_type, revision=revision, progress=progress
+        )
     if as_json:
         print_json(report.to_json())
         return
@@ -61,4 +70,4 @@ def command(
         },
         title="exported",
     )
-    print_text(next_command("evaluate", model, out, "--text", "wikitext2:test"))
+    print_next(form, out, next_command("evaluate", model, out, "--text", "wikitext2:test"))

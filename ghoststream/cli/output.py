@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -131,3 +132,17 @@ def _print_rich(
 def next_command(*words: object) -> str:
     """Say which command comes next, quoted for the shell."""
     return f"next: {shlex.join(['ghoststream', *map(str, words)])}"
+
+
+def print_next(form: str, out: Path, command: str) -> None:
+    """Say what comes next once a recovered model was written.
+
+    Args:
+        form: Its form.
+        out: Where it is.
+        command: What comes next where ghoststream itself loads it, from :func:`next_command`.
+    """
+    from ghoststream.recovery.forms import find_form
+
+    runs = find_form(form).runs(out)
+    print_text(command if runs is None else f"next: {runs}")

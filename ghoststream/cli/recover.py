@@ -18,7 +18,7 @@ from ghoststream.cli.options import (
     remove_option,
     resume_option,
 )
-from ghoststream.cli.output import next_command, print_json, print_text
+from ghoststream.cli.output import next_command, print_json, print_next, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text
 
@@ -40,6 +40,7 @@ from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Se
 )
 @field_option(Recovery, "store", section=Storage.title)
 @field_option(Recovery, "form", section="Result")
+@field_option(Recovery, "gguf_type", section="Result")
 @resume_option
 @json_option
 @debug_option
@@ -63,4 +64,4 @@ def command(model: str, *, as_json: bool, out: Path, resume: Resume, **given: An
         print_json(report.to_json())
         return
     print_text(report.to_text())
-    print_text(next_command("evaluate", model, out, "--text", "SPEC"))
+    print_next(recovery.form, out, next_command("evaluate", model, out, "--text", "SPEC"))

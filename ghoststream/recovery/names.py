@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+GGUF_NAME = "model.gguf"
 PROVENANCE_NAME = "ghoststream.json"
 """Where a recovered checkpoint says what it was made of."""
 

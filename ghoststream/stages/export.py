@@ -8,19 +8,21 @@ import torch
 
 from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Form
+from ghoststream.options import Form, GgufType, require_gguf
 from ghoststream.progress import Progress
 from ghoststream.recovery.export import ExportReport
 from ghoststream.recovery.forms import WriteRequest, find_form
+from ghoststream.spans import PruningPlan
 from ghoststream.streaming import Skeleton
 
 
 def export(
     model: str | Path,
-    operators: OperatorSet | str | Path,
+    operators: OperatorSet | str | Path | None,
     out: str | Path,
     *,
     form: Form = "custom",
+    gguf_type: GgufType = "auto",
     max_shard_bytes: int | None = None,
     operator_dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -31,9 +33,10 @@ def export(
 
     Args:
         model: Folder or hub id of the base checkpoint.
-        operators: What ``fit`` made, or the file that it wrote.
+        operators: What ``fit`` made, or the file that it wrote; ``None`` to write the model as it is.
         out: Folder to make.
         form: Form of the result (:mod:`ghoststream.recovery.forms`).
+        gguf_type: Type of the numbers in a GGUF.
         max_shard_bytes: Largest number of tensor bytes in one shard; as usual if ``None``.
         operator_dtype: Dtype of the operators in the checkpoint; the checkpoint's own if ``None``.
         revision: Branch, tag or commit of a hub model.
@@ -45,18 +48,24 @@ def export(
             operators.
         DataError: If data on disk is broken or the disk is full.
 
-    Memory: One copy buffer (1 MiB), the operators, and the model's modules without weights.
+    Memory: One copy buffer (1 MiB), the operators, and the model's modules without weights; for a GGUF what
+    :func:`~ghoststream.recovery.gguf.file.write_file` states in the place of the buffer.
     """
-    if not isinstance(operators, OperatorSet):
+    require_gguf(form, gguf_type)
+    if isinstance(operators, str | Path):
         operators = OperatorSet.load(operators)
     root = resolve_checkpoint(model, revision=revision).root
+    skeleton = Skeleton(root, trust_remote_code=trust_remote_code)
+    if operators is None:
+        operators = OperatorSet(PruningPlan(skeleton.n_layers), "none", (), skeleton.hidden_size)
     return find_form(form).write(
         WriteRequest(
-            skeleton=Skeleton(root, trust_remote_code=trust_remote_code),
+            skeleton=skeleton,
             operators=operators,
             out=Path(out),
             max_shard_bytes=max_shard_bytes,
             operator_dtype=operator_dtype,
             progress=progress,
+            gguf_type=gguf_type,
         )
     )

@@ -236,6 +236,7 @@ def _run(
                 fingerprint=session.fingerprint,
                 lock=place.lock,
                 progress=progress,
+                gguf_type=recovery.gguf_type,
             )
         )
         if recovery.evaluate is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModelError
 from ghoststream.files import differences, require_writable
-from ghoststream.options import AUTO, Compute, Method, Search
+from ghoststream.options import AUTO, Compute, Method, Search, require_gguf
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
 from ghoststream.recovery.forms import find_form
@@ -85,6 +85,15 @@ def check_export(skeleton: Skeleton, plan: PruningPlan) -> None:
     from ghoststream.recovery.job import require_prunable
 
     require_prunable(skeleton, plan)
+
+
+def check_form(way: Way, skeleton: Skeleton) -> None:
+    """Check that the model, with what will be fitted, can be written in the form that is asked for.
+
+    Raises:
+        RequestError: If it cannot.
+    """
+    find_form(way.recovery.form).check_model(skeleton, _methods(way, _check_fit(way)))
 
 
 def require_features(method: Method, spans: Sequence[Span], sizes: ModelSizes) -> None:
@@ -211,9 +220,14 @@ def _check_fit(way: Way) -> Method | None:
 
 def _check_form(way: Way, method: Method | None) -> None:
     """Check that what will be fitted can be written in the form that is asked for."""
+    require_gguf(way.recovery.form, way.recovery.gguf_type)
+    find_form(way.recovery.form).check_methods(_methods(way, method))
+
+
+def _methods(way: Way, method: Method | None) -> Sequence[Method] | None:
+    """Return how boundaries are fitted; ``None`` where a search chooses."""
     known = way.given.methods if way.given is not None else ()
-    methods = (method,) if method is not None else known or None
-    find_form(way.recovery.form).check_methods(methods)
+    return (method,) if method is not None else known or None
 
 
 def _check_storage(way: Way, n_layers: int) -> None:

@@ -17,7 +17,7 @@ from ghoststream.stages.choosing.trial import Division
 from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.output import NamedByRequest
-from ghoststream.stages.refusals import check_export, check_place, check_recovery
+from ghoststream.stages.refusals import check_export, check_form, check_place, check_recovery
 from ghoststream.stages.run_record import RecordedProgress
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import Way, what_goes
@@ -61,6 +61,7 @@ class Steps:
         self.way = Way(recovery, *what_goes(recovery, sizes.n_layers))
         check_recovery(self.way, sizes, session.memory(self._text.length).choose_micro_batch)
         check_export(session.skeleton, self.way.plan(sizes.n_layers))
+        check_form(self.way, session.skeleton)
         self._out = out
         self.check_place()
 

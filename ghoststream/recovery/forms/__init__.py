@@ -8,12 +8,13 @@ from __future__ import annotations
 from ghoststream.recovery.forms.custom import Custom
 from ghoststream.recovery.forms.folded import Folded
 from ghoststream.recovery.forms.form import Form, WriteRequest
+from ghoststream.recovery.forms.gguf import Gguf
 from ghoststream.registry import Registry
 
-__all__ = ["Custom", "Folded", "Form", "WriteRequest", "find_form", "form_names"]
+__all__ = ["Custom", "Folded", "Form", "Gguf", "WriteRequest", "find_form", "form_names"]
 
 _FORMS: Registry[Form] = Registry("form", name_of=lambda form: form.name)
-for _form in (Custom(), Folded()):
+for _form in (Custom(), Folded(), Gguf()):
     _FORMS.add(_form)
 
 

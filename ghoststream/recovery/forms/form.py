@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ghoststream.files import FileLock
-from ghoststream.options import Method
+from ghoststream.options import GgufType, Method
 from ghoststream.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class WriteRequest:
         fingerprint: The base's, where it is known already.
         lock: The lock of ``out``, where the caller holds it.
         progress: Told the bytes written.
+        gguf_type: Type of the numbers in a GGUF, as the option ``gguf_type`` has it.
     """
 
     skeleton: Skeleton
@@ -44,6 +45,7 @@ class WriteRequest:
     fingerprint: Mapping[str, Any] | None = None
     lock: FileLock | None = None
     progress: Progress | None = None
+    gguf_type: GgufType = "auto"
 
 
 class Form(ABC):
@@ -61,6 +63,11 @@ class Form(ABC):
     loads: ClassVar[str]
     cost: ClassVar[str]
 
+    def runs(self, out: Path) -> str | None:
+        """Return a command that uses a result which ghoststream itself does not load; ``None`` for others."""
+        del out
+        return None
+
     def check_methods(self, methods: Sequence[Method] | None) -> None:
         """Check, before anything is fitted, that what these methods fit can be held.
 
@@ -71,6 +78,18 @@ class Form(ABC):
             RequestError: If it may not be, with what can.
         """
         del methods
+
+    def check_model(self, skeleton: Skeleton, methods: Sequence[Method] | None) -> None:
+        """Check, before anything is fitted, that this model can be written with what these methods fit.
+
+        Args:
+            skeleton: The base.
+            methods: As for :meth:`check_methods`, which allowed them.
+
+        Raises:
+            RequestError: If it cannot.
+        """
+        del skeleton, methods
 
     def check(self, operators: OperatorSet, skeleton: Skeleton) -> None:
         """Check that these operators of this base can be held exactly.

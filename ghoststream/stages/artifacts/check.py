@@ -5,6 +5,7 @@ What reads one kind is imported there: a plan must not wait for the libraries of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ghoststream.checkpoint.configuration import read_config
@@ -13,7 +14,7 @@ from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.sizes import sizes_of
 from ghoststream.errors import CheckpointError, DataError, GhoststreamError, PlanError, UnsupportedModelError
 from ghoststream.files import SUMS_NAME, file_digest, read_json, unseal, verify_sums
-from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.names import GGUF_NAME, PROVENANCE_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan
 
@@ -53,7 +54,19 @@ def _misfits(index: CheckpointIndex) -> list[str]:
 
 def check_recovered(path: str) -> list[str]:
     """Check checksums and provenance too."""
-    root = Path(path)
+    return _check_repair(Path(path), _check_files)
+
+
+def check_gguf(path: str) -> list[str]:
+    """Check the checksum of the file, and the provenance."""
+
+    def check_sums(root: Path, required: tuple[str, ...]) -> list[str]:
+        return verify_sums(root, required=(GGUF_NAME, *required))
+
+    return _check_repair(Path(path), check_sums)
+
+
+def _check_repair(root: Path, check_files: Callable[[Path, tuple[str, ...]], list[str]]) -> list[str]:
     problems, required = [], (PROVENANCE_NAME,)
     if not (root / SUMS_NAME).is_file():
         problems.append(
@@ -68,7 +81,7 @@ def check_recovered(path: str) -> list[str]:
     except (PlanError, KeyError, TypeError) as error:
         problems.append(f"{root / PROVENANCE_NAME} lacks a part of what it should say ({error})")
     try:
-        problems += _check_files(root, required)
+        problems += check_files(root, required)
     except GhoststreamError as error:
         # Weights that are not there would be a bad request elsewhere; an export without them is broken.
         problems.append(str(error.args[0]))

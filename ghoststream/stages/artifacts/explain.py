@@ -23,6 +23,7 @@ from ghoststream.errors import CheckpointError
 from ghoststream.files import format_bytes, read_json, unseal
 from ghoststream.files.seals import read_tensor_header
 from ghoststream.options import Method
+from ghoststream.recovery.names import GGUF_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan, Span
 
@@ -124,6 +125,16 @@ def explain_checkpoint(path: str) -> Explanation:
 def explain_recovered(path: str) -> Explanation:
     """Say what a recovered checkpoint was made of."""
     facts, _ = explain_checkpoint(path)
+    return _explain_repair(path, facts)
+
+
+def explain_gguf(path: str) -> Explanation:
+    """Say what a recovered GGUF was made of."""
+    size = (Path(path) / GGUF_NAME).stat().st_size
+    return _explain_repair(path, {"size": format_bytes(size)})
+
+
+def _explain_repair(path: str, facts: dict[str, Any]) -> Explanation:
     provenance = require_sound_sidecars(Path(path))
     if isinstance(provenance.get("plan"), Mapping):
         plans = [one["plan"] for one in provenance.pop("rounds", ())]

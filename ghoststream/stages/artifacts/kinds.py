@@ -39,6 +39,7 @@ KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
             check.check_recovered,
             "checksums, index, headers, sizes, every tensor, provenance",
         ),
+        Kind.GGUF: ArtifactKind(explain.explain_gguf, check.check_gguf, "checksums, provenance"),
         Kind.OPERATORS: ArtifactKind(
             explain.explain_operators, check.check_operators, "header, digests, values"
         ),

@@ -37,6 +37,8 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
         words += ["--store", recovery.store]
     if recovery.form != "custom":
         words += ["--form", recovery.form]
+    if recovery.gguf_type != "auto":
+        words += ["--gguf-type", recovery.gguf_type]
     return (*words, "--out", str(out or "recovered"))
 
 

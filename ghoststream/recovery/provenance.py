@@ -242,7 +242,7 @@ def is_finished(
         changed = [
             key for key in parts if not isinstance(noted, Mapping) or noted.get(key) != request.get(key)
         ]
-        shards = weights(folder)
+        files = () if changed else weights(folder)
     except (ArtifactError, CheckpointError) as error:
         msg = f"the recovered checkpoint in {folder} is damaged ({error.args[0]}); {advice}"
         raise ArtifactError(msg) from error
@@ -252,7 +252,7 @@ def is_finished(
             f"{', '.join(sorted(changed))}); choose another place, or move it away"
         )
         raise OutputExistsError(msg)
-    if problems := verify_sums(folder, required=(*shards, *found["files"], PROVENANCE_NAME)):
+    if problems := verify_sums(folder, required=(*files, *found["files"], PROVENANCE_NAME)):
         msg = f"the recovered checkpoint in {folder} is damaged ({'; '.join(problems[:3])}); {advice}"
         raise ArtifactError(msg)
     return True

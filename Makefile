@@ -67,7 +67,7 @@ soak: $(STAMP) ## the tests that take minutes
 gpu: ## on a machine with a CUDA device: is it right and how fast; ten minutes, no network
 	GPU_CHECK_PYTHON="$${GPU_CHECK_PYTHON:-$(PYTHON)}" bash benchmarks/gpu/gpu_check.sh
 
-docs: $(STAMP) ## rewrite the pages that are made: the options, tables of scaling, the picture of the README
+docs: $(STAMP) ## rewrite the pages that are made: the options, tables of estimates, the picture of the README
 	$(BIN)/python docs/make_options.py
 	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python benchmarks/readme_picture.py

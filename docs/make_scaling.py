@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/scaling.md`` from what ``estimate`` says: ``python docs/make_scaling.py``.
+"""Write tables of pages from what ``estimate`` says: ``python docs/make_scaling.py``.
 
 Tables stand between lines ``<!-- table NAME -->`` and ``<!-- end -->``.
 """
@@ -17,7 +17,7 @@ from ghoststream.stages.estimation.machine import known_machines
 from ghoststream.stages.estimation.models import find_model, shapes
 from ghoststream.stages.estimation.report import Estimate, StageCost
 
-PAGE = Path(__file__).with_name("scaling.md")
+PAGES = tuple(Path(__file__).with_name(name) for name in ("scaling.md", "one_gpu.md"))
 SEQUENCES, LENGTH = 32, 2048
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -120,13 +120,38 @@ def _tokens() -> str:
     return _table(headers, rows())
 
 
+def _one_gpu() -> Estimate:
+    text = Text(spec="ids:none.npy", sequences=128, length=LENGTH)
+    recovery = Recovery(remove=16, calibration=text, search=Search(held_out=32))
+    return estimate(recovery, model="llama-3-70b", machine="h100")
+
+
+def _one_gpu_needs() -> str:
+    needs = _one_gpu().needs.items()
+    rows = ([name, human_bytes(need.n_bytes), human_bytes(need.available or 0)] for name, need in needs)
+    return _table(["need", "takes", "free"], rows)
+
+
+def _one_gpu_stages() -> str:
+    def rows() -> Iterator[list[str]]:
+        for stage in _one_gpu().stages:
+            places = ", ".join(f"{name} {human_bytes(size)}" for name, size in stage.states.items() if size)
+            yield [*_stage(stage)[:3], places or "-", *_stage(stage)[3:]]
+
+    headers = ["stage", "reads", "writes", "states wait on", "disk", "bus", "layers", "store", "fits", "time"]
+    return _table(headers, rows())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "shapes": _shapes,
     "default": lambda: _machines(store=False),
     "published": lambda: _machines(store=True),
     "stages": _stages,
     "tokens": _tokens,
+    "one_gpu_needs": _one_gpu_needs,
+    "one_gpu_stages": _one_gpu_stages,
 }
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")

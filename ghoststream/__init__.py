@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ghoststream.stages.estimation.estimate import estimate
     from ghoststream.stages.export import export
     from ghoststream.stages.fit import fit
+    from ghoststream.stages.load import load
     from ghoststream.stages.measuring.evaluate import evaluate
     from ghoststream.stages.measuring.tasks import evaluate_tasks
     from ghoststream.stages.pipeline import load_pipeline
@@ -68,6 +69,7 @@ __all__ = [
     "export",
     "fit",
     "inspect_path",
+    "load",
     "load_pipeline",
     "recover",
     "replay",
@@ -102,6 +104,7 @@ __getattr__ = lazy_names(
         "export": ".stages.export",
         "fit": ".stages.fit",
         "inspect_path": ".stages.artifacts.inspect",
+        "load": ".stages.load",
         "load_pipeline": ".stages.pipeline",
         "recover": ".stages.recover",
         "replay": ".stages.capturing.replay",

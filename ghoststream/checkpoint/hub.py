@@ -89,6 +89,14 @@ def _place(model: str | Path) -> Path | str:
     return text
 
 
+def hub_origin(root: Path) -> tuple[str, str] | None:
+    """Return hub id and commit of a folder in a cache of the hub; ``None`` of any other folder."""
+    repository = root.parent.parent.name
+    if root.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), root.name
+
+
 def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
     """Find a model's folder and look whether it has a configuration, as everything else begins with that.
 
@@ -99,7 +107,14 @@ def resolve_checkpoint(model: str | Path, *, revision: str | None = None) -> Res
     """
     resolved = resolve_model(model, revision=revision)
     require_no_adapter(resolved.root)
-    _require_dtype(read_config(resolved.root), resolved.root / CONFIG_NAME)
+    config = read_config(resolved.root)
+    if config.get("ghost_base") is not None:
+        msg = (
+            f"{resolved.root} is an adapter of ghoststream, without the weights of its base; evaluate it "
+            "together with its base, load it by ghoststream.load(BASE, ADAPTER), or export the form custom"
+        )
+        raise UnsupportedModelError(msg)
+    _require_dtype(config, resolved.root / CONFIG_NAME)
     return resolved
 
 

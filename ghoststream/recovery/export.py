@@ -210,13 +210,14 @@ def _write(
 
 def _write_checkpoint(job: ExportJob, folder: Path, progress: Progress | None) -> Written:
     shards = write_shards(folder, job.shards, progress=progress)
-    _write_files(job, folder)
+    write_beside(job, folder)
     digests = {name: digest for shard in shards.values() for name, digest in shard.tensors.items()}
     tensors = {name: {"digest": digest, "base": job.origins.get(name)} for name, digest in digests.items()}
     return Written({name: shard.digest for name, shard in shards.items()}, tensors)
 
 
-def _write_files(job: ExportJob, folder: Path) -> None:
+def write_beside(job: ExportJob, folder: Path) -> None:
+    """Write what lies beside the weights: configuration, card, code, and the small files of the base."""
     root = job.skeleton.root
     copy_sidecars(root, folder)
     if job.stands:

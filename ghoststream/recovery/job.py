@@ -213,15 +213,29 @@ def _recovered_config(
         data: That of the pruned model.
         entries: The operators that stand in the new model.
     """
-    prefix, model = modeling_ghosted.PREFIX, skeleton.model
-    model_type = plain_type(base)
-    inner = getattr(model, modeling_ghosted.base_model_name(model))
-    names = [type(item).__name__.removeprefix(prefix) for item in (base, inner, model)]
     own = {key: finite_form(value) for key, value in data.items() if key not in _OWN_FIELDS}
-    if not entries:
-        return {**own, "model_type": model_type, "architectures": [names[-1]]}
+    if entries:
+        return with_code(own, skeleton, entries)
+    architecture = type(skeleton.model).__name__.removeprefix(modeling_ghosted.PREFIX)
+    return {**own, "model_type": plain_type(base), "architectures": [architecture]}
+
+
+def with_code(
+    config: Mapping[str, Any], skeleton: Skeleton, entries: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a configuration by which the modelling file beside it makes the model.
+
+    Args:
+        config: That of the pruned model, without operators.
+        skeleton: The base.
+        entries: The operators that stand in the new model.
+    """
+    prefix, model = modeling_ghosted.PREFIX, skeleton.model
+    model_type = plain_type(skeleton.config)
+    inner = getattr(model, modeling_ghosted.base_model_name(model))
+    names = [type(item).__name__.removeprefix(prefix) for item in (skeleton.config, inner, model)]
     return {
-        **own,
+        **config,
         "model_type": f"{modeling_ghosted.TYPE_PREFIX}{model_type}",
         "architectures": [f"{prefix}{names[-1]}"],
         "auto_map": {

@@ -16,6 +16,10 @@ decoder layer of this model whose input the operator changes; it equals the numb
 operator changes the input of the final norm. ``module`` is the path of that layer or norm inside the base
 model; its operator is the submodule ``ghost`` of it.
 
+``config.ghost_base`` is that of an adapter: a folder with the weights that recovering has made or changed,
+and without those of the base that stayed as they were. ``from_pretrained`` reads these from the base, which
+has to be the very one that the adapter was made of.
+
 A recovered model may be pruned again. Where layers right in front of an operator are removed then, the entry
 of the later removal, which follows in the list, acts first: it is the submodule ``before`` of the operator.
 
@@ -29,13 +33,21 @@ Mamba 2 leaves the embeddings out: its entry ``i`` is what layer ``i`` returned.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+import hashlib
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
+from transformers.utils import cached_file
 
 _NEEDED = (5, 1)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _NEEDED:
@@ -45,6 +57,9 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _NEEDE
 PREFIX = "Ghosted"
 TYPE_PREFIX = "ghosted_"
 KNOWN = (("linear", "hidden"), ("linear", "normed"), ("linear", "hidden+normed"), ("diagonal", "hidden"))
+PROVENANCE_NAME = "ghoststream.json"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_SAMPLE_BYTES = 1024
 # Ends of class names, the longer ones first, and the auto class that loads them.
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -185,6 +200,42 @@ class GhostedMixin(nn.Module):
         """
         return False
 
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, base: Any = None, **options: Any) -> Any:
+        """Load a model; of an adapter the weights that are not in its folder come from its base.
+
+        Args:
+            name: Folder or hub id, as for every model of transformers.
+            *args: Passed on.
+            base: Folder or hub id of an adapter's base; the one that the adapter names if ``None``.
+            **options: Passed on.
+
+        Raises:
+            ValueError: If nobody says where the base of an adapter is, or it is another one.
+        """
+        parent: Any = super()
+        hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+        config = options.get("config")
+        if not isinstance(config, transformers.PreTrainedConfig):
+            made: Any = cls
+            config = made.config_class.from_pretrained(name if config is None else config, **hub)
+        if getattr(config, "ghost_base", None) is None:
+            if base is not None:
+                msg = f"{name} is no adapter and has all its weights; leave base out"
+                raise ValueError(msg)
+            return parent.from_pretrained(name, *args, **options)
+        config = copy.deepcopy(config)
+        options |= {"config": config, "state_dict": _joined_weights(name, config, base, hub)}
+        del config.ghost_base, config.transformers_weights
+        # Given weights, transformers takes no name, and looks for nothing that lies beside them.
+        with contextlib.suppress(OSError):
+            options.setdefault(
+                "generation_config", transformers.GenerationConfig.from_pretrained(name, **hub)
+            )
+        loaded = parent.from_pretrained(None, *args, **options)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).config.name_or_path = str(name)
+        return loaded
+
     def _insert(self, config: Any, operator: dict[str, Any]) -> Any:
         base: Any = self.base_model
         module: Any = base.get_submodule(operator["module"])
@@ -239,6 +290,64 @@ def _reset_if_ghost(module: nn.Module) -> bool:
         for parameter in module.parameters(recurse=False):
             nn.init.zeros_(parameter)
     return is_ghost
+
+
+def _joined_weights(name: Any, config: Any, base: Any, hub: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of an adapter and its base by their names in the model, mapped from the files."""
+    provenance: Any = cached_file(name, PROVENANCE_NAME, **hub)
+    own: Any = cached_file(name, config.transformers_weights, **hub)
+    noted = json.loads(Path(provenance).read_text(encoding="utf-8"))
+    place = base or config.ghost_base["name"]
+    if not place:
+        msg = f"the adapter {name} does not say where its base is; give base=FOLDER, or the base's hub id"
+        raise ValueError(msg)
+    root = Path(place)
+    if not root.is_dir():
+        revision = None if base else config.ghost_base["revision"]
+        passed = {key: value for key, value in hub.items() if key != "revision"}
+        patterns = ["*.json", "*.safetensors"]
+        root = Path(snapshot_download(str(place), revision=revision, allow_patterns=patterns, **passed))
+    _require_base(root, noted["base"], name)
+    names = {entry["base"]: new for new, entry in noted["tensors"].items() if entry["base"] is not None}
+    found = {}
+    for shard in noted["base"]["shards"]:
+        with safe_open(root / shard, "pt") as file:
+            found.update({names[key]: file.get_tensor(key) for key in file.keys() if key in names})  # noqa: SIM118
+    with safe_open(own, "pt") as file:
+        found.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return found
+
+
+def _require_base(root: Path, noted: dict[str, Any], name: Any) -> None:
+    """Check configuration, headers and a sample of each tensor of a base.
+
+    Raises:
+        ValueError: If they are not those that were noted.
+    """
+    config = root / "config.json"
+    same = config.is_file() and _digest(config.read_bytes()) == noted["config"]
+    for shard, known in noted["shards"].items():
+        same = same and (root / shard).is_file() and _shard_identity(root / shard) == known
+    if not same:
+        msg = f"{root} is not the model that the adapter {name} was made of; give that one as base"
+        raise ValueError(msg)
+
+
+def _shard_identity(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        begin, sample = 8 + len(header), hashlib.sha256()
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for first, last in sorted(tuple(entry["data_offsets"]) for entry in entries.values()):
+            file.seek(begin + first + max(0, last - first - _SAMPLE_BYTES) // 2)
+            sample.update(file.read(min(_SAMPLE_BYTES, last - first)))
+    sampled = f"sha256:{sample.hexdigest()}"
+    return {"header": _digest(header), "bytes": path.stat().st_size, "sample": sampled}
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def __getattr__(name: str) -> Any:

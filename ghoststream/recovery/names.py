@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 GGUF_NAME = "model.gguf"
+ADAPTER_NAME = "adapter.safetensors"
+"""The weights of an adapter."""
+
 PROVENANCE_NAME = "ghoststream.json"
 """Where a recovered checkpoint says what it was made of."""
 
@@ -20,3 +23,8 @@ def has_provenance(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder is a recovered model without the weights of its base."""
+    return has_provenance(folder) and (folder / ADAPTER_NAME).is_file()

@@ -5,16 +5,17 @@ Importing this package imports neither torch nor transformers; writing does.
 
 from __future__ import annotations
 
+from ghoststream.recovery.forms.adapter import Adapter
 from ghoststream.recovery.forms.custom import Custom
 from ghoststream.recovery.forms.folded import Folded
 from ghoststream.recovery.forms.form import Form, WriteRequest
 from ghoststream.recovery.forms.gguf import Gguf
 from ghoststream.registry import Registry
 
-__all__ = ["Custom", "Folded", "Form", "Gguf", "WriteRequest", "find_form", "form_names"]
+__all__ = ["Adapter", "Custom", "Folded", "Form", "Gguf", "WriteRequest", "find_form", "form_names"]
 
 _FORMS: Registry[Form] = Registry("form", name_of=lambda form: form.name)
-for _form in (Custom(), Folded(), Gguf()):
+for _form in (Adapter(), Custom(), Folded(), Gguf()):
     _FORMS.add(_form)
 
 

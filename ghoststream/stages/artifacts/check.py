@@ -14,7 +14,7 @@ from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.sizes import sizes_of
 from ghoststream.errors import CheckpointError, DataError, GhoststreamError, PlanError, UnsupportedModelError
 from ghoststream.files import SUMS_NAME, file_digest, read_json, unseal, verify_sums
-from ghoststream.recovery.names import GGUF_NAME, PROVENANCE_NAME
+from ghoststream.recovery.names import ADAPTER_NAME, GGUF_NAME, PROVENANCE_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan
 
@@ -62,6 +62,16 @@ def check_gguf(path: str) -> list[str]:
 
     def check_sums(root: Path, required: tuple[str, ...]) -> list[str]:
         return verify_sums(root, required=(GGUF_NAME, *required))
+
+    return _check_repair(Path(path), check_sums)
+
+
+def check_adapter(path: str) -> list[str]:
+    """Check header, checksums and provenance."""
+
+    def check_sums(root: Path, required: tuple[str, ...]) -> list[str]:
+        read_header(root / ADAPTER_NAME)
+        return verify_sums(root, required=(ADAPTER_NAME, *required))
 
     return _check_repair(Path(path), check_sums)
 

@@ -23,7 +23,7 @@ from ghoststream.errors import CheckpointError
 from ghoststream.files import format_bytes, read_json, unseal
 from ghoststream.files.seals import read_tensor_header
 from ghoststream.options import Method
-from ghoststream.recovery.names import GGUF_NAME
+from ghoststream.recovery.names import ADAPTER_NAME, GGUF_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan, Span
 
@@ -132,6 +132,12 @@ def explain_gguf(path: str) -> Explanation:
     """Say what a recovered GGUF was made of."""
     size = (Path(path) / GGUF_NAME).stat().st_size
     return _explain_repair(path, {"size": format_bytes(size)})
+
+
+def explain_adapter(path: str) -> Explanation:
+    """Say what an adapter was made of."""
+    facts = {**_config_facts(Path(path)), **_tensor_facts(read_header(Path(path) / ADAPTER_NAME))}
+    return _explain_repair(path, facts)
 
 
 def _explain_repair(path: str, facts: dict[str, Any]) -> Explanation:

@@ -13,7 +13,7 @@ from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestError
 from ghoststream.files import read_json
 from ghoststream.files.seals import METADATA_KEY, SEAL
-from ghoststream.recovery.names import GGUF_NAME, has_provenance
+from ghoststream.recovery.names import GGUF_NAME, has_provenance, is_adapter
 from ghoststream.stages.exploring.report import NAME as EXPLORATION_NAME
 
 # Both are in every file of ours: one in which a bit of either has changed is still known, as damaged.
@@ -29,6 +29,7 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"
     RECOVERED = "recovered checkpoint"
     GGUF = "recovered GGUF"
+    ADAPTER = "adapter"
     OPERATORS = "operators file"
     TENSORS = "safetensors file"
     PLAN = "pruning plan"
@@ -92,6 +93,8 @@ def identify_json(data: Any, place: Path) -> Kind:
 
 def _identify_folder(folder: Path) -> Kind:
     if has_provenance(folder):
+        if is_adapter(folder):
+            return Kind.ADAPTER
         return Kind.GGUF if (folder / GGUF_NAME).is_file() else Kind.RECOVERED
     if any((folder / name).is_file() for name in ("config.json", INDEX_NAME, SINGLE_NAME)):
         return Kind.CHECKPOINT

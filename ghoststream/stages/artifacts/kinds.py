@@ -40,6 +40,9 @@ KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
             "checksums, index, headers, sizes, every tensor, provenance",
         ),
         Kind.GGUF: ArtifactKind(explain.explain_gguf, check.check_gguf, "checksums, provenance"),
+        Kind.ADAPTER: ArtifactKind(
+            explain.explain_adapter, check.check_adapter, "checksums, header, every tensor, provenance"
+        ),
         Kind.OPERATORS: ArtifactKind(
             explain.explain_operators, check.check_operators, "header, digests, values"
         ),

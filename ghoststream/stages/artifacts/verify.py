@@ -13,7 +13,7 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.artifacts.identify import Kind, identify
 from ghoststream.stages.artifacts.kinds import KINDS
 
-_WITH_WEIGHTS = frozenset({Kind.CHECKPOINT, Kind.RECOVERED})
+_WITH_WEIGHTS = frozenset({Kind.CHECKPOINT, Kind.RECOVERED, Kind.ADAPTER})
 
 
 @dataclass(frozen=True, slots=True)

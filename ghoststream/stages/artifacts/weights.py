@@ -124,7 +124,7 @@ def _base_of(kind: Kind, path: str) -> Mapping[str, Any]:
         from ghoststream.stages.exploring.report import ExplorationReport
 
         return ExplorationReport.load(Path(path)).base
-    if kind is Kind.RECOVERED:
+    if kind in {Kind.RECOVERED, Kind.ADAPTER}:
         found = read_json(Path(path) / PROVENANCE_NAME)
         base = found.get("base") if isinstance(found, Mapping) else None
         return base if isinstance(base, Mapping) else {}

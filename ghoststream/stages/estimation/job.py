@@ -147,7 +147,9 @@ class Job(Way):
 
     @property
     def export_bytes(self) -> int:
-        """Bytes of the checkpoint that is written."""
+        """Bytes of what is written."""
+        if self.recovery.form == "adapter":
+            return len(self.spans) * self.fit_cost(self.kind).write_bytes
         kept = self.sizes.checkpoint_bytes - self.n_removed * self.sizes.stored_layer_bytes
         return kept + len(self.spans) * self.exported_bytes
 

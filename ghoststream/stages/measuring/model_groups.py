@@ -15,6 +15,7 @@ from ghoststream.files import file_digest
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute
 from ghoststream.recovery import RecoveredInfo, load_recovered
+from ghoststream.recovery.names import PROVENANCE_NAME, is_adapter
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.lanes import operator_lane
 from ghoststream.stages.session import ModelSession
@@ -178,6 +179,10 @@ def _open(model: str | Path, compute: Compute) -> _Opened:
         operators = OperatorSet.load(path)
         noted = {"digest": None, **(operators.metadata.get("base") or {})}
         return _Opened(str(model), file_digest(path), None, operators, noted)
+    if is_adapter(path):
+        info = load_recovered(path)
+        assert info is not None
+        return _Opened(str(model), file_digest(path / PROVENANCE_NAME), None, info, info.base)
     return _of_session(ModelSession(model, compute))
 
 

@@ -32,7 +32,7 @@ TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
 Resume = Literal["auto", "required", "never"]
 Precision = Literal["auto", "float64", "float32-blocked"]
-Form = Literal["custom", "folded", "adapter", "gguf"]
+Form = Literal["custom", "folded", "adapter", "gguf", "mlx"]
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
@@ -485,8 +485,8 @@ class Recovery(Options):
         "custom",
         "Form of the result: custom holds every operator exactly; folded is an ordinary checkpoint.\n"
         "custom: with its modelling file, unless everything is absorbed. folded: without code, or refused. "
-        "adapter: what was made, without the base's weights. gguf: one file for llama.cpp, or refused. "
-        "See docs/forms.md.",
+        "adapter: what was made, without the base's weights. gguf: one file for llama.cpp, or refused. mlx: "
+        "custom, with a modelling file for mlx-lm too. See docs/forms.md.",
     )
     gguf_type: GgufType = option(
         "auto",

@@ -123,6 +123,13 @@ def export_recovered(
         operator_dtype=operator_dtype,
         fingerprint=fingerprint,
     )
+    return export_job(job, out, lock=lock, progress=progress)
+
+
+def export_job(
+    job: ExportJob, out: Path, *, lock: FileLock | None = None, progress: Progress | None = None
+) -> ExportReport:
+    """Write a checkpoint that is decided already; args, errors and memory as for :func:`export_recovered`."""
     writer = FolderWriter(partial(_write_checkpoint, job), lambda folder: CheckpointIndex.open(folder).shards)
     write_folder(job, out, writer, lock=lock, progress=progress)
     return report_of(job, out)
@@ -222,6 +229,8 @@ def write_beside(job: ExportJob, folder: Path) -> None:
     copy_sidecars(root, folder)
     if job.stands:
         atomic_write_bytes(folder / MODELING_FILE.name, MODELING_FILE.read_bytes())
+    for name, content in job.beside.items():
+        atomic_write_bytes(folder / name, content)
     atomic_write_json(folder / CONFIG_NAME, job.config)
     card = model_card(
         job.operators,

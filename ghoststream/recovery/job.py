@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class ExportJob:
         origins: Name in the base by new name, for tensors that are copied.
         absorptions: Where operators are absorbed.
         rounds: What the base was made of, where it is a recovered checkpoint itself.
+        beside: Files that a form adds, by their names.
     """
 
     skeleton: Skeleton
@@ -80,6 +81,7 @@ class ExportJob:
     origins: Mapping[str, str]
     absorptions: Mapping[Span, Absorption]
     rounds: Sequence[Mapping[str, Any]]
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def stands(self) -> bool:
@@ -89,6 +91,7 @@ class ExportJob:
     @cached_property
     def request(self) -> dict[str, Any]:
         """What decides every bit of the folder, but the bytes of the base's tensors."""
+        beside = {name: bytes_digest(content) for name, content in self.beside.items()}
         return {
             "format": _FORMAT,
             "base": self.fingerprint["digest"],
@@ -98,6 +101,7 @@ class ExportJob:
             "shards": json_digest({shard.name: bytes_digest(shard.header()) for shard in self.shards}),
             "config": json_digest(self.config),
             "modeling": file_digest(MODELING_FILE),
+            **({"beside": beside} if beside else {}),
         }
 
     def base_tensors(self) -> dict[str, str]:
@@ -244,6 +248,14 @@ def with_code(
         "ghost_base_model_type": model_type,
         "ghost_operators": list(entries),
     }
+
+
+def plain_config(data: Mapping[str, Any]) -> Any:
+    """Return a configuration that is written as one of transformers, of the base's type."""
+    from transformers import AutoConfig
+
+    kept = {key: value for key, value in data.items() if key not in {*_OWN_FIELDS, "model_type"}}
+    return AutoConfig.for_model(data.get("ghost_base_model_type") or data["model_type"], **kept)
 
 
 def plain_type(config: Any) -> str:

@@ -45,6 +45,18 @@ def test_recover_in_five_lines(
     assert "Ghosted" in shown
 
 
+def test_to_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path,
+    ids: str,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    _run(monkeypatch, "04_to_llama_cpp.py", tiny_llama, ids, tmp_path / "recovered")
+    assert f"llama-cli -m {tmp_path / 'recovered' / 'model.gguf'}    (" in capsys.readouterr().out
+
+
 def test_compare_operators_and_read_the_store(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

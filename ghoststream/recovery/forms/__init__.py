@@ -10,12 +10,13 @@ from ghoststream.recovery.forms.custom import Custom
 from ghoststream.recovery.forms.folded import Folded
 from ghoststream.recovery.forms.form import Form, WriteRequest
 from ghoststream.recovery.forms.gguf import Gguf
+from ghoststream.recovery.forms.mlx import Mlx
 from ghoststream.registry import Registry
 
-__all__ = ["Adapter", "Custom", "Folded", "Form", "Gguf", "WriteRequest", "find_form", "form_names"]
+__all__ = ["Adapter", "Custom", "Folded", "Form", "Gguf", "Mlx", "WriteRequest", "find_form", "form_names"]
 
 _FORMS: Registry[Form] = Registry("form", name_of=lambda form: form.name)
-for _form in (Adapter(), Custom(), Folded(), Gguf()):
+for _form in (Adapter(), Custom(), Folded(), Gguf(), Mlx()):
     _FORMS.add(_form)
 
 

@@ -132,12 +132,13 @@ class _Made:
         from ghoststream.recovery.gguf.layout import lay_out, require_held
         from ghoststream.recovery.gguf.metadata import default_type, make_writer, rope_tensors
         from ghoststream.recovery.gguf.tokenizer import add_tokenizer
+        from ghoststream.recovery.job import plain_config
         from ghoststream.recovery.layout import prevailing_dtype
 
         self._job = job
         index = job.skeleton.index
         self.wanted = default_type(prevailing_dtype(index)) if gguf_type == "auto" else gguf_type.upper()
-        config = _plain_config(job.config)
+        config = plain_config(job.config)
         entries = job.config.get("ghost_operators") or []
         family = find_family(config.model_type, config)
         require_held(entries, family, config)
@@ -159,15 +160,6 @@ class _Made:
             name: {"digest": digest, "base": origins.get(name)} for name, digest in written.tensors.items()
         }
         return Written({GGUF_NAME: written.digest}, described)
-
-
-def _plain_config(data: Any) -> Any:
-    """Return the configuration of the pruned model as one of its base's type."""
-    from transformers import AutoConfig
-
-    own = {"model_type", "auto_map", "ghost_base_model_type", "ghost_operators"}
-    kept = {key: value for key, value in data.items() if key not in own}
-    return AutoConfig.for_model(data.get("ghost_base_model_type") or data["model_type"], **kept)
 
 
 def _title(job: ExportJob) -> str:

@@ -48,6 +48,7 @@ def price(
     [
         ("measured", {}),
         ("measured", {"max_spans": 1}),
+        ("measured", {"candidates": 1}),
         ("measured", {"search": "exhaustive"}),
         ("measured", {"search": "exhaustive", "max_spans": 1}),
         *((name, {}) for name in ("prune-and-repair", "sleb", "perplexity", "taylor", "taylor-plus")),

@@ -19,7 +19,7 @@ from ghoststream.progress import SilentProgress
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.measured import measure_repairs
-from ghoststream.stages.choosing.race import combined
+from ghoststream.stages.choosing.race import combined, neighbours
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
 from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.rounds import OF_SURVIVORS, TOKENS_A_CHANNEL, SampleShare
@@ -149,3 +149,26 @@ def test_a_sample_has_tokens_enough_for_a_map(n_fit: int, n_held: int, hidden: i
     assert 1 <= fit <= n_fit
     assert 1 <= held <= n_held
     assert fit == n_fit or fit * 512 >= TOKENS_A_CHANNEL * hidden
+
+
+def _ranked(*plans: PruningPlan) -> list[tuple[Repair, dict[str, Any]]]:
+    return [(Repair.alike(plan, Method(operator="ghost")), {}) for plan in plans]
+
+
+@settings(max_examples=100)
+@given(n_layers=st.integers(8, 20), data=st.data())
+def test_the_neighbours_of_a_plan_have_one_span_moved_by_a_layer_or_two(n_layers: int, data: Any) -> None:
+    starts = st.tuples(st.integers(1, n_layers - 3), st.integers(1, n_layers - 3))
+    one, two = data.draw(starts.filter(lambda pair: pair[1] - pair[0] > 2 and pair[1] + 2 < n_layers))
+    plan = PruningPlan(n_layers, (Span(one, one + 2), Span(two, two + 2)))
+    expected = set()
+    for first, second in itertools.product(range(1, n_layers - 2), repeat=2):
+        moves = sorted((abs(first - one), abs(second - two)))
+        if moves[0] == 0 and moves[1] in (1, 2) and first + 2 < second and second + 2 < n_layers:
+            expected.add(PruningPlan(n_layers, (Span(first, first + 2), Span(second, second + 2))))
+    assert set(neighbours(_ranked(plan))) == expected
+    single = PruningPlan(n_layers, (Span(1, 5),))
+    known = sorted(expected, key=str)[:1]
+    assert set(neighbours(_ranked(single, plan, *known))) >= expected - set(known)
+    assert not set(neighbours(_ranked(plan, *known))) & {plan, *known}
+    assert neighbours(_ranked(single)) == []

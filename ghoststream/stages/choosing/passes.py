@@ -6,10 +6,14 @@ Lanes are counted in dense passes over all sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
+from math import comb
 
 from ghoststream.costs import PassCost, SearchShape
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.rounds import (
+    LEADERS,
+    MOVES,
     OF_PLANS,
     OF_SPANS,
     OF_SURVIVORS,
@@ -70,10 +74,22 @@ def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost
     n_survivors = min(SURVIVORS, max(1, shape.n_layers - 1 - max(sizes)))
     if most > 1:
         found.append(_round(shape, OF_PLANS, shape.search.candidates + n_survivors, n_spans=most))
+        if _plans_of_several(shape, tried) > shape.search.candidates:
+            found.append(_round(shape, OF_PLANS, LEADERS * most * len(MOVES), n_spans=most))
     # Of the leader other ways are measured beside the likely one, more of them behind another boundary.
     n_ways = (2 + 3 * (most - 1)) * bool(shape.tried)
     found.append(_round(shape, OF_SURVIVORS, n_survivors * most + n_ways, n_spans=most, sequential=True))
     return tuple(found)
+
+
+def _plans_of_several(shape: SearchShape, tried: Sequence[Sequence[int]]) -> int:
+    """Return how many plans of several spans there are that do not touch, nor the first or the last layer."""
+    n_plans = 0
+    for sizes in (sizes for sizes in tried if len(sizes) > 1):
+        free = shape.n_layers - 2 - sum(sizes) - (len(sizes) - 1)
+        orders = len(set(permutations(sizes)))
+        n_plans += orders * comb(free + len(sizes), len(sizes)) if free >= 0 else 0
+    return n_plans
 
 
 def _round(

@@ -5,7 +5,9 @@
 3. Plans of several spans are made of these, those first whose spans cost least together. They are measured
    beside the best single spans, on more windows. All boundaries are fitted to dense states here: what is
    fitted once serves all plans, and only windows to measure on go from one boundary to the next.
-4. The survivors are measured on more windows again, repaired in the way that is nearly always the best one,
+4. So are the neighbours of the best of these, in which one span is moved by a layer or two: the spans that
+   were measured alone are apart.
+5. The survivors are measured on more windows again, repaired in the way that is nearly always the best one,
    one boundary after the other; of the leader other ways to repair are measured too.
 
 Where the vocabulary is so large that the head takes more arithmetic than the layers, all rounds but the last
@@ -25,11 +27,13 @@ import torch
 
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.auto import methods_for
+from ghoststream.stages.choosing.auto import methods_for, preference
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist, similarity_maps
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import (
+    LEADERS,
+    MOVES,
     OF_PLANS,
     OF_SPANS,
     OF_SURVIVORS,
@@ -80,7 +84,7 @@ def race(
     Returns:
         The repair that is taken, and the figures of all, those of the last round first.
     """
-    run = _Race(trial, n_rounds=2 + (max(map(len, tried)) > 1))
+    run = _Race(trial, n_rounds=2 + 2 * (max(map(len, tried)) > 1))
     samples = [trial.sample(share) for share in (OF_SPANS, OF_PLANS, OF_SURVIVORS)]
     screen = method or SCREEN
     alone = _alone(run, tried, samples[0], screen)
@@ -97,6 +101,11 @@ def race(
         ]
         ranked = run.run(screened, samples[1], "plans")
         trial.tell(*ranked[0])
+        near = writable(trial.session, neighbours(ranked))
+        if near:
+            moved = run.run([Repair.alike(plan, on_dense) for plan in near], samples[1], "plans beside them")
+            ranked = sorted([*ranked, *moved], key=lambda pair: preference(pair[1]))
+            trial.tell(*ranked[0])
         plans = survivors(ranked)
     if method is None:
         repairs = [_likely(trial, plan) for plan in plans]
@@ -165,6 +174,31 @@ def combined(n_layers: int, tried: Sequence[Sequence[int]], alone: Mapping[Span,
                 plan = PruningPlan(n_layers, tuple(ordered))
                 cost[plan] = sum(alone[span] for span in spans)
     return sorted(cost, key=lambda plan: (cost[plan], plan.spans))
+
+
+def neighbours(ranked: Ranked) -> list[PruningPlan]:
+    """Return the plans that are one of the best of several spans with one span moved, each once.
+
+    Spans stay off the first and the last layer and do not touch. What was measured is left out.
+    """
+    measured = {repair.plan for repair, _ in ranked}
+    leaders = [repair.plan for repair, _ in ranked if len(repair.plan.spans) > 1][:LEADERS]
+    found: dict[PruningPlan, None] = {}
+    for plan in leaders:
+        for index, move in itertools.product(range(len(plan.spans)), MOVES):
+            moved = _moved(plan, index, move)
+            if moved is not None and moved not in measured:
+                found[moved] = None
+    return list(found)
+
+
+def _moved(plan: PruningPlan, index: int, move: int) -> PruningPlan | None:
+    span = plan.spans[index]
+    others = [one for number, one in enumerate(plan.spans) if number != index]
+    start, stop = span.start + move, span.stop + move
+    if start < 1 or stop >= plan.n_layers or any(one.start <= stop and start <= one.stop for one in others):
+        return None
+    return PruningPlan(plan.n_layers, tuple(sorted([*others, Span(start, stop)])))
 
 
 def survivors(ranked: Ranked) -> list[PruningPlan]:

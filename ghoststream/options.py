@@ -353,7 +353,11 @@ class Compute(Options):
         metavar="B",
     )
     device: str = option(
-        "auto", "cpu, cuda or cuda:N; auto is CUDA where there is one.", usual=True, metavar="NAME"
+        "auto",
+        "cpu, cuda or cuda:N; auto is CUDA where there is one.\nSeveral, such as cuda:0,cuda:1, share the "
+        "sequences of capture and evaluate.",
+        usual=True,
+        metavar="NAME",
     )
     device_memory: Bytes | None = option(
         None,

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import debug_option, grouped, json_option, model_argument
+from ghoststream.cli.options import debug_option, field_option, grouped, json_option, model_argument
 from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_text
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Storage, Text, dtype_name
+from ghoststream.options import Compute, Reduction, Storage, Text, dtype_name
 
 
 class WorkerShare(click.ParamType[tuple[int, int]]):
@@ -46,6 +46,7 @@ class WorkerShare(click.ParamType[tuple[int, int]]):
     type=WorkerShare(),
     help="Share of worker I of N, counted from 1, e.g. 1/4; the last one to finish completes the store.",
 )
+@field_option(Reduction, "scheduler", section="Running the model")
 @grouped(calibration=Text, storage=Storage, compute=Compute)
 @json_option
 @debug_option
@@ -55,8 +56,9 @@ def command(model: str, *, calibration: Text | None, as_json: bool, **given: Any
     MODEL is a local checkpoint folder or a hub id. The same command continues with the first layer that is
     not complete. STORE must be empty or come from the same request.
 
-    To use several devices or hosts, run the same command on each with another --worker, on a STORE that all
-    of them see. The files do not depend on the number of workers.
+    Several devices take shares of the sequences: --device cuda:0,cuda:1 on this machine, --scheduler for the
+    workers of a Dask cluster, or the same command by hand on each with another --worker. All of them see
+    STORE. The files do not depend on the number of workers.
     """
     from ghoststream.stages.capturing.capture import capture
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ghoststream.costs import default_logit_tokens
 from ghoststream.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from ghoststream.evaluation.induction import induction_tokens
-from ghoststream.evaluation.losses import LossAccumulator, LossSummary
+from ghoststream.evaluation.losses import LossAccumulator, LossSummary, LossSums
 from ghoststream.evaluation.positions import SampledPositions
 from ghoststream.evaluation.report import EvaluationReport, EvaluationRow
 from ghoststream.evaluation.requests import RequestBatches, RequestScores, ScoredWindow
@@ -24,6 +24,7 @@ __all__ = [
     "EvaluationRow",
     "LossAccumulator",
     "LossSummary",
+    "LossSums",
     "PairedDifference",
     "RequestBatches",
     "RequestScores",

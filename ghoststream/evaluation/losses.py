@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,15 @@ class LossSummary:
     def perplexity(self) -> float:
         """``exp(loss)``; infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class LossSums(NamedTuple):
+    """What a :class:`LossAccumulator` has added up, by sequence: of all tokens, and of the marked ones."""
+
+    losses: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    marked_losses: npt.NDArray[np.float64]
+    marked_tokens: npt.NDArray[np.int64]
 
 
 class LossAccumulator:
@@ -118,6 +128,20 @@ class LossAccumulator:
         except NumericsError as error:
             msg = f"{self._name}: {error}" if self._name else str(error)
             raise NumericsError(msg) from error
+
+    def sums(self) -> LossSums:
+        """Return the sums so far.
+
+        Raises:
+            NumericsError: If a loss is not finite, and the logits were an accelerator's.
+        """
+        self._fetch()
+        return LossSums(self._sums, self._counts, self._marked_sums, self._marked_counts)
+
+    def add(self, sums: LossSums) -> None:
+        """Add the sums of another one, which saw other sequences of the text: no bit depends on the order."""
+        for own, other in zip(self.sums(), sums, strict=True):
+            np.add(own, other, out=own)
 
     def summary(self) -> LossSummary:
         """Summarise what was seen.

@@ -66,18 +66,18 @@ def test_losses_of_a_sample_are_those_of_its_positions() -> None:
         own = logits[batch.start : batch.stop].flatten(0, 1)[sample(batch)]
         for first in range(0, len(own), 3):
             losses.observe_logits(batch, first, own[first : first + 3])
-    by_token = {
+    by_window = {
         row: {t: float(-logits[row, t].log_softmax(0)[ids[row, t + 1]]) for t in places}
         for row, places in _of_window(batches, sample).items()
         if places
     }
     found = losses.summary()
-    assert found.tokens == sum(map(len, by_token.values()))
-    means = [np.mean(list(own.values())) for own in by_token.values()]
+    assert found.tokens == sum(map(len, by_window.values()))
+    means = [np.mean(list(own.values())) for own in by_window.values()]
     assert found.sequence_losses == pytest.approx(means, rel=1e-6)
     assert found.loss == pytest.approx(
-        np.mean([x for own in by_token.values() for x in own.values()]), rel=1e-6
+        np.mean([x for own in by_window.values() for x in own.values()]), rel=1e-6
     )
-    for mean, (row, own) in zip(found.marked_losses, by_token.items(), strict=True):
-        wanted = [value for t, value in own.items() if marked[row, t]]
+    for mean, (row, values) in zip(found.marked_losses, by_window.items(), strict=True):
+        wanted = [value for t, value in values.items() if marked[row, t]]
         assert mean == (pytest.approx(np.mean(wanted), rel=1e-6) if wanted else None)

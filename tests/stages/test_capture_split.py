@@ -12,7 +12,8 @@ import pytest
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.stages.artifacts.inspect import inspect_path
-from ghoststream.stages.capturing.capture import _rows_of, _sequences_per_shard, capture
+from ghoststream.stages.capturing.capture import _sequences_per_shard, capture
+from ghoststream.stages.workers import rows_of
 from ghoststream.streaming import StreamedPass
 from tests.helpers.command_bench import last_line, run
 from tests.helpers.groups import capture_arguments
@@ -185,7 +186,7 @@ def test_a_shard_is_whole_micro_batches_or_an_even_part_of_one(
 @pytest.mark.parametrize("step", [1, 2, 7, 21, 40])
 def test_shares_are_even_and_cut_at_whole_steps(step: int) -> None:
     for count in range(1, 30):
-        shares = [_rows_of(number, count, S, step) for number in range(1, count + 1)]
+        shares = [rows_of(number, count, S, step) for number in range(1, count + 1)]
         assert [row for start, stop in shares for row in range(start, stop)] == list(range(S))
         assert all(start % step == 0 for start, stop in shares if start < stop)
         steps = [-(-(stop - start) // step) for start, stop in shares]

@@ -14,6 +14,7 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import is_shared, on_first_device, rows_of, workers
 from ghoststream.statistics import base_of
 from ghoststream.text import TokenSet, recipe_of
 
@@ -28,6 +29,7 @@ def capture(
     storage: Storage | None = None,
     compute: Compute | None = None,
     worker: tuple[int, int] | None = None,
+    scheduler: Any = None,
     progress: Progress | None = None,
 ) -> ActivationStore:
     """Run a model once over calibration text and keep ``h[0..L]`` (or some of them) in a store.
@@ -46,10 +48,13 @@ def capture(
         calibration: Text to calibrate on, or its specification, or those of several.
         store: Path or URL of the store.
         storage: Which hidden states are kept, and their dtype.
-        compute: How the model is opened and run.
+        compute: How the model is opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of
+            the sequences, in a process each.
         worker: ``(i, n)``: do the share of worker ``i`` of ``n``, counted from 1. Shares are whole shards and
             whole micro-batches; where there are fewer of these than workers, the last workers have nothing to
             do.
+        scheduler: Address of a Dask scheduler, or its client, whose workers take shares. They see the model,
+            the text and the store by the same names.
         progress: Who is told how far it is.
 
     Returns:
@@ -58,7 +63,7 @@ def capture(
     Raises:
         MismatchError: If the store was made from another model, text or recipe.
         RequestError: If the store is being captured in other shares, or in shares and ``worker`` is not
-            given.
+            given; or the scheduler does not answer or is lost.
         BusyError: If another process is writing the store, or this worker's share of it.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         NumericsError: If hidden states stop being finite.
@@ -69,15 +74,51 @@ def capture(
     each array that is filled, and on an accelerator three micro-batches on their way there. With
     ``worker``, S is the number of sequences in its share.
     """
+    compute, text = compute or Compute(), Text.of(calibration).to_calibrate()
+    storage, progress = storage or Storage(), progress or SilentProgress()
+    if is_shared(compute, scheduler):
+        if worker is not None:
+            msg = (
+                "--worker is one share, and several devices or --scheduler take all; leave one of the two out"
+            )
+            raise RequestError(msg)
+        return _capture_shared(model, text, store, storage, compute, scheduler, progress)
     session = ModelSession(model, compute)
-    return capture_session(
-        session,
-        Text.of(calibration).to_calibrate(),
-        store,
-        storage or Storage(),
-        worker=worker,
-        progress=progress or SilentProgress(),
-    )
+    return capture_session(session, text, store, storage, worker=worker, progress=progress)
+
+
+def _capture_shared(
+    model: str | Path,
+    text: Text,
+    store: str | Path,
+    storage: Storage,
+    compute: Compute,
+    scheduler: Any,
+    progress: Progress,
+) -> ActivationStore:
+    """Have each worker do what :func:`capture` does with ``worker``; the last one completes the store."""
+    session = ModelSession(model, on_first_device(compute))
+    tokens = session.tokens(text, progress)
+    micro_batch = _micro_batch(session, text, store)
+    recipe = _recipe(session, text, tokens, storage, micro_batch)
+    same = compute.model_copy(update={"micro_batch": micro_batch})
+    with workers(compute, scheduler, progress) as crew:
+        rows = crew.rows(tokens.n_sequences, _share_step(recipe))
+        shares = [(model, text, store, storage, (number, len(rows))) for number in range(1, len(rows) + 1)]
+        crew.run(capture_share, same, shares, [stop - start for start, stop in rows], progress)
+    return ActivationStore.open(str(store))
+
+
+def capture_share(
+    compute: Compute,
+    model: str | Path,
+    text: Text,
+    store: str | Path,
+    storage: Storage,
+    worker: tuple[int, int],
+) -> None:
+    """Do one share of a capture, on a worker; see :func:`capture`."""
+    capture(model, calibration=text, store=store, storage=storage, compute=compute, worker=worker)
 
 
 def capture_session(
@@ -94,7 +135,7 @@ def capture_session(
     begun = _begun(store)
     if begun is not None:
         require_undamaged(base_of(begun), session.fingerprint, session.skeleton.index, f"{store} was begun")
-    micro_batch = session.compute.micro_batch or _begun_with(begun) or session.micro_batch(text.length)
+    micro_batch = _micro_batch(session, text, store)
     recipe = _recipe(session, text, tokens, storage, micro_batch)
     rows = None if worker is None else _share(recipe, tokens.n_sequences, worker, progress)
     with _open_store(store, rows, _request(session, tokens, recipe)) as target:
@@ -110,6 +151,11 @@ def _begun(store: str | Path) -> ActivationStore | None:
         return ActivationStore.open(str(store))
     except GhoststreamError:
         return None  # nothing there, or something that opening it for writing will name
+
+
+def _micro_batch(session: ModelSession, text: Text, store: str | Path) -> int:
+    """Return the sequences of a micro-batch: as given, as the store was begun with, or as memory allows."""
+    return session.compute.micro_batch or _begun_with(_begun(store)) or session.micro_batch(text.length)
 
 
 def _begun_with(store: ActivationStore | None) -> int | None:
@@ -168,8 +214,8 @@ def _share(
 ) -> tuple[int, int]:
     """Return the sequences ``[start, stop)`` of a worker, and say which they are."""
     number, count = worker
-    step = math.lcm(recipe.sequences_per_shard, recipe.micro_batch)
-    start, stop = _rows_of(number, count, n_sequences, step)
+    step = _share_step(recipe)
+    start, stop = rows_of(number, count, n_sequences, step)
     if start == stop:
         progress.log(
             f"worker {number} of {count} has nothing to do: {n_sequences} sequences make "
@@ -181,15 +227,9 @@ def _share(
     return start, stop
 
 
-def _rows_of(number: int, count: int, n_sequences: int, step: int) -> tuple[int, int]:
-    """Divide sequences among workers ``1..count`` at multiples of ``step``, as evenly as these allow."""
-    if not 1 <= number <= count:
-        msg = f"there is no worker {number} of {count}; workers are counted from 1 to their number"
-        raise RequestError(msg)
-    each, more = divmod(math.ceil(n_sequences / step), count)
-    first = (number - 1) * each + min(number - 1, more)
-    last = first + each + (number <= more)
-    return min(first * step, n_sequences), min(last * step, n_sequences)
+def _share_step(recipe: CaptureRecipe) -> int:
+    """Return of how many sequences shares are: whole shards and whole micro-batches."""
+    return math.lcm(recipe.sequences_per_shard, recipe.micro_batch)
 
 
 def _request(session: ModelSession, tokens: TokenSet, recipe: CaptureRecipe) -> StoreRequest:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ghoststream.activations import ActivationStore
 from ghoststream.errors import RequestError
@@ -14,7 +15,9 @@ from ghoststream.recipe import library_versions
 from ghoststream.stages.measuring.figures import claimed_figures
 from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes
+from ghoststream.stages.measuring.shares import measure_shares
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import is_shared, on_first_device, workers
 
 
 def evaluate(
@@ -23,6 +26,7 @@ def evaluate(
     text: Text | str | None = None,
     store: str | Path | None = None,
     compute: Compute | None = None,
+    scheduler: Any = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
@@ -37,13 +41,16 @@ def evaluate(
         text: Text to measure on, or its specification; or give ``store``.
         store: Activation store of the models' base, whose text is measured on: the pass starts from the last
             stored states that all models share, and the layers before are not computed again.
-        compute: How models are opened and run.
+        compute: How models are opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of the
+            sequences, in a process each; no bit depends on their number.
+        scheduler: Address of a Dask scheduler, or its client, whose workers take shares in the same way. They
+            see the models, and the store, by the same names.
         out: Where to write the rows as JSON; may hold the rows of just this request.
         progress: Who is told how far it is.
 
     Raises:
         RequestError: If no model is given, an operator file without its base, both or neither of ``text`` and
-            ``store``, or ``out`` cannot be written.
+            ``store``, ``out`` cannot be written, or the scheduler does not answer or is lost.
         MismatchError: If the store is not of the models' base, or was computed in another way.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
         OutputExistsError: If ``out`` holds anything else.
@@ -51,13 +58,23 @@ def evaluate(
         BusyError: If another process is writing it.
         GhoststreamError: What opening models, the text or the store raises.
 
-    Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time.
+    Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, on each worker; workers of one
+    machine share its free memory evenly.
     """
     if (text is None) == (store is None):
         msg = "give either a text to measure on, or a store whose text and states are taken"
         raise RequestError(msg)
     wanted = Text.of(text).to_evaluate() if text is not None else ActivationStore.open(str(store))
-    return _evaluate(group_models(models, compute or Compute()), wanted, out, progress or SilentProgress())
+    compute, progress = compute or Compute(), progress or SilentProgress()
+    if not is_shared(compute, scheduler):
+        return _evaluate(group_models(models, compute), wanted, out, progress)
+
+    def shared(number: int, measurement: Measurement) -> None:
+        asked = wanted if isinstance(wanted, Text) else wanted.uri
+        with workers(compute, scheduler, progress) as crew:
+            measure_shares(crew, measurement, models, number, asked, compute, progress)
+
+    return _evaluate(group_models(models, on_first_device(compute)), wanted, out, progress, shared)
 
 
 def evaluate_session(
@@ -68,14 +85,22 @@ def evaluate_session(
 
 
 def _evaluate(
-    groups: Sequence[ModelGroup], wanted: Text | ActivationStore, out: str | Path | None, progress: Progress
+    groups: Sequence[ModelGroup],
+    wanted: Text | ActivationStore,
+    out: str | Path | None,
+    progress: Progress,
+    shared: Callable[[int, Measurement], None] | None = None,
 ) -> EvaluationReport:
     measurements = [Measurement(one, wanted, progress) for one in groups]
     asked = [request for one in measurements for request in one.requests()]
     rows: dict[int, EvaluationRow] = {}
     with claimed_figures(out, "evaluation", asked) as write:
         for number, measurement in enumerate(measurements):
-            for model, losses, recipe in measurement.run(progress):
+            if shared is None:
+                measurement.run(progress)
+            else:
+                shared(number, measurement)
+            for model, losses, recipe in measurement.results():
                 rows[model.position] = EvaluationRow(
                     model.name, losses, recipe, number, model.fingerprint, library_versions()
                 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ghoststream.activations import ActivationStore
 from ghoststream.checkpoint.fingerprint import require_undamaged
 from ghoststream.errors import MismatchError
-from ghoststream.evaluation import LossAccumulator, LossSummary, default_logit_tokens
+from ghoststream.evaluation import LossAccumulator, LossSummary, LossSums, default_logit_tokens
 from ghoststream.options import Text
 from ghoststream.progress import Progress
 from ghoststream.recipe import CaptureRecipe, EvaluateRecipe, TextRecipe
@@ -27,13 +28,20 @@ class Measurement:
         group: The models.
         text: Which tokens, or the store whose tokens and states are taken.
         progress: Who is told how windows begin.
+        tokens: The tokens of the text, where they are known.
 
     Raises:
         TextError: If the text gives too little.
         MismatchError: If the store is of another model, was computed in another way, or holds rounded states.
     """
 
-    def __init__(self, group: ModelGroup, text: Text | ActivationStore, progress: Progress) -> None:
+    def __init__(
+        self,
+        group: ModelGroup,
+        text: Text | ActivationStore,
+        progress: Progress,
+        tokens: TokenSet | None = None,
+    ) -> None:
         self._session, self._models = group.session, group.models
         if isinstance(text, ActivationStore):
             self._store: ActivationStore | None = text
@@ -42,10 +50,11 @@ class Measurement:
             tokens, asked, micro_batch = TokenSet(*text.tokens()), captured.text, captured.micro_batch
             self._memory = group.session.memory(tokens.length)
         else:
-            self._store, tokens = None, group.session.tokens(text, progress)
+            self._store, tokens = None, tokens or group.session.tokens(text, progress)
             asked = recipe_of(text, tokens)
             self._memory = group.session.memory(tokens.length)
             micro_batch = group.session.micro_batch(tokens.length)
+        self.tokens = tokens
         self._recipe = self._make_recipe(asked, tokens.digest, micro_batch)
         self._batches = make_batches(tokens.ids, tokens.mask, self._recipe.micro_batch)
         self._losses = [LossAccumulator(tokens.n_sequences, name=model.name) for model in self._models]
@@ -57,9 +66,31 @@ class Measurement:
             (model.position, {"fingerprint": model.fingerprint, "recipe": recipe}) for model in self._models
         ]
 
-    def run(self, progress: Progress) -> list[tuple[MeasuredModel, LossSummary, dict[str, Any]]]:
-        """Run the pass; one result a model, in their order."""
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that are computed together."""
+        return self._recipe.micro_batch
+
+    def results(self) -> list[tuple[MeasuredModel, LossSummary, dict[str, Any]]]:
+        """Return what was measured: one result a model, in their order."""
+        recipe = self._recipe.to_json()
+        pairs = zip(self._models, self._losses, strict=True)
+        return [(model, losses.summary(), recipe) for model, losses in pairs]
+
+    def sums(self) -> list[LossSums]:
+        """Return the sums of what was measured, for each model."""
+        return [losses.sums() for losses in self._losses]
+
+    def add(self, sums: Sequence[LossSums]) -> None:
+        """Add what was measured elsewhere, on other sequences."""
+        for losses, own in zip(self._losses, sums, strict=True):
+            losses.add(own)
+
+    def run(self, progress: Progress, rows: tuple[int, int] | None = None) -> None:
+        """Run the pass over all sequences, or over some: whole micro-batches ``[start, stop)``."""
         skeleton = self._session.skeleton
+        start, stop = rows or (0, self.tokens.n_sequences)
+        batches = [batch for batch in self._batches if start <= batch.start and batch.stop <= stop]
         pairs = list(zip(self._models, self._losses, strict=True))
         lanes = [model.lane(self._session, losses) for model, losses in pairs]
         first = self._first_layer(lanes)
@@ -71,11 +102,9 @@ class Measurement:
             logit_tokens=self._recipe.loss_chunk_tokens,
             progress=progress,
         )
-        factory = self._memory.states_factory(self._batches)
-        StreamedPass(skeleton, self._batches, lanes, factory, options).run()
+        factory = self._memory.states_factory(batches)
+        StreamedPass(skeleton, batches, lanes, factory, options).run()
         self._session.require_unchanged(progress)
-        recipe = self._recipe.to_json()
-        return [(model, losses.summary(), recipe) for model, losses in pairs]
 
     def _first_layer(self, lanes: list[Lane]) -> int:
         """Return the last stored position that every lane still comes through."""

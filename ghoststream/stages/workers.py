@@ -1,0 +1,254 @@
+"""Work that several devices or machines share: the workers of a Dask cluster, or a process a device here.
+
+A pass over some sequences needs nothing of the others, where nothing is fitted on all of them. So each worker
+takes a share of the sequences, reads all weights, and gives what the same sequences give in one process: a
+share is a run of whole micro-batches, and a micro-batch decides every bit of its states.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from ghoststream.errors import BudgetError, RequestError
+from ghoststream.machine import free_host_memory
+from ghoststream.options import Compute
+from ghoststream.progress import Progress
+from ghoststream.statistics.cluster import connect, require_versions
+from ghoststream.stopping import require_going_on
+
+_LOOK_SECONDS = 1
+_ONE_AT_A_TIME = threading.Lock()
+"""A worker with several threads does one share at a time: each takes the memory of a pass."""
+
+
+def devices_of(compute: Compute) -> tuple[str, ...]:
+    """Return the devices that are named, mostly one."""
+    return tuple(name.strip() for name in compute.device.split(","))
+
+
+def is_shared(compute: Compute, scheduler: Any) -> bool:
+    """Whether several devices are named, or a cluster is.
+
+    Raises:
+        RequestError: If both are.
+    """
+    several = len(devices_of(compute)) > 1
+    if several and scheduler is not None:
+        msg = (
+            f"--device {compute.device} names several devices of this machine, and --scheduler a cluster, "
+            "whose workers have devices of their own; leave one of the two out"
+        )
+        raise RequestError(msg)
+    return several or scheduler is not None
+
+
+def on_first_device(compute: Compute) -> Compute:
+    """Return how this process opens a model whose passes others run."""
+    return compute.model_copy(update={"device": devices_of(compute)[0]})
+
+
+def rows_of(number: int, count: int, n_sequences: int, step: int) -> tuple[int, int]:
+    """Return the sequences of worker ``number`` of ``1..count``, divided at multiples of ``step``.
+
+    As evenly as these allow; the last workers have none where there are fewer multiples.
+
+    Raises:
+        RequestError: If there is no such worker.
+    """
+    if not 1 <= number <= count:
+        msg = f"there is no worker {number} of {count}; workers are counted from 1 to their number"
+        raise RequestError(msg)
+    each, more = divmod(math.ceil(n_sequences / step), count)
+    first = (number - 1) * each + min(number - 1, more)
+    last = first + each + (number <= more)
+    return min(first * step, n_sequences), min(last * step, n_sequences)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a share has to know of where it runs.
+
+    Attributes:
+        devices: The devices of the workers of this machine, by their names, which are numbers; empty on a
+            cluster.
+        threads: Threads of a worker of this machine: as many as this process has, as their number may change
+            bits.
+        workers: How many workers each host has, which share its memory.
+    """
+
+    devices: tuple[str, ...]
+    threads: int
+    workers: Mapping[str, int]
+
+
+class Workers:
+    """Workers that wait for shares.
+
+    Args:
+        client: A ``distributed.Client``.
+        place: Where they are.
+    """
+
+    def __init__(self, client: Any, place: _Place) -> None:
+        self._client, self._place = client, place
+
+    def rows(self, n_sequences: int, step: int) -> list[tuple[int, int]]:
+        """Return the shares of the sequences, one a worker, without those that are empty."""
+        count = sum(self._place.workers.values())
+        found = (rows_of(number, count, n_sequences, step) for number in range(1, count + 1))
+        return [rows for rows in found if rows[0] < rows[1]]
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        compute: Compute,
+        shares: Sequence[tuple[Any, ...]],
+        sizes: Sequence[int],
+        progress: Progress,
+    ) -> list[Any]:
+        """Call a function once a share, with ``(compute, *share)``, and return what they give, in order.
+
+        Where a worker is lost, another one does its share. A share that fails ends the others.
+
+        Args:
+            function: Importable by its name; a share may be done twice.
+            compute: How a worker runs a model; device and memory are put in for it.
+            shares: The other arguments.
+            sizes: Sequences of each share.
+            progress: Told when a share is done.
+
+        Raises:
+            BudgetError: If a share ended several workers.
+            RequestError: If the scheduler is lost.
+            StoppedError: If this process was asked to stop.
+            GhoststreamError: What the function raises.
+        """
+        progress.start(f"shares of {len(shares)} workers", sum(sizes), "sequences")
+        futures = [
+            self._client.submit(_on_worker, function, compute, self._place, share, pure=False)
+            for share in shares
+        ]
+        left = dict(zip((future.key for future in futures), sizes, strict=True))
+        try:
+            with _explained():
+                for future in self._finished(futures):
+                    future.result()
+                    progress.advance(left.pop(future.key))
+                return [future.result() for future in futures]
+        finally:
+            self._client.cancel(futures)
+            progress.finish()
+
+    def _finished(self, futures: Sequence[Any]) -> Iterator[Any]:
+        from distributed import wait
+
+        waiting = set(futures)
+        while waiting:
+            require_going_on()
+            try:
+                done, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED")
+            except TimeoutError:
+                continue
+            yield from done
+
+
+@contextmanager
+def workers(compute: Compute, scheduler: Any, progress: Progress) -> Iterator[Workers]:
+    """Give the workers of a cluster, or start one process for each device that is named.
+
+    Processes of this machine import the script that was started, as :mod:`multiprocessing` does: in one of
+    your own, call this below ``if __name__ == "__main__"``.
+
+    Raises:
+        RequestError: If no scheduler answers, or a worker runs another ghoststream.
+    """
+    devices = devices_of(compute)
+    if scheduler is None:
+        with _processes(len(devices)) as client:
+            yield Workers(client, _Place(devices, torch.get_num_threads(), {"": len(devices)}))
+        return
+    with connect(scheduler) as client:
+        if not client.nthreads():
+            progress.log(f"the cluster at {client.scheduler.address} has no workers yet; waiting for one")
+            client.wait_for_workers(1)
+        require_versions(client, progress)
+        hosts = Counter(map(_host, client.nthreads()))
+        progress.log(f"{hosts.total()} workers of {client.scheduler.address} take shares of the sequences")
+        yield Workers(client, _Place((), 0, hosts))
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[Any]:
+    from distributed import Client, LocalCluster
+
+    # What a share takes is counted by its pass; a limit of Dask's would end it.
+    with (
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _host(address: str) -> str:
+    return urlsplit(address).hostname or address
+
+
+def _on_worker(function: Callable[..., Any], compute: Compute, place: _Place, share: tuple[Any, ...]) -> Any:
+    from distributed import get_worker
+
+    worker = get_worker()
+    given: dict[str, Any] = {}
+    among = place.workers.get(_host(worker.address), 1)
+    if place.devices:
+        given["device"], among = place.devices[int(worker.name)], len(place.devices)
+        torch.set_num_threads(place.threads)
+    with _ONE_AT_A_TIME:
+        if among > 1:
+            memory = compute.host_memory or free_host_memory() * 9 // 10
+            given["host_memory"] = memory // among
+        return function(compute.model_copy(update=given), *share)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what a share that costs one worker after the other, or a lost scheduler means.
+
+    Raises:
+        BudgetError: If a share ended several workers.
+        RequestError: If the scheduler is gone.
+    """
+    from concurrent.futures import CancelledError
+
+    from distributed.scheduler import KilledWorker
+
+    try:
+        yield
+    except KilledWorker as error:
+        msg = (
+            "a share of the sequences ended the workers that ran it, most often for lack of memory; give "
+            "--host-memory, or fewer workers, and run the same command again"
+        )
+        raise BudgetError(msg) from error
+    except CancelledError as error:
+        msg = (
+            "the scheduler was lost, or the work was cancelled there; start it again if it is gone, and run "
+            "the same command again"
+        )
+        raise RequestError(msg) from error

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 import yaml
 
+from ghoststream.operators import OperatorSet
+from ghoststream.spans import PruningPlan
+from ghoststream.stages.export import export
+from ghoststream.stages.session import ModelSession
 from ghoststream.testing.models import save_tiny, tiny_model
+from ghoststream.testing.operators import random_operators
 from ghoststream.testing.tokenizers import tiny_tokenizer
 
 FIRST_CHARACTER, CHARACTERS = 4, 96
@@ -24,6 +29,15 @@ def save_model(folder: Path, *, adds_bos: bool = False, family: str = "llama") -
     save_tiny(family, folder)
     tiny_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
     return folder
+
+
+def recover_randomly(base: Path, folder: Path, spans: str) -> OperatorSet:
+    """Export a model of six layers with random operators; return these."""
+    operators = random_operators(
+        PruningPlan.parse(6, spans), 32, metadata={"base": ModelSession(base).fingerprint}
+    )
+    export(base, operators, folder)
+    return operators
 
 
 def write_tasks(folder: Path) -> Path:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import LocalCluster
+
+from ghoststream.operators import OperatorSet
+from tests.helpers.installed_package import install_package, run_with
+from tests.helpers.task_bench import recover_randomly, save_model
 
 pytestmark = pytest.mark.integration
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,6 +37,8 @@ def test_every_example_is_listed() -> None:
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         assert f"examples/{path.name} " in listed
+    for path in EXAMPLES.iterdir():
+        assert f"({path.name}" in listed or path.name == "README.md"
 
 
 def test_recover_in_five_lines(
@@ -57,7 +66,7 @@ def test_to_llama_cpp(
     assert f"llama-cli -m {tmp_path / 'recovered' / 'model.gguf'}    (" in capsys.readouterr().out
 
 
-def test_compare_operators_and_read_the_store(
+def test_compare_operators_and_read_the_store_and_reduce_it_on_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tiny_llama: Path,
@@ -72,3 +81,58 @@ def test_compare_operators_and_read_the_store(
     _run(monkeypatch, "03_read_a_store.py", tmp_path / "store")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == [f"h[{layer}]" for layer in range(7)]
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        name, address = "05_statistics_on_a_cluster.py", cluster.scheduler_address
+        _run(monkeypatch, name, tmp_path / "store", tmp_path / "cluster", address)
+    assert "angular distance of the last two hidden states: 0." in capsys.readouterr().out
+    there = OperatorSet.load(tmp_path / "cluster" / "operators.safetensors")
+    assert there.plan == OperatorSet.load(tmp_path / "ghost.safetensors").plan
+
+
+def test_prune_in_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path,
+    ids: str,
+    tmp_path: Path,
+) -> None:
+    _run(monkeypatch, "06_prune_in_rounds.py", tiny_llama, ids, ids, tmp_path)
+    names = [Path(line.split()[1]).name for line in capsys.readouterr().out.splitlines()]
+    assert names == [tiny_llama.name, "at-once", "round-1", "round-2"]
+    layers = [json.loads((tmp_path / name / "config.json").read_text()) for name in names[1:]]
+    assert [config["num_hidden_layers"] for config in layers] == [4, 5, 4]
+
+
+def test_lora_on_top(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    base = save_model(tmp_path / "base")
+    recover_randomly(base, tmp_path / "recovered", "1:3")
+    letters = np.random.default_rng(0).integers(97, 123, size=1000)
+    (tmp_path / "text.txt").write_text("".join(map(chr, letters)))
+    _run(
+        monkeypatch, "07_lora_on_top.py", tmp_path / "recovered", tmp_path / "text.txt", tmp_path / "adapter"
+    )
+    *steps, last = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in steps]
+    assert losses[-1] < losses[0]
+    assert "9 adapters" in last
+    assert "1 of them on operators" in last
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_own_package(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
+    folder = EXAMPLES / "own_package"
+    declared = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    (module,) = declared["tool"]["setuptools"]["py-modules"]
+    groups = declared["project"]["entry-points"].items()
+    lines = [line for group, names in groups for line in (f"[{group}]", *map(" = ".join, names.items()))]
+    code = (folder / f"{module}.py").read_text(encoding="utf-8")
+    site = install_package(tmp_path / "site", module, code, "\n".join(lines))
+    words = ("--criterion", "middle-influence", "--operator", "mean-gap", "--out", tmp_path / "recovered")
+    text = ("--calibration", ids, "--sequences", 8, "--length", 64)
+    done = run_with(site, "recover", tiny_llama, "--remove", 2, *text, *words)
+    assert done.returncode == 0, done.stderr
+    provenance = (tmp_path / "recovered" / "ghoststream.json").read_text()
+    assert "mean-gap" in provenance

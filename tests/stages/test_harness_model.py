@@ -15,12 +15,8 @@ import yaml
 
 from ghoststream.errors import RequestError
 from ghoststream.options import Compute
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.export import export
 from ghoststream.stages.measuring.tasks import evaluate_tasks
-from ghoststream.stages.session import ModelSession
-from ghoststream.testing.operators import random_operators
-from tests.helpers.task_bench import CHOICES, TEXTS, save_model, write_tasks
+from tests.helpers.task_bench import CHOICES, TEXTS, recover_randomly, save_model, write_tasks
 
 pytestmark = pytest.mark.integration
 lm_eval = pytest.importorskip("lm_eval", reason="the extra tasks (lm-eval) is not installed")
@@ -38,10 +34,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recovered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     base = save_model(folder / "base")
-    operators = random_operators(
-        PruningPlan.parse(6, "1:3"), 32, metadata={"base": ModelSession(base).fingerprint}
-    )
-    export(base, operators, folder / "recovered")
+    recover_randomly(base, folder / "recovered", "1:3")
     return folder / "recovered"
 
 

@@ -15,14 +15,9 @@ import torch
 
 from ghoststream.errors import InputNotFoundError, OutputExistsError, RequestError
 from ghoststream.evaluation import TaskReport, task_results
-from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute
-from ghoststream.spans import PruningPlan
-from ghoststream.stages.export import export
 from ghoststream.stages.measuring.tasks import evaluate_tasks
-from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
-from ghoststream.testing.operators import random_operators
 from tests.helpers.command_bench import run
 from tests.helpers.task_bench import (
     CHOICES,
@@ -30,6 +25,7 @@ from tests.helpers.task_bench import (
     WORDS,
     harness_answers,
     harness_results,
+    recover_randomly,
     save_model,
     write_tasks,
 )
@@ -72,14 +68,6 @@ def _resident(folder: Path) -> tuple[Any, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
-
-
-def _recovered(base: Path, folder: Path, text: str) -> OperatorSet:
-    operators = random_operators(
-        PruningPlan.parse(6, text), 32, metadata={"base": ModelSession(base).fingerprint}
-    )
-    export(base, operators, folder)
-    return operators
 
 
 def _require_equal(found: dict[Any, Any], expected: list[Any]) -> None:
@@ -136,7 +124,7 @@ def test_lanes_share_a_pass_and_answer_like_resident_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recovered, file = tmp_path / "recovered", tmp_path / "operators.safetensors"
-    _recovered(llama, recovered, "1:2 3:5").save(file)
+    recover_randomly(llama, recovered, "1:2 3:5").save(file)
     runs: list[int] = []
     original = StreamedPass.run
 
@@ -169,7 +157,7 @@ def test_a_limit_takes_the_first_items(tasks: Path, llama: Path) -> None:
 
 
 def test_the_command_prints_metrics_and_writes_every_item(tasks: Path, llama: Path, tmp_path: Path) -> None:
-    _recovered(llama, tmp_path / "recovered", "2:4")
+    recover_randomly(llama, tmp_path / "recovered", "2:4")
     figures = tmp_path / "scores.json"
     arguments = [
         "tasks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from ghoststream.cli.options import FieldOption
 from ghoststream.option_types import Options, flag
 from ghoststream.options import Recovery, Text
 
+COLUMNS = 110
 PAGE = Path(__file__).with_name("options.md")
 GROUPS: tuple[type[Options], ...] = (
     Text,
+    options.Exploration,
     options.Search,
     options.Method,
     options.Compute,
@@ -74,7 +77,8 @@ def _places(group: type[Options]) -> str:
     first = (group.__doc__ or "").split("\n\n")[0].replace("``", "`")
     found = [" ".join(first.split()), "", f"- Python: `ghoststream.{group.__name__}`"]
     found += [f"- Pipeline file: {', '.join(parts)}"] if parts else []
-    return "\n".join([*found, f"- Commands: {', '.join(f'`{name}`' for name in _commands(group))}"])
+    commands = f"- Commands: {', '.join(f'`{name}`' for name in _commands(group))}"
+    return "\n".join([*found, *textwrap.wrap(commands, COLUMNS, subsequent_indent="  ")])
 
 
 def _commands(group: type[Options]) -> Iterator[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ghoststream.operators import OperatorSet
     from ghoststream.options import (
         Compute,
+        Exploration,
         Method,
         Recovery,
         Reduction,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ghoststream.stages.capturing.replay import replay
     from ghoststream.stages.distillation.distill import distill
     from ghoststream.stages.estimation.estimate import estimate
+    from ghoststream.stages.exploring.explore import explore
     from ghoststream.stages.export import export
     from ghoststream.stages.fit import fit
     from ghoststream.stages.load import load
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore",
     "Compute",
+    "Exploration",
     "GhoststreamError",
     "Method",
     "OperatorSet",
@@ -66,6 +69,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "evaluate_tasks",
+    "explore",
     "export",
     "fit",
     "inspect_path",
@@ -83,6 +87,7 @@ __getattr__ = lazy_names(
     {
         "ActivationStore": ".activations",
         "Compute": ".options",
+        "Exploration": ".options",
         "GhoststreamError": ".errors",
         "Method": ".options",
         "OperatorSet": ".operators",
@@ -101,6 +106,7 @@ __getattr__ = lazy_names(
         "estimate": ".stages.estimation.estimate",
         "evaluate": ".stages.measuring.evaluate",
         "evaluate_tasks": ".stages.measuring.tasks",
+        "explore": ".stages.exploring.explore",
         "export": ".stages.export",
         "fit": ".stages.fit",
         "inspect_path": ".stages.artifacts.inspect",

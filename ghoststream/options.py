@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ghoststream.errors import RequestError
-from ghoststream.option_types import Bytes, Count, Few, Layers, Length, Number, Options, Ridge, option
-from ghoststream.spans import PruningPlan
+from ghoststream.option_types import Bytes, Count, Few, Layers, Length, Nats, Number, Options, Ridge, option
+from ghoststream.spans import PruningPlan, count_or_spans
 
 AUTO = "auto"
 """In the place of an operator's name: several ways to repair are tried, and held-out text decides."""
@@ -72,10 +72,7 @@ class Text(Options):
         "installed package. To calibrate, several: each gives its share of the windows, and they take turns.",
     )
     sequences: Count | None = option(
-        None,
-        "Windows of text. Default: 128 to calibrate, all to evaluate.",
-        usual=True,
-        metavar="S",
+        None, "Windows of text. Default: 128 to calibrate, all to evaluate.", usual=True, metavar="S"
     )
     length: Length = option(512, "Tokens of a window.", usual=True, metavar="T")
     pack: bool = option(
@@ -223,8 +220,7 @@ class Method(Options):
         metavar="RIDGE",
     )
     shrink: Literal["identity", "zero"] = option(
-        "identity",
-        "Map that a large ridge of least-squares ends at: one that changes nothing, or zero.",
+        "identity", "Map that a large ridge of least-squares ends at: one that changes nothing, or zero."
     )
     intercept: bool = option(False, "Let least-squares fit a constant too.")
     rank: Count | None = option(
@@ -331,6 +327,31 @@ class Search(Options):
     lanes: Count | None = option(None, "Most candidates in one pass. Default: all.", metavar="N")
     folds: Few = option(
         4, "Parts of the text, each left out once for the figures out of sample; 0 for none.", metavar="K"
+    )
+
+
+class Exploration(Options):
+    """Which numbers of layers are explored, and what counts as cheap."""
+
+    title: ClassVar[str] = "Exploration"
+
+    counts: Layers | None = option(
+        None,
+        "Numbers of layers, e.g. 2,4,8 or 1:13 (half-open). Default: up to half of them, at most 16 numbers.",
+        usual=True,
+        metavar="LIST",
+    )
+    per_count: Count = option(
+        3, "Plans of each number of spans measured for a number of layers.", metavar="M"
+    )
+    cheap: Nats = option(
+        0.2, "Loss above the dense model's below which layers are cheap.", usual=True, metavar="NATS"
+    )
+    broken: Nats = option(
+        0.7,
+        "Loss above the dense model's beyond which it is broken: 0.7 doubles the perplexity.",
+        usual=True,
+        metavar="NATS",
     )
 
 
@@ -445,25 +466,6 @@ class Training(Options):
     seed: Number = option(0, "Order of the windows.", metavar="N")
 
 
-def _count_or_spans(value: Any) -> Any:
-    """Let a number, a text or a plan pass; lists do not say whether they mean layers or ends of spans."""
-    if isinstance(value, int | str | PruningPlan) and not isinstance(value, bool):
-        return value
-    msg = f'{value!r} says neither how many layers nor which; write 8, or spans as text: "5:7 13:19"'
-    raise ValueError(msg)
-
-
-def require_gguf(form: Form, gguf_type: GgufType) -> None:
-    """Check that a type of numbers is only given for the form that takes it.
-
-    Raises:
-        RequestError: If it is given for another one.
-    """
-    if gguf_type != "auto" and form != "gguf":
-        msg = f"--gguf-type is for the form gguf, and the form is {form}; leave it out, or give --form gguf"
-        raise RequestError(msg)
-
-
 class Recovery(Options):
     """A whole job: a pipeline file holds it, ``recover`` builds it, and ``estimate`` prices it."""
 
@@ -472,7 +474,7 @@ class Recovery(Options):
     )
     description: str = Field(default="", description="What it is for.")
     model: str | None = Field(default=None, description="Checkpoint folder or hub id.")
-    remove: Annotated[int | str | PruningPlan, BeforeValidator(_count_or_spans)] = Field(
+    remove: Annotated[int | str | PruningPlan, BeforeValidator(count_or_spans)] = Field(
         description="Layers to remove: how many (a criterion chooses them), a plan file, or spans like 13:19."
     )
     calibration: Annotated[Text, _OR_SPEC] = Field(description="Text to calibrate on.")

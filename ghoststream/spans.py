@@ -181,6 +181,14 @@ class PruningPlan:
         return " ".join(str(span) for span in self.spans) or "(nothing removed)"
 
 
+def count_or_spans(value: Any) -> Any:
+    """Let a number, a text or a plan pass; lists do not say whether they mean layers or ends of spans."""
+    if isinstance(value, int | str | PruningPlan) and not isinstance(value, bool):
+        return value
+    msg = f'{value!r} says neither how many layers nor which; write 8, or spans as text: "5:7 13:19"'
+    raise ValueError(msg)
+
+
 def _whole(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         msg = f"{str(value)[:40]!r} is not a whole number"

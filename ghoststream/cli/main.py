@@ -24,6 +24,7 @@ COMMANDS = (
     "recover",
     "run",
     "estimate",
+    "explore",
     "capture",
     "select",
     "fit",

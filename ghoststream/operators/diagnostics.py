@@ -6,8 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from ghoststream.errors import NumericsError
+from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.statistics import UNIFORM, BoundaryMoments, FoldedMoments
+from ghoststream.statistics.matrices import contiguous, like
 
 Fit = TypeVar("Fit")
 
@@ -104,6 +109,23 @@ def report(
         "folds": moments.n_folds,
         "warnings": _warnings(total, positions, moments.token_weights),
     }
+
+
+def relative_residual(moments: FoldedMoments, operator: BoundaryOperator) -> float:
+    """Return what an operator leaves of the gap, ``|prediction - d| / |d|`` (Frobenius), on all tokens.
+
+    Memory: the total of the moments.
+    """
+    total = moments.total()
+    gap = float(total.gap_energy.sum())
+    if operator.weight is None:
+        return 1.0 if gap > 0 else 0.0
+    weight: npt.NDArray[np.float64] = operator.weight.astype(np.float64)
+    bias = None if operator.bias is None else operator.bias.astype(np.float64)
+    if operator.form == "diagonal":
+        return _root_ratio(total.diagonal_residual(weight, bias), gap)
+    matrix = weight.T if total.has_triangle else like(contiguous(weight.T), total.gram)
+    return _root_ratio(total.linear_residual(matrix, bias), gap)
 
 
 def _held_out(

@@ -8,11 +8,12 @@ import torch
 
 from ghoststream.checkpoint.hub import resolve_checkpoint
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Form, GgufType, require_gguf
+from ghoststream.options import Form, GgufType
 from ghoststream.progress import Progress
 from ghoststream.recovery.export import ExportReport
 from ghoststream.recovery.forms import WriteRequest, find_form
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.refusals import require_gguf
 from ghoststream.streaming import Skeleton
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModelError
 from ghoststream.files import differences, require_writable
-from ghoststream.options import AUTO, Compute, Method, Search, require_gguf
+from ghoststream.options import AUTO, Compute, Form, GgufType, Method, Search
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
 from ghoststream.recovery.forms import find_form
@@ -246,4 +246,15 @@ def _check_storage(way: Way, n_layers: int) -> None:
         reader = "the choice of layers" if way.given is None else "the fit"
         wanted = "leave --layers out" if way.given is None else f"give --layers {','.join(map(str, needed))}"
         msg = f"--layers leaves {named} out, and {reader} reads it; {wanted}"
+        raise RequestError(msg)
+
+
+def require_gguf(form: Form, gguf_type: GgufType) -> None:
+    """Check that a type of numbers is only given for the form that takes it.
+
+    Raises:
+        RequestError: If it is given for another one.
+    """
+    if gguf_type != "auto" and form != "gguf":
+        msg = f"--gguf-type is for the form gguf, and the form is {form}; leave it out, or give --form gguf"
         raise RequestError(msg)

@@ -14,6 +14,7 @@ from ghoststream.streaming.executor import PassOptions, StreamedPass
 from ghoststream.streaming.lanes import Lane, LogitsObserver, Observer
 from ghoststream.streaming.replaced import ReplacedWeights, weight_places
 from ghoststream.streaming.replay import Replay
+from ghoststream.streaming.runs import Runs
 from ghoststream.streaming.skeleton import Skeleton, load_config, parse_dtype
 from ghoststream.streaming.states import FileStates, HiddenStates, MemoryStates, StatesFactory
 from ghoststream.streaming.taps import (
@@ -46,6 +47,7 @@ __all__ = [
     "PassOptions",
     "ReplacedWeights",
     "Replay",
+    "Runs",
     "Skeleton",
     "StatesFactory",
     "StreamedPass",

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from ghoststream.checkpoint.configuration import configured
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.head_products import chosen_products, linear_in_blocks
+from ghoststream.streaming.runs import Runs
 from ghoststream.streaming.skeleton import Skeleton
 
 
@@ -73,6 +74,7 @@ class ModelCalls:
     def layer(self, layer: int, batch: Batch, states: torch.Tensor) -> torch.Tensor:
         """Run one loaded decoder layer: ``h[layer]`` to ``h[layer + 1]``, shape ``(n, T, C)``."""
         call = self._calls(batch)[layer]
+        self.skeleton.runs += Runs(layers=batch.ids.numel())
         with self._running(f"layer {layer}"):
             result = self.skeleton.layers[layer](states, *call.args, **call.kwargs)
         output: torch.Tensor = result[0] if isinstance(result, tuple) else result

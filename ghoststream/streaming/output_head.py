@@ -16,6 +16,7 @@ from ghoststream.streaming.finite import FiniteFlags
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.lane_groups import LaneState
 from ghoststream.streaming.lanes import Lane
+from ghoststream.streaming.runs import Runs
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.weights import Weights
 
@@ -60,6 +61,7 @@ class OutputHead:
         with StatesFlow(one.states, None, one.batches, self._skeleton.device) as flow:
             for batch, states in flow:
                 finished = self._finished(one.lane, batch, states)
+                self._skeleton.runs += Runs(heads=finished.shape[:-1].numel())
                 try:
                     self._show(one.lane, batch, finished)
                 except NumericsError as error:

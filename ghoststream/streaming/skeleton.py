@@ -24,6 +24,7 @@ from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.machine import numbered
 from ghoststream.streaming.copies import copies_for
+from ghoststream.streaming.runs import Runs
 from ghoststream.streaming.slots import DeviceSlots, HostSlots, WeightSlots
 from ghoststream.streaming.weights import Weights, WeightSpec, assign_weights, read_weight, release_weights
 
@@ -43,6 +44,9 @@ class Skeleton:
         attention: transformers' ``attn_implementation``; ``None`` is its default.
         device: Where loaded parts go.
         trust_remote_code: Passed to transformers for the base's own code.
+
+    Attributes:
+        runs: What was computed since it was opened.
 
     Raises:
         UnsupportedModelError: If the architecture cannot be streamed.
@@ -82,6 +86,7 @@ class Skeleton:
         self.reader = TensorReader(self.index, self._buffer_sources())
         self._slots = self._make_slots()
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.runs = Runs()
         self._move_buffers()
 
     @property

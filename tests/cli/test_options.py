@@ -22,6 +22,7 @@ from ghoststream.option_types import Options, flag
 from ghoststream.options import (
     AUTO,
     Compute,
+    Exploration,
     Method,
     Recovery,
     Reduction,
@@ -115,7 +116,7 @@ def test_recover_has_the_fields_of_a_recovery_itself() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_words_a_field_of_its_own(command: str) -> None:
-    groups: list[type[Options]] = [*GROUPS.values(), Training, Recovery]
+    groups: list[type[Options]] = [*GROUPS.values(), Exploration, Training, Recovery]
     declared = [
         (name, field) for group in groups for name, field in group.model_fields.items() if name != "spec"
     ]
@@ -130,6 +131,11 @@ def test_no_command_words_a_field_of_its_own(command: str) -> None:
 @pytest.mark.parametrize("name", Training.model_fields)
 def test_distill_has_every_field_of_a_training(name: str) -> None:
     _require_declared(_options("distill")[name], Training.model_fields[name])
+
+
+@pytest.mark.parametrize("name", Exploration.model_fields)
+def test_explore_has_every_field_of_an_exploration(name: str) -> None:
+    _require_declared(_options("explore")[name], Exploration.model_fields[name])
 
 
 @pytest.mark.parametrize("command", ["select", "fit"])

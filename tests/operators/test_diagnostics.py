@@ -13,6 +13,7 @@ from ghoststream.operators import (
     operator_names,
     register_operator,
 )
+from ghoststream.operators.diagnostics import relative_residual
 from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import FoldedMoments, Ranges, SumState
@@ -45,6 +46,18 @@ def data(states: list[Hidden], chosen: np.ndarray | None = None) -> tuple[np.nda
 
 def fit(name: str, moments: FoldedMoments, ridge: float | None = None) -> BoundaryOperator:
     return make_operator(Method(operator=name, ridge=ridge)).fit(moments)
+
+
+@pytest.mark.parametrize("form", ["linear", "diagonal", "identity"])
+def test_the_residual_of_an_operator_alone(form: str, moments: FoldedMoments, states: list[Hidden]) -> None:
+    rng = np.random.default_rng(5)
+    shape = {"linear": (6, 6), "diagonal": (6,), "identity": None}[form]
+    weight = None if shape is None else rng.standard_normal(shape).astype(np.float32)
+    bias = None if weight is None else rng.standard_normal(6).astype(np.float32)
+    operator = BoundaryOperator(SPAN, form, weight=weight, bias=bias)  # type: ignore[arg-type]
+    x, gap = data(states)
+    expected = np.linalg.norm(operator.apply(x) - x - gap) / np.linalg.norm(gap)
+    assert relative_residual(moments, operator) == pytest.approx(expected, rel=1e-9)
 
 
 def test_ghost_is_least_squares_on_the_hidden_state(moments: FoldedMoments, states: list[Hidden]) -> None:

@@ -55,7 +55,7 @@ def report() -> ExplorationReport:
         points=tuple(_point(*pair) for pair in ((1, 0.05), (2, 0.1), (3, 0.15), (4, 1.0))),
         dense=DenseFigures(3.0, 20.1, 2**20),
         maps=HeatMaps((1, 2, 3), (1, 2), grid, grid, grid, grid),
-        spent=Spent(4, 96, 1.5),
+        spent=Spent(4, 96, 12, 1.5),
         cheap=0.2,
         broken=0.7,
         recipe={"stage": "explore"},

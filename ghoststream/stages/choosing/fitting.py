@@ -14,7 +14,15 @@ from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.choosing.moments import DENSE, FitPlace, fit_bytes, moments_of, use_device
+from ghoststream.stages.choosing.moments import (
+    DENSE,
+    Figures,
+    FitPlace,
+    fit_bytes,
+    fitted_operator,
+    moments_of,
+    use_device,
+)
 from ghoststream.stages.choosing.refitting import RefittedLayer, RefittedProjection, refitted_layers
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.lanes import operator_map
@@ -48,7 +56,7 @@ class StreamedFit(BoundaryMap):
         mask: True at tokens that count, bool ``(S, T)``, ``S >= ranges.n_sequences``.
         session: The model.
         source: Whose operator it takes in the place of a fit of its own.
-        diagnosed: Whether the operator's figures are wanted.
+        figures: Which figures of the operator are wanted.
         place: Where it is fitted; the host by default.
 
     Raises:
@@ -68,13 +76,13 @@ class StreamedFit(BoundaryMap):
         session: ModelSession,
         source: StreamedFit | None = None,
         *,
-        diagnosed: bool = True,
+        figures: Figures = "all",
         place: FitPlace | None = None,
     ) -> None:
         self._place = place or FitPlace()
         self.span = span
         self.target = None if source else DENSE
-        self._diagnosed = diagnosed
+        self._figures = figures
         self.operator: BoundaryOperator | None = None
         self._kind = make_operator(method)
         self._ranges = ranges
@@ -123,7 +131,7 @@ class StreamedFit(BoundaryMap):
             self._streamed,
             self._place.of(self.device_bytes),
         )
-        self._take(self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments))
+        self._take(fitted_operator(self._kind, moments, self._figures))
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Apply the operator to what was kept; that of the source, where there is one."""
@@ -159,7 +167,7 @@ class FittedLanes:
         session: The model.
         carried: Sequences that the dense lane and all others carry on; see
             :class:`~ghoststream.streaming.Lane`.
-        diagnosed: Whether the operators' figures are wanted.
+        figures: Which figures of the operators are wanted.
     """
 
     def __init__(
@@ -169,9 +177,9 @@ class FittedLanes:
         session: ModelSession,
         carried: tuple[int, int] | None = None,
         *,
-        diagnosed: bool = True,
+        figures: Figures = "all",
     ) -> None:
-        self._diagnosed = diagnosed
+        self._figures = figures
         self._place = FitPlace()
         self._ranges = ranges
         self._mask = mask
@@ -261,7 +269,7 @@ class FittedLanes:
         if key not in self._refits:
             layer = key[1]
             refitted = RefittedLayer.make(
-                layer, ranges, self._mask, self._session, diagnosed=self._diagnosed, place=self._place
+                layer, ranges, self._mask, self._session, diagnosed=self._figures == "all", place=self._place
             )
             self._refits[key] = refitted
             helper = replace(before, behind={**before.behind, layer: refitted.attention})
@@ -285,7 +293,7 @@ class FittedLanes:
                 self._mask,
                 self._session,
                 source,
-                diagnosed=self._diagnosed,
+                figures=self._figures,
                 place=self._place,
             )
         return self._maps[path]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.operators import OperatorKind
+from ghoststream.operators import BoundaryOperator, OperatorKind
+from ghoststream.operators.diagnostics import relative_residual
 from ghoststream.spans import Span
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges
@@ -21,6 +22,9 @@ from ghoststream.streaming import Pairs, PassMemory
 
 DENSE = "dense"
 """Name of the lane that every fit takes its targets from."""
+
+Figures = Literal["all", "residual", "none"]
+"""Which figures an operator carries: what it leaves of its gap costs little, all cost as much as the fit."""
 
 
 @dataclass
@@ -116,6 +120,20 @@ def moments_of(
         # Where the memory is given, a pass counts one task.
         workers=None if session.compute.host_memory is None else 1,
     )
+
+
+def fitted_operator(kind: OperatorKind, moments: FoldedMoments, figures: Figures) -> BoundaryOperator:
+    """Fit an operator; its tensors are the same whichever figures are wanted.
+
+    Raises:
+        NumericsError: If moments or solution are not finite, or a fold is empty.
+    """
+    if figures == "all":
+        return kind.fit(moments)
+    operator = kind.solve(moments)
+    if figures == "none":
+        return operator
+    return replace(operator, diagnostics={"relative_residual": relative_residual(moments, operator)})
 
 
 def _fitting(pairs: Pairs, n_sequences: int) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:

@@ -108,7 +108,7 @@ def race(
             trial.tell(*ranked[0])
         plans = survivors(ranked)
     if method is None:
-        repairs = [_likely(trial, plan) for plan in plans]
+        repairs = [likely(trial, plan) for plan in plans]
         repairs += _others(trial, repairs[0])
     else:
         repairs = [Repair.alike(plan, method) for plan in plans]
@@ -218,8 +218,8 @@ def survivors(ranked: Ranked) -> list[PruningPlan]:
     return [repair.plan for repair, _ in ranked if repair.plan in kept]
 
 
-def _likely(trial: Trial, plan: PruningPlan) -> Repair:
-    """Return the repair of a plan in the way that is nearly always the best one, where it is possible."""
+def likely(trial: Trial, plan: PruningPlan) -> Repair:
+    """Return the repair of a plan in the way that is nearly always the best one, where that is possible."""
     screened = Repair.alike(plan, SCREEN)
     for index in range(len(plan.spans)):
         possible = methods_for(trial.session, screened, index)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ghoststream.stages.choosing.rounds import SampleShare, share_of_positions
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
+from ghoststream.streaming import Runs
 from ghoststream.text import TokenSet
 
 Row = Mapping[str, Any]
@@ -101,9 +102,11 @@ class Trial:
         lanes: Most repairs in one pass; all if ``None``.
         output: The result that the figures are for; they are kept beside it. Not kept if ``None``.
         progress: Who is told how far it is.
+        residuals: Whether figures say what each operator leaves of its gap.
 
     Attributes:
         passes: Passes over the weights that it took.
+        runs: What was computed in them.
         details: What a criterion saw beside the figures, as JSON data for the plan file.
     """
 
@@ -116,13 +119,14 @@ class Trial:
         lanes: int | None,
         output: Output | None,
         progress: Progress,
+        residuals: bool = False,
     ) -> None:
         self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
-        self._lanes, self._output = lanes, output
+        self._lanes, self._output, self._residuals = lanes, output, residuals
         self._dense_loss: float | None = None
         self._rows: dict[str, Row] = {}
         self._asked: set[str] = set()
-        self.passes = 0
+        self.passes, self.runs = 0, Runs()
         self.details: dict[str, Any] = {}
         self._load()
 
@@ -181,6 +185,7 @@ class Trial:
     def _pass(self, repairs: Sequence[Repair], sample: Sample | None) -> None:
         self.progress.log(f"repairing and measuring {len(repairs)} candidates in one pass")
         tokens, ranges = self._part(sample)
+        before = self.session.skeleton.runs
         dense, candidates = measure_repairs(
             self.session,
             tokens,
@@ -189,7 +194,9 @@ class Trial:
             micro_batch=self.division.micro_batch,
             progress=self.progress,
             positions=1.0 if sample is None else sample.positions,
+            residuals=self._residuals,
         )
+        self.runs += self.session.skeleton.runs - before
         self._dense_loss = dense.loss
         across = self.division.across_texts
         self._rows |= {_key(one.repair, sample): one.to_json(across) for one in candidates}
@@ -198,6 +205,7 @@ class Trial:
                 "recipe_digest": self._output.digest,
                 "dense_loss": dense.loss,
                 "candidates": self._rows,
+                "runs": asdict(self.runs),
                 "base": self.session.base(None, self.progress),
             }
             write_sealed_json(self._notes(self._output), kept)
@@ -221,7 +229,7 @@ class Trial:
         notes = self._notes(self._output)
         found = read_kept(_read_notes, notes)
         if found is not None and found[0] == self._output.digest:
-            _, self._dense_loss, self._rows, base = found
+            _, self._dense_loss, self._rows, base, self.runs = found
             self.session.expect(base, f"{notes} was written")
 
 
@@ -236,6 +244,7 @@ def _key(repair: Repair, sample: Sample | None) -> str:
     return f"{repair.name} on {sample.n_fit} and {sample.n_held}{positions}"
 
 
-def _read_notes(path: Path) -> tuple[str, float, dict[str, Row], dict[str, Any]]:
+def _read_notes(path: Path) -> tuple[str, float, dict[str, Row], dict[str, Any], Runs]:
     found = read_sealed_json(path)
-    return found["recipe_digest"], found["dense_loss"], dict(found["candidates"]), dict(found["base"])
+    rows, base = dict(found["candidates"]), dict(found["base"])
+    return found["recipe_digest"], found["dense_loss"], rows, base, Runs(**found["runs"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ghoststream.errors import ArtifactError
-from ghoststream.files import format_bytes, json_digest, read_json, sealed, unseal
+from ghoststream.files import atomic_write_json, format_bytes, json_digest, read_json, sealed, unseal
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.exploring.curve import Curve, Findings, find, verdict
@@ -131,11 +131,13 @@ class Spent:
     Attributes:
         passes: Passes over the weights.
         layer_runs: Windows that went through a layer, summed over layers and lanes.
-        dense_passes: The same over what the dense model takes for the whole calibration text.
+        head_runs: Windows whose logits were taken, summed over lanes; a part of a window is a part.
+        dense_passes: Products of both, over those of the dense model on the whole calibration text.
     """
 
     passes: int
     layer_runs: int
+    head_runs: float
     dense_passes: float
 
 
@@ -149,6 +151,7 @@ class ExplorationReport:
         points: One for each number of layers, ascending.
         dense: The dense model.
         maps: What is known of single spans.
+        norms: How large the dense model's hidden states are, as a plan file says it of a race.
         spent: What it took.
         cheap: Loss above the dense model's below which layers are cheap, in nats.
         broken: Loss above which the model is broken.
@@ -168,6 +171,7 @@ class ExplorationReport:
     spent: Spent
     cheap: float
     broken: float
+    norms: Mapping[str, Any] = field(default_factory=dict)
     candidates: tuple[Mapping[str, Any], ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -207,6 +211,7 @@ class ExplorationReport:
             "dense": asdict(self.dense),
             "points": [point.to_json() for point in self.points],
             "heat_maps": asdict(self.maps),
+            "norms": dict(self.norms),
             "spent": asdict(self.spent),
             "candidates": [dict(row) for row in self.candidates],
             "recipe": dict(self.recipe),
@@ -215,6 +220,14 @@ class ExplorationReport:
             "files": dict(self.files),
         }
         return sealed(data)
+
+    def save(self, path: Path) -> None:
+        """Write ``explore.json``, whole or not at all.
+
+        Raises:
+            DiskFullError: If no space is left.
+        """
+        atomic_write_json(path, self.to_json())
 
     def to_text(self) -> str:
         """Return the report as lines for a reader, without colours or lines of a table."""
@@ -263,7 +276,7 @@ class ExplorationReport:
             cheap=float(data["thresholds"]["cheap"]),
             broken=float(data["thresholds"]["broken"]),
             candidates=tuple(dict(row) for row in data["candidates"]),
-            **{name: dict(data[name]) for name in ("recipe", "base", "versions", "files")},
+            **{name: dict(data[name]) for name in ("norms", "recipe", "base", "versions", "files")},
         )
 
 

@@ -1,0 +1,283 @@
+"""Explore: the best plan of every number of layers, what it costs, and where it breaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ghoststream.checkpoint.sizes import ModelSizes, read_sizes
+from ghoststream.errors import RequestError
+from ghoststream.options import (
+    AUTO,
+    Compute,
+    Exploration,
+    Method,
+    Search,
+    Text,
+    TextLike,
+    dtype_name,
+)
+from ghoststream.progress import Progress, SilentProgress
+from ghoststream.recipe import library_versions
+from ghoststream.recovery.layout import prevailing_dtype
+from ghoststream.spans import Span
+from ghoststream.stages.choosing.checks import named_method
+from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.choosing.trial import Division, Row, Trial
+from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
+from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
+from ghoststream.stages.exploring.maps import heat_maps
+from ghoststream.stages.exploring.predicted import predict
+from ghoststream.stages.exploring.ranking import Ranking
+from ghoststream.stages.exploring.report import NAME, DenseFigures, ExplorationReport, Point, Spent
+from ghoststream.stages.exploring.rounds import STAGES, Numbers, run_rounds
+from ghoststream.stages.output import Output, not_of_this_request
+from ghoststream.stages.refusals import check_export, check_family, require_features
+from ghoststream.stages.session import ModelSession
+from ghoststream.stages.way import some_plan
+from ghoststream.streaming import Runs
+from ghoststream.text import TokenSet, recipe_of
+
+MOST_NUMBERS = 16
+"""Numbers of layers that are explored where none are named."""
+
+_USED = ("max_spans", "held_out", "lanes", "folds")
+_CONFIDENCE = 0.95
+
+
+def explore(
+    model: str | Path,
+    *,
+    calibration: TextLike,
+    out: str | Path | None = None,
+    exploration: Exploration | None = None,
+    search: Search | None = None,
+    method: Method | None = None,
+    compute: Compute | None = None,
+    progress: Progress | None = None,
+) -> ExplorationReport:
+    """Find the best plan of every number of layers, and measure all of them on the same held-out windows.
+
+    It takes four passes over the weights, whatever the numbers are, and about as much arithmetic as two
+    searches for one number (:mod:`ghoststream.stages.exploring.rounds`). Nothing is exported: ``recover`` and
+    ``fit`` take the plan files.
+
+    Args:
+        model: Local folder or hub id.
+        calibration: Text to calibrate on, or its specification, or those of several.
+        out: Folder for the report (``explore.json``), the curve (``curve.csv``) and the plans. The same
+            request again returns what is there; a killed one goes on behind the last pass that it finished.
+        exploration: The numbers of layers, and what counts as cheap and as broken.
+        search: Of it ``max_spans``, ``held_out``, ``lanes`` and ``folds`` are read.
+        method: How boundaries are repaired; by default ``auto``.
+        compute: How the model is opened and run.
+        progress: Who is told how far it is, one line a stage.
+
+    Raises:
+        RequestError: If numbers do not fit the model or the text, or an option is given that is not read.
+        OutputExistsError: If ``out`` holds something else.
+        ArtifactError: If it holds a damaged report.
+        BusyError: If another process is writing it.
+        NumericsError: If a state or a solution is not finite.
+        BudgetError, DiskFullError: If memory or disk does not suffice.
+
+    Memory: that of :func:`~ghoststream.stages.choosing.measured.measure_repairs` for some six candidates a
+    number of layers; ``lanes`` bounds it.
+    """
+    exploration, search, method = exploration or Exploration(), search or Search(), method or Method()
+    progress = progress or SilentProgress()
+    search.refuse(set(Search.model_fields).difference(_USED), "an exploration ranks and measures by itself")
+    if not method.is_named:
+        method.refuse(("refit",), f"an exploration with the operator {AUTO} refits nothing")
+    session = ModelSession(model, compute)
+    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
+    numbers = Numbers(
+        sizes.n_layers, counts_of(exploration, sizes.n_layers), search.max_spans, exploration.per_count
+    )
+    named = _checked_method(session, sizes, numbers, method)
+    text = Text.of(calibration).to_calibrate()
+    tokens = session.tokens(text, progress)
+    division = Division.make(session, tokens, search)
+    recipe = {
+        "stage": "explore",
+        "model": session.fingerprint["digest"],
+        "text": recipe_of(text, tokens).to_json(),
+        "tokens": tokens.digest,
+        "exploration": {**exploration.to_json(), "counts": list(numbers.counts)},
+        "max_spans": numbers.max_spans,
+        **session.describe(),
+        **division.to_json(),
+        **_repairing(named),
+    }
+    work = _Exploration(session, sizes, tokens, division, numbers, exploration, search, named, progress)
+    return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
+
+
+def counts_of(exploration: Exploration, n_layers: int) -> tuple[int, ...]:
+    """Return the numbers of layers that are explored: as given, or up to half of the layers.
+
+    Raises:
+        RequestError: If so many layers cannot be removed, or the model has too few.
+    """
+    if exploration.broken <= exploration.cheap:
+        msg = f"--broken {exploration.broken:g} is not above --cheap {exploration.cheap:g}; give a larger one"
+        raise RequestError(msg)
+    if n_layers < 3:
+        msg = f"the model has {n_layers} layers; the first and the last are kept, so that none can be removed"
+        raise RequestError(msg)
+    if exploration.counts is None:
+        half = max(1, n_layers // 2)
+        step = math.ceil(half / MOST_NUMBERS)
+        return tuple(range(step, half + 1, step))
+    wrong = [count for count in exploration.counts if not 1 <= count <= n_layers - 2]
+    if wrong:
+        msg = (
+            f"cannot remove {wrong[0]} of {n_layers} layers: the first and the last layer are kept; give "
+            f"--counts from 1 to {n_layers - 2}, such as 1:{n_layers - 1}"
+        )
+        raise RequestError(msg)
+    return exploration.counts
+
+
+def _checked_method(
+    session: ModelSession, sizes: ModelSizes, numbers: Numbers, method: Method
+) -> Method | None:
+    named = named_method(method)
+    check_family(sizes, session.compute)
+    if named is not None:
+        require_features(named, (Span(1, 2),), sizes)
+    check_export(session.skeleton, some_plan(sizes.n_layers, max(numbers.counts)))
+    return named
+
+
+def _repairing(method: Method | None) -> dict[str, Any]:
+    if method is not None:
+        return {"method": method.to_json()}
+    return {"method": AUTO, "screen": SCREEN.to_json(), "methods": [one.to_json() for one in LATER_METHODS]}
+
+
+def _kept(folder: Path, work: _Exploration, recipe: dict[str, Any]) -> ExplorationReport:
+    """Return what the folder holds of this request, or explore and write it."""
+    output = Output(folder / NAME, recipe, "explore")
+    with output.claimed(ExplorationReport.load) as found:
+        if found is not None:
+            write_missing(output.path.parent, beside(found))
+            return found
+        if not any(output.work.iterdir()):
+            # Whatever is there in the place of a file is not ours: nothing of this request was begun.
+            _require_free(output.path.parent, names_of(work.numbers.counts))
+        report = work.run(output, recipe)
+        files = beside(report)
+        report = replace(report, files=digests(files))
+        write_missing(output.path.parent, files)
+        report.save(output.path)
+    return report
+
+
+def _require_free(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            raise not_of_this_request(folder / name)
+
+
+class _Exploration:
+    """One exploration, with everything open."""
+
+    def __init__(
+        self,
+        session: ModelSession,
+        sizes: ModelSizes,
+        tokens: TokenSet,
+        division: Division,
+        numbers: Numbers,
+        exploration: Exploration,
+        search: Search,
+        method: Method | None,
+        progress: Progress,
+    ) -> None:
+        self.numbers = numbers
+        self._session, self._sizes, self._tokens, self._division = session, sizes, tokens, division
+        self._exploration, self._lanes, self._method = exploration, search.lanes, method
+        self._progress = progress
+
+    def run(self, output: Output | None, recipe: dict[str, Any]) -> ExplorationReport:
+        """Explore; figures are kept beside the output meanwhile."""
+        session, numbers = self._session, self.numbers
+        trial = Trial(
+            session,
+            self._tokens,
+            self._division,
+            lanes=self._lanes,
+            output=output,
+            progress=self._progress,
+            residuals=True,
+        )
+        self._progress.log(
+            f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"
+        )
+        ranking = Ranking.make(trial, numbers.sizes, output)
+        found = run_rounds(trial, ranking.spans, numbers, self._method)
+        assert trial.dense_loss is not None
+        report = ExplorationReport(
+            model=session.name,
+            n_layers=session.skeleton.n_layers,
+            points=tuple(self._point(*found.best[count]) for count in numbers.counts),
+            dense=DenseFigures(trial.dense_loss, math.exp(trial.dense_loss), self._sizes.checkpoint_bytes),
+            maps=heat_maps(ranking.spans, found.alone),
+            norms=ranking.norms,
+            spent=self._spent(trial.passes + 1, trial.runs + ranking.runs),
+            cheap=self._exploration.cheap,
+            broken=self._exploration.broken,
+            candidates=tuple(found.rows),
+            recipe=recipe,
+            base=session.base(None, self._progress),
+            versions=library_versions(),
+        )
+        self._progress.log(f"explore: done in {report.spent.passes} passes: {report.verdict}")
+        return report
+
+    def _spent(self, passes: int, runs: Runs) -> Spent:
+        layers = sum(layer.acting for layer in self._sizes.layers)
+        head = self._sizes.vocabulary * self._sizes.hidden
+        done = runs.layers * layers / self._sizes.n_layers + runs.heads * head
+        length, n_sequences = self._tokens.length, self._tokens.n_sequences
+        dense = (layers + head) * length * n_sequences
+        return Spent(passes, runs.layers // length, runs.heads / length, done / dense)
+
+    def _point(self, repair: Repair, row: Row) -> Point:
+        itemsize = prevailing_dtype(self._session.skeleton.index).itemsize
+        low, high = interval(row["gap"], row["gap_standard_error"], len(row["window_gaps"]))
+        return Point(
+            removed=repair.plan.n_removed,
+            spans=tuple((span.start, span.stop) for span in repair.plan.spans),
+            methods=repair.methods,
+            repair=tuple(labels(repair.methods)),
+            loss=row["loss"],
+            perplexity=math.exp(min(row["loss"], 700.0)),
+            gap=row["gap"],
+            gap_standard_error=row["gap_standard_error"],
+            gap_low=low,
+            gap_high=high,
+            window_gaps=tuple(row["window_gaps"]),
+            **asdict(predict(self._sizes, repair.plan, repair.methods, itemsize)),
+            plan=plan_name(repair.plan.n_removed),
+        )
+
+
+def interval(mean: float, error: float | None, n_windows: int) -> tuple[float | None, float | None]:
+    """Return the 95 % interval of a mean over windows, by Student's distribution; None with one window.
+
+    Args:
+        mean: The mean.
+        error: Its standard error.
+        n_windows: How many windows it is of.
+    """
+    if error is None or n_windows < 2:
+        return None, None
+    from scipy.special import stdtrit
+
+    reach = float(stdtrit(n_windows - 1, (1.0 + _CONFIDENCE) / 2.0)) * error
+    return mean - reach, mean + reach

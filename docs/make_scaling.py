@@ -11,7 +11,8 @@ from math import prod
 from pathlib import Path
 
 from ghoststream import Compute, Method, Recovery, Search, Text
-from ghoststream.cli.output import human_bytes, human_seconds
+from ghoststream.cli.output import human_bytes
+from ghoststream.progress import human_seconds
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.machine import known_machines
 from ghoststream.stages.estimation.models import find_model, shapes

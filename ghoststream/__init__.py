@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ghoststream.stages.measuring.tasks import evaluate_tasks
     from ghoststream.stages.pipeline import load_pipeline
     from ghoststream.stages.recover import recover, run
+    from ghoststream.stages.reporting.report import write_report
     from ghoststream.stages.select import select
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "run",
     "select",
     "verify_path",
+    "write_report",
 ]
 
 __getattr__ = lazy_names(
@@ -117,6 +119,7 @@ __getattr__ = lazy_names(
         "run": ".stages.recover",
         "select": ".stages.select",
         "verify_path": ".stages.artifacts.verify",
+        "write_report": ".stages.reporting.report",
     },
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 
@@ -40,3 +41,19 @@ class SilentProgress:
 
     def log(self, message: str) -> None:
         """Ignore the message."""
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a duration in the two largest fitting units."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 60:
+        return (
+            f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        )
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

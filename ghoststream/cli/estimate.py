@@ -21,7 +21,6 @@ from ghoststream.cli.options import (
 )
 from ghoststream.cli.output import (
     human_bytes,
-    human_seconds,
     next_command,
     print_facts,
     print_json,
@@ -30,6 +29,7 @@ from ghoststream.cli.output import (
 )
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Storage, Text
+from ghoststream.progress import human_seconds
 
 if TYPE_CHECKING:
     from ghoststream.stages.estimation.report import Estimate

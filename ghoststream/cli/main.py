@@ -32,6 +32,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "tasks",
+    "report",
     "status",
     "inspect",
     "verify",

@@ -207,6 +207,14 @@ resume_option = click.option(
     show_default=True,
     help="Go on with an earlier attempt: if there is one, in any case, or not at all.",
 )
+page_option = click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="HTML page of the run to write at the end. This machine is measured for two seconds first, for the "
+    "times that it should take.",
+)
 model_argument = click.argument("model")
 model_option = click.option("--model", metavar="MODEL", help="Checkpoint folder or hub id.")
 store_option = click.option(

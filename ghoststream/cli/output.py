@@ -29,22 +29,6 @@ def human_bytes(n_bytes: float) -> str:
     return f"{value:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} {unit}"
 
 
-def human_seconds(seconds: float) -> str:
-    """Write a duration in the two largest fitting units."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 60:
-        return (
-            f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-        )
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
-
-
 def print_text(text: str) -> None:
     """Print lines for a reader, without what is secret in URLs."""
     click.echo(without_secrets(text))

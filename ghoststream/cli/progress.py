@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from ghoststream.cli.output import human_bytes, human_seconds
+from ghoststream.cli.output import human_bytes
+from ghoststream.progress import human_seconds
 from ghoststream.redaction import without_secrets
 
 if TYPE_CHECKING:

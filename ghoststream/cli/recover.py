@@ -15,10 +15,12 @@ from ghoststream.cli.options import (
     json_option,
     model_argument,
     out_option,
+    page_option,
     remove_option,
     resume_option,
 )
 from ghoststream.cli.output import next_command, print_json, print_next, print_text
+from ghoststream.cli.page import require_page, write_page
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text
 
@@ -41,10 +43,11 @@ from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Se
 @field_option(Recovery, "store", section=Storage.title)
 @field_option(Recovery, "form", section="Result")
 @field_option(Recovery, "gguf_type", section="Result")
+@page_option
 @resume_option
 @json_option
 @debug_option
-def command(model: str, *, as_json: bool, out: Path, resume: Resume, **given: Any) -> None:
+def command(model: str, *, as_json: bool, out: Path, resume: Resume, page: Path | None, **given: Any) -> None:
     """Remove layers from MODEL, repair the gaps in closed form, and write a checkpoint that loads.
 
     MODEL is a local checkpoint folder or a hub id. Layers, and the way to repair them, are chosen by the loss
@@ -58,10 +61,15 @@ def command(model: str, *, as_json: bool, out: Path, resume: Resume, **given: An
     recovery = Recovery.make(
         {"model": model, **{key: value for key, value in given.items() if value is not None}}
     )
+    if page is not None:
+        # Before any work: whether it can be drawn, and written.
+        require_page(page)
     with show_progress() as progress:
-        report = run(recovery, out, resume=resume, progress=progress)
+        report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
     if as_json:
         print_json(report.to_json())
-        return
-    print_text(report.to_text())
-    print_next(recovery.form, out, next_command("evaluate", model, out, "--text", "SPEC"))
+    else:
+        print_text(report.to_text())
+        print_next(recovery.form, out, next_command("evaluate", model, out, "--text", "SPEC"))
+    if page is not None:
+        write_page(out, page)

@@ -16,9 +16,11 @@ from ghoststream.cli.options import (
     json_option,
     model_option,
     out_option,
+    page_option,
     resume_option,
 )
 from ghoststream.cli.output import print_json, print_text
+from ghoststream.cli.page import require_page, write_page
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Recovery, Reduction, Resume
 
@@ -42,6 +44,7 @@ _RUNTIME = ("device", "device_memory", "host_memory", "scratch", "trust_remote_c
     help="Change a field of the file, e.g. calibration.sequences=64. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what it would take, as `ghoststream estimate` does.")
+@page_option
 @resume_option
 @grouped(
     compute=Part(Compute, _RUNTIME, Compute.title),
@@ -57,6 +60,7 @@ def command(
     changes: tuple[str, ...],
     dry_run: bool,
     resume: Resume,
+    page: Path | None,
     as_json: bool,
     **runtime: Any,
 ) -> None:
@@ -73,12 +77,16 @@ def command(
     if dry_run:
         _estimate(recovery, out, as_json=as_json)
         return
+    if page is not None:
+        require_page(page)
     with show_progress() as progress:
-        report = run(recovery, out, resume=resume, progress=progress)
+        report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
     if as_json:
         print_json(report.to_json())
     else:
         print_text(report.to_text())
+    if page is not None:
+        write_page(out, page)
 
 
 def _estimate(recovery: Recovery, out: Path, *, as_json: bool) -> None:

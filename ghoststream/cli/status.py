@@ -9,7 +9,8 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, json_option
-from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
+from ghoststream.cli.output import human_bytes, print_facts, print_json, print_table
+from ghoststream.progress import human_seconds
 
 if TYPE_CHECKING:
     from ghoststream.stages.run_record import RunRecord, Task

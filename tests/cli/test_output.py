@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-from ghoststream.cli.output import human_bytes, human_seconds, print_facts, print_json, print_table
+from ghoststream.cli.output import human_bytes, print_facts, print_json, print_table
 from ghoststream.cli.progress import BarProgress, LineProgress, show_progress
-from ghoststream.progress import Progress, SilentProgress
+from ghoststream.progress import Progress, SilentProgress, human_seconds
 
 pytestmark = pytest.mark.unit
 

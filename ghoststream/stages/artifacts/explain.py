@@ -253,7 +253,7 @@ def explain_estimate(path: str) -> Explanation:
 
 def explain_evaluation(path: str) -> Explanation:
     """Show the perplexities of an evaluation."""
-    models = _figures(path)
+    models = figure_rows(path)
     names = ("model", "perplexity", "loss", "standard_error", "tokens")
     rows = [[row.get(name) for name in names] for row in models]
     return {}, (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
@@ -263,14 +263,14 @@ def explain_tasks(path: str) -> Explanation:
     """Show the results of tasks."""
     rows = [
         (row["model"], task, name, figure["value"], figure["standard_error"], result["n_items"])
-        for row in _figures(path)
+        for row in figure_rows(path)
         for task, result in row["tasks"].items()
         for name, figure in result["metrics"].items()
     ]
     return {}, (Table("tasks", ("model", "task", "metric", "value", "standard error", "items"), rows),)
 
 
-def _figures(path: str) -> Sequence[Mapping[str, Any]]:
+def figure_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
     """Return the rows of a file of figures, or of what a command printed."""
     data = read_json(Path(path))
     return data if isinstance(data, list) else list(unseal(data, path, advice="measure again")["models"])

@@ -1,0 +1,1 @@
+"""One page that compares runs: read from what they left, drawn, and put together."""

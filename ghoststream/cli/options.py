@@ -212,7 +212,10 @@ page_option = click.option(
     "page",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="HTML page of the run to write at the end. This machine is measured for two seconds first, for the "
+    cls=FieldOption,
+    section="Result",
+    usual=False,
+    help="HTML page of the run to write at the end.\nThis machine is measured for two seconds first, for the "
     "times that it should take.",
 )
 model_argument = click.argument("model")

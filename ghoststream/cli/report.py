@@ -33,10 +33,10 @@ from ghoststream.cli.output import print_json, print_table, print_text
     metavar="DIR",
     help="Folder of a PNG file for each figure. Default: the page's name, and .figures.",
 )
-@click.option("--text", "as_text", is_flag=True, help="Print the comparison only, and write nothing.")
+@click.option("--no-page", is_flag=True, help="Print the comparison, and write nothing.")
 @json_option
 @debug_option
-def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, as_text: bool, as_json: bool) -> None:
+def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, no_page: bool, as_json: bool) -> None:
     """Compare any number of runs on one page, and in the terminal.
 
     RUN is a recovered folder, the folder beside it (OUT.work), a plan file, an operators file, an
@@ -47,7 +47,7 @@ def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, as_text:
     from ghoststream.stages.reporting.comparison import comparison, verdict
     from ghoststream.stages.reporting.read_runs import read_runs
 
-    if as_text:
+    if no_page:
         found = read_runs(runs)
     else:
         from ghoststream.stages.reporting.report import write_report
@@ -56,7 +56,7 @@ def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, as_text:
     table = comparison(found)
     if as_json:
         named: list[dict[str, Any]] = [dict(zip(table.headers, row, strict=True)) for row in table.rows]
-        print_json({"runs": named, "page": None if as_text else str(out)})
+        print_json({"runs": named, "page": None if no_page else str(out)})
         return
     for run in found:
         print_text(verdict(run, found))
@@ -64,5 +64,5 @@ def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, as_text:
     # A run a column: runs are few beside what is known of them.
     headers, *rows = zip(table.headers, *table.rows, strict=True)
     print_table(headers, rows)
-    if not as_text:
+    if not no_page:
         print_text(f"page  {out}")

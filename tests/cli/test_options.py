@@ -181,8 +181,8 @@ def test_a_field_means_the_same_everywhere(
     given = [flag(name) if value is not False else f"--no-{name}", *words]
     seen: list[Recovery] = []
 
-    def run(recovery: Recovery, out: Path, *, resume: str, progress: object) -> None:
-        del out, progress
+    def run(recovery: Recovery, out: Path, *, resume: str, measure: bool, progress: object) -> None:
+        del out, resume, measure, progress
         seen.append(recovery)
         raise KeyboardInterrupt
 

@@ -180,7 +180,7 @@ def test_an_estimate_goes_to_the_runs_of_as_many_layers(made: _Made, tmp_path: P
 
 def test_the_command_prints_the_comparison_and_writes_the_page(made: _Made, tmp_path: Path) -> None:
     figures, page = str(made.figures), tmp_path / "p.html"
-    shown = CliRunner().invoke(main, ["report", figures, "--text", "--json"])
+    shown = CliRunner().invoke(main, ["report", figures, "--no-page", "--json"])
     assert shown.exit_code == 0, shown.output
     table = comparison(read_runs([made.figures]))
     assert json.loads(shown.output) == {
@@ -232,7 +232,7 @@ def test_refusals(made: _Made, tiny_llama: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(ArtifactError):
         read_runs([tmp_path / "damaged.json"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RequestError, match=r"install ghoststream\[report\], or use --text"):
+    with pytest.raises(RequestError, match=r"install ghoststream\[report\], or use --no-page"):
         write_report([made.raced], tmp_path / "page.html")
     words = ["recover", str(tiny_llama), "--remove", "2", "--calibration", "ids:none.npy"]
     outputs = ["--out", str(tmp_path / "out"), "--report", str(tmp_path / "page.html")]

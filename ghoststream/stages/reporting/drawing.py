@@ -166,7 +166,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib as _  # noqa: F401
     except ModuleNotFoundError as error:
-        msg = f"a page with figures needs matplotlib ({error}); install ghoststream[report], or use --text"
+        msg = f"a page with figures needs matplotlib ({error}); install ghoststream[report], or use --no-page"
         raise RequestError(msg) from error
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub.repocard import metadata_load
+
+from ghoststream.checkpoint.hub import hub_origin
 from ghoststream.files.json_data import pretty_json
 from ghoststream.operators import OperatorSet
+from ghoststream.options import dtype_name
 from ghoststream.recovery.absorbing import is_absorbed, standing_operator
+from ghoststream.recovery.job import ExportJob, plain_type
+from ghoststream.recovery.layout import prevailing_dtype
+from ghoststream.recovery.notes import CardNotes, mergekit_yaml
 from ghoststream.spans import PruningPlan
 
-_FRONT = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- ghoststream
-- layer-pruning
----
-"""
+_LICENCE = ("license", "license_name", "license_link", "language")
+"""What the base's card says that holds for what is made of it."""
 
-_RECOVERED = """
+_STANDING = """
 Layers were removed from this model. At each place where they were, one operator stands in for them. It was
 found in closed form (*Ghosted Layers*, arXiv 2605.15491). {trained}
 
@@ -36,6 +40,38 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 `trust_remote_code=True` runs `modeling_ghosted.py` of this folder, which needs only torch and transformers
 5.1 or newer. After `import ghoststream` it is not needed. The model has a type of its own, `{model_type}`: a
 program that does not know the operators refuses it instead of loading it without them.
+
+    vllm serve FOLDER --model-impl transformers --trust-remote-code
+    python -m sglang.launch_server --model-path FOLDER --model-impl transformers --trust-remote-code
+
+Whoever quantises it leaves the operators as they are: `ignore=["lm_head", "re:.*ghost.*"]` for
+llm-compressor, `modules_to_not_convert=["lm_head", ".*ghost.*"]` for quantisers of transformers.
+"""
+
+_ADAPTER = """
+This is what recovering a model has made, without the weights of the base. At each place where layers were
+removed, one operator stands in for them. It was found in closed form (*Ghosted Layers*, arXiv 2605.15491).
+{trained}
+
+## Loading
+
+```python
+import ghoststream
+
+model = ghoststream.load(BASE, FOLDER)
+```
+
+Or without ghoststream, by `modeling_ghosted.py` of this folder, which needs only torch and transformers 5.1
+or newer:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, base=BASE)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```
+
+`BASE` is folder or hub id of the very model that it was made of. {known}
 """
 
 _PRUNED = """
@@ -58,60 +94,124 @@ entry. The last entry is the output of the final norm.
 """
 
 
-def model_card(
-    operators: OperatorSet,
-    *,
-    title: str,
-    model_type: str,
-    base: Mapping[str, Any],
-    rounds: Sequence[Mapping[str, Any]],
-    stands: bool,
-    has_base_card: bool,
-) -> str:
+def model_card(job: ExportJob, base_card: Path | None) -> str:
     """Write the card: what was done to which model, with which residuals, and how to load it.
 
     Args:
-        operators: The plan and its operators with their diagnostics.
-        title: What the base is called; not its folder, which says nothing elsewhere.
-        model_type: ``model_type`` of the written configuration.
-        base: Fingerprint of the base checkpoint.
-        rounds: What the base was made of, where it is a recovered checkpoint itself.
-        stands: Whether operators stand in the model.
-        has_base_card: Whether the card of the model that all began with lies beside as ``README.base.md``.
+        job: What is written.
+        base_card: The card of the model that all began with, if there is one.
     """
-    plan = operators.plan
-    plans = [PruningPlan.from_json(one["plan"]) for one in rounds]
-    whole = functools.reduce(PruningPlan.then, [*plans, plan])
-    is_recovered = bool(operators.operators) or any(one["operators"]["boundaries"] for one in rounds)
-    text = _FRONT + f"\n# {title}, {whole.n_removed} of {whole.n_layers} layers removed\n"
-    kind = _RECOVERED if stands else _FOLDED if is_recovered else _PRUNED
-    recipes = [
-        operators.metadata.get("recipe"),
-        *(one["operators"]["metadata"].get("recipe") for one in rounds),
-    ]
-    text += kind.format(model_type=model_type, trained=_trained(recipes))
+    operators, rounds, plan = job.operators, job.rounds, job.operators.plan
+    plans = _plans(job)
+    whole = functools.reduce(PruningPlan.then, plans)
+    title = plain_type(job.skeleton.config)
+    text = _front(job, base_card) + f"\n# {title}, {whole.n_removed} of {whole.n_layers} layers removed\n"
+    text += _loading(job)
     text += "\n## What was removed\n\n"
+    digest = job.fingerprint["digest"]
     if rounds:
-        text += f"Layers {whole} (0-based, half-open) of {whole.n_layers}, in {len(rounds) + 1} rounds. "
+        text += f"Layers {whole} (0-based, half-open) of {whole.n_layers}, in {len(plans)} rounds. "
         text += "Each round counts the layers that the one before it left:\n\n"
-        for number, removed in enumerate([*plans, plan], 1):
+        for number, removed in enumerate(plans, 1):
             text += f"{number}. layers {removed} of {removed.n_layers}\n"
-        text += f"\n{len(plan.kept)} are left. The last round began with: `{base['digest']}`.\n"
+        text += f"\n{len(plan.kept)} are left. The last round began with: `{digest}`.\n"
     else:
         text += f"Layers {plan} (0-based, half-open) of {plan.n_layers}; {len(plan.kept)} are left. "
-        text += f"Base checkpoint: `{base['digest']}`.\n"
-    text += "The base's own card is `README.base.md`.\n" if has_base_card else ""
+        text += f"Base checkpoint: `{digest}`.\n"
+    text += "`mergekit.yaml` removes the same layers, without operators.\n"
+    text += "" if base_card is None else f"The base's own card is `{base_card.name}`.\n"
+    text += _figures(job.notes)
     if operators.operators:
         text += f"\n## Operators: {operators.kind}\n\n{_operator_table(operators)}"
-    text += _HIDDEN_STATES if stands else ""
+    text += _HIDDEN_STATES if job.stands else ""
     if operators.warnings:
         text += "\n## Warnings\n\n" + "".join(f"- {warning}\n" for warning in operators.warnings)
-    text += _recipe(operators.metadata, "\n## Recipe\n")
-    for number, (one, earlier) in enumerate(zip(rounds, plans, strict=True), 1):
+    text += _recipes(job)
+    text += "\nVersions, fingerprints and a digest of every tensor are in `ghoststream.json`.\n"
+    return text
+
+
+def pruning_yaml(job: ExportJob) -> str:
+    """Return what removes the same layers by mergekit, without operators."""
+    whole = functools.reduce(PruningPlan.then, _plans(job))
+    origin = None if job.rounds else hub_origin(job.skeleton.root)
+    head = "# The layers that are left, for mergekit; operators are no part of it.\n"
+    head += "" if origin else "# BASE stands for the model that all began with.\n"
+    dtype = dtype_name(prevailing_dtype(job.skeleton.index))
+    return head + mergekit_yaml(whole, model=origin[0] if origin else "BASE", dtype=dtype)
+
+
+def _plans(job: ExportJob) -> list[PruningPlan]:
+    """Return the plans of all rounds, the first one first."""
+    return [*(PruningPlan.from_json(one["plan"]) for one in job.rounds), job.operators.plan]
+
+
+def _is_adapter(job: ExportJob) -> bool:
+    return "ghost_base" in job.config
+
+
+def _front(job: ExportJob, base_card: Path | None) -> str:
+    """Return the front matter, as the hub reads it."""
+    origin = hub_origin(job.skeleton.root)
+    tags = ["ghoststream", "layer-pruning", *(["custom_code"] if job.stands else [])]
+    data: dict[str, Any] = {} if origin is None else {"base_model": [origin[0]]}
+    if origin is not None and _is_adapter(job):
+        data["base_model_relation"] = "adapter"
+    data |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    said = _metadata(base_card)
+    data |= {key: said[key] for key in _LICENCE if key in said}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _metadata(card: Path | None) -> Mapping[str, Any]:
+    try:
+        return (None if card is None else metadata_load(card)) or {}
+    except (ValueError, yaml.YAMLError):
+        return {}
+
+
+def _loading(job: ExportJob) -> str:
+    """Say what it is, and how it is loaded."""
+    recipes = [
+        job.operators.metadata.get("recipe"),
+        *(one["operators"]["metadata"].get("recipe") for one in job.rounds),
+    ]
+    is_recovered = bool(job.operators.operators)
+    is_recovered |= any(one["operators"]["boundaries"] for one in job.rounds)
+    known = "The one on the hub is known already." if hub_origin(job.skeleton.root) else ""
+    kind = _ADAPTER if _is_adapter(job) else _STANDING if job.stands else _FOLDED if is_recovered else _PRUNED
+    return kind.format(model_type=job.config["model_type"], trained=_trained(recipes), known=known)
+
+
+def _figures(notes: CardNotes | None) -> str:
+    """Return the figures that the choice of layers measured."""
+    if notes is None or notes.dense_loss is None or notes.loss is None:
+        return ""
+    return f"""
+## Figures
+
+On the held-out windows of the calibration text, on which the layers were chosen:
+
+| | loss (nats a token) | perplexity |
+| --- | --- | --- |
+| before | {notes.dense_loss:.4f} | {math.exp(notes.dense_loss):.2f} |
+| after | {notes.loss:.4f} | {math.exp(notes.loss):.2f} |
+"""
+
+
+def _recipes(job: ExportJob) -> str:
+    """Return the pipeline file that does the same, and the recipes of all rounds."""
+    text = ""
+    if job.notes is not None and job.notes.recipe:
+        text += "\n## Recipe\n\nSaved as `recipe.yaml`, with the text beside it, this does the same:\n\n"
+        text += f"```yaml\n{job.notes.recipe}```\n\n"
+        text += "    ghoststream run recipe.yaml --model BASE --out FOLDER\n"
+    text += _recipe(job.operators.metadata, "\n## Recipe of the operators\n")
+    plans = _plans(job)
+    for number, (one, earlier) in enumerate(zip(job.rounds, plans, strict=False), 1):
         recorded = one["operators"]
         text += f"\n## Round {number}: {earlier} of {earlier.n_layers} layers, by {recorded['kind']}\n"
         text += f"\nIt began with: `{one['base']['digest']}`.\n{_recipe(recorded['metadata'], '')}"
-    text += "\nVersions, fingerprints and a digest of every tensor are in `ghoststream.json`.\n"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from math import prod
@@ -24,12 +24,13 @@ from ghoststream.files import (
 )
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
-from ghoststream.recovery.card import model_card
+from ghoststream.recovery.card import model_card, pruning_yaml
 from ghoststream.recovery.job import MODELING_FILE, ExportJob, plain_type, prepare_export
 from ghoststream.recovery.layout import (
     count_parameters,
 )
 from ghoststream.recovery.names import PROVENANCE_NAME
+from ghoststream.recovery.notes import CardNotes
 from ghoststream.recovery.provenance import (
     describe_recovered,
     describe_repair,
@@ -39,8 +40,10 @@ from ghoststream.recovery.sidecars import (
     BASE_CARD_NAME,
     CARD_NAME,
     CONFIG_NAME,
+    MERGEKIT_NAME,
     copy_sidecars,
     digests_beside_weights,
+    name_tokenizer,
 )
 from ghoststream.streaming.skeleton import Skeleton
 
@@ -72,6 +75,7 @@ def export_recovered(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     operator_dtype: torch.dtype | None = None,
     fingerprint: Mapping[str, Any] | None = None,
+    notes: CardNotes | None = None,
     lock: FileLock | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -95,6 +99,7 @@ def export_recovered(
         operator_dtype: Dtype of the operators in the checkpoint; the one that most of its bytes have if
             ``None``.
         fingerprint: The base's, where it is known already.
+        notes: What the card tells of the whole recovery.
         lock: The lock of ``out``, where the caller holds it.
         progress: Told the bytes written.
 
@@ -123,7 +128,7 @@ def export_recovered(
         operator_dtype=operator_dtype,
         fingerprint=fingerprint,
     )
-    return export_job(job, out, lock=lock, progress=progress)
+    return export_job(replace(job, notes=notes), out, lock=lock, progress=progress)
 
 
 def export_job(
@@ -232,15 +237,11 @@ def write_beside(job: ExportJob, folder: Path) -> None:
     for name, content in job.beside.items():
         atomic_write_bytes(folder / name, content)
     atomic_write_json(folder / CONFIG_NAME, job.config)
-    card = model_card(
-        job.operators,
-        title=plain_type(job.skeleton.config),
-        model_type=str(job.config["model_type"]),
-        base=job.fingerprint,
-        rounds=job.rounds,
-        stands=job.stands,
-        has_base_card=(folder / BASE_CARD_NAME).is_file(),
-    )
+    if job.stands:
+        name_tokenizer(folder, plain_type(job.skeleton.config))
+    atomic_write_bytes(folder / MERGEKIT_NAME, pruning_yaml(job).encode())
+    base_card = folder / BASE_CARD_NAME
+    card = model_card(job, base_card if base_card.is_file() else None)
     atomic_write_bytes(folder / CARD_NAME, card.encode())
 
 

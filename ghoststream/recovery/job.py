@@ -35,6 +35,7 @@ from ghoststream.recovery.layout import (
     recovered_tensors,
     require_operators_fit,
 )
+from ghoststream.recovery.notes import CardNotes
 from ghoststream.recovery.provenance import (
     earlier_rounds,
 )
@@ -70,6 +71,7 @@ class ExportJob:
         absorptions: Where operators are absorbed.
         rounds: What the base was made of, where it is a recovered checkpoint itself.
         beside: Files that a form adds, by their names.
+        notes: What the card tells of the whole recovery.
     """
 
     skeleton: Skeleton
@@ -82,6 +84,7 @@ class ExportJob:
     absorptions: Mapping[Span, Absorption]
     rounds: Sequence[Mapping[str, Any]]
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    notes: CardNotes | None = None
 
     @property
     def stands(self) -> bool:

@@ -25,6 +25,7 @@ from ghoststream.recovery.names import PROVENANCE_NAME, has_provenance
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 BASE_CARD_NAME = "README.base.md"
+MERGEKIT_NAME = "mergekit.yaml"
 # Weights in any format, and what this export writes itself.
 _NOT_COPIED_SUFFIXES = frozenset(
     [
@@ -44,7 +45,9 @@ _NOT_COPIED_SUFFIXES = frozenset(
         ".py",
     ]
 )
-_NOT_COPIED_NAMES = frozenset({CONFIG_NAME, CARD_NAME, PROVENANCE_NAME, SUMS_NAME})
+_NOT_COPIED_NAMES = frozenset({CONFIG_NAME, CARD_NAME, MERGEKIT_NAME, PROVENANCE_NAME, SUMS_NAME})
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _ADVICE = "restore it from a copy, or export the checkpoint again"
 _BLOCK_BYTES = 2**20
 _COPIED_FOLDERS = ("additional_chat_templates", "chat_templates")
@@ -70,6 +73,29 @@ def copy_sidecars(root: Path, folder: Path) -> None:
         _copy(path, folder / name)
         if path.suffix == ".json":
             _drop_missing_code(folder / name, folder)
+
+
+def name_tokenizer(folder: Path, model_type: str) -> None:
+    """Write down the class of a tokenizer whose files leave it to the type of the model.
+
+    A recovered model has a type of its own, whose code transformers would ask to run for a tokenizer too.
+
+    Args:
+        folder: The recovered folder, with the files of the tokenizer.
+        model_type: Type of the base.
+    """
+    path = folder / _TOKENIZER_CONFIG
+    said = read_json(path, finite=False) if path.is_file() else {}
+    if not any((folder / name).is_file() for name in _TOKENIZERS) or not isinstance(said, dict):
+        return
+    if said.get("tokenizer_class") or "AutoTokenizer" in (said.get("auto_map") or {}):
+        return
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    names = TOKENIZER_MAPPING_NAMES.get(model_type) or ()
+    known = [name for name in ((names,) if isinstance(names, str) else names) if name]
+    found = known[-1] if known else "PreTrainedTokenizerFast"
+    path.write_text(json.dumps({**said, "tokenizer_class": found}, indent=2, ensure_ascii=False) + "\n")
 
 
 def sidecars_digest(root: Path) -> str:
@@ -114,7 +140,7 @@ def _decides(name: str) -> bool:
     path = PurePosixPath(name)
     return not (
         path.name.startswith(".")
-        or path.name in {PROVENANCE_NAME, SUMS_NAME}
+        or path.name in {PROVENANCE_NAME, SUMS_NAME, MERGEKIT_NAME}
         or path.suffix in {".safetensors", ".gguf", ".md"}
     )
 

@@ -15,6 +15,7 @@ from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text,
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport
 from ghoststream.recovery.forms import WriteRequest, find_form
+from ghoststream.recovery.notes import CardNotes
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.run_estimate import expected
@@ -234,6 +235,7 @@ def _run(
                 operators=operators,
                 out=out,
                 fingerprint=session.fingerprint,
+                notes=CardNotes.of(recovery, selection, is_given=steps.way.given is not None),
                 lock=place.lock,
                 progress=progress,
                 gguf_type=recovery.gguf_type,

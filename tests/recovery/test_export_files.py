@@ -115,10 +115,12 @@ def test_checksums_and_small_files(tmp_path: Path) -> None:
         "config.json",
         "generation_config.json",
         "ghoststream.json",
+        "mergekit.yaml",
         "model.safetensors",
         "modeling_ghosted.py",
         "tokenizer.json",
         "tokenizer.model",
+        "tokenizer_config.json",
     ]
     assert (out / "README.base.md").read_text() == "the base's card"
     card = (out / "README.md").read_text()

@@ -42,7 +42,7 @@ class Adapter(Form):
             operator_dtype=request.operator_dtype,
             fingerprint=request.fingerprint,
         )
-        job = replace(job, config=_config(job))
+        job = replace(job, config=_config(job), notes=request.notes)
         made = _Made(job)
         decided = {"form": {"name": self.name, "version": _VERSION}}
         writer = FolderWriter(made.write, lambda folder: [ADAPTER_NAME], decided)

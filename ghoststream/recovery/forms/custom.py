@@ -29,6 +29,7 @@ class Custom(Form):
             max_shard_bytes=request.max_shard_bytes or DEFAULT_SHARD_BYTES,
             operator_dtype=request.operator_dtype,
             fingerprint=request.fingerprint,
+            notes=request.notes,
             lock=request.lock,
             progress=request.progress,
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ghoststream.operators import OperatorSet
     from ghoststream.recovery.export import ExportReport
+    from ghoststream.recovery.notes import CardNotes
     from ghoststream.recovery.provenance import RecoveredInfo
     from ghoststream.streaming import Skeleton
 
@@ -34,6 +35,7 @@ class WriteRequest:
         fingerprint: The base's, where it is known already.
         lock: The lock of ``out``, where the caller holds it.
         progress: Told the bytes written.
+        notes: What the card tells of the whole recovery.
         gguf_type: Type of the numbers in a GGUF, as the option ``gguf_type`` has it.
     """
 
@@ -45,6 +47,7 @@ class WriteRequest:
     fingerprint: Mapping[str, Any] | None = None
     lock: FileLock | None = None
     progress: Progress | None = None
+    notes: CardNotes | None = None
     gguf_type: GgufType = "auto"
 
 

@@ -96,7 +96,7 @@ class Mlx(Custom):
         if job.stands:
             config["model_file"] = _MODEL_FILE.name
             beside = {_MODEL_FILE.name: _MODEL_FILE.read_bytes()}
-        job = replace(job, config=config, beside=beside)
+        job = replace(job, config=config, beside=beside, notes=request.notes)
         return export_job(job, request.out, lock=request.lock, progress=request.progress)
 
 

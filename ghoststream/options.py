@@ -376,7 +376,7 @@ class Compute(Options):
     device: str = option(
         "auto",
         "cpu, cuda or cuda:N; auto is CUDA where there is one.\nSeveral, such as cuda:0,cuda:1, share the "
-        "sequences of capture and evaluate.",
+        "windows of capture and evaluate, and the candidates of select.",
         usual=True,
         metavar="NAME",
     )

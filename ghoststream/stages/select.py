@@ -20,6 +20,7 @@ from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import some_plan
+from ghoststream.stages.workers import is_shared, on_first_device, workers
 
 
 def select(
@@ -47,8 +48,10 @@ def select(
         source: A store, or a model and a text to calibrate on. Nothing else is looked at.
         search: Criterion, and how much it tries.
         method: How candidates are repaired, where they are; by default ``auto``.
-        compute: How the model is opened and run.
-        reduction: Where statistics of a store are reduced.
+        compute: How the model is opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of
+            the candidates that are measured, in a process each.
+        reduction: Where statistics of a store are reduced. Workers of its ``scheduler`` take shares of the
+            candidates where the model is run.
         out: Plan file (JSON) to write.
         progress: Who is told how far it is.
 
@@ -84,8 +87,9 @@ def select(
             progress=progress,
         )
     name = require_criterion(search.criterion or MEASURED, runs_model=True)
-    reduction.refuse(None, "no store is read")
-    session = ModelSession(str(source.model), compute)
+    reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
+    shared = is_shared(compute, reduction.scheduler)
+    session = ModelSession(str(source.model), on_first_device(compute))
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     rule, named = check_search(sizes.n_layers, remove, search, method)
     if not rule.repairs:
@@ -99,7 +103,10 @@ def select(
     check_export(session.skeleton, some_plan(sizes.n_layers, remove))
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
-    return search_session(session, remove, text, search=search, method=method, out=out, progress=progress)
+    crew = workers(compute, reduction.scheduler, progress) if shared else None
+    return search_session(
+        session, remove, text, search=search, method=method, out=out, progress=progress, crew=crew
+    )
 
 
 def opener(source: Source, compute: Compute, *, used: Iterable[str] = ()) -> Opener | None:

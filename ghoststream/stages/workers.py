@@ -2,7 +2,8 @@
 
 A pass over some sequences needs nothing of the others, where nothing is fitted on all of them. So each worker
 takes a share of the sequences, reads all weights, and gives what the same sequences give in one process: a
-share is a run of whole micro-batches, and a micro-batch decides every bit of its states.
+share is a run of whole micro-batches, and a micro-batch decides every bit of its states. A lane of a search
+needs nothing of the other lanes, so that candidates can be shared in the same way.
 """
 
 from __future__ import annotations
@@ -102,10 +103,14 @@ class Workers:
     def __init__(self, client: Any, place: _Place) -> None:
         self._client, self._place = client, place
 
+    @property
+    def count(self) -> int:
+        """How many workers there are."""
+        return sum(self._place.workers.values())
+
     def rows(self, n_sequences: int, step: int) -> list[tuple[int, int]]:
         """Return the shares of the sequences, one a worker, without those that are empty."""
-        count = sum(self._place.workers.values())
-        found = (rows_of(number, count, n_sequences, step) for number in range(1, count + 1))
+        found = (rows_of(number, self.count, n_sequences, step) for number in range(1, self.count + 1))
         return [rows for rows in found if rows[0] < rows[1]]
 
     def run(
@@ -115,6 +120,8 @@ class Workers:
         shares: Sequence[tuple[Any, ...]],
         sizes: Sequence[int],
         progress: Progress,
+        *,
+        unit: str = "sequences",
     ) -> list[Any]:
         """Call a function once a share, with ``(compute, *share)``, and return what they give, in order.
 
@@ -124,8 +131,9 @@ class Workers:
             function: Importable by its name; a share may be done twice.
             compute: How a worker runs a model; device and memory are put in for it.
             shares: The other arguments.
-            sizes: Sequences of each share.
+            sizes: Sequences of each share, or what ``unit`` says.
             progress: Told when a share is done.
+            unit: What a share consists of.
 
         Raises:
             BudgetError: If a share ended several workers.
@@ -133,7 +141,7 @@ class Workers:
             StoppedError: If this process was asked to stop.
             GhoststreamError: What the function raises.
         """
-        progress.start(f"shares of {len(shares)} workers", sum(sizes), "sequences")
+        progress.start(f"shares of {len(shares)} workers", sum(sizes), unit)
         futures = [
             self._client.submit(_on_worker, function, compute, self._place, share, pure=False)
             for share in shares
@@ -183,7 +191,7 @@ def workers(compute: Compute, scheduler: Any, progress: Progress) -> Iterator[Wo
             client.wait_for_workers(1)
         require_versions(client, progress)
         hosts = Counter(map(_host, client.nthreads()))
-        progress.log(f"{hosts.total()} workers of {client.scheduler.address} take shares of the sequences")
+        progress.log(f"{hosts.total()} workers of {client.scheduler.address} share the work")
         yield Workers(client, _Place((), 0, hosts))
 
 
@@ -242,7 +250,7 @@ def _explained() -> Iterator[None]:
         yield
     except KilledWorker as error:
         msg = (
-            "a share of the sequences ended the workers that ran it, most often for lack of memory; give "
+            "a share of the work ended the workers that ran it, most often for lack of memory; give "
             "--host-memory, or fewer workers, and run the same command again"
         )
         raise BudgetError(msg) from error

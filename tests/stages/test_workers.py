@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
-from ghoststream.options import Compute, Text
+from ghoststream.options import Compute, Method, Text
 from ghoststream.progress import SilentProgress
+from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.shares import Measuring
+from ghoststream.stages.choosing.shares import measure_share as measure_candidates
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import group_models
@@ -25,6 +29,8 @@ from ghoststream.stages.measuring.shares import measure_share, measure_shares
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import is_shared, rows_of, workers
 from tests.helpers.groups import capture_arguments, evaluate_arguments
+from tests.helpers.requests import select
+from tests.helpers.searching import HELD, on_windows, open_model, save_windows
 
 pytestmark = pytest.mark.integration
 S, T = 13, 16
@@ -112,6 +118,23 @@ def test_a_cluster_gives_the_figures_and_files_of_one_process(
     assert _files(tmp_path / "shared") == _files(tmp_path / "one")
 
 
+def test_candidates_shared_by_workers_give_the_plan_of_one_process(tiny_llama: Path, tmp_path: Path) -> None:
+    windows = on_windows(save_windows(tmp_path))
+    options = {"model": tiny_llama, "held_out": HELD, "operator": "ghost", **windows}
+    select(2, out=tmp_path / "one.json", **options)
+    with _cluster(3) as client:
+        found = select(2, out=tmp_path / "shared.json", scheduler=client, **options)
+    assert len(found.candidates) > 3
+    assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+def test_a_worker_that_measures_another_model_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    session, tokens = open_model(tiny_llama, save_windows(tmp_path))
+    repair = Repair.alike(PruningPlan(session.skeleton.n_layers, (Span(1, 2),)), Method(operator="none"))
+    with pytest.raises(MismatchError, match="give a path that all workers share"):
+        measure_candidates(session.compute, str(tiny_llama), "other", Measuring(tokens, None, 2), [repair])
+
+
 def _die_once(compute: Compute, mark: Path, number: int) -> tuple[int, str]:
     if number == 1 and not mark.exists():
         mark.touch()
@@ -166,7 +189,7 @@ def test_what_cannot_be_shared_is_refused(tiny_llama: Path, ids: Path, tmp_path:
     assert not is_shared(Compute(), None)
     with pytest.raises(RequestError, match="leave one of the two out"):
         is_shared(several, "tcp://127.0.0.1:9")
-    with pytest.raises(RequestError, match="only capture and evaluate share"):
+    with pytest.raises(RequestError, match="only capture, evaluate and select share"):
         ModelSession(tiny_llama, several)
     with pytest.raises(RequestError, match="--worker is one share"):
         capture(tiny_llama, calibration=f"ids:{ids}", store=tmp_path / "s", compute=several, worker=(1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ghoststream.stages.choosing.trial import Division, Row, Trial
 from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import Workers
 from ghoststream.text import recipe_of
 
 WORST = ", on the text where that is highest"
@@ -31,8 +33,11 @@ def search_session(
     method: Method,
     out: str | Path | None,
     progress: Progress,
+    crew: AbstractContextManager[Workers | None] | None = None,
 ) -> Selection:
     """Choose the layers to remove by running a model without them; see :func:`ghoststream.select`.
+
+    ``crew`` gives workers that measure candidates, when there is something to measure.
 
     Raises:
         RequestError: If the numbers do not fit the model or the text, or an option is unknown or not read.
@@ -57,14 +62,26 @@ def search_session(
         **_repairing(rule, wanted),
     }
     output = None if out is None else Output(out, recipe, "select")
+
+    def chosen() -> Selection:
+        with crew or nullcontext() as hands:
+            trial = Trial(
+                session,
+                tokens,
+                division,
+                lanes=search.lanes,
+                output=output,
+                progress=progress,
+                crew=hands,
+            )
+            return _choose(rule, trial, remove, search, wanted, recipe)
+
     if output is None:
-        trial = Trial(session, tokens, division, lanes=search.lanes, output=None, progress=progress)
-        return _choose(rule, trial, remove, search, wanted, recipe)
+        return chosen()
     with output.claimed(Selection.load) as found:
         if found is not None:
             return found
-        trial = Trial(session, tokens, division, lanes=search.lanes, output=output, progress=progress)
-        selection = _choose(rule, trial, remove, search, wanted, recipe)
+        selection = chosen()
         selection.save(output.path)
     return selection
 

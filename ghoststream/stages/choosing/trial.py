@@ -16,11 +16,12 @@ from ghoststream.options import Search
 from ghoststream.progress import Progress
 from ghoststream.stages.choosing.auto import choose_methods, preference
 from ghoststream.stages.choosing.division import divided, require_each_text
-from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import SampleShare, share_of_positions
+from ghoststream.stages.choosing.shares import Measuring, measure_shares
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import Workers
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Runs
 from ghoststream.text import TokenSet
@@ -103,6 +104,7 @@ class Trial:
         output: The result that the figures are for; they are kept beside it. Not kept if ``None``.
         progress: Who is told how far it is.
         residuals: Whether figures say what each operator leaves of its gap.
+        crew: Workers that take candidates; the passes are run here if ``None``.
 
     Attributes:
         passes: Passes over the weights that it took.
@@ -120,7 +122,9 @@ class Trial:
         output: Output | None,
         progress: Progress,
         residuals: bool = False,
+        crew: Workers | None = None,
     ) -> None:
+        self._crew = crew
         self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
         self._lanes, self._output, self._residuals = lanes, output, residuals
         self._dense_loss: float | None = None
@@ -184,19 +188,19 @@ class Trial:
 
     def _pass(self, repairs: Sequence[Repair], sample: Sample | None) -> None:
         self.progress.log(f"repairing and measuring {len(repairs)} candidates in one pass")
-        tokens, ranges = self._part(sample)
-        before = self.session.skeleton.runs
-        dense, candidates = measure_repairs(
-            self.session,
-            tokens,
-            repairs,
-            ranges=ranges,
-            micro_batch=self.division.micro_batch,
-            progress=self.progress,
-            positions=1.0 if sample is None else sample.positions,
-            residuals=self._residuals,
+        measuring = Measuring(
+            *self._part(sample),
+            self.division.micro_batch,
+            1.0 if sample is None else sample.positions,
+            self._residuals,
         )
-        self.runs += self.session.skeleton.runs - before
+        if self._crew is None:
+            dense, candidates, runs = measuring.of(self.session, repairs, self.progress)
+        else:
+            dense, candidates, runs = measure_shares(
+                self._crew, self.session, measuring, repairs, self.progress
+            )
+        self.runs += runs
         self._dense_loss = dense.loss
         across = self.division.across_texts
         self._rows |= {_key(one.repair, sample): one.to_json(across) for one in candidates}

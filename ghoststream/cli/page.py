@@ -25,9 +25,13 @@ def write_page(out: Path, page: Path) -> None:
         GhoststreamError: If it cannot be written; it says that the result is there.
     """
     from ghoststream.stages.reporting.report import write_report
+    from ghoststream.stages.run_record import NAME
+    from ghoststream.stages.steps import work_folder
 
+    work = work_folder(out)
     try:
-        write_report([out], page)
+        # A result in another form says less of itself than what is kept beside it.
+        write_report([work if (work / NAME).is_file() else out], page)
     except GhoststreamError as error:
         msg = f"{out} is finished, but its page is not written: {error.args[0]}"
         raise type(error)(msg) from error

@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: one live line on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LineProgress:
         self._task, self._total, self._unit, self._done = task, total, unit, 0
         self._begun = self._line_at = self._clock()
         self._line_done = 0
-        self._write(f"{task}: {self._amount(total)}" if total else task)
+        self._write(f"{task}: {_amount(total, unit)}" if total else task)
 
     def advance(self, amount: int) -> None:
         """Count, and write a line when it is time for one."""
@@ -57,10 +57,7 @@ class LineProgress:
     def finish(self) -> None:
         """End the task with a line that says how long it took."""
         if self._task is not None:
-            seconds = self._clock() - self._begun
-            self._write(
-                f"{self._task}: {self._amount(self._done)} in {human_seconds(seconds)}{self._rate(seconds)}"
-            )
+            self._write(_ended(self._task, self._done, self._clock() - self._begun, self._unit))
         self._task = None
 
     def log(self, message: str) -> None:
@@ -69,74 +66,85 @@ class LineProgress:
 
     def _describe(self, now: float) -> str:
         seconds = now - self._begun
-        text = f"{self._task}: {self._amount(self._done)}"
-        if self._total:
-            text += f" of {self._amount(self._total)} ({self._done / self._total:.0%})"
-        text += self._rate(seconds)
+        text = f"{self._task}: {_place(self._done, self._total, self._unit)}"
+        text += _rate(self._done, seconds, self._unit)
         if self._total and self._done:
             text += f", {human_seconds(seconds * (self._total - self._done) / self._done)} left"
         return text
-
-    def _amount(self, amount: int) -> str:
-        return human_bytes(amount) if self._unit == "B" else f"{amount:,} {self._unit}"
-
-    def _rate(self, seconds: float) -> str:
-        if seconds <= 0 or not self._done:
-            return ""
-        rate = self._done / seconds
-        text = human_bytes(int(rate)) if self._unit == "B" else f"{rate:,.3g} {self._unit}"
-        return f", {text}/s"
 
     def _write(self, line: str) -> None:
         print(without_secrets(line), file=self._stream, flush=True)
 
 
+def _amount(amount: int, unit: str) -> str:
+    return human_bytes(amount) if unit == "B" else f"{amount:,} {unit}"
+
+
+def _place(done: int, total: int, unit: str) -> str:
+    """Say how far a task is: ``layer 12 of 80``."""
+    if not total:
+        return _amount(done, unit)
+    if unit == "B":
+        return f"{human_bytes(done)} of {human_bytes(total)}"
+    one = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+    return f"{one} {done:,} of {total:,}"
+
+
+def _rate(done: int, seconds: float, unit: str) -> str:
+    if seconds <= 0 or not done:
+        return ""
+    rate = done / seconds
+    return f", {human_bytes(int(rate)) if unit == 'B' else f'{rate:,.3g} {unit}'}/s"
+
+
+def _ended(task: str, done: int, seconds: float, unit: str) -> str:
+    return f"{task}: {_amount(done, unit)} in {human_seconds(seconds)}{_rate(done, seconds, unit)}"
+
+
 class BarProgress:
-    """Live bars of rich: amount, rate and time left."""
+    """One live line of rich that stays below everything else: ``layer 12 of 80, 41 s left``, and a bar.
+
+    A task that has ended leaves a line above it.
+    """
 
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
         self._task: TaskID | None = None
 
     def start(self, task: str, total: int, unit: str) -> None:
-        """Begin a task with its own bar; the bars of ended tasks stay visible."""
+        """Begin a task with a bar of its own."""
         self.finish()
-        self._unit, self._total, self._begun, self._done = unit, total, time.monotonic(), 0
-        self._task = self._bars.add_task(task, total=total or None, amount="", rate="")
+        self._name, self._unit, self._total, self._done = task, unit, total, 0
+        self._begun = time.monotonic()
+        self._task = self._bars.add_task(task, total=total or None, place=_place(0, total, unit), end=None)
 
     def advance(self, amount: int) -> None:
         """Move the bar."""
         if self._task is None:
             return
         self._done += amount
-        rate = self._done / max(time.monotonic() - self._begun, 1e-9)
-        of = f"/{self._text(self._total)}" if self._total else ""
-        self._bars.update(
-            self._task,
-            advance=amount,
-            amount=f"{self._text(self._done)}{of} {'' if self._unit == 'B' else self._unit}".rstrip(),
-            rate=f"{self._text(rate)}/s",
-        )
+        now, end = time.monotonic(), None
+        if self._total and self._done:
+            end = now + (now - self._begun) * max(0, self._total - self._done) / self._done
+        place = _place(self._done, self._total, self._unit)
+        self._bars.update(self._task, advance=amount, place=place, end=end)
 
     def finish(self) -> None:
-        """Stop the bar's clock."""
+        """Leave a line that says how long it took in the place of the bar."""
         if self._task is not None:
-            self._bars.stop_task(self._task)
+            self._bars.remove_task(self._task)
+            self._bars.refresh()
+            self.log(_ended(self._name, self._done, time.monotonic() - self._begun, self._unit))
         self._task = None
 
     def log(self, message: str) -> None:
-        """Print the message above the bars."""
+        """Print the message above the bar."""
         self._bars.console.print(without_secrets(message), highlight=False, markup=False)
-
-    def _text(self, amount: float) -> str:
-        if self._unit == "B":
-            return human_bytes(int(amount))
-        return f"{amount:,}" if isinstance(amount, int) else f"{amount:,.3g}"
 
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Yield the progress that fits the stream (default stderr): bars on a terminal, lines elsewhere."""
+    """Yield the progress that fits the stream (default stderr): a live line on a terminal, else lines."""
     target = stream if stream is not None else sys.stderr
     if not target.isatty():
         lines = LineProgress(target)
@@ -156,15 +164,20 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
 
 
 def _bars(console: Console) -> RichProgress:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Place(ProgressColumn):
+        """Where a task is, and how long it still takes, told anew while nothing moves."""
+
+        def render(self, task: Task) -> Text:
+            end = task.fields["end"]
+            left = "" if end is None else f", {human_seconds(max(1.0, end - time.monotonic()))} left"
+            return Text(f"{task.fields['place']}{left}")
 
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[amount]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        Place(),
         console=console,
     )

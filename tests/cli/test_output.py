@@ -7,9 +7,10 @@ import json
 import math
 
 import pytest
+from rich.console import Console
 
 from ghoststream.cli.output import human_bytes, print_facts, print_json, print_table
-from ghoststream.cli.progress import BarProgress, LineProgress, show_progress
+from ghoststream.cli.progress import BarProgress, LineProgress, _bars, show_progress
 from ghoststream.progress import Progress, SilentProgress, human_seconds
 
 pytestmark = pytest.mark.unit
@@ -83,7 +84,7 @@ def test_lines_come_every_ten_percent_or_ten_seconds() -> None:
     progress.finish()
     lines = stream.getvalue().splitlines()
     assert lines[0] == "capture: 100 layers"
-    assert lines[1] == "capture: 5 layers of 100 layers (5%), 0.5 layers/s, 3 min 10 s left"
+    assert lines[1] == "capture: layer 5 of 100, 0.5 layers/s, 3 min 10 s left"
     assert lines[-1] == "capture: 100 layers in 3 min 20 s, 0.5 layers/s"
     assert len(lines) == 1 + 19 + 1
 
@@ -125,8 +126,35 @@ def test_the_stream_decides_between_lines_and_bars() -> None:
         bars.start("read", 0, "B")
         bars.advance(2048)
         bars.log("kept [this]")
-    assert "kept [this]" in terminal.getvalue()
-    assert "capture" in terminal.getvalue()
+        bars.finish()
+    shown = terminal.getvalue()
+    assert "kept [this]" in shown
+    assert "capture: 4 layers in " in shown
+    assert "read: 2 KiB in " in shown
+
+
+def test_a_live_line_says_where_it_is_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+    monkeypatch.setattr("ghoststream.cli.progress.time.monotonic", clock)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    bars = _bars(console)
+    live = BarProgress(bars)
+    live.start("streaming layers", 80, "layers")
+    clock.now = 6.0
+    live.advance(12)
+    console.print(bars.get_renderable())
+    clock.now += 24.0
+    console.print(bars.get_renderable())
+    live.start("reading [it]", 4096, "B")
+    live.advance(1024)
+    console.print(bars.get_renderable())
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+    assert lines[0].endswith("layer 12 of 80, 34 s left")
+    assert lines[1].endswith("layer 12 of 80, 10 s left")
+    assert lines[2] == "streaming layers: 12 layers in 30 s, 0.4 layers/s"
+    assert lines[3].startswith("reading [it]")
+    assert lines[3].endswith("1 KiB of 4 KiB, 1.0 s left")
 
 
 def test_silence_is_a_progress() -> None:

@@ -182,5 +182,5 @@ def _exploration() -> ExplorationReport:
     return ExplorationReport(
         "tiny", 8, tuple(point(*one) for one in ((1, 0.05), (2, 0.1), (3, 0.15), (4, 1.0))),
         DenseFigures(3.0, 20.1, 2**20), HeatMaps((1, 2, 3), (1, 2), grid, grid, grid, grid),
-        Spent(4, 96, 1.5), 0.2, 0.7,
+        Spent(4, 96, 8.0, 1.5), 0.2, 0.7,
     )  # fmt: skip

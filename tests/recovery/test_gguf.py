@@ -29,6 +29,7 @@ from ghoststream.recovery.gguf.layout import GgufTensor
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.artifacts.inspect import inspect_path
 from ghoststream.stages.artifacts.verify import verify_path
+from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.export import export
 from ghoststream.stages.recover import run as recover
 from ghoststream.testing.models import save_tiny
@@ -95,6 +96,21 @@ def test_models_that_are_not_written_are_refused_by_name(tmp_path: Path) -> None
             ),
             "rope_parameters of this llama .*convert that by convert_hf_to_gguf.py",
         ),
+        "llama 3's rope": (
+            save_tiny(
+                "qwen3",
+                tmp_path / "llama3",
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 8,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+            ),
+            "rope_parameters of this qwen3",
+        ),
         "quantised": (save_fp8(tmp_path / "fp8", "qwen3"), "quantization_config of this qwen3"),
     }
     for base, says in cases.values():
@@ -143,6 +159,8 @@ def test_recover_refuses_before_any_work(tiny_llama: Path, tmp_path: Path) -> No
         wanted = Recovery(model=str(model), remove="2:3", calibration=text, method=method, form="gguf")
         with pytest.raises(RequestError, match=says):
             recover(wanted, tmp_path / "out")
+        with pytest.raises(RequestError, match=says):
+            estimate(wanted)
     wanted = Recovery(
         model=str(tiny_llama), remove="2:3", calibration=text, method=normed, form="gguf", gguf_type="q8_0"
     )

@@ -71,7 +71,7 @@ def find_family(model_type: str, config: Any) -> Family:
         "hidden_act": config.hidden_act != "silu",
         "partial_rotary_factor": rope_of(config).get("partial_rotary_factor", 1.0) != 1.0,
         "attention_bias": bool(getattr(config, "attention_bias", False)) and "o_proj" not in family.biases,
-        "rope_parameters": not _is_known_rope(rope_of(config)),
+        "rope_parameters": not _is_known_rope(rope_of(config), family),
     }
     for field, is_refused in refused.items():
         if is_refused:
@@ -119,10 +119,11 @@ def context_of(config: Any) -> int:
     return min(length, int(window)) if window and slides else length
 
 
-def _is_known_rope(rope: Mapping[str, Any]) -> bool:
+def _is_known_rope(rope: Mapping[str, Any], family: Family) -> bool:
     kind = rope.get("rope_type", "default")
     if kind == "yarn":
         # Others than these have another factor in front of the attention, or other borders.
         own = {"attention_factor", "mscale", "mscale_all_dim", "truncate"}
         return not own & {key for key, value in rope.items() if value is not None}
-    return kind in {"default", "linear", "llama3"}
+    # Only these read the factors of the frequencies.
+    return kind in {"default", "linear"} or (kind == "llama3" and rotates_pairs(family.architecture))

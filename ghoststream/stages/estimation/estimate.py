@@ -21,7 +21,7 @@ from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, SweepCost
 from ghoststream.stages.estimation.stages import all_stages
 from ghoststream.stages.estimation.sweeps import StoreShape, select_sweeps, solve_sweeps
-from ghoststream.stages.refusals import check_export, check_place
+from ghoststream.stages.refusals import check_export, check_form, check_place
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,9 @@ def _check_model(root: Path, job: Job) -> None:
     """Build the model without weights, as a recovery does before its first pass."""
     from ghoststream.stages.session import open_skeleton
 
-    check_export(open_skeleton(root, "cpu", job.recovery.compute), job.plan(job.sizes.n_layers))
+    skeleton = open_skeleton(root, "cpu", job.recovery.compute)
+    check_export(skeleton, job.plan(job.sizes.n_layers))
+    check_form(job, skeleton)
 
 
 def _sweeps(route: Route) -> tuple[SweepCost, ...]:

@@ -89,6 +89,7 @@ def test_compare_operators_and_read_the_store_and_reduce_it_on_a_cluster(
     assert there.plan == OperatorSet.load(tmp_path / "ghost.safetensors").plan
 
 
+@pytest.mark.soak
 def test_prune_in_rounds(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -101,6 +102,21 @@ def test_prune_in_rounds(
     assert names == [tiny_llama.name, "at-once", "round-1", "round-2"]
     layers = [json.loads((tmp_path / name / "config.json").read_text()) for name in names[1:]]
     assert [config["num_hidden_layers"] for config in layers] == [4, 5, 4]
+
+
+@pytest.mark.soak
+def test_explore_and_choose(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path,
+    ids: str,
+    tmp_path: Path,
+) -> None:
+    _run(monkeypatch, "08_explore_and_choose.py", tiny_llama, ids, tmp_path)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["1", "2", "3"]
+    n_layers = json.loads((tmp_path / "recovered" / "config.json").read_text())["num_hidden_layers"]
+    assert last.startswith(f"{6 - n_layers} layers removed")
 
 
 def test_lora_on_top(
@@ -136,3 +152,32 @@ def test_own_package(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     provenance = (tmp_path / "recovered" / "ghoststream.json").read_text()
     assert "mean-gap" in provenance
+
+
+def test_notebooks_were_run_and_show_what_they_found() -> None:
+    for path in EXAMPLES.glob("*.ipynb"):
+        assert path.stat().st_size < 200_000
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        # Every cell was run, in order, and nobody's paths are in what is shown.
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+        outputs = [output for cell in cells for output in cell["outputs"]]
+        assert any("image/png" in output.get("data", {}) for output in outputs)
+        assert not [output for output in outputs if output["output_type"] == "error"]
+        assert "/work/" not in json.dumps(outputs)
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.parametrize("name", ["recover_your_own_model", "look_and_choose"])
+def test_notebooks_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed").use("Agg")
+    path = EXAMPLES / f"{name}.ipynb"
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    for key, value in (("MODEL", save_model(tmp_path / "model")), ("WORK", tmp_path / "work")):
+        monkeypatch.setenv(key, str(value))
+    names = {"__name__": name}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), str(path), "exec"), names)
+    assert "perplexity" in capsys.readouterr().out

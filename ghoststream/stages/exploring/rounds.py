@@ -8,7 +8,7 @@
    They are measured beside the best single spans, on more windows. The loss of a plan is nearly that of its
    spans together, so that plans are left out whose spans cost more than the best single one by far.
 4. For every number, the best of one span and the best of several are repaired in the way that is nearly
-   always the best one, and measured on more windows again.
+   always the best one, and measured on more windows again. Where one of the two is behind already, it leaves.
 
 All candidates of a round are lanes of one pass. Rounds 2 to 4 are those of a race
 (:mod:`ghoststream.stages.choosing.race`), with fewer candidates for each number.
@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from ghoststream.errors import RequestError
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.by_text import ranked_gap
+from ghoststream.stages.choosing.auto import preference
+from ghoststream.stages.choosing.by_text import difference, ranked_gap
 from ghoststream.stages.choosing.passes import partitions
 from ghoststream.stages.choosing.race import combined, likely
 from ghoststream.stages.choosing.ranking import Similarity, shortlist
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import OF_PLANS, OF_SPANS, OF_SURVIVORS, SampleShare
-from ghoststream.stages.choosing.settling import settle
+from ghoststream.stages.choosing.settling import is_surely_worse, settle
 from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
 from ghoststream.stages.choosing.ways import SCREEN
 from ghoststream.stages.choosing.writable import writable
@@ -39,10 +40,13 @@ STAGES = 4
 """Passes over the weights, where no repair turns out to be one that cannot be written."""
 
 WITHIN = 0.1
-"""Nats by which spans may cost more together than the best single span of as many layers.
+"""Nats by which spans may cost more together than the best single span of as many layers."""
 
-Pairs end better than their sums: by some 0.06 nats, once the second boundary is fitted on the repaired model.
-"""
+GAINED = 0.06
+"""Nats that plans of several spans gain by fitting later boundaries on the repaired model."""
+
+PARTS = 2
+"""How many times as many spans of a length are measured alone for plans of several as for plans of one."""
 
 
 @dataclass
@@ -130,7 +134,7 @@ def _listed(ranked: Mapping[Span, Similarity], numbers: Numbers) -> list[Span]:
     """Return the spans that are measured alone: as plans of their own, and as parts of plans of several."""
     count = numbers.per_count
     own = [shortlist(ranked, size, count) for size in numbers.counts]
-    parts = [shortlist(ranked, size, count, apart=max(1, round(size / 2))) for size in numbers.parts]
+    parts = [shortlist(ranked, size, PARTS * count, apart=max(1, round(size / 2))) for size in numbers.parts]
     return sorted({span for spans in (*own, *parts) for span in spans})
 
 
@@ -148,10 +152,33 @@ def _plans(trial: Trial, found: Explored, numbers: Numbers, screen: Method) -> l
         repairs += [Repair.alike(plan, on_dense) for plan in several]
     if numbers.max_spans == 1:
         return [repair.plan for repair in repairs]
-    best: dict[tuple[int, bool], PruningPlan] = {}
-    for repair, _ in _measure(trial, found, 3, repairs, OF_PLANS):
-        best.setdefault((repair.plan.n_removed, len(repair.plan.spans) > 1), repair.plan)
-    return [best[key] for key in sorted(best)]
+    ranked = _measure(trial, found, 3, repairs, OF_PLANS)
+    return [
+        plan
+        for count in numbers.counts
+        for plan in finalists([pair for pair in ranked if pair[0].plan.n_removed == count])
+    ]
+
+
+def finalists(ranked: Ranked) -> list[PruningPlan]:
+    """Return the best plan of one span and the best of several, without the one that is behind the other.
+
+    Plans of several spans gain in the last round. So a single span leaves that is surely worse already, and
+    plans of several that are behind by more than they gain.
+
+    Args:
+        ranked: Plans of one number of layers, best first, all boundaries fitted to dense states.
+    """
+    best: dict[bool, tuple[Repair, Row]] = {}
+    for repair, row in ranked:
+        best.setdefault(len(repair.plan.spans) > 1, (repair, row))
+    if len(best) == 2:
+        (single, alone), (several, together) = best[False], best[True]
+        if preference(together) < preference(alone) and is_surely_worse(alone, together):
+            return [several.plan]
+        if difference(together, alone)[0] > GAINED and not alone.get("refusal"):
+            return [single.plan]
+    return [repair.plan for repair, _ in best.values()]
 
 
 def _likely_plans(

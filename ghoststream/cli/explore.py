@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ghoststream.cli.command import Command
-from ghoststream.cli.options import Part, debug_option, grouped, json_option, model_argument, out_option
+from ghoststream.cli.options import (
+    Part,
+    debug_option,
+    grouped,
+    json_option,
+    model_argument,
+    out_option,
+)
 from ghoststream.cli.output import human_bytes, next_command, print_json, print_table, print_text
+from ghoststream.cli.page import require_page, write_page
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Exploration, Method, Search, Text
 
@@ -33,9 +41,18 @@ if TYPE_CHECKING:
     method=Method,
     compute=Compute,
 )
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="HTML page of the exploration to write at the end.",
+)
 @json_option
 @debug_option
-def command(model: str, *, out: Path, calibration: Text | None, as_json: bool, **given: Any) -> None:
+def command(
+    model: str, *, out: Path, calibration: Text | None, as_json: bool, page: Path | None, **given: Any
+) -> None:
     """Find for every number of layers the best plan, and say what it costs.
 
     All plans are repaired and measured on the same held-out windows of the calibration text, in four passes
@@ -46,12 +63,17 @@ def command(model: str, *, out: Path, calibration: Text | None, as_json: bool, *
 
     if calibration is None:
         raise click.MissingParameter(param_hint="'--calibration'", param_type="option")
+    if page is not None:
+        # Before any work: whether it can be drawn, and written.
+        require_page(page)
     with show_progress() as progress:
         report = explore(model, calibration=calibration, out=out, progress=progress, **given)
     if as_json:
         print_json(report.to_json())
-        return
-    _print(report, model, out)
+    else:
+        _print(report, model, out)
+    if page is not None:
+        write_page(out, page)
 
 
 def _print(report: ExplorationReport, model: str, out: Path) -> None:

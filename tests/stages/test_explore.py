@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 from pathlib import Path
@@ -304,5 +305,9 @@ def test_the_command_prints_a_line_a_stage_a_table_and_what_comes_next(
     assert [line.split()[0] for line in lines[2:5]] == [str(point.removed) for point in points]
     assert any(line.startswith("verdict: ") for line in lines)
     assert f"next: ghoststream recover {model} --remove {tmp_path / 'out' / 'plans'}" in done.stdout
-    printed = CliRunner().invoke(main, [str(word) for word in (*asked, "--out", folder, "--json")])
+    page = ["--report", tmp_path / "page.html"]
+    pytest.importorskip("matplotlib", reason="the page needs the extra `report`")
+    printed = CliRunner().invoke(main, [str(word) for word in (*asked, "--out", folder, "--json", *page)])
     assert json.loads(printed.stdout) == json.loads((folder / "explore.json").read_text())
+    report = ExplorationReport.load(folder)
+    assert html.escape(report.verdict) in (tmp_path / "page.html").read_text()

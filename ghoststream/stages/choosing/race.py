@@ -179,10 +179,14 @@ def combined(n_layers: int, tried: Sequence[Sequence[int]], alone: Mapping[Span,
 def neighbours(ranked: Ranked) -> list[PruningPlan]:
     """Return the plans that are one of the best of several spans with one span moved, each once.
 
+    The best are of different sizes of spans: neighbours of one plan are mostly the next best of its sizes.
     Spans stay off the first and the last layer and do not touch. What was measured is left out.
     """
     measured = {repair.plan for repair, _ in ranked}
-    leaders = [repair.plan for repair, _ in ranked if len(repair.plan.spans) > 1][:LEADERS]
+    best: dict[tuple[int, ...], PruningPlan] = {}
+    for repair, _ in ranked:
+        best.setdefault(tuple(sorted(map(len, repair.plan.spans))), repair.plan)
+    leaders = [plan for plan in best.values() if len(plan.spans) > 1][:LEADERS]
     found: dict[PruningPlan, None] = {}
     for plan in leaders:
         for index, move in itertools.product(range(len(plan.spans)), MOVES):

@@ -59,7 +59,7 @@ SURVIVORS = 3
 """Plans of a number of spans that go on to the next round at most."""
 
 LEADERS = 2
-"""Plans of several spans whose neighbours are measured too."""
+"""Plans of several spans, of different sizes, whose neighbours are measured too."""
 
 MOVES = (-2, -1, 1, 2)
 """Layers by which one span of a plan is moved to make a neighbour."""

@@ -57,10 +57,10 @@ def test_the_shell_and_the_python_of_the_readme_run(tmp_path: Path, monkeypatch:
     (tmp_path / "calibration.txt").write_text(_text(128 * 512, seed=0))
     (tmp_path / "heldout.txt").write_text(_text(2 * 512, seed=1))
     lines = _shell_lines()
-    asked = ["estimate", "recover", "evaluate", "select", "recover", "recover", "inspect", "verify"]
-    assert [line[0] for line in lines] == asked
+    asked = ["estimate", "recover", "evaluate", "explore", "recover", "recover", "report"]
+    assert [line[0] for line in lines] == [*asked, "inspect", "verify"]
     outputs = {line[0]: _run(*line).stdout for line in lines}
-    assert "remove [1,9) (8 of 10 layers)" in outputs["select"], "the one candidate that keeps both ends"
+    assert "report.html" in outputs["report"]
     assert "it fits" in outputs["estimate"]
     assert f"8 of {N_LAYERS} layers" in outputs["recover"]
     assert "recovered checkpoint" in outputs["inspect"]

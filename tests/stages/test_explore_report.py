@@ -85,7 +85,7 @@ def test_inspect_explains_the_folder_and_the_file(folder: Path) -> None:
         assert found.facts["verdict"].startswith("up to 3 layers cost less than 0.2 nats")
         points, recipe = found.tables
         assert [row[0] for row in points.rows] == [1, 2, 3, 4]
-        assert [row[-1] for row in points.rows] == ["", "", "cheap up to here, knee", "breaks"]
+        assert [row[-1] for row in points.rows] == ["", "", "last cheap, knee", "breaks"]
         assert recipe.rows == [("stage", "explore")]
 
 

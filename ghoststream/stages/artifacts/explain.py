@@ -214,8 +214,7 @@ def explain_plan(path: str) -> Explanation:
         title = f"{len(shown)} of {len(found.candidates)} candidates"
         tables.append(Table(title, *candidate_table(shown, found.recipe)))
     if found.recipe:
-        recipe = {key: value for key, value in found.recipe.items() if key not in {"screen", "methods"}}
-        tables.append(_facts_table("recipe", {**recipe, **found.details}))
+        tables.append(_recipe_table({**found.recipe, **found.details}))
     return {key: value for key, value in facts.items() if value is not None}, tuple(tables)
 
 
@@ -232,7 +231,7 @@ def explain_exploration(path: str) -> Explanation:
         "passes": found.spent.passes,
         "arithmetic, in dense passes": found.spent.dense_passes,
     }
-    return facts, (Table("numbers of layers", *table_of(found)), _facts_table("recipe", found.recipe))
+    return facts, (Table("numbers of layers", *table_of(found)), _recipe_table(found.recipe))
 
 
 def _label(method: Method) -> str:
@@ -305,6 +304,11 @@ def _tensor_facts(entries: Iterable[TensorEntry]) -> dict[str, Any]:
         "parameters": sum(prod(entry.shape) for entry in tensors),
         "stored as": ", ".join(f"{name} ({count})" for name, count in kinds.most_common()),
     }
+
+
+def _recipe_table(recipe: Mapping[str, Any]) -> Table:
+    """Show a recipe without the ways to repair that were tried."""
+    return _facts_table("recipe", {key: recipe[key] for key in recipe if key not in {"screen", "methods"}})
 
 
 def _plan_text(*rounds: Mapping[str, Any]) -> str:

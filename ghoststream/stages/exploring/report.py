@@ -232,7 +232,7 @@ class ExplorationReport:
     def to_text(self) -> str:
         """Return the report as lines for a reader, without colours or lines of a table."""
         rows = [
-            f"{point.removed:>3} layers  loss {point.gap:+.4f} ({_interval(point)})  perplexity "
+            f"{point.removed:>3} layers  loss {point.gap:+.3f} ({_interval(point)})  perplexity "
             f"{point.perplexity:.2f}  {format_bytes(point.weight_bytes)}  {self.plan_of(point)}"
             for point in self.points
         ]
@@ -290,7 +290,7 @@ def table_of(report: ExplorationReport) -> tuple[Sequence[str], Sequence[Sequenc
         [
             point.removed,
             str(report.plan_of(point)),
-            f"{point.gap:.4f}",
+            f"{point.gap:.3f}",
             _interval(point),
             f"{point.perplexity:.2f}",
             format_bytes(point.weight_bytes),
@@ -307,7 +307,7 @@ def _marks(findings: Findings) -> dict[int, list[str]]:
     """Return what is said of some numbers of layers."""
     marks: dict[int, list[str]] = {}
     told = (
-        (findings.cheap_up_to, "cheap up to here"),
+        (findings.cheap_up_to, "last cheap"),
         (findings.knee, "knee"),
         (findings.breaks_at, "breaks"),
     )
@@ -320,4 +320,4 @@ def _marks(findings: Findings) -> dict[int, list[str]]:
 def _interval(point: Point) -> str:
     if point.gap_low is None or point.gap_high is None:
         return "unknown"
-    return f"{point.gap_low:.4f} to {point.gap_high:.4f}"
+    return f"{point.gap_low:.3f} to {point.gap_high:.3f}"

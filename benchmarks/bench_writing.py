@@ -8,7 +8,8 @@
 - `zarr, 4 threads` is `zarr, hashed` from four threads, a shard each.
 
 Processor seconds are those of all threads of the process, so they hold on a machine that does other work too.
-A row of rates comes before: each of the parts alone, on one thread.
+A row of rates comes before: each of the parts alone, on one thread. `from float32` writes float32 states into
+stores of narrower types, int8 among them: processor seconds a gigabyte of what is given.
 """
 
 from __future__ import annotations
@@ -47,19 +48,27 @@ class Case:
         shape: Sequences, positions, channels.
         per_shard: Sequences in one shard, a chunk each.
         layers: How many layers are written in a run.
+        given: Type of the states before they are stored; as stored by default.
     """
 
     def __init__(
-        self, folder: Path, dtype: str, shape: tuple[int, int, int], per_shard: int, layers: int
+        self,
+        folder: Path,
+        dtype: str,
+        shape: tuple[int, int, int],
+        per_shard: int,
+        layers: int,
+        given: str | None = None,
     ) -> None:
         self.folder, self.dtype, self.layers, self.per_shard = folder, dtype, layers, per_shard
-        self.states = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
-        stored = self.states.view(torch.uint16) if dtype == "bfloat16" else self.states
+        states = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self.states = states.to(getattr(torch, given or dtype))
+        stored = self.states.view(torch.uint16) if self.states.dtype == torch.bfloat16 else self.states
         self.stored: np.ndarray[Any, Any] = stored.numpy()
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of hidden states that a run writes."""
+        """Bytes of hidden states that a run is given."""
         return self.layers * self.stored.nbytes
 
     def ghoststream(self) -> None:
@@ -161,6 +170,19 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def narrowed(folder: Path, shape: tuple[int, int, int], layers: int, rounds: int) -> dict[str, float]:
+    """Return the processor seconds a gigabyte of float32 states that are stored in fewer bytes, in turns."""
+    per_shard = max(1, 8 * _MIB // (shape[1] * shape[2]))
+    cases = [Case(folder, dtype, shape, per_shard, layers, "float32") for dtype in ("bfloat16", "int8")]
+    spent: dict[str, list[float]] = {case.dtype: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            spent[case.dtype].append(_spent(case.ghoststream, 1)[0])
+            shutil.rmtree(folder / "ours")
+    found = {dtype: min(runs) / cases[0].n_bytes * 1e9 for dtype, runs in spent.items()}
+    return {**found, "int8 over bfloat16": found["int8"] / found["bfloat16"]}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -181,6 +203,10 @@ def main() -> None:
             results[dtype] = measure(case, options.rounds)
         for name, figures in results[dtype].items():
             print(dtype, name, figures, flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        shape = (n_sequences, length, hidden)
+        results["from float32"] = narrowed(Path(folder), shape, options.layers, options.rounds)
+    print("from float32", results["from float32"], flush=True)
     write_json(options.json, results)
 
 

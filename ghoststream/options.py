@@ -27,6 +27,7 @@ UNIFORM = "uniform"
 """Name of the token weight of the paper: every token counts the same."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+StoredDtype = Literal["float32", "bfloat16", "float16", "int8"]
 Bos = Literal["auto", "always", "never", "stream"]
 TextPart = Literal["all", "fit", "heldout"]
 Inputs = Literal["repaired", "dense"]
@@ -432,7 +433,11 @@ class Storage(Options):
     layers: Layers | None = option(
         None, "Hidden states h[l] to keep, e.g. 10:20 or 0,13,19. Default: all of h[0..L].", metavar="LIST"
     )
-    store_dtype: Dtype | None = option(None, "Type of the stored hidden states. Default: the compute type.")
+    store_dtype: StoredDtype | None = option(
+        None,
+        "Type of the stored hidden states. Default: the compute type.\nint8: 8-bit integers with a scale for "
+        "each channel and each token of a window, half the disk of bfloat16.",
+    )
 
 
 class Training(Options):

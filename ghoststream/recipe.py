@@ -16,7 +16,7 @@ from ghoststream.errors import ArtifactError
 from ghoststream.files import differences as json_differences
 from ghoststream.files import json_digest
 from ghoststream.option_types import Count
-from ghoststream.options import Dtype, Method, Text
+from ghoststream.options import Dtype, Method, StoredDtype, Text
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 """A digest as it is stored everywhere: ``sha256:`` and 64 hexadecimal digits."""
@@ -96,7 +96,7 @@ class CaptureRecipe(Recipe):
     text: TextRecipe
     tokens_digest: Digest
     dtype: Dtype
-    store_dtype: Dtype
+    store_dtype: StoredDtype
     attention: str
     micro_batch: Count
     layers: tuple[Annotated[int, Field(ge=0)], ...]

@@ -10,8 +10,15 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststream.activations import encoding
 from ghoststream.activations.dtypes import StoreDtype, numpy_dtype
+from ghoststream.activations.encoding import Encoding
 from ghoststream.activations.guard import GuardedStore
-from ghoststream.activations.layout import StoreLayout
+from ghoststream.activations.layout import (
+    CHANNEL_SCALES,
+    TOKEN_SCALES,
+    LayerArray,
+    StoreLayout,
+    scale_paths,
+)
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArrayConfigParams
@@ -31,20 +38,40 @@ def create_groups(store: GuardedStore, paths: tuple[str, ...]) -> None:
 def create_hidden_array(
     store: GuardedStore, path: str, layout: StoreLayout, layer: int, dtype: StoreDtype
 ) -> zarr.Array[Any]:
-    """Write the metadata of one array of hidden states: sharded, raw bytes, a checksum on every chunk."""
+    """Write the metadata of one array of hidden states, and of its scales: sharded, raw bytes, checksums.
+
+    Returns:
+        The array of the states.
+    """
+    states, *scales = layout.layer_arrays(dtype)
+    for one, place in zip(scales, scale_paths(path), strict=False):  # none but for integers
+        _create_sharded(store, place, layout, one, {LAYER_ATTRIBUTE: layer})
+    return _create_sharded(store, path, layout, states, {DTYPE_ATTRIBUTE: dtype, LAYER_ATTRIBUTE: layer})
+
+
+def encoding_of(folder: str, dtype: StoreDtype | None = None) -> Encoding:
+    """Return the encoding of the arrays in a folder: of those of a dtype, or the newest."""
+    scales = {CHANNEL_SCALES: encoding.CHANNEL_SCALES, TOKEN_SCALES: encoding.TOKEN_SCALES}
+    states = encoding.SCALED_STATES if dtype in ("int8", None) else encoding.HIDDEN_STATES
+    return scales.get(folder, states)
+
+
+def _create_sharded(
+    store: GuardedStore, path: str, layout: StoreLayout, array: LayerArray, attributes: dict[str, Any]
+) -> zarr.Array[Any]:
     return zarr.create_array(
         store,
         name=path,
-        shape=(layout.n_sequences, layout.length, layout.hidden),
-        shards=(layout.sequences_per_shard, layout.length, layout.hidden),
-        chunks=(layout.sequences_per_chunk, layout.length, layout.hidden),
-        dtype=numpy_dtype(dtype),
+        shape=(layout.n_sequences, *array.row),
+        shards=(layout.sequences_per_shard, *array.row),
+        chunks=(layout.sequences_per_chunk, *array.row),
+        dtype=numpy_dtype(array.dtype),
         compressors=[Crc32cCodec()],
         filters=None,
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=(SEQUENCE, POSITION, CHANNEL),
-        attributes={**encoding.HIDDEN_STATES.attributes(), DTYPE_ATTRIBUTE: dtype, LAYER_ATTRIBUTE: layer},
+        attributes={**encoding_of(array.folder, array.dtype).attributes(), **attributes},
         config={"write_empty_chunks": True},
     )
 

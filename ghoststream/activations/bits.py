@@ -1,4 +1,4 @@
-"""Hidden states as stored: bfloat16 as its bits in ``uint16``, float16 and float32 as they are.
+"""Hidden states as stored: bfloat16 as its bits in ``uint16``, int8 with scales, others as they are.
 
 Zarr has no bfloat16, and numpy has none either; the bits travel through ``uint16`` and every value, NaN
 payloads and subnormals included, comes back as it was.
@@ -18,6 +18,7 @@ _TORCH: dict[StoreDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "int8": torch.float32,
 }
 
 # Bits of a value, and the pattern of positive infinity.
@@ -29,7 +30,7 @@ _INFINITY: dict[StoreDtype, tuple[int, int]] = {
 
 
 def torch_dtype(name: StoreDtype) -> torch.dtype:
-    """Return the torch dtype of a store dtype."""
+    """Return the torch dtype of the values that a store dtype is read as: float32 for int8."""
     return _TORCH[name]
 
 
@@ -42,6 +43,8 @@ def all_finite(raw: npt.NDArray[np.uint8], name: StoreDtype) -> bool:
         raw: Bytes of whole values, ``(n,)``.
         name: What they are.
     """
+    if name == "int8":
+        return True
     # As integers, NaN and infinity are the largest values: those of positive sign as signed, others as
     # unsigned ones.
     bits, infinity = _INFINITY[name]
@@ -50,13 +53,13 @@ def all_finite(raw: npt.NDArray[np.uint8], name: StoreDtype) -> bool:
 
 
 def decode_torch(stored: npt.NDArray[Any], name: StoreDtype) -> torch.Tensor:
-    """Turn a stored array into a tensor of the store dtype that shares its memory."""
+    """Turn a stored array into a tensor of the store dtype that shares its memory; not for int8."""
     tensor = torch.from_numpy(stored)
     return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor
 
 
 def decode_numpy(stored: npt.NDArray[Any], name: StoreDtype, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Turn a stored array into values of a numpy dtype; exact for float32 and float64.
+    """Turn a stored array into values of a numpy dtype; exact for float32 and float64; not for int8.
 
     Memory: The result, and for bfloat16 one row (along the first axis) in float32.
     """

@@ -8,7 +8,7 @@ import numpy as np
 
 from ghoststream.errors import RequestError
 
-StoreDtype = Literal["bfloat16", "float16", "float32"]
+StoreDtype = Literal["bfloat16", "float16", "float32", "int8"]
 """Names of the dtypes that hidden states can be stored in."""
 
 STORE_DTYPES: tuple[StoreDtype, ...] = get_args(StoreDtype)
@@ -17,6 +17,7 @@ _NUMPY: dict[StoreDtype, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
 }
 
 

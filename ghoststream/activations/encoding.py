@@ -71,6 +71,15 @@ FOLDER = Encoding("ghoststream-folder", "1.0")
 HIDDEN_STATES = Encoding("ghoststream-hidden-states", "1.0")
 """Hidden states entering one decoder layer."""
 
+SCALED_STATES = Encoding("ghoststream-hidden-states", "1.1")
+"""The same as integers, which version 1.0 did not know; they have two arrays of scales beside them."""
+
+CHANNEL_SCALES = Encoding("ghoststream-channel-scales", "1.0")
+"""Scale of each channel of a sequence, ``float32 (sequences, 1, channels)``."""
+
+TOKEN_SCALES = Encoding("ghoststream-token-scales", "1.0")
+"""Scale of each position, ``float32 (sequences, positions, 1)``."""
+
 TOKEN_IDS = Encoding("ghoststream-token-ids", "1.0")
 """Token ids, ``int32 (sequences, positions)``."""
 

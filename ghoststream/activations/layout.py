@@ -13,9 +13,33 @@ from ghoststream.activations.dtypes import StoreDtype, numpy_dtype, require_stor
 from ghoststream.errors import RequestError
 
 SCRATCH_PREFIX = "scratch-"
+HIDDEN_FOLDER = "hidden"
+CHANNEL_SCALES, TOKEN_SCALES = "channel_scales", "token_scales"
+SCALE_FOLDERS = (CHANNEL_SCALES, TOKEN_SCALES)
+"""Groups beside ``hidden`` in a store of integers."""
 
 _SHARD_NAME = re.compile(r"c\.(\d+)\..*")
 _CRC_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArray:
+    """One of the arrays that hold a layer: its states, or the scales of states that are integers.
+
+    Attributes:
+        folder: The group that it is in.
+        row: What it has for one sequence: ``(T, C)``, or 1 in the place of what a scale is shared along.
+        dtype: dtype of its values.
+    """
+
+    folder: str
+    row: tuple[int, int]
+    dtype: StoreDtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sequence."""
+        return math.prod(self.row) * numpy_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +127,22 @@ class StoreLayout:
         """Return the shards that hold the sequences ``[start, stop)``."""
         return range(start // self.sequences_per_shard, math.ceil(stop / self.sequences_per_shard))
 
+    def layer_arrays(self, dtype: StoreDtype | None = None) -> tuple[LayerArray, ...]:
+        """Return the arrays of a layer: that of the states, and for int8 those of the scales.
+
+        Args:
+            dtype: A dtype other than the store's.
+        """
+        chosen = dtype or self.store_dtype
+        states = LayerArray(HIDDEN_FOLDER, (self.length, self.hidden), chosen)
+        if chosen != "int8":
+            return (states,)
+        channels = LayerArray(CHANNEL_SCALES, (1, self.hidden), "float32")
+        return states, channels, LayerArray(TOKEN_SCALES, (self.length, 1), "float32")
+
     def shard_bytes(self, dtype: StoreDtype | None = None) -> int:
         """Return the bytes of one whole shard's values, uncoded."""
-        itemsize = numpy_dtype(dtype or self.store_dtype).itemsize
-        return self.sequences_per_shard * self.length * self.hidden * itemsize
+        return self.sequences_per_shard * sum(one.row_bytes for one in self.layer_arrays(dtype))
 
     def layer_bytes(self, dtype: StoreDtype | None = None, n_sequences: int | None = None) -> int:
         """Return the exact bytes of one layer's shards on disk.
@@ -118,9 +154,11 @@ class StoreLayout:
         wanted = self.n_sequences if n_sequences is None else n_sequences
         n_chunks = math.ceil(wanted / self.sequences_per_chunk)
         n_shards = math.ceil(wanted / self.sequences_per_shard)
-        itemsize = numpy_dtype(dtype or self.store_dtype).itemsize
-        chunk = self.sequences_per_chunk * self.length * self.hidden * itemsize + _CRC_BYTES
-        return n_chunks * chunk + n_shards * index_bytes(self.chunks_per_shard)
+        index = n_shards * index_bytes(self.chunks_per_shard)
+        return sum(
+            n_chunks * (self.sequences_per_chunk * one.row_bytes + _CRC_BYTES) + index
+            for one in self.layer_arrays(dtype)
+        )
 
     def total_bytes(self) -> int:
         """Return the bytes of all layers and of the token arrays on disk, metadata left out."""
@@ -135,7 +173,17 @@ class StoreLayout:
 
 def hidden_path(layer: int) -> str:
     """Return the path of the array of ``h[layer]``."""
-    return f"hidden/{layer}"
+    return f"{HIDDEN_FOLDER}/{layer}"
+
+
+def layer_paths(layout: StoreLayout, layer: int) -> tuple[str, ...]:
+    """Return the paths of all arrays that hold a layer of a store."""
+    return tuple(f"{array.folder}/{layer}" for array in layout.layer_arrays())
+
+
+def scale_paths(path: str) -> tuple[str, ...]:
+    """Return the paths of the arrays of scales that belong to an array of integers."""
+    return tuple(f"{folder}/{path.rpartition('/')[2]}" for folder in SCALE_FOLDERS)
 
 
 def scratch_path(layer: int, folder: str = "") -> str:
@@ -150,12 +198,12 @@ def scratch_layer(path: str, folder: str = "") -> int | None:
 
 
 def shard_key(path: str, shard: int) -> str:
-    """Return the key of a shard of a hidden-state array."""
+    """Return the key of a shard of one of a layer's arrays."""
     return f"{path}/c.{shard}.0.0"
 
 
 def shard_number(key: str) -> int | None:
-    """Return the number of the shard that a key of a hidden-state array is for, None for other keys.
+    """Return the number of the shard that a key of a layer's array is for, None for other keys.
 
     That includes the partial files that a kill leaves of a shard (``hidden/<l>/c.<shard>.0.<hex>.partial``).
     """

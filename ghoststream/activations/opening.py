@@ -12,10 +12,15 @@ from typing import Any, Self
 from zarr.storage import MemoryStore
 
 from ghoststream.activations import encoding
-from ghoststream.activations.arrays import create_groups, create_hidden_array, create_token_array
+from ghoststream.activations.arrays import (
+    create_groups,
+    create_hidden_array,
+    create_token_array,
+    encoding_of,
+)
 from ghoststream.activations.encoding import Encoding
 from ghoststream.activations.guard import GuardedStore
-from ghoststream.activations.layout import SCRATCH_PREFIX, hidden_path
+from ghoststream.activations.layout import HIDDEN_FOLDER, SCALE_FOLDERS, SCRATCH_PREFIX, hidden_path
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import ADVICE, MANIFEST_KEY, Manifest, ObjectRecord
 from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TOKENS_FOLDER, TokenArrays
@@ -29,13 +34,16 @@ RUN_KEY = "run.json"
 PARTS_FOLDER = "parts"
 """Where the workers of a capture that is split keep what is theirs, until the store is complete."""
 
-_OWN_FOLDERS = ("hidden/", TOKENS_FOLDER, SCRATCH_PREFIX, f"{PARTS_FOLDER}/")
+LAYER_FOLDERS = (HIDDEN_FOLDER, *SCALE_FOLDERS)
+"""Groups of the arrays that hold layers; scales are in stores of integers only."""
+
+_OWN_FOLDERS = (*(f"{name}/" for name in LAYER_FOLDERS), TOKENS_FOLDER, SCRATCH_PREFIX, f"{PARTS_FOLDER}/")
 # Zarr's metadata and chunks, what zarr calls either while it is written, and the markers and locks of parts.
 _ROOT_NAME = re.compile(r"zarr\.(json|[0-9a-f]+\.partial)")
 _OWN_NAME = re.compile(rf"{_ROOT_NAME.pattern}|c(\.[0-9]+)*(\.[0-9a-f]+\.partial)?|part\.json|\.lock")
 _POLL_S = 0.05
 _BYSTANDERS = frozenset({".lock", RUN_KEY})
-_FOLDERS = ("tokens", "hidden")
+_FOLDERS = ("tokens", *LAYER_FOLDERS)
 _METADATA = "zarr.json"
 _TOKEN_ENCODINGS = {
     IDS_PATH: encoding.TOKEN_IDS,
@@ -110,7 +118,7 @@ def _creation(manifest: Manifest, tokens: TokenArrays) -> dict[str, bytes]:
     """Return the objects of an empty store, without the manifest, and note their records in it."""
     layout, draft = manifest.layout, Location("draft", MemoryStore(), None)
     guard = GuardedStore(draft.store)
-    create_groups(guard, ("", *_FOLDERS))
+    create_groups(guard, ("", "tokens", *(array.folder for array in layout.layer_arrays())))
     for path, values in zip(_TOKEN_ENCODINGS, tokens, strict=True):
         create_token_array(guard, path, values, layout.sequences_per_shard, _TOKEN_ENCODINGS[path])
     for layer in layout.layers:
@@ -288,7 +296,7 @@ def _encoding_of(path: str) -> Encoding:
         return encoding.STORE
     if path in _FOLDERS:
         return encoding.FOLDER
-    return _TOKEN_ENCODINGS.get(path, encoding.HIDDEN_STATES)
+    return _TOKEN_ENCODINGS.get(path) or encoding_of(path.partition("/")[0])
 
 
 def _root_type(location: Location) -> Any:

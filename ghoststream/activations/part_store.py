@@ -8,7 +8,7 @@ from typing import Any, Self, Unpack
 import numpy.typing as npt
 
 from ghoststream.activations import opening
-from ghoststream.activations.layout import hidden_path
+from ghoststream.activations.layout import layer_paths
 from ghoststream.activations.location import Location, StoreLike
 from ghoststream.activations.manifest import MANIFEST_KEY, Manifest
 from ghoststream.activations.parts import (
@@ -116,9 +116,9 @@ class PartStore(WritableStore):
         """Return the manifest of this part: metadata, tokens, and its own shards of each layer."""
         arrays = dict(self._manifest.arrays)
         for layer in self.completed_layers():
-            path = hidden_path(layer)
-            own = own_shards(self.layout, path, *self._rows)
-            arrays[path] = {key: record for key, record in arrays[path].items() if key in own}
+            for path in layer_paths(self.layout, layer):
+                own = own_shards(self.layout, path, *self._rows)
+                arrays[path] = {key: record for key, record in arrays[path].items() if key in own}
         return replace(self._manifest, arrays=arrays)
 
     def _prepare(self) -> None:

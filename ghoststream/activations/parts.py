@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ghoststream.activations.encoding import PART
-from ghoststream.activations.layout import SCRATCH_PREFIX, StoreLayout, hidden_path, shard_key, shard_number
+from ghoststream.activations.layout import (
+    SCRATCH_PREFIX,
+    StoreLayout,
+    hidden_path,
+    layer_paths,
+    shard_key,
+    shard_number,
+)
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import (
     ADVICE,
@@ -27,7 +34,7 @@ from ghoststream.activations.manifest import (
     read_signed,
     sign,
 )
-from ghoststream.activations.opening import PARTS_FOLDER, check_objects, is_own
+from ghoststream.activations.opening import LAYER_FOLDERS, PARTS_FOLDER, check_objects, is_own
 from ghoststream.errors import MismatchError, RequestError, StoreError
 from ghoststream.files import json_digest
 
@@ -172,7 +179,8 @@ def join_parts(location: Location, manifest: Manifest) -> Manifest:
         MismatchError: If two workers read a tensor of the model that was not the same for both.
     """
     layout, whole = manifest.layout, manifest.without_scratch()
-    missing = [path for path in map(hidden_path, layout.layers) if path not in whole.arrays]
+    paths = [path for layer in layout.layers for path in layer_paths(layout, layer)]
+    missing = [path for path in paths if path not in whole.arrays]
     parts = load_parts(location, manifest) if missing else ()
     arrays = {path: _gathered(path, parts) for path in missing}
     if any(len(shards) != layout.n_shards for shards in arrays.values()):
@@ -218,9 +226,8 @@ def clear_part_leftovers(location: Location, part: Part, manifest: Manifest) -> 
     """
     own = set(manifest.layout.shards_of(part.start, part.stop))
     expected = {*manifest.objects(), part.key, f"{part.folder}{_LOCK}"}
-    strays = [
-        key for key in location.list_keys("hidden/") if shard_number(key) in own and key not in expected
-    ]
+    found = (key for folder in LAYER_FOLDERS for key in location.list_keys(f"{folder}/"))
+    strays = [key for key in found if shard_number(key) in own and key not in expected]
     scratch = [key for key in location.list_keys(part.folder) if key not in expected and is_own(key)]
     location.delete([*strays, *scratch])
     names = {key.removeprefix(part.folder).partition("/")[0] for key in scratch}
@@ -230,7 +237,7 @@ def clear_part_leftovers(location: Location, part: Part, manifest: Manifest) -> 
 
 
 def own_shards(layout: StoreLayout, path: str, start: int, stop: int) -> set[str]:
-    """Return the keys of the shards of a hidden-state array that hold the sequences ``[start, stop)``."""
+    """Return the keys of the shards of a layer's array that hold the sequences ``[start, stop)``."""
     return {shard_key(path, shard) for shard in layout.shards_of(start, stop)}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ghoststream.activations import opening
-from ghoststream.activations.layout import hidden_path, shard_key
+from ghoststream.activations.layout import layer_paths, shard_key
 from ghoststream.activations.location import Location, StoreLike, locate
 from ghoststream.activations.manifest import Manifest
 from ghoststream.activations.part_store import PartStore
@@ -83,8 +83,9 @@ def _check_tokens(store: ActivationStore) -> list[str]:
 
 def _check_layer(store: StoreView, layer: int, shards: Iterable[int], broken: Mapping[str, str]) -> list[str]:
     problems = []
+    paths = layer_paths(store.layout, layer)
     for shard in shards:
-        if shard_key(hidden_path(layer), shard) in broken:
+        if any(shard_key(path, shard) in broken for path in paths):
             continue
         start, stop = store.layout.shard_rows(shard)
         try:

@@ -16,10 +16,17 @@ from ghoststream.activations.arrays import DTYPE_ATTRIBUTE
 from ghoststream.activations.bits import decode_numpy, decode_torch, torch_dtype
 from ghoststream.activations.dtypes import StoreDtype, require_store_dtype
 from ghoststream.activations.guard import GuardedStore, Ledger
-from ghoststream.activations.layout import StoreLayout, hidden_path, scratch_layer, scratch_path
+from ghoststream.activations.layout import (
+    StoreLayout,
+    hidden_path,
+    scale_paths,
+    scratch_layer,
+    scratch_path,
+)
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import Manifest
 from ghoststream.activations.reader import open_rows, read_rows, require_finite_rows
+from ghoststream.activations.scaled import dequantise
 from ghoststream.activations.tokens import IDS_PATH, LENGTHS_PATH, MASK_PATH, TokenArrays
 from ghoststream.errors import RequestError, StoreError
 
@@ -100,7 +107,7 @@ class StoreView:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Torch dtype of the stored hidden states."""
+        """Torch dtype of what :meth:`read` returns: that of the stored hidden states, float32 for int8."""
         return torch_dtype(self.layout.store_dtype)
 
     @property
@@ -132,7 +139,7 @@ class StoreView:
             require_finite: Whether to check for NaN and infinity at positions that count.
 
         Returns:
-            Tensor of the store dtype on the CPU, ``(stop - start, T, C)``.
+            Tensor of :attr:`dtype` on the CPU, ``(stop - start, T, C)``.
 
         Raises:
             RequestError: If the store is not for this layer, or the range is empty or reaches outside.
@@ -140,10 +147,9 @@ class StoreView:
                 named).
             NumericsError: If ``require_finite`` and a value is not.
 
-        Memory: The result, and two copies of each of at most 4 shards in flight. Whole shards are read
-        fastest and are
-            checked by digest the first time; parts of one by the checksum of each chunk, which must be the
-            one that was written.
+        Memory: The result, for int8 the integers too, and two copies of each of at most 4 shards in flight.
+        Whole shards are read fastest and are checked by digest the first time; parts of one by the checksum
+        of each chunk, which must be the one that was written.
         """
         return self._read(self._committed_path(layer), start, stop, require_finite=require_finite)
 
@@ -163,10 +169,10 @@ class StoreView:
         Memory: What :meth:`read` takes, and the result.
         """
         path = self._committed_path(layer)
-        stored = self._read_stored(path, start, stop)
+        values, kept_as = self._read_values(path, start, stop)
         if require_finite:
-            self._require_finite(decode_torch(stored, self._dtype_of(path)), path, start)
-        return decode_numpy(stored, self._dtype_of(path), dtype)
+            self._require_finite(decode_torch(values, kept_as), path, start)
+        return decode_numpy(values, kept_as, dtype)
 
     def read_scratch(self, layer: int, start: int, stop: int) -> torch.Tensor:
         """Read scratch hidden states ``h[layer]`` of sequences ``[start, stop)`` as they were written.
@@ -264,10 +270,18 @@ class StoreView:
         return path
 
     def _read(self, path: str, start: int, stop: int, *, require_finite: bool) -> torch.Tensor:
-        rows = decode_torch(self._read_stored(path, start, stop), self._dtype_of(path))
+        rows = decode_torch(*self._read_values(path, start, stop))
         if require_finite:
             self._require_finite(rows, path, start)
         return rows
+
+    def _read_values(self, path: str, start: int, stop: int) -> tuple[npt.NDArray[Any], StoreDtype]:
+        """Return floating values as they are kept, and as what: integers come with their scales applied."""
+        dtype = self._dtype_of(path)
+        if dtype != "int8":
+            return self._read_stored(path, start, stop), dtype
+        channels, tokens = (self._read_stored(one, start, stop) for one in scale_paths(path))
+        return dequantise(self._read_stored(path, start, stop), channels, tokens), "float32"
 
     def _read_stored(self, path: str, start: int, stop: int) -> npt.NDArray[Any]:
         self._require_range(start, stop)

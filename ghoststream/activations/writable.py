@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from ghoststream.activations.arrays import create_hidden_array
 from ghoststream.activations.dtypes import StoreDtype, require_store_dtype
-from ghoststream.activations.layout import hidden_path
+from ghoststream.activations.layout import hidden_path, layer_paths
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import Manifest, ObjectRecord
 from ghoststream.activations.opening import WriterLock
@@ -85,7 +85,8 @@ class WritableStore(StoreView):
             raise RequestError(msg)
         path = hidden_path(layer)
         self._require_uncommitted(path)
-        self._array(path)  # its metadata are what was committed
+        for one in layer_paths(self.layout, layer):
+            self._array(one)  # its metadata are what was committed
         return self._writer(path, self.layout.store_dtype)
 
     def scratch_writer(self, layer: int, dtype: str) -> LayerWriter:
@@ -175,11 +176,15 @@ class WritableStore(StoreView):
         )
 
     def _commit(self, path: str, shards: dict[str, ObjectRecord]) -> None:
+        """Mark an array done, and those of its scales, in one step."""
         with self._changing:
             metadata = f"{path}/zarr.json"
             if metadata not in self._manifest.metadata:
                 self._manifest.metadata[metadata] = self._guard.ledger.written.pop(metadata)
-            self._manifest.arrays[path] = dict(shards)
+            arrays: dict[str, dict[str, ObjectRecord]] = {}
+            for key, record in shards.items():
+                arrays.setdefault(key.rpartition("/")[0], {})[key] = record
+            self._manifest.arrays.update(arrays)
             self._save()
 
     def _save(self) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ghoststream.activations.dtypes import StoreDtype
-from ghoststream.activations.layout import StoreLayout, shard_key
+from ghoststream.activations.layout import StoreLayout, scale_paths, shard_key
 from ghoststream.activations.location import Location
 from ghoststream.activations.manifest import ObjectRecord
 from ghoststream.activations.reader import require_finite_rows
@@ -56,6 +56,7 @@ class LayerWriter:
         commit: Commit,
     ) -> None:
         self._path = path
+        self._paths = (path, *(scale_paths(path) if dtype == "int8" else ()))
         self._layout = layout
         self._dtype = dtype
         self._mask = mask
@@ -66,8 +67,8 @@ class LayerWriter:
         self._next = self._start
         self._buffer: torch.Tensor | None = None
         self._keys: list[str] = []
-        self._pending: deque[Future[ObjectRecord]] = deque()
-        self._records: list[ObjectRecord] = []
+        self._pending: deque[Future[dict[str, ObjectRecord]]] = deque()
+        self._records: dict[str, ObjectRecord] = {}
         self._open = True
 
     @property
@@ -92,7 +93,7 @@ class LayerWriter:
         """
         self._require_fitting(first_sequence, states)
         while self._pending and self._pending[0].done():
-            self._records.append(self._pending.popleft().result())
+            self._records |= self._pending.popleft().result()
         per_shard = self._layout.sequences_per_shard
         done = 0
         while done < len(states):
@@ -123,11 +124,11 @@ class LayerWriter:
             )
             raise RequestError(msg)
         while self._pending:
-            self._records.append(self._pending.popleft().result())
-        self._location.settle([f"{self._path}/zarr.json", *self._keys])
+            self._records |= self._pending.popleft().result()
+        self._location.settle([*(f"{path}/zarr.json" for path in self._paths), *self._keys])
         # Closed first: should the manifest's write fail after its rename, the shards must not be removed.
         self._open = False
-        self._commit(dict(zip(self._keys, self._records, strict=True)))
+        self._commit(self._records)
 
     def abort(self) -> None:
         """Remove what was written, unless it was committed."""
@@ -153,18 +154,22 @@ class LayerWriter:
         buffer, self._buffer = self._buffer, None
         assert buffer is not None
         shard = (self._next - 1) // self._layout.sequences_per_shard
-        self._keys.append(shard_key(self._path, shard))
+        self._keys += [shard_key(path, shard) for path in self._paths]
         self._pending.append(self._workers.submit(buffer, partial(self._finish, buffer, shard)))
 
-    def _finish(self, buffer: torch.Tensor, shard: int) -> ObjectRecord:
+    def _finish(self, buffer: torch.Tensor, shard: int) -> dict[str, ObjectRecord]:
         start, stop = self._layout.shard_rows(shard)
         image = ShardImage(buffer, self._layout, self._dtype)
-        content, record, finite = image.seal(stop - start)
+        files, finite = image.seal(stop - start)
         if not finite:  # which is no error where no position counts
             what = f"cannot store {self._path} as {self._dtype}"
             require_finite_rows(image.values(stop - start), self._mask[start:stop], start, what)
-        self._location.write_object(shard_key(self._path, shard), content)
-        return record
+        records = {}
+        for path, (content, record) in zip(self._paths, files, strict=True):
+            key = shard_key(path, shard)
+            self._location.write_object(key, content)
+            records[key] = record
+        return records
 
     def _require_fitting(self, first_sequence: int, states: torch.Tensor) -> None:
         self._require_open()

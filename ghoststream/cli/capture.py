@@ -11,7 +11,7 @@ from ghoststream.cli.command import Command
 from ghoststream.cli.options import debug_option, field_option, grouped, json_option, model_argument
 from ghoststream.cli.output import human_bytes, next_command, print_facts, print_json, print_text
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Reduction, Storage, Text, dtype_name
+from ghoststream.options import Compute, Reduction, Storage, Text
 
 
 class WorkerShare(click.ParamType[tuple[int, int]]):
@@ -72,7 +72,7 @@ def command(model: str, *, calibration: Text | None, as_json: bool, **given: Any
         "sequences": store.n_sequences,
         "length": store.length,
         "hidden": store.hidden,
-        "dtype": dtype_name(store.dtype),
+        "dtype": store.layout.store_dtype,
         "complete": store.complete,
     }
     if given["worker"] is not None:
@@ -80,10 +80,7 @@ def command(model: str, *, calibration: Text | None, as_json: bool, **given: Any
     if as_json:
         print_json({**facts, "layers": list(store.layers)})
         return
-    itemsize = 4 if facts["dtype"] == "float32" else 2
-    facts["size"] = human_bytes(
-        len(store.layers) * store.n_sequences * store.length * store.hidden * itemsize
-    )
+    facts["size"] = human_bytes(store.layout.total_bytes())
     print_facts(facts, title="captured")
     if store.complete:
         print_text(next_command("select", "--store", given["store"], "--remove", "N", "--out", "plan.json"))

@@ -127,6 +127,7 @@ def print_estimate(found: Estimate) -> None:
     if found.note:
         print_text(f"  {found.note}")
     _print_needs(found)
+    _print_stores(found)
     _print_sweeps(found)
     _print_stages(found)
     for problem in found.problems:
@@ -146,6 +147,16 @@ def _print_needs(found: Estimate) -> None:
         },
         title="needs" if found.machine.is_here else f"needs, on {found.machine.name}",
     )
+
+
+def _print_stores(found: Estimate) -> None:
+    stored = max((way.hidden_states for way in found.stores), default=0)
+    ways = {
+        way.dtype or "no store": f"{human_bytes(way.n_bytes)}{'' if way.dtype else '  (fitted in passes)'}"
+        f"{'  <- this run' if way.is_taken else ''}"
+        for way in found.stores
+    }
+    print_facts(ways, title=f"disk for {stored} hidden states of all tokens, by --store-dtype")
 
 
 def _print_sweeps(found: Estimate) -> None:

@@ -44,7 +44,7 @@ def test_decode_to_float64_is_exact(bits: list[int]) -> None:
 
 def test_unknown_store_dtype() -> None:
     with pytest.raises(
-        RequestError, match=r"cannot be stored as 'float8'; choose one of bfloat16, float16, float32"
+        RequestError, match=r"cannot be stored as 'float8'; choose one of bfloat16, float16, float32, int8"
     ):
         require_store_dtype("float8")
 

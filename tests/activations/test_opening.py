@@ -127,7 +127,7 @@ def test_a_newer_element_asks_for_an_update(root: Path) -> None:
         sign(data)
 
     edit_json(root / "manifest.json", change)
-    with pytest.raises(StoreError, match=r"hidden/1/zarr.json has encoding-version 1.7, newer than 1.0"):
+    with pytest.raises(StoreError, match=r"hidden/1/zarr.json has encoding-version 1.7, newer than 1.1"):
         ActivationStore.open(root)
 
 

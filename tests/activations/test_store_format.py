@@ -23,16 +23,23 @@ ARCHIVES = REPOSITORY / "tests/data/archives"
 ARCHIVED = {0: "fcdeb1ee2864f114", 1: "62da477f5d186470", 3: "85aa6590de83cf4e"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
 def test_the_code_in_the_format_document_reads_a_store(tmp_path: Path, dtype: str) -> None:
     layout = small_layout(store_dtype=dtype)
     small_store(tmp_path, layout)
     text = (REPOSITORY / "docs/format.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict[str, Any] = {"STORE": str(tmp_path)}
+    if dtype == "int8":
+        exec(compile(blocks[1].replace("/13", "/3"), "docs/format.md", "exec"), names)
+        in_short = names.pop("states")
     exec(compile(blocks[-1], "docs/format.md", "exec"), names)
     expected = small_states(layout, 3)[:2].float().numpy()
+    if dtype == "int8":  # by test_scaled as near as they are to be
+        np.testing.assert_allclose(names["states"], expected, atol=0.02)
+        expected = ActivationStore.open(tmp_path).read_numpy(3, 0, 2)
+        np.testing.assert_array_equal(in_short, expected)
     np.testing.assert_array_equal(names["states"], expected)
     np.testing.assert_array_equal(names["tokens"], expected[small_tokens(layout).mask[:2]])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -249,7 +250,9 @@ def test_estimate_prints_sizes_and_json(tiny_llama: Path) -> None:
     assert shown.exit_code == 0, shown.stderr
     assert "unit U" in shown.stdout
     assert "it fits" in shown.stdout
+    assert re.search(r"no store +0 B +\(fitted in passes\) +<- this run", shown.stdout)
     data = json.loads(_run("estimate", str(tiny_llama), "--remove", "2", "--no-measure", "--json").stdout)
+    assert data["stores"][-1]["is_taken"] is True
     assert data["fits"] is True
     assert data["model"]["n_layers"] == 6
 

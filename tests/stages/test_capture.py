@@ -111,7 +111,7 @@ def test_states_in_scratch_files_give_the_same_store(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"store_dtype": "bfloat16"}, {"layers": (1, 5)}, {"layers": (2, 5), "store_dtype": "float16"}],
+    [{}, {"store_dtype": "bfloat16"}, {"layers": (1, 5)}, {"layers": (2, 5), "store_dtype": "int8"}],
     ids=["all", "narrower", "some", "some-narrower"],
 )
 @pytest.mark.parametrize("broken_at", [1, 3, 4])

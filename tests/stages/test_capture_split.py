@@ -70,7 +70,7 @@ def _files(folder: Path) -> dict[str, bytes | None]:
     [
         ({}, [(4, 2, 1, 3)]),
         ({"store_dtype": "bfloat16"}, [(2, 3, 1)]),
-        ({"layers": (2, 5), "store_dtype": "float16"}, [(3, 2, 1)]),
+        ({"layers": (2, 5), "store_dtype": "int8"}, [(3, 2, 1)]),
         ({"micro_batch": 3}, [(2, 1)]),
         ({"micro_batch": 6}, [(2, 1)]),
     ],

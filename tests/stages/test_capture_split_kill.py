@@ -17,7 +17,7 @@ _SEQUENCE_BYTES = 16 * 32 * 4
 _PARTS = 6
 _VARIANTS = {
     "all": (),
-    "narrower": ("--store-dtype", "bfloat16"),
+    "narrower": ("--store-dtype", "int8"),
     "some": ("--layers", "2,5"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ghoststream.activations import StoreLayout
 from ghoststream.costs import Cost, FitShape, Need, SelectionShape
 from ghoststream.errors import InputNotFoundError, RequestError, UnsupportedModelError
 from ghoststream.machine import processors
@@ -69,6 +70,28 @@ def test_store_and_export_sizes(tiny_llama: Path) -> None:
     assert plan.needs["disk, export"].n_bytes == expected
     whole = price(tiny_llama, remove=2, sequences=3, length=10)
     assert whole.needs["disk, store"].n_bytes == 7 * tokens * 32 * 4 + tokens * 5 + 3 * 4
+
+
+def test_the_ways_to_keep_states_are_compared(tiny_llama: Path) -> None:
+    plan = price(tiny_llama, remove="1:3", sequences=3, length=10, store_dtype="int8")
+    layout: dict[str, Any] = {"n_layers": 6, "n_sequences": 3, "length": 10, "hidden": 32, "layers": (1, 3)}
+    shards = {"sequences_per_shard": 3, "sequences_per_chunk": 1}
+    found = {way.dtype: way for way in plan.stores}
+    assert set(found) == {"float32", "bfloat16", "float16", "int8", None}
+    for dtype, way in found.items():
+        if dtype is not None:
+            on_disk = StoreLayout.from_json({**layout, **shards, "store_dtype": dtype}).total_bytes()
+            # What the estimate leaves out: checksums of chunks, and the index of a shard.
+            arrays = 2 * (3 if dtype == "int8" else 1)
+            assert on_disk == way.n_bytes + arrays * (3 * 4 + 3 * 16 + 4) + 3 * 4
+    assert [way.dtype for way in plan.stores if way.is_taken] == ["int8"]
+    assert plan.needs["disk, store"].n_bytes == found["int8"].n_bytes
+    assert plan.to_json()["stores"][-1] == {
+        "dtype": None,
+        "hidden_states": 0,
+        "n_bytes": 0,
+        "is_taken": False,
+    }
 
 
 def test_compute_dtype_changes_the_unit_not_the_checkpoint(tiny_llama: Path) -> None:

@@ -100,9 +100,12 @@ def test_the_figures_are_those_of_the_whole_pass(
         assert {**one.recipe, "text": None} == {**other.recipe, "text": None}
 
 
-def test_states_that_were_rounded_are_refused(model: Path, ids_file: Path, tmp_path: Path) -> None:
-    store = _capture(model, ids_file, tmp_path / "store", store_dtype="bfloat16")
-    with pytest.raises(MismatchError, match="rounded from float32 to bfloat16"):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_states_that_were_rounded_are_refused(
+    dtype: str, model: Path, ids_file: Path, tmp_path: Path
+) -> None:
+    store = _capture(model, ids_file, tmp_path / "store", store_dtype=dtype)
+    with pytest.raises(MismatchError, match=f"rounded from float32 to {dtype}"):
         evaluate([model], store=store)
 
 

@@ -171,10 +171,13 @@ class Log:
         self.lines.append(message)
 
 
-def test_rounded_states_are_refused_or_spoken_of(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
-    _capture(tiny_llama, tmp_path / "store", ids, store_dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rounded_states_are_refused_or_spoken_of(
+    dtype: str, tiny_llama: Path, ids: str, tmp_path: Path
+) -> None:
+    _capture(tiny_llama, tmp_path / "store", ids, store_dtype=dtype)
     with pytest.raises(
-        MismatchError, match=r"computed in float32 and rounded to bfloat16.* set allow_rounded"
+        MismatchError, match=rf"computed in float32 and rounded to {dtype}.* set allow_rounded"
     ):
         ghoststream.replay(tiny_llama, tmp_path / "store", 3, ["output"])
     log = Log()

@@ -176,6 +176,7 @@ def _recipe(
         raise RequestError(msg)
     compute = dtype_name(skeleton.dtype)
     stored = storage.store_dtype or compute
+    # Integers count as two bytes: the copy to continue from, which they need, is as wide as for bfloat16.
     sequence_bytes = text.length * skeleton.hidden_size * (4 if stored == "float32" else 2)
     return CaptureRecipe.model_validate(
         {

@@ -100,6 +100,7 @@ def estimate(
         all_stages(route, store),
         job.machine,
         route.sweeps,
+        job.store_ways,
         command_of(job, found.command_name, None if out is None else place),
         found.note,
     )

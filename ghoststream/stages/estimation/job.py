@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_args
 
 from ghoststream.checkpoint.sizes import ITEMSIZES, ModelSizes
 from ghoststream.costs import (
@@ -16,11 +18,12 @@ from ghoststream.costs import (
     work_bytes_per_token,
 )
 from ghoststream.operators import OperatorKind, make_operator
-from ghoststream.options import Method, Recovery, Text
+from ghoststream.options import Method, Recovery, StoredDtype, Text
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.rounds import share_of_positions
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT
 from ghoststream.stages.estimation.machine import Machine
+from ghoststream.stages.estimation.report import StoreWay
 from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import get_feature, taps_of
@@ -28,6 +31,9 @@ from ghoststream.statistics.features import STATE_TAP
 
 _WRITING_THREADS = 4
 """Shards that a capture writes at a time at most."""
+
+_STORED_SIZES: Mapping[str, int] = {**ITEMSIZES, "int8": 1}
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -168,15 +174,39 @@ class Job(Way):
         return len(self.stored_positions)
 
     @property
+    def store_dtype(self) -> str:
+        """Type of the stored hidden states."""
+        return self.recovery.storage.store_dtype or self.sizes.dtype
+
+    @property
     def position_bytes(self) -> int:
         """Bytes of one stored hidden state of all tokens."""
-        dtype = self.recovery.storage.store_dtype or self.sizes.dtype
-        return self.n_tokens * self.sizes.hidden * ITEMSIZES[dtype]
+        return self._position_bytes_in(self.store_dtype)
+
+    def _position_bytes_in(self, dtype: str) -> int:
+        values = self.n_tokens * self.sizes.hidden * _STORED_SIZES[dtype]
+        scales = _SCALE_BYTES * (self.n_tokens + self.sequences * self.sizes.hidden)
+        return values + (scales if dtype == "int8" else 0)
 
     @property
     def store_bytes(self) -> int:
-        """Bytes of the store; 4 of id and 1 of mask a token, 4 of length a sequence."""
-        return self.stored_layers * self.position_bytes + 5 * self.n_tokens + 4 * self.sequences
+        """Bytes of the store."""
+        return self.store_bytes_in(self.store_dtype)
+
+    def store_bytes_in(self, dtype: str) -> int:
+        """Return the bytes of a store of this type; 4 of id and 1 of mask a token, 4 of length a sequence."""
+        tokens = 5 * self.n_tokens + 4 * self.sequences
+        return self.stored_layers * self._position_bytes_in(dtype) + tokens
+
+    @property
+    def store_ways(self) -> tuple[StoreWay, ...]:
+        """What the store would take in each type, and that a fit in passes needs none."""
+        count, taken = self.stored_layers, self.store_dtype if self.captures else None
+        stores = [
+            StoreWay(dtype, count, self.store_bytes_in(dtype), is_taken=dtype == taken)
+            for dtype in get_args(StoredDtype)
+        ]
+        return (*stores, StoreWay(None, 0, 0, is_taken=taken is None))
 
     @property
     def work_bytes(self) -> int:
@@ -228,7 +258,8 @@ class Job(Way):
     def writer_bytes(self) -> int:
         """Bytes on their way to a store."""
         storage, sizes = self.recovery.storage, self.sizes
-        stored = ITEMSIZES[storage.store_dtype or sizes.dtype]
+        # Shards of integers have as many sequences as those of two bytes.
+        stored = ITEMSIZES.get(storage.store_dtype or sizes.dtype, 2)
         return store_buffer_bytes(
             sequence=self.text.length * sizes.hidden,
             sequences=self.sequences,

@@ -90,6 +90,23 @@ class SweepCost:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreWay:
+    """One way to keep the hidden states that operators are fitted on.
+
+    Attributes:
+        dtype: ``--store-dtype``; None for no store, where operators are fitted in passes.
+        hidden_states: How many ``h[l]`` are stored.
+        n_bytes: Disk that the store takes.
+        is_taken: Whether it is the way of this recovery.
+    """
+
+    dtype: str | None
+    hidden_states: int
+    n_bytes: int
+    is_taken: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """The balance of a recovery.
 
@@ -101,6 +118,7 @@ class Estimate:
         stages: Work of each stage, in order.
         machine: Where; its rates are None if it was not measured.
         sweeps: Sweeps over the store, where there is one.
+        stores: Ways to keep hidden states, by the disk that they take.
         command: The command that does it, as words.
         note: Where the sizes of the model come from, if not from headers.
     """
@@ -112,6 +130,7 @@ class Estimate:
     stages: tuple[StageCost, ...]
     machine: Machine
     sweeps: tuple[SweepCost, ...] = ()
+    stores: tuple[StoreWay, ...] = ()
     command: tuple[str, ...] = ()
     note: str = ""
 
@@ -141,6 +160,7 @@ class Estimate:
             "needs": {name: {**asdict(need), "fits": need.fits} for name, need in self.needs.items()},
             "stages": [asdict(stage) for stage in self.stages],
             "sweeps": [asdict(cost) for cost in self.sweeps],
+            "stores": [asdict(way) for way in self.stores],
             "machine": self.machine.to_json(),
             "command": shlex.join(self.command),
             "note": self.note,

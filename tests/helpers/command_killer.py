@@ -35,7 +35,8 @@ from ghoststream.activations import shard_workers
 from ghoststream.checkpoint import writer as checkpoint_writer
 from ghoststream.cli import main as command_line
 from ghoststream.files import write_all
-from ghoststream.stages import recover, steps
+from ghoststream.recovery import export as checkpoint_export
+from ghoststream.stages import steps
 from ghoststream.stages.run_record import NAME as RECORD
 from ghoststream.streaming import StreamedPass
 from ghoststream.streaming.states import FileStates
@@ -44,7 +45,7 @@ _STAGES = {
     "capture": (steps, "capture_session"),
     "select": (steps, "select_from_store"),
     "fit": (steps, "fit_from_store"),
-    "export": (recover, "export_recovered"),
+    "export": (checkpoint_export, "export_recovered"),
 }
 
 

@@ -191,19 +191,24 @@ class Job(Way):
     @property
     def store_bytes(self) -> int:
         """Bytes of the store."""
-        return self.store_bytes_in(self.store_dtype)
+        return self.store_bytes_in(self.store_dtype, self.stored_layers)
 
-    def store_bytes_in(self, dtype: str) -> int:
+    def store_bytes_in(self, dtype: str, positions: int) -> int:
         """Return the bytes of a store of this type; 4 of id and 1 of mask a token, 4 of length a sequence."""
         tokens = 5 * self.n_tokens + 4 * self.sequences
-        return self.stored_layers * self._position_bytes_in(dtype) + tokens
+        return positions * self._position_bytes_in(dtype) + tokens
 
     @property
     def store_ways(self) -> tuple[StoreWay, ...]:
         """What the store would take in each type, and that a fit in passes needs none."""
-        count, taken = self.stored_layers, self.store_dtype if self.captures else None
+        taken = self.store_dtype if self.captures else None
+        count = (
+            self.stored_layers
+            if taken
+            else len({end for span in self.spans for end in (span.start, span.stop)})
+        )
         stores = [
-            StoreWay(dtype, count, self.store_bytes_in(dtype), is_taken=dtype == taken)
+            StoreWay(dtype, count, self.store_bytes_in(dtype, count), is_taken=dtype == taken)
             for dtype in get_args(StoredDtype)
         ]
         return (*stores, StoreWay(None, 0, 0, is_taken=taken is None))

@@ -25,7 +25,7 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 def on_config(config: Any) -> Any:
     """Make the navigation of the index: a section for each of its headings, a page for each of its rows."""
-    config.nav = [{"Start": INDEX.name}, {"Overview": _page(ROOT / "README.md")}]
+    config.nav = [{"All pages": INDEX.name}, {"Overview": _page(ROOT / "README.md")}]
     for part in INDEX.read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, text = part.partition("\n")
         rows = re.findall(r"^\| \[([^]]+)\]\(([^)]+)\) \|(.*)\|$", text, flags=re.MULTILINE)

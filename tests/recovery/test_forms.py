@@ -122,7 +122,9 @@ def test_commands_and_pipelines_take_the_form(tiny_llama: Path, ids: str, tmp_pa
     file = next((tmp_path / "out.work").glob("*.safetensors"))
     done = run("export", tiny_llama, "--operators", file, "--form", "folded", "--out", tmp_path / "two")
     assert done.exit_code == 0, done.stderr
-    assert (tmp_path / "two" / "SHA256SUMS").read_bytes() == (tmp_path / "out" / "SHA256SUMS").read_bytes()
+    one, two = ((tmp_path / name / "SHA256SUMS").read_text().splitlines() for name in ("out", "two"))
+    # Only a whole recovery has a text and a choice that its card could tell of.
+    assert [line for line in one if "README" not in line] == [line for line in two if "README" not in line]
     (tmp_path / "job.yaml").write_text(f"remove: 2\nform: folded\ncalibration: {ids!r}\n")
     assert load_pipeline(tmp_path / "job.yaml").form == "folded"
     assert load_pipeline(tmp_path / "job.yaml", ["form=custom"]).form == "custom"

@@ -40,7 +40,7 @@ def test_every_cache_gives_what_none_gives(cache: str, model: Any) -> None:
 
 
 def test_a_compiled_model_is_one_graph_and_computes_the_same(model: Any) -> None:
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = model(IDS, use_cache=False).logits
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)

@@ -71,7 +71,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, bas
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```
 
-`BASE` is folder or hub id of the very model that it was made of. {known}
+`BASE` is folder or hub id of the very model that it was made of.{known}
 """
 
 _PRUNED = """
@@ -178,7 +178,7 @@ def _loading(job: ExportJob) -> str:
     ]
     is_recovered = bool(job.operators.operators)
     is_recovered |= any(one["operators"]["boundaries"] for one in job.rounds)
-    known = "The one on the hub is known already." if hub_origin(job.skeleton.root) else ""
+    known = " The one on the hub is known already." if hub_origin(job.skeleton.root) else ""
     kind = _ADAPTER if _is_adapter(job) else _STANDING if job.stands else _FOLDED if is_recovered else _PRUNED
     return kind.format(model_type=job.config["model_type"], trained=_trained(recipes), known=known)
 

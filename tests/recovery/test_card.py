@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +129,7 @@ print("RESULT" + json.dumps(found))
 """
 
 
-def test_the_tokenizer_asks_nothing(tmp_path: Path, capfd: Any) -> None:
+def test_the_tokenizer_asks_nothing(tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base")
     tiny_tokenizer().save_pretrained(base)
     gs.export(base, make_operators(PLAN), tmp_path / "whole")

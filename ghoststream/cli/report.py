@@ -44,7 +44,7 @@ def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, no_page:
     to the model that they are of: it is known by its fingerprint, whatever it was called. The page is one
     file, and asks for nothing else.
     """
-    from ghoststream.stages.reporting.comparison import comparison, verdict
+    from ghoststream.stages.reporting.comparison import by_column, comparison, verdict
     from ghoststream.stages.reporting.read_runs import read_runs
 
     if no_page:
@@ -61,8 +61,7 @@ def command(runs: tuple[Path, ...], *, out: Path, figures: Path | None, no_page:
     for run in found:
         print_text(verdict(run, found))
     click.echo()
-    # A run a column: runs are few beside what is known of them.
-    headers, *rows = zip(table.headers, *table.rows, strict=True)
-    print_table(headers, rows)
+    shown = by_column(table)
+    print_table(shown.headers, shown.rows)
     if not no_page:
         print_text(f"page  {out}")

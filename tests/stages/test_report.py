@@ -191,7 +191,8 @@ def test_the_command_prints_the_comparison_and_writes_the_page(made: _Made, tmp_
         written = CliRunner().invoke(main, ["report", figures, "--out", str(page)])
         assert written.exit_code == 0, written.output
         assert all(cell in written.output for row in table.rows for cell in row)
-    assert Page(page).tables["comparison"][0] == [list(table.headers), *map(list, table.rows)]
+    (found,) = Page(page).tables["comparison"]
+    assert list(zip(*found, strict=True)) == [table.headers, *table.rows]
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:

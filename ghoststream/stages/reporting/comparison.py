@@ -112,6 +112,12 @@ def comparison(runs: Sequence[Run]) -> Table:
     return Table(("run", *(name for name, _ in kept)), rows)
 
 
+def by_column(table: Table) -> Table:
+    """Return a table with a run a column: runs are few beside what is known of them."""
+    headers, *rows = zip(table.headers, *table.rows, strict=True)
+    return Table(headers, tuple(rows))
+
+
 def verdict(run: Run, runs: Sequence[Run]) -> str:
     """Say in one sentence what a run is and what it came to."""
     if run.exploration is not None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ghoststream.redaction import without_secrets
 from ghoststream.stages.artifacts.explain import flatten
-from ghoststream.stages.reporting.comparison import Table, comparison, figure, verdict
+from ghoststream.stages.reporting.comparison import Table, by_column, comparison, figure, verdict
 from ghoststream.stages.reporting.drawing import Absent, Drawing, svg
 from ghoststream.stages.reporting.runs import Run, texts_of
 
@@ -59,7 +59,7 @@ def page(runs: Sequence[Run], figures: Sequence[Drawing | Absent]) -> str:
         css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         title=_title(runs),
         verdicts=[verdict(run, runs) for run in runs],
-        comparison=comparison(runs),
+        comparison=by_column(comparison(runs)),
         is_paired=any(run.base_digest for run in runs) and bool(texts_of(runs)),
         drawings=[_shown(one) for one in figures if isinstance(one, Drawing)],
         absent=[one for one in figures if isinstance(one, Absent)],

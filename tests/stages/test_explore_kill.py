@@ -102,7 +102,7 @@ def test_a_killed_exploration_ends_with_identical_files(
         passes.append(args[2])
         return measure_repairs(*args, **options)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
+    monkeypatch.setattr("ghoststream.stages.choosing.shares.measure_repairs", counted)
     assert _explore(model, text, out) == expected
     assert set(expected) == {"explore.json", "curve.csv", "plans/remove-1.json", "plans/remove-2.json"}
     kept = min(RANKED + PASSES, number - (when == "before")) - RANKED

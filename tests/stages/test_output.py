@@ -193,7 +193,7 @@ def test_figures_of_auto_are_kept_until_the_operators_are_written(
         passes.append(args[2])
         return measure_repairs(*args, **options)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
+    monkeypatch.setattr("ghoststream.stages.choosing.shares.measure_repairs", counted)
     with monkeypatch.context() as patched:
         _amid(patched, "fit by auto", _stop)
         with pytest.raises(KeyboardInterrupt):

@@ -293,7 +293,7 @@ def test_a_search_that_was_stopped_goes_on_with_the_pass_it_was_in(
             raise KeyboardInterrupt
         return measure_repairs(*args, **kwargs)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
+    monkeypatch.setattr("ghoststream.stages.choosing.shares.measure_repairs", counted)
     with pytest.raises(KeyboardInterrupt):
         _search(model, ids, 2, lanes=1, out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()

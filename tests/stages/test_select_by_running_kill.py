@@ -112,7 +112,7 @@ def test_a_killed_run_ends_with_identical_files(
         passes.append(args[2])
         return measure_repairs(*args, **options)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.trial.measure_repairs", counted)
+    monkeypatch.setattr("ghoststream.stages.choosing.shares.measure_repairs", counted)
     request_of(step, out)
     assert out.read_bytes() == expected[step]
     assert list(tmp_path.iterdir()) == [out]

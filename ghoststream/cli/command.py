@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ghoststream.cli.options import ALL_KEY, FieldOption
+from ghoststream.cli.options import ALL_KEY, SectionOption
 
 
 class Command(click.Command):
@@ -40,9 +40,9 @@ class Command(click.Command):
         for param in self.get_params(ctx):
             if isinstance(param, click.Argument):
                 continue
-            section = param.section if isinstance(param, FieldOption) else "Options"
+            section = param.section if isinstance(param, SectionOption) else "Options"
             record = param.get_help_record(ctx)
-            hidden = self.is_short and isinstance(param, FieldOption) and not param.usual
+            hidden = self.is_short and isinstance(param, SectionOption) and not param.usual
             if record is not None and not (hidden and not ctx.meta.get(ALL_KEY)):
                 sections.setdefault(section, []).append(record)
         # The text comes first: it is what has to be given.

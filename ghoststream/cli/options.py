@@ -22,8 +22,8 @@ ALL_KEY = "ghoststream.all"
 """Set in the context where a help shows all options."""
 
 
-class FieldOption(click.Option):
-    """An option that stands for a field of a group of options.
+class SectionOption(click.Option):
+    """An option that stands under a heading of the help, and not always in a short one.
 
     Args:
         *args: What ``click.Option`` takes.
@@ -45,6 +45,10 @@ class FieldOption(click.Option):
             return super().get_help_record(ctx)
         finally:
             self.help = text
+
+
+class FieldOption(SectionOption):
+    """An option that stands for a field of a group of options: name and words are the field's."""
 
 
 class FieldType(click.ParamType[Any]):
@@ -212,7 +216,7 @@ page_option = click.option(
     "page",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    cls=FieldOption,
+    cls=SectionOption,
     section="Result",
     usual=False,
     help="HTML page of the run to write at the end.\nThis machine is measured for two seconds first, for the "

@@ -14,6 +14,13 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, Ty
 from ghoststream.errors import RequestError
 from ghoststream.spans import MOST_LAYERS
 
+SPEC_FORMS = (
+    "file:PATH (.txt, .jsonl or .parquet with `text` or `messages`; also .gz, .bz2, .xz, .zst), "
+    "ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb or c4 (each [:SPLIT]), "
+    "python-docs[:fit|:heldout]"
+)
+"""How a text is named, for the help."""
+
 
 def parse_layers(value: Any) -> Any:
     """Turn ``"0,10:20,30"`` into numbers, ascending and each once; ``A:B`` is half-open like every span.
@@ -179,3 +186,25 @@ def _problem(item: Any) -> str:
     if item["type"] == "missing":
         return "is missing"
     return str(item["msg"]).removeprefix("Value error, ")
+
+
+def one_or_several(value: Any) -> Any:
+    """Write specifications of texts in one way: one is a text, several are a tuple.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    if not value:
+        msg = "no text is named; give at least one"
+        raise ValueError(msg)
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+def _or_spec(value: Any) -> Any:
+    return {"spec": value} if isinstance(value, str | list | tuple) else value
+
+
+OR_SPEC = BeforeValidator(_or_spec)
+"""The specification of a text alone stands for it, and so do several."""

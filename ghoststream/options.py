@@ -17,7 +17,21 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ghoststream.errors import RequestError
-from ghoststream.option_types import Bytes, Count, Few, Layers, Length, Nats, Number, Options, Ridge, option
+from ghoststream.option_types import (
+    OR_SPEC,
+    SPEC_FORMS,
+    Bytes,
+    Count,
+    Few,
+    Layers,
+    Length,
+    Nats,
+    Number,
+    Options,
+    Ridge,
+    one_or_several,
+    option,
+)
 from ghoststream.spans import PruningPlan, count_or_spans
 
 AUTO = "auto"
@@ -37,26 +51,10 @@ Form = Literal["custom", "folded", "adapter", "gguf", "mlx"]
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 Solver = Literal["gram", "tsqr", "svd", "sketch-features", "sketch-range"]
 
-SPEC_FORMS = (
-    "file:PATH (.txt, .jsonl or .parquet with `text` or `messages`; also .gz, .bz2, .xz, .zst), "
-    "ids:FILE.npy, hf:NAME[:CONFIG]:SPLIT[:FIELD], wikitext2, ptb or c4 (each [:SPLIT]), "
-    "python-docs[:fit|:heldout]"
-)
-
 
 def dtype_name(dtype: Any) -> str:
     """Return what options, recipes and files call a torch dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _specs(value: Any) -> Any:
-    """Write specifications in one way: one is a text, several are a tuple."""
-    if not isinstance(value, list | tuple):
-        return value
-    if not value:
-        msg = "no text is named; give at least one"
-        raise ValueError(msg)
-    return value[0] if len(value) == 1 else tuple(value)
 
 
 class Text(Options):
@@ -67,7 +65,7 @@ class Text(Options):
 
     title: ClassVar[str] = "Text"
 
-    spec: Annotated[str | tuple[str, ...], BeforeValidator(_specs)] = option(
+    spec: Annotated[str | tuple[str, ...], BeforeValidator(one_or_several)] = option(
         ...,
         f"file:PATH, ids:FILE.npy, wikitext2, c4, hf:NAME ...\nIn full: {SPEC_FORMS}, or NAME[:REST] of an "
         "installed package. To calibrate, several: each gives its share of the windows, and they take turns.",
@@ -141,20 +139,12 @@ TextLike = Text | str | Sequence[str]
 """A text, or its specification alone; to calibrate on, several specifications too."""
 
 
-def _or_spec(value: Any) -> Any:
-    return {"spec": value} if isinstance(value, str | list | tuple) else value
-
-
 def _one_text(text: Text | None) -> Text | None:
     if text is not None and len(text.specs) > 1:
         found = f"{', '.join(text.specs)} are {len(text.specs)} texts"
         msg = f"{found}, and figures are of one; measure on each by itself"
         raise RequestError(msg)
     return text
-
-
-_OR_SPEC = BeforeValidator(_or_spec)
-"""The specification of a text alone stands for it, and so do several."""
 
 
 class Source(Options):
@@ -166,7 +156,7 @@ class Source(Options):
 
     model: str | Path | None = Field(default=None, description="Checkpoint folder or hub id.")
     store: str | Path | None = Field(default=None, description="Activation store.")
-    calibration: Annotated[Text | None, _OR_SPEC] = Field(default=None, description="Text to calibrate on.")
+    calibration: Annotated[Text | None, OR_SPEC] = Field(default=None, description="Text to calibrate on.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -482,7 +472,7 @@ class Recovery(Options):
     remove: Annotated[int | str | PruningPlan, BeforeValidator(count_or_spans)] = Field(
         description="Layers to remove: how many (a criterion chooses them), a plan file, or spans like 13:19."
     )
-    calibration: Annotated[Text, _OR_SPEC] = Field(description="Text to calibrate on.")
+    calibration: Annotated[Text, OR_SPEC] = Field(description="Text to calibrate on.")
     search: Search = Search()
     method: Method = Method()
     compute: Compute = Compute()
@@ -504,6 +494,6 @@ class Recovery(Options):
         "Type of the numbers in a GGUF; auto is that of the checkpoint.\n"
         "Of matrices only: vectors stay in float32.",
     )
-    evaluate: Annotated[Text | None, _OR_SPEC, AfterValidator(_one_text)] = Field(
+    evaluate: Annotated[Text | None, OR_SPEC, AfterValidator(_one_text)] = Field(
         default=None, description="Text to measure the base and the recovered model on."
     )

@@ -38,9 +38,8 @@ from ghoststream.text import TokenSet
 pytestmark = pytest.mark.integration
 S, T, C, L, MICRO = 5, 12, 32, 6, 2
 
-# Both add the same products in float32, the resident model all sequences at once, the streamed one
-# micro-batch by micro-batch: sums of at most 60 tokens through six layers, a few hundred roundings of 6e-8
-# each.
+# Both add the same products in float32, the resident model all sequences at once, the streamed one some at a
+# time: sums of at most 60 tokens through six layers, a few hundred roundings of 6e-8 each.
 TOLERANCE = 2e-5
 
 

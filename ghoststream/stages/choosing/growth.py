@@ -56,7 +56,7 @@ def grow(
         growing = [branch for branch in branches if step < len(branch.sizes)]
         limit = candidates if step else None
         repairs = [
-            [Repair.alike(plan, method) for plan in _next(trial, branch, step, alone)[:limit]]
+            [Repair.alike(plan, method) for plan in _next(trial, branch, step, alone, limit)]
             for branch in growing
         ]
         trial.measure(list({one.name: one for own in repairs for one in own}.values()))
@@ -75,11 +75,13 @@ def grow(
     return sorted(finished.values(), key=lambda pair: preference(pair[1]))
 
 
-def _next(trial: Trial, branch: _Branch, step: int, alone: Mapping[Span, float]) -> list[PruningPlan]:
+def _next(
+    trial: Trial, branch: _Branch, step: int, alone: Mapping[Span, float], limit: int | None
+) -> list[PruningPlan]:
     """Return the plans of a step; what is whole by it has to be one that can be written."""
     plans = extended(branch.best, branch.sizes[step], alone)
     is_whole = step > 0 and step + 1 == len(branch.sizes)
-    return writable(trial.session, plans) if is_whole else plans
+    return writable(trial.session, plans, limit) if is_whole else plans[:limit]
 
 
 def extended(plans: Mapping[PruningPlan, float], size: int, alone: Mapping[Span, float]) -> list[PruningPlan]:

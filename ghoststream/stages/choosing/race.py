@@ -92,7 +92,7 @@ def race(
     whole = sum(tried[0])
     best_first = sorted(alone, key=alone.__getitem__)
     plans = [PruningPlan(n_layers, (span,)) for span in best_first if len(span) == whole][:SURVIVORS]
-    several = writable(trial.session, combined(n_layers, tried, alone))[: search.candidates]
+    several = writable(trial.session, combined(n_layers, tried, alone), search.candidates)
     if several:
         on_dense = screen.model_copy(update={"inputs": "dense"})
         screened = [

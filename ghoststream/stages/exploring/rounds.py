@@ -190,7 +190,7 @@ def _likely_plans(
     several = combined(numbers.n_layers, numbers.tried(count), alone)
     most = alone[own[0]] + WITHIN if own else math.inf
     near = [plan for plan in several if sum(alone[span] for span in plan.spans) <= most]
-    return singles[: (numbers.per_count + 1) // 2], writable(session, near)[: numbers.per_count]
+    return singles[: (numbers.per_count + 1) // 2], writable(session, near, numbers.per_count)
 
 
 def _share(sample: Sample) -> str:

@@ -39,16 +39,7 @@ class Folded(Custom):
         Raises:
             RequestError: If one may fit something else.
         """
-        if methods is None:
-            msg = f"the form {self.name} cannot hold all that the operator auto tries; {_ADVICE}"
-            raise RequestError(msg)
-        for method in methods:
-            if method.operator != "none" and method.features not in _FOLDING:
-                msg = (
-                    f"the operator {method.operator} on the features {method.features} cannot be folded into "
-                    f"a weight; {_ADVICE}"
-                )
-                raise RequestError(msg)
+        self._require_features(methods, _FOLDING, "cannot be folded into a weight", _ADVICE)
 
     def check(self, operators: OperatorSet, skeleton: Skeleton) -> None:
         """Check that nothing stands beside the layers.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ghoststream.errors import RequestError
 from ghoststream.files import FileLock
 from ghoststream.options import GgufType, Method
 from ghoststream.progress import Progress
@@ -81,6 +82,22 @@ class Form(ABC):
             RequestError: If it may not be, with what can.
         """
         del methods
+
+    def _require_features(
+        self, methods: Sequence[Method] | None, held: Sequence[str], lacking: str, advice: str
+    ) -> None:
+        """Check that methods fit operators on some features only, or none.
+
+        Raises:
+            RequestError: If one fits another, or any may be chosen.
+        """
+        if methods is None:
+            msg = f"the form {self.name} cannot hold all that the operator auto tries; {advice}"
+            raise RequestError(msg)
+        for method in methods:
+            if method.operator != "none" and method.features not in held:
+                msg = f"the operator {method.operator} on the features {method.features} {lacking}; {advice}"
+                raise RequestError(msg)
 
     def check_model(self, skeleton: Skeleton, methods: Sequence[Method] | None) -> None:
         """Check, before anything is fitted, that this model can be written with what these methods fit.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ghoststream.streaming import Skeleton
 
 _HELD = ("normed", MLP.name, MLP_OUTPUT.name)
+_ADVICE = "recover with --operator least-squares and --features normed or mlp, or write the form custom"
 _VERSION = 1
 """Part of a request: raised when the same request gives other bytes."""
 
@@ -50,19 +51,7 @@ class Gguf(Form):
             RequestError: If one may fit something else, or the package gguf is missing.
         """
         _require_package()
-        advice = (
-            "recover with --operator least-squares and --features normed or mlp, or write the form custom"
-        )
-        if methods is None:
-            msg = f"the form {self.name} cannot hold all that the operator auto tries; {advice}"
-            raise RequestError(msg)
-        for method in methods:
-            if method.operator != "none" and method.features not in _HELD:
-                msg = (
-                    f"the operator {method.operator} on the features {method.features} has no place in "
-                    f"llama.cpp; {advice}"
-                )
-                raise RequestError(msg)
+        self._require_features(methods, _HELD, "has no place in llama.cpp", _ADVICE)
 
     def check_model(self, skeleton: Skeleton, methods: Sequence[Method] | None) -> None:
         """Check that llama.cpp has the architecture, room for the operators, and the tokenizer.

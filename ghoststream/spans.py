@@ -140,6 +140,11 @@ class PruningPlan:
         return sum(len(span) for span in self.spans)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of layers of each span, ascending."""
+        return tuple(sorted(len(span) for span in self.spans))
+
+    @property
     def removed(self) -> tuple[int, ...]:
         """Removed layer numbers, ascending."""
         return tuple(layer for span in self.spans for layer in range(span.start, span.stop))

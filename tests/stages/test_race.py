@@ -19,7 +19,7 @@ from ghoststream.progress import SilentProgress
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.measured import measure_repairs
-from ghoststream.stages.choosing.race import combined, neighbours
+from ghoststream.stages.choosing.race import combined, neighbours, survivors
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
 from ghoststream.stages.choosing.repair import Repair, labels, passing_method
 from ghoststream.stages.choosing.rounds import OF_SURVIVORS, TOKENS_A_CHANNEL, SampleShare
@@ -172,3 +172,20 @@ def test_the_neighbours_of_a_plan_have_one_span_moved_by_a_layer_or_two(n_layers
     assert set(neighbours(_ranked(single, plan, *known))) >= expected - set(known)
     assert not set(neighbours(_ranked(plan, *known))) & {plan, *known}
     assert neighbours(_ranked(single)) == []
+
+
+def test_of_each_choice_of_sizes_the_best_goes_on() -> None:
+    """Plans of 2 and 3 layers come first: they do not take every place from those of 1 and 4."""
+    near = [PruningPlan(20, (Span(one, one + 2), Span(12, 15))) for one in (2, 3, 4, 5)]
+    other = [PruningPlan(20, (Span(2, 3), Span(12, 16))), PruningPlan(20, (Span(3, 4), Span(12, 16)))]
+    single, worse = PruningPlan(20, (Span(10, 15),)), PruningPlan(20, (Span(11, 16),))
+    gaps = [*zip(near, (0.50, 0.51, 0.52, 0.53), strict=True), (other[0], 0.54), (single, 0.7), (worse, 2.7)]
+    ranked = [
+        (repair, {"window_gaps": [gap + 0.2 * (window == number % 3) for window in range(3)]})
+        for number, ((repair, _), (_, gap)) in enumerate(
+            zip(_ranked(*(plan for plan, _ in gaps)), gaps, strict=True)
+        )
+    ]
+    assert survivors(ranked) == [near[0], near[1], other[0], single]
+    surely = [(Repair.alike(other[0], Method(operator="ghost")), {"window_gaps": [2.5, 2.9, 2.6]})]
+    assert survivors([*ranked[:4], *surely]) == near[:3]

@@ -185,7 +185,7 @@ def neighbours(ranked: Ranked) -> list[PruningPlan]:
     measured = {repair.plan for repair, _ in ranked}
     best: dict[tuple[int, ...], PruningPlan] = {}
     for repair, _ in ranked:
-        best.setdefault(tuple(sorted(map(len, repair.plan.spans))), repair.plan)
+        best.setdefault(repair.plan.sizes, repair.plan)
     leaders = [plan for plan in best.values() if len(plan.spans) > 1][:LEADERS]
     found: dict[PruningPlan, None] = {}
     for plan in leaders:
@@ -209,12 +209,17 @@ def survivors(ranked: Ranked) -> list[PruningPlan]:
     """Return the plans to go on with, best first: of each number of spans those about as good as its best.
 
     Numbers of spans are not compared yet: on dense states plans of several spans look worse than they are.
+    Of one number the best of each choice of sizes are first, so that one plan's neighbours do not crowd out
+    another.
     """
     best: dict[int, Row] = {}
+    of_sizes: dict[tuple[int, ...], PruningPlan] = {}
     for repair, row in ranked:
         best.setdefault(len(repair.plan.spans), row)
+        of_sizes.setdefault(repair.plan.sizes, repair.plan)
+    firsts = set(of_sizes.values())
     found: dict[int, list[PruningPlan]] = {n_spans: [] for n_spans in best}
-    for repair, row in ranked:
+    for repair, row in sorted(ranked, key=lambda pair: pair[0].plan not in firsts):
         n_spans = len(repair.plan.spans)
         if len(found[n_spans]) < SURVIVORS and not is_surely_worse(row, best[n_spans]):
             found[n_spans].append(repair.plan)

@@ -31,7 +31,7 @@ GROUPS: tuple[type[Options], ...] = (
 )
 HEAD = """# Options
 
-Every option is declared once, in `ghoststream/options.py`. This page is made of that file by
+Every option is declared once, in `ghoststream/options/`. This page is made of that folder by
 `python docs/make_options.py`.
 
 A group is a class for Python, a part of a pipeline file and a section of the command line. A field has one

@@ -130,6 +130,8 @@ def print_estimate(found: Estimate) -> None:
     _print_stores(found)
     _print_sweeps(found)
     _print_stages(found)
+    for one in found.left_out:
+        print_text(str(one))
     for problem in found.problems:
         click.echo(f"does not fit: {problem}")
     if not found.problems:

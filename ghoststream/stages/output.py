@@ -78,6 +78,20 @@ class Output:
         """Enough of the digest for a file name."""
         return _short(self.digest)
 
+    def is_begun(self, load: Callable[[Path], Result]) -> bool:
+        """Say whether this very request has left a result, or parts of one that carry its digest.
+
+        Args:
+            load: Reads the file.
+
+        Raises:
+            ArtifactError: If a result is there that is damaged.
+        """
+        if self.path.exists():
+            found = read_result(self.path, load)
+            return found is not None and found.digest == self.digest
+        return self.work.is_dir() and any(self.short_digest in path.name for path in self.work.iterdir())
+
     @contextmanager
     def claimed(self, load: Callable[[Path], _Result]) -> Iterator[_Result | None]:
         """Hold the output from the look at what is there to the end of the block, which is to write the file.

@@ -20,7 +20,7 @@ from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import some_plan
-from ghoststream.stages.workers import is_shared, on_first_device, workers
+from ghoststream.stages.workers import devices_of, is_shared, on_first_device, workers
 
 
 def select(
@@ -103,9 +103,16 @@ def select(
     check_export(session.skeleton, some_plan(sizes.n_layers, remove))
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
-    crew = workers(compute, reduction.scheduler, progress) if shared else None
     return search_session(
-        session, remove, text, search=search, method=method, out=out, progress=progress, crew=crew
+        session,
+        remove,
+        text,
+        search=search,
+        method=method,
+        out=out,
+        progress=progress,
+        crew=workers(compute, reduction.scheduler, progress) if shared else None,
+        sharing=len(devices_of(compute)),
     )
 
 

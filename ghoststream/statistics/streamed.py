@@ -138,6 +138,20 @@ def streamed_moments(
     )
 
 
+def most_states(ranges: Ranges) -> int:
+    """Return how many states the folds hold at most while ranges come by, beside those of tasks at work.
+
+    A state waits for the one beside it in the tree: a fold that has had ``n`` ranges holds as many states as
+    ``n`` has ones in binary.
+    """
+    had = [0] * ranges.n_folds
+    most = 0
+    for wanted in ranges.ranges():
+        had[wanted.fold] += 1
+        most = max(most, sum(count.bit_count() for count in had))
+    return most
+
+
 def device_moments(
     reducer: DeviceBoundaryReducer,
     ranges: Ranges,

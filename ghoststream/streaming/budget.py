@@ -69,7 +69,7 @@ class PassMemory:
         self._budget = budget
         self._length = length
         self._buffers = buffers
-        self._fits = 0
+        self._fits = self._host_fits = 0
         self._gradients = gradients
         self._on_host = skeleton.device.type == "cpu"
         self._unit = skeleton.unit_bytes
@@ -85,19 +85,42 @@ class PassMemory:
         work, states = self._work_bytes(1, self._length), self._states_bytes(1, self._length)
         return sequences_at_work(self._unit, work, self._length, limit, None if self._on_host else states)
 
+    def taken(self, micro_batch: int) -> tuple[int, int]:
+        """Return what a pass takes of the host and of the accelerator beside states and fits.
+
+        Args:
+            micro_batch: Sequences that go through a layer together.
+        """
+        computing = 2 * self._unit + max(self._unit // 2, self._work_bytes(micro_batch, self._length))
+        if self._on_host:
+            return computing + self._buffers, 0
+        on_device = computing + beside_work_bytes(self._states_bytes(micro_batch, self._length))
+        return page_locked_bytes(self._skeleton.slot_bytes) + self._unit + self._buffers, on_device
+
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """What may be taken of the host and of the accelerator; None is no limit."""
+        return self._budget.host_bytes, 0 if self._on_host else self._budget.device_bytes
+
     def has_room(self, n_bytes: int) -> bool:
         """Keep so many bytes of the accelerator free for fits, if two layers and work leave them.
 
         Returns:
             Whether they do. States then have what is left.
         """
-        batch = self.choose_micro_batch()
-        needed = 2 * self._unit + max(self._unit // 2, self._work_bytes(batch, self._length)) + n_bytes
+        _, taken = self.taken(self.choose_micro_batch())
         limit = self._budget.device_bytes
-        if limit is not None and needed > limit:
+        if limit is not None and taken + n_bytes > limit:
             return False
         self._fits = n_bytes
         return True
+
+    def keep(self, n_bytes: int) -> None:
+        """Keep so many bytes of the host free for fits, as far as layers and work leave them.
+
+        States make room for them. A fit that is larger than what is left is begun nevertheless.
+        """
+        self._host_fits = n_bytes
 
     def states_factory(self, batches: Sequence[Batch]) -> StatesFactory:
         """Return the maker of places for the states of these batches.
@@ -130,9 +153,12 @@ class PassMemory:
             self._skeleton.dtype,
             device=self._skeleton.device,
             device_bytes=device_left,
-            host_bytes=self._left("host memory", budget.host_bytes, host),
+            host_bytes=self._without_fits(self._left("host memory", budget.host_bytes, host)),
             scratch=budget.scratch,
         )
+
+    def _without_fits(self, left: int | None) -> int | None:
+        return None if left is None else max(0, left - self._host_fits)
 
     def _work_bytes(self, micro_batch: int, length: int) -> int:
         return micro_batch * length * layer_work_bytes(self._skeleton, length)

@@ -327,7 +327,7 @@ def test_what_a_user_registered_is_priced_by_its_own_cost(tiny_llama: Path) -> N
     model = plan.model
     assert plan.needs["disk, export"].n_bytes == model.checkpoint_bytes - 2 * model.layer_bytes + 12 * 32
     in_passes = price(tiny_llama, remove=2, operator="priced-for-a-test", criterion="perplexity")
-    assert in_passes.needs["memory, fit"].formula.endswith("C b + 1 GB p to fit")
+    assert in_passes.needs["memory, fit"].formula.endswith(" sums of 30,504 + 1 GB p to fit")
     assert in_passes.needs["memory, fit"].n_bytes > 32 * 10**9
 
 

@@ -260,12 +260,16 @@ def test_the_command_that_is_printed_can_be_given(tmp_path: Path) -> None:
 
 def test_fits_are_where_there_is_room_for_them() -> None:
     """A map on the state and the MLP of a 70B has p = 36,864 features: 32 (p^2 + p C) bytes are 49 GiB."""
-    request = Recovery(remove="40:56", calibration=Text(spec="ids:none.npy", sequences=8, length=512))
+    method = Method(operator="least-squares", features="hidden+mlp")
+    text = Text(spec="ids:none.npy", sequences=8, length=512)
+    request = Recovery(
+        remove="40:56", method=method.model_copy(update={"inputs": "repaired"}), calibration=text
+    )
     on_card, on_host = (estimate(request, model="llama-3-70b", machine=name) for name in ("h100", "4090"))
     p, c = 8192 + 28672, 8192
     assert on_card.needs["device memory"].n_bytes > 32 * (p * p + p * c)
     assert "to fit" in on_card.needs["device memory"].formula
-    assert on_card.needs["memory, fit"].formula == "U to a power of two + U"
+    assert on_card.needs["memory, fit"].formula == "U to a power of two + U + the sums of the folds"
     assert on_host.needs["memory, fit"].n_bytes > 32 * (p * p + p * c)
     assert on_host.problems[0].startswith("memory, fit needs")
     solve = [one.stages[0].parts["solve"] for one in (on_card, on_host)]

@@ -3,30 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import UnsupportedModelError
-from ghoststream.options import Method
+from ghoststream.options import Method, dtype_name
+from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.room import Room, fits_of, largest_ranges, left_out, settled
 from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
+from ghoststream.text import TokenSet
+
+if TYPE_CHECKING:
+    # It measures what is chosen here.
+    from ghoststream.stages.choosing.trial import Division
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: the figures of each, a ``gap`` to the dense model among them, in their order."""
 
 
-def methods_for(session: ModelSession, repair: Repair, index: int) -> tuple[Method, ...]:
-    """Return what is tried at one boundary of a repair, as far as the model allows it."""
+def methods_for(
+    session: ModelSession, repair: Repair, index: int, without: Sequence[str] = ()
+) -> tuple[Method, ...]:
+    """Return what is tried at one boundary of a repair, as far as the model allows it.
+
+    Args:
+        session: The model.
+        repair: What is repaired.
+        index: The boundary.
+        without: Features that are left out, as their fit is too large.
+    """
     span = repair.plan.spans[index]
     tried = LATER_METHODS if index else METHODS
-    return tuple(method for method in tried if _is_possible(session, span, method))
+    return tuple(
+        method for method in tried if method.features not in without and _is_possible(session, span, method)
+    )
 
 
-def choose_methods(session: ModelSession, repairs: Sequence[Repair], measure: Measure) -> tuple[Repair, ...]:
+def without_too_large(
+    session: ModelSession,
+    division: Division,
+    tokens: TokenSet,
+    folds: int,
+    progress: Progress,
+    *,
+    begun: Callable[[tuple[str, ...]], bool],
+    races: bool = False,
+    sharing: int = 1,
+) -> tuple[str, ...]:
+    """Return the features that ``auto`` leaves out, as their fit cannot be held, and say so.
+
+    Args:
+        session: The model.
+        division: Which sequences serve to fit.
+        tokens: The text.
+        folds: Folds that are asked for.
+        progress: Who is told.
+        begun: Says whether a result without some features is there, finished or not: it stays with those
+            where the request does not say how much memory there is.
+        races: Whether plans race, which compares fewer ways to repair.
+        sharing: How many workers share the memory of the host.
+    """
+    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
+    n_fit = tokens.n_sequences if division.fitting is None else division.fitting.n_sequences
+    ranges = largest_ranges(tokens.n_sequences, n_fit, folds=folds, turn=tokens.n_texts)
+    fits = fits_of(sizes, ranges, length=tokens.length, races=races)
+    room = _room(session, tokens.length, sharing)
+    names = settled(fits, room, begun)
+    found = {one.features: one for one in left_out(fits, room)}
+    for name in names:
+        progress.log(str(found[name]) if name in found else f"{name} is left out, as when this was begun")
+    return names
+
+
+def _room(session: ModelSession, length: int, sharing: int) -> Room:
+    memory, compute = session.memory(length), session.compute
+    (host, device), (on_host, on_device) = memory.limits, memory.taken(session.micro_batch(length))
+    is_given = compute.host_memory is not None and (
+        session.device.type == "cpu" or compute.device_memory is not None
+    )
+    return Room(
+        None if host is None else host // sharing - on_host,
+        None if device is None else max(0, device - on_device),
+        is_given,
+        on_host,
+    )
+
+
+def choose_methods(
+    session: ModelSession, repairs: Sequence[Repair], measure: Measure, without: Sequence[str] = ()
+) -> tuple[Repair, ...]:
     """Choose how each boundary of each repair is fitted: what leaves the lowest loss on held-out text.
 
     Boundaries are decided one after the other, in the order of the layers, with those behind as they are
@@ -36,13 +107,14 @@ def choose_methods(session: ModelSession, repairs: Sequence[Repair], measure: Me
         session: The model.
         repairs: What to decide; their methods are where it starts.
         measure: Measures any number of repairs.
+        without: Features that are left out.
 
     Returns:
         The repairs with the methods that won, in the same order.
     """
     best = list(repairs)
     for index in range(max(len(repair.methods) for repair in repairs)):
-        tried = [_variants(session, repair, index) for repair in best]
+        tried = [_variants(session, repair, index, without) for repair in best]
         rows = iter(measure([one for group in tried for one in group]))
         gaps = [[preference(next(rows)) for _ in group] for group in tried]
         best = [group[own.index(min(own))] for group, own in zip(tried, gaps, strict=True)]
@@ -54,10 +126,10 @@ def preference(row: Mapping[str, Any]) -> tuple[bool, float]:
     return bool(row.get("refusal")), ranked_gap(row)
 
 
-def _variants(session: ModelSession, repair: Repair, index: int) -> list[Repair]:
+def _variants(session: ModelSession, repair: Repair, index: int, without: Sequence[str]) -> list[Repair]:
     if index >= len(repair.methods):
         return [repair]
-    return [repair.changed(index, method) for method in methods_for(session, repair, index)]
+    return [repair.changed(index, method) for method in methods_for(session, repair, index, without)]
 
 
 def _is_possible(session: ModelSession, span: Span, method: Method) -> bool:

@@ -27,12 +27,19 @@ __all__ = [
     "REFINED",
     "SearchCriterion",
     "make_search_criterion",
+    "races",
     "register_search_criterion",
     "search_criterion_names",
 ]
 
 MEASURED = "measured"
 """The criterion that is taken where none is named."""
+
+
+def races(search: Search) -> bool:
+    """Whether plans race: few are measured, and few ways to repair."""
+    return search.criterion in (None, MEASURED) and search.search == "race"
+
 
 REFINED = 4
 """Plans for which ``auto`` chooses how to repair."""

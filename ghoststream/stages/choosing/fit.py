@@ -16,13 +16,14 @@ from ghoststream.progress import Progress
 from ghoststream.recipe import library_versions
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.refitting import RefittedLayer, refitted_layers
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial
-from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
+from ghoststream.stages.choosing.ways import SCREEN, tried_ways
 from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -69,7 +70,7 @@ def fit_in_passes(
     ranges = Ranges.make(tokens.n_sequences, folds=search.folds, turn=tokens.n_texts)
     division = None if repair is not None else Division.make(session, tokens, search)
     micro_batch = session.micro_batch(tokens.length) if division is None else division.micro_batch
-    recipe = {
+    request = {
         "stage": "fit",
         "plan": selection.plan.to_json(),
         "model": session.fingerprint["digest"],
@@ -80,11 +81,28 @@ def fit_in_passes(
         "range_sequences": ranges.range_sequences,
         "folds": ranges.n_folds,
         "operator": method.operator or AUTO,
-        "methods": [one.to_json() for one in (LATER_METHODS if repair is None else repair.methods)],
         "refit": method.refit,
         "chosen_on": None if division is None else {**division.to_json(), "screen": SCREEN.to_json()},
     }
-    output = Output(out, recipe, "fit")
+
+    def placed(without: tuple[str, ...]) -> tuple[dict[str, Any], Output]:
+        ways = (
+            tried_ways(without) if repair is None else {"methods": [one.to_json() for one in repair.methods]}
+        )
+        recipe = {**request, **ways}
+        return recipe, Output(out, recipe, "fit")
+
+    without: tuple[str, ...] = ()
+    if division is not None:
+        without = without_too_large(
+            session,
+            division,
+            tokens,
+            search.folds,
+            progress,
+            begun=lambda names: placed(names)[1].is_begun(OperatorSet.load),
+        )
+    recipe, output = placed(without)
     metadata: dict[str, Any] = {"recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
     with output.claimed(OperatorSet.load) as found:
@@ -93,7 +111,9 @@ def fit_in_passes(
         session.expect(selection.base, "the plan was chosen")
         if repair is None:
             assert division is not None
-            trial = Trial(session, tokens, division, lanes=None, output=output, progress=progress)
+            trial = Trial(
+                session, tokens, division, lanes=None, output=output, progress=progress, without=without
+            )
             repair, metadata["chosen"] = _choose(selection.plan, trial)
         if method.given(("refit",)):
             repair = repair.refitted(method.refit)

@@ -20,6 +20,7 @@ from ghoststream.stages.choosing.moments import (
     FitPlace,
     fit_bytes,
     fitted_operator,
+    host_bytes,
     moments_of,
     use_device,
 )
@@ -110,6 +111,15 @@ class StreamedFit(BoundaryMap):
         if self.target is None:
             return 0
         return fit_bytes(self._kind, self.span, self._session, self._mask.shape[1], self._streamed)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that the fit takes on the host, wherever it is."""
+        if self.target is None:
+            return 0
+        taps = 0 if self._streamed is None else self._streamed.width
+        length, device = self._mask.shape[1], self._place.of(self.device_bytes)
+        return host_bytes(self._kind, self._ranges, self._session, length, taps, device)
 
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and taps side by side."""
@@ -239,11 +249,15 @@ class FittedLanes:
         )
 
     def memory(self) -> PassMemory:
-        """Return the memory of the pass, with all lanes made; fits that an accelerator holds are there."""
-        sizes = [one.device_bytes for one in self._maps.values()]
-        sizes += [part.device_bytes for refitted in self._refits.values() for part in refitted.parts]
+        """Return the memory of the pass, with all lanes made; fits that an accelerator holds are there.
+
+        States leave what the largest fit takes on the host.
+        """
+        parts = [part for refitted in self._refits.values() for part in refitted.parts]
+        fits: list[StreamedFit | RefittedProjection] = [*self._maps.values(), *parts]
         memory = self._session.memory(self._mask.shape[1])
-        use_device(self._place, self._session, memory, sizes)
+        use_device(self._place, self._session, memory, [one.device_bytes for one in fits])
+        memory.keep(max((one.host_bytes for one in fits), default=0))
         return memory
 
     def helpers(self) -> list[Lane]:

@@ -13,9 +13,11 @@ import torch
 from ghoststream.operators import BoundaryOperator, OperatorKind
 from ghoststream.operators.diagnostics import relative_residual
 from ghoststream.spans import Span
+from ghoststream.stages.choosing.room import FitBytes
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges
 from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
+from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.source import Taps
 from ghoststream.statistics.streamed import StreamedTaps, device_moments, streamed_moments
 from ghoststream.streaming import Pairs, PassMemory
@@ -57,6 +59,25 @@ def fit_bytes(kind: OperatorKind, span: Span, session: ModelSession, length: int
     assert isinstance(reducer, DeviceBoundaryReducer)
     solving = 4 * reducer.state_bytes(hidden, length) if kind.solves_on_device else 0
     return max(reducer.device_bytes(hidden, length), solving)
+
+
+def host_bytes(
+    kind: OperatorKind, ranges: Ranges, session: ModelSession, length: int, tap_width: int, device: str | None
+) -> int:
+    """Return the bytes that the fit of a boundary takes on the host; ``device`` is where it is fitted.
+
+    Other arguments are those of :meth:`~ghoststream.stages.choosing.room.FitBytes.of`.
+    """
+    workers = default_workers if session.compute.host_memory is None else _one
+    hidden = session.skeleton.hidden_size
+    found = FitBytes.of(kind, ranges, hidden=hidden, length=length, tap_width=tap_width, workers=workers)
+    return found.host if device is None else found.beside
+
+
+def _one(task: int) -> int:
+    # Where the memory is given, a pass counts one task.
+    del task
+    return 1
 
 
 def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes: Iterable[int]) -> None:

@@ -231,7 +231,7 @@ def likely(trial: Trial, plan: PruningPlan) -> Repair:
     """Return the repair of a plan in the way that is nearly always the best one, where that is possible."""
     screened = Repair.alike(plan, SCREEN)
     for index in range(len(plan.spans)):
-        possible = methods_for(trial.session, screened, index)
+        possible = methods_for(trial.session, screened, index, trial.without)
         screened = screened.changed(index, LIKELY if LIKELY in possible else SCREEN)
     return screened
 
@@ -241,6 +241,6 @@ def _others(trial: Trial, repair: Repair) -> list[Repair]:
     return [
         repair.changed(index, method)
         for index in range(len(repair.methods))
-        for method in methods_for(trial.session, repair, index)
+        for method in methods_for(trial.session, repair, index, trial.without)
         if method in RACED
     ]

@@ -25,7 +25,7 @@ from ghoststream.options import Method
 from ghoststream.recovery.projections import Projection, require_projections
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.choosing.moments import DENSE, FitPlace, fit_bytes, moments_of
+from ghoststream.stages.choosing.moments import DENSE, FitPlace, fit_bytes, host_bytes, moments_of
 from ghoststream.stages.choosing.ways import REFIT
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -85,6 +85,12 @@ class RefittedProjection(BoundaryMap):
         """Bytes that the fit takes on an accelerator, if there is one; see :func:`fit_bytes`."""
         taps = StreamedTaps(self._parts[1])
         return fit_bytes(self._kind, self._label, self._session, self._mask.shape[1], taps)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that the fit takes on the host, wherever it is."""
+        length, device = self._mask.shape[1], self._place.of(self.device_bytes)
+        return host_bytes(self._kind, self._ranges, self._session, length, self._parts[1], device)
 
     @property
     def _label(self) -> Span:

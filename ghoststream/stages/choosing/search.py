@@ -10,11 +10,12 @@ from ghoststream.options import AUTO, Method, Search, Text
 from ghoststream.progress import Progress
 from ghoststream.selection import Selection
 from ghoststream.spans import Span
+from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import check_search
-from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion
+from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, races
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
-from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
+from ghoststream.stages.choosing.ways import SCREEN, tried_ways
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import Workers
@@ -34,10 +35,12 @@ def search_session(
     out: str | Path | None,
     progress: Progress,
     crew: AbstractContextManager[Workers | None] | None = None,
+    sharing: int = 1,
 ) -> Selection:
     """Choose the layers to remove by running a model without them; see :func:`ghoststream.select`.
 
-    ``crew`` gives workers that measure candidates, when there is something to measure.
+    ``crew`` gives workers that measure candidates, when there is something to measure; ``sharing`` is how
+    many of them share this machine's memory.
 
     Raises:
         RequestError: If the numbers do not fit the model or the text, or an option is unknown or not read.
@@ -50,7 +53,7 @@ def search_session(
     rule, wanted = check_search(session.skeleton.n_layers, remove, search, method)
     tokens = session.tokens(text, progress)
     division = Division.make(session, tokens, search, fits=rule.repairs)
-    recipe = {
+    request = {
         "stage": "select",
         "model": session.fingerprint["digest"],
         "text": recipe_of(text, tokens).to_json(),
@@ -59,9 +62,29 @@ def search_session(
         "search": search.model_dump(mode="json", exclude={"held_out", "folds", "lanes", "across_texts"}),
         **session.describe(),
         **division.to_json(),
-        **_repairing(rule, wanted),
     }
-    output = None if out is None else Output(out, recipe, "select")
+
+    def placed(without: tuple[str, ...]) -> tuple[dict[str, Any], Output | None]:
+        recipe = {**request, **_repairing(rule, wanted, without)}
+        return recipe, None if out is None else Output(out, recipe, "select")
+
+    def begun(without: tuple[str, ...]) -> bool:
+        _, output = placed(without)
+        return output is not None and output.is_begun(Selection.load)
+
+    without: tuple[str, ...] = ()
+    if rule.repairs and wanted is None:
+        without = without_too_large(
+            session,
+            division,
+            tokens,
+            search.folds,
+            progress,
+            begun=begun,
+            races=races(search),
+            sharing=sharing,
+        )
+    recipe, output = placed(without)
 
     def chosen() -> Selection:
         with crew or nullcontext() as hands:
@@ -73,6 +96,7 @@ def search_session(
                 output=output,
                 progress=progress,
                 crew=hands,
+                without=without,
             )
             return _choose(rule, trial, remove, search, wanted, recipe)
 
@@ -86,13 +110,12 @@ def search_session(
     return selection
 
 
-def _repairing(rule: SearchCriterion, method: Method | None) -> dict[str, Any]:
+def _repairing(rule: SearchCriterion, method: Method | None, without: tuple[str, ...]) -> dict[str, Any]:
     if not rule.repairs:
         return {"method": None}
     if method is not None:
         return {"method": method.to_json()}
-    tried = [one.to_json() for one in LATER_METHODS]
-    return {"method": AUTO, "screen": SCREEN.to_json(), "methods": tried, "refined": REFINED}
+    return {"method": AUTO, "screen": SCREEN.to_json(), **tried_ways(without), "refined": REFINED}
 
 
 def _choose(

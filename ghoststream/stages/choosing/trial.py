@@ -105,6 +105,7 @@ class Trial:
         progress: Who is told how far it is.
         residuals: Whether figures say what each operator leaves of its gap.
         crew: Workers that take candidates; the passes are run here if ``None``.
+        without: Features that ``auto`` leaves out.
 
     Attributes:
         passes: Passes over the weights that it took.
@@ -123,8 +124,9 @@ class Trial:
         progress: Progress,
         residuals: bool = False,
         crew: Workers | None = None,
+        without: Sequence[str] = (),
     ) -> None:
-        self._crew = crew
+        self._crew, self.without = crew, without
         self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
         self._lanes, self._output, self._residuals = lanes, output, residuals
         self._dense_loss: float | None = None
@@ -178,7 +180,7 @@ class Trial:
 
     def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Choose how each boundary is fitted; return the repairs with the methods that won, best first."""
-        return self.rank(choose_methods(self.session, repairs, self.measure))
+        return self.rank(choose_methods(self.session, repairs, self.measure, self.without))
 
     def tell(self, repair: Repair, row: Row) -> None:
         """Say how far the search is."""

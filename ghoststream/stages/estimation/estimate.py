@@ -103,6 +103,7 @@ def estimate(
         job.store_ways,
         command_of(job, found.command_name, None if out is None else place),
         found.note,
+        job.left_out,
     )
 
 

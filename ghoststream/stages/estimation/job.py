@@ -20,13 +20,17 @@ from ghoststream.costs import (
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.options import Method, Recovery, StoredDtype, Text
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.criteria import races
+from ghoststream.stages.choosing.division import divided
+from ghoststream.stages.choosing.room import FitBytes, LeftOut, largest_ranges
 from ghoststream.stages.choosing.rounds import share_of_positions
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT
+from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT, compared
 from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.estimation.report import StoreWay
+from ghoststream.stages.estimation.room import too_large
 from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
-from ghoststream.statistics import get_feature, taps_of
+from ghoststream.statistics import Ranges, get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
 
 _WRITING_THREADS = 4
@@ -98,7 +102,7 @@ class Job(Way):
         """
         if self.recovery.method.is_named:
             return make_operator(self.recovery.method)
-        known = self.given.methods if self.given is not None and self.given.methods else self.tried
+        known = self.given.methods if self.given is not None and self.given.methods else self._fitted
         return max(map(make_operator, known), key=lambda kind: self.fit_cost(kind).memory.n_bytes)
 
     @property
@@ -106,8 +110,53 @@ class Job(Way):
         """What is tried at a boundary, as far as the model allows it."""
         return self._possible(METHODS)
 
+    @property
+    def races(self) -> bool:
+        """Whether plans race."""
+        return self.runs_model and races(self.recovery.search)
+
+    @property
+    def _fitted(self) -> tuple[Method, ...]:
+        """What may be fitted in the end: a race compares fewer ways to repair."""
+        return self._possible(compared(races=self.races))
+
     def _possible(self, methods: tuple[Method, ...]) -> tuple[Method, ...]:
-        return tuple(one for one in methods if not (self.absorbs_nothing and taps_of(one.features)))
+        without = {one.features for one in self.left_out}
+        if self.absorbs_nothing:
+            without |= {one.features for one in methods if taps_of(one.features)}
+        return tuple(one for one in methods if one.features not in without)
+
+    @cached_property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What ``auto`` leaves out, as its fit cannot be held; the largest first."""
+        return too_large(self) if self.measures and not self.recovery.method.is_named else ()
+
+    @cached_property
+    def fit_ranges(self) -> Ranges:
+        """How the sequences that serve to fit are divided, at its largest."""
+        n_fit, search, compute = self.sequences, self.recovery.search, self.recovery.compute
+        if self.measures:
+            _, n_fit = divided(n_fit, search.held_out, compute.micro_batch, lambda: self.at_once)
+        return largest_ranges(self.sequences, n_fit, folds=search.folds)
+
+    def fit_bytes(self, kind: OperatorKind) -> FitBytes:
+        """Return the memory that fitting one boundary in a pass takes."""
+        is_given = self.recovery.compute.host_memory is not None
+        return FitBytes.of(
+            kind,
+            self.fit_ranges,
+            hidden=self.sizes.hidden,
+            length=self.text.length,
+            tap_width=self.input_width(kind) if taps_of(kind.features) else 0,
+            # Where the memory is given, a pass counts one task.
+            workers=(lambda task: 1) if is_given else self.machine.workers,
+        )
+
+    @property
+    def _tries_taps(self) -> bool:
+        if self.recovery.method.is_named:
+            return not self.absorbs_nothing
+        return any(taps_of(one.features) for one in self._fitted)
 
     @property
     def absorbs_nothing(self) -> bool:
@@ -296,7 +345,7 @@ class Job(Way):
             n_layers=self.sizes.n_layers,
             remove=self.n_removed,
             hidden=self.sizes.hidden,
-            intermediate=0 if self.absorbs_nothing else self.sizes.intermediate,
+            intermediate=self.sizes.intermediate if self._tries_taps else 0,
             sequences=self.sequences,
             length=self.text.length,
             search=self.recovery.search,

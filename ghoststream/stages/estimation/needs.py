@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ghoststream.costs import Cost, Need, PassCost
+from ghoststream.operators import make_operator
 from ghoststream.selection import make_criterion
 from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion
 from ghoststream.stages.choosing.passes import last_fit, refining
+from ghoststream.stages.choosing.ways import REFIT
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.pass_needs import Fits, PassNeeds, logit_bytes, pass_needs
 from ghoststream.stages.estimation.report import SweepCost
-from ghoststream.stages.estimation.sweeps import StoreShape, summing_bytes
-from ghoststream.statistics import Ranges
 
 _EXPORT_BYTES = 32 * 2**20
 """A copy buffer, the pruned model without its weights, and its tokenizer."""
@@ -82,22 +82,15 @@ class Route:
     @property
     def fits(self) -> Fits:
         """Memory of fitting one boundary, or one of the maps behind it."""
-        solving = [cost.memory for cost in (self.fit, self.job.refit_cost) if cost is not None]
-        largest = max(solving, key=lambda need: need.n_bytes)
-        summing = self._summing()
-        solved = Need(largest.n_bytes, f"{largest.formula} to fit")
-        return Fits(solved, max(solved, summing, key=lambda need: need.n_bytes))
-
-    def _summing(self) -> Need:
-        """Return the memory of the sums of one boundary on the host: what tasks take, and a state a fold."""
-        job = self.job
-        width = job.input_width(job.kind) if job.reads_taps else 0
-        shape = StoreShape(job.sequences, job.text.length, job.sizes.hidden)
-        task, state = summing_bytes(job.kind, shape, tap_width=width)
-        # Where the memory is given, a pass counts one task.
-        workers = 1 if job.recovery.compute.host_memory is not None else job.machine.workers(task)
-        n_folds = Ranges.make(job.sequences, folds=job.recovery.search.folds).n_folds
-        return Need(workers * task + n_folds * state, f"{workers} tasks of {task:,} and {n_folds} sums")
+        refit = () if self.job.refit_cost is None else (make_operator(REFIT),)
+        sizes = [self.job.fit_bytes(kind) for kind in (self.job.kind, *refit)]
+        on_host = max(sizes, key=lambda one: one.host)
+        on_device = max(sizes, key=lambda one: one.device)
+        return Fits(
+            Need(on_device.device, f"{self.fit.memory.formula} to fit"),
+            Need(on_host.host, on_host.formula),
+            Need(max(one.beside for one in sizes), "the sums of the folds"),
+        )
 
 
 def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]:

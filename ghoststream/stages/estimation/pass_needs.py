@@ -13,19 +13,23 @@ from ghoststream.costs import (
     PASS_FORMULA,
     STAGING_FORMULA,
     Need,
-    beside_work_bytes,
     default_logit_tokens,
     staging_bytes,
 )
 from ghoststream.stages.estimation.job import Job
+from ghoststream.stages.estimation.room import computing_bytes, on_their_way_bytes
 
 
 @dataclass(frozen=True)
 class Fits:
-    """Memory of fitting one boundary in a pass: on an accelerator that sums its moments, or on the host."""
+    """Memory of fitting one boundary in a pass: on an accelerator that sums its moments, or on the host.
+
+    ``beside`` is what the host holds where the accelerator fits.
+    """
 
     on_device: Need
     on_host: Need
+    beside: Need
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ def pass_needs(
     """Return what a pass takes.
 
     This is how :class:`~ghoststream.streaming.PassMemory` divides the memory, and how states find a place:
-    those of one lane lie together. An accelerator with room for a fit next to layers and work fits there;
-    elsewhere no state makes room for it.
+    those of one lane lie together. An accelerator with room for a fit next to layers and work fits there.
+    States make room for a fit.
 
     Args:
         job: The recovery.
@@ -72,21 +76,22 @@ def pass_needs(
         fits: What fitting a boundary takes besides.
     """
     machine, on_host = job.machine, f"memory, {stage}"
-    computing = _computing(job, logits)
+    computing = computing_bytes(job, logits)
     places = {"host": (on_host, _need(computing + buffers, PASS_FORMULA, job, "host"))}
     is_beside = False
     if machine.has_device:
-        beside = beside_work_bytes(job.micro_batch * job.text.length * job.token_bytes)
-        device = _need(computing + beside, ACCELERATOR_FORMULA, job, "device")
+        device = _need(computing + on_their_way_bytes(job), ACCELERATOR_FORMULA, job, "device")
         if fits is not None and job.kind.sums_on("cuda") is not None:
             both = _plus(device, fits.on_device)
             is_beside, device = (True, both) if both.fits else (False, device)
         host = _need(staging_bytes(job.sizes.unit_bytes) + buffers, STAGING_FORMULA, job, "host")
         places = {"device": ("device memory", device), "host": (on_host, host)}
-    needs, found = _held(job, places, round(job.n_tokens * states * job.sizes.itemsize), store)
+    kept = None if fits is None else fits.beside if is_beside else fits.on_host
+    n_bytes = round(job.n_tokens * states * job.sizes.itemsize)
+    needs, found = _held(job, places, n_bytes, store, 0 if kept is None else kept.n_bytes)
     fitting = 0
-    if fits is not None and not is_beside:
-        whole = _plus(needs[on_host], fits.on_host)
+    if kept is not None and kept.n_bytes:
+        whole = _plus(needs[on_host], kept)
         needs[on_host] = Need(whole.n_bytes, whole.formula, machine.host_memory)
     if fits is not None and (is_beside or not machine.has_device):
         fitting = fits.on_device.n_bytes if is_beside else fits.on_host.n_bytes
@@ -100,11 +105,6 @@ def logit_bytes(job: Job) -> int:
     chunk = default_logit_tokens(sizes.vocabulary, sizes.unit_bytes) * sizes.vocabulary
     in_float32 = 4 * chunk if job.machine.has_device else LOSS_BYTES
     return sizes.itemsize * chunk + in_float32
-
-
-def _computing(job: Job, logits: int) -> int:
-    unit = job.sizes.unit_bytes
-    return 2 * unit + max(unit // 2, job.micro_batch * job.work_bytes) + logits
 
 
 def _need(n_bytes: int, formula: str, job: Job, place: str) -> Need:
@@ -121,14 +121,17 @@ def _plus(need: Need, more: Need) -> Need:
 
 
 def _held(
-    job: Job, places: Mapping[str, tuple[str, Need]], n_bytes: int, store: Path | None
+    job: Job, places: Mapping[str, tuple[str, Need]], n_bytes: int, store: Path | None, kept: int
 ) -> tuple[dict[str, Need], dict[str, int]]:
-    """Put hidden states where there is room, lane by lane; return the needs with them, and where they are."""
+    """Put hidden states where there is room, lane by lane; return the needs with them, and where they are.
+
+    ``kept`` is what they leave to fits on the host.
+    """
     needs: dict[str, Need] = {}
     found: dict[str, int] = {}
     lane = job.n_tokens * job.sizes.hidden * job.sizes.itemsize
     for place, (name, need) in places.items():
-        room = max(0, (need.available or 0) - need.n_bytes)
+        room = max(0, (need.available or 0) - need.n_bytes - (kept if place == "host" else 0))
         taken = n_bytes if n_bytes <= room else room // lane * lane
         needs[name] = _plus(need, Need(taken, _times(taken / lane))) if taken else need
         found[place], n_bytes = taken, n_bytes - taken

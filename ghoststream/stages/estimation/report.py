@@ -10,6 +10,7 @@ from typing import Any
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.costs import Need
 from ghoststream.options import Recovery
+from ghoststream.stages.choosing.room import LeftOut
 from ghoststream.stages.estimation.machine import Machine, Rates
 
 _SMALLER = "use a smaller --micro-batch, a shorter --length or a smaller --dtype"
@@ -121,6 +122,7 @@ class Estimate:
         stores: Ways to keep hidden states, by the disk that they take.
         command: The command that does it, as words.
         note: Where the sizes of the model come from, if not from headers.
+        left_out: Ways to repair that ``auto`` leaves out, as their fits cannot be held.
     """
 
     model: ModelSizes
@@ -133,6 +135,7 @@ class Estimate:
     stores: tuple[StoreWay, ...] = ()
     command: tuple[str, ...] = ()
     note: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def rates(self) -> Rates | None:
@@ -164,6 +167,7 @@ class Estimate:
             "machine": self.machine.to_json(),
             "command": shlex.join(self.command),
             "note": self.note,
+            "left_out": [one.to_json() for one in self.left_out],
             "seconds": self.seconds,
             "problems": list(self.problems),
             "fits": not self.problems,

@@ -77,17 +77,6 @@ def select_sweeps(
     return (_cost(SweepCost("select", "moments"), [reducer], shape, ranges, reduction, machine),)
 
 
-def summing_bytes(kind: OperatorKind, shape: StoreShape, *, tap_width: int = 0) -> tuple[int, int]:
-    """Return the bytes of a task that sums the moments of one span on the host, and of its state.
-
-    Arguments are those of :func:`solve_sweeps`.
-    """
-    reducer = kind.reducer(
-        (Span(1, 2),), hidden=shape.hidden, taps=TapSource("", tap_width) if tap_width else None
-    )
-    return reducer.task_bytes(shape.hidden, shape.length), reducer.state_bytes(shape.hidden, shape.length)
-
-
 def _placed(
     reduction: Reduction, machine: Machine | None, reducer: BoundaryReducer, shape: StoreShape
 ) -> Reduction:

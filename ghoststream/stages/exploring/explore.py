@@ -24,10 +24,11 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.recovery.layout import prevailing_dtype
 from ghoststream.spans import Span
+from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
-from ghoststream.stages.choosing.ways import LATER_METHODS, SCREEN
+from ghoststream.stages.choosing.ways import SCREEN, tried_ways
 from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
 from ghoststream.stages.exploring.predicted import predict
@@ -101,7 +102,7 @@ def explore(
     text = Text.of(calibration).to_calibrate()
     tokens = session.tokens(text, progress)
     division = Division.make(session, tokens, search)
-    recipe = {
+    request = {
         "stage": "explore",
         "model": session.fingerprint["digest"],
         "text": recipe_of(text, tokens).to_json(),
@@ -110,9 +111,23 @@ def explore(
         "max_spans": numbers.max_spans,
         **session.describe(),
         **division.to_json(),
-        **_repairing(named),
     }
-    work = _Exploration(session, sizes, tokens, division, numbers, exploration, search, named, progress)
+
+    def begun(without: tuple[str, ...]) -> bool:
+        recipe = {**request, **_repairing(named, without)}
+        return out is not None and Output(Path(out) / NAME, recipe, "explore").is_begun(
+            ExplorationReport.load
+        )
+
+    without: tuple[str, ...] = ()
+    if named is None:
+        without = without_too_large(
+            session, division, tokens, search.folds, progress, begun=begun, races=True
+        )
+    recipe = {**request, **_repairing(named, without)}
+    work = _Exploration(
+        session, sizes, tokens, division, numbers, exploration, search, named, progress, without
+    )
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
 
 
@@ -153,10 +168,10 @@ def _checked_method(
     return named
 
 
-def _repairing(method: Method | None) -> dict[str, Any]:
+def _repairing(method: Method | None, without: tuple[str, ...]) -> dict[str, Any]:
     if method is not None:
         return {"method": method.to_json()}
-    return {"method": AUTO, "screen": SCREEN.to_json(), "methods": [one.to_json() for one in LATER_METHODS]}
+    return {"method": AUTO, "screen": SCREEN.to_json(), **tried_ways(without)}
 
 
 def _kept(folder: Path, work: _Exploration, recipe: dict[str, Any]) -> ExplorationReport:
@@ -197,8 +212,9 @@ class _Exploration:
         search: Search,
         method: Method | None,
         progress: Progress,
+        without: tuple[str, ...] = (),
     ) -> None:
-        self.numbers = numbers
+        self.numbers, self._without = numbers, without
         self._session, self._sizes, self._tokens, self._division = session, sizes, tokens, division
         self._exploration, self._lanes, self._method = exploration, search.lanes, method
         self._progress = progress
@@ -214,6 +230,7 @@ class _Exploration:
             output=output,
             progress=self._progress,
             residuals=True,
+            without=self._without,
         )
         self._progress.log(
             f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +15,8 @@ from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import DiskFullError, NumericsError
 from ghoststream.testing.stores import small_layout, small_request, small_states, write_layer
 from tests.helpers.killing import run_killer
+from tests.helpers.mounting import mounted
+from tests.helpers.peak import Peak
 
 pytestmark = pytest.mark.faults
 
@@ -32,17 +32,7 @@ def test_killed_at_any_moment_the_next_run_leaves_identical_files(tmp_path: Path
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode != 0:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "--lazy", str(mount)], check=True)
+    yield from mounted(tmp_path / "disk", "size=1m")
 
 
 def test_a_full_disk_keeps_what_was_committed(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,19 +123,6 @@ def test_a_manifest_that_finds_no_space_leaves_the_old_one(
         assert store.completed_layers() == (0,)
         write_layer(store, 1, small_states(layout, 1))
     assert verify_store(tmp_path) == []
-
-
-class Peak:
-    """Peak of traced memory inside a ``with`` block, in bytes above what was there before."""
-
-    def __enter__(self) -> Self:
-        tracemalloc.start()
-        self._before = tracemalloc.get_traced_memory()[0]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bytes = tracemalloc.get_traced_memory()[1] - self._before
-        tracemalloc.stop()
 
 
 def test_memory_of_writing_and_reading_is_that_of_a_few_shards(tmp_path: Path) -> None:

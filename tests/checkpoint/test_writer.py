@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from ghoststream.checkpoint.writer import (
 )
 from ghoststream.errors import BudgetError, CheckpointError, DiskFullError, NumericsError, RequestError
 from ghoststream.files import file_digest, write_all
+from tests.helpers.peak import Peak
 
 pytestmark = pytest.mark.unit
 
@@ -139,13 +139,9 @@ def test_memory_is_one_buffer_whatever_the_size_of_a_tensor(tmp_path: Path) -> N
         file.truncate(size)  # a hole: reads as zeros and takes no space
     entry = TensorEntry("w", path.name, "BF16", (size // 2,), 0, size)
     reader = TensorReader(CheckpointIndex(path.parent, {"w": entry}, (path.name,)))
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         write_shards(_target(tmp_path), plan_shards([copied_tensor(reader, "w", "w")]))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < writer.BUFFER_BYTES + 2**20
+    assert peak.bytes < writer.BUFFER_BYTES + 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -21,6 +21,7 @@ from tests.helpers.command_bench import (
     last_line,
     succeed,
 )
+from tests.helpers.mounting import mounted
 
 pytestmark = pytest.mark.integration
 
@@ -108,19 +109,6 @@ def test_results_of_another_request(bench: Bench, refused: Callable[..., str], t
     says = ("another request", "plan.spans")
     refused(*recover, "2:4", code=BAD_REQUEST, says=says)
     assert not bench.root.joinpath("recovered.work").exists(), "refused before the pass"
-
-
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if result.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here: {result.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

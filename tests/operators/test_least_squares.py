@@ -18,13 +18,14 @@ from ghoststream.statistics import (
     FoldedMoments,
     ModelFacts,
     MomentSpec,
-    Ranges,
     feature_names,
     register_feature,
 )
 from ghoststream.statistics.features import HiddenFeature
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.peak import Peak
 from tests.helpers.reducing import moments_of
+from tests.helpers.refitting import curve_by_refitting
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 16, 6)
@@ -49,7 +50,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> str:
     return store_of(folder, states, mask=ragged_mask(*SHAPE[:2]), norm_epsilon=EPSILON)
 
 
-def data(states: list[Hidden], features: str, chosen: Array | None = None) -> tuple[Array, Array]:
+def data(
+    states: list[Hidden], features: str, chosen: npt.NDArray[np.bool_] | None = None
+) -> tuple[Array, Array]:
     """Features and gap of the unmasked tokens of some sequences."""
     which = slice(None) if chosen is None else chosen
     mask = ragged_mask(*SHAPE[:2])[which]
@@ -113,16 +116,13 @@ def test_auto_takes_the_ridge_that_predicts_the_folds_left_out_best(
 ) -> None:
     features = "hidden+normed"
     operator = fit(reduced(uri, features), features=features, intercept=intercept)
-    plan = Ranges.make(SHAPE[0], folds=FOLDS)
-    folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
-    curve = []
-    for ratio in RIDGE_GRID:
-        error = 0.0
-        for fold in range(FOLDS):
-            matrix, bias = ridge_fit(*data(states, features, folds != fold), ratio, intercept=intercept)
-            phi, gap = data(states, features, folds == fold)
-            error += ((phi @ matrix + bias - gap) ** 2).sum()
-        curve.append(np.sqrt(error / (data(states, features)[1] ** 2).sum()))
+
+    def residual(left_out: npt.NDArray[np.bool_], ratio: float) -> Array:
+        matrix, bias = ridge_fit(*data(states, features, ~left_out), ratio, intercept=intercept)
+        phi, gap = data(states, features, left_out)
+        return phi @ matrix + bias - gap
+
+    curve = curve_by_refitting(SHAPE[0], FOLDS, data(states, features)[1], residual)
     found = operator.diagnostics
     whole = dict(zip(RIDGE_GRID, curve, strict=True))
     assert dict(found["ridge_curve"]) == pytest.approx(
@@ -269,8 +269,6 @@ def test_a_users_feature_is_a_class_of_their_own(uri: str, states: list[Hidden])
 
 
 def test_wide_features_stay_within_the_stated_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
     from ghoststream.statistics.boundary import BoundaryReducer
     from ghoststream.statistics.source import open_source
 
@@ -280,26 +278,16 @@ def test_wide_features_stay_within_the_stated_memory(tmp_path: Path) -> None:
         (Span(0, 2),), MomentSpec(feature="hidden+normed", token_weights="relative", block_tokens=block)
     )
     reducer.reduce(source, 0, 4)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         reducer.reduce(source, 0, 16)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1.1 * reducer.task_bytes(hidden, 128)
+    assert peak.bytes < 1.1 * reducer.task_bytes(hidden, 128)
 
 
 def test_choosing_the_ridge_stays_within_the_stated_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
     hidden = 256
     uri = store_of(tmp_path / "store", random_states(1, (16, 128, hidden)), norm_epsilon=1e-5)
     moments = moments_of(uri, [Span(0, 1)], feature="hidden+normed", workdir=tmp_path)[Span(0, 1)]
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         fit(moments, features="hidden+normed", intercept=True)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     p = 2 * hidden
-    assert peak < 1.1 * (32 * p**2 + 32 * p * hidden)
+    assert peak.bytes < 1.1 * (32 * p**2 + 32 * p * hidden)

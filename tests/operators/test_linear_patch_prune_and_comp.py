@@ -19,6 +19,7 @@ from ghoststream.statistics import BoundaryReducer, MomentSpec, hadamard_factors
 from ghoststream.statistics.rotation import RotatedReducer
 from ghoststream.statistics.source import open_source
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.peak import Peak
 from tests.helpers.reducing import moments_of
 from tests.helpers.requests import fit
 
@@ -158,19 +159,13 @@ def test_rotated_statistics_are_those_of_rotated_states(
 
 
 def test_rotated_statistics_stay_within_the_stated_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
     hidden = 192
     source = open_source(store_of(tmp_path / "store", random_states(2, (16, 128, hidden))))
     reducer = RotatedReducer((Span(0, 2),), MomentSpec(block_tokens=512), grams=False)
     reducer.reduce(source, 0, 4)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         reducer.reduce(source, 0, 16)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1.1 * reducer.task_bytes(hidden, 128)
+    assert peak.bytes < 1.1 * reducer.task_bytes(hidden, 128)
 
 
 def test_prune_and_comp_is_one_scale_the_mean_of_all_ratios(

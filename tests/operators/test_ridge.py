@@ -15,11 +15,12 @@ from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, Ranges, get_token_weight
+from ghoststream.statistics import FoldedMoments, get_token_weight
 from ghoststream.statistics.token_weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers import requests
 from tests.helpers.reducing import moments_of, reduced_by
+from tests.helpers.refitting import curve_by_refitting
 
 pytestmark = pytest.mark.unit
 SHAPE = (12, 10, 6)
@@ -44,7 +45,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> str:
     return store_of(folder, states, mask=ragged_mask(*SHAPE[:2]), norm_epsilon=EPSILON)
 
 
-def data(states: list[Hidden], features: str = "hidden", chosen: Array | None = None) -> tuple[Array, Array]:
+def data(
+    states: list[Hidden], features: str = "hidden", chosen: npt.NDArray[np.bool_] | None = None
+) -> tuple[Array, Array]:
     which = slice(None) if chosen is None else chosen
     mask = ragged_mask(*SHAPE[:2])[which]
     x = states[SPAN.start][which][mask].astype(np.float64)
@@ -193,18 +196,15 @@ def test_either_route_chooses_by_refitting_without_each_fold(
     uri: str, states: list[Hidden], intercept: bool, shrink: str, solver: str
 ) -> None:
     found = fit(uri, solver=solver, intercept=intercept, shrink=shrink).diagnostics
-    plan = Ranges.make(SHAPE[0], folds=FOLDS)
-    folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
-    curve = []
-    for ratio in RIDGE_GRID:
-        error = 0.0
-        for fold in range(FOLDS):
-            matrix, bias = ridge_fit(
-                *data(states, chosen=folds != fold), ratio, intercept=intercept, towards_zero=shrink == "zero"
-            )
-            phi, gap = data(states, chosen=folds == fold)
-            error += ((phi @ matrix + bias - gap) ** 2).sum()
-        curve.append(np.sqrt(error / (data(states)[1] ** 2).sum()))
+
+    def residual(left_out: npt.NDArray[np.bool_], ratio: float) -> Array:
+        matrix, bias = ridge_fit(
+            *data(states, chosen=~left_out), ratio, intercept=intercept, towards_zero=shrink == "zero"
+        )
+        phi, gap = data(states, chosen=left_out)
+        return phi @ matrix + bias - gap
+
+    curve = curve_by_refitting(SHAPE[0], FOLDS, data(states)[1], residual)
     whole = dict(zip(RIDGE_GRID, curve, strict=True))
     assert dict(found["ridge_curve"]) == pytest.approx(
         {ratio: whole[ratio] for ratio, _ in found["ridge_curve"]}, rel=1e-6

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ghoststream.statistics.sketch_projection import ProjectedMoments, Projectio
 from ghoststream.statistics.sketch_range import PowerReducer, RangeReducer
 from ghoststream.statistics.sketches import FEATURES, GAP, Bases, gaussian
 from ghoststream.testing.states import random_states, store_of
+from tests.helpers.peak import Peak
 from tests.helpers.reducing import moments_of, reduced_by
 from tests.helpers.sketch_problems import DECAYS, SPAN, Problem, make_problem
 
@@ -287,14 +287,10 @@ def test_a_range_task_stays_within_the_stated_memory(tmp_path: Path, kind: str) 
     else:
         reducer = ProjectionReducer((SPAN,), MomentSpec(block_tokens=256), bases=bases)
     reducer.reduce(source, 0, 2)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         state = reducer.reduce(source, 0, 8)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     assert state.n_bytes <= reducer.state_bytes(hidden, length) <= 1.01 * state.n_bytes
-    assert peak < 1.1 * reducer.task_bytes(hidden, length)
+    assert peak.bytes < 1.1 * reducer.task_bytes(hidden, length)
 
 
 def test_what_sketches_cannot_do_is_refused(problems: dict[str, Problem]) -> None:

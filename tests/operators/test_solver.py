@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,6 +13,7 @@ from ghoststream.operators.solver import (
     solve_ridge,
     spectrum,
 )
+from tests.helpers.peak import Peak
 
 pytestmark = pytest.mark.unit
 Array = npt.NDArray[np.float64]
@@ -149,11 +148,7 @@ def test_cholesky_works_in_the_memory_of_its_arguments() -> None:
     size = 256
     x, gap = problem(2 * size, size)
     gram, cross = x.T @ x, x.T @ gap
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         solution = solve_ridge(gram, cross, 1e-6)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     assert np.shares_memory(solution.matrix, cross)
-    assert peak < 0.2 * gram.nbytes
+    assert peak.bytes < 0.2 * gram.nbytes

@@ -15,10 +15,10 @@ from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import Ranges
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers import requests
 from tests.helpers.reducing import moments_of
+from tests.helpers.refitting import curve_by_refitting
 
 pytestmark = pytest.mark.unit
 SHAPE = (9, 12, 5)
@@ -41,7 +41,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory, states: list[Hidden]) -> str:
     return store_of(tmp_path_factory.mktemp("structured") / "store", states, mask=ragged_mask(*SHAPE[:2]))
 
 
-def data(states: list[Hidden], chosen: Array | None = None) -> tuple[Array, Array]:
+def data(states: list[Hidden], chosen: npt.NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
     which = slice(None) if chosen is None else chosen
     mask = ragged_mask(*SHAPE[:2])[which]
     x = states[1][which][mask].astype(np.float64)
@@ -121,16 +121,13 @@ def test_auto_is_the_ridge_that_predicts_left_out_folds_best(
     uri: str, states: list[Hidden], name: str, intercept: bool
 ) -> None:
     found = fit(uri, name, ridge="auto", intercept=intercept).diagnostics
-    plan = Ranges.make(SHAPE[0], folds=FOLDS)
-    folds = np.array([plan.fold_of(i) for i in range(SHAPE[0])])
-    curve = []
-    for ratio in RIDGE_GRID:
-        error = 0.0
-        for fold in range(FOLDS):
-            change, bias = best(name, *data(states, folds != fold), ratio, intercept=intercept)
-            x, gap = data(states, folds == fold)
-            error += ((x @ change + (bias if intercept else 0.0) - gap) ** 2).sum()
-        curve.append(np.sqrt(error / (data(states)[1] ** 2).sum()))
+
+    def residual(left_out: npt.NDArray[np.bool_], ratio: float) -> Array:
+        change, bias = best(name, *data(states, ~left_out), ratio, intercept=intercept)
+        x, gap = data(states, left_out)
+        return x @ change + (bias if intercept else 0.0) - gap
+
+    curve = curve_by_refitting(SHAPE[0], FOLDS, data(states)[1], residual)
     assert [point[1] for point in found["ridge_curve"]] == pytest.approx(curve, rel=1e-7)
     assert found["ridge_relative"] == RIDGE_GRID[int(np.argmin(curve))]
 

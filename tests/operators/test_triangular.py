@@ -23,6 +23,7 @@ from ghoststream.statistics import (
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers import requests
+from tests.helpers.peak import Peak
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
@@ -201,16 +202,10 @@ def test_what_the_route_cannot_do_is_refused(uri: str) -> None:
 
 
 def test_a_range_task_stays_within_the_stated_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
     hidden = 256
     source = open_source(store_of(tmp_path / "store", random_states(2, (16, 128, hidden))))
     reducer = TriangleReducer((Span(0, 2),), MomentSpec(block_tokens=512))
     reducer.reduce(source, 0, 4)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         reducer.reduce(source, 0, 16)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1.1 * reducer.task_bytes(hidden, 128)
+    assert peak.bytes < 1.1 * reducer.task_bytes(hidden, 128)

@@ -30,6 +30,7 @@ from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.streaming import Lane, Skeleton, StatesFactory, StreamedPass, make_batches
 from ghoststream.testing.conformance import random_tokens
 from ghoststream.testing.models import save_tiny
+from tests.helpers.random_ids import random_ids
 from tests.helpers.resident_absorbing import INTERMEDIATE, absorbing_operators, resident
 
 pytestmark = pytest.mark.integration
@@ -179,8 +180,7 @@ def test_an_absorbed_folder_is_a_lane_of_its_base_or_a_model_of_its_own(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     root = tiny_checkpoint("llama")
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, T)))
-    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=T, part="all")
+    text = Text(spec=random_ids(tmp_path, 6, T), sequences=6, length=T, part="all")
     digest = checkpoint_fingerprint(root, CheckpointIndex.open(root))["digest"]
     operators = replace(draw("mlp_output"), metadata={"base": {"digest": digest}})
     export(root, operators, tmp_path / "out")

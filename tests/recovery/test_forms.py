@@ -22,6 +22,7 @@ from ghoststream.stages.pipeline import load_pipeline
 from ghoststream.stages.recover import run as recover
 from ghoststream.testing.operators import random_operators
 from tests.helpers.command_bench import last_line, run
+from tests.helpers.random_ids import random_ids
 from tests.helpers.resident_absorbing import absorbing_operators, resident
 
 pytestmark = pytest.mark.integration
@@ -31,8 +32,7 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 @pytest.fixture
 def ids(tmp_path: Path) -> str:
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, (8, 16)).astype(np.int32))
-    return f"ids:{tmp_path / 'ids.npy'}"
+    return random_ids(tmp_path, 8, 16)
 
 
 def test_the_forms_are_those_of_the_option() -> None:

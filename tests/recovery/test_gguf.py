@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,9 @@ from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 from tests.helpers.command_bench import last_line, run
 from tests.helpers.normed_operators import HIDDEN, normed_operators
+from tests.helpers.peak import Peak
 from tests.helpers.quantised import save_fp8
+from tests.helpers.random_ids import random_ids
 from tests.helpers.small_tokenizers import small_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -143,8 +144,7 @@ def test_tokenizers_with_another_rule_are_refused(tmp_path: Path) -> None:
 
 
 def test_recover_refuses_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, (8, 16)).astype(np.int32))
-    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=8, length=16)
+    text = Text(spec=random_ids(tmp_path, 8, 16), sequences=8, length=16)
     normed = Method(operator="least-squares", features="normed")
     qwen3 = save_tiny("qwen3", tmp_path / "qwen3")
     for model, method, says in (
@@ -235,10 +235,9 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     peaks = []
     for n_tensors in (2, 12):
         writer = gguf.GGUFWriter(None, "llama")
-        tracemalloc.start()
-        written = write_file(tmp_path / "file", writer, _tensors(n_tensors, 1.0), "F16", None)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        with Peak() as peak:
+            written = write_file(tmp_path / "file", writer, _tensors(n_tensors, 1.0), "F16", None)
+        peaks.append(peak.bytes)
         assert written.n_bytes == n_tensors * 2**20
     assert peaks[1] < 1.1 * peaks[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.select import select
 from ghoststream.statistics import ChannelCosineReducer, SumState, open_source, reduce_whole
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.peak import Peak
 
 pytestmark = pytest.mark.integration
 
@@ -199,11 +199,6 @@ def test_memory_is_that_of_the_layers_that_wait(tmp_path: Path) -> None:
     stated = reducer.task_bytes(64, 512)
     assert stated == 5 * 4 * 512 * 64 + 3 * 8 * 64
     reducer.reduce(source, 0, 1)
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
+    with Peak() as peak:
         reducer.reduce(source, 0, 4)
-        peak = tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
-    assert peak <= stated + 2**18
+    assert peak.bytes <= stated + 2**18

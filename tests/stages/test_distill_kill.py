@@ -7,7 +7,6 @@ import signal
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from ghoststream.operators import OperatorSet
@@ -15,6 +14,7 @@ from ghoststream.options import Compute, Method, Source, Text, Training
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.fit import fit
 from ghoststream.testing.models import save_tiny
+from tests.helpers.random_ids import random_ids
 from tests.helpers.rename_killer import die_at_rename
 
 pytestmark = pytest.mark.faults
@@ -48,8 +48,7 @@ def die(root: Path, out: Path, number: int, when: str) -> int:
 @pytest.mark.soak
 def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(8, 12)))
-    text = f"ids:{tmp_path / 'ids.npy'}"
+    text = random_ids(tmp_path, 8, 12)
     source = Source(model=str(tmp_path / "model"), calibration=Text(spec=text, sequences=8, length=12))
     fit("1:2 3:5", source, method=Method(operator="ghost"), out=tmp_path / "operators.safetensors")
     whole = tmp_path / "whole" / "trained.safetensors"

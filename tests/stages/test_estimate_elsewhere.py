@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 import yaml
 
@@ -25,6 +24,7 @@ from ghoststream.stages.estimation.models import find_model, shapes
 from ghoststream.stages.estimation.report import Estimate
 from ghoststream.stages.session import ModelSession
 from tests.helpers.command_bench import run, succeed
+from tests.helpers.random_ids import random_ids
 
 pytestmark = pytest.mark.unit
 
@@ -289,8 +289,7 @@ def test_a_store_is_swept_within_the_memory_of_the_machine() -> None:
 def test_the_buffers_of_a_store_are_those_that_a_capture_sets_aside(
     layers: tuple[int, ...], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(8, 64)))
-    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=8, length=64)
+    text = Text(spec=random_ids(tmp_path, 8, 64), sequences=8, length=64)
     compute, storage = Compute(device="cpu", micro_batch=2), Storage(layers=layers)
     asked: list[int] = []
     memory = ModelSession.memory

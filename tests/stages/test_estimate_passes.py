@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ghoststream.costs import PassCost, SearchShape
@@ -20,6 +19,7 @@ from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.report import Estimate
 from ghoststream.stages.select import select
 from ghoststream.statistics import candidate_spans
+from tests.helpers.random_ids import random_ids
 
 pytestmark = pytest.mark.integration
 L, S, T = 6, 8, 24
@@ -59,8 +59,7 @@ def test_as_many_passes_as_a_search_takes(
 ) -> None:
     if criterion == "taylor-plus":
         pytest.skip("keeps six layers, which is all that the tiny model has")
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=S, length=T)
+    text = Text(spec=random_ids(tmp_path, S, T), sequences=S, length=T)
     search = Search(criterion=criterion, **options)
     found = select(
         2,

@@ -18,9 +18,9 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.session import ModelSession
-from ghoststream.streaming import StreamedPass
 from ghoststream.testing.models import save_tiny
 from tests.helpers.groups import evaluate_arguments
+from tests.helpers.passes import lanes_of_passes
 
 pytestmark = pytest.mark.integration
 S, T = 5, 24
@@ -94,14 +94,7 @@ def test_models_without_their_base_need_their_own_pass(
 ) -> None:
     folder, other = save_tiny("llama", tmp_path / "a"), save_tiny("qwen3", tmp_path / "b")
     export(folder, _operators(folder, "2:4"), tmp_path / "recovered")
-    runs: list[int] = []
-    original = StreamedPass.run
-
-    def counted(self: StreamedPass) -> None:
-        runs.append(len(self._lanes))
-        original(self)
-
-    monkeypatch.setattr(StreamedPass, "run", counted)
+    runs = lanes_of_passes(monkeypatch)
     report = _evaluate([other, tmp_path / "recovered"], ids_file)
     assert runs == [1, 1]
     assert [row.passes for row in report.rows] == [0, 1]

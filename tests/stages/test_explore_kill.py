@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ghoststream.options import Compute, Exploration, Text
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.exploring.explore import explore
-from ghoststream.testing.models import save_tiny
+from tests.helpers.random_ids import random_ids
 from tests.helpers.rename_killer import REPOSITORY
 
 pytestmark = pytest.mark.faults
@@ -40,15 +39,8 @@ explore(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("kill") / "model")
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return f"ids:{path}"
+    return random_ids(tmp_path_factory.mktemp("ids"), S, T)
 
 
 def _explore(model: Path, text: str, out: Path) -> dict[str, bytes]:
@@ -63,8 +55,8 @@ def _explore(model: Path, text: str, out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return _explore(model, text, tmp_path_factory.mktemp("whole") / "out")
+def expected(tiny_llama: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return _explore(tiny_llama, text, tmp_path_factory.mktemp("whole") / "out")
 
 
 @pytest.mark.parametrize(
@@ -84,14 +76,14 @@ def expected(model: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_killed_exploration_ends_with_identical_files(
     number: int,
     when: str,
-    model: Path,
+    tiny_llama: Path,
     text: str,
     expected: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, str(model), text, str(out), str(number), when]
+    command = [sys.executable, "-c", SCRIPT, str(tiny_llama), text, str(out), str(number), when]
     assert subprocess.run(command, check=False, timeout=300, cwd=REPOSITORY).returncode == -signal.SIGKILL
     done = RANKED + PASSES + FILES
     is_finished = when == "release" or (number, when) == (done, "after")
@@ -103,7 +95,7 @@ def test_a_killed_exploration_ends_with_identical_files(
         return measure_repairs(*args, **options)
 
     monkeypatch.setattr("ghoststream.stages.choosing.shares.measure_repairs", counted)
-    assert _explore(model, text, out) == expected
+    assert _explore(tiny_llama, text, out) == expected
     assert set(expected) == {"explore.json", "curve.csv", "plans/remove-1.json", "plans/remove-2.json"}
     kept = min(RANKED + PASSES, number - (when == "before")) - RANKED
     assert len(passes) == (0 if is_finished else PASSES - max(0, kept)), "no finished pass is repeated"

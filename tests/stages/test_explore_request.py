@@ -20,6 +20,7 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.exploring.explore import counts_of, explore, interval
 from ghoststream.stages.exploring.predicted import predict
 from ghoststream.stages.exploring.rounds import Numbers
+from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.integration
@@ -28,9 +29,7 @@ L, S, T = 6, 8, 16
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return Text(spec=f"ids:{path}", sequences=S, length=T)
+    return Text(spec=random_ids(tmp_path_factory.mktemp("ids"), S, T), sequences=S, length=T)
 
 
 @pytest.mark.parametrize(

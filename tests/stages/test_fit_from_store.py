@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ghoststream.stages.from_store.fit import _Job
 from ghoststream.statistics import SumState, open_source
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
+from tests.helpers.peak import Peak
 from tests.helpers.requests import fit, ranges_of, select
 
 pytestmark = pytest.mark.integration
@@ -310,13 +310,9 @@ def test_solving_one_boundary_takes_56_bytes_a_pair_of_channels(tmp_path: Path) 
     hidden = 512
     uri = store_of(tmp_path / "store", random_states(2, (16, 64, hidden)))
     fit("0:1", store=uri, operator="none", out=tmp_path / "warm", workers=1)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         fit("0:1", store=uri, out=tmp_path / "operators.safetensors", workers=1)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1.1 * 56 * hidden**2
+    assert peak.bytes < 1.1 * 56 * hidden**2
 
 
 def test_three_spans_take_the_memory_of_one_while_solving(tmp_path: Path) -> None:
@@ -324,11 +320,7 @@ def test_three_spans_take_the_memory_of_one_while_solving(tmp_path: Path) -> Non
     hidden = 512
     uri = store_of(tmp_path / "store", random_states(6, (8, 32, hidden)))
     fit("0:1", store=uri, operator="none", out=tmp_path / "warm", workers=1)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         fit("0:1 2:3 4:6", store=uri, out=tmp_path / "operators.safetensors", workers=1)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     operators = 3 * 4 * hidden**2
-    assert peak < 1.1 * (56 * hidden**2 + operators)
+    assert peak.bytes < 1.1 * (56 * hidden**2 + operators)

@@ -31,6 +31,7 @@ from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 from tests.helpers import requests
 from tests.helpers.command_bench import run
+from tests.helpers.random_ids import random_ids
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.integration
@@ -45,9 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return f"ids:{path}"
+    return random_ids(tmp_path_factory.mktemp("ids"), S, T)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.testing.models import save_tiny, tiny_model
+from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.integration
@@ -31,9 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return f"ids:{path}"
+    return random_ids(tmp_path_factory.mktemp("ids"), S, T)
 
 
 def captured(model: Path, text: str, store: Path) -> None:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import ghoststream
@@ -25,6 +24,7 @@ from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.from_store.fit import _Job
 from ghoststream.stages.output import Output
 from ghoststream.testing.models import save_tiny
+from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit, select
 
 pytestmark = pytest.mark.integration
@@ -79,8 +79,7 @@ class Requests:
 def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
     root = tmp_path_factory.mktemp("output")
     model = save_tiny("llama", root / "model", num_hidden_layers=4)
-    np.save(root / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    text = f"ids:{root / 'ids.npy'}"
+    text = random_ids(root, S, T)
     ghoststream.capture(model, calibration=Text(spec=text, sequences=S, length=T), store=root / "store")
     return Requests(model, root / "store", text)
 

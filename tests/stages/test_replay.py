@@ -8,7 +8,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from ghoststream.testing.conformance import load_resident
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 from tests.helpers.groups import capture_arguments
+from tests.helpers.random_ids import random_ids
 from tests.helpers.resident_taps import see
 
 pytestmark = pytest.mark.integration
@@ -46,8 +46,7 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def ids(tmp_path: Path) -> str:
     """Specification of 7 sequences of random ids, for models without a tokenizer."""
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(7, T)))
-    return f"ids:{tmp_path / 'ids.npy'}"
+    return random_ids(tmp_path, 7, T)
 
 
 def _capture(folder: Path, store: Path, text: str, **options: Any) -> None:

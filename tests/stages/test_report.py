@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+from tests.helpers.random_ids import random_ids
+
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
 from ghoststream.cli.main import main
@@ -59,8 +61,7 @@ class _Made:
 @pytest.fixture(scope="module")
 def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> _Made:
     folder = tmp_path_factory.mktemp("report")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(8, 24)))
-    text = Text(spec=f"ids:{folder / 'ids.npy'}", sequences=8, length=24)
+    text = Text(spec=random_ids(folder, 8, 24), sequences=8, length=24)
     compute = Compute(dtype="float32", micro_batch=2)
     raced = Recovery(model=str(tiny_llama), remove=2, calibration=text, compute=compute)
     one = Search(criterion="streamline-published")

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ghoststream.stages.choosing.measured import measure_repairs
-from ghoststream.testing.models import save_tiny
+from tests.helpers.random_ids import random_ids
 from tests.helpers.rename_killer import REPOSITORY
 from tests.helpers.requests import fit, select
 
@@ -41,21 +40,14 @@ else:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("kill") / "model")
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return f"ids:{path}"
+    return random_ids(tmp_path_factory.mktemp("ids"), S, T)
 
 
 @pytest.fixture(scope="module")
-def request_of(model: Path, text: str) -> Callable[[str, Path], Any]:
+def request_of(tiny_llama: Path, text: str) -> Callable[[str, Path], Any]:
     def run(step: str, out: Path) -> Any:
-        source: dict[str, Any] = {"model": model, "calibration": text, "sequences": S, "length": T}
+        source: dict[str, Any] = {"model": tiny_llama, "calibration": text, "sequences": S, "length": T}
         if step == "select":
             return select(
                 1, out=out, search="exhaustive", max_spans=1, lanes=LANES, operator="ghost", **source
@@ -93,7 +85,7 @@ def test_a_killed_run_ends_with_identical_files(
     step: str,
     number: int,
     when: str,
-    model: Path,
+    tiny_llama: Path,
     text: str,
     request_of: Callable[[str, Path], Any],
     expected: dict[str, bytes],
@@ -101,7 +93,7 @@ def test_a_killed_run_ends_with_identical_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, step, str(model), text, str(out), str(number), when]
+    command = [sys.executable, "-c", SCRIPT, step, str(tiny_llama), text, str(out), str(number), when]
     assert subprocess.run(command, check=False, timeout=300, cwd=REPOSITORY).returncode == -signal.SIGKILL
     is_finished = when == "release" or (number, when) == (PASSES[step] + 1, "after")
     assert out.exists() == is_finished

@@ -20,6 +20,7 @@ from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.testing.models import save_tiny
 from tests.helpers.groups import capture_arguments, evaluate_arguments
+from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit, select
 
 pytestmark = [
@@ -42,8 +43,7 @@ Stage = Callable[[str, Path, str, Path], list[npt.ArrayLike]]
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(S, T)))
-    return f"ids:{tmp_path / 'ids.npy'}"
+    return random_ids(tmp_path, S, T)
 
 
 def _options(device: str) -> dict[str, Any]:

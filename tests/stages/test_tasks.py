@@ -17,8 +17,8 @@ from ghoststream.errors import InputNotFoundError, OutputExistsError, RequestErr
 from ghoststream.evaluation import TaskReport, task_results
 from ghoststream.options import Compute
 from ghoststream.stages.measuring.tasks import evaluate_tasks
-from ghoststream.streaming import StreamedPass
 from tests.helpers.command_bench import run
+from tests.helpers.passes import lanes_of_passes
 from tests.helpers.task_bench import (
     CHOICES,
     TEXTS,
@@ -125,14 +125,7 @@ def test_lanes_share_a_pass_and_answer_like_resident_models(
 ) -> None:
     recovered, file = tmp_path / "recovered", tmp_path / "operators.safetensors"
     recover_randomly(llama, recovered, "1:2 3:5").save(file)
-    runs: list[int] = []
-    original = StreamedPass.run
-
-    def counted(self: StreamedPass) -> None:
-        runs.append(len(self._lanes))
-        original(self)
-
-    monkeypatch.setattr(StreamedPass, "run", counted)
+    runs = lanes_of_passes(monkeypatch)
     report = evaluate_tasks(
         [recovered, llama, file], tasks=[CHOICES, WORDS], include_path=tasks, compute=TRUSTED
     )

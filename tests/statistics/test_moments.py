@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from ghoststream.statistics.features import HiddenFeature
 from ghoststream.statistics.ranges import tree_root
 from ghoststream.statistics.sums import merge_states
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.peak import Peak
 from tests.helpers.reducing import moments_of
 
 pytestmark = pytest.mark.unit
@@ -161,15 +161,11 @@ def test_reduction_memory_is_one_state_and_four_blocks(tmp_path: Path) -> None:
     reducer = BoundaryReducer((Span(0, 2),), MomentSpec(block_tokens=block))
     source = open_source(uri)
     reducer.reduce(source, 0, 4)  # imports and caches
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         reducer.reduce(source, 0, 16)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     bound = reducer.task_bytes(hidden, 128)
     assert bound == reducer.state_bytes(hidden, 128) + 4 * block * hidden * 8 + 256 * hidden * 8
-    assert peak < 1.1 * bound
+    assert peak.bytes < 1.1 * bound
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

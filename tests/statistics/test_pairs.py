@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +30,7 @@ from ghoststream.statistics import (
 )
 from ghoststream.statistics.similarity import last_tokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
+from tests.helpers.peak import Peak
 
 pytestmark = pytest.mark.unit
 L = 6
@@ -276,15 +276,11 @@ def test_a_task_takes_what_it_says(reducer: AllPairsReducer | NormReducer) -> No
     shape = (2, 128, 1024)
     source = InMemory(random_states(L, shape), np.ones(shape[:2], dtype=bool))
     reducer.reduce(source, 0, 1)
-    tracemalloc.start()
-    try:
+    with Peak() as peak:
         reducer.reduce(source, 0, 2)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
     # Small objects aside.
-    assert peak <= reducer.task_bytes(shape[2], shape[1]) + 2**16
-    assert peak >= reducer.task_bytes(shape[2], shape[1]) / 2
+    assert peak.bytes <= reducer.task_bytes(shape[2], shape[1]) + 2**16
+    assert peak.bytes >= reducer.task_bytes(shape[2], shape[1]) / 2
 
 
 @pytest.mark.parametrize("statistic", [pairwise_similarity, norm_profile])

@@ -17,7 +17,7 @@ from ghoststream.cli.options import (
     out_option,
 )
 from ghoststream.cli.output import human_bytes, next_command, print_json, print_table, print_text
-from ghoststream.cli.page import require_page, write_page
+from ghoststream.cli.page import page_at_the_end
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Exploration, Method, Search, Text
 
@@ -63,17 +63,13 @@ def command(
 
     if calibration is None:
         raise click.MissingParameter(param_hint="'--calibration'", param_type="option")
-    if page is not None:
-        # Before any work: whether it can be drawn, and written.
-        require_page(page)
-    with show_progress() as progress:
-        report = explore(model, calibration=calibration, out=out, progress=progress, **given)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _print(report, model, out)
-    if page is not None:
-        write_page(out, page)
+    with page_at_the_end(out, page):
+        with show_progress() as progress:
+            report = explore(model, calibration=calibration, out=out, progress=progress, **given)
+        if as_json:
+            print_json(report.to_json())
+        else:
+            _print(report, model, out)
 
 
 def _print(report: ExplorationReport, model: str, out: Path) -> None:

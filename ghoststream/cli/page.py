@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ghoststream.errors import GhoststreamError
 
 
-def require_page(page: Path) -> None:
-    """Check before any work that a page can be drawn and written; see ``require_place`` of the stage."""
-    from ghoststream.stages.reporting.report import require_place
-
-    require_place(page)
-
-
-def write_page(out: Path, page: Path) -> None:
-    """Write the page of a run.
+@contextmanager
+def page_at_the_end(out: Path, page: Path | None) -> Iterator[None]:
+    """Check that a page can be drawn and written, let the work be done, and write it.
 
     Args:
-        out: Folder of its result, which is there whatever happens here.
-        page: The page.
+        out: Folder of the result, which is there whatever happens to the page.
+        page: The page, or None where none is wanted.
 
     Raises:
-        GhoststreamError: If it cannot be written; it says that the result is there.
+        GhoststreamError: If it can be drawn or written nowhere, before any work (see ``require_place`` of the
+            stage). If it cannot be written after all: the message says that the result is there.
     """
-    from ghoststream.stages.reporting.report import write_report
+    if page is None:
+        yield
+        return
+    from ghoststream.stages.reporting.report import require_place, write_report
     from ghoststream.stages.run_record import NAME
     from ghoststream.stages.steps import work_folder
 
+    require_place(page)
+    yield
     work = work_folder(out)
     try:
         # A result in another form says less of itself than what is kept beside it.

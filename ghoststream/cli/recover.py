@@ -20,7 +20,7 @@ from ghoststream.cli.options import (
     resume_option,
 )
 from ghoststream.cli.output import next_command, print_json, print_next, print_text
-from ghoststream.cli.page import require_page, write_page
+from ghoststream.cli.page import page_at_the_end
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text
 
@@ -61,15 +61,11 @@ def command(model: str, *, as_json: bool, out: Path, resume: Resume, page: Path 
     recovery = Recovery.make(
         {"model": model, **{key: value for key, value in given.items() if value is not None}}
     )
-    if page is not None:
-        # Before any work: whether it can be drawn, and written.
-        require_page(page)
-    with show_progress() as progress:
-        report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        print_text(report.to_text())
-        print_next(recovery.form, out, next_command("evaluate", model, out, "--text", "SPEC"))
-    if page is not None:
-        write_page(out, page)
+    with page_at_the_end(out, page):
+        with show_progress() as progress:
+            report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
+        if as_json:
+            print_json(report.to_json())
+        else:
+            print_text(report.to_text())
+            print_next(recovery.form, out, next_command("evaluate", model, out, "--text", "SPEC"))

@@ -20,7 +20,7 @@ from ghoststream.cli.options import (
     resume_option,
 )
 from ghoststream.cli.output import print_json, print_text
-from ghoststream.cli.page import require_page, write_page
+from ghoststream.cli.page import page_at_the_end
 from ghoststream.cli.progress import show_progress
 from ghoststream.options import Compute, Recovery, Reduction, Resume
 
@@ -77,16 +77,13 @@ def command(
     if dry_run:
         _estimate(recovery, out, as_json=as_json)
         return
-    if page is not None:
-        require_page(page)
-    with show_progress() as progress:
-        report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        print_text(report.to_text())
-    if page is not None:
-        write_page(out, page)
+    with page_at_the_end(out, page):
+        with show_progress() as progress:
+            report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
+        if as_json:
+            print_json(report.to_json())
+        else:
+            print_text(report.to_text())
 
 
 def _estimate(recovery: Recovery, out: Path, *, as_json: bool) -> None:

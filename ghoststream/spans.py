@@ -187,7 +187,11 @@ class PruningPlan:
 
 
 def count_or_spans(value: Any) -> Any:
-    """Let a number, a text or a plan pass; lists do not say whether they mean layers or ends of spans."""
+    """Let a number, a text or a plan pass; lists do not say whether they mean layers or ends of spans.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
     if isinstance(value, int | str | PruningPlan) and not isinstance(value, bool):
         return value
     msg = f'{value!r} says neither how many layers nor which; write 8, or spans as text: "5:7 13:19"'

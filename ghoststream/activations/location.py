@@ -70,6 +70,8 @@ class Location:
     def read_many(self, keys: Iterable[str]) -> list[bytes | None]:
         """Return several objects' bytes, a few at a time.
 
+        Memory: all of them.
+
         Raises:
             RequestError: If a pipe or a device is in the place of a local one.
             StoreError: If the disk, the network or the server fails.
@@ -104,6 +106,8 @@ class Location:
         """Write a large object, uint8 ``(n,)``, from memory that serves for another one afterwards.
 
         May be called from several threads.
+
+        Memory: a copy of the object where the place is no local folder; otherwise none.
 
         Raises:
             DiskFullError: If no space was left.

@@ -88,6 +88,9 @@ class ShardImage:
         Returns:
             The files, in the order of :meth:`StoreLayout.layer_arrays`, as views of the buffer; and whether
             all values are finite.
+
+        Memory: nothing of the shard's size. It is looked through, summed and hashed in one go, 1 MiB at a
+        time.
         """
         sealed = [image.seal(n_sequences) for image in self._images]
         return [file for file, _ in sealed], all(finite for _, finite in sealed)

@@ -129,7 +129,15 @@ def copied_tensor(reader: TensorReader, source: str, name: str) -> TensorSource:
 
 
 def stored_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorSource:
-    """Write a tensor in memory, cast to ``dtype`` (nearest even) one block of rows at a time."""
+    """Write a tensor in memory, cast to ``dtype`` (nearest even) one block of rows at a time.
+
+    Args:
+        name: Its name in the checkpoint.
+        tensor: The tensor, of any floating dtype, on the host; it stays in memory until it is written.
+        dtype: What is stored.
+
+    Memory: while it is written, a block as large as the writer's buffer.
+    """
     names = {known: name for name, known in DTYPES.items()}
 
     def chunks(buffer: memoryview) -> Iterator[memoryview]:

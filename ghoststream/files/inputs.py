@@ -73,7 +73,11 @@ def open_input(path: Path) -> Iterator[BufferedReader[FileIO]]:
 
 
 def open_descriptor(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor; see :func:`open_input`."""
+    """Open a regular file for reading and return its descriptor, which the caller closes.
+
+    Raises:
+        InputNotFoundError, RequestError, MachineError: As for :func:`open_input`.
+    """
     with system_errors(path, doing="read"):
         try:
             # Without waiting: opening a pipe that nobody writes to would never return.

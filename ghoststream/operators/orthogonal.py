@@ -30,7 +30,10 @@ class Orthogonal(StructuredLeastSquares):
     needs_gram = True
 
     def problem(self, moments: BoundaryMoments) -> Problem:
-        """Return the problem of some moments; Gram and cross-moment are overwritten."""
+        """Return the problem of some moments; Gram and cross-moment are overwritten.
+
+        Solving it raises :class:`NumericsError` if the singular vectors do not converge.
+        """
         if self.intercept:
             centre_in_place(moments, Centre.of(moments))
         product = moments.cross

@@ -33,7 +33,10 @@ def moved(array: npt.NDArray[Any], device: str | None) -> Any:
 
 
 def on_host(matrix: Any) -> Array:
-    """Return a matrix as a numpy array: itself, if it is one."""
+    """Return a matrix as a numpy array: itself, if it is one.
+
+    Memory: otherwise the matrix, on the host.
+    """
     if isinstance(matrix, np.ndarray):
         return matrix
     host: Array = matrix.cpu().numpy()
@@ -41,7 +44,7 @@ def on_host(matrix: Any) -> Array:
 
 
 def like(array: npt.NDArray[Any], other: Any) -> Any:
-    """Return an array in the place of another."""
+    """Return an array in the place of another: itself on the host, or a tensor of its dtype on a device."""
     return array if isinstance(other, np.ndarray) else moved(array, str(other.device))
 
 
@@ -76,7 +79,7 @@ def inner(left: Any, right: Any) -> float:
 
 
 def row_times(row: Array, matrix: Any) -> Array:
-    """Return ``row @ matrix`` on the host."""
+    """Return ``row @ matrix`` on the host: ``(p,)`` times ``(p, C)``, wherever the matrix is."""
     return on_host(like(row, matrix) @ matrix)
 
 

@@ -47,7 +47,14 @@ class Reducer:
         return None
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
-        """Return the state of sequences ``[start, stop)``; always the same bits for the same range."""
+        """Return the state of sequences ``[start, stop)``; always the same bits for the same range.
+
+        Raises:
+            NumericsError: If a hidden state is not finite.
+            StoreError: If one cannot be read.
+
+        Memory: :meth:`task_bytes`.
+        """
         raise NotImplementedError
 
     def merge(self, left: SumState, right: SumState) -> SumState:

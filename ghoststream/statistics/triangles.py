@@ -49,8 +49,17 @@ def merge_triangles(left: SumState, right: SumState) -> SumState:
 def absorb(own: dict[str, Array], rows: Array, targets: Array, *, triangular: int) -> None:
     """Bring rows below the factor to zero, in place.
 
-    ``rows`` and ``targets`` are column-major and overwritten. ``triangular`` is 0 for any rows, or their
-    number where they are upper triangular themselves.
+    Args:
+        own: The factor ``triangle`` ``(p, p)``, the targets in its basis ``rotated`` ``(p, C)``, and the
+            energy ``unexplained`` ``(C,)`` of what no map of the features explains.
+        rows: More rows of features ``(n, p)``; column-major, overwritten.
+        targets: Their targets ``(n, C)``; column-major, overwritten.
+        triangular: 0 for any rows, or their number where they are upper triangular themselves.
+
+    Raises:
+        NumericsError: If LAPACK refuses an argument, which is a mistake to be reported.
+
+    Memory: a panel of reflectors, and the coupling of each.
     """
     panel = min(_PANEL, rows.shape[1])
     factor, reflectors, coupling, info = dtpqrt(

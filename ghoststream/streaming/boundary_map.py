@@ -31,7 +31,10 @@ class Pairs:
         self.batches, self._inputs, self._targets = batches, inputs, targets
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets of one batch; they may be asked for again, and in any order."""
+        """Return inputs ``(n, T, width)`` and targets ``(n, T, C)`` of one batch.
+
+        They may be asked for again, and in any order.
+        """
         return self._inputs.get(batch), self._targets.get(batch)
 
     def __iter__(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:

@@ -76,6 +76,7 @@ class StatesFlow:
 
         Raises:
             DiskFullError: If an earlier batch found no space.
+            ValueError: If the flow was made without a target.
         """
         if self._target is None:
             msg = "this flow has no target"

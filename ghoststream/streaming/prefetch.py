@@ -44,6 +44,7 @@ class WeightPrefetcher:
 
         Raises:
             CheckpointError: If the read failed.
+            IndexError: If all of them were taken.
         """
         if self._pending is None:
             msg = "every part has been taken"

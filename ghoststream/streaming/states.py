@@ -22,10 +22,19 @@ class HiddenStates(Protocol):
     """The hidden states of every batch at one position of one lane."""
 
     def get(self, batch: Batch) -> torch.Tensor:
-        """Return the states of a batch, shape ``(n, T, C)``."""
+        """Return the states of a batch, shape ``(n, T, C)``, in the memory of the place.
+
+        Raises:
+            OSError: If a scratch file cannot be read.
+        """
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:
-        """Keep the states of a batch, replacing what was there."""
+        """Keep the states of a batch, ``(n, T, C)``, wherever they are, replacing what was there.
+
+        Raises:
+            DiskFullError: If a scratch file finds no space.
+            MachineError: If the disk of a scratch file fails.
+        """
 
     def is_on(self, device: torch.device) -> bool:
         """Whether the states lie in the memory of ``device``, where they need no fetching."""
@@ -79,7 +88,11 @@ class FileStates:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until close()
 
     def get(self, batch: Batch) -> torch.Tensor:
-        """Return the states of a batch, shape ``(n, T, C)``."""
+        """Return the states of a batch, shape ``(n, T, C)``, in memory of their own.
+
+        Raises:
+            OSError: If the file cannot be read, or gives less than was written.
+        """
         data = bytearray(batch.ids.numel() * self._token_bytes)
         read = os.preadv(self._file.fileno(), [data], self._shape.offsets[batch.start] * self._token_bytes)
         if read != len(data):
@@ -88,7 +101,12 @@ class FileStates:
         return torch.frombuffer(data, dtype=self._dtype).view(*batch.ids.shape, self._shape.hidden)
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:
-        """Keep the states of a batch, replacing what was there."""
+        """Keep the states of a batch, replacing what was there.
+
+        Raises:
+            DiskFullError: If there is no space left.
+            MachineError: If the disk fails.
+        """
         raw = memoryview(states.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
         offset = self._shape.offsets[batch.start] * self._token_bytes
         with disk_errors(self._path):

@@ -51,7 +51,11 @@ def read_weight(reader: TensorReader, spec: WeightSpec) -> torch.Tensor:
 
 
 def assign_weights(module: nn.Module, weights: Weights, device: torch.device) -> None:
-    """Replace the named parameters and buffers of ``module`` by the given tensors, without a copy on CPU."""
+    """Replace the named parameters and buffers of ``module`` by the given tensors, without a copy on CPU.
+
+    The module has the tensors themselves afterwards, or on another device what is copied to it behind what
+    was issued before; parameters ask for no gradient.
+    """
     for name, tensor in weights.items():
         owner, leaf = _owner(module, name)
         moved = tensor.to(device, non_blocking=True)

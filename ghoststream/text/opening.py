@@ -81,6 +81,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn what reading a file raises into an error that names it.
 
     Raises:
+        InputNotFoundError: If it does not exist.
         TextError: If it is not what its suffix says, or may not be read.
         MachineError: If the machine fails to read it.
     """

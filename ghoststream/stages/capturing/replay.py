@@ -145,7 +145,11 @@ def _cut(taken: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]
 
 
 def rounding_notes(source: ActivationStore, *, allow_rounded: bool) -> list[str]:
-    """Refuse rounded states, or return what is to be said about them."""
+    """Return what is to be said about states that were rounded when they were stored; nothing if none were.
+
+    Raises:
+        MismatchError: If they were, and that is not allowed.
+    """
     recipe = CaptureRecipe.from_json(source.recipe, source.uri)
     if recipe.store_dtype == recipe.dtype:
         return []

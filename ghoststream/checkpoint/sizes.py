@@ -13,6 +13,7 @@ from typing import Any
 
 from ghoststream.checkpoint.architecture import architecture_of
 from ghoststream.checkpoint.configuration import configured, read_config
+from ghoststream.checkpoint.frame import Frame
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask, require_fraction, require_unquantised_names
@@ -169,35 +170,24 @@ def sizes_of(
 def _sizes(
     index: CheckpointIndex, data: Mapping[str, Any], dtype: str | None, attention: str | None
 ) -> ModelSizes:
-    root, config = index.root, plain_config(data)
+    config = plain_config(data)
     architecture = architecture_of(config)
     index = with_packed(index, config)
     dtype = dtype or _stored_dtype(config, index)
     itemsize = ITEMSIZES[dtype]
     layers, ends = _parts(index, architecture, config)
-    largest = max(layers.values(), key=_elements)
-    embedding, head = _end(ends, architecture.embedding), _end(ends, architecture.head)
-    if embedding is None:
-        msg = f"{root} holds no token embedding ({architecture.embedding}.weight): it is not the whole model"
-        raise CheckpointError(msg)
-    norm = _end(ends, architecture.final_norm)
-    weights = [entry for entry in (embedding, norm, head) if entry is not None]
-    weights += [entry for layer in layers.values() for entry in layer.values()]
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    frame = Frame.of(index.root, architecture, ends, tied=tied)
+    weights = [*frame.weights, *(entry for layer in layers.values() for entry in layer.values())]
     require_unquantised_names(index, (entry.name for entry in weights))
     for entry in weights:
-        require_fraction(root, entry)
-    tied = head is None or bool(getattr(config, "tie_word_embeddings", False))
-    last = embedding if tied or head is None else head
-    bias = ends.get(last.name.removesuffix("weight") + "bias")
-    with_bias = {entry.name: entry for entry in (last, bias) if entry is not None}
-    unit = max(_elements(largest), prod(embedding.shape), _elements(with_bias))
-    hidden = embedding.shape[1]
-    measured = tuple(LayerSizes.of(layer.values(), config) for layer in layers.values())
-    last_bytes = sum(entry.n_bytes for entry in with_bias.values())
-    frame = sum(entry.n_bytes for entry in ends.values())
+        require_fraction(index.root, entry)
+    largest, hidden = max(layers.values(), key=_elements), frame.embedding.shape[1]
+    unit = max(_elements(largest), prod(frame.embedding.shape), _elements(frame.last_with_bias))
+    last_bytes = _bytes(frame.last_with_bias)
     eager = attention == "eager" or (attention is None and architecture.eager)
     return ModelSizes(
-        root=root,
+        root=index.root,
         model_type=str(config.model_type),
         dtype=dtype,
         n_layers=len(layers),
@@ -210,15 +200,15 @@ def _sizes(
         ),
         layer_bytes=_elements(largest) * itemsize,
         layer_elements=_elements(largest),
-        stored_layer_bytes=sum(entry.n_bytes for entry in largest.values()),
-        embedding_bytes=prod(embedding.shape) * itemsize,
-        head_bytes=prod(last.shape) * itemsize,
-        tied=tied,
+        stored_layer_bytes=_bytes(largest),
+        embedding_bytes=prod(frame.embedding.shape) * itemsize,
+        head_bytes=prod(frame.last.shape) * itemsize,
+        tied=frame.tied,
         unit_bytes=unit * itemsize,
         checkpoint_bytes=index.n_bytes,
-        shards=tuple(root / shard for shard in index.shards),
-        layers=measured,
-        entry_bytes=frame - (0 if tied else last_bytes),
+        shards=tuple(index.root / shard for shard in index.shards),
+        layers=tuple(LayerSizes.of(layer.values(), config) for layer in layers.values()),
+        entry_bytes=_bytes(ends) - (0 if frame.tied else last_bytes),
         last_bytes=last_bytes,
         taps=_taps(architecture, layers.values(), hidden),
         mlp_ends=tuple(mlp_end(architecture, layer, config) for layer in layers.values()),
@@ -286,9 +276,8 @@ def _elements(entries: Mapping[str, TensorEntry]) -> int:
     return sum(prod(entry.shape) for entry in entries.values())
 
 
-def _end(ends: Mapping[str, TensorEntry], name: str) -> TensorEntry | None:
-    wanted = f"{name}.weight"
-    return next((entry for key, entry in ends.items() if f".{key}".endswith(f".{wanted}")), None)
+def _bytes(entries: Mapping[str, TensorEntry]) -> int:
+    return sum(entry.n_bytes for entry in entries.values())
 
 
 def _first(config: Any, names: Sequence[str]) -> Any:

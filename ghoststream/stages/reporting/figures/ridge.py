@@ -10,6 +10,8 @@ from ghoststream.stages.reporting.figures.common import ring
 from ghoststream.stages.reporting.runs import Boundary, Run
 
 _TITLE = "Residual by ridge"
+_Found = Sequence[tuple[int, Run, Boundary]]
+"""Boundaries whose ridge was chosen among several, with their runs and the numbers of these."""
 
 
 def ridge(runs: Sequence[Run]) -> tuple[Drawing | Absent, ...]:
@@ -21,34 +23,48 @@ def ridge(runs: Sequence[Run]) -> tuple[Drawing | Absent, ...]:
         if boundary.ridge_curve
     ]
     if not found:
-        return (
-            Absent(
-                _TITLE,
-                "no run chose a ridge among several (the operator took none, or one that was given)",
-            ),
-        )
+        reason = "no run chose a ridge among several (the operator took none, or one that was given)"
+        return (Absent(_TITLE, reason),)
+    return (
+        Drawing(
+            "ridge",
+            _TITLE,
+            "Norm of what the operator leaves over the norm of the gap, on tokens that it was not fitted on; "
+            "lower is better. Rings are the ridges that were taken.",
+            f"Residuals over ridges; taken are {_told(found)}.",
+            3.6 + 0.2 * len(found),
+            lambda canvas: _paint(canvas, found),
+            _table(found),
+        ),
+    )
 
-    def paint(canvas: Canvas) -> None:
-        (axes,) = canvas.axes()
-        for number, run, boundary in found:
-            ridges, left = zip(*boundary.ridge_curve, strict=True)
-            at = list(run.boundaries).index(boundary)
-            style = {**canvas.series(number), "linestyle": ("-", "--", ":", "-.")[at % 4]}
-            axes.plot(ridges, left, label=f"{canvas.short(run.name)} {boundary.span}", **style)
-            for value, own in boundary.ridge_curve:
-                if _is_chosen(boundary, value):
-                    ring(axes, value, own, canvas.ink.accent)
-        canvas.logarithmic(axes, "x")
-        axes.grid(visible=True, axis="y", linewidth=0.6)
-        axes.set_xlabel("ridge over the mean of the Gram's diagonal")
-        axes.set_ylabel("relative residual")
-        canvas.legend(axes)
 
-    told = "; ".join(
+def _paint(canvas: Canvas, found: _Found) -> None:
+    (axes,) = canvas.axes()
+    for number, run, boundary in found:
+        ridges, left = zip(*boundary.ridge_curve, strict=True)
+        at = list(run.boundaries).index(boundary)
+        style = {**canvas.series(number), "linestyle": ("-", "--", ":", "-.")[at % 4]}
+        axes.plot(ridges, left, label=f"{canvas.short(run.name)} {boundary.span}", **style)
+        for value, own in boundary.ridge_curve:
+            if _is_chosen(boundary, value):
+                ring(axes, value, own, canvas.ink.accent)
+    canvas.logarithmic(axes, "x")
+    axes.grid(visible=True, axis="y", linewidth=0.6)
+    axes.set_xlabel("ridge over the mean of the Gram's diagonal")
+    axes.set_ylabel("relative residual")
+    canvas.legend(axes)
+
+
+def _told(found: _Found) -> str:
+    return "; ".join(
         f"{run.name} {boundary.span}: {_chosen(boundary)} with "
         f"{figure(min(left for _, left in boundary.ridge_curve))}"
         for _, run, boundary in found
     )
+
+
+def _table(found: _Found) -> Table:
     rows = tuple(
         (
             run.name,
@@ -60,18 +76,7 @@ def ridge(runs: Sequence[Run]) -> tuple[Drawing | Absent, ...]:
         for _, run, boundary in found
         for value, left in boundary.ridge_curve
     )
-    return (
-        Drawing(
-            "ridge",
-            _TITLE,
-            "Norm of what the operator leaves over the norm of the gap, on tokens that it was not fitted on; "
-            "lower is better. Rings are the ridges that were taken.",
-            f"Residuals over ridges; taken are {told}.",
-            3.6 + 0.2 * len(found),
-            paint,
-            Table(("run", "boundary", "relative ridge", "relative residual out of sample", ""), rows),
-        ),
-    )
+    return Table(("run", "boundary", "relative ridge", "relative residual out of sample", ""), rows)
 
 
 def _is_chosen(boundary: Boundary, value: float) -> bool:

@@ -63,5 +63,5 @@ def test_what_leads_out_of_the_folder_leads_to_pages_of_the_site(site: Path) -> 
     overview = (site / "readme.html").read_text(encoding="utf-8")
     assert 'href="settings.html#stopped-and-run-again"' in overview
     assert 'src="images/recover.svg"' in overview
-    assert 'href="../settings.html' in (site / "decisions" / "0012-ties-go-to-what-can-copy.html").read_text()
+    assert 'href="../settings.html' in (site / "decisions" / "0012-copying-counts-as-much.html").read_text()
     assert 'href="../readme.html' not in (site / "index.html").read_text(encoding="utf-8")

@@ -35,12 +35,6 @@ def test_with_one_window_the_lower_loss_counts() -> None:
     assert not is_surely_worse({"window_gaps": [0.1]}, {"window_gaps": [0.2]})
 
 
-def test_windows_with_nothing_to_copy_do_not_count() -> None:
-    own, other = {"of": [None, 0.5, 0.6, None]}, {"of": [0.1, 0.1, 0.2, None]}
-    assert is_surely_worse(own, other, of="of")
-    assert not is_surely_worse({"of": [None, None]}, {"of": [None, 0.1]}, of="of")
-
-
 def _ranked(*found: tuple[str, list[float], list[float]]) -> list[tuple[Repair, dict[str, Any]]]:
     rows = [
         (
@@ -64,8 +58,41 @@ def test_fewer_spans_are_taken_where_they_are_not_surely_worse() -> None:
 def test_of_plans_that_are_about_as_good_the_one_is_taken_that_keeps_what_can_be_copied() -> None:
     assert str(settle(_ranked(("5:7", LOW, FAR), ("1:2 3:4", NEAR, LOW))).plan) == "[1,2) [3,4)"
     assert str(settle(_ranked(("5:7", LOW, FAR), ("1:2 3:4", FAR, LOW))).plan) == "[5,7)"
-    nothing: Any = [None] * 4
-    assert str(settle(_ranked(("1:2 3:4", LOW, nothing), ("5:7", NEAR, nothing))).plan) == "[5,7)"
+    better = [gap - 0.05 for gap in LOW]
+    assert str(settle(_ranked(("1:2 3:4", better, FAR), ("1:3", LOW, LOW))).plan) == "[1,3)"
+
+
+GAPS = st.lists(st.floats(-1, 1), min_size=4, max_size=4)
+COPIED = st.lists(st.none() | st.floats(-1, 1), min_size=4, max_size=4)
+
+
+@given(st.lists(st.tuples(GAPS, COPIED), min_size=1, max_size=5))
+def test_of_as_many_spans_the_best_in_the_mean_of_both_losses_is_taken(found: list[Any]) -> None:
+    """A window with nothing to copy counts by its loss alone."""
+    means = []
+    for gaps, copied in found:
+        both = [[gap, gap if one is None else one] for gap, one in zip(gaps, copied, strict=True)]
+        means.append(np.mean(both))
+    repairs = _ranked(*((f"{start}:{start + 2}", *figures) for start, figures in enumerate(found)))
+    taken = settle(repairs).plan.spans[0].start
+    assert means[taken] == pytest.approx(min(means), abs=1e-12)
+
+
+def test_where_the_worst_text_counts_both_losses_are_those_of_its_windows() -> None:
+    def row(gaps: list[float], copied: list[float]) -> dict[str, Any]:
+        by_text = [sum(gaps[:2]) / 2, sum(gaps[2:]) / 2]
+        about = {"gaps_by_text": by_text, "worst_text": by_text.index(max(by_text))}
+        return {"gap": sum(gaps) / 4, "window_gaps": gaps, "window_induction_gaps": copied} | about
+
+    texts = {"window_texts": [0, 0, 1, 1]}
+    plans = [PruningPlan.parse(9, plan) for plan in ("1:3", "5:7")]
+    even, uneven = row([0.4] * 4, [0.4, 0.4, 0.6, 0.6]), row([0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.4, 0.4])
+    ranked = [
+        (Repair.alike(plan, Method(operator="ghost")), figures | texts)
+        for plan, figures in zip(plans, (even, uneven), strict=True)
+    ]
+    # The worst text of both is the second one then: 0.5 and 0.3.
+    assert settle(ranked).plan == plans[1]
 
 
 def test_what_cannot_be_written_is_not_taken() -> None:

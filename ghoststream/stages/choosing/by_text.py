@@ -8,9 +8,6 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-RANKED = "window_gaps"
-"""The figures by window that candidates are ranked by."""
-
 
 def gaps_by_text(gaps: Sequence[float], text_of: Sequence[int], n_texts: int) -> list[float | None]:
     """Return the mean gap of each text; None for a text without a window.
@@ -45,29 +42,21 @@ def ranked_gap(row: Row) -> float:
     return float(row["gaps_by_text"][row["worst_text"]] if "worst_text" in row else row["gap"])
 
 
-def difference(row: Row, other: Row, of: str = RANKED) -> tuple[float, float]:
+def difference(row: Row, other: Row) -> tuple[float, float]:
     """Return by how much a candidate is worse than another, and the standard error of that.
 
     Two candidates that are ranked by the same windows are compared window by window. Where each does worst on
     another text, their errors are those of two samples.
-
-    Args:
-        row: Figures of the one.
-        other: Figures of the other.
-        of: Which figures by window are compared; windows where one is None do not count. Of others than the
-            gaps all windows count.
     """
-    own, others = _counted(row, of), _counted(other, of)
-    if of != RANKED or row.get("worst_text") == other.get("worst_text"):
-        pairs = zip(own, others, strict=True)
-        return mean_and_error([one - two for one, two in pairs if one is not None and two is not None])
+    own, others = _counted(row), _counted(other)
+    if row.get("worst_text") == other.get("worst_text"):
+        return mean_and_error([one - two for one, two in zip(own, others, strict=True)])
     (mean, error), (other_mean, other_error) = mean_and_error(own), mean_and_error(others)
     return mean - other_mean, math.hypot(error, other_error)
 
 
-def _counted(row: Row, of: str) -> Sequence[Any]:
-    if of != RANKED or "worst_text" not in row:
-        found: Sequence[Any] = row[of]
-        return found
-    pairs = zip(row[of], row["window_texts"], strict=True)
-    return [gap for gap, text in pairs if text == row["worst_text"]]
+def _counted(row: Row) -> Sequence[float]:
+    gaps: Sequence[float] = row["window_gaps"]
+    if "worst_text" not in row:
+        return gaps
+    return [gap for gap, text in zip(gaps, row["window_texts"], strict=True) if text == row["worst_text"]]

@@ -53,9 +53,9 @@ class Measured(SearchCriterion):
     """Runs of layers, each candidate repaired and measured on held-out windows.
 
     Plans of one span, of two and so on up to ``max_spans`` are compared, with spans of equal lengths and with
-    one twice as long as the others (:func:`~ghoststream.stages.choosing.passes.partitions`). Of plans that
-    are about as good, one that keeps what can be copied from the window is preferred, and one of fewer spans
-    (:func:`~ghoststream.stages.choosing.settling.settle`). By default plans race
+    one twice as long as the others (:func:`~ghoststream.stages.choosing.passes.partitions`). Tokens that can
+    be copied from the window count as much as all tokens, and of plans that are about as good one of fewer
+    spans is preferred (:func:`~ghoststream.stages.choosing.settling.settle`). By default plans race
     (:mod:`ghoststream.stages.choosing.race`).
 
     An ``exhaustive`` search measures every span. Spans are added one at a time to the ``beam`` best plans so

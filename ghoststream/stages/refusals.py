@@ -22,6 +22,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.checks import check_search, named_method, require_criterion
 from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.repair import require_standing
+from ghoststream.stages.choosing.ways import Ways
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.way import Way
 from ghoststream.statistics import get_feature, taps_of
@@ -51,11 +52,13 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
     _check_number(way, sizes)
     _check_choice(way, sizes.n_layers)
     method = _check_fit(way)
-    _check_form(way, method)
+    _check_form(way, method, sizes.model_type)
     check_family(sizes, way.recovery.compute)
     if method is not None:
         spans = (Span(1, 2),) if way.given is None else way.given.plan.spans
         require_features(method, spans, sizes)
+    elif not _known(way):
+        _require_ways(way, sizes)
     if way.captures:
         _check_storage(way, sizes.n_layers)
     text, search = way.recovery.calibration.to_calibrate(), way.recovery.search
@@ -93,7 +96,8 @@ def check_form(way: Way, skeleton: Skeleton) -> None:
     Raises:
         RequestError: If it cannot.
     """
-    find_form(way.recovery.form).check_model(skeleton, _methods(way, _check_fit(way)))
+    methods = _methods(way, _check_fit(way), str(skeleton.config.model_type))
+    find_form(way.recovery.form).check_model(skeleton, methods)
 
 
 def require_features(method: Method, spans: Sequence[Span], sizes: ModelSizes) -> None:
@@ -218,16 +222,47 @@ def _check_fit(way: Way) -> Method | None:
     return method
 
 
-def _check_form(way: Way, method: Method | None) -> None:
+def _check_form(way: Way, method: Method | None, model_type: str) -> None:
     """Check that what will be fitted can be written in the form that is asked for."""
     require_gguf(way.recovery.form, way.recovery.gguf_type)
-    find_form(way.recovery.form).check_methods(_methods(way, method))
+    find_form(way.recovery.form).check_methods(_methods(way, method, model_type))
 
 
-def _methods(way: Way, method: Method | None) -> Sequence[Method] | None:
-    """Return how boundaries are fitted; ``None`` where a search chooses."""
-    known = way.given.methods if way.given is not None else ()
-    return (method,) if method is not None else known or None
+def _methods(way: Way, method: Method | None, model_type: str) -> Sequence[Method]:
+    """Return how boundaries are fitted; where a search chooses, what it may take."""
+    if method is not None:
+        return (method,)
+    return _known(way) or Ways.of(way.recovery.form, model_type).first
+
+
+def _known(way: Way) -> Sequence[Method]:
+    """Return how the plan's file says that boundaries are fitted."""
+    return () if way.given is None else way.given.methods
+
+
+def _require_ways(way: Way, sizes: ModelSizes) -> None:
+    """Check that at every boundary there is a way to repair that the model and the form allow.
+
+    Raises:
+        UnsupportedModelError: If there is none: says what stands against the last one.
+    """
+    ways = Ways.of(way.recovery.form, sizes.model_type)
+    everywhere = tuple(Span(layer, layer + 1) for layer in range(1, sizes.n_layers))
+    for span in everywhere if way.given is None else way.given.plan.spans:
+        refused = ""
+        for method in ways.first:
+            try:
+                require_features(method, (span,), sizes)
+            except RequestError as error:
+                refused = str(error).partition("; ")[0]
+            else:
+                break
+        else:
+            msg = (
+                f"{refused}, and the form {way.recovery.form} holds nothing else that the operator auto "
+                "tries; write the form custom"
+            )
+            raise UnsupportedModelError(msg)
 
 
 def _check_storage(way: Way, n_layers: int) -> None:

@@ -14,6 +14,7 @@ from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.choosing.search import search_session
 from ghoststream.stages.choosing.trial import Division
+from ghoststream.stages.choosing.ways import Ways
 from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.output import NamedByRequest
@@ -59,6 +60,7 @@ class Steps:
         self.store: str | None = None
         sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
         self.way = Way(recovery, *what_goes(recovery, sizes.n_layers))
+        self._ways = Ways.of(recovery.form, sizes.model_type)
         check_recovery(self.way, sizes, session.memory(self._text.length).choose_micro_batch)
         check_export(session.skeleton, self.way.plan(sizes.n_layers))
         check_form(self.way, session.skeleton)
@@ -103,6 +105,7 @@ class Steps:
                 method=self._recovery.method,
                 out=out,
                 progress=self._progress,
+                ways=self._ways,
             )
         else:
             store = self._capture(None)
@@ -135,6 +138,7 @@ class Steps:
                 search=Search.make({name: getattr(search, name) for name in search.given(used)}),
                 out=out,
                 progress=self._progress,
+                ways=self._ways,
             )
             return operators, out.of(operators.digest)
         store = self.store or self._capture(self.way.needed_layers(selection.plan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -10,13 +11,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import RequestError, UnsupportedModelError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.options import Form, Method, Recovery, Text
 from ghoststream.recovery.forms import find_form, form_names
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.artifacts.inspect import inspect_path
 from ghoststream.stages.artifacts.verify import verify_path
+from ghoststream.stages.choosing.ways import (
+    EVERY,
+    LATER_METHODS,
+    LIKELY,
+    METHODS,
+    RACED,
+    SCREEN,
+    Ways,
+)
+from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.export import export
 from ghoststream.stages.pipeline import load_pipeline
 from ghoststream.stages.recover import run as recover
@@ -99,7 +110,6 @@ def test_recover_refuses_before_any_work_what_cannot_be_folded(
 ) -> None:
     text = Text(spec=ids, sequences=8, length=16)
     for method, says in (
-        (Method(), "cannot hold all that the operator auto tries"),
         (Method(operator="ghost"), "the operator ghost on the features hidden cannot be folded"),
         (Method(operator="least-squares", features="hidden+mlp"), "on the features hidden\\+mlp cannot"),
     ):
@@ -109,11 +119,54 @@ def test_recover_refuses_before_any_work_what_cannot_be_folded(
     assert {path.name for path in tmp_path.iterdir()} <= {"ids.npy", "out.work", ".out.lock"}
 
 
+def test_auto_tries_only_what_a_form_can_hold() -> None:
+    assert Ways.of("custom", "llama") == Ways.of("mlx", "gemma2") == EVERY
+    assert (EVERY.first, EVERY.later, EVERY.raced) == (METHODS, LATER_METHODS, RACED)
+    assert (EVERY.screen, EVERY.likely) == (SCREEN, LIKELY)
+    for form, model_type, features in (
+        ("folded", "llama", ["mlp"]),
+        ("gguf", "llama", ["normed", "mlp"]),
+        ("gguf", "ghosted_llama", ["normed", "mlp"]),
+        ("gguf", "qwen3", ["mlp"]),
+    ):
+        ways = Ways.of(form, model_type)
+        assert [one.features for one in ways.first] == features
+        assert ways.screen == ways.likely == ways.first[0]
+        dense = ways.screen.model_copy(update={"inputs": "dense"})
+        assert ways.later == ways.raced == (*ways.first, dense)
+
+
+def test_recover_folds_with_its_defaults(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
+    text = Text(spec=ids, sequences=8, length=16)
+    wanted = Recovery(model=str(tiny_llama), remove=2, calibration=text, form="folded")
+    assert [stage.name for stage in estimate(wanted).stages] == ["search", "fit", "export"]
+    found = recover(wanted, tmp_path / "out")
+    assert found.export.model_type == "llama"
+    assert {one.features for one in found.operators.boundaries} == {"mlp"}
+    recipe = found.operators.metadata["recipe"]
+    assert {one["features"] for one in recipe["methods"]} == {"mlp"}
+
+
+def test_a_model_that_allows_nothing_that_folds_is_refused_before_any_work(
+    ids: str, tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    text = Text(spec=ids, sequences=8, length=16)
+    wanted = Recovery(model=str(tiny_checkpoint("gemma2")), remove=2, calibration=text, form="folded")
+    says = (
+        r"features mlp cannot be absorbed at \[1,2\): .* and the form folded holds nothing else .*; write the"
+    )
+    for refuse in (lambda: recover(wanted, tmp_path / "out"), lambda: estimate(wanted)):
+        with pytest.raises(UnsupportedModelError, match=says):
+            refuse()
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands_and_pipelines_take_the_form(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
     words = ("--remove", "2:3", "--calibration", ids, "--sequences", 8, "--length", 16)
-    refused = run("recover", tiny_llama, *words, "--form", "folded", "--out", tmp_path / "out")
+    ghost = ("--operator", "ghost")
+    refused = run("recover", tiny_llama, *words, *ghost, "--form", "folded", "--out", tmp_path / "out")
     assert refused.exit_code == 2
-    assert "the form folded cannot hold all that the operator auto tries" in last_line(refused.stderr)
+    assert "the operator ghost on the features hidden cannot be folded" in last_line(refused.stderr)
     fit = ("--operator", "least-squares", "--features", "mlp")
     done = run("recover", tiny_llama, *words, *fit, "--form", "folded", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.stderr

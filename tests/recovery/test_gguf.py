@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,6 @@ def test_recover_refuses_before_any_work(tiny_llama: Path, tmp_path: Path) -> No
     normed = Method(operator="least-squares", features="normed")
     qwen3 = save_tiny("qwen3", tmp_path / "qwen3")
     for model, method, says in (
-        (tiny_llama, Method(), "cannot hold all that the operator auto tries; recover with"),
         (
             tiny_llama,
             Method(operator="ghost"),
@@ -166,6 +166,22 @@ def test_recover_refuses_before_any_work(tiny_llama: Path, tmp_path: Path) -> No
     )
     assert recover(wanted, tmp_path / "out").export.model_type == "deci"
     assert gguf.GGUFReader(tmp_path / "out" / "model.gguf").get_field("general.file_type").contents() == 7
+
+
+@pytest.mark.parametrize(("model_type", "features"), [("llama", {"normed", "mlp"}), ("qwen3", {"mlp"})])
+def test_recover_with_its_defaults_tries_what_has_a_place(
+    model_type: str, features: set[str], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = Text(spec=random_ids(tmp_path, 8, 16), sequences=8, length=16)
+    wanted = Recovery(model=str(tiny_checkpoint(model_type)), remove=2, calibration=text, form="gguf")
+    assert [stage.name for stage in estimate(wanted).stages] == ["search", "fit", "export"]
+    found = recover(wanted, tmp_path / "out")
+    assert {one.features for one in found.operators.boundaries} <= features
+    plan = json.loads(next((tmp_path / "out.work").glob("plan-*.json")).read_text())
+    assert {one["features"] for one in plan["recipe"]["methods"]} == features
+    tried = {label.split(", ")[1] for row in plan["candidates"] for label in row["repair"]}
+    assert tried == features
+    assert verify_path(tmp_path / "out").sound
 
 
 def test_a_folder_is_explained_checked_and_taken_again(tiny_llama: Path, tmp_path: Path) -> None:

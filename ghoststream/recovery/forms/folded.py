@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _FOLDING = (MLP.name, MLP_OUTPUT.name)
 _ADVICE = (
     f"the operator none and least-squares on the features {MLP.name} or {MLP_OUTPUT.name} fold: recover "
-    f"again with --operator least-squares --features {MLP.name}, or write the form custom"
+    f"again with --operator auto, or with --operator least-squares --features {MLP.name}, or write the form "
+    "custom"
 )
 
 
@@ -33,11 +34,16 @@ class Folded(Custom):
     loads = "whatever loads the base: transformers, PEFT, quantisers, llama.cpp's converter, engines"
     cost = "nothing"
 
-    def check_methods(self, methods: Sequence[Method] | None) -> None:
+    def holds(self, features: str, model_type: str) -> bool:
+        """Say whether operators on some features disappear in a weight."""
+        del model_type
+        return features in _FOLDING
+
+    def check_methods(self, methods: Sequence[Method]) -> None:
         """Check that the methods fit nothing but what folds.
 
         Raises:
-            RequestError: If one may fit something else.
+            RequestError: If one fits something else.
         """
         self._require_features(methods, _FOLDING, "cannot be folded into a weight", _ADVICE)
 

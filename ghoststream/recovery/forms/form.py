@@ -72,34 +72,41 @@ class Form(ABC):
         del out
         return None
 
-    def check_methods(self, methods: Sequence[Method] | None) -> None:
+    def holds(self, features: str, model_type: str) -> bool:
+        """Say whether it can hold operators on some features: ``auto`` tries no others.
+
+        Args:
+            features: Their name.
+            model_type: Type of the base, without what a recovered one puts in front of it.
+        """
+        del features, model_type
+        return True
+
+    def check_methods(self, methods: Sequence[Method]) -> None:
         """Check, before anything is fitted, that what these methods fit can be held.
 
         Args:
-            methods: How boundaries are fitted; ``None`` where a search may choose any way.
+            methods: How boundaries are fitted; where a search chooses, all that it may take.
 
         Raises:
-            RequestError: If it may not be, with what can.
+            RequestError: If it cannot be, with what can.
         """
         del methods
 
     def _require_features(
-        self, methods: Sequence[Method] | None, held: Sequence[str], lacking: str, advice: str
+        self, methods: Sequence[Method], held: Sequence[str], lacking: str, advice: str
     ) -> None:
         """Check that methods fit operators on some features only, or none.
 
         Raises:
-            RequestError: If one fits another, or any may be chosen.
+            RequestError: If one fits another.
         """
-        if methods is None:
-            msg = f"the form {self.name} cannot hold all that the operator auto tries; {advice}"
-            raise RequestError(msg)
         for method in methods:
             if method.operator != "none" and method.features not in held:
                 msg = f"the operator {method.operator} on the features {method.features} {lacking}; {advice}"
                 raise RequestError(msg)
 
-    def check_model(self, skeleton: Skeleton, methods: Sequence[Method] | None) -> None:
+    def check_model(self, skeleton: Skeleton, methods: Sequence[Method]) -> None:
         """Check, before anything is fitted, that this model can be written with what these methods fit.
 
         Args:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from ghoststream.streaming import Skeleton
 
 _HELD = ("normed", MLP.name, MLP_OUTPUT.name)
-_ADVICE = "recover with --operator least-squares and --features normed or mlp, or write the form custom"
+_ADVICE = (
+    "recover with --operator auto, or with least-squares and --features normed or mlp, or write the form "
+    "custom"
+)
 _VERSION = 1
 """Part of a request: raised when the same request gives other bytes."""
 
@@ -44,16 +47,24 @@ class Gguf(Form):
         """Return the command of llama.cpp."""
         return shlex.join(["llama-cli", "-m", str(out / GGUF_NAME)])
 
-    def check_methods(self, methods: Sequence[Method] | None) -> None:
+    def holds(self, features: str, model_type: str) -> bool:
+        """Say whether llama.cpp has a place for operators on some features."""
+        from ghoststream.recovery.gguf.families import FAMILIES
+
+        # Of a type that is not written the model is refused.
+        has_room = model_type not in FAMILIES or FAMILIES[model_type].holds_operators
+        return features in _HELD and (has_room or features != "normed")
+
+    def check_methods(self, methods: Sequence[Method]) -> None:
         """Check that the methods fit nothing but what llama.cpp computes.
 
         Raises:
-            RequestError: If one may fit something else, or the package gguf is missing.
+            RequestError: If one fits something else, or the package gguf is missing.
         """
         _require_package()
         self._require_features(methods, _HELD, "has no place in llama.cpp", _ADVICE)
 
-    def check_model(self, skeleton: Skeleton, methods: Sequence[Method] | None) -> None:
+    def check_model(self, skeleton: Skeleton, methods: Sequence[Method]) -> None:
         """Check that llama.cpp has the architecture, room for the operators, and the tokenizer.
 
         Raises:
@@ -66,7 +77,7 @@ class Gguf(Form):
         from ghoststream.recovery.job import plain_type
 
         family = find_family(plain_type(skeleton.config), skeleton.config)
-        if any(method.features == "normed" for method in methods or ()):
+        if any(method.features == "normed" for method in methods):
             require_room(family, "an operator on normed")
         writer = gguf.GGUFWriter(None, family.architecture)
         add_tokenizer(writer, skeleton.root, skeleton.config.vocab_size)

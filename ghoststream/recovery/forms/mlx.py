@@ -64,7 +64,7 @@ class Mlx(Custom):
             ["mlx_lm.generate", "--model", str(out), "--trust-remote-code", "--prompt", "Hello"]
         )
 
-    def check_model(self, skeleton: Skeleton, methods: Sequence[Method] | None) -> None:
+    def check_model(self, skeleton: Skeleton, methods: Sequence[Method]) -> None:
         """Check that mlx-lm computes models of this type as transformers does.
 
         Raises:

@@ -14,7 +14,7 @@ from ghoststream.spans import Span
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.room import Room, fits_of, largest_ranges, left_out, settled
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
 from ghoststream.text import TokenSet
@@ -28,7 +28,12 @@ Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 
 
 def methods_for(
-    session: ModelSession, repair: Repair, index: int, without: Sequence[str] = ()
+    session: ModelSession,
+    repair: Repair,
+    index: int,
+    *,
+    ways: Ways = EVERY,
+    without: Sequence[str] = (),
 ) -> tuple[Method, ...]:
     """Return what is tried at one boundary of a repair, as far as the model allows it.
 
@@ -36,13 +41,25 @@ def methods_for(
         session: The model.
         repair: What is repaired.
         index: The boundary.
+        ways: What is tried anywhere.
         without: Features that are left out, as their fit is too large.
+
+    Raises:
+        UnsupportedModelError: If nothing is left.
     """
     span = repair.plan.spans[index]
-    tried = LATER_METHODS if index else METHODS
-    return tuple(
+    tried = ways.later if index else ways.first
+    found = tuple(
         method for method in tried if method.features not in without and _is_possible(session, span, method)
     )
+    if not found:
+        names = ", ".join(one.features for one in ways.first)
+        msg = (
+            f"of the features that the form allows ({names}) the model allows none at {span}; write the form "
+            "custom, or name other layers"
+        )
+        raise UnsupportedModelError(msg)
+    return found
 
 
 def without_too_large(
@@ -53,6 +70,7 @@ def without_too_large(
     progress: Progress,
     *,
     begun: Callable[[tuple[str, ...]], bool],
+    ways: Ways = EVERY,
     races: bool = False,
     sharing: int = 1,
 ) -> tuple[str, ...]:
@@ -66,13 +84,14 @@ def without_too_large(
         progress: Who is told.
         begun: Says whether a result without some features is there, finished or not: it stays with those
             where the request does not say how much memory there is.
+        ways: What is tried otherwise.
         races: Whether plans race, which compares fewer ways to repair.
         sharing: How many workers share the memory of the host.
     """
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     n_fit = tokens.n_sequences if division.fitting is None else division.fitting.n_sequences
     ranges = largest_ranges(tokens.n_sequences, n_fit, folds=folds, turn=tokens.n_texts)
-    fits = fits_of(sizes, ranges, length=tokens.length, races=races)
+    fits = fits_of(sizes, ranges, ways, length=tokens.length, races=races)
     room = _room(session, tokens.length, sharing)
     names = settled(fits, room, begun)
     found = {one.features: one for one in left_out(fits, room)}
@@ -96,7 +115,12 @@ def _room(session: ModelSession, length: int, sharing: int) -> Room:
 
 
 def choose_methods(
-    session: ModelSession, repairs: Sequence[Repair], measure: Measure, without: Sequence[str] = ()
+    session: ModelSession,
+    repairs: Sequence[Repair],
+    measure: Measure,
+    *,
+    ways: Ways = EVERY,
+    without: Sequence[str] = (),
 ) -> tuple[Repair, ...]:
     """Choose how each boundary of each repair is fitted: what leaves the lowest loss on held-out text.
 
@@ -107,6 +131,7 @@ def choose_methods(
         session: The model.
         repairs: What to decide; their methods are where it starts.
         measure: Measures any number of repairs.
+        ways: What is tried.
         without: Features that are left out.
 
     Returns:
@@ -114,7 +139,15 @@ def choose_methods(
     """
     best = list(repairs)
     for index in range(max(len(repair.methods) for repair in repairs)):
-        tried = [_variants(session, repair, index, without) for repair in best]
+        tried = [
+            [
+                repair.changed(index, method)
+                for method in methods_for(session, repair, index, ways=ways, without=without)
+            ]
+            if index < len(repair.methods)
+            else [repair]
+            for repair in best
+        ]
         rows = iter(measure([one for group in tried for one in group]))
         gaps = [[preference(next(rows)) for _ in group] for group in tried]
         best = [group[own.index(min(own))] for group, own in zip(tried, gaps, strict=True)]
@@ -124,12 +157,6 @@ def choose_methods(
 def preference(row: Mapping[str, Any]) -> tuple[bool, float]:
     """Return what repairs are ordered by: those that cannot be written come last."""
     return bool(row.get("refusal")), ranked_gap(row)
-
-
-def _variants(session: ModelSession, repair: Repair, index: int, without: Sequence[str]) -> list[Repair]:
-    if index >= len(repair.methods):
-        return [repair]
-    return [repair.changed(index, method) for method in methods_for(session, repair, index, without)]
 
 
 def _is_possible(session: ModelSession, span: Span, method: Method) -> bool:

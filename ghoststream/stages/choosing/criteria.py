@@ -16,7 +16,6 @@ from ghoststream.stages.choosing.criterion import (
     search_criterion_names,
 )
 from ghoststream.stages.choosing.passes import growing, one_by_one, partitions, racing, refining
-from ghoststream.stages.choosing.ways import SCREEN
 
 if TYPE_CHECKING:
     # What runs the model is imported where it runs: an estimate asks for costs only.
@@ -96,7 +95,8 @@ class Measured(SearchCriterion):
         if search.search == "race":
             repair, rows = race(trial, tried, search, method)
             return Chosen(repair, rows, trial.dense_loss, trial.passes)
-        ranked = grow(trial, tried, method or SCREEN, beam=search.beam, candidates=search.candidates)
+        screen = method or trial.ways.screen
+        ranked = grow(trial, tried, screen, beam=search.beam, candidates=search.candidates)
         return _refined(trial, ranked, remove, method, prefer_few=True)
 
 
@@ -119,7 +119,7 @@ class PruneAndRepair(SearchCriterion):
         """Add the layer that costs least, again and again."""
         from ghoststream.stages.choosing.growth import grow
 
-        ranked = grow(trial, [[1] * remove], method or SCREEN, beam=search.beam)
+        ranked = grow(trial, [[1] * remove], method or trial.ways.screen, beam=search.beam)
         return _refined(trial, ranked, remove, method, prefer_few=False)
 
 

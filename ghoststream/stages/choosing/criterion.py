@@ -9,7 +9,7 @@
         def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
             n_layers = trial.session.skeleton.n_layers
             plan = PruningPlan(n_layers, (Span(n_layers - 1 - remove, n_layers - 1),))
-            return Chosen.best(trial, trial.rank([Repair.alike(plan, method or SCREEN)]))
+            return Chosen.best(trial, trial.rank([Repair.alike(plan, method or trial.ways.screen)]))
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.refitting import RefittedLayer, refitted_layers
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.trial import Division, Trial
-from ghoststream.stages.choosing.ways import SCREEN, tried_ways
+from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -40,13 +40,13 @@ def fit_in_passes(
     search: Search,
     out: str | Path | NamedByRequest,
     progress: Progress,
+    ways: Ways = EVERY,
 ) -> OperatorSet:
     """Fit the operators of a plan one after another, in one pass over a model and without a store.
 
     See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does;
-    otherwise in each of the ways of :data:`~ghoststream.stages.choosing.auto.METHODS` (behind another
-    boundary :data:`~ghoststream.stages.choosing.auto.LATER_METHODS`), of which the one is taken that leaves
-    the lowest loss on held-out windows: a pass more for each span. Then all windows serve to fit. Nothing is
+    otherwise in each of ``ways``, of which the one is taken that leaves the lowest loss on held-out windows:
+    a pass more for each span. Then all windows serve to fit. Nothing is
     kept of a run that is killed but the figures of ``auto``.
 
     Raises:
@@ -82,14 +82,13 @@ def fit_in_passes(
         "folds": ranges.n_folds,
         "operator": method.operator or AUTO,
         "refit": method.refit,
-        "chosen_on": None if division is None else {**division.to_json(), "screen": SCREEN.to_json()},
+        "chosen_on": None if division is None else {**division.to_json(), "screen": ways.screen.to_json()},
     }
 
     def placed(without: tuple[str, ...]) -> tuple[dict[str, Any], Output]:
-        ways = (
-            tried_ways(without) if repair is None else {"methods": [one.to_json() for one in repair.methods]}
-        )
-        recipe = {**request, **ways}
+        methods = () if repair is None else repair.methods
+        known = {"methods": [one.to_json() for one in methods]}
+        recipe = {**request, **(known if methods else ways.recorded(without))}
         return recipe, Output(out, recipe, "fit")
 
     without: tuple[str, ...] = ()
@@ -100,6 +99,7 @@ def fit_in_passes(
             tokens,
             search.folds,
             progress,
+            ways=ways,
             begun=lambda names: placed(names)[1].is_begun(OperatorSet.load),
         )
     recipe, output = placed(without)
@@ -112,7 +112,14 @@ def fit_in_passes(
         if repair is None:
             assert division is not None
             trial = Trial(
-                session, tokens, division, lanes=None, output=output, progress=progress, without=without
+                session,
+                tokens,
+                division,
+                lanes=None,
+                output=output,
+                progress=progress,
+                ways=ways,
+                without=without,
             )
             repair, metadata["chosen"] = _choose(selection.plan, trial)
         if method.given(("refit",)):
@@ -136,7 +143,7 @@ def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
 
 
 def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:
-    ((repair, best),) = trial.refine([Repair.alike(plan, SCREEN)])
+    ((repair, best),) = trial.refine([Repair.alike(plan, trial.ways.screen)])
     trial.progress.log(f"{repair.name}: loss {best['gap']:+.4f} against the dense model on held-out windows")
     return repair, trial.rows()
 

@@ -10,6 +10,7 @@ from itertools import permutations
 from math import comb
 
 from ghoststream.costs import PassCost, SearchShape
+from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.rounds import (
     LEADERS,
@@ -112,7 +113,7 @@ def _round(
         fit + held + between + held * stretch * repairs,
         repairs * n_spans,
         fit_share=fit,
-        fit_method=None if sequential or not shape.tried else SCREEN,
+        fit_method=None if sequential else _screen(shape),
         scored=held * (repairs + 1) * (1.0 if share.every_position else shape.positions),
     )
 
@@ -195,8 +196,13 @@ def _step(shape: SearchShape, tried: Sequence[Sequence[int]], step: int) -> Pass
             states += hidden * candidates * (1 + share)
         fits += candidates * (step + 1)
         measured += candidates
-    method = SCREEN if shape.tried else None
+    method = _screen(shape)
     return PassCost(states, lanes, fits, fit_share=1.0 - share, fit_method=method, scored=share * measured)
+
+
+def _screen(shape: SearchShape) -> Method | None:
+    """Return what spans are compared with where ways to repair are tried."""
+    return SCREEN if SCREEN in shape.tried else next(iter(shape.tried), None)
 
 
 def _decision(shape: SearchShape, decided: int, n_spans: int, plans: int) -> PassCost:

@@ -45,7 +45,6 @@ from ghoststream.stages.choosing.rounds import (
 from ghoststream.stages.choosing.settling import is_surely_worse, settle
 from ghoststream.stages.choosing.stream_norms import StreamNorms
 from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
-from ghoststream.stages.choosing.ways import LIKELY, RACED, SCREEN
 from ghoststream.stages.choosing.writable import writable
 
 
@@ -86,7 +85,7 @@ def race(
     """
     run = _Race(trial, n_rounds=2 + 2 * (max(map(len, tried)) > 1))
     samples = [trial.sample(share) for share in (OF_SPANS, OF_PLANS, OF_SURVIVORS)]
-    screen = method or SCREEN
+    screen = method or trial.ways.screen
     alone = _alone(run, tried, samples[0], screen)
     n_layers = trial.session.skeleton.n_layers
     whole = sum(tried[0])
@@ -229,11 +228,12 @@ def survivors(ranked: Ranked) -> list[PruningPlan]:
 
 def likely(trial: Trial, plan: PruningPlan) -> Repair:
     """Return the repair of a plan in the way that is nearly always the best one, where that is possible."""
-    screened = Repair.alike(plan, SCREEN)
+    screen, likely_one = trial.ways.screen, trial.ways.likely
+    found = Repair.alike(plan, screen)
     for index in range(len(plan.spans)):
-        possible = methods_for(trial.session, screened, index, trial.without)
-        screened = screened.changed(index, LIKELY if LIKELY in possible else SCREEN)
-    return screened
+        possible = methods_for(trial.session, found, index, ways=trial.ways, without=trial.without)
+        found = found.changed(index, likely_one if likely_one in possible else screen)
+    return found
 
 
 def _others(trial: Trial, repair: Repair) -> list[Repair]:
@@ -241,6 +241,6 @@ def _others(trial: Trial, repair: Repair) -> list[Repair]:
     return [
         repair.changed(index, method)
         for index in range(len(repair.methods))
-        for method in methods_for(trial.session, repair, index, trial.without)
-        if method in RACED
+        for method in methods_for(trial.session, repair, index, ways=trial.ways, without=trial.without)
+        if method in trial.ways.raced
     ]

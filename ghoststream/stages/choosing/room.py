@@ -11,7 +11,7 @@ from ghoststream.costs import FitShape
 from ghoststream.files import format_bytes
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.ways import compared
+from ghoststream.stages.choosing.ways import Ways
 from ghoststream.statistics import Ranges, TapSource, get_feature, taps_of
 from ghoststream.statistics.streamed import most_states
 
@@ -141,7 +141,9 @@ def left_out(fits: Mapping[str, FitBytes], room: Room) -> tuple[LeftOut, ...]:
     return tuple(sorted(found, key=lambda one: -one.host_bytes))
 
 
-def fits_of(sizes: ModelSizes, ranges: Ranges, *, length: int, races: bool = False) -> dict[str, FitBytes]:
+def fits_of(
+    sizes: ModelSizes, ranges: Ranges, ways: Ways, *, length: int, races: bool = False
+) -> dict[str, FitBytes]:
     """Return what fits take, by their features, of those that may be left out and that a model allows.
 
     These read taps of a layer. What spans are compared with is never left out.
@@ -149,6 +151,7 @@ def fits_of(sizes: ModelSizes, ranges: Ranges, *, length: int, races: bool = Fal
     Args:
         sizes: The model.
         ranges: How the sequences that serve to fit are divided; see :func:`largest_ranges`.
+        ways: What ``auto`` tries.
         length: Tokens of a sequence.
         races: Whether plans race, which compares fewer ways to repair.
     """
@@ -162,8 +165,8 @@ def fits_of(sizes: ModelSizes, ranges: Ranges, *, length: int, races: bool = Fal
             length=length,
             tap_width=sizes.tap_width(taps_of(one.features)),
         )
-        for one in compared(races=races)
-        if taps_of(one.features)
+        for one in ways.compared(races=races)
+        if taps_of(one.features) and one.features != ways.screen.features
     }
 
 

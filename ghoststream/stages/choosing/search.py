@@ -15,7 +15,7 @@ from ghoststream.stages.choosing.checks import check_search
 from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, races
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
-from ghoststream.stages.choosing.ways import SCREEN, tried_ways
+from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import Workers
@@ -36,11 +36,12 @@ def search_session(
     progress: Progress,
     crew: AbstractContextManager[Workers | None] | None = None,
     sharing: int = 1,
+    ways: Ways = EVERY,
 ) -> Selection:
     """Choose the layers to remove by running a model without them; see :func:`ghoststream.select`.
 
     ``crew`` gives workers that measure candidates, when there is something to measure; ``sharing`` is how
-    many of them share this machine's memory.
+    many of them share this machine's memory. ``ways`` is what ``auto`` tries.
 
     Raises:
         RequestError: If the numbers do not fit the model or the text, or an option is unknown or not read.
@@ -65,7 +66,7 @@ def search_session(
     }
 
     def placed(without: tuple[str, ...]) -> tuple[dict[str, Any], Output | None]:
-        recipe = {**request, **_repairing(rule, wanted, without)}
+        recipe = {**request, **_repairing(rule, wanted, ways, without)}
         return recipe, None if out is None else Output(out, recipe, "select")
 
     def begun(without: tuple[str, ...]) -> bool:
@@ -81,6 +82,7 @@ def search_session(
             search.folds,
             progress,
             begun=begun,
+            ways=ways,
             races=races(search),
             sharing=sharing,
         )
@@ -96,6 +98,7 @@ def search_session(
                 output=output,
                 progress=progress,
                 crew=hands,
+                ways=ways,
                 without=without,
             )
             return _choose(rule, trial, remove, search, wanted, recipe)
@@ -110,12 +113,14 @@ def search_session(
     return selection
 
 
-def _repairing(rule: SearchCriterion, method: Method | None, without: tuple[str, ...]) -> dict[str, Any]:
+def _repairing(
+    rule: SearchCriterion, method: Method | None, ways: Ways, without: tuple[str, ...]
+) -> dict[str, Any]:
     if not rule.repairs:
         return {"method": None}
     if method is not None:
         return {"method": method.to_json()}
-    return {"method": AUTO, "screen": SCREEN.to_json(), **tried_ways(without), "refined": REFINED}
+    return {"method": AUTO, "screen": ways.screen.to_json(), **ways.recorded(without), "refined": REFINED}
 
 
 def _choose(

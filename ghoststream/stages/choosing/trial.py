@@ -19,6 +19,7 @@ from ghoststream.stages.choosing.division import divided, require_each_text
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import SampleShare, share_of_positions
 from ghoststream.stages.choosing.shares import Measuring, measure_shares
+from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import Workers
@@ -105,7 +106,8 @@ class Trial:
         progress: Who is told how far it is.
         residuals: Whether figures say what each operator leaves of its gap.
         crew: Workers that take candidates; the passes are run here if ``None``.
-        without: Features that ``auto`` leaves out.
+        ways: The ways to repair that ``auto`` tries.
+        without: Features that it leaves out.
 
     Attributes:
         passes: Passes over the weights that it took.
@@ -124,9 +126,10 @@ class Trial:
         progress: Progress,
         residuals: bool = False,
         crew: Workers | None = None,
+        ways: Ways = EVERY,
         without: Sequence[str] = (),
     ) -> None:
-        self._crew, self.without = crew, without
+        self._crew, self.ways, self.without = crew, ways, without
         self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
         self._lanes, self._output, self._residuals = lanes, output, residuals
         self._dense_loss: float | None = None
@@ -180,7 +183,9 @@ class Trial:
 
     def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Choose how each boundary is fitted; return the repairs with the methods that won, best first."""
-        return self.rank(choose_methods(self.session, repairs, self.measure, self.without))
+        return self.rank(
+            choose_methods(self.session, repairs, self.measure, ways=self.ways, without=self.without)
+        )
 
     def tell(self, repair: Repair, row: Row) -> None:
         """Say how far the search is."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ghoststream.options import Method
+from ghoststream.recovery.forms import find_form
 from ghoststream.stages.choosing.repair import passing_method
 
 
@@ -33,16 +35,61 @@ LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one 
 """What is tried behind another boundary, where the inputs make a difference."""
 
 
-def compared(*, races: bool) -> tuple[Method, ...]:
-    """Return the ways of which one may be taken in the end; a race compares fewer."""
-    return (*RACED, LIKELY) if races else METHODS
+@dataclass(frozen=True)
+class Ways:
+    """The ways that are tried: all of them, or those whose operators the form of the result can hold.
+
+    Attributes:
+        barred: Features on which the form holds no operators.
+    """
+
+    barred: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, form: str, model_type: str) -> Ways:
+        """Return those that a form of a model of some type can hold."""
+        holds, plain = find_form(form).holds, model_type.removeprefix("ghosted_")
+        features = dict.fromkeys(one.features for one in METHODS)
+        return cls(tuple(name for name in features if not holds(name, plain)))
+
+    @property
+    def first(self) -> tuple[Method, ...]:
+        """What is tried at the first boundary of a plan."""
+        return tuple(one for one in METHODS if one.features not in self.barred)
+
+    @property
+    def later(self) -> tuple[Method, ...]:
+        """What is tried behind another boundary."""
+        leading = (self.screen,) if self.likely == self.screen else (self.screen, self.likely)
+        return (*self.first, *(one.model_copy(update={"inputs": "dense"}) for one in leading))
+
+    @property
+    def screen(self) -> Method:
+        """What spans are compared with: :data:`SCREEN`, or the first of what is left."""
+        return SCREEN if SCREEN.features not in self.barred else self.first[0]
+
+    @property
+    def likely(self) -> Method:
+        """What a race gives every plan in its last round, where the model allows it."""
+        return LIKELY if LIKELY.features not in self.barred else self.screen
+
+    @property
+    def raced(self) -> tuple[Method, ...]:
+        """What a race compares that with: where a form bars some, all that are left."""
+        return (*self.first, self.likely.model_copy(update={"inputs": "dense"})) if self.barred else RACED
+
+    def compared(self, *, races: bool) -> tuple[Method, ...]:
+        """Return the ways of which one may be taken in the end; a race compares fewer."""
+        return (*self.raced, self.likely) if races else self.first
+
+    def recorded(self, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Return for recipes what is tried, and the features that are left out as their fit is too large."""
+        tried = [one.to_json() for one in self.later if one.features not in without]
+        return {"methods": tried, **({"left_out": list(without)} if without else {})}
 
 
-def tried_ways(without: Sequence[str] = ()) -> dict[str, Any]:
-    """Return for recipes what is tried, and the features that are left out as their fit is too large."""
-    tried = [one.to_json() for one in LATER_METHODS if one.features not in without]
-    return {"methods": tried, **({"left_out": list(without)} if without else {})}
-
+EVERY = Ways()
+"""All ways, for a form that holds every operator."""
 
 REFIT = _without_sinks("mlp")
 """How a layer behind a gap is fitted anew; the features stand for what enters its last linear maps."""

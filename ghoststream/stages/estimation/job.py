@@ -24,7 +24,7 @@ from ghoststream.stages.choosing.criteria import races
 from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.room import FitBytes, LeftOut, largest_ranges
 from ghoststream.stages.choosing.rounds import share_of_positions
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS, REFIT, compared
+from ghoststream.stages.choosing.ways import REFIT, Ways
 from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.estimation.report import StoreWay
 from ghoststream.stages.estimation.room import too_large
@@ -108,7 +108,12 @@ class Job(Way):
     @property
     def tried(self) -> tuple[Method, ...]:
         """What is tried at a boundary, as far as the model allows it."""
-        return self._possible(METHODS)
+        return self._possible(self.ways.first)
+
+    @property
+    def ways(self) -> Ways:
+        """What ``auto`` tries."""
+        return Ways.of(self.recovery.form, self.sizes.model_type)
 
     @property
     def races(self) -> bool:
@@ -118,7 +123,7 @@ class Job(Way):
     @property
     def _fitted(self) -> tuple[Method, ...]:
         """What may be fitted in the end: a race compares fewer ways to repair."""
-        return self._possible(compared(races=self.races))
+        return self._possible(self.ways.compared(races=self.races))
 
     def _possible(self, methods: tuple[Method, ...]) -> tuple[Method, ...]:
         without = {one.features for one in self.left_out}
@@ -350,7 +355,7 @@ class Job(Way):
             length=self.text.length,
             search=self.recovery.search,
             tried=() if self.recovery.method.is_named else self.tried,
-            tried_later=() if self.recovery.method.is_named else self._possible(LATER_METHODS),
+            tried_later=() if self.recovery.method.is_named else self._possible(self.ways.later),
             positions=share_of_positions(
                 self.sizes.n_layers * self.sizes.layer_elements, self.sizes.vocabulary * self.sizes.hidden
             ),

@@ -38,4 +38,5 @@ def room_of(job: Job) -> Room:
 
 def too_large(job: Job) -> tuple[LeftOut, ...]:
     """Return what `auto` leaves out, the largest first."""
-    return left_out(fits_of(job.sizes, job.fit_ranges, length=job.text.length, races=job.races), room_of(job))
+    fits = fits_of(job.sizes, job.fit_ranges, job.ways, length=job.text.length, races=job.races)
+    return left_out(fits, room_of(job))

@@ -28,7 +28,7 @@ from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
-from ghoststream.stages.choosing.ways import SCREEN, tried_ways
+from ghoststream.stages.choosing.ways import EVERY, SCREEN
 from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
 from ghoststream.stages.exploring.predicted import predict
@@ -171,7 +171,7 @@ def _checked_method(
 def _repairing(method: Method | None, without: tuple[str, ...]) -> dict[str, Any]:
     if method is not None:
         return {"method": method.to_json()}
-    return {"method": AUTO, "screen": SCREEN.to_json(), **tried_ways(without)}
+    return {"method": AUTO, "screen": SCREEN.to_json(), **EVERY.recorded(without)}
 
 
 def _kept(folder: Path, work: _Exploration, recipe: dict[str, Any]) -> ExplorationReport:

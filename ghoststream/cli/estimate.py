@@ -11,13 +11,13 @@ import click
 
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import (
+    Part,
     debug_option,
     field_option,
     grouped,
     json_option,
     model_argument,
     out_option,
-    remove_option,
 )
 from ghoststream.cli.output import (
     human_bytes,
@@ -28,7 +28,8 @@ from ghoststream.cli.output import (
     print_text,
 )
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Storage, Text
+from ghoststream.errors import RequestError
+from ghoststream.options import Compute, Exploration, Method, Recovery, Reduction, Search, Storage, Text
 from ghoststream.progress import human_seconds
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ if TYPE_CHECKING:
     example="ghoststream estimate llama-3-70b --remove 16 --machine h100",
 )
 @model_argument
-@remove_option
+@click.option(
+    "--remove",
+    metavar="N|PLAN",
+    help=Recovery.model_fields["remove"].description,
+)
+@click.option("--explore", is_flag=True, help="What `explore` would take, in the place of `recover`.")
 @out_option("DIR", "Where the checkpoint would go. Default: here.", required=False)
 @click.option(
     "--machine",
@@ -66,7 +72,14 @@ if TYPE_CHECKING:
 )
 @field_option(Text, "sequences")
 @field_option(Text, "length")
-@grouped(search=Search, method=Method, compute=Compute, storage=Storage, reduction=Reduction)
+@grouped(
+    exploration=Part(Exploration, ("counts", "per_count"), Exploration.title),
+    search=Search,
+    method=Method,
+    compute=Compute,
+    storage=Storage,
+    reduction=Reduction,
+)
 @field_option(Recovery, "store", section=Storage.title)
 @json_option
 @debug_option
@@ -74,6 +87,9 @@ def command(
     model: str,
     *,
     as_json: bool,
+    remove: str | None,
+    explore: bool,
+    exploration: Exploration,
     out: Path | None,
     machine: str,
     save_machine: Path | None,
@@ -90,16 +106,29 @@ def command(
 
     The options are those of `ghoststream recover`. A table of sweeps says how often a store is read within
     --memory, and what is kept on disk meanwhile.
+
+    With --explore it says what `ghoststream explore` would take: --counts in the place of --remove.
     """
     from ghoststream.stages.estimation.command import UNREAD
     from ghoststream.stages.estimation.estimate import estimate
 
+    if explore == (remove is not None):
+        msg = "say what is to be done: either --remove N, as for recover, or --explore"
+        raise RequestError(msg)
+    if not explore:
+        exploration.refuse(None, "no --explore is given")
     text = Text(spec=UNREAD, sequences=sequences, length=length)
     wanted = {key: value for key, value in given.items() if value is not None}
-    recovery = Recovery.make({"model": model, "calibration": text, **wanted})
+    recovery = Recovery.make({"model": model, "remove": remove or 1, "calibration": text, **wanted})
     with show_progress() as progress:
         found = estimate(
-            recovery, out=out, machine=machine, measure=measure, saved=save_machine, progress=progress
+            recovery,
+            out=out,
+            machine=machine,
+            measure=measure,
+            saved=save_machine,
+            exploration=exploration if explore else None,
+            progress=progress,
         )
     if as_json:
         print_json(found.to_json())
@@ -115,7 +144,7 @@ def print_estimate(found: Estimate) -> None:
     print_facts(
         {
             "architecture": model.model_type,
-            "layers": f"{model.n_layers}, {found.n_removed} of them removed",
+            "layers": f"{model.n_layers}, {'up to ' * found.explores}{found.n_removed} of them removed",
             "one layer": human_bytes(model.layer_bytes),
             "embedding": human_bytes(model.embedding_bytes),
             "head": f"{human_bytes(model.head_bytes)}{' (tied)' if model.tied else ''}",
@@ -158,7 +187,8 @@ def _print_stores(found: Estimate) -> None:
         f"{'  <- this run' if way.is_taken else ''}"
         for way in found.stores
     }
-    print_facts(ways, title=f"disk for {stored} hidden states of all tokens, by --store-dtype")
+    if ways:
+        print_facts(ways, title=f"disk for {stored} hidden states of all tokens, by --store-dtype")
 
 
 def _print_sweeps(found: Estimate) -> None:

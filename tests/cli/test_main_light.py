@@ -60,6 +60,7 @@ def places(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("inspect plan.json", _TORCH, "pruning plan"),
         ("verify plan.json", _TORCH, "sound"),
         ("estimate model --remove 2 --no-measure --device cpu", _TORCH, "it fits"),
+        ("estimate model --explore --no-measure --device cpu", _TORCH, "it fits"),
         ("estimate model --remove plan.json --operator ghost --no-measure --device cpu", _TORCH, "it fits"),
         (
             "estimate model --remove 2 --criterion residual --operator ghost --no-measure --device cpu",

@@ -17,9 +17,9 @@ from ghoststream.errors import OutputExistsError, RequestError
 from ghoststream.option_types import Options
 from ghoststream.options import Compute, Exploration, Method, Search, Text
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.exploring.explore import counts_of, explore, interval
+from ghoststream.stages.exploring.explore import explore, interval
+from ghoststream.stages.exploring.numbers import Numbers, counts_of
 from ghoststream.stages.exploring.predicted import predict
-from ghoststream.stages.exploring.rounds import Numbers
 from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit
 

@@ -62,38 +62,43 @@ def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost
         tried: Sizes of the spans of each partition.
     """
     sizes = {size for sizes in tried for size in sizes}
-    ranked = min(RANKED_WINDOWS, shape.sequences) / shape.sequences
-    keeping = shape.hidden * (max(sizes) + 3) * ranked
     n_alone = sum(
         min(SPANS if size == shape.remove else PARTS, max(1, shape.n_layers - 1 - size)) for size in sizes
     )
     found = [
-        PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers, last=shape.n_layers - 1),
-        _round(shape, OF_SPANS, n_alone, n_spans=1),
+        ranking(shape, max(sizes)),
+        round_of(shape, OF_SPANS, n_alone, n_spans=1),
     ]
     most = max(map(len, tried))
     n_survivors = min(SURVIVORS, max(1, shape.n_layers - 1 - max(sizes)))
     if most > 1:
-        found.append(_round(shape, OF_PLANS, shape.search.candidates + n_survivors, n_spans=most))
-        if _plans_of_several(shape, tried) > shape.search.candidates:
-            found.append(_round(shape, OF_PLANS, LEADERS * most * len(MOVES), n_spans=most))
+        found.append(round_of(shape, OF_PLANS, shape.search.candidates + n_survivors, n_spans=most))
+        if plans_of_several(shape.n_layers, tried) > shape.search.candidates:
+            found.append(round_of(shape, OF_PLANS, LEADERS * most * len(MOVES), n_spans=most))
     # Of the leader other ways are measured beside the likely one, more of them behind another boundary.
     n_ways = (2 + 3 * (most - 1)) * bool(shape.tried)
-    found.append(_round(shape, OF_SURVIVORS, n_survivors * most + n_ways, n_spans=most, sequential=True))
+    found.append(round_of(shape, OF_SURVIVORS, n_survivors * most + n_ways, n_spans=most, sequential=True))
     return tuple(found)
 
 
-def _plans_of_several(shape: SearchShape, tried: Sequence[Sequence[int]]) -> int:
+def ranking(shape: SearchShape, longest: int) -> PassCost:
+    """Return the pass of the dense model in which spans of up to ``longest`` layers are ranked."""
+    ranked = min(RANKED_WINDOWS, shape.sequences) / shape.sequences
+    keeping = shape.hidden * (longest + 3) * ranked
+    return PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers, last=shape.n_layers - 1)
+
+
+def plans_of_several(n_layers: int, tried: Sequence[Sequence[int]]) -> int:
     """Return how many plans of several spans there are that do not touch, nor the first or the last layer."""
     n_plans = 0
     for sizes in (sizes for sizes in tried if len(sizes) > 1):
-        free = shape.n_layers - 2 - sum(sizes) - (len(sizes) - 1)
+        free = n_layers - 2 - sum(sizes) - (len(sizes) - 1)
         orders = len(set(permutations(sizes)))
         n_plans += orders * comb(free + len(sizes), len(sizes)) if free >= 0 else 0
     return n_plans
 
 
-def _round(
+def round_of(
     shape: SearchShape, share: SampleShare, repairs: int, *, n_spans: int, sequential: bool = False
 ) -> PassCost:
     """Return a pass over a sample: a dense lane, and repairs behind the middle of the model.

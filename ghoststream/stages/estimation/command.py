@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.option_types import Options, flag
+from ghoststream.options import Exploration
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.estimation.job import Job
 
@@ -40,6 +41,18 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
     if recovery.gguf_type != "auto":
         words += ["--gguf-type", recovery.gguf_type]
     return (*words, "--out", str(out or "recovered"))
+
+
+def explore_command_of(job: Job, exploration: Exploration, model: str, out: Path | None) -> tuple[str, ...]:
+    """Return the words of ``ghoststream explore``; arguments are those of :func:`command_of`."""
+    recovery = job.recovery
+    words = ["ghoststream", "explore", model]
+    for spec in recovery.calibration.specs:
+        words += ["--calibration", _TEXT if spec == UNREAD else spec]
+    words += _words(recovery.calibration, without=("spec",))
+    for group in (exploration, recovery.search, recovery.method, recovery.compute):
+        words += _words(group)
+    return (*words, "--out", str(out or "explored"))
 
 
 def _removed(remove: int | str | PruningPlan) -> str:

@@ -10,12 +10,13 @@ from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.sizes import ModelSizes, sizes_of
 from ghoststream.errors import RequestError
 from ghoststream.machine import may_have_accelerator
-from ghoststream.options import Dtype, Recovery
+from ghoststream.options import Dtype, Exploration, Recovery
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.stages.estimation.command import command_of
+from ghoststream.stages.estimation.command import command_of, explore_command_of
+from ghoststream.stages.estimation.exploration import ExplorationCost, as_recovery
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.machine import THIS, Machine, find_machine, this_machine
-from ghoststream.stages.estimation.models import find_model
+from ghoststream.stages.estimation.models import FoundModel, find_model
 from ghoststream.stages.estimation.needs import Route, all_needs
 from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, SweepCost
@@ -35,6 +36,7 @@ def estimate(
     machine: str | Machine = THIS,
     measure: bool = True,
     saved: Path | None = None,
+    exploration: Exploration | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
     """Work out what a recovery takes, and whether it fits a machine.
@@ -52,6 +54,8 @@ def estimate(
             writes a temporary file, and multiplies matrices. Without, neither torch nor transformers is
             needed where the checkpoint is here.
         saved: File to write what was measured of this machine to, with all compute types.
+        exploration: Price :func:`ghoststream.explore` of these numbers of layers in the place of a recovery:
+            with text, search, method and compute of the request, whose ``remove`` does not count.
         progress: Told that the machine is measured.
 
     Returns:
@@ -78,9 +82,11 @@ def estimate(
     progress = progress or SilentProgress()
     found = find_model(name, revision=compute.revision)
     sizes = sizes_of(found.index, found.config, compute.dtype, compute.attention)
+    if exploration is not None:
+        recovery = as_recovery(recovery, exploration, sizes.n_layers)
     job = Job.make(recovery, sizes, there or this_machine(device))
     root = found.root
-    if out is not None and root is not None:
+    if out is not None and root is not None and exploration is None:
         check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
     if measure and there is None:
         if root is not None:
@@ -89,6 +95,8 @@ def estimate(
         job = replace(job, machine=_measured(sizes, device, place, all_types=saved is not None))
         if saved is not None:
             job.machine.save(saved)
+    if exploration is not None:
+        return _of_exploration(job, exploration, found, out)
     route = Route.of(job)
     route = replace(route, sweeps=_sweeps(route))
     store = None if "://" in (recovery.store or "") else Path(recovery.store or place)
@@ -104,6 +112,24 @@ def estimate(
         command_of(job, found.command_name, None if out is None else place),
         found.note,
         job.left_out,
+    )
+
+
+def _of_exploration(
+    job: Job, exploration: Exploration, found: FoundModel, out: str | Path | None
+) -> Estimate:
+    cost = ExplorationCost.of(job, exploration)
+    return Estimate(
+        job.sizes,
+        job.recovery,
+        job.n_removed,
+        cost.needs,
+        cost.stages,
+        job.machine,
+        command=explore_command_of(job, exploration, found.command_name, None if out is None else Path(out)),
+        note=found.note,
+        left_out=job.left_out,
+        explores=True,
     )
 
 

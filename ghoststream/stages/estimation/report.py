@@ -18,6 +18,7 @@ _ADVICE: Mapping[str, str] = {
     "device memory": f"{_SMALLER}, or a larger device",
     "memory, capture": _SMALLER,
     "memory, search": _SMALLER,
+    "memory, explore": f"{_SMALLER}, fewer --counts or fewer --lanes",
     "memory, pass": _SMALLER,
     "memory, evaluate": _SMALLER,
     "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
@@ -122,6 +123,7 @@ class Estimate:
         stores: Ways to keep hidden states, by the disk that they take.
         command: The command that does it, as words.
         note: Where the sizes of the model come from, if not from headers.
+        explores: Whether it is of an exploration; ``n_removed`` is its largest number of layers.
         left_out: Ways to repair that ``auto`` leaves out, as their fits cannot be held.
     """
 
@@ -136,6 +138,7 @@ class Estimate:
     command: tuple[str, ...] = ()
     note: str = ""
     left_out: tuple[LeftOut, ...] = ()
+    explores: bool = False
 
     @property
     def rates(self) -> Rates | None:
@@ -160,6 +163,7 @@ class Estimate:
             "model": self.model.to_json(),
             "recovery": self.recovery.to_json(),
             "n_removed": self.n_removed,
+            "explores": self.explores,
             "needs": {name: {**asdict(need), "fits": need.fits} for name, need in self.needs.items()},
             "stages": [asdict(stage) for stage in self.stages],
             "sweeps": [asdict(cost) for cost in self.sweeps],

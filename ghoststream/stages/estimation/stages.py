@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from ghoststream.costs import PassCost
 from ghoststream.stages.estimation.needs import Route
 from ghoststream.stages.estimation.pass_needs import PassNeeds
 from ghoststream.stages.estimation.report import StageCost
@@ -46,6 +48,11 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
     if job.measuring is not None:
         works["evaluate"] = evaluate_work(job.measuring)
     return tuple(_cost(route, name, work, places.get(name)) for name, work in works.items())
+
+
+def passes_cost(route: Route, name: str, passes: Iterable[PassCost], place: PassNeeds) -> StageCost:
+    """Return the work of some passes as a stage, with its time where the machine's rates are known."""
+    return _cost(route, name, passes_work(route.job, passes), place)
 
 
 def _cost(route: Route, name: str, work: Work, place: PassNeeds | None) -> StageCost:

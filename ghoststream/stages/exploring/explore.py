@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.checkpoint.sizes import ModelSizes, read_sizes
-from ghoststream.errors import RequestError
 from ghoststream.options import (
     AUTO,
     Compute,
@@ -31,10 +30,11 @@ from ghoststream.stages.choosing.trial import Division, Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, SCREEN
 from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
+from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
 from ghoststream.stages.exploring.predicted import predict
 from ghoststream.stages.exploring.ranking import Ranking
 from ghoststream.stages.exploring.report import NAME, DenseFigures, ExplorationReport, Point, Spent
-from ghoststream.stages.exploring.rounds import STAGES, Numbers, run_rounds
+from ghoststream.stages.exploring.rounds import STAGES, run_rounds
 from ghoststream.stages.output import Output, not_of_this_request
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
@@ -42,10 +42,6 @@ from ghoststream.stages.way import some_plan
 from ghoststream.streaming import Runs
 from ghoststream.text import TokenSet, recipe_of
 
-MOST_NUMBERS = 16
-"""Numbers of layers that are explored where none are named."""
-
-_USED = ("max_spans", "held_out", "lanes", "folds")
 _CONFIDENCE = 0.95
 
 
@@ -90,7 +86,7 @@ def explore(
     """
     exploration, search, method = exploration or Exploration(), search or Search(), method or Method()
     progress = progress or SilentProgress()
-    search.refuse(set(Search.model_fields).difference(_USED), "an exploration ranks and measures by itself")
+    search.refuse(set(Search.model_fields).difference(USED), "an exploration ranks and measures by itself")
     if not method.is_named:
         method.refuse(("refit",), f"an exploration with the operator {AUTO} refits nothing")
     session = ModelSession(model, compute)
@@ -129,32 +125,6 @@ def explore(
         session, sizes, tokens, division, numbers, exploration, search, named, progress, without
     )
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
-
-
-def counts_of(exploration: Exploration, n_layers: int) -> tuple[int, ...]:
-    """Return the numbers of layers that are explored: as given, or up to half of the layers.
-
-    Raises:
-        RequestError: If so many layers cannot be removed, or the model has too few.
-    """
-    if exploration.broken <= exploration.cheap:
-        msg = f"--broken {exploration.broken:g} is not above --cheap {exploration.cheap:g}; give a larger one"
-        raise RequestError(msg)
-    if n_layers < 3:
-        msg = f"the model has {n_layers} layers; the first and the last are kept, so that none can be removed"
-        raise RequestError(msg)
-    if exploration.counts is None:
-        half = max(1, n_layers // 2)
-        step = math.ceil(half / MOST_NUMBERS)
-        return tuple(range(step, half + 1, step))
-    wrong = [count for count in exploration.counts if not 1 <= count <= n_layers - 2]
-    if wrong:
-        msg = (
-            f"cannot remove {wrong[0]} of {n_layers} layers: the first and the last layer are kept; give "
-            f"--counts from 1 to {n_layers - 2}, such as 1:{n_layers - 1}"
-        )
-        raise RequestError(msg)
-    return exploration.counts
 
 
 def _checked_method(

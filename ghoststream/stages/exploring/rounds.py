@@ -17,7 +17,7 @@ All candidates of a round are lanes of one pass. Rounds 2 to 4 are those of a ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ghoststream.errors import RequestError
@@ -25,7 +25,6 @@ from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.auto import preference
 from ghoststream.stages.choosing.by_text import difference, ranked_gap
-from ghoststream.stages.choosing.passes import partitions
 from ghoststream.stages.choosing.race import combined, likely
 from ghoststream.stages.choosing.ranking import Similarity, shortlist
 from ghoststream.stages.choosing.repair import Repair
@@ -34,6 +33,7 @@ from ghoststream.stages.choosing.settling import is_surely_worse, settle
 from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
 from ghoststream.stages.choosing.ways import SCREEN
 from ghoststream.stages.choosing.writable import writable
+from ghoststream.stages.exploring.numbers import PARTS, Numbers
 from ghoststream.stages.session import ModelSession
 
 STAGES = 4
@@ -44,9 +44,6 @@ WITHIN = 0.1
 
 GAINED = 0.06
 """Nats that plans of several spans gain by fitting later boundaries on the repaired model."""
-
-PARTS = 2
-"""How many times as many spans of a length are measured alone for plans of several as for plans of one."""
 
 
 @dataclass
@@ -62,38 +59,6 @@ class Explored:
     best: dict[int, tuple[Repair, Row]] = field(default_factory=dict)
     alone: dict[Span, Row] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers of layers that are explored.
-
-    Attributes:
-        n_layers: Layers of the model.
-        counts: The numbers, ascending.
-        max_spans: Spans of a plan at most.
-        per_count: Plans of one span, and of several, that are measured for each number.
-    """
-
-    n_layers: int
-    counts: Sequence[int]
-    max_spans: int
-    per_count: int
-
-    def tried(self, count: int) -> list[list[int]]:
-        """Return the sizes of the spans of the plans that are tried for a number of layers."""
-        return partitions(count, min(self.max_spans, count))
-
-    @property
-    def parts(self) -> list[int]:
-        """Lengths of the spans that plans of several have, ascending."""
-        several = (sizes for count in self.counts for sizes in self.tried(count) if len(sizes) > 1)
-        return sorted({size for sizes in several for size in sizes})
-
-    @property
-    def sizes(self) -> list[int]:
-        """All lengths of spans, ascending."""
-        return sorted({*self.counts, *self.parts})
 
 
 def run_rounds(

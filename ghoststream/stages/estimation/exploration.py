@@ -1,0 +1,70 @@
+"""What an exploration would take: its four passes, in the place of a recovery's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ghoststream.costs import Need
+from ghoststream.errors import RequestError
+from ghoststream.options import Exploration, Recovery, Search
+from ghoststream.stages.estimation.job import Job
+from ghoststream.stages.estimation.needs import Route
+from ghoststream.stages.estimation.pass_needs import pass_needs
+from ghoststream.stages.estimation.report import StageCost
+from ghoststream.stages.estimation.stages import passes_cost
+from ghoststream.stages.exploring.cost import exploring
+from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
+
+NAME = "explore"
+
+
+@dataclass(frozen=True)
+class ExplorationCost:
+    """What an exploration takes.
+
+    Attributes:
+        needs: Memory and disk.
+        stages: The one stage.
+    """
+
+    needs: Mapping[str, Need]
+    stages: tuple[StageCost, ...]
+
+    @classmethod
+    def of(cls, job: Job, exploration: Exploration) -> ExplorationCost:
+        """Price an exploration.
+
+        Args:
+            job: A recovery of the largest number of layers, as :func:`as_recovery` makes it.
+            exploration: The numbers of layers.
+        """
+        n_layers, search = job.sizes.n_layers, job.recovery.search
+        numbers = Numbers(n_layers, counts_of(exploration, n_layers), search.max_spans, exploration.per_count)
+        passes = exploring(job.search_shape, numbers)
+        route = Route(job, job.fit_cost(job.kind), None, passes, ())
+        place = pass_needs(job, NAME, max(one.states for one in passes), fits=route.fits)
+        return cls(place.needs, (passes_cost(route, NAME, passes, place),))
+
+
+def as_recovery(recovery: Recovery, exploration: Exploration, n_layers: int) -> Recovery:
+    """Return the recovery whose search is what an exploration does for its largest number of layers.
+
+    Raises:
+        RequestError: If numbers do not fit the model, or an option is given that an exploration does not
+            read.
+    """
+    search = recovery.search
+    search.refuse(set(Search.model_fields).difference(USED), "an exploration ranks and measures by itself")
+    unused = "an exploration writes neither store nor checkpoint"
+    for group in (recovery.storage, recovery.reduction):
+        group.refuse(None, unused)
+    recovery.refuse(("store",), unused)
+    largest = max(counts_of(exploration, n_layers))
+    if largest < search.max_spans:
+        # One layer has one span; what is given here is a limit.
+        recovery = recovery.model_copy(update={"search": search.model_copy(update={"max_spans": largest})})
+    if largest < 1:
+        msg = "nothing is explored; give --counts"
+        raise RequestError(msg)
+    return recovery.model_copy(update={"remove": largest})

@@ -33,6 +33,9 @@ from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import Ranges, get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
 
+_COPIES = 3
+"""Copies to go on from, at a time: one that is filled, one on its way to disk, and the one before."""
+
 _WRITING_THREADS = 4
 """Shards that a capture writes at a time at most."""
 
@@ -307,6 +310,11 @@ class Job(Way):
         stored = self.recovery.storage.store_dtype
         is_whole = self.stored_positions == tuple(range(self.stored_layers))
         return stored not in (None, self.sizes.dtype) or not is_whole
+
+    @property
+    def n_copies(self) -> int:
+        """States at compute type that lie beside a store at a time; nothing is continued from the last."""
+        return min(_COPIES, max(self.stored_positions)) if self.is_rounded else 0
 
     @property
     def computed_bytes(self) -> int:

@@ -116,7 +116,12 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
             n_bytes = job.n_tokens * job.input_width(job.kind) * job.sizes.itemsize
             needs["disk, taps"] = Need(n_bytes, "S T p b a boundary, while solving", disk)
     if job.captures:
-        needs["disk, store"] = Need(job.store_bytes, f"{job.stored_layers} S T C b", machine.free_disk(store))
+        copied = f" + {job.n_copies} S T C b to go on from" * bool(job.n_copies)
+        needs["disk, store"] = Need(
+            job.store_bytes + job.n_copies * job.computed_bytes,
+            f"{job.stored_layers} S T C b{copied}",
+            machine.free_disk(store),
+        )
     parts = len(job.spans) * route.fit.write_bytes
     needs["memory, export"] = Need(_EXPORT_BYTES + parts, "32 MiB and the operators", host)
     needs["disk, export"] = Need(job.export_bytes, "checkpoint - N layers + operator", disk)

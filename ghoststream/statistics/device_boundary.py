@@ -93,6 +93,12 @@ class DeviceSums:
             for name, array in arrays.items()
         }
 
+    def add_in_place(self, other: DeviceSums) -> DeviceSums:
+        """Add other sums to these and return these."""
+        for name, tensor in self.arrays.items():
+            tensor += other.arrays[name]
+        return self
+
     def fetch(self) -> SumState:
         """Return them on the host."""
         return SumState({name: tensor.cpu().numpy() for name, tensor in self.arrays.items()})

@@ -16,13 +16,14 @@ from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.features import ModelFacts
+from ghoststream.statistics.fold_sums import FoldSums
 from ghoststream.statistics.folds import FoldedMoments
 from ghoststream.statistics.ranges import Ranges, SequenceRange
 from ghoststream.statistics.source import HiddenStateSource
 from ghoststream.statistics.sums import SumState
 
 if TYPE_CHECKING:
-    from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
+    from ghoststream.statistics.device_boundary import DeviceBoundaryReducer, DeviceSums
 
 Rows = npt.NDArray[np.floating[Any]]
 
@@ -74,9 +75,9 @@ class StreamedTaps:
         return source
 
 
-def streamed_moments(
+def streamed_sums(
     reducer: BoundaryReducer,
-    ranges: Ranges,
+    ranges: Sequence[SequenceRange],
     pairs: Iterable[tuple[Rows, Rows]],
     *,
     mask: npt.NDArray[np.bool_],
@@ -84,15 +85,15 @@ def streamed_moments(
     n_layers: int,
     taps: StreamedTaps | None = None,
     workers: int | None = None,
-) -> FoldedMoments:
+) -> FoldSums[SumState]:
     """Reduce one boundary's states as they come, to the bits that a store of them would give.
 
     Args:
         reducer: The range task, of one span.
-        ranges: How sequences are divided into ranges and folds.
-        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from sequence 0 on;
-            with ``taps``, ``h[start]`` and the other taps behind it.
-        mask: True at tokens that count, bool ``(S, T)``.
+        ranges: Consecutive ranges of sequences.
+        pairs: ``h[start]`` and ``h[stop]`` of consecutive sequences, ``(n, T, C)`` each, from the first of
+            the ranges on; with ``taps``, ``h[start]`` and the other taps behind it.
+        mask: True at tokens that count, bool ``(S, T)``, from sequence 0 on.
         facts: What features may know of the model.
         n_layers: Decoder layers of the model.
         taps: The taps that the reducer reads, if it does.
@@ -106,8 +107,8 @@ def streamed_moments(
     Memory: the states of one range and one batch; for each worker the states of a range and what the reducer
     states for a task; for each fold ``log2(ranges) + 1`` states of the reducer.
     """
-    folds: list[list[tuple[int, SumState]]] = [[] for _ in range(ranges.n_folds)]
-    pending: deque[tuple[int, Future[SumState]]] = deque()
+    sums = sums_by(reducer)
+    pending: deque[tuple[SequenceRange, Future[SumState]]] = deque()
 
     def task(wanted: SequenceRange, inputs: Rows, targets: Rows) -> SumState:
         span, hidden = reducer.spans[0], targets.shape[2]
@@ -120,22 +121,18 @@ def streamed_moments(
             return reducer.reduce(source, wanted.start, wanted.stop)
 
     def push() -> None:
-        fold, state = pending.popleft()
-        _push(folds[fold], state.result(), reducer)
+        done, state = pending.popleft()
+        sums.add(done, state.result())
 
     with ThreadPoolExecutor() as pool:
         for wanted, inputs, targets in _by_range(ranges, pairs):
             room = workers or default_workers(reducer.task_bytes(targets.shape[2], targets.shape[1]))
             while len(pending) >= room:
                 push()
-            pending.append((wanted.fold, pool.submit(task, wanted, inputs, targets)))
+            pending.append((wanted, pool.submit(task, wanted, inputs, targets)))
         while pending:
             push()
-    states = [_merged(stack, reducer) for stack in folds]
-    spec = reducer.spec
-    return FoldedMoments(
-        reducer.spans[0], states, feature=spec.feature, token_weights=spec.token_weights, facts=facts
-    )
+    return sums
 
 
 def most_states(ranges: Ranges) -> int:
@@ -152,63 +149,90 @@ def most_states(ranges: Ranges) -> int:
     return most
 
 
-def device_moments(
+def device_sums(
     reducer: DeviceBoundaryReducer,
-    ranges: Ranges,
+    ranges: Sequence[SequenceRange],
     pairs: BatchedPairs,
     *,
     mask: npt.NDArray[np.bool_],
     facts: ModelFacts,
     n_layers: int,
     taps: StreamedTaps | None = None,
-) -> FoldedMoments:
+) -> FoldSums[SumState]:
     """Reduce one boundary's states where they are, fold by fold.
 
-    Takes and raises what :func:`streamed_moments` does. The order of additions is that of the sequences of a
-    fold.
+    Takes and raises what :func:`streamed_sums` does. The order of additions is that of the merge tree, as
+    there; that of the batches within a range.
 
     Args:
         reducer: The range task, of one span, on the device that the states are on or go to.
-        pairs: The states by batch, of sequences from 0 on; those of a fold are asked for together.
+        pairs: The states by batch, of all sequences of the ranges; those of a fold are asked for together.
 
-    Memory: on the device what the reducer states, for one fold at a time; on the host a state for each fold.
+    Memory: on the device what the reducer states, for one fold at a time, and ``log2(ranges of a fold)``
+    states more; on the host what :class:`~ghoststream.statistics.fold_sums.FoldSums` states.
     """
     (span,) = reducer.spans
     first = pairs.of(pairs.batches[0])[1]
-    states = []
-    for fold in range(ranges.n_folds):
-        sums = reducer.begin(first.shape[-1], first.shape[1])
-        for batch, start, stop in _parts(ranges.fold_leaves(fold), pairs.batches):
-            inputs, targets = (side[start - batch.start : stop - batch.start] for side in pairs.of(batch))
-            hidden = targets.shape[2]
-            about = (mask[start:stop], start, n_layers, facts)
-            source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
-            if taps is not None:
-                offset = 0 if taps.with_states else hidden
-                taps.come(_RangeSource({span.start - 1: inputs[:, :, offset:]}, *about))
-            reducer.add(sums, source, start, stop)
-        states.append(reducer.finish(sums))
+    found = sums_by(reducer)
+    for fold in sorted({one.fold for one in ranges}):
+        there: FoldSums[DeviceSums] = FoldSums(lambda left, right: left.add_in_place(right))
+        for leaf in (one for one in ranges if one.fold == fold):
+            sums = reducer.begin(first.shape[-1], first.shape[1])
+            for batch, start, stop in _parts(leaf, pairs.batches):
+                inputs, targets = (side[start - batch.start : stop - batch.start] for side in pairs.of(batch))
+                hidden = targets.shape[2]
+                about = (mask[start:stop], start, n_layers, facts)
+                source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
+                if taps is not None:
+                    offset = 0 if taps.with_states else hidden
+                    taps.come(_RangeSource({span.start - 1: inputs[:, :, offset:]}, *about))
+                reducer.add(sums, source, start, stop)
+            there.add(leaf, sums)
+        for node, merged in there.nodes.items():
+            found.put(node, reducer.finish(merged))
+    return found
+
+
+def folded(
+    reducer: BoundaryReducer, sums: FoldSums[SumState], n_folds: int, facts: ModelFacts
+) -> FoldedMoments:
+    """Return the moments of all folds, whose sums are taken out."""
     spec = reducer.spec
-    return FoldedMoments(span, states, feature=spec.feature, token_weights=spec.token_weights, facts=facts)
+    return FoldedMoments(
+        reducer.spans[0],
+        sums.folds(n_folds),
+        feature=spec.feature,
+        token_weights=spec.token_weights,
+        facts=facts,
+    )
 
 
-def _parts(
-    leaves: Sequence[SequenceRange], batches: Sequence[Numbered]
-) -> Iterator[tuple[Numbered, int, int]]:
-    """Yield what of each batch belongs to some ranges, as sequences ``[start, stop)``."""
-    for wanted in leaves:
-        for batch in batches:
-            start, stop = max(batch.start, wanted.start), min(batch.stop, wanted.stop)
-            if start < stop:
-                yield batch, start, stop
+def sums_by(reducer: BoundaryReducer) -> FoldSums[SumState]:
+    """Return sums over nothing, which are merged as a reducer does."""
+
+    def merge(left: SumState, right: SumState) -> SumState:
+        if reducer.adds:
+            return left.add_in_place(right)
+        with single_blas_thread():
+            return reducer.merge(left, right)
+
+    return FoldSums(merge)
+
+
+def _parts(wanted: SequenceRange, batches: Sequence[Numbered]) -> Iterator[tuple[Numbered, int, int]]:
+    """Yield what of each batch belongs to a range, as sequences ``[start, stop)``."""
+    for batch in batches:
+        start, stop = max(batch.start, wanted.start), min(batch.stop, wanted.stop)
+        if start < stop:
+            yield batch, start, stop
 
 
 def _by_range(
-    divided: Ranges, pairs: Iterable[tuple[Rows, Rows]]
+    ranges: Sequence[SequenceRange], pairs: Iterable[tuple[Rows, Rows]]
 ) -> Iterator[tuple[SequenceRange, Rows, Rows]]:
     """Cut what comes in batches into ranges."""
-    ranges = iter(divided.ranges())
-    wanted = next(ranges, None)
+    left = iter(ranges)
+    wanted = next(left, None)
     waiting: list[tuple[Rows, Rows]] = []
     n_waiting = 0
     for pair in pairs:
@@ -219,7 +243,7 @@ def _by_range(
             size = len(wanted)
             yield wanted, inputs[:size], targets[:size]
             waiting, n_waiting = [(inputs[size:], targets[size:])], n_waiting - size
-            wanted = next(ranges, None)
+            wanted = next(left, None)
     if wanted is not None:
         msg = f"states of sequences from {wanted.start} on did not come"
         raise ValueError(msg)
@@ -271,26 +295,3 @@ class _RangeSource:
 
     def mask(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         return self.rows_mask[start - self.first : stop - self.first]
-
-
-def _push(stack: list[tuple[int, SumState]], state: SumState, reducer: BoundaryReducer) -> None:
-    """Add the next leaf of a fold, merging as the tree of :mod:`ghoststream.statistics.ranges` does."""
-    level = 0
-    while stack and stack[-1][0] == level:
-        state = _merge(stack.pop()[1], state, reducer)
-        level += 1
-    stack.append((level, state))
-
-
-def _merged(stack: list[tuple[int, SumState]], reducer: BoundaryReducer) -> SumState:
-    state = stack.pop()[1]
-    while stack:
-        state = _merge(stack.pop()[1], state, reducer)
-    return state
-
-
-def _merge(left: SumState, right: SumState, reducer: BoundaryReducer) -> SumState:
-    if reducer.adds:
-        return left.add_in_place(right)
-    with single_blas_thread():
-        return reducer.merge(left, right)

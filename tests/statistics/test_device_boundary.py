@@ -30,7 +30,7 @@ from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
 from ghoststream.statistics.device_products import PRODUCT_ERROR, add_product
 from ghoststream.statistics.devices import sums_device
-from ghoststream.statistics.streamed import device_moments, streamed_moments
+from ghoststream.statistics.streamed import device_sums, folded, streamed_sums
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 from tests.helpers.requests import fit
 
@@ -164,9 +164,15 @@ def test_states_that_come_by_are_summed_where_they_are(
     pairs = _Pairs(states[span.start], states[span.stop], batch)
     rows = ((x.float().numpy(), y.float().numpy()) for x, y in map(pairs.of, pairs.batches))
     spec = MomentSpec("hidden+normed", "relative")
-    expected = streamed_moments(BoundaryReducer((span,), spec), ranges, rows, **about)
-    found = device_moments(DeviceBoundaryReducer((span,), spec, device="cpu"), ranges, pairs, **about)
-    assert found.n_folds == expected.n_folds
+    host, device = BoundaryReducer((span,), spec), DeviceBoundaryReducer((span,), spec, device="cpu")
+    expected, found = (
+        folded(reducer, sums, ranges.n_folds, ModelFacts(EPSILON))
+        for reducer, sums in (
+            (host, streamed_sums(host, ranges.ranges(), rows, **about)),
+            (device, device_sums(device, ranges.ranges(), pairs, **about)),
+        )
+    )
+    assert found.n_folds == expected.n_folds == ranges.n_folds
     for fold in range(found.n_folds):
         _close(found.fold(fold), expected.fold(fold), "float64")
 

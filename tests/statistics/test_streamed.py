@@ -11,7 +11,7 @@ import pytest
 from ghoststream.spans import Span
 from ghoststream.statistics import FoldedMoments, ModelFacts, MomentSpec, Ranges
 from ghoststream.statistics.boundary import BoundaryReducer
-from ghoststream.statistics.streamed import streamed_moments
+from ghoststream.statistics.streamed import folded, streamed_sums
 from ghoststream.statistics.triangle_boundary import TriangleReducer
 from ghoststream.testing.states import ragged_mask, random_states, store_of
 from tests.helpers.reducing import moments_of
@@ -53,24 +53,20 @@ def test_they_are_those_of_the_store(
         range_sequences=range_sequences,
         **options,
     )[SPAN]
-    found = streamed_moments(
-        kind((SPAN,), MomentSpec(**options)),
-        Ranges.make(S, folds=folds, range_sequences=range_sequences),
-        _batches(states, batch),
-        mask=mask,
-        facts=ModelFacts(EPSILON),
-        n_layers=4,
-    )
-    _equal(found, expected)
+    reducer = kind((SPAN,), MomentSpec(**options))
+    ranges = Ranges.make(S, folds=folds, range_sequences=range_sequences)
+    about: dict[str, Any] = {"mask": mask, "facts": ModelFacts(EPSILON), "n_layers": 4}
+    sums = streamed_sums(reducer, ranges.ranges(), _batches(states, batch), **about)
+    _equal(folded(reducer, sums, ranges.n_folds, ModelFacts(EPSILON)), expected)
 
 
 def test_states_that_do_not_come_are_missed() -> None:
     states = random_states(4, (S, T, C))
     plan = Ranges.make(S, folds=2)
     with pytest.raises(ValueError, match="did not come"):
-        streamed_moments(
+        streamed_sums(
             BoundaryReducer((SPAN,)),
-            plan,
+            plan.ranges(),
             list(_batches(states, 5))[:-1],
             mask=np.ones((S, T), dtype=bool),
             facts=ModelFacts(),

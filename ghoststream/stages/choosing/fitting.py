@@ -9,28 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ghoststream.operators import BoundaryOperator, make_operator
+from ghoststream.operators import BoundaryOperator
 from ghoststream.options import Method
-from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.choosing.moments import (
-    DENSE,
-    Figures,
-    FitPlace,
-    fit_bytes,
-    fitted_operator,
-    host_bytes,
-    moments_of,
-    use_device,
-)
+from ghoststream.stages.choosing.moments import DENSE, Figures, FitPlace, fitted_operator, use_device
 from ghoststream.stages.choosing.refitting import RefittedLayer, RefittedProjection, refitted_layers
 from ghoststream.stages.choosing.repair import Repair
+from ghoststream.stages.choosing.summing import SummedBoundary
 from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import Ranges, taps_of
-from ghoststream.statistics.features import STATE_TAP
-from ghoststream.statistics.streamed import StreamedTaps
+from ghoststream.statistics import Ranges
 from ghoststream.streaming import (
     CUT,
     BoundaryMap,
@@ -42,13 +30,13 @@ from ghoststream.streaming import (
 )
 
 
-class StreamedFit(BoundaryMap):
+class StreamedFit(SummedBoundary):
     """Fits one boundary to the dense lane, as the pass comes by.
 
     With the first boundary of a plan that is the operator that a fit from a store gives, bit for bit (the
     same sequences, ranges and folds; fp32 on CPU). At later boundaries it is the sequential fit: the inputs
     are those of the model repaired so far; unless it takes over what another one fitted that comes by before
-    it. Taps that the features read are kept beside the states until the stop of the span.
+    it.
 
     Args:
         span: The removed span.
@@ -61,8 +49,7 @@ class StreamedFit(BoundaryMap):
         place: Where it is fitted; the host by default.
 
     Raises:
-        UnsupportedModelError: If the features read the layer before the span and there is none, it has no
-            such taps, or an operator on them could not be absorbed into it.
+        UnsupportedModelError: What :class:`~ghoststream.stages.choosing.summing.SummedBoundary` raises.
 
     Memory: while fitting what the operator's ``cost`` states for one boundary, afterwards ``p C`` elements at
     compute dtype, until the map was applied; the taps of all sequences, while the pass is inside the span.
@@ -80,50 +67,12 @@ class StreamedFit(BoundaryMap):
         figures: Figures = "all",
         place: FitPlace | None = None,
     ) -> None:
-        self._place = place or FitPlace()
-        self.span = span
+        super().__init__(span, method, ranges, mask, session, place=place)
         self.target = None if source else DENSE
         self._figures = figures
         self.operator: BoundaryOperator | None = None
-        self._kind = make_operator(method)
-        self._ranges = ranges
-        self._mask = mask
-        self._session = session
         self._source = source
         self._map: BoundaryMap = CUT
-        skeleton, read = session.skeleton, taps_of(method.features)
-        if read:
-            require_absorbable(skeleton, span, method.features, constant=method.intercept)
-        self.taps = tuple(tap for tap in read if tap != STATE_TAP)
-        self._streamed: StreamedTaps | None = None
-        widths = [tap_width(skeleton, span.start - 1, tap) for tap in self.taps]
-        self._parts = [skeleton.hidden_size, *widths]
-        if read:
-            self.width = sum(self._parts)
-            with_states = len(self.taps) < len(read)
-            self._streamed = StreamedTaps(
-                sum(self._parts if with_states else widths), with_states=with_states
-            )
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that the fit takes on an accelerator, if there is one; see :func:`fit_bytes`."""
-        if self.target is None:
-            return 0
-        return fit_bytes(self._kind, self.span, self._session, self._mask.shape[1], self._streamed)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes that the fit takes on the host, wherever it is."""
-        if self.target is None:
-            return 0
-        taps = 0 if self._streamed is None else self._streamed.width
-        length, device = self._mask.shape[1], self._place.of(self.device_bytes)
-        return host_bytes(self._kind, self._ranges, self._session, length, taps, device)
-
-    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return states and taps side by side."""
-        return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)
 
     def fit(self, pairs: Pairs) -> None:
         """Reduce the pairs that serve to fit, and solve.
@@ -131,17 +80,9 @@ class StreamedFit(BoundaryMap):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        moments = moments_of(
-            self._kind,
-            self.span,
-            pairs,
-            self._ranges,
-            self._mask,
-            self._session,
-            self._streamed,
-            self._place.of(self.device_bytes),
-        )
-        self._take(fitted_operator(self._kind, moments, self._figures))
+        device = self.device
+        moments = self.boundary.moments(self.boundary.sums(pairs, device=device), device)
+        self._take(fitted_operator(self.boundary.kind, moments, self._figures))
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Apply the operator to what was kept; that of the source, where there is one."""
@@ -157,7 +98,7 @@ class StreamedFit(BoundaryMap):
         self._map = CUT
 
     def _take(self, operator: BoundaryOperator) -> None:
-        self.operator, self._map = operator, operator_map(operator, self._session.skeleton)
+        self.operator, self._map = operator, operator_map(operator, self.boundary.session.skeleton)
 
 
 _Path = tuple[tuple[Span, Method], ...]

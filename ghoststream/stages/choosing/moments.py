@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from ghoststream.operators.diagnostics import relative_residual
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.room import FitBytes
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import FoldedMoments, ModelFacts, Ranges
+from ghoststream.statistics import BoundaryReducer, FoldedMoments, ModelFacts, Ranges, SumState
 from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
 from ghoststream.statistics.engines import default_workers
-from ghoststream.statistics.source import Taps
-from ghoststream.statistics.streamed import StreamedTaps, device_moments, streamed_moments
+from ghoststream.statistics.fold_sums import FoldSums
+from ghoststream.statistics.ranges import SequenceRange
+from ghoststream.statistics.streamed import StreamedTaps, device_sums, folded, streamed_sums
 from ghoststream.streaming import Pairs, PassMemory
 
 DENSE = "dense"
@@ -46,38 +47,103 @@ class FitPlace:
         return self.device if 0 < n_bytes <= self.room else None
 
 
-def fit_bytes(kind: OperatorKind, span: Span, session: ModelSession, length: int, taps: Taps | None) -> int:
-    """Return the bytes that the fit of a boundary takes on the session's device; 0 where it is on the host.
+@dataclass(frozen=True)
+class Boundary:
+    """A boundary of a pass: its operator, and how what that reads is summed.
 
-    That is the largest of what the sums of a fold take, and of what choosing a ridge does: the total, a fold,
-    the total without it and a factor, ``32 (p^2 + p C)`` bytes.
+    Attributes:
+        kind: The operator.
+        span: The span; of the layer before it are the taps.
+        ranges: How the sequences that serve to fit are divided; they are the first ``ranges.n_sequences``.
+        mask: True at tokens that count, bool ``(S, T)``.
+        session: The model.
+        taps: The taps that the operator reads, if it does.
     """
-    device, hidden = kind.sums_on(_accelerator(session)), session.skeleton.hidden_size
-    if device is None:
-        return 0
-    reducer = kind.reducer((span,), hidden=hidden, taps=taps, device=device)
-    assert isinstance(reducer, DeviceBoundaryReducer)
-    solving = 4 * reducer.state_bytes(hidden, length) if kind.solves_on_device else 0
-    return max(reducer.device_bytes(hidden, length), solving)
 
+    kind: OperatorKind
+    span: Span
+    ranges: Ranges
+    mask: npt.NDArray[np.bool_]
+    session: ModelSession
+    taps: StreamedTaps | None
 
-def host_bytes(
-    kind: OperatorKind, ranges: Ranges, session: ModelSession, length: int, tap_width: int, device: str | None
-) -> int:
-    """Return the bytes that the fit of a boundary takes on the host; ``device`` is where it is fitted.
+    @property
+    def facts(self) -> ModelFacts:
+        """What features know of the model."""
+        return ModelFacts(self.session.norm_epsilon)
 
-    Other arguments are those of :meth:`~ghoststream.stages.choosing.room.FitBytes.of`.
-    """
-    workers = default_workers if session.compute.host_memory is None else _one
-    hidden = session.skeleton.hidden_size
-    found = FitBytes.of(kind, ranges, hidden=hidden, length=length, tap_width=tap_width, workers=workers)
-    return found.host if device is None else found.beside
+    def reducer(self, device: str | None = None) -> BoundaryReducer:
+        """Return what sums on a device, if the operator's sums can be on one; None is the host."""
+        hidden = self.session.skeleton.hidden_size
+        return self.kind.reducer(
+            (self.span,), hidden=hidden, taps=self.taps, device=self.kind.sums_on(device)
+        )
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the fit takes on the session's accelerator; 0 where it is on the host.
 
-def _one(task: int) -> int:
-    # Where the memory is given, a pass counts one task.
-    del task
-    return 1
+        That is the largest of what the sums of a fold take, and of what choosing a ridge does: the total, a
+        fold, the total without it and a factor, ``32 (p^2 + p C)`` bytes.
+        """
+        reducer = self.reducer(_accelerator(self.session))
+        if not isinstance(reducer, DeviceBoundaryReducer):
+            return 0
+        hidden, length = self.session.skeleton.hidden_size, self.mask.shape[1]
+        state = reducer.state_bytes(hidden, length)
+        # Sums that wait for a neighbour of as many ranges.
+        waiting = len(self.ranges.fold_leaves(0)).bit_length() - 1
+        solving = 4 * state if self.kind.solves_on_device else 0
+        return max(reducer.device_bytes(hidden, length) + waiting * state, solving)
+
+    def host_bytes(self, device: str | None) -> int:
+        """Return the bytes that the fit takes on the host; ``device`` is where it is fitted."""
+        found = FitBytes.of(
+            self.kind,
+            self.ranges,
+            hidden=self.session.skeleton.hidden_size,
+            length=self.mask.shape[1],
+            tap_width=0 if self.taps is None else self.taps.width,
+            workers=default_workers if self.session.compute.host_memory is None else _one,
+        )
+        return found.host if device is None else found.beside
+
+    def sums(
+        self, pairs: Pairs, ranges: Sequence[SequenceRange] | None = None, device: str | None = None
+    ) -> FoldSums[SumState]:
+        """Reduce the pairs of the sequences that serve to fit to what the operator reads.
+
+        Args:
+            pairs: The states, with taps behind them where there are any.
+            ranges: Of which consecutive ranges; of all if None.
+            device: Torch device on which they are summed; None is the host.
+
+        Raises:
+            NumericsError: If a state is not finite.
+
+        Memory: what :func:`~ghoststream.statistics.streamed.streamed_sums` states, or on a device
+        :func:`~ghoststream.statistics.streamed.device_sums`.
+        """
+        ranges = self.ranges.ranges() if ranges is None else ranges
+        about: Any = {
+            "mask": self.mask,
+            "facts": self.facts,
+            "n_layers": self.session.skeleton.n_layers,
+            "taps": self.taps,
+        }
+        reducer = self.reducer(device)
+        if isinstance(reducer, DeviceBoundaryReducer):
+            return device_sums(reducer, ranges, pairs, **about)
+        # Where the memory is given, a pass counts one task.
+        workers = None if self.session.compute.host_memory is None else 1
+        rows = _fitting(pairs, ranges[0].start, ranges[-1].stop)
+        return streamed_sums(reducer, ranges, rows, **about, workers=workers)
+
+    def moments(self, sums: FoldSums[SumState], device: str | None = None) -> FoldedMoments:
+        """Return the moments of all folds; on a device they are solved there, if the operator can be."""
+        found = folded(self.reducer(), sums, self.ranges.n_folds, self.facts)
+        there = self.kind.sums_on(device) is not None and self.kind.solves_on_device
+        return found.on_device(device if there else None)
 
 
 def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes: Iterable[int]) -> None:
@@ -87,7 +153,7 @@ def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes
         place: Where the fits go.
         session: The model.
         memory: The memory of the pass, which keeps the room.
-        sizes: What :func:`fit_bytes` says of each fit.
+        sizes: What ``Boundary.device_bytes`` says of each fit.
     """
     found = next((size for size in sorted(set(sizes), reverse=True) if size and memory.has_room(size)), 0)
     if found:
@@ -96,51 +162,6 @@ def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes
 
 def _accelerator(session: ModelSession) -> str | None:
     return None if session.device.type == "cpu" else str(session.device)
-
-
-def moments_of(
-    kind: OperatorKind,
-    span: Span,
-    pairs: Pairs,
-    ranges: Ranges,
-    mask: npt.NDArray[np.bool_],
-    session: ModelSession,
-    taps: StreamedTaps | None,
-    device: str | None = None,
-) -> FoldedMoments:
-    """Reduce the pairs of the sequences that serve to fit to what an operator reads.
-
-    Args:
-        kind: The operator.
-        span: The span; of the layer before it are the taps.
-        pairs: The states, with taps behind them where there are any.
-        ranges: How sequences are divided; the first ``ranges.n_sequences`` serve to fit.
-        mask: True at tokens that count, bool ``(S, T)``.
-        session: The model.
-        taps: The taps that the operator reads, if it does.
-        device: Torch device on which they are summed, and boundaries are solved; None is the host.
-
-    Raises:
-        NumericsError: If a state is not finite.
-
-    Memory: what :func:`~ghoststream.statistics.streamed.streamed_moments` states, or on a device
-    :func:`~ghoststream.statistics.streamed.device_moments`.
-    """
-    skeleton, facts = session.skeleton, ModelFacts(session.norm_epsilon)
-    device = kind.sums_on(device)
-    reducer = kind.reducer((span,), hidden=skeleton.hidden_size, taps=taps, device=device)
-    about: Any = {"mask": mask, "facts": facts, "n_layers": skeleton.n_layers, "taps": taps}
-    if isinstance(reducer, DeviceBoundaryReducer):
-        found = device_moments(reducer, ranges, pairs, **about)
-        return found.on_device(device if kind.solves_on_device else None)
-    return streamed_moments(
-        reducer,
-        ranges,
-        _fitting(pairs, ranges.n_sequences),
-        **about,
-        # Where the memory is given, a pass counts one task.
-        workers=None if session.compute.host_memory is None else 1,
-    )
 
 
 def fitted_operator(kind: OperatorKind, moments: FoldedMoments, figures: Figures) -> BoundaryOperator:
@@ -157,11 +178,18 @@ def fitted_operator(kind: OperatorKind, moments: FoldedMoments, figures: Figures
     return replace(operator, diagnostics={"relative_residual": relative_residual(moments, operator)})
 
 
-def _fitting(pairs: Pairs, n_sequences: int) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+def _fitting(pairs: Pairs, first: int, last: int) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Yield the pairs of sequences ``[first, last)``."""
     for batch, inputs, targets in pairs:
-        n = min(batch.stop, n_sequences) - batch.start
-        if n > 0:
-            yield _rows(inputs[:n]), _rows(targets[:n])
+        start, stop = (min(max(at, batch.start), batch.stop) - batch.start for at in (first, last))
+        if start < stop:
+            yield _rows(inputs[start:stop]), _rows(targets[start:stop])
+
+
+def _one(task: int) -> int:
+    # Where the memory is given, a pass counts one task.
+    del task
+    return 1
 
 
 def _rows(states: torch.Tensor) -> npt.NDArray[Any]:

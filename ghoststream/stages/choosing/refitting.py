@@ -25,7 +25,7 @@ from ghoststream.options import Method
 from ghoststream.recovery.projections import Projection, require_projections
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.tap_store import tap_width
-from ghoststream.stages.choosing.moments import DENSE, FitPlace, fit_bytes, host_bytes, moments_of
+from ghoststream.stages.choosing.moments import DENSE, Boundary, FitPlace
 from ghoststream.stages.choosing.ways import REFIT
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -74,28 +74,23 @@ class RefittedProjection(BoundaryMap):
         self.projection = projection
         self.weight = skeleton.reader.read(projection.weight, torch.float32)
         self.figures: dict[str, Any] = {}
-        self._kind, self._ranges, self._mask, self._session = make_operator(method), ranges, mask, session
         self._change = torch.zeros(0)
         self._parts = [skeleton.hidden_size, tap_width(skeleton, projection.layer, projection.tap)]
         self.taps = (projection.tap,)
         self.width = sum(self._parts)
+        # Moments are of a tap of the layer before a span; where that span would stop does not matter.
+        label, taps = Span(projection.layer + 1, projection.layer + 2), StreamedTaps(self._parts[1])
+        self._boundary = Boundary(make_operator(method), label, ranges, mask, session, taps)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the fit takes on an accelerator, if there is one; see :func:`fit_bytes`."""
-        taps = StreamedTaps(self._parts[1])
-        return fit_bytes(self._kind, self._label, self._session, self._mask.shape[1], taps)
+        """Bytes that the fit takes on an accelerator, if there is one."""
+        return self._boundary.device_bytes
 
     @property
     def host_bytes(self) -> int:
         """Bytes that the fit takes on the host, wherever it is."""
-        length, device = self._mask.shape[1], self._place.of(self.device_bytes)
-        return host_bytes(self._kind, self._ranges, self._session, length, self._parts[1], device)
-
-    @property
-    def _label(self) -> Span:
-        # Moments are of a tap of the layer before a span; where that span would stop does not matter.
-        return Span(self.projection.layer + 1, self.projection.layer + 2)
+        return self._boundary.host_bytes(self._place.of(self.device_bytes))
 
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and tap side by side."""
@@ -107,22 +102,14 @@ class RefittedProjection(BoundaryMap):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        moments = moments_of(
-            self._kind,
-            self._label,
-            pairs,
-            self._ranges,
-            self._mask,
-            self._session,
-            StreamedTaps(self._parts[1]),
-            self._place.of(self.device_bytes),
-        )
-        fitted = self._kind.fit(moments) if self._diagnosed else self._kind.solve(moments)
+        boundary, device = self._boundary, self._place.of(self.device_bytes)
+        moments = boundary.moments(boundary.sums(pairs, device=device), device)
+        fitted = boundary.kind.fit(moments) if self._diagnosed else boundary.kind.solve(moments)
         self.figures = {name: fitted.diagnostics.get(name) for name in _SHOWN}
         assert fitted.weight is not None
         matrix = torch.from_numpy(fitted.weight)
         self.weight += self.projection.change(matrix)
-        self._change = matrix.to(self._session.device, self._session.skeleton.dtype)
+        self._change = matrix.to(boundary.session.device, boundary.session.skeleton.dtype)
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Return what the layer gives with the new weight: of attention with the MLP as it was."""

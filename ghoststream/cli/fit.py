@@ -62,7 +62,8 @@ def command(
     """Fit one operator for each removed span to the dense model.
 
     With --calibration, MODEL is run once and every operator sees the hidden states that the repairs before it
-    give. The operator auto takes what PLAN says, or chooses on held-out windows.
+    give. The operator auto takes what PLAN says, or chooses on held-out windows. Several devices (--device
+    cuda:0,cuda:1) or the workers of a Dask cluster (--scheduler) take shares of the windows.
 
     With --store, the hidden states of a capture are read and no model is run, but for features of the layer
     before a span. A killed command goes on; statistics can be reduced on a cluster.

@@ -11,13 +11,15 @@ from ghoststream.options import AUTO, Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.selection import Selection, read_plan
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.choosing.checks import named_method
+from ghoststream.stages.choosing.checks import named_method, require_shareable
 from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.sharing import devices_of, is_shared, on_first_device, require_one_device
+from ghoststream.stages.workers import workers
 from ghoststream.statistics import taps_of
 from ghoststream.statistics.devices import sums_device
 
@@ -54,8 +56,10 @@ def fit(
         out: Operators file (safetensors) to write.
         method: How boundaries are fitted.
         search: ``folds`` for the residual out of sample, and ``held_out`` and ``across_texts`` for ``auto``.
-        compute: How the model is opened and run.
-        reduction: Where statistics of a store are reduced.
+        compute: How the model is opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of
+            the sequences, in a process each; no bit depends on their number.
+        reduction: Where statistics of a store are reduced. Workers of its ``scheduler`` take shares of the
+            sequences where the model is run.
         progress: Who is told how far it is.
 
     Returns:
@@ -79,6 +83,7 @@ def fit(
                 "the operator auto is chosen by running the model; give --calibration in the place of --store"
             )
             raise RequestError(msg)
+        require_one_device(compute)
         search.refuse(
             Search.measuring, "from a store nothing is measured; --folds are for residuals out of sample"
         )
@@ -97,13 +102,27 @@ def fit(
             out=out,
             progress=progress,
         )
-    reduction.refuse(None, "no store is read")
-    session = ModelSession(str(source.model), compute)
+    reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
+    shared = is_shared(compute, reduction.scheduler)
+    session = ModelSession(str(source.model), on_first_device(compute))
     selection = read_plan(plan, session.skeleton.n_layers)
+    if shared:
+        require_shareable(method, selection.methods)
     _check_fit(session, selection, method)
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
-    return fit_in_passes(session, selection, text, method=method, search=search, out=out, progress=progress)
+    crew = workers(compute, reduction.scheduler, progress) if shared else None
+    return fit_in_passes(
+        session,
+        selection,
+        text,
+        method=method,
+        search=search,
+        out=out,
+        progress=progress,
+        crew=crew,
+        sharing=len(devices_of(compute)),
+    )
 
 
 def _check_fit(session: ModelSession, selection: Selection, method: Method) -> None:

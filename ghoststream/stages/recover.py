@@ -21,6 +21,7 @@ from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.run_estimate import expected
 from ghoststream.stages.run_record import NAME, RecordedProgress, recorded
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.sharing import on_first_device
 from ghoststream.stages.steps import Steps, work_folder
 
 
@@ -131,7 +132,8 @@ def recover(
         out: Folder of the recovered checkpoint. Everything else is kept in ``<out>.work``.
         search: How layers are chosen, and what is held out.
         method: How boundaries are repaired.
-        compute: How the model is opened and run.
+        compute: How the model is opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of
+            every pass over the model, in a process each; no bit depends on their number.
         progress: Who is told how far it is.
 
     Raises:
@@ -209,7 +211,7 @@ def _require_resumable(out: Path, resume: Resume) -> None:
 def _run(
     recovery: Recovery, model: str, out: Path, progress: RecordedProgress, *, measure: bool
 ) -> RecoveryReport:
-    session = ModelSession(model, recovery.compute)
+    session = ModelSession(model, on_first_device(recovery.compute))
     steps = Steps(session, recovery, out, progress)
     place = StagingFolder(out)
     with place.lock:
@@ -243,7 +245,7 @@ def _run(
         )
         if recovery.evaluate is not None:
             progress.enter("evaluate")
-        evaluation = _evaluate(session, recovery, out, steps.work, progress)
+        evaluation = _evaluate(session, recovery, out, steps, progress)
     chosen_by = selection.criterion if steps.way.given is None else "given"
     return RecoveryReport(
         recovery.name, session.name, exported, operators, chosen_by, steps.store, file, evaluation
@@ -251,12 +253,12 @@ def _run(
 
 
 def _evaluate(
-    session: ModelSession, recovery: Recovery, out: Path, work: Path, progress: Progress
+    session: ModelSession, recovery: Recovery, out: Path, steps: Steps, progress: Progress
 ) -> EvaluationReport | None:
     if recovery.evaluate is None:
         return None
-    text = recovery.evaluate.to_evaluate()
-    return evaluate_session(session, [out], text, out=work / "evaluation.json", progress=progress)
+    text, file = recovery.evaluate.to_evaluate(), steps.work / "evaluation.json"
+    return evaluate_session(session, [out], text, out=file, progress=progress, shared=steps.shared)
 
 
 def _figure(value: Any) -> str:

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModelError
 from ghoststream.files import differences, require_writable
-from ghoststream.options import AUTO, Compute, Form, GgufType, Method, Search
+from ghoststream.options import AUTO, Compute, Form, GgufType, Method, Reduction, Search
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
 from ghoststream.recovery.forms import find_form
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.checks import check_search, named_method, require_criterion
+from ghoststream.stages.choosing.checks import (
+    check_search,
+    named_method,
+    require_criterion,
+    require_shareable,
+)
 from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.repair import require_standing
 from ghoststream.stages.choosing.ways import Ways
 from ghoststream.stages.from_store.kind import make_store_kind
+from ghoststream.stages.sharing import is_shared
 from ghoststream.stages.way import Way
 from ghoststream.statistics import get_feature, taps_of
 from ghoststream.statistics.features import require_layer_before
@@ -211,6 +217,7 @@ def _check_choice(way: Way, n_layers: int) -> None:
 def _check_fit(way: Way) -> Method | None:
     """Check how boundaries are fitted; return the method where one is named."""
     recovery = way.recovery
+    is_shared(recovery.compute, recovery.reduction.scheduler)
     if not way.fits_in_passes:
         recovery.search.refuse(Search.measuring, "nothing is measured")
         return make_store_kind(recovery.method).method
@@ -218,7 +225,9 @@ def _check_fit(way: Way) -> Method | None:
     if not way.reads_store:
         recovery.refuse(("store",), _STORE_OPTIONS)
         recovery.storage.refuse(None, _STORE_OPTIONS)
-        recovery.reduction.refuse(None, _STORE_OPTIONS)
+        recovery.reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, _STORE_OPTIONS)
+    if way.shares_passes:
+        require_shareable(recovery.method, () if way.given is None else way.given.methods)
     return method
 
 

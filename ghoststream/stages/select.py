@@ -19,8 +19,9 @@ from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.sharing import devices_of, is_shared, on_first_device
 from ghoststream.stages.way import some_plan
-from ghoststream.stages.workers import devices_of, is_shared, on_first_device, workers
+from ghoststream.stages.workers import workers
 
 
 def select(

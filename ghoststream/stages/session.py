@@ -229,9 +229,7 @@ def usable_device(name: str) -> torch.device:
         RequestError: If it is unknown or not on this machine.
     """
     if "," in name:
-        msg = (
-            f"--device {name} names several devices, which only capture, evaluate and select share; name one"
-        )
+        msg = f"--device {name} names several devices, of which this command runs on one; name one"
         raise RequestError(msg)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

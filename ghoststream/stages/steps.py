@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.operators import OperatorSet
-from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage, dtype_name
+from ghoststream.options import AUTO, UNIFORM, Compute, Recovery, Search, Storage, dtype_name
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.capturing.capture import capture_session
+from ghoststream.stages.capturing.capture import capture_session, capture_shared
 from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.choosing.search import search_session
@@ -21,7 +23,9 @@ from ghoststream.stages.output import NamedByRequest
 from ghoststream.stages.refusals import check_export, check_form, check_place, check_recovery
 from ghoststream.stages.run_record import RecordedProgress
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.sharing import devices_of
 from ghoststream.stages.way import Way, what_goes
+from ghoststream.stages.workers import Workers, workers
 from ghoststream.statistics.devices import sums_device
 
 
@@ -90,6 +94,12 @@ class Steps:
         if self._recovery.evaluate is not None:
             self._session.tokens(self._recovery.evaluate.to_evaluate(), self._progress)
 
+    @property
+    def shared(self) -> tuple[Compute, Any] | None:
+        """How workers run the model, and the address of their scheduler; None where one process runs it."""
+        recovery = self._recovery
+        return (recovery.compute, recovery.reduction.scheduler) if self.way.shares_passes else None
+
     def choose(self) -> Selection:
         """Choose the layers."""
         search = self._recovery.search
@@ -106,6 +116,8 @@ class Steps:
                 out=out,
                 progress=self._progress,
                 ways=self._ways,
+                crew=self._crew(),
+                sharing=len(devices_of(self._recovery.compute)),
             )
         else:
             store = self._capture(None)
@@ -139,6 +151,8 @@ class Steps:
                 out=out,
                 progress=self._progress,
                 ways=self._ways,
+                crew=self._crew(),
+                sharing=len(devices_of(self._recovery.compute)),
             )
             return operators, out.of(operators.digest)
         store = self.store or self._capture(self.way.needed_layers(selection.plan))
@@ -151,7 +165,7 @@ class Steps:
             folds=search.folds,
             reduction=self._recovery.reduction,
             device=sums_device(
-                self._recovery.compute.device, elsewhere=self._recovery.reduction.scheduler is not None
+                self._session.compute.device, elsewhere=self._recovery.reduction.scheduler is not None
             ),
             out=out,
             progress=self._progress,
@@ -165,8 +179,17 @@ class Steps:
         self.store = recovery.store or str(self.work / "store")
         layers = needed if recovery.storage.layers is None else recovery.storage.layers
         storage = Storage(layers=layers, store_dtype=recovery.storage.store_dtype)
-        capture_session(self._session, self._text, self.store, storage, progress=self._progress)
+        if self.shared is None:
+            capture_session(self._session, self._text, self.store, storage, progress=self._progress)
+        else:
+            capture_shared(
+                self._session, self._text, self.store, storage, *self.shared, progress=self._progress
+            )
         return self.store
+
+    def _crew(self) -> AbstractContextManager[Workers] | None:
+        """Return the workers of a step, which are there when it needs them, and give their memory back."""
+        return None if self.shared is None else workers(*self.shared, self._progress)
 
     def _file(self, plan: PruningPlan) -> NamedByRequest:
         # Another request may come to the same spans, which only a search shows.

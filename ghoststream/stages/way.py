@@ -9,6 +9,7 @@ from ghoststream.selection import Selection, read_plan, require_count_or_plan
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion, search_criterion_names
 from ghoststream.stages.from_store.kind import make_store_kind
+from ghoststream.stages.sharing import is_shared
 from ghoststream.statistics import taps_of
 
 
@@ -50,6 +51,19 @@ class Way:
             return True
         is_known = self.given is not None and bool(self.given.methods)
         return not (self.recovery.method.is_named or is_known)
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether several devices, or the workers of a cluster, run the model.
+
+        Where there is a store, a cluster reduces it: the model is run here.
+
+        Raises:
+            RequestError: If several devices and a cluster are named.
+        """
+        compute, scheduler = self.recovery.compute, self.recovery.reduction.scheduler
+        shared = is_shared(compute, scheduler)
+        return shared and (scheduler is None or not self.captures)
 
     def plan(self, n_layers: int) -> PruningPlan:
         """Return the plan that is given, or one that removes as many layers."""

@@ -24,38 +24,13 @@ from ghoststream.errors import BudgetError, RequestError
 from ghoststream.machine import free_host_memory
 from ghoststream.options import Compute
 from ghoststream.progress import Progress
+from ghoststream.stages.sharing import devices_of
 from ghoststream.statistics.cluster import connect, require_versions
 from ghoststream.stopping import require_going_on
 
 _LOOK_SECONDS = 1
 _ONE_AT_A_TIME = threading.Lock()
 """A worker with several threads does one share at a time: each takes the memory of a pass."""
-
-
-def devices_of(compute: Compute) -> tuple[str, ...]:
-    """Return the devices that are named, mostly one."""
-    return tuple(name.strip() for name in compute.device.split(","))
-
-
-def is_shared(compute: Compute, scheduler: Any) -> bool:
-    """Whether several devices are named, or a cluster is.
-
-    Raises:
-        RequestError: If both are.
-    """
-    several = len(devices_of(compute)) > 1
-    if several and scheduler is not None:
-        msg = (
-            f"--device {compute.device} names several devices of this machine, and --scheduler a cluster, "
-            "whose workers have devices of their own; leave one of the two out"
-        )
-        raise RequestError(msg)
-    return several or scheduler is not None
-
-
-def on_first_device(compute: Compute) -> Compute:
-    """Return how this process opens a model whose passes others run."""
-    return compute.model_copy(update={"device": devices_of(compute)[0]})
 
 
 def rows_of(number: int, count: int, n_sequences: int, step: int) -> tuple[int, int]:
@@ -141,18 +116,23 @@ class Workers:
             StoppedError: If this process was asked to stop.
             GhoststreamError: What the function raises.
         """
+        import dask
+
         progress.start(f"shares of {len(shares)} workers", sum(sizes), unit)
-        futures = [
-            self._client.submit(_on_worker, function, compute, self._place, share, pure=False)
-            for share in shares
-        ]
+        # Operators may be large, and no worker has them.
+        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
+            futures = [
+                self._client.submit(_on_worker, function, compute, self._place, share, pure=False)
+                for share in shares
+            ]
         left = dict(zip((future.key for future in futures), sizes, strict=True))
         try:
+            found: dict[str, Any] = {}
             with _explained():
                 for future in self._finished(futures):
-                    future.result()
+                    found[future.key] = future.result()  # comes once: it may be large
                     progress.advance(left.pop(future.key))
-                return [future.result() for future in futures]
+            return [found[future.key] for future in futures]
         finally:
             self._client.cancel(futures)
             progress.finish()
@@ -231,7 +211,12 @@ def _on_worker(function: Callable[..., Any], compute: Compute, place: _Place, sh
         if among > 1:
             memory = compute.host_memory or free_host_memory() * 9 // 10
             given["host_memory"] = memory // among
-        return function(compute.model_copy(update=given), *share)
+        try:
+            return function(compute.model_copy(update=given), *share)
+        finally:
+            if torch.cuda.is_initialized():
+                # What torch keeps for what comes next: the process that waits for this share solves there.
+                torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -177,7 +177,6 @@ UNUSED: tuple[tuple[object, ...], ...] = (
             ("--store", "{out}.store"),
             ("--store-dtype", "bfloat16"),
             ("--layers", "1:3"),
-            ("--scheduler", "tcp://nowhere:1"),
             ("--workers", 2),
             ("--memory", "1GiB"),
         )
@@ -218,7 +217,7 @@ UNUSED: tuple[tuple[object, ...], ...] = (
     (*FIT, *STORED, "--micro-batch", 2),
     (*FIT, *STORED, "--model", "{model}"),
     (*FIT, *STORED, "--sequences", 8),
-    (*FIT, *RUNNING, "--scheduler", "tcp://nowhere:1"),
+    (*FIT, *RUNNING, *GHOST, "--scheduler", "tcp://nowhere:1", "--memory", "1GiB"),
     (*FIT, *RUNNING, *GHOST, "--workers", 2),
     (*FIT, *RUNNING, *GHOST, "--held-out", 2),
     (*FIT, *RUNNING, "--features", "normed"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,9 @@ from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import group_models
 from ghoststream.stages.measuring.shares import measure_share, measure_shares
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.workers import is_shared, rows_of, workers
+from ghoststream.stages.sharing import is_shared
+from ghoststream.stages.workers import rows_of, workers
+from tests.helpers.crews import cluster_of
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.requests import select
 from tests.helpers.searching import HELD, on_windows, open_model, save_windows
@@ -41,20 +41,6 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "ids.npy"
     np.save(path, np.random.default_rng(0).integers(3, 128, size=(S, T)))
     return path
-
-
-@contextmanager
-def _cluster(n_workers: int) -> Iterator[Any]:
-    """Workers of this process, which are there at once."""
-    from distributed import Client, LocalCluster
-
-    with (
-        LocalCluster(
-            n_workers=n_workers, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 class Shares(SilentProgress):
@@ -102,7 +88,7 @@ def test_a_cluster_gives_the_figures_and_files_of_one_process(
     expected = _evaluate(tiny_llama, ids)
     alone = capture(tiny_llama, store=tmp_path / "one", **capture_arguments(f"ids:{ids}", settings))
     progress = Shares()
-    with _cluster(n_workers) as client:
+    with cluster_of(n_workers) as client:
         found = _evaluate(tiny_llama, ids, scheduler=client, progress=progress)
         from_store = evaluate([tiny_llama], store=alone.uri, scheduler=client)
         together = capture(
@@ -122,7 +108,7 @@ def test_candidates_shared_by_workers_give_the_plan_of_one_process(tiny_llama: P
     windows = on_windows(save_windows(tmp_path))
     options = {"model": tiny_llama, "held_out": HELD, "operator": "ghost", **windows}
     select(2, out=tmp_path / "one.json", **options)
-    with _cluster(3) as client:
+    with cluster_of(3) as client:
         found = select(2, out=tmp_path / "shared.json", scheduler=client, **options)
     assert len(found.candidates) > 3
     assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "one.json").read_bytes()
@@ -148,7 +134,7 @@ def _device(compute: Compute, number: int) -> tuple[int, str, bool]:
 
 def test_each_worker_of_this_machine_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     # The processes themselves are started in the slow tests.
-    monkeypatch.setattr("ghoststream.stages.workers._processes", _cluster)
+    monkeypatch.setattr("ghoststream.stages.workers._processes", cluster_of)
     with workers(Compute(device="cpu, cuda:7"), None, SilentProgress()) as crew:
         assert crew.rows(9, 4) == [(0, 8), (8, 9)]
         assert crew.rows(3, 4) == [(0, 3)]
@@ -189,7 +175,7 @@ def test_what_cannot_be_shared_is_refused(tiny_llama: Path, ids: Path, tmp_path:
     assert not is_shared(Compute(), None)
     with pytest.raises(RequestError, match="leave one of the two out"):
         is_shared(several, "tcp://127.0.0.1:9")
-    with pytest.raises(RequestError, match="only capture, evaluate and select share"):
+    with pytest.raises(RequestError, match="of which this command runs on one; name one"):
         ModelSession(tiny_llama, several)
     with pytest.raises(RequestError, match="--worker is one share"):
         capture(tiny_llama, calibration=f"ids:{ids}", store=tmp_path / "s", compute=several, worker=(1, 2))

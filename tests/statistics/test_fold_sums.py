@@ -98,7 +98,7 @@ def test_sums_of_shares_have_the_bits_of_all_in_one_place(reducer: Any, cuts: tu
             # Micro-batches of two: the first and the last one may hold sequences of a neighbour.
             batches = [_Part(at, min(at + 2, S)) for at in range(first - first % 2, last, 2)]
             return device_sums(reducer, own, _Pairs(states, batches), **about)
-        pairs = [tuple(states[layer][first:last] for layer in (SPAN.start, SPAN.stop))]
+        pairs = [(states[SPAN.start][first:last], states[SPAN.stop][first:last])]
         return streamed_sums(reducer, own, pairs, **about)
 
     expected, together = summed(0, S).folds(2), sums_by(reducer)

@@ -14,7 +14,8 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.workers import is_shared, on_first_device, rows_of, workers
+from ghoststream.stages.sharing import is_shared, on_first_device
+from ghoststream.stages.workers import rows_of, workers
 from ghoststream.statistics import base_of
 from ghoststream.text import TokenSet, recipe_of
 
@@ -82,13 +83,14 @@ def capture(
                 "--worker is one share, and several devices or --scheduler take all; leave one of the two out"
             )
             raise RequestError(msg)
-        return _capture_shared(model, text, store, storage, compute, scheduler, progress)
+        session = ModelSession(model, on_first_device(compute))
+        return capture_shared(session, text, store, storage, compute, scheduler, progress)
     session = ModelSession(model, compute)
     return capture_session(session, text, store, storage, worker=worker, progress=progress)
 
 
-def _capture_shared(
-    model: str | Path,
+def capture_shared(
+    session: ModelSession,
     text: Text,
     store: str | Path,
     storage: Storage,
@@ -96,15 +98,18 @@ def _capture_shared(
     scheduler: Any,
     progress: Progress,
 ) -> ActivationStore:
-    """Have each worker do what :func:`capture` does with ``worker``; the last one completes the store."""
-    session = ModelSession(model, on_first_device(compute))
+    """Have each worker do what :func:`capture` does with ``worker``; the last one completes the store.
+
+    The model is open here, on the first of the devices that ``compute`` names, and runs no pass.
+    """
     tokens = session.tokens(text, progress)
     micro_batch = _micro_batch(session, text, store)
     recipe = _recipe(session, text, tokens, storage, micro_batch)
     same = compute.model_copy(update={"micro_batch": micro_batch})
     with workers(compute, scheduler, progress) as crew:
         rows = crew.rows(tokens.n_sequences, _share_step(recipe))
-        shares = [(model, text, store, storage, (number, len(rows))) for number in range(1, len(rows) + 1)]
+        request = (session.name, text, store, storage)
+        shares = [(*request, (number, len(rows))) for number in range(1, len(rows) + 1)]
         crew.run(capture_share, same, shares, [stop - start for start, stop in rows], progress)
     return ActivationStore.open(str(store))
 

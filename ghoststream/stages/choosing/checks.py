@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ghoststream.errors import RequestError
 from ghoststream.options import AUTO, Method, Search
 from ghoststream.selection import criterion_names
@@ -25,6 +27,24 @@ def named_method(method: Method) -> Method | None:
         method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
         return None
     return passing_method(method)
+
+
+def require_shareable(method: Method, known: Sequence[Method] = ()) -> None:
+    """Check that workers can share the sequences of a fit.
+
+    Args:
+        method: How boundaries are fitted.
+        known: How the plan's file says that they are.
+
+    Raises:
+        RequestError: If layers are to be fitted anew.
+    """
+    if method.refit or (not method.given(("refit",)) and any(one.refit for one in known)):
+        msg = (
+            "--refit fits the layers behind a gap anew in one pass over all windows, which several devices "
+            "or workers cannot share; name one --device and leave --scheduler out, or fit with --refit 0"
+        )
+        raise RequestError(msg)
 
 
 def check_search(

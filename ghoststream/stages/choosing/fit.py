@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from ghoststream.recipe import library_versions
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.auto import without_too_large
-from ghoststream.stages.choosing.checks import named_method
+from ghoststream.stages.choosing.checks import named_method, require_shareable
+from ghoststream.stages.choosing.fit_shares import SharedFit, fit_shares
 from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.refitting import RefittedLayer, refitted_layers
@@ -26,6 +28,7 @@ from ghoststream.stages.choosing.trial import Division, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import Workers
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet, recipe_of
@@ -41,13 +44,20 @@ def fit_in_passes(
     out: str | Path | NamedByRequest,
     progress: Progress,
     ways: Ways = EVERY,
+    crew: AbstractContextManager[Workers | None] | None = None,
+    sharing: int = 1,
 ) -> OperatorSet:
     """Fit the operators of a plan one after another, in one pass over a model and without a store.
 
     See :func:`ghoststream.fit`. With ``auto`` each boundary is fitted as the selection says, where it does;
     otherwise in each of ``ways``, of which the one is taken that leaves the lowest loss on held-out windows:
-    a pass more for each span. Then all windows serve to fit. Nothing is
-    kept of a run that is killed but the figures of ``auto``.
+    a pass more for each span. Then all windows serve to fit. Nothing is kept of a run that is killed but the
+    figures of ``auto``.
+
+    ``crew`` gives workers, when there is something to fit. They share the candidates that ``auto`` measures,
+    and the sequences of the fit: a pass for each boundary that reads the repaired stream
+    (:mod:`ghoststream.stages.choosing.fit_shares`). No bit depends on their number. ``sharing`` is how many of
+    them share this machine's memory.
 
     Raises:
         RequestError: If options cannot be honoured, or the text gives too little to hold some out.
@@ -61,8 +71,11 @@ def fit_in_passes(
     the operator's ``cost`` states for one boundary; with ``refit`` the states twice more while a layer is
     fitted anew, with what enters its last linear map beside them, and what
     :class:`~ghoststream.stages.choosing.refitting.RefittedProjection` states; while ``auto`` measures, that
-    of :func:`~ghoststream.stages.choosing.measured.measure_repairs`.
+    of :func:`~ghoststream.stages.choosing.measured.measure_repairs`. With workers what
+    :func:`~ghoststream.stages.choosing.fit_shares.fit_shares` states.
     """
+    if crew is not None:
+        require_shareable(method, selection.methods)
     repair = _known_repair(selection, named_method(method))
     if repair is not None:
         search.refuse(Search.measuring, "nothing is measured, as it is known how each boundary is fitted")
@@ -100,6 +113,7 @@ def fit_in_passes(
             search.folds,
             progress,
             ways=ways,
+            sharing=sharing,
             begun=lambda names: placed(names)[1].is_begun(OperatorSet.load),
         )
     recipe, output = placed(without)
@@ -109,22 +123,28 @@ def fit_in_passes(
         if found is not None:
             return found
         session.expect(selection.base, "the plan was chosen")
-        if repair is None:
-            assert division is not None
-            trial = Trial(
-                session,
-                tokens,
-                division,
-                lanes=None,
-                output=output,
-                progress=progress,
-                ways=ways,
-                without=without,
-            )
-            repair, metadata["chosen"] = _choose(selection.plan, trial)
-        if method.given(("refit",)):
-            repair = repair.refitted(method.refit)
-        fits, replaced = _run(session, tokens, repair, ranges, micro_batch, progress)
+        with crew or nullcontext() as hands:
+            if repair is None:
+                assert division is not None
+                trial = Trial(
+                    session,
+                    tokens,
+                    division,
+                    lanes=None,
+                    output=output,
+                    progress=progress,
+                    crew=hands,
+                    ways=ways,
+                    without=without,
+                )
+                repair, metadata["chosen"] = _choose(selection.plan, trial)
+            if method.given(("refit",)):
+                repair = repair.refitted(method.refit)
+            if hands is None:
+                fits, replaced = _run(session, tokens, repair, ranges, micro_batch, progress)
+            else:
+                shared = SharedFit(tokens, repair, ranges, micro_batch)
+                fits, replaced = fit_shares(hands, session, shared, progress), {}
         # What was measured to choose methods saw the whole model.
         metadata["base"] = session.base(_last(repair) if division is None else None, progress)
         hidden, kind = session.skeleton.hidden_size, method.operator or AUTO

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ghoststream.errors import MismatchError
 from ghoststream.evaluation import LossSummary
 from ghoststream.options import Compute
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.choosing.measured import Candidate, measure_repairs
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.shared_session import open_shared, tensors_read
 from ghoststream.stages.workers import Workers
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Runs
@@ -102,14 +102,8 @@ def measure_share(
         MismatchError: If the model is another one.
         GhoststreamError: What opening the model, and the pass raise.
     """
-    session = ModelSession(model, compute)
-    if session.fingerprint["digest"] != digest:
-        msg = f"a worker finds another model at {model} than this process; give a path that all workers share"
-        raise MismatchError(msg)
-    found = measuring.of(session, repairs, SilentProgress())
-    digests, names = session.skeleton.reader.digests, session.skeleton.sources()
-    missing = set(digests.missing(names))
-    return found, digests.of([name for name in names if name not in missing])
+    session = open_shared(compute, model, digest)
+    return measuring.of(session, repairs, SilentProgress()), tensors_read(session)
 
 
 def _dealt(repairs: Sequence[Repair], count: int) -> list[list[int]]:

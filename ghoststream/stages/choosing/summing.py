@@ -110,4 +110,5 @@ class SummedBoundary(BoundaryMap):
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states without the taps: the span is cut out."""
-        return states.split(self._parts, dim=-1)[0]
+        hidden: torch.Tensor = states.split(self._parts, dim=-1)[0]
+        return hidden

@@ -17,7 +17,8 @@ from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes
 from ghoststream.stages.measuring.shares import measure_shares
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.workers import is_shared, on_first_device, workers
+from ghoststream.stages.sharing import is_shared, on_first_device
+from ghoststream.stages.workers import workers
 
 
 def evaluate(
@@ -69,19 +70,41 @@ def evaluate(
     if not is_shared(compute, scheduler):
         return _evaluate(group_models(models, compute), wanted, out, progress)
 
-    def shared(number: int, measurement: Measurement) -> None:
-        asked = wanted if isinstance(wanted, Text) else wanted.uri
-        with workers(compute, scheduler, progress) as crew:
-            measure_shares(crew, measurement, models, number, asked, compute, progress)
-
-    return _evaluate(group_models(models, on_first_device(compute)), wanted, out, progress, shared)
+    asked = wanted if isinstance(wanted, Text) else wanted.uri
+    by_crew = _by_crew(models, asked, compute, scheduler, progress)
+    return _evaluate(group_models(models, on_first_device(compute)), wanted, out, progress, by_crew)
 
 
 def evaluate_session(
-    session: ModelSession, others: Sequence[str | Path], text: Text, *, out: str | Path, progress: Progress
+    session: ModelSession,
+    others: Sequence[str | Path],
+    text: Text,
+    *,
+    out: str | Path,
+    progress: Progress,
+    shared: tuple[Compute, Any] | None = None,
 ) -> EvaluationReport:
-    """Measure a model that is open, and others; see :func:`evaluate`."""
-    return _evaluate(group_models(others, session.compute, [session]), text, out, progress)
+    """Measure a model that is open, and others; see :func:`evaluate`.
+
+    ``shared`` is how workers run models, and the address of their scheduler, where they take shares.
+    """
+    groups = group_models(others, session.compute, [session])
+    if shared is None:
+        return _evaluate(groups, text, out, progress)
+    by_crew = _by_crew([session.name, *others], text, *shared, progress)
+    return _evaluate(groups, text, out, progress, by_crew)
+
+
+def _by_crew(
+    models: Sequence[str | Path], asked: Text | str, compute: Compute, scheduler: Any, progress: Progress
+) -> Callable[[int, Measurement], None]:
+    """Return what has workers measure a group of models."""
+
+    def shared(number: int, measurement: Measurement) -> None:
+        with workers(compute, scheduler, progress) as crew:
+            measure_shares(crew, measurement, models, number, asked, compute, progress)
+
+    return shared
 
 
 def _evaluate(

@@ -129,7 +129,8 @@ def fit_shares(
 
     Memory: on each worker that of a pass over its sequences, the states of these twice or three times, and
     what :meth:`~ghoststream.stages.choosing.moments.Boundary.sums` states. Here, for one round, the sums of
-    all folds once or twice for each worker, in float64, and what the operator's ``cost`` states for one boundary.
+    all folds once or twice for each worker, in float64, and what the operator's ``cost`` states for one
+    boundary.
     """
     dealt, rounds = fit.shares(crew), fit.rounds()
     found: dict[Span, BoundaryOperator] = {}

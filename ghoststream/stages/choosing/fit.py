@@ -56,8 +56,8 @@ def fit_in_passes(
 
     ``crew`` gives workers, when there is something to fit. They share the candidates that ``auto`` measures,
     and the sequences of the fit: a pass for each boundary that reads the repaired stream
-    (:mod:`ghoststream.stages.choosing.fit_shares`). No bit depends on their number. ``sharing`` is how many of
-    them share this machine's memory.
+    (:mod:`ghoststream.stages.choosing.fit_shares`). No bit depends on their number. ``sharing`` is how many
+    of them share this machine's memory.
 
     Raises:
         RequestError: If options cannot be honoured, or the text gives too little to hold some out.

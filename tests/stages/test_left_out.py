@@ -23,7 +23,7 @@ from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.estimation.report import Estimate
 from ghoststream.statistics import ModelFacts, Ranges
-from ghoststream.statistics.streamed import StreamedTaps, most_states, streamed_moments
+from ghoststream.statistics.streamed import StreamedTaps, folded, most_states, streamed_sums
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.testing.memory import PeakAnonymous
 from ghoststream.testing.models import save_tiny
@@ -253,11 +253,9 @@ def test_a_fit_takes_what_is_said() -> None:
     def fit_once() -> None:
         mask = np.ones((n_sequences, length), dtype=bool)
         facts = ModelFacts(None)
-        kind.solve(
-            streamed_moments(
-                reducer, ranges, pairs(), mask=mask, facts=facts, n_layers=3, taps=taps, workers=1
-            )
-        )
+        about: Any = {"mask": mask, "facts": facts, "n_layers": 3, "taps": taps, "workers": 1}
+        sums = streamed_sums(reducer, ranges.ranges(), pairs(), **about)
+        kind.solve(folded(reducer, sums, ranges.n_folds, facts))
 
     fit_once()
     return_free_memory()

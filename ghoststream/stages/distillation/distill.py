@@ -22,9 +22,10 @@ from ghoststream.recovery.layout import require_operators_fit
 from ghoststream.recovery.replacing import require_replaceable
 from ghoststream.stages.distillation.descent import BETAS, SMALLEST_SCALE, Course
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings, HeldOut
+from ghoststream.stages.distillation.schedule import Schedule
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.lanes import first_needed, operator_lane
-from ghoststream.stages.output import Output
+from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet, recipe_of
@@ -80,15 +81,42 @@ def distill(
     Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``:
     ``S T (C b + 8 top)`` bytes and four times what is trained.
     """
-    training, progress = training or Training(), progress or SilentProgress()
     session = ModelSession(model, compute)
     given = operators if isinstance(operators, OperatorSet) else OperatorSet.load(Path(operators))
-    _require_trainable(given, session)
-    session.expect(given.metadata.get("base") or {}, "the operators were fitted")
-    text = Text.of(calibration).to_calibrate()
+    return distill_session(
+        session,
+        given,
+        Text.of(calibration).to_calibrate(),
+        training=training or Training(),
+        out=out,
+        progress=progress or SilentProgress(),
+    )
+
+
+def distill_session(
+    session: ModelSession,
+    operators: OperatorSet,
+    text: Text,
+    *,
+    training: Training,
+    out: str | Path | NamedByRequest,
+    progress: Progress,
+) -> OperatorSet:
+    """Train operators of a model that is open; args, errors and memory as for :func:`distill`.
+
+    Args:
+        session: The model.
+        operators: What is trained.
+        text: The text, with the defaults of one that is calibrated on.
+        training: How.
+        out: Operator file to write.
+        progress: Who is told how far it is.
+    """
+    _require_trainable(operators, session)
+    session.expect(operators.metadata.get("base") or {}, "the operators were fitted")
     tokens = session.tokens(text, progress)
     settings = _settings(training, session, tokens)
-    recipe = _recipe(session, given, tokens, text, settings)
+    recipe = _recipe(session, operators, tokens, text, settings)
     output = Output(out, recipe, "distill")
     with output.claimed(OperatorSet.load) as found:
         if found is not None:
@@ -96,10 +124,10 @@ def distill(
         folder = output.work / output.short_digest
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
-        start = first_needed(operator_lane("repaired", given, session.skeleton, None))
+        start = first_needed(operator_lane("repaired", operators, session.skeleton, None))
         teacher = Teacher(folder, session, start, settings.top)
         teacher.prepare(tokens, settings.micro_batch, progress)
-        run = Distillation(session, tokens, given, teacher, settings, folder / "training.safetensors")
+        run = Distillation(session, tokens, operators, teacher, settings, folder / "training.safetensors")
         figures = _diagnostics(*run.run(progress))
         for warning in figures["warnings"]:
             progress.log(f"warning: {warning}")
@@ -130,29 +158,17 @@ def _require_trainable(operators: OperatorSet, session: ModelSession) -> None:
 
 
 def _settings(training: Training, session: ModelSession, tokens: TokenSet) -> DistillSettings:
-    n_sequences, batch = tokens.n_sequences, training.batch
-    held_out = n_sequences // 4 if training.held_out is None else training.held_out
-    n_train = n_sequences - held_out
-    if held_out < 1 or n_train < batch:
-        msg = (
-            f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one batch "
-            f"of {batch} to train on; give more windows, or a smaller batch"
-        )
-        raise RequestError(msg)
-    if training.steps is not None:
-        training.refuse(("epochs",), "--steps says how long is trained")
-    steps = training.epochs * -(-n_train // batch) if training.steps is None else training.steps
+    schedule = Schedule.of(training, tokens.n_sequences)
     micro_batch = session.compute.micro_batch or max(1, session.micro_batch(tokens.length) // 4)
     return DistillSettings(
-        steps,
-        batch,
+        schedule.steps,
+        schedule.batch,
         training.learning_rate,
         training.top,
         training.seed,
-        n_train,
-        min(micro_batch, batch),
-        # A look at a window costs a third of a step on it: with this a ninth of the steps themselves.
-        check=max(1, 3 * held_out // batch),
+        schedule.n_train,
+        min(micro_batch, schedule.batch),
+        schedule.check,
         norms=training.train == "operators+norms",
     )
 

@@ -1,0 +1,58 @@
+"""How a text is parted for training, and how long is trained: known before the text is read, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ghoststream.errors import RequestError
+from ghoststream.options import Training
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which sequences are trained on, and how many steps are taken.
+
+    Attributes:
+        n_train: Sequences that are trained on, the first ones.
+        held_out: Sequences that are held out, the last ones.
+        batch: Sequences of a step.
+        steps: Steps of the optimiser, at most.
+        check: Steps between two looks at the held-out sequences.
+    """
+
+    n_train: int
+    held_out: int
+    batch: int
+    steps: int
+    check: int
+
+    @classmethod
+    def of(cls, training: Training, n_sequences: int) -> Schedule:
+        """Part the sequences of a text.
+
+        Args:
+            training: What was asked for.
+            n_sequences: Sequences of the text.
+
+        Raises:
+            RequestError: If the text has too few of them, or an option would not be used.
+        """
+        batch = training.batch
+        held_out = n_sequences // 4 if training.held_out is None else training.held_out
+        n_train = n_sequences - held_out
+        if held_out < 1 or n_train < batch:
+            msg = (
+                f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one batch "
+                f"of {batch} to train on; give more windows, or a smaller batch"
+            )
+            raise RequestError(msg)
+        if training.steps is not None:
+            training.refuse(("epochs",), "--steps says how long is trained")
+        steps = training.epochs * -(-n_train // batch) if training.steps is None else training.steps
+        # A look at a window costs a third of a step on it: with this a ninth of the steps themselves.
+        return cls(n_train, held_out, batch, steps, check=max(1, 3 * held_out // batch))
+
+    @property
+    def n_checks(self) -> int:
+        """Looks at the held-out sequences, at most."""
+        return 1 + -(-self.steps // self.check)

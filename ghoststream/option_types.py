@@ -101,7 +101,9 @@ Bytes = Annotated[Number, BeforeValidator(_parse_bytes)]
 Layers = Annotated[tuple[Layer, ...], BeforeValidator(parse_layers)]
 
 
-def option(default: Any, text: str, *, usual: bool = False, metavar: str | None = None) -> Any:
+def option(
+    default: Any, text: str, *, usual: bool = False, metavar: str | None = None, bare: str | None = None
+) -> Any:
     """Declare a field.
 
     Args:
@@ -109,8 +111,10 @@ def option(default: Any, text: str, *, usual: bool = False, metavar: str | None 
         text: What help and documentation say. A short help shows the first line, a full one all of them.
         usual: Whether a short help shows it.
         metavar: How the help names a value.
+        bare: What the option means on a command line that gives it no value; there it needs one if ``None``.
     """
-    extra: dict[str, Any] = {"usual": usual, **({} if metavar is None else {"metavar": metavar})}
+    extra: dict[str, Any] = {"usual": usual}
+    extra |= {name: one for name, one in (("metavar", metavar), ("bare", bare)) if one is not None}
     return Field(default, description=text, json_schema_extra=extra)
 
 

@@ -29,7 +29,7 @@ from ghoststream.cli.output import (
 )
 from ghoststream.cli.progress import show_progress
 from ghoststream.errors import RequestError
-from ghoststream.options import Compute, Exploration, Method, Recovery, Reduction, Search, Storage, Text
+from ghoststream.options import Compute, Exploration, Method, Recovery, Reduction, Search, Storage, Text, Training
 from ghoststream.progress import human_seconds
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     reduction=Reduction,
 )
 @field_option(Recovery, "store", section=Storage.title)
+@field_option(Recovery, "distill", section=Training.title)
 @json_option
 @debug_option
 def command(
@@ -165,7 +166,7 @@ def print_estimate(found: Estimate) -> None:
         click.echo(f"does not fit: {problem}")
     if not found.problems:
         click.echo("it fits")
-        print_text(f"run: {shlex.join(found.command)}")
+        print_text(f"run: {shlex.join(found.command)}" if found.command else "run it from a pipeline file")
 
 
 def _print_needs(found: Estimate) -> None:

@@ -166,6 +166,8 @@ def _option(name: str, field: FieldInfo, section: str) -> Callable[[Any], Any]:
     shown = not field.is_required() and field.default is not None and field.default is not False
     settings = {"default": None if field.is_required() else field.default, "show_default": shown, **settings}
     settings |= {"help": field.description, "required": field.is_required()}
+    if "bare" in extra:
+        settings |= {"is_flag": False, "flag_value": extra["bare"]}
     usual = bool(extra.get("usual", False))
     return click.option(*names, name, cls=FieldOption, section=section, usual=usual, **settings)
 

@@ -11,6 +11,7 @@ from ghoststream.options.compute import Compute, Reduction, Storage
 from ghoststream.options.method import Method
 from ghoststream.options.search import Search
 from ghoststream.options.text import Text, one_text
+from ghoststream.options.training import OR_STEPS, Training
 from ghoststream.spans import PruningPlan, count_or_spans
 
 Resume = Literal["auto", "required", "never"]
@@ -39,6 +40,14 @@ class Recovery(Options):
     )
     storage: Storage = Storage()
     reduction: Reduction = Reduction()
+    distill: Annotated[Training | None, OR_STEPS] = option(
+        None,
+        "Train the repaired model towards the dense one: 4 epochs, or so many steps.\nOperators and norms, "
+        "as `ghoststream distill` does; of its other options a pipeline file takes those that are given.",
+        usual=True,
+        metavar="[STEPS]",
+        bare="true",
+    )
     form: Form = option(
         "custom",
         "Form of the result: custom holds every operator exactly; folded is an ordinary checkpoint.\n"

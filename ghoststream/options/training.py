@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ghoststream.option_types import Count, Number, Options, option
 
@@ -38,3 +38,18 @@ class Training(Options):
         None, "Windows held out for measuring, taken from the end. Default: a quarter.", metavar="S"
     )
     seed: Number = option(0, "Order of the windows.", metavar="N")
+
+
+def _or_steps(value: Any) -> Any:
+    if isinstance(value, bool) or value in ("true", "false"):
+        return {} if value in (True, "true") else None
+    if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+        return {"steps": int(value)}
+    if isinstance(value, str):
+        msg = f"{value!r} is no number of steps; put what follows the option in front of it, or give a number"
+        raise ValueError(msg)  # noqa: TRY004 - pydantic's
+    return value or None
+
+
+OR_STEPS = BeforeValidator(_or_steps)
+"""A training that is off unless something is said of it: a number is its steps, true is all defaults."""

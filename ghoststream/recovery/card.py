@@ -19,6 +19,7 @@ from ghoststream.recovery.absorbing import is_absorbed, standing_operator
 from ghoststream.recovery.job import ExportJob, plain_type
 from ghoststream.recovery.layout import prevailing_dtype
 from ghoststream.recovery.notes import CardNotes, mergekit_yaml
+from ghoststream.recovery.training import told_windows, training_of
 from ghoststream.spans import PruningPlan
 
 _LICENCE = ("license", "license_name", "license_link", "language")
@@ -120,7 +121,7 @@ def model_card(job: ExportJob, base_card: Path | None) -> str:
         text += f"Base checkpoint: `{digest}`.\n"
     text += "`mergekit.yaml` removes the same layers, without operators.\n"
     text += "" if base_card is None else f"The base's own card is `{base_card.name}`.\n"
-    text += _figures(job.notes)
+    text += _figures(job.notes, operators)
     if operators.operators:
         text += f"\n## Operators: {operators.kind}\n\n{_operator_table(operators)}"
     text += _HIDDEN_STATES if job.stands else ""
@@ -183,20 +184,25 @@ def _loading(job: ExportJob) -> str:
     return kind.format(model_type=job.config["model_type"], trained=_trained(recipes), known=known)
 
 
-def _figures(notes: CardNotes | None) -> str:
-    """Return the figures that the choice of layers measured."""
-    if notes is None or notes.dense_loss is None or notes.loss is None:
-        return ""
-    return f"""
-## Figures
+_FIGURES = "| | loss (nats a token) | perplexity |\n| --- | --- | --- |\n"
 
-On the held-out windows of the calibration text, on which the layers were chosen:
 
-| | loss (nats a token) | perplexity |
-| --- | --- | --- |
-| before | {notes.dense_loss:.4f} | {math.exp(notes.dense_loss):.2f} |
-| after | {notes.loss:.4f} | {math.exp(notes.loss):.2f} |
-"""
+def _figures(notes: CardNotes | None, operators: OperatorSet) -> str:
+    """Return the figures that the choice of layers measured, and the training."""
+    text = ""
+    if notes is not None and notes.dense_loss is not None and notes.loss is not None:
+        text += "\nOn the held-out windows of the calibration text, on which the layers were chosen"
+        text += ", before any training:\n\n" if training_of(operators.metadata.get("recipe")) else ":\n\n"
+        text += _FIGURES + _row("before", notes.dense_loss) + _row("after", notes.loss)
+    if training_of(operators.metadata.get("recipe")):
+        found = operators.operators[0].diagnostics
+        text += "\nOn windows of the calibration text that were held out from the training:\n\n" + _FIGURES
+        text += _row("fitted", found["held_out_loss_before"]) + _row("trained", found["held_out_loss"])
+    return f"\n## Figures\n{text}" if text else ""
+
+
+def _row(name: str, loss: float) -> str:
+    return f"| {name} | {loss:.4f} | {math.exp(loss):.2f} |\n"
 
 
 def _recipes(job: ExportJob) -> str:
@@ -217,12 +223,14 @@ def _recipes(job: ExportJob) -> str:
 
 def _trained(recipes: Sequence[Mapping[str, Any] | None]) -> str:
     """Say whether something was trained, and what."""
-    trainings = [one["training"] for one in recipes if one and one.get("stage") == "distill"]
-    if not trainings:
+    trained = [one for one in recipes if one and training_of(one)]
+    if not trained:
         return "Nothing was trained."
-    what = "it and the norms behind it were" if any(one["norms"] for one in trainings) else "it was"
-    steps = max(int(one["steps"]) for one in trainings)
-    return f"Then {what} trained towards the outputs of the base, in at most {steps} steps."
+    is_more = any(one["training"]["norms"] for one in trained)
+    what = "it and the norms behind it were" if is_more else "it was"
+    steps = max(int(one["training"]["steps"]) for one in trained)
+    texts = " and ".join(dict.fromkeys(told_windows(one) for one in trained))
+    return f"Then {what} trained towards the outputs of the base, in at most {steps} steps on {texts}."
 
 
 def _recipe(metadata: Mapping[str, Any], heading: str) -> str:

@@ -70,6 +70,7 @@ def pipeline_yaml(recovery: Recovery, given: Selection | None) -> str:
         data["method"] = given.methods[0].to_json()
     data["compute"] = {key: value for key, value in _given(recovery.compute).items() if key in _COMPUTE}
     data["storage"] = _given(recovery.storage)
+    data["distill"] = None if recovery.distill is None else _given(recovery.distill) or True
     data["form"] = None if recovery.form == "custom" else recovery.form
     data["evaluate"] = None if recovery.evaluate is None else _text(recovery.evaluate)
     kept = {key: value for key, value in data.items() if value not in (None, {})}

@@ -112,11 +112,19 @@ def _set(data: dict[str, Any], change: str) -> None:
         msg = f"--set {change}: the value is not YAML: {shorten(str(error), 200, placeholder='...')}"
         raise RequestError(msg) from error
     for group in groups:
-        inner = data.get(group, {})
-        # A text may stand for its specification.
-        data[group] = dict(inner) if isinstance(inner, dict) else {"spec": inner}
+        data[group] = _as_fields(data.get(group))
         data = data[group]
     data[field] = value
+
+
+def _as_fields(group: Any) -> dict[Any, Any]:
+    """Return a group of a file by its fields, whose short form may stand there."""
+    if isinstance(group, dict):
+        return dict(group)
+    if group is None or isinstance(group, bool):
+        return {}
+    # A number stands for the steps of a training, anything else for the specification of a text.
+    return {"steps" if isinstance(group, int) else "spec": group}
 
 
 def with_runtime(recovery: Recovery, model: str | None, **groups: Options) -> Recovery:

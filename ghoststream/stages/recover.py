@@ -1,4 +1,4 @@
-"""Recover: choose layers, fit operators, export, measure; each step goes on where it was stopped."""
+"""Recover: choose layers, fit operators, train them if asked to, export, measure; each step goes on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ghoststream.errors import RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.files import StagingFolder, disk_errors
 from ghoststream.operators import OperatorSet
-from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text, TextLike
+from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text, TextLike, Training
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery import ExportReport
 from ghoststream.recovery.forms import WriteRequest, find_form
 from ghoststream.recovery.notes import CardNotes
+from ghoststream.recovery.training import told_training, training_of
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.run_estimate import expected
@@ -62,6 +63,7 @@ class RecoveryReport:
             "plan": self.plan.to_json(),
             "chosen_by": self.chosen_by,
             "operator": self.operators.kind,
+            "trained": training_of(self.operators.metadata.get("recipe")),
             "diagnostics": self.operators.diagnostics,
             "warnings": list(self.operators.warnings),
             "export": self.export.to_json(),
@@ -82,12 +84,14 @@ class RecoveryReport:
             f"  bytes       {sizes.bytes_before:,} -> {sizes.bytes_after:,}",
         ]
         for span, diagnostics in self.operators.diagnostics.items():
+            fit = diagnostics.get("fitted") or diagnostics
             inside, outside = (
-                diagnostics.get(key) for key in ("relative_residual", "relative_residual_out_of_sample")
+                fit.get(key) for key in ("relative_residual", "relative_residual_out_of_sample")
             )
             lines.append(
                 f"  {span}  relative residual {_figure(inside)} in sample, {_figure(outside)} out of sample"
             )
+        lines += self._on_training()
         lines += [f"  warning: {warning}" for warning in self.operators.warnings]
         lines += [
             f"  checkpoint  {sizes.out}",
@@ -102,6 +106,17 @@ class RecoveryReport:
             ]
         return "\n".join(lines)
 
+    def _on_training(self) -> list[str]:
+        recipe = self.operators.metadata.get("recipe")
+        if training_of(recipe) is None:
+            return []
+        figures = self.operators.operators[0].diagnostics
+        before, after = figures["held_out_divergence_before"], figures["held_out_divergence"]
+        return [
+            f"  trained     {told_training(recipe, figures)}",
+            f"  divergence  {before:.4g} -> {after:.4g} nats a token from the base, held out",
+        ]
+
 
 def recover(
     model: str | Path,
@@ -111,6 +126,7 @@ def recover(
     out: str | Path,
     search: Search | None = None,
     method: Method | None = None,
+    distill: Training | None = None,
     compute: Compute | None = None,
     progress: Progress | None = None,
 ) -> RecoveryReport:
@@ -132,6 +148,8 @@ def recover(
         out: Folder of the recovered checkpoint. Everything else is kept in ``<out>.work``.
         search: How layers are chosen, and what is held out.
         method: How boundaries are repaired.
+        distill: How operators, and norms behind the first span, are trained after they were fitted
+            (:func:`ghoststream.distill`); nothing is trained if ``None``.
         compute: How the model is opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of
             every pass over the model, in a process each; no bit depends on their number.
         progress: Who is told how far it is.
@@ -149,6 +167,7 @@ def recover(
         calibration=Text.of(calibration),
         search=search or Search(),
         method=method or Method(),
+        distill=distill,
         compute=compute or Compute(),
     )
     return run(request, out, progress=progress)
@@ -229,7 +248,7 @@ def _run(
             )
             progress.begin()
         selection = steps.way.given or steps.choose()
-        operators, file = steps.fit(selection)
+        operators, file = steps.train(*steps.fit(selection))
         progress.enter("export")
         exported = find_form(recovery.form).write(
             WriteRequest(

@@ -17,6 +17,7 @@ from ghoststream.options import AUTO, Compute, Form, GgufType, Method, Reduction
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
 from ghoststream.recovery.features import ABSORBED
 from ghoststream.recovery.forms import find_form
+from ghoststream.recovery.training import training_of
 from ghoststream.selection import make_criterion
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.checks import (
@@ -28,6 +29,7 @@ from ghoststream.stages.choosing.checks import (
 from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.repair import require_standing
 from ghoststream.stages.choosing.ways import Ways
+from ghoststream.stages.distillation.schedule import Schedule
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.sharing import is_shared
 from ghoststream.stages.way import Way
@@ -59,6 +61,7 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
     _check_choice(way, sizes.n_layers)
     method = _check_fit(way)
     _check_form(way, method, sizes.model_type)
+    _check_training(way, sizes, method)
     check_family(sizes, way.recovery.compute)
     if method is not None:
         spans = (Span(1, 2),) if way.given is None else way.given.plan.spans
@@ -185,6 +188,10 @@ def _changes(found: RecoveredInfo, way: Way, digest: Callable[[], str]) -> list[
     }
     if way.given is not None:
         asked["plan"], there["plan"] = way.given.plan.to_json(), found.plan.to_json()
+    training, trained = way.recovery.distill, training_of(found.recorded["metadata"].get("recipe"))
+    asked["distill"], there["distill"] = training is not None, trained is not None
+    for name in () if training is None or trained is None else training.given(trained):
+        asked[name], there[name] = getattr(training, name), trained[name]
     return differences(there, asked)
 
 
@@ -235,6 +242,24 @@ def _check_form(way: Way, method: Method | None, model_type: str) -> None:
     """Check that what will be fitted can be written in the form that is asked for."""
     require_gguf(way.recovery.form, way.recovery.gguf_type)
     find_form(way.recovery.form).check_methods(_methods(way, method, model_type))
+
+
+def _check_training(way: Way, sizes: ModelSizes, method: Method | None) -> None:
+    """Check that what will be fitted can be trained, on this text and in this type."""
+    training, sequences = way.recovery.distill, way.recovery.calibration.to_calibrate().sequences
+    if training is None:
+        return
+    known = _methods(way, method, sizes.model_type)
+    if all(one.operator == "none" for one in known):
+        way.recovery.refuse(("distill",), "the operator none leaves nothing to train")
+    if sizes.dtype == "float16":
+        import torch
+
+        from ghoststream.streaming.gradients import require_gradient_dtype
+
+        require_gradient_dtype(torch.float16)
+    if sequences is not None:
+        Schedule.of(training, sequences)
 
 
 def _methods(way: Way, method: Method | None, model_type: str) -> Sequence[Method]:

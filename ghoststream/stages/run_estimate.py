@@ -29,8 +29,9 @@ def expected(
         progress: Who is told.
 
     Returns:
-        The command line, without what is secret in URLs, and ``stages`` as an estimate has them. An empty
-        text and None where the model cannot be estimated: that ends no run.
+        The command line, without what is secret in URLs, and ``stages`` as an estimate has them. The text is
+        empty where only a pipeline file says it all. An empty text and None where the model cannot be
+        estimated: that ends no run.
     """
     try:
         # What is estimated is one device: the session's.
@@ -39,7 +40,7 @@ def expected(
     except GhoststreamError:
         return "", None
     # An estimate knows the folder of a hub model, and not where the result goes.
-    words = [*found.command[:2], session.name, *found.command[3:-1], str(out)]
+    words = [*found.command[:2], session.name, *found.command[3:-1], str(out)] if found.command else []
     if "--device" in words:
         words[words.index("--device") + 1] = recovery.compute.device
     kept = [{name: stage[name] for name in _OF_A_STAGE} for stage in found.to_json()["stages"]]

@@ -53,7 +53,8 @@ class StageRecord:
     """A stage of the work, by the name that an estimate gives it.
 
     Attributes:
-        name: ``capture``, ``select``, ``search``, ``fit``, ``solve``, ``export`` or ``evaluate``.
+        name: ``capture``, ``select``, ``search``, ``fit``, ``solve``, ``distill``, ``export`` or
+            ``evaluate``.
         seconds: What it has taken, whatever is not told as a task included.
         peak_bytes: Largest resident memory of the process up to its end.
     """

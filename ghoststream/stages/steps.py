@@ -17,6 +17,8 @@ from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.choosing.search import search_session
 from ghoststream.stages.choosing.trial import Division
 from ghoststream.stages.choosing.ways import Ways
+from ghoststream.stages.distillation.distill import distill_session
+from ghoststream.stages.distillation.schedule import Schedule
 from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.output import NamedByRequest
@@ -91,6 +93,8 @@ class Steps:
         tokens = self._session.tokens(self._text, self._progress)
         if self.way.measures:
             Division.make(self._session, tokens, self._recovery.search)
+        if self._recovery.distill is not None:
+            Schedule.of(self._recovery.distill, tokens.n_sequences)
         if self._recovery.evaluate is not None:
             self._session.tokens(self._recovery.evaluate.to_evaluate(), self._progress)
 
@@ -172,6 +176,23 @@ class Steps:
         )
         return operators, out.of(operators.digest)
 
+    def train(self, operators: OperatorSet, fitted: Path) -> tuple[OperatorSet, Path]:
+        """Train the operators where that is asked for; return those that are written, and their file.
+
+        Args:
+            operators: What was fitted.
+            fitted: Their file.
+        """
+        training = self._recovery.distill
+        if training is None:
+            return operators, fitted
+        self._progress.enter("distill")
+        out = NamedByRequest(self.work / f"trained-{_joined(operators.plan)}.safetensors")
+        trained = distill_session(
+            self._session, operators, self._text, training=training, out=out, progress=self._progress
+        )
+        return trained, out.of(trained.digest)
+
     def _capture(self, needed: tuple[int, ...] | None) -> str:
         """Capture the hidden states that are needed: all, unless the request says which."""
         recovery = self._recovery
@@ -199,5 +220,9 @@ class Steps:
             method.features if method.features != "hidden" else "",
             method.token_weights if method.token_weights != UNIFORM else "",
         )
-        spans = "_".join(f"{span.start}-{span.stop}" for span in plan.spans)
-        return NamedByRequest(self.work / f"{'-'.join(part for part in parts if part)}-{spans}.safetensors")
+        name = "-".join(part for part in parts if part)
+        return NamedByRequest(self.work / f"{name}-{_joined(plan)}.safetensors")
+
+
+def _joined(plan: PruningPlan) -> str:
+    return "_".join(f"{span.start}-{span.stop}" for span in plan.spans)

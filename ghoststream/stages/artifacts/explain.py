@@ -25,6 +25,7 @@ from ghoststream.files.seals import read_tensor_header
 from ghoststream.options import Method
 from ghoststream.recovery.names import ADAPTER_NAME, GGUF_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
+from ghoststream.recovery.training import told_training
 from ghoststream.spans import PruningPlan, Span
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def _explain_repair(path: str, facts: dict[str, Any]) -> Explanation:
         _boundaries_table(operators.get("boundaries", [])) if isinstance(operators, Mapping) else None
     )
     facts["operator"] = operators.get("kind", "unknown") if boundaries else "unknown"
+    if boundaries:
+        facts |= _trained(operators.get("metadata", {}), operators["boundaries"])
     origin = _facts_table("recovered from", provenance)
     return facts, (origin, boundaries) if boundaries else (origin,)
 
@@ -162,7 +165,15 @@ def explain_operators(path: str) -> Explanation:
     facts: dict[str, Any] = {"operator": data.pop("kind", "unknown")}
     if isinstance(data.get("plan"), Mapping):
         facts["removes"] = _plan_text(data.pop("plan"))
+    facts |= _trained(data, boundaries)
     return facts, (_boundaries_table(boundaries), _facts_table("metadata", data), _tensor_table(place))
+
+
+def _trained(metadata: Mapping[str, Any], boundaries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Say whether operators were trained, on what and for how long."""
+    figures = next((one["diagnostics"] for one in boundaries if one["form"] != "identity"), None)
+    told = told_training(metadata.get("recipe"), figures)
+    return {"trained": told} if told else {}
 
 
 def _boundaries_table(boundaries: Sequence[Mapping[str, Any]]) -> Table:

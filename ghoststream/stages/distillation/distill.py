@@ -20,6 +20,7 @@ from ghoststream.recipe import library_versions
 from ghoststream.recovery.job import require_prunable
 from ghoststream.recovery.layout import require_operators_fit
 from ghoststream.recovery.replacing import require_replaceable
+from ghoststream.recovery.training import STAGE
 from ghoststream.stages.distillation.descent import BETAS, SMALLEST_SCALE, Course
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings, HeldOut
 from ghoststream.stages.distillation.schedule import Schedule
@@ -117,7 +118,7 @@ def distill_session(
     tokens = session.tokens(text, progress)
     settings = _settings(training, session, tokens)
     recipe = _recipe(session, operators, tokens, text, settings)
-    output = Output(out, recipe, "distill")
+    output = Output(out, recipe, STAGE)
     with output.claimed(OperatorSet.load) as found:
         if found is not None:
             return found
@@ -178,7 +179,7 @@ def _recipe(
 ) -> dict[str, Any]:
     skeleton = session.skeleton
     return {
-        "stage": "distill",
+        "stage": STAGE,
         "training": {
             **asdict(settings),
             "optimizer": {"name": "adam", "betas": list(BETAS), "smallest_scale": SMALLEST_SCALE},

@@ -1,4 +1,4 @@
-"""How a text is parted for training, and how long is trained: known before the text is read, without torch."""
+"""How a text is parted for training, and how long is trained: known before the text is read. No torch."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Schedule:
         n_train = n_sequences - held_out
         if held_out < 1 or n_train < batch:
             msg = (
-                f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one batch "
-                f"of {batch} to train on; give more windows, or a smaller batch"
+                f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one "
+                f"batch of {batch} to train on; give more windows, or a smaller batch"
             )
             raise RequestError(msg)
         if training.steps is not None:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.option_types import Options, flag
-from ghoststream.options import Exploration
+from ghoststream.options import Exploration, Training
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.distillation.schedule import Schedule
 from ghoststream.stages.estimation.job import Job
 
 UNREAD = "ids:text-is-not-read.npy"
 """Specification of a text that nobody has named yet."""
+
+_TIMES = {"epochs", "steps"}
+"""How long is trained: epochs of a known text are steps."""
 
 _TEXT = "file:calibration.txt"
 
@@ -19,14 +23,17 @@ _TEXT = "file:calibration.txt"
 def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
     """Return the words of ``ghoststream recover`` with every option that was given.
 
-    A text that was not named is written as ``file:calibration.txt``, a folder as ``recovered``.
+    A text that was not named is written as ``file:calibration.txt``, a folder as ``recovered``. There are no
+    words where options of a training were given that only a pipeline file takes.
 
     Args:
         job: The recovery.
         model: What the model is called where it is run.
         out: Where the checkpoint goes, if that was said.
     """
-    recovery = job.recovery
+    recovery, training = job.recovery, job.recovery.distill
+    if training is not None and set(training.given()) - _TIMES:
+        return ()
     words = ["ghoststream", "recover", model, "--remove", _removed(recovery.remove)]
     text = recovery.calibration
     for spec in text.specs:
@@ -36,11 +43,17 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
         words += _words(group)
     if recovery.store is not None:
         words += ["--store", recovery.store]
+    words += [] if training is None else _training(training, job.sequences)
     if recovery.form != "custom":
         words += ["--form", recovery.form]
     if recovery.gguf_type != "auto":
         words += ["--gguf-type", recovery.gguf_type]
     return (*words, "--out", str(out or "recovered"))
+
+
+def _training(training: Training, n_sequences: int) -> list[str]:
+    steps = Schedule.of(training, n_sequences).steps
+    return ["--distill", *([str(steps)] if training.given() else [])]
 
 
 def explore_command_of(job: Job, exploration: Exploration, model: str, out: Path | None) -> tuple[str, ...]:

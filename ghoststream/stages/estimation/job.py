@@ -96,6 +96,13 @@ class Job(Way):
         """The spans that operators are fitted for: those of the plan, or one of as many layers."""
         return (Span(1, 1 + self.n_removed),) if self.given is None else self.given.plan.spans
 
+    @property
+    def first_removed(self) -> int:
+        """The first layer that goes; where nobody knows yet which ones do, they are in the middle."""
+        if self.given is not None:
+            return self.given.plan.spans[0].start
+        return (self.sizes.n_layers - self.n_removed) // 2
+
     @cached_property
     def kind(self) -> OperatorKind:
         """The operator; without a name that of what is tried whose fit takes most memory.

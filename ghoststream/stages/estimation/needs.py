@@ -17,6 +17,7 @@ from ghoststream.stages.choosing.ways import REFIT
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.pass_needs import Fits, PassNeeds, logit_bytes, pass_needs
 from ghoststream.stages.estimation.report import SweepCost
+from ghoststream.stages.estimation.training import TrainingCost
 
 _EXPORT_BYTES = 32 * 2**20
 """A copy buffer, the pruned model without its weights, and its tokenizer."""
@@ -60,6 +61,12 @@ class Route:
             fitting = (*chosen, last_fit(shape, job.tap_width, job.recovery.method.refit, spans))
         return cls(job, job.fit_cost(job.kind), selection, searching, fitting)
 
+    @property
+    def training(self) -> TrainingCost | None:
+        """What training the operators takes; None where they are only fitted."""
+        asked = self.job.recovery.distill
+        return None if asked is None else TrainingCost(self.job, asked, self.fit)
+
     def passes(self, store: Path | None) -> dict[str, PassNeeds]:
         """Return what the passes of each stage take: the one of them that has most states to keep.
 
@@ -74,6 +81,8 @@ class Route:
             if passes:
                 fits = self.fits if any(one.fits for one in passes) else None
                 found[name] = pass_needs(job, name, max(one.states for one in passes), fits=fits)
+        if self.training is not None:
+            found["distill"] = self.training.place()
         if job.measuring is not None:
             states = 2 * job.sizes.hidden
             found["evaluate"] = pass_needs(job.measuring, "evaluate", states, logits=logit_bytes(job))
@@ -122,6 +131,8 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
             f"{job.stored_layers} S T C b{copied}",
             machine.free_disk(store),
         )
+    if route.training is not None:
+        needs |= route.training.needs(out)
     parts = len(job.spans) * route.fit.write_bytes
     needs["memory, export"] = Need(_EXPORT_BYTES + parts, "32 MiB and the operators", host)
     needs["disk, export"] = Need(job.export_bytes, "checkpoint - N layers + operator", disk)

@@ -58,6 +58,7 @@ def pass_needs(
     store: Path | None = None,
     buffers: int = 0,
     logits: int = 0,
+    way_back: int = 0,
     fits: Fits | None = None,
 ) -> PassNeeds:
     """Return what a pass takes.
@@ -73,14 +74,17 @@ def pass_needs(
         store: Local place of a store that is written, beside which scratch lies.
         buffers: Bytes that who watches the pass takes on the host.
         logits: Bytes of logits and what becomes of them, where layers are computed.
+        way_back: Bytes of a way back where layers are computed, beside the work of a pass.
         fits: What fitting a boundary takes besides.
     """
     machine, on_host = job.machine, f"memory, {stage}"
-    computing = computing_bytes(job, logits)
-    places = {"host": (on_host, _need(computing + buffers, PASS_FORMULA, job, "host"))}
+    computing = computing_bytes(job, logits) + way_back
+    formula = PASS_FORMULA + " + the way back" * bool(way_back)
+    places = {"host": (on_host, _need(computing + buffers, formula, job, "host"))}
     is_beside = False
     if machine.has_device:
-        device = _need(computing + on_their_way_bytes(job), ACCELERATOR_FORMULA, job, "device")
+        formula = ACCELERATOR_FORMULA + " + the way back" * bool(way_back)
+        device = _need(computing + on_their_way_bytes(job), formula, job, "device")
         if fits is not None and job.kind.sums_on("cuda") is not None:
             both = _plus(device, fits.on_device)
             is_beside, device = (True, both) if both.fits else (False, device)
@@ -96,7 +100,8 @@ def pass_needs(
     if fits is not None and (is_beside or not machine.has_device):
         fitting = fits.on_device.n_bytes if is_beside else fits.on_host.n_bytes
     held = found["device"] if machine.has_device else found["host"] + buffers
-    return PassNeeds(needs, found, held + _peak(job, logits, fitting), is_beside)
+    at_work = fitting or (way_back and job.micro_batch * job.work_bytes + way_back)
+    return PassNeeds(needs, found, held + _peak(job, logits, at_work), is_beside)
 
 
 def logit_bytes(job: Job) -> int:
@@ -147,7 +152,7 @@ def _times(lanes: float) -> str:
 
 
 def _peak(job: Job, logits: int, fits: int) -> int:
-    """Return the largest of what is there in turn: embedded rows, layers at work or a fit, the head."""
+    """Return the largest of what is there in turn: embedded rows, layers at work, a fit or a way back, the head."""
     sizes, n_tokens = job.sizes, job.micro_batch * job.text.length
     rows = min(sizes.vocabulary, n_tokens) * sizes.hidden * sizes.itemsize
     layers = 2 * sizes.layer_bytes + max(job.micro_batch * job.work_bytes, fits)

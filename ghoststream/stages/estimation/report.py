@@ -20,6 +20,7 @@ _ADVICE: Mapping[str, str] = {
     "memory, search": _SMALLER,
     "memory, explore": f"{_SMALLER}, fewer --counts or fewer --lanes",
     "memory, pass": _SMALLER,
+    "memory, distill": f"{_SMALLER}, or train by ghoststream distill with a smaller --batch",
     "memory, evaluate": _SMALLER,
     "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
     "memory, fit": "use --operator ghost or linear-patch-diagonal, or run it on a machine with more memory",
@@ -27,6 +28,7 @@ _ADVICE: Mapping[str, str] = {
     "memory, select": "use --criterion streamline, or run it on a machine with more memory",
     "disk, select": "use --criterion residual-in-sample or streamline, or write --out to another disk",
     "disk, taps": "use fewer --sequences, or write the operators to another disk",
+    "disk, distill": "use fewer --sequences, or write --out to another disk",
     "disk, store": "use fewer --sequences, a smaller --store-dtype, fewer --layers, or another --store",
     "disk, export": "free some space or write --out to another disk",
 }
@@ -121,7 +123,7 @@ class Estimate:
         machine: Where; its rates are None if it was not measured.
         sweeps: Sweeps over the store, where there is one.
         stores: Ways to keep hidden states, by the disk that they take.
-        command: The command that does it, as words.
+        command: The command that does it, as words; empty where only a pipeline file says it all.
         note: Where the sizes of the model come from, if not from headers.
         explores: Whether it is of an exploration; ``n_removed`` is its largest number of layers.
         left_out: Ways to repair that ``auto`` leaves out, as their fits cannot be held.

@@ -44,6 +44,8 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
         read = _positions(route, "solve") * job.position_bytes
         works["solve"] = fits_work(job, job.kind, len(job.spans)) + Work(read=read)
         works["solve"] += _spills(route) + Work(written=len(job.spans) * route.fit.write_bytes)
+    if route.training is not None:
+        works["distill"] = route.training.work()
     works["export"] = Work(read=job.export_bytes, written=job.export_bytes)
     if job.measuring is not None:
         works["evaluate"] = evaluate_work(job.measuring)

@@ -75,15 +75,13 @@ def evaluate_work(job: Job) -> Work:
         job: The recovery, with the text to measure on.
     """
     sizes = job.sizes
-    # Where nobody knows yet which layers go, they are in the middle.
-    start = job.given.plan.spans[0].start if job.given is not None else (sizes.n_layers - job.n_removed) // 2
-    lanes = 2.0 - (start + job.n_removed) / sizes.n_layers
+    lanes = 2.0 - (job.first_removed + job.n_removed) / sizes.n_layers
     return pass_work(job, PassCost(2.0 * sizes.hidden, lanes, scored=2.0))
 
 
 def pass_work(job: Job, cost: PassCost) -> Work:
     """Return the work of one pass over the model."""
-    done = _forward(job, cost.lanes, cost.last) + _reading(job, cost.last)
+    done = forward_work(job, cost.lanes, cost.last) + _reading(job, cost.last)
     if cost.backward:
         done += Work(read=sum(layer.stored_bytes for layer in job.sizes.layers))
     if cost.fits:
@@ -104,7 +102,7 @@ def _reading(job: Job, last: int | None) -> Work:
     return Work(read=read, weights=read * widened)
 
 
-def _forward(job: Job, lanes: float, last: int | None) -> Work:
+def forward_work(job: Job, lanes: float, last: int | None) -> Work:
     """Return the arithmetic of lanes through the layers, ``lanes`` in dense passes over all of them."""
     sizes, length = job.sizes, job.text.length
     layers = sizes.layers[:last]

@@ -142,7 +142,8 @@ def _what(run: Run) -> str:
         return f"{run.name} removes no layer"
     plan = run.plan
     layers = f"{run.name} removes {plan.n_removed} of {plan.n_layers} layers, {plan}"
-    return layers + (f", chosen by {run.chosen_by}" if run.chosen_by else "")
+    layers += f", chosen by {run.chosen_by}" if run.chosen_by else ""
+    return layers + (", and was trained" if run.trained else "")
 
 
 def _on_text(run: Run, runs: Sequence[Run], text: TextMeasured) -> str:

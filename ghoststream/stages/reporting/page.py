@@ -86,6 +86,7 @@ def _facts(run: Run) -> _RunFacts:
         "removed": run.removed,
         "chosen by": run.chosen_by,
         "operator": run.operator,
+        "trained": run.trained,
         "process": run.state,
         "fingerprint of the base": run.base_digest or "",
     }

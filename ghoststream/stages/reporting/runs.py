@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ghoststream.recovery.training import told_training
 from ghoststream.spans import PruningPlan, Span
 
 NORMAL_95 = 1.96
@@ -115,7 +116,13 @@ class Boundary:
     @property
     def ridge_curve(self) -> tuple[tuple[float, float], ...]:
         """Relative ridges that were tried, and the relative residual out of sample of each."""
-        return tuple((float(ridge), float(left)) for ridge, left in self.diagnostics.get("ridge_curve") or ())
+        return tuple((float(ridge), float(left)) for ridge, left in self.fit.get("ridge_curve") or ())
+
+    @property
+    def fit(self) -> Mapping[str, Any]:
+        """The figures of its fit, also where it was trained afterwards."""
+        fitted: Mapping[str, Any] = self.diagnostics.get("fitted") or self.diagnostics
+        return fitted
 
 
 @dataclass(frozen=True)
@@ -257,6 +264,12 @@ class Run:
         if not self.plan.spans:
             return "none"
         return f"{self.plan.n_removed} of {self.plan.n_layers}: {self.plan}"
+
+    @property
+    def trained(self) -> str:
+        """How its operators were trained, in words; empty where they were only fitted."""
+        figures = (one.diagnostics for one in self.boundaries if "step_losses" in one.diagnostics)
+        return told_training(self.recipe, next(figures, None))
 
     def loss_on(self, text: TextMeasured) -> Loss | None:
         """Return its loss on a text."""

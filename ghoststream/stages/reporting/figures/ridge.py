@@ -80,9 +80,9 @@ def _table(found: _Found) -> Table:
 
 
 def _is_chosen(boundary: Boundary, value: float) -> bool:
-    return bool(boundary.diagnostics.get("ridge_relative") == value)
+    return bool(boundary.fit.get("ridge_relative") == value)
 
 
 def _chosen(boundary: Boundary) -> str:
-    value = boundary.diagnostics.get("ridge_relative")
+    value = boundary.fit.get("ridge_relative")
     return figure(float(value)) if value is not None else "none"

@@ -1,0 +1,113 @@
+"""What training the operators takes: a pass of the dense model, then steps over the layers behind the gap.
+
+Letters are those of :mod:`ghoststream.costs`; ``P`` are the parameters that are trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ghoststream.costs import Cost, Need, PassCost
+from ghoststream.options import Training
+from ghoststream.stages.distillation.schedule import Schedule
+from ghoststream.stages.estimation.job import Job
+from ghoststream.stages.estimation.pass_needs import PassNeeds, logit_bytes, pass_needs
+from ghoststream.stages.estimation.work import Work, forward_work, pass_work
+
+_BYTES_TRAINED = 20
+"""Of a parameter in memory: itself, the best one, its gradient, two moments."""
+
+_BYTES_KEPT = 16
+"""Of a parameter on disk: the same without its gradient."""
+
+_WAY_BACK = 3
+"""What autograd holds of a layer at work, in forwards beside the one that the pass counts."""
+
+_PRODUCTS = 3.0
+"""Arithmetic of a step, in passes forward: there, there again, and back through frozen weights."""
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a training of operators takes.
+
+    Attributes:
+        job: The recovery.
+        training: What was asked for.
+        fit: What fitting one boundary takes, whose result is trained.
+    """
+
+    job: Job
+    training: Training
+    fit: Cost
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the text is parted, and how many steps there are."""
+        return Schedule.of(self.training, self.job.sequences)
+
+    @property
+    def kept(self) -> int:
+        """Layers that a step runs: those behind the first span, and the one before it where it is read."""
+        job = self.job
+        start = job.first_removed - job.reads_taps
+        return job.sizes.n_layers - start - job.n_removed
+
+    @property
+    def parameters(self) -> int:
+        """Parameters P: of operators in float32, and of two norms a layer and the final one."""
+        norms = (2 * self.kept + 1) * self.job.sizes.hidden * (self.training.train == "operators+norms")
+        return len(self.job.spans) * self.fit.write_bytes // 4 + norms
+
+    @property
+    def disk(self) -> Need:
+        """What is kept until the operators are written: the dense model's knowledge, and the training."""
+        job, top = self.job, min(self.training.top, self.job.sizes.vocabulary)
+        n_bytes = job.n_tokens * (job.token_bytes + 8 * top) + _BYTES_KEPT * self.parameters
+        return Need(n_bytes, f"S T (C b + {8 * top}) + {_BYTES_KEPT} P")
+
+    def needs(self, out: Path) -> dict[str, Need]:
+        """Return what it needs beside the memory of its passes.
+
+        Args:
+            out: Where the export goes; what is kept lies beside it.
+        """
+        return {"disk, distill": replace(self.disk, available=self.job.machine.free_disk(out))}
+
+    def place(self) -> PassNeeds:
+        """Return what its passes take: those of the dense model and of a step, whichever takes more."""
+        job, hidden = self.job, self.job.sizes.hidden
+        micro_batch = self.job.recovery.compute.micro_batch or max(1, job.at_once // 4)
+        micro_batch = min(micro_batch, self.training.batch)
+        step = _at(job, self.training.batch, micro_batch)
+        way_back = _WAY_BACK * micro_batch * job.work_bytes + _BYTES_TRAINED * self.parameters
+        # The inputs of all layers, the states on their way, and their gradient.
+        found = (
+            pass_needs(_at(job, job.sequences, micro_batch), "distill", hidden, logits=logit_bytes(job)),
+            pass_needs(step, "distill", hidden * (self.kept + 2), way_back=way_back),
+        )
+        return max(found, key=lambda one: sum(need.n_bytes for need in one.needs.values()))
+
+    def work(self) -> Work:
+        """Return its work; layers that fit the memory of the host are read from disk once."""
+        job, schedule = self.job, self.schedule
+        share, held = schedule.batch / job.sequences, schedule.held_out / job.sequences
+        layers = self.kept / job.sizes.n_layers
+        lanes = schedule.steps * share * _PRODUCTS * layers + (schedule.n_checks + 2) * held * layers
+        reads = 2 * schedule.steps + schedule.n_checks + 2
+        n_bytes = sum(layer.stored_bytes for layer in job.sizes.layers[-self.kept :])
+        is_cached = n_bytes <= job.machine.host_memory // 2
+        widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
+        passes = Work(read=n_bytes * (1 if is_cached else reads), weights=n_bytes * reads * widened)
+        dense = pass_work(job, PassCost(job.sizes.hidden, 1.0, scored=1.0 + 2.0 * held))
+        written = self.disk.n_bytes + schedule.steps * _BYTES_KEPT * self.parameters
+        return dense + passes + forward_work(job, lanes, None) + Work(written=written)
+
+
+def _at(job: Job, sequences: int, micro_batch: int) -> Job:
+    """Return a recovery as passes over so many sequences see it."""
+    recovery = job.recovery
+    text = job.text.model_copy(update={"sequences": sequences})
+    compute = recovery.compute.model_copy(update={"micro_batch": micro_batch})
+    return replace(job, recovery=recovery.model_copy(update={"calibration": text, "compute": compute}))

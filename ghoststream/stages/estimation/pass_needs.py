@@ -152,7 +152,7 @@ def _times(lanes: float) -> str:
 
 
 def _peak(job: Job, logits: int, fits: int) -> int:
-    """Return the largest of what is there in turn: embedded rows, layers at work, a fit or a way back, the head."""
+    """Return the largest of what is there in turn: embedded rows, layers with ``fits``, the head."""
     sizes, n_tokens = job.sizes, job.micro_batch * job.text.length
     rows = min(sizes.vocabulary, n_tokens) * sizes.hidden * sizes.itemsize
     layers = 2 * sizes.layer_bytes + max(job.micro_batch * job.work_bytes, fits)

@@ -29,7 +29,7 @@ from ghoststream.cli.output import (
 )
 from ghoststream.cli.progress import show_progress
 from ghoststream.errors import RequestError
-from ghoststream.options import Compute, Exploration, Method, Recovery, Reduction, Search, Storage, Text, Training
+from ghoststream.options import Compute, Exploration, Method, Recovery, Reduction, Search, Storage, Text
 from ghoststream.progress import human_seconds
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     reduction=Reduction,
 )
 @field_option(Recovery, "store", section=Storage.title)
-@field_option(Recovery, "distill", section=Training.title)
+@field_option(Recovery, "distill", section=Method.title)
 @json_option
 @debug_option
 def command(

@@ -22,7 +22,7 @@ from ghoststream.cli.options import (
 from ghoststream.cli.output import next_command, print_json, print_next, print_text
 from ghoststream.cli.page import page_at_the_end
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text, Training
+from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text
 
 
 @click.command(
@@ -41,7 +41,7 @@ from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Se
     calibration=Text, search=Search, method=Method, compute=Compute, storage=Storage, reduction=Reduction
 )
 @field_option(Recovery, "store", section=Storage.title)
-@field_option(Recovery, "distill", section=Training.title)
+@field_option(Recovery, "distill", section=Method.title)
 @field_option(Recovery, "form", section="Result")
 @field_option(Recovery, "gguf_type", section="Result")
 @page_option

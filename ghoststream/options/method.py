@@ -52,7 +52,7 @@ class Method(Options):
     )
     ridge: Ridge = option(
         None,
-        "Ridge of ghost (default 1e-6) or least-squares (default auto).\nAdded to the diagonal of the Gram "
+        "Ridge. Default: 1e-6 (ghost), auto (least-squares).\nAdded to the diagonal of the Gram "
         "matrix: as it is by ghost, times the diagonal's mean by least-squares, where auto takes what "
         "predicts held-out folds best, and gcv needs no folds.",
         usual=True,

@@ -42,8 +42,8 @@ class Recovery(Options):
     reduction: Reduction = Reduction()
     distill: Annotated[Training | None, OR_STEPS] = option(
         None,
-        "Train the repaired model towards the dense one: 4 epochs, or so many steps.\nOperators and norms, "
-        "as `ghoststream distill` does; of its other options a pipeline file takes those that are given.",
+        "Train what was fitted: 4 epochs, or so many steps.\nOperators, and norms behind them, towards the "
+        "dense model, as `ghoststream distill` does; a pipeline file has its other options.",
         usual=True,
         metavar="[STEPS]",
         bare="true",

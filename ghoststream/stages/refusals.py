@@ -190,8 +190,9 @@ def _changes(found: RecoveredInfo, way: Way, digest: Callable[[], str]) -> list[
         asked["plan"], there["plan"] = way.given.plan.to_json(), found.plan.to_json()
     training, trained = way.recovery.distill, training_of(found.recorded["metadata"].get("recipe"))
     asked["distill"], there["distill"] = training is not None, trained is not None
-    for name in () if training is None or trained is None else training.given(trained):
-        asked[name], there[name] = getattr(training, name), trained[name]
+    if training is not None and trained is not None:
+        for name in training.given(trained):
+            asked[name], there[name] = getattr(training, name), trained[name]
     return differences(there, asked)
 
 

@@ -133,6 +133,25 @@ def test_distill_has_every_field_of_a_training(name: str) -> None:
     _require_declared(_options("distill")[name], Training.model_fields[name])
 
 
+@pytest.mark.parametrize("command", ["recover", "estimate"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), None),
+        (("--distill",), Training()),
+        (("--distill", "40"), Training(steps=40)),
+        (("--distill", "--sequences", "8"), Training()),
+    ],
+)
+def test_a_training_may_have_a_number_of_steps(
+    command: str, words: tuple[str, ...], expected: Training | None
+) -> None:
+    context = _command(command).make_context(command, ["MODEL", *words, "--remove", "2", "--out", "o"])
+    assert context.params["model"] == "MODEL"
+    assert context.params["distill"] == expected
+    _require_declared(_options(command)["distill"], Recovery.model_fields["distill"])
+
+
 @pytest.mark.parametrize("name", Exploration.model_fields)
 def test_explore_has_every_field_of_an_exploration(name: str) -> None:
     _require_declared(_options("explore")[name], Exploration.model_fields[name])

@@ -16,7 +16,7 @@ import yaml
 
 from ghoststream.cli import main
 from ghoststream.errors import InputNotFoundError, RequestError
-from ghoststream.options import Compute, Method, Reduction, Search, Text
+from ghoststream.options import Compute, Method, Reduction, Search, Text, Training
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.pipeline import load_pipeline, with_runtime
 from ghoststream.text import TextSpec
@@ -122,6 +122,8 @@ def test_minimal_pipeline(tmp_path: Path) -> None:
     [
         (MINIMAL + "sleve: {}\n", "sleve: there is no such option"),
         (MINIMAL + "search: {beams: 2}\n", "search.beams: there is no such option"),
+        (MINIMAL + "distill: {steeps: 2}\n", "distill.steeps: there is no such option"),
+        (MINIMAL + "distill: a lot\n", "distill: 'a lot' is no number of steps"),
         (MINIMAL + "method: {solver: magic}\n", "method.solver: Input should be 'gram'"),
         (MINIMAL.replace("remove: 2", ""), "remove: is missing"),
         (MINIMAL + "storage: {layers: '3:3'}\n", "storage.layers: '3:3' names no layer"),
@@ -151,6 +153,33 @@ def test_a_field_of_a_file_is_changed_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=re.escape(message)):
             load_pipeline(path, (change,))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        ("", (), None),
+        ("distill:", (), None),
+        ("distill: {}", (), None),
+        ("distill: false", (), None),
+        ("distill: true", (), Training()),
+        ("distill: 40", (), Training(steps=40)),
+        ("distill: {epochs: 2, train: operators}", (), Training(epochs=2, train="operators")),
+        ("", ("distill=true",), Training()),
+        ("", ("distill.epochs=2",), Training(epochs=2)),
+        ("distill:", ("distill.epochs=2",), Training(epochs=2)),
+        ("distill: true", ("distill.epochs=2",), Training(epochs=2)),
+        ("distill: 40", ("distill.batch=2",), Training(steps=40, batch=2)),
+        ("distill: {epochs: 2}", ("distill=false",), None),
+    ],
+)
+def test_a_training_is_off_unless_something_is_said_of_it(
+    section: str, changes: tuple[str, ...], expected: Training | None, tmp_path: Path
+) -> None:
+    found = load_pipeline(_written(tmp_path, f"{MINIMAL}{section}\n"), changes).distill
+    assert found == expected
+    if found is not None and expected is not None:
+        assert found.given() == expected.given()
 
 
 def test_no_pipeline_file(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import ghoststream as gs
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Method, Source, Text, Training
 from ghoststream.stages.distillation.distill import distill
@@ -32,7 +34,19 @@ def run(root: Path, out: Path) -> OperatorSet:
     )
 
 
-def die(root: Path, out: Path, number: int, when: str) -> int:
+def recover(root: Path, out: Path) -> None:
+    gs.recover(
+        root / "model",
+        remove="1:2 3:5",
+        calibration=Text(spec=f"ids:{root / 'ids.npy'}", sequences=8, length=12),
+        method=Method(operator="ghost", inputs="repaired"),
+        distill=Training(steps=STEPS, batch=2, top=10),
+        compute=Compute(micro_batch=2),
+        out=out,
+    )
+
+
+def die(root: Path, out: Path, number: int, when: str, run: Callable[[Path, Path], object] = run) -> int:
     """Distil in a process that kills itself before or after its n-th rename; return how it ended."""
     child = os.fork()
     if child == 0:
@@ -67,3 +81,29 @@ def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None
             assert out.read_bytes() == whole.read_bytes()
             assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert die(tmp_path, tmp_path / "unharmed.safetensors", renames + 1, "before") == 99
+
+
+@pytest.mark.soak
+def test_a_killed_recovery_with_a_training_ends_with_identical_files(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "model")
+    random_ids(tmp_path, 8, 12)
+    whole, number = tmp_path / "whole" / "out", 0
+    recover(tmp_path, whole)
+    wanted = _files(whole.parent)
+    while True:
+        number += 1
+        out = tmp_path / str(number) / whole.name
+        if die(tmp_path, out, number, "before" if number % 2 else "after", recover) == 99:
+            break
+        recover(tmp_path, out)
+        assert _files(out.parent) == wanted, number
+    # The folder of the work, the dense model's knowledge, before the first step and after each, the results.
+    assert number > STEPS + 6
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "run.json"
+    }

@@ -1,0 +1,89 @@
+"""What ``estimate`` says of a training, against sizes counted by hand."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ghoststream.options import Recovery
+from ghoststream.stages.estimation.estimate import estimate
+from ghoststream.stages.estimation.report import Estimate, StageCost
+
+pytestmark = pytest.mark.unit
+S, T, C, L, V = 12, 16, 32, 6, 128
+#: Parameters of a decoder layer of the tiny model that act on a token.
+LAYER = 8_768
+
+
+def _price(model: Path, distill: Any, **changes: Any) -> Estimate:
+    text = {"spec": "ids:none.npy", "sequences": S, "length": T}
+    method = {"operator": "ghost", "inputs": "repaired"}
+    request = {"remove": "2:4", "calibration": text, "method": method, "compute": {"device": "cpu"}}
+    return estimate(Recovery.make({**request, "distill": distill, **changes}), model=model, measure=False)
+
+
+def _stage(found: Estimate) -> StageCost:
+    return next(stage for stage in found.stages if stage.name == "distill")
+
+
+def test_nothing_is_priced_that_is_not_asked_for(tiny_llama: Path) -> None:
+    found = _price(tiny_llama, None)
+    assert [stage.name for stage in found.stages] == ["fit", "export"]
+    assert not [name for name in found.needs if "distill" in name]
+
+
+def test_disk_is_that_of_the_dense_model_and_of_what_is_trained(tiny_llama: Path) -> None:
+    found = _price(tiny_llama, {"top": 10})
+    # One map, two norms of each of the two layers behind the span, and the final norm.
+    trained = C * C + 5 * C
+    assert found.needs["disk, distill"].n_bytes == S * T * (4 * C + 8 * 10) + 16 * trained
+    alone = _price(tiny_llama, {"top": 10, "train": "operators"})
+    assert alone.needs["disk, distill"].n_bytes == S * T * (4 * C + 8 * 10) + 16 * C * C
+    # No more logits than there are.
+    assert _price(tiny_llama, {"top": 1000}).needs["disk, distill"].n_bytes == (
+        S * T * (4 * C + 8 * V) + 16 * trained
+    )
+
+
+def test_each_step_takes_its_share_of_the_arithmetic(tiny_llama: Path) -> None:
+    few, many = (_stage(_price(tiny_llama, {"steps": steps, "batch": 8})) for steps in (2, 6))
+    # There, there again, and back through two layers; a look at three windows after every step.
+    step = 3 * 8 * T * 2 * (2 * LAYER + 2 * T * C)
+    look = 3 * T * 2 * (2 * LAYER + 2 * T * C)
+    assert many.flops - few.flops == pytest.approx(4 * (step + look), rel=0.05)
+    # Layers that are in memory are read once.
+    assert many.read_bytes == few.read_bytes
+
+
+def test_memory_is_that_of_a_way_back() -> None:
+    recovery = Recovery.make(
+        {
+            "remove": "20:24",
+            "calibration": {"spec": "ids:none.npy"},
+            "method": {"operator": "ghost", "inputs": "repaired"},
+            "compute": {"micro_batch": 2},
+            "distill": {"batch": 64},
+        }
+    )
+    need = estimate(recovery, model="llama-3-8b", machine="laptop").needs["memory, distill"]
+    assert "the way back" in need.formula
+    hidden, wide, vocabulary, length = 4096, 14_336, 128_256, 512
+    unit, forward = 2 * hidden * vocabulary, 2 * length * (4 * wide + 8 * hidden) * 2
+    trained = hidden**2 + (2 * 8 + 1) * hidden
+    # What enters each of the eight layers behind the gap, the states on their way, and their gradient.
+    states = (8 + 2) * 64 * length * hidden * 2
+    assert need.n_bytes == 2 * unit + max(unit // 2, forward) + 3 * forward + 20 * trained + states
+
+
+def test_the_command_is_one_that_can_be_given(tiny_llama: Path) -> None:
+    def words(distill: Any) -> list[str]:
+        return shlex.split(_price(tiny_llama, distill).to_json()["command"])[-4:]
+
+    assert words(True)[1] == "--distill"
+    assert words({"steps": 7})[:2] == ["--distill", "7"]
+    # Two epochs of nine windows, eight a step.
+    assert words({"epochs": 2})[:2] == ["--distill", "4"]
+    assert words({"epochs": 2, "batch": 4}) == []

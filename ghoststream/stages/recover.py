@@ -151,7 +151,8 @@ def recover(
         distill: How operators, and norms behind the first span, are trained after they were fitted
             (:func:`ghoststream.distill`); nothing is trained if ``None``.
         compute: How the model is opened and run. Several devices, such as ``cuda:0,cuda:1``, take shares of
-            every pass over the model, in a process each; no bit depends on their number.
+            every pass over the model, in a process each; no bit depends on their number. Training is done by
+            the first of them.
         progress: Who is told how far it is.
 
     Raises:

@@ -11,6 +11,7 @@ import pytest
 from ghoststream.options import Recovery
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.report import Estimate, StageCost
+from tests.helpers.command_bench import BAD_REQUEST, run
 
 pytestmark = pytest.mark.unit
 S, T, C, L, V = 12, 16, 32, 6, 128
@@ -87,3 +88,9 @@ def test_the_command_is_one_that_can_be_given(tiny_llama: Path) -> None:
     # Two epochs of nine windows, eight a step.
     assert words({"epochs": 2})[:2] == ["--distill", "4"]
     assert words({"epochs": 2, "batch": 4}) == []
+
+
+def test_an_exploration_trains_nothing(tiny_llama: Path) -> None:
+    result = run("estimate", tiny_llama, "--explore", "--distill", "--no-measure")
+    assert result.exit_code == BAD_REQUEST
+    assert "--distill would not be used" in result.stderr

@@ -59,7 +59,7 @@ def as_recovery(recovery: Recovery, exploration: Exploration, n_layers: int) -> 
     unused = "an exploration writes neither store nor checkpoint"
     for group in (recovery.storage, recovery.reduction):
         group.refuse(None, unused)
-    recovery.refuse(("store",), unused)
+    recovery.refuse(("store", "distill"), unused)
     largest = max(counts_of(exploration, n_layers))
     if largest < search.max_spans:
         # One layer has one span; what is given here is a limit.

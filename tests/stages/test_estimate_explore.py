@@ -70,6 +70,7 @@ def test_the_command_prices_an_exploration(tiny_llama: Path) -> None:
     assert "memory, explore" in shown.stdout
     assert "run: ghoststream explore" in shown.stdout
     assert "--counts 1,2" in " ".join(shown.stdout.split())
+    assert "--max-spans" not in shown.stdout
     data = json.loads(_run(str(tiny_llama), *given, "--json").stdout)
     assert (data["explores"], data["n_removed"], data["stores"]) == (True, 2, [])
     (stage,) = data["stages"]
@@ -79,6 +80,14 @@ def test_the_command_prices_an_exploration(tiny_llama: Path) -> None:
     more = json.loads(_run(str(tiny_llama), *given[:2], "1:4", *given[3:], "--json").stdout)
     assert more["stages"][0]["flops"] > stage["flops"]
     assert more["stages"][0]["read_bytes"] == stage["read_bytes"], "as many passes for more numbers"
+
+
+def test_a_limit_of_spans_that_one_layer_cannot_reach_is_none(tiny_llama: Path) -> None:
+    one = ("--explore", "--counts", "1", "--sequences", str(S), "--length", str(T), "--json")
+    found = [json.loads(_run(str(tiny_llama), *one, *more).stdout) for more in ((), ("--max-spans", "2"))]
+    assert "--max-spans" not in found[0]["command"]
+    assert found[0]["stages"][0]["flops"] > 0
+    assert found[1]["fits"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ghoststream.costs import Need
-from ghoststream.errors import RequestError
 from ghoststream.options import Exploration, Recovery, Search
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.needs import Route
@@ -61,10 +60,7 @@ def as_recovery(recovery: Recovery, exploration: Exploration, n_layers: int) -> 
         group.refuse(None, unused)
     recovery.refuse(("store", "distill"), unused)
     largest = max(counts_of(exploration, n_layers))
-    if largest < search.max_spans:
-        # One layer has one span; what is given here is a limit.
+    if "max_spans" in search.given() and largest < search.max_spans:
+        # To an exploration it is a limit, as one layer has one span.
         recovery = recovery.model_copy(update={"search": search.model_copy(update={"max_spans": largest})})
-    if largest < 1:
-        msg = "nothing is explored; give --counts"
-        raise RequestError(msg)
     return recovery.model_copy(update={"remove": largest})

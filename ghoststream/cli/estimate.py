@@ -12,6 +12,7 @@ import click
 from ghoststream.cli.command import Command
 from ghoststream.cli.options import (
     Part,
+    SectionOption,
     debug_option,
     field_option,
     grouped,
@@ -62,12 +63,18 @@ if TYPE_CHECKING:
     "--save-machine",
     type=click.Path(path_type=Path),
     metavar="FILE",
+    cls=SectionOption,
+    section="Machine",
+    usual=False,
     help="Write what was measured of this machine, for --machine on another one.",
 )
 @click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
+    cls=SectionOption,
+    section="Machine",
+    usual=False,
     help="Measure this machine for two seconds, for times; a temporary file is written.",
 )
 @field_option(Text, "sequences")
@@ -99,16 +106,14 @@ def command(
     length: int,
     **given: Any,
 ) -> None:
-    """Say what recovering MODEL would take: memory, disk, arithmetic and time. Nothing is loaded.
+    """Say what recovering MODEL would take: memory, disk, time. Nothing is loaded.
 
     MODEL is a checkpoint folder or a hub id, of which configuration and headers are read; or a folder with
-    a config.json alone; or the name of a published shape, such as llama-3-70b or deepseek-v3. --machine says
-    where it would run: MODEL and machine need not be here.
+    a config.json alone; or a published shape, such as llama-3-70b or deepseek-v3. MODEL and machine need not
+    be here.
 
-    The options are those of `ghoststream recover`. A table of sweeps says how often a store is read within
-    --memory, and what is kept on disk meanwhile.
-
-    With --explore it says what `ghoststream explore` would take: --counts in the place of --remove.
+    The options are those of `ghoststream recover`; with --explore those of `ghoststream explore`, --counts in
+    the place of --remove. A table of sweeps says how often a store is read within --memory.
     """
     from ghoststream.stages.estimation.command import UNREAD
     from ghoststream.stages.estimation.estimate import estimate

@@ -147,14 +147,13 @@ def _explain_repair(path: str, facts: dict[str, Any]) -> Explanation:
         plans = [one["plan"] for one in provenance.pop("rounds", ())]
         facts["removed"] = _plan_text(*plans, provenance.pop("plan"))
     operators = provenance.pop("operators", {})
-    boundaries = (
-        _boundaries_table(operators.get("boundaries", [])) if isinstance(operators, Mapping) else None
-    )
-    facts["operator"] = operators.get("kind", "unknown") if boundaries else "unknown"
-    if boundaries:
-        facts |= _trained(operators.get("metadata", {}), operators["boundaries"])
     origin = _facts_table("recovered from", provenance)
-    return facts, (origin, boundaries) if boundaries else (origin,)
+    if not isinstance(operators, Mapping):
+        return facts | {"operator": "unknown"}, (origin,)
+    boundaries = operators.get("boundaries", [])
+    facts["operator"] = operators.get("kind", "unknown")
+    facts |= _trained(operators.get("metadata", {}), boundaries)
+    return facts, (origin, _boundaries_table(boundaries))
 
 
 def explain_operators(path: str) -> Explanation:

@@ -182,10 +182,7 @@ def neighbours(ranked: Ranked) -> list[PruningPlan]:
     Spans stay off the first and the last layer and do not touch. What was measured is left out.
     """
     measured = {repair.plan for repair, _ in ranked}
-    best: dict[tuple[int, ...], PruningPlan] = {}
-    for repair, _ in ranked:
-        best.setdefault(repair.plan.sizes, repair.plan)
-    leaders = [plan for plan in best.values() if len(plan.spans) > 1][:LEADERS]
+    leaders = [plan for plan in _best_of_sizes(ranked) if len(plan.spans) > 1][:LEADERS]
     found: dict[PruningPlan, None] = {}
     for plan in leaders:
         for index, move in itertools.product(range(len(plan.spans)), MOVES):
@@ -212,11 +209,9 @@ def survivors(ranked: Ranked) -> list[PruningPlan]:
     another.
     """
     best: dict[int, Row] = {}
-    of_sizes: dict[tuple[int, ...], PruningPlan] = {}
     for repair, row in ranked:
         best.setdefault(len(repair.plan.spans), row)
-        of_sizes.setdefault(repair.plan.sizes, repair.plan)
-    firsts = set(of_sizes.values())
+    firsts = set(_best_of_sizes(ranked))
     found: dict[int, list[PruningPlan]] = {n_spans: [] for n_spans in best}
     for repair, row in sorted(ranked, key=lambda pair: pair[0].plan not in firsts):
         n_spans = len(repair.plan.spans)
@@ -224,6 +219,14 @@ def survivors(ranked: Ranked) -> list[PruningPlan]:
             found[n_spans].append(repair.plan)
     kept = {plan for plans in found.values() for plan in plans}
     return [repair.plan for repair, _ in ranked if repair.plan in kept]
+
+
+def _best_of_sizes(ranked: Ranked) -> list[PruningPlan]:
+    """Return the best plan of each choice of sizes, best first."""
+    best: dict[tuple[int, ...], PruningPlan] = {}
+    for repair, _ in ranked:
+        best.setdefault(repair.plan.sizes, repair.plan)
+    return list(best.values())
 
 
 def likely(trial: Trial, plan: PruningPlan) -> Repair:

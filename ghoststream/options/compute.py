@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import field_serializer
+
 from ghoststream.option_types import Bytes, Count, Layers, Options, option
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -98,3 +100,9 @@ class Reduction(Options):
         "half of what is free.",
         metavar="SIZE",
     )
+
+    @field_serializer("scheduler", when_used="json")
+    def _address(self, scheduler: Any) -> str | None:
+        """Write a ``distributed.Client`` as the address that it is connected to."""
+        connected = getattr(scheduler, "scheduler", None)
+        return None if scheduler is None else str(getattr(connected, "address", scheduler))

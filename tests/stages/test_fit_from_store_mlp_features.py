@@ -381,6 +381,9 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
             fit(store, folder, out, "mlp")
         with pytest.raises(BudgetError, match=r"fitting 96 features \(hidden\+mlp\) takes 384\.0 KiB"):
             fit(store, folder, out, "hidden+mlp")
+        with pytest.raises(BudgetError, match="or give --memory where the machine has more"):
+            fit(store, folder, out, "mlp", memory=160_000)
+        fit(store, folder, tmp_path / "believed", "mlp", memory=10**9)
     with pytest.raises(RequestError, match="do not hold"):
         fit(store, folder, out, "mlp", shrink="zero")
     assert not out.parent.exists()

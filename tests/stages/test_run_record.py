@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from ghoststream.cli.main import main
-from ghoststream.options import Compute, Method, Recovery, Search, Text
+from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Text
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.recover import run
 from ghoststream.stages.run_record import RecordedProgress, RunRecord
+from tests.helpers.crews import cluster_of
 
 pytestmark = pytest.mark.integration
 
@@ -49,6 +50,25 @@ def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
     done = CliRunner().invoke(main, words[1:])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out dir.work" / "run.json").read_bytes() == before
+
+
+def test_a_client_of_a_cluster_is_written_as_its_address(tiny_llama: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, 16)))
+    with cluster_of(1) as client:
+        recovery = Recovery(
+            model=str(tiny_llama),
+            remove="1:3",
+            calibration=Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=16),
+            method=Method(operator="ghost"),
+            reduction=Reduction(scheduler=client),
+            compute=Compute(device="cpu"),
+        )
+        run(recovery, tmp_path / "out")
+        address = client.scheduler.address
+        assert recovery.to_json()["reduction"]["scheduler"] == address
+    found = RunRecord.load(tmp_path / "out")
+    assert f"--scheduler {address} " in found.command
+    assert found.estimate is not None
 
 
 def test_stages_of_an_earlier_attempt_stay_and_are_clocked(tmp_path: Path) -> None:

@@ -117,20 +117,30 @@ def wanted_taps(
     return WantedTaps(session, taps, layers, widths.pop())
 
 
-def require_fit_memory(wanted: WantedTaps, kind: OperatorKind, store: HiddenStateSource) -> None:
+def require_fit_memory(
+    wanted: WantedTaps, kind: OperatorKind, store: HiddenStateSource, memory: int | None
+) -> None:
     """Check that this machine can hold a fit on wide features before anything is computed for it.
+
+    Args:
+        wanted: The taps that the features are made of.
+        kind: The operator.
+        store: The states that it is fitted on.
+        memory: What the request says that the machine has: believed where it is more than what is free. Less
+            bounds statistics, which take more sweeps then; a solution takes what it takes.
 
     Raises:
         BudgetError: If it cannot: 47 GB for 28,672 features of a hidden size of 8,192, while folds choose the
             ridge.
     """
     width = get_feature(kind.features).width(wanted.width)
-    needed, free = kind.cost(FitShape(store.hidden, width, 0)).memory.n_bytes, free_host_memory()
+    needed = kind.cost(FitShape(store.hidden, width, 0)).memory.n_bytes
+    free = max(free_host_memory(), memory or 0)
     if needed > free:
         msg = (
             f"fitting {width:,} features ({kind.features}) takes {format_bytes(needed)} of memory, "
             f"{format_bytes(free)} are free; use --solver sketch-features with --rank, or --features "
-            "mlp_output"
+            "mlp_output; or give --memory where the machine has more than it says is free"
         )
         raise BudgetError(msg)
 

@@ -76,14 +76,15 @@ def _removed(remove: int | str | PruningPlan) -> str:
 
 def _words(group: Options, without: tuple[str, ...] = ()) -> list[str]:
     found: list[str] = []
+    written = group.to_json()
     for name in group.given():
         if name not in without:
-            found += _option(name, getattr(group, name))
+            found += _option(name, written[name])
     return found
 
 
 def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag(name) if value else f"--no-{name.replace('_', '-')}"]
-    written = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    written = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return [flag(name), written]

@@ -108,7 +108,7 @@ def estimate(
         all_stages(route, store),
         job.machine,
         route.sweeps,
-        job.store_ways,
+        job.stored.ways,
         command_of(job, found.command_name, None if out is None else place),
         found.note,
         job.left_out,

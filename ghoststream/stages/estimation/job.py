@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
-from ghoststream.checkpoint.sizes import ITEMSIZES, ModelSizes
+from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.costs import (
     Cost,
     FitShape,
     SearchShape,
     SelectionShape,
     sequences_at_work,
-    store_buffer_bytes,
     work_bytes_per_token,
 )
 from ghoststream.operators import OperatorKind, make_operator
-from ghoststream.options import Method, Recovery, StoredDtype, Text
-from ghoststream.spans import PruningPlan, Span
+from ghoststream.options import Method, Recovery, Text
+from ghoststream.spans import Span
 from ghoststream.stages.choosing.criteria import races
 from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.room import FitBytes, LeftOut, largest_ranges
 from ghoststream.stages.choosing.rounds import share_of_positions
 from ghoststream.stages.choosing.ways import REFIT, Ways
 from ghoststream.stages.estimation.machine import Machine
-from ghoststream.stages.estimation.report import StoreWay
 from ghoststream.stages.estimation.room import too_large
+from ghoststream.stages.estimation.stored import Stored
 from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.statistics import Ranges, get_feature, taps_of
 from ghoststream.statistics.features import STATE_TAP
-
-_COPIES = 3
-"""Copies to go on from, at a time: one that is filled, one on its way to disk, and the one before."""
-
-_WRITING_THREADS = 4
-"""Shards that a capture writes at a time at most."""
-
-_STORED_SIZES: Mapping[str, int] = {**ITEMSIZES, "int8": 1}
-_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -224,58 +212,9 @@ class Job(Way):
         return kept + len(self.spans) * self.exported_bytes
 
     @cached_property
-    def stored_positions(self) -> tuple[int, ...]:
-        """Which hidden states are stored: as the request says, those that a given plan needs, or all."""
-        if self.recovery.storage.layers is not None:
-            return self.recovery.storage.layers
-        if self.reads_store:
-            return tuple(range(self.sizes.n_layers + 1))
-        return self.needed_layers(PruningPlan(self.sizes.n_layers, self.spans))
-
-    @property
-    def stored_layers(self) -> int:
-        """How many hidden states are stored."""
-        return len(self.stored_positions)
-
-    @property
-    def store_dtype(self) -> str:
-        """Type of the stored hidden states."""
-        return self.recovery.storage.store_dtype or self.sizes.dtype
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one stored hidden state of all tokens."""
-        return self._position_bytes_in(self.store_dtype)
-
-    def _position_bytes_in(self, dtype: str) -> int:
-        values = self.n_tokens * self.sizes.hidden * _STORED_SIZES[dtype]
-        scales = _SCALE_BYTES * (self.n_tokens + self.sequences * self.sizes.hidden)
-        return values + (scales if dtype == "int8" else 0)
-
-    @property
-    def store_bytes(self) -> int:
-        """Bytes of the store."""
-        return self.store_bytes_in(self.store_dtype, self.stored_layers)
-
-    def store_bytes_in(self, dtype: str, positions: int) -> int:
-        """Return the bytes of a store of this type; 4 of id and 1 of mask a token, 4 of length a sequence."""
-        tokens = 5 * self.n_tokens + 4 * self.sequences
-        return positions * self._position_bytes_in(dtype) + tokens
-
-    @property
-    def store_ways(self) -> tuple[StoreWay, ...]:
-        """What the store would take in each type, and that a fit in passes needs none."""
-        taken = self.store_dtype if self.captures else None
-        count = (
-            self.stored_layers
-            if taken
-            else len({end for span in self.spans for end in (span.start, span.stop)})
-        )
-        stores = [
-            StoreWay(dtype, count, self.store_bytes_in(dtype, count), is_taken=dtype == taken)
-            for dtype in get_args(StoredDtype)
-        ]
-        return (*stores, StoreWay(None, 0, 0, is_taken=taken is None))
+    def stored(self) -> Stored:
+        """What a capture keeps, if there is one."""
+        return Stored(self)
 
     @property
     def work_bytes(self) -> int:
@@ -312,38 +251,6 @@ class Job(Way):
         return min(self.recovery.compute.micro_batch or self.at_once, self.sequences)
 
     @property
-    def is_rounded(self) -> bool:
-        """Whether a capture cannot be continued from the store alone, and keeps the newest state besides."""
-        stored = self.recovery.storage.store_dtype
-        is_whole = self.stored_positions == tuple(range(self.stored_layers))
-        return stored not in (None, self.sizes.dtype) or not is_whole
-
-    @property
-    def n_copies(self) -> int:
-        """States at compute type that lie beside a store at a time; nothing is continued from the last."""
-        return min(_COPIES, max(self.stored_positions)) if self.is_rounded else 0
-
-    @property
-    def computed_bytes(self) -> int:
-        """Bytes of one hidden state of all tokens at compute type."""
-        return self.n_tokens * self.sizes.hidden * self.sizes.itemsize
-
-    @property
-    def writer_bytes(self) -> int:
-        """Bytes on their way to a store."""
-        storage, sizes = self.recovery.storage, self.sizes
-        # Shards of integers have as many sequences as those of two bytes.
-        stored = ITEMSIZES.get(storage.store_dtype or sizes.dtype, 2)
-        return store_buffer_bytes(
-            sequence=self.text.length * sizes.hidden,
-            sequences=self.sequences,
-            micro_batch=self.micro_batch,
-            itemsizes=(stored, sizes.itemsize) if self.is_rounded else (stored,),
-            threads=min(_WRITING_THREADS, self.machine.processors),
-            is_page_locked=self.machine.has_device,
-        )
-
-    @property
     def selection_shape(self) -> SelectionShape:
         """Sizes that a criterion of a store depends on."""
         sizes = self.sizes
@@ -353,7 +260,7 @@ class Job(Way):
             hidden=sizes.hidden,
             sequences=self.sequences,
             length=self.text.length,
-            store_bytes=self.store_bytes,
+            store_bytes=self.stored.n_bytes,
             layer_bytes=sizes.stored_layer_bytes,
             layer_elements=sizes.layer_elements,
         )

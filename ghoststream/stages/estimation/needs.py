@@ -75,7 +75,7 @@ class Route:
         """
         job, found = self.job, {}
         if job.captures:
-            buffers = job.writer_bytes
+            buffers = job.stored.writer_bytes
             found["capture"] = pass_needs(job, "capture", job.sizes.hidden, store=store, buffers=buffers)
         for name, passes in (("search", self.searching), ("fit", self.fitting)):
             if passes:
@@ -125,10 +125,10 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
             n_bytes = job.n_tokens * job.input_width(job.kind) * job.sizes.itemsize
             needs["disk, taps"] = Need(n_bytes, "S T p b a boundary, while solving", disk)
     if job.captures:
-        copied = f" + {job.n_copies} S T C b to go on from" * bool(job.n_copies)
+        copied = f" + {job.stored.n_copies} S T C b to go on from" * bool(job.stored.n_copies)
         needs["disk, store"] = Need(
-            job.store_bytes + job.n_copies * job.computed_bytes,
-            f"{job.stored_layers} S T C b{copied}",
+            job.stored.n_bytes + job.stored.n_copies * job.stored.computed_bytes,
+            f"{job.stored.n_positions} S T C b{copied}",
             machine.free_disk(store),
         )
     if route.training is not None:

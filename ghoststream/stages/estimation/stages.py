@@ -32,7 +32,7 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
         works["capture"] = capture_work(job)
     if route.selection is not None:
         cost = route.selection
-        read = _positions(route, "select") * job.position_bytes or cost.read_bytes
+        read = _positions(route, "select") * job.stored.position_bytes or cost.read_bytes
         written = 0 if cost.disk is None else cost.disk.n_bytes
         works["select"] = Work(read=read, written=written, solved=cost.flops)
     if route.searching:
@@ -41,7 +41,7 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
         works["fit"] = passes_work(job, route.fitting) + _refits(route)
         works["fit"] += Work(written=len(job.spans) * route.fit.write_bytes)
     else:
-        read = _positions(route, "solve") * job.position_bytes
+        read = _positions(route, "solve") * job.stored.position_bytes
         works["solve"] = fits_work(job, job.kind, len(job.spans)) + Work(read=read)
         works["solve"] += _spills(route) + Work(written=len(job.spans) * route.fit.write_bytes)
     if route.training is not None:

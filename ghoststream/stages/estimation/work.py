@@ -56,11 +56,11 @@ class Work:
 
 def capture_work(job: Job) -> Work:
     """Return the work of a capture: a pass to the last hidden state that is stored."""
-    last = max(job.stored_positions)
+    last = max(job.stored.positions)
     one = pass_work(job, PassCost(job.sizes.hidden, last / job.sizes.n_layers, last=last))
     # Where not all positions are stored as they are, the newest is kept to continue from.
-    copies = last * job.computed_bytes if job.is_rounded else 0
-    return one + Work(written=job.store_bytes + copies, stored=job.store_bytes + copies)
+    copies = last * job.stored.computed_bytes if job.stored.is_rounded else 0
+    return one + Work(written=job.stored.n_bytes + copies, stored=job.stored.n_bytes + copies)
 
 
 def passes_work(job: Job, passes: Iterable[PassCost]) -> Work:

@@ -219,5 +219,5 @@ def _checked_taps(job: _Job, model: Opener | None) -> WantedTaps | None:
     session = None if model is None else model()
     wanted = wanted_taps(kind.features, job.spans, session, intercept=kind.method.intercept)
     if wanted is not None and not kind.needs_store:
-        require_fit_memory(wanted, kind, job.store)
+        require_fit_memory(wanted, kind, job.store, job.reduction.memory)
     return wanted

@@ -20,7 +20,6 @@ from ghoststream.stages.artifacts.inspect import inspect_path
 from ghoststream.stages.artifacts.verify import verify_path
 from ghoststream.stages.choosing.ways import (
     EVERY,
-    LATER_METHODS,
     LIKELY,
     METHODS,
     RACED,
@@ -121,7 +120,8 @@ def test_recover_refuses_before_any_work_what_cannot_be_folded(
 
 def test_auto_tries_only_what_a_form_can_hold() -> None:
     assert Ways.of("custom", "llama") == Ways.of("mlx", "gemma2") == EVERY
-    assert (EVERY.first, EVERY.later, EVERY.raced) == (METHODS, LATER_METHODS, RACED)
+    behind = (one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, LIKELY))
+    assert (EVERY.first, EVERY.later, EVERY.raced) == (METHODS, (*METHODS, *behind), RACED)
     assert (EVERY.screen, EVERY.likely) == (SCREEN, LIKELY)
     for form, model_type, features in (
         ("folded", "llama", ["mlp"]),

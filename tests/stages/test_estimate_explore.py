@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from ghoststream.cli import main
 from ghoststream.costs import PassCost, SearchShape
 from ghoststream.options import Compute, Exploration, Search, Text
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.choosing.ways import EVERY, METHODS
 from ghoststream.stages.exploring.cost import exploring
 from ghoststream.stages.exploring.explore import explore
 from ghoststream.stages.exploring.numbers import Numbers, counts_of
@@ -32,7 +32,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _passes(max_spans: int) -> tuple[PassCost, ...]:
     exploration, search = Exploration(), Search(max_spans=max_spans)
-    shape = SearchShape(L, 3, C, 64, S, T, search, METHODS, LATER_METHODS)
+    shape = SearchShape(L, 3, C, 64, S, T, search, METHODS, EVERY.later)
     return exploring(shape, Numbers(L, counts_of(exploration, L), max_spans, exploration.per_count))
 
 

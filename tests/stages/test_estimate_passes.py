@@ -14,7 +14,7 @@ from ghoststream.stages.choosing.criteria import (
     make_search_criterion,
     register_search_criterion,
 )
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.choosing.ways import EVERY, METHODS
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.report import Estimate
 from ghoststream.stages.select import select
@@ -26,7 +26,7 @@ L, S, T = 6, 8, 24
 
 
 def shape(search: Search | None = None) -> SearchShape:
-    return SearchShape(L, 2, 32, 64, S, T, search or Search(), METHODS, LATER_METHODS)
+    return SearchShape(L, 2, 32, 64, S, T, search or Search(), METHODS, EVERY.later)
 
 
 def price(

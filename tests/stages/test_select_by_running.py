@@ -23,7 +23,7 @@ from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.moments import Boundary
 from ghoststream.stages.choosing.passes import partitions
 from ghoststream.stages.choosing.repair import Repair, labels, passing_method
-from ghoststream.stages.choosing.ways import LATER_METHODS, METHODS
+from ghoststream.stages.choosing.ways import EVERY, METHODS
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.statistics import Ranges, taps_of
@@ -201,7 +201,7 @@ def test_auto_tries_both_kinds_of_inputs_behind_another_boundary(
     operators = fit("1:2 3:4", model=model, held_out=HELD, out=out, **on_windows(ids))
     rows = operators.metadata["chosen"]
     behind = {row["repair"][1] for row in rows if row["repair"][0] == rows[0]["repair"][0]}
-    assert behind == set(labels(LATER_METHODS))
+    assert behind == set(labels(EVERY.later))
     assert sum(label.endswith("on dense states") for label in behind) == 2
     assert not any(row["repair"][0].endswith("on dense states") for row in rows)
 

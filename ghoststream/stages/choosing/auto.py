@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghoststream.checkpoint.sizes import read_sizes
@@ -15,6 +16,7 @@ from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.room import Room, fits_of, largest_ranges, left_out, settled
 from ghoststream.stages.choosing.ways import EVERY, Ways
+from ghoststream.stages.output import Output, Result
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
 from ghoststream.text import TokenSet
@@ -33,7 +35,6 @@ def methods_for(
     index: int,
     *,
     ways: Ways = EVERY,
-    without: Sequence[str] = (),
 ) -> tuple[Method, ...]:
     """Return what is tried at one boundary of a repair, as far as the model allows it.
 
@@ -42,16 +43,13 @@ def methods_for(
         repair: What is repaired.
         index: The boundary.
         ways: What is tried anywhere.
-        without: Features that are left out, as their fit is too large.
 
     Raises:
         UnsupportedModelError: If nothing is left.
     """
     span = repair.plan.spans[index]
     tried = ways.later if index else ways.first
-    found = tuple(
-        method for method in tried if method.features not in without and _is_possible(session, span, method)
-    )
+    found = tuple(method for method in tried if _is_possible(session, span, method))
     if not found:
         names = ", ".join(one.features for one in ways.first)
         msg = (
@@ -63,28 +61,31 @@ def methods_for(
 
 
 def without_too_large(
+    ways: Ways,
     session: ModelSession,
     division: Division,
     tokens: TokenSet,
     folds: int,
     progress: Progress,
     *,
-    begun: Callable[[tuple[str, ...]], bool],
-    ways: Ways = EVERY,
+    place: Callable[[Ways], Output | None],
+    load: Callable[[Path], Result],
     races: bool = False,
     sharing: int = 1,
-) -> tuple[str, ...]:
-    """Return the features that ``auto`` leaves out, as their fit cannot be held, and say so.
+) -> Ways:
+    """Return the ways whose fit can be held, and say what ``auto`` leaves out.
+
+    An earlier attempt at the same result decides, where the request does not say how much memory there is.
 
     Args:
+        ways: What is tried otherwise.
         session: The model.
         division: Which sequences serve to fit.
         tokens: The text.
         folds: Folds that are asked for.
         progress: Who is told.
-        begun: Says whether a result without some features is there, finished or not: it stays with those
-            where the request does not say how much memory there is.
-        ways: What is tried otherwise.
+        place: Returns the place of the result, by what is tried; None where it is not kept.
+        load: Reads the result.
         races: Whether plans race, which compares fewer ways to repair.
         sharing: How many workers share the memory of the host.
     """
@@ -93,11 +94,16 @@ def without_too_large(
     ranges = largest_ranges(tokens.n_sequences, n_fit, folds=folds, turn=tokens.n_texts)
     fits = fits_of(sizes, ranges, ways, length=tokens.length, races=races)
     room = _room(session, tokens.length, sharing)
+
+    def begun(features: tuple[str, ...]) -> bool:
+        output = place(ways.without(features))
+        return output is not None and output.is_begun(load)
+
     names = settled(fits, room, begun)
     found = {one.features: one for one in left_out(fits, room)}
     for name in names:
         progress.log(str(found[name]) if name in found else f"{name} is left out, as when this was begun")
-    return names
+    return ways.without(names)
 
 
 def _room(session: ModelSession, length: int, sharing: int) -> Room:
@@ -120,7 +126,6 @@ def choose_methods(
     measure: Measure,
     *,
     ways: Ways = EVERY,
-    without: Sequence[str] = (),
 ) -> tuple[Repair, ...]:
     """Choose how each boundary of each repair is fitted: what leaves the lowest loss on held-out text.
 
@@ -132,7 +137,6 @@ def choose_methods(
         repairs: What to decide; their methods are where it starts.
         measure: Measures any number of repairs.
         ways: What is tried.
-        without: Features that are left out.
 
     Returns:
         The repairs with the methods that won, in the same order.
@@ -140,10 +144,7 @@ def choose_methods(
     best = list(repairs)
     for index in range(max(len(repair.methods) for repair in repairs)):
         tried = [
-            [
-                repair.changed(index, method)
-                for method in methods_for(session, repair, index, ways=ways, without=without)
-            ]
+            [repair.changed(index, method) for method in methods_for(session, repair, index, ways=ways)]
             if index < len(repair.methods)
             else [repair]
             for repair in best

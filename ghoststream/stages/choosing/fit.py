@@ -98,25 +98,22 @@ def fit_in_passes(
         "chosen_on": None if division is None else {**division.to_json(), "screen": ways.screen.to_json()},
     }
 
-    def placed(without: tuple[str, ...]) -> tuple[dict[str, Any], Output]:
-        methods = () if repair is None else repair.methods
-        known = {"methods": [one.to_json() for one in methods]}
-        recipe = {**request, **(known if methods else ways.recorded(without))}
-        return recipe, Output(out, recipe, "fit")
+    def place(ways: Ways) -> Output:
+        return Output(out, {**request, **_repairing(repair, ways)}, "fit")
 
-    without: tuple[str, ...] = ()
     if division is not None:
-        without = without_too_large(
+        ways = without_too_large(
+            ways,
             session,
             division,
             tokens,
             search.folds,
             progress,
-            ways=ways,
+            place=place,
+            load=OperatorSet.load,
             sharing=sharing,
-            begun=lambda names: placed(names)[1].is_begun(OperatorSet.load),
         )
-    recipe, output = placed(without)
+    recipe, output = {**request, **_repairing(repair, ways)}, place(ways)
     metadata: dict[str, Any] = {"recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
     with output.claimed(OperatorSet.load) as found:
@@ -135,7 +132,6 @@ def fit_in_passes(
                     progress=progress,
                     crew=hands,
                     ways=ways,
-                    without=without,
                 )
                 repair, metadata["chosen"] = _choose(selection.plan, trial)
             if method.given(("refit",)):
@@ -160,6 +156,10 @@ def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
     # A file may have been edited by hand.
     methods = tuple(map(passing_method, selection.methods))
     return Repair(selection.plan, methods) if methods else None
+
+
+def _repairing(repair: Repair | None, ways: Ways) -> dict[str, Any]:
+    return ways.recorded() if repair is None else {"methods": [one.to_json() for one in repair.methods]}
 
 
 def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:

@@ -234,7 +234,7 @@ def likely(trial: Trial, plan: PruningPlan) -> Repair:
     screen, likely_one = trial.ways.screen, trial.ways.likely
     found = Repair.alike(plan, screen)
     for index in range(len(plan.spans)):
-        possible = methods_for(trial.session, found, index, ways=trial.ways, without=trial.without)
+        possible = methods_for(trial.session, found, index, ways=trial.ways)
         found = found.changed(index, likely_one if likely_one in possible else screen)
     return found
 
@@ -244,6 +244,6 @@ def _others(trial: Trial, repair: Repair) -> list[Repair]:
     return [
         repair.changed(index, method)
         for index in range(len(repair.methods))
-        for method in methods_for(trial.session, repair, index, ways=trial.ways, without=trial.without)
+        for method in methods_for(trial.session, repair, index, ways=trial.ways)
         if method in trial.ways.raced
     ]

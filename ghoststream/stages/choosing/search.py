@@ -65,28 +65,23 @@ def search_session(
         **division.to_json(),
     }
 
-    def placed(without: tuple[str, ...]) -> tuple[dict[str, Any], Output | None]:
-        recipe = {**request, **_repairing(rule, wanted, ways, without)}
-        return recipe, None if out is None else Output(out, recipe, "select")
+    def place(ways: Ways) -> Output | None:
+        return None if out is None else Output(out, {**request, **_repairing(rule, wanted, ways)}, "select")
 
-    def begun(without: tuple[str, ...]) -> bool:
-        _, output = placed(without)
-        return output is not None and output.is_begun(Selection.load)
-
-    without: tuple[str, ...] = ()
     if rule.repairs and wanted is None:
-        without = without_too_large(
+        ways = without_too_large(
+            ways,
             session,
             division,
             tokens,
             search.folds,
             progress,
-            begun=begun,
-            ways=ways,
+            place=place,
+            load=Selection.load,
             races=races(search),
             sharing=sharing,
         )
-    recipe, output = placed(without)
+    recipe, output = {**request, **_repairing(rule, wanted, ways)}, place(ways)
 
     def chosen() -> Selection:
         with crew or nullcontext() as hands:
@@ -99,7 +94,6 @@ def search_session(
                 progress=progress,
                 crew=hands,
                 ways=ways,
-                without=without,
             )
             return _choose(rule, trial, remove, search, wanted, recipe)
 
@@ -113,14 +107,12 @@ def search_session(
     return selection
 
 
-def _repairing(
-    rule: SearchCriterion, method: Method | None, ways: Ways, without: tuple[str, ...]
-) -> dict[str, Any]:
+def _repairing(rule: SearchCriterion, method: Method | None, ways: Ways) -> dict[str, Any]:
     if not rule.repairs:
         return {"method": None}
     if method is not None:
         return {"method": method.to_json()}
-    return {"method": AUTO, "screen": ways.screen.to_json(), **ways.recorded(without), "refined": REFINED}
+    return {"method": AUTO, "screen": ways.screen.to_json(), **ways.recorded(), "refined": REFINED}
 
 
 def _choose(

@@ -107,7 +107,6 @@ class Trial:
         residuals: Whether figures say what each operator leaves of its gap.
         crew: Workers that take candidates; the passes are run here if ``None``.
         ways: The ways to repair that ``auto`` tries.
-        without: Features that it leaves out.
 
     Attributes:
         passes: Passes over the weights that it took.
@@ -127,9 +126,8 @@ class Trial:
         residuals: bool = False,
         crew: Workers | None = None,
         ways: Ways = EVERY,
-        without: Sequence[str] = (),
     ) -> None:
-        self._crew, self.ways, self.without = crew, ways, without
+        self._crew, self.ways = crew, ways
         self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
         self._lanes, self._output, self._residuals = lanes, output, residuals
         self._dense_loss: float | None = None
@@ -183,9 +181,7 @@ class Trial:
 
     def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Choose how each boundary is fitted; return the repairs with the methods that won, best first."""
-        return self.rank(
-            choose_methods(self.session, repairs, self.measure, ways=self.ways, without=self.without)
-        )
+        return self.rank(choose_methods(self.session, repairs, self.measure, ways=self.ways))
 
     def tell(self, repair: Repair, row: Row) -> None:
         """Say how far the search is."""

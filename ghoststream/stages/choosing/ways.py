@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ghoststream.options import Method
@@ -31,19 +30,18 @@ LIKELY = METHODS[-1]
 RACED = (SCREEN, METHODS[2], LIKELY.model_copy(update={"inputs": "dense"}))
 """What a race compares it with: each was the best somewhere, where ``LIKELY`` could not be written."""
 
-LATER_METHODS = (*METHODS, *(one.model_copy(update={"inputs": "dense"}) for one in (SCREEN, METHODS[-1])))
-"""What is tried behind another boundary, where the inputs make a difference."""
-
 
 @dataclass(frozen=True)
 class Ways:
-    """The ways that are tried: all of them, or those whose operators the form of the result can hold.
+    """The ways that are tried: all of them, without what the form of the result or memory cannot hold.
 
     Attributes:
         barred: Features on which the form holds no operators.
+        left_out: Features whose fit is too large for the memory that is there; never those of ``screen``.
     """
 
     barred: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, form: str, model_type: str) -> Ways:
@@ -52,26 +50,30 @@ class Ways:
         features = dict.fromkeys(one.features for one in METHODS)
         return cls(tuple(name for name in features if not holds(name, plain)))
 
+    def without(self, features: tuple[str, ...]) -> Ways:
+        """Return them without those whose fit is too large."""
+        return replace(self, left_out=features)
+
     @property
     def first(self) -> tuple[Method, ...]:
         """What is tried at the first boundary of a plan."""
-        return tuple(one for one in METHODS if one.features not in self.barred)
+        return tuple(one for one in METHODS if self._hold(one))
 
     @property
     def later(self) -> tuple[Method, ...]:
         """What is tried behind another boundary."""
-        leading = (self.screen,) if self.likely == self.screen else (self.screen, self.likely)
+        leading = dict.fromkeys((self.screen, self.likely))
         return (*self.first, *(one.model_copy(update={"inputs": "dense"}) for one in leading))
 
     @property
     def screen(self) -> Method:
         """What spans are compared with: :data:`SCREEN`, or the first of what is left."""
-        return SCREEN if SCREEN.features not in self.barred else self.first[0]
+        return SCREEN if self._hold(SCREEN) else self.first[0]
 
     @property
     def likely(self) -> Method:
         """What a race gives every plan in its last round, where the model allows it."""
-        return LIKELY if LIKELY.features not in self.barred else self.screen
+        return LIKELY if self._hold(LIKELY) else self.screen
 
     @property
     def raced(self) -> tuple[Method, ...]:
@@ -82,10 +84,13 @@ class Ways:
         """Return the ways of which one may be taken in the end; a race compares fewer."""
         return (*self.raced, self.likely) if races else self.first
 
-    def recorded(self, without: Sequence[str] = ()) -> dict[str, Any]:
+    def recorded(self) -> dict[str, Any]:
         """Return for recipes what is tried, and the features that are left out as their fit is too large."""
-        tried = [one.to_json() for one in self.later if one.features not in without]
-        return {"methods": tried, **({"left_out": list(without)} if without else {})}
+        tried = [one.to_json() for one in self.later]
+        return {"methods": tried, **({"left_out": list(self.left_out)} if self.left_out else {})}
+
+    def _hold(self, method: Method) -> bool:
+        return method.features not in (*self.barred, *self.left_out)
 
 
 EVERY = Ways()

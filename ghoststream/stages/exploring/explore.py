@@ -27,7 +27,7 @@ from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.repair import Repair, labels
 from ghoststream.stages.choosing.trial import Division, Row, Trial
-from ghoststream.stages.choosing.ways import EVERY, SCREEN
+from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
 from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
@@ -109,21 +109,25 @@ def explore(
         **division.to_json(),
     }
 
-    def begun(without: tuple[str, ...]) -> bool:
-        recipe = {**request, **_repairing(named, without)}
-        return out is not None and Output(Path(out) / NAME, recipe, "explore").is_begun(
-            ExplorationReport.load
-        )
+    def place(ways: Ways) -> Output | None:
+        recipe = {**request, **_repairing(named, ways)}
+        return None if out is None else Output(Path(out) / NAME, recipe, "explore")
 
-    without: tuple[str, ...] = ()
+    ways = EVERY
     if named is None:
-        without = without_too_large(
-            session, division, tokens, search.folds, progress, begun=begun, races=True
+        ways = without_too_large(
+            ways,
+            session,
+            division,
+            tokens,
+            search.folds,
+            progress,
+            place=place,
+            load=ExplorationReport.load,
+            races=True,
         )
-    recipe = {**request, **_repairing(named, without)}
-    work = _Exploration(
-        session, sizes, tokens, division, numbers, exploration, search, named, progress, without
-    )
+    recipe = {**request, **_repairing(named, ways)}
+    work = _Exploration(session, sizes, tokens, division, numbers, exploration, search, named, progress, ways)
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
 
 
@@ -138,10 +142,10 @@ def _checked_method(
     return named
 
 
-def _repairing(method: Method | None, without: tuple[str, ...]) -> dict[str, Any]:
+def _repairing(method: Method | None, ways: Ways) -> dict[str, Any]:
     if method is not None:
         return {"method": method.to_json()}
-    return {"method": AUTO, "screen": SCREEN.to_json(), **EVERY.recorded(without)}
+    return {"method": AUTO, "screen": ways.screen.to_json(), **ways.recorded()}
 
 
 def _kept(folder: Path, work: _Exploration, recipe: dict[str, Any]) -> ExplorationReport:
@@ -182,9 +186,9 @@ class _Exploration:
         search: Search,
         method: Method | None,
         progress: Progress,
-        without: tuple[str, ...] = (),
+        ways: Ways = EVERY,
     ) -> None:
-        self.numbers, self._without = numbers, without
+        self.numbers, self._ways = numbers, ways
         self._session, self._sizes, self._tokens, self._division = session, sizes, tokens, division
         self._exploration, self._lanes, self._method = exploration, search.lanes, method
         self._progress = progress
@@ -200,7 +204,7 @@ class _Exploration:
             output=output,
             progress=self._progress,
             residuals=True,
-            without=self._without,
+            ways=self._ways,
         )
         self._progress.log(
             f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"

@@ -19,9 +19,7 @@ from ghoststream.cli.options import (
     remove_option,
     resume_option,
 )
-from ghoststream.cli.output import next_command, print_json, print_next, print_text
-from ghoststream.cli.page import page_at_the_end
-from ghoststream.cli.progress import show_progress
+from ghoststream.cli.recovering import do_recovery
 from ghoststream.options import Compute, Method, Recovery, Reduction, Resume, Search, Storage, Text
 
 
@@ -55,18 +53,9 @@ def command(model: str, *, as_json: bool, out: Path, resume: Resume, page: Path 
     of the repaired model on held-out windows of the text. The paper's own method is --criterion
     streamline-published --operator ghost. The same command continues after an interruption.
     """
-    from ghoststream.stages.recover import run
-
     if given["calibration"] is None:
         raise click.MissingParameter(param_hint="'--calibration'", param_type="option")
     recovery = Recovery.make(
         {"model": model, **{key: value for key, value in given.items() if value is not None}}
     )
-    with page_at_the_end(out, page):
-        with show_progress() as progress:
-            report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
-        if as_json:
-            print_json(report.to_json())
-        else:
-            print_text(report.to_text())
-            print_next(recovery.form, out, next_command("evaluate", model, out, "--text", "SPEC"))
+    do_recovery(recovery, out, resume=resume, page=page, as_json=as_json)

@@ -19,9 +19,9 @@ from ghoststream.cli.options import (
     page_option,
     resume_option,
 )
-from ghoststream.cli.output import print_json, print_text
-from ghoststream.cli.page import page_at_the_end
+from ghoststream.cli.output import print_json
 from ghoststream.cli.progress import show_progress
+from ghoststream.cli.recovering import do_recovery
 from ghoststream.options import Compute, Recovery, Reduction, Resume
 
 _RUNTIME = ("device", "device_memory", "host_memory", "scratch", "trust_remote_code")
@@ -70,20 +70,13 @@ def command(
     takes what is finished as it is; `ghoststream status OUT` says how far it is.
     """
     from ghoststream.stages.pipeline import load_pipeline, with_runtime
-    from ghoststream.stages.recover import run
 
     recovery = with_runtime(load_pipeline(pipeline, changes), model, **runtime)
     out = out or Path("runs") / recovery.name
     if dry_run:
         _estimate(recovery, out, as_json=as_json)
         return
-    with page_at_the_end(out, page):
-        with show_progress() as progress:
-            report = run(recovery, out, resume=resume, measure=page is not None, progress=progress)
-        if as_json:
-            print_json(report.to_json())
-        else:
-            print_text(report.to_text())
+    do_recovery(recovery, out, resume=resume, page=page, as_json=as_json)
 
 
 def _estimate(recovery: Recovery, out: Path, *, as_json: bool) -> None:

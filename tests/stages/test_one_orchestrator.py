@@ -93,9 +93,11 @@ def test_command_file_and_python_give_the_same_bytes(
     options, parts = CASES[case]
     request = _request(tiny_llama, ids, parts)
     text = ("--calibration", ids, "--sequences", 12, "--length", LENGTH)
-    succeed("recover", tiny_llama, *options, *text, "--out", tmp_path / "command")
+    said = {"command": succeed("recover", tiny_llama, *options, *text, "--out", tmp_path / "command")}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(request), encoding="utf-8")
-    succeed("run", tmp_path / "job.yaml", "--out", tmp_path / "file")
+    said["file"] = succeed("run", tmp_path / "job.yaml", "--out", tmp_path / "file")
+    for name, one in said.items():
+        assert f"next: ghoststream evaluate {tiny_llama} {tmp_path / name} --text SPEC" in one.stdout
     gs.run(Recovery.make(request), tmp_path / "python")
     groups: dict[str, type[Options]] = {"search": gs.Search, "method": gs.Method, "compute": gs.Compute}
     given: dict[str, Any] = {name: group.make(parts[name]) for name, group in groups.items() if name in parts}

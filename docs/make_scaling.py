@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ghoststream import Compute, Method, Recovery, Search, Text
 from ghoststream.cli.output import human_bytes
+from ghoststream.costs import Need
 from ghoststream.progress import human_seconds
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.machine import known_machines
@@ -20,6 +21,7 @@ from ghoststream.stages.estimation.report import Estimate, StageCost
 
 PAGES = tuple(Path(__file__).with_name(name) for name in ("scaling.md", "one_gpu.md"))
 SEQUENCES, LENGTH = 32, 2048
+_NOTHING = Need(0, "")
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -29,15 +31,22 @@ def page(text: str) -> str:
 
 
 def _price(
-    model: str, machine: str, *, remove: int | None = None, sequences: int = SEQUENCES, store: bool = False
+    model: str,
+    machine: str,
+    *,
+    remove: int | None = None,
+    sequences: int = SEQUENCES,
+    store: bool = False,
+    device: str = "auto",
+    operator: str | None = None,
 ) -> Estimate:
     layers = find_model(model).config["num_hidden_layers"]
     recovery = Recovery(
         remove=remove or layers // 5,
         calibration=Text(spec="ids:none.npy", sequences=sequences, length=LENGTH),
         search=Search(criterion="streamline-published") if store else Search(),
-        method=Method(operator="ghost") if store else Method(),
-        compute=Compute(),
+        method=Method(operator="ghost") if store else Method(operator=operator),
+        compute=Compute(device=device),
     )
     return estimate(recovery, model=model, machine=machine)
 
@@ -121,6 +130,38 @@ def _tokens() -> str:
     return _table(headers, rows())
 
 
+def _cards() -> str:
+    def rows() -> Iterator[list[str]]:
+        for name in ("llama-3-70b", "llama-3-405b"):
+            for count in (1, 2, 4):
+                cards = ",".join(f"cuda:{number}" for number in range(count))
+                by_store, by_map, by_vector = (
+                    _price(name, "h100", store=store, device=cards, **given)
+                    for store, given in ((True, {}), (False, {}), (False, {"operator": "ghost"}))
+                )
+                yield [
+                    f"`{name}`",
+                    str(count),
+                    *(_of_stage(found, "capture") for found in (by_store,)),
+                    *(
+                        _of_stage(found, stage)
+                        for found in (by_map, by_vector)
+                        for stage in ("search", "fit")
+                    ),
+                ]
+
+    headers = ["shape", "cards", "published: capture", "default: search", "default: fit"]
+    return _table([*headers, "`ghost`: search", "`ghost`: fit"], rows())
+
+
+def _of_stage(found: Estimate, name: str) -> str:
+    (stage,) = (one for one in found.stages if one.name == name)
+    mine = {name, "merge"} if name == "fit" else {name}
+    short = [need for need in mine if not found.needs.get(f"memory, {need}", _NOTHING).fits]
+    said = f"{human_seconds(stage.seconds or 0.0)} ({stage.limited_by})"
+    return f"{said}; too little memory" if short else said
+
+
 def _one_gpu() -> Estimate:
     text = Text(spec="ids:none.npy", sequences=128, length=LENGTH)
     recovery = Recovery(remove=16, calibration=text, search=Search(held_out=32))
@@ -149,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published": lambda: _machines(store=True),
     "stages": _stages,
     "tokens": _tokens,
+    "cards": _cards,
     "one_gpu_needs": _one_gpu_needs,
     "one_gpu_stages": _one_gpu_stages,
 }

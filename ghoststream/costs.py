@@ -13,7 +13,8 @@ and the head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 from ghoststream.options import Method, Search
 from ghoststream.spans import Span
@@ -162,6 +163,8 @@ class PassCost:
         fit_method: How; None for the operator that is named, or the widest that is tried.
         scored: Tokens whose logits are taken, in texts of all sequences.
         last: The pass ends with ``h[last]``; None for the whole model.
+        groups: Groups of candidates, each of which a worker can take; 0 for a pass that one process runs.
+        alone: What each of these workers does, however few candidates it has: the dense lane.
     """
 
     states: float
@@ -172,6 +175,20 @@ class PassCost:
     fit_method: Method | None = None
     scored: float = 0.0
     last: int | None = None
+    groups: int = 0
+    alone: PassCost | None = None
+
+    def of_worker(self, count: int) -> PassCost:
+        """Return what the worker does that has most, where ``count`` of them share the candidates."""
+        alone = self.alone or PassCost(0.0, 0.0)
+        part = math.ceil(self.groups / count) / self.groups
+        return replace(
+            self,
+            states=alone.states + part * (self.states - alone.states),
+            lanes=alone.lanes + part * (self.lanes - alone.lanes),
+            fits=math.ceil(part * self.fits),
+            scored=alone.scored + part * (self.scored - alone.scored),
+        )
 
 
 PASS_FORMULA = "2 U + max(U / 2, B T (4 I + 8 C) b)"

@@ -77,6 +77,15 @@ if TYPE_CHECKING:
     usual=False,
     help="Measure this machine for two seconds, for times; a temporary file is written.",
 )
+@click.option(
+    "--cluster",
+    type=click.IntRange(min=1),
+    metavar="N",
+    cls=SectionOption,
+    section="Machine",
+    usual=False,
+    help="Workers of a Dask cluster, such a machine each, in the place of asking --scheduler.",
+)
 @field_option(Text, "sequences")
 @field_option(Text, "length")
 @grouped(
@@ -100,6 +109,7 @@ def command(
     exploration: Exploration,
     out: Path | None,
     machine: str,
+    cluster: int | None,
     save_machine: Path | None,
     measure: bool,
     sequences: int | None,
@@ -134,6 +144,7 @@ def command(
             measure=measure,
             saved=save_machine,
             exploration=exploration if explore else None,
+            cluster=cluster,
             progress=progress,
         )
     if as_json:

@@ -34,14 +34,10 @@ def expected(
         estimated: that ends no run.
     """
     try:
-        # What is estimated is one device: the session's.
-        alone = recovery.model_copy(update={"compute": session.compute})
-        found = estimate(alone, model=session.root, measure=measure, progress=progress)
+        found = estimate(recovery, model=session.root, measure=measure, progress=progress)
     except GhoststreamError:
         return "", None
     # An estimate knows the folder of a hub model, and not where the result goes.
     words = [*found.command[:2], session.name, *found.command[3:-1], str(out)] if found.command else []
-    if "--device" in words:
-        words[words.index("--device") + 1] = recovery.compute.device
     kept = [{name: stage[name] for name in _OF_A_STAGE} for stage in found.to_json()["stages"]]
     return without_secrets(shlex.join(words)), {"stages": kept}

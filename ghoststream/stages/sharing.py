@@ -1,7 +1,8 @@
-"""Whether a request is shared by several devices or a cluster. torch is not imported."""
+"""Whether a request is shared by several devices or a cluster, and who takes what. torch is not imported."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ghoststream.errors import RequestError
@@ -43,7 +44,54 @@ def require_one_device(compute: Compute) -> None:
         raise RequestError(msg)
 
 
+def require_single(device: str) -> None:
+    """Check that one device is named, where a command runs on one.
+
+    Raises:
+        RequestError: If several are.
+    """
+    if "," in device:
+        msg = f"--device {device} names several devices, of which this command runs on one; name one"
+        raise RequestError(msg)
+
+
 def on_first_device(compute: Compute) -> Compute:
     """Return how this process opens a model whose passes others run."""
     first, *others = devices_of(compute)
     return compute.model_copy(update={"device": first}) if others else compute
+
+
+def rows_of(number: int, count: int, n_sequences: int, step: int) -> tuple[int, int]:
+    """Return the sequences of worker ``number`` of ``1..count``, divided at multiples of ``step``.
+
+    As evenly as these allow; the last workers have none where there are fewer multiples.
+
+    Raises:
+        RequestError: If there is no such worker.
+    """
+    if not 1 <= number <= count:
+        msg = f"there is no worker {number} of {count}; workers are counted from 1 to their number"
+        raise RequestError(msg)
+    each, more = divmod(math.ceil(n_sequences / step), count)
+    first = (number - 1) * each + min(number - 1, more)
+    last = first + each + (number <= more)
+    return min(first * step, n_sequences), min(last * step, n_sequences)
+
+
+def dealt_rows(count: int, n_sequences: int, step: int) -> list[tuple[int, int]]:
+    """Return the shares of all workers, as :func:`rows_of` has them, without those that are empty."""
+    found = (rows_of(number, count, n_sequences, step) for number in range(1, count + 1))
+    return [rows for rows in found if rows[0] < rows[1]]
+
+
+def sequences_per_shard(n_sequences: int, most: int, micro_batch: int) -> int:
+    """Return how many sequences make a shard: whole micro-batches, or an even part of one that is too large.
+
+    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even
+    parts of a micro-batch of a prime number of sequences are single sequences.
+    """
+    if n_sequences <= most:
+        return n_sequences
+    if micro_batch <= most:
+        return most - most % micro_batch
+    return max(size for size in range(1, most + 1) if micro_batch % size == 0)

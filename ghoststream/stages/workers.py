@@ -9,7 +9,6 @@ needs nothing of the other lanes, so that candidates can be shared in the same w
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,30 +23,13 @@ from ghoststream.errors import BudgetError, RequestError
 from ghoststream.machine import free_host_memory
 from ghoststream.options import Compute
 from ghoststream.progress import Progress
-from ghoststream.stages.sharing import devices_of
+from ghoststream.stages.sharing import dealt_rows, devices_of
 from ghoststream.statistics.cluster import connect, require_versions
 from ghoststream.stopping import require_going_on
 
 _LOOK_SECONDS = 1
 _ONE_AT_A_TIME = threading.Lock()
 """A worker with several threads does one share at a time: each takes the memory of a pass."""
-
-
-def rows_of(number: int, count: int, n_sequences: int, step: int) -> tuple[int, int]:
-    """Return the sequences of worker ``number`` of ``1..count``, divided at multiples of ``step``.
-
-    As evenly as these allow; the last workers have none where there are fewer multiples.
-
-    Raises:
-        RequestError: If there is no such worker.
-    """
-    if not 1 <= number <= count:
-        msg = f"there is no worker {number} of {count}; workers are counted from 1 to their number"
-        raise RequestError(msg)
-    each, more = divmod(math.ceil(n_sequences / step), count)
-    first = (number - 1) * each + min(number - 1, more)
-    last = first + each + (number <= more)
-    return min(first * step, n_sequences), min(last * step, n_sequences)
 
 
 @dataclass(frozen=True)
@@ -85,8 +67,7 @@ class Workers:
 
     def rows(self, n_sequences: int, step: int) -> list[tuple[int, int]]:
         """Return the shares of the sequences, one a worker, without those that are empty."""
-        found = (rows_of(number, self.count, n_sequences, step) for number in range(1, self.count + 1))
-        return [rows for rows in found if rows[0] < rows[1]]
+        return dealt_rows(self.count, n_sequences, step)
 
     def run(
         self,

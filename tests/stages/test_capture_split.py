@@ -12,8 +12,8 @@ import pytest
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.stages.artifacts.inspect import inspect_path
-from ghoststream.stages.capturing.capture import _sequences_per_shard, capture
-from ghoststream.stages.workers import rows_of
+from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.sharing import rows_of, sequences_per_shard
 from ghoststream.streaming import StreamedPass
 from tests.helpers.command_bench import last_line, run
 from tests.helpers.groups import capture_arguments
@@ -180,7 +180,7 @@ def test_the_command_takes_a_worker(tiny_llama: Path, ids: Path, tmp_path: Path)
 def test_a_shard_is_whole_micro_batches_or_an_even_part_of_one(
     n_sequences: int, most: int, micro_batch: int, expected: int
 ) -> None:
-    assert _sequences_per_shard(n_sequences, most, micro_batch) == expected
+    assert sequences_per_shard(n_sequences, most, micro_batch) == expected
 
 
 @pytest.mark.parametrize("step", [1, 2, 7, 21, 40])

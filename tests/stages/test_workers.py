@@ -25,8 +25,8 @@ from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import group_models
 from ghoststream.stages.measuring.shares import measure_share, measure_shares
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import is_shared
-from ghoststream.stages.workers import rows_of, workers
+from ghoststream.stages.sharing import is_shared, rows_of
+from ghoststream.stages.workers import workers
 from tests.helpers.crews import cluster_of
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.requests import select

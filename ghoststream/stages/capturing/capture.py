@@ -14,8 +14,8 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import is_shared, on_first_device
-from ghoststream.stages.workers import rows_of, workers
+from ghoststream.stages.sharing import is_shared, on_first_device, rows_of, sequences_per_shard
+from ghoststream.stages.workers import workers
 from ghoststream.statistics import base_of
 from ghoststream.text import TokenSet, recipe_of
 
@@ -195,24 +195,11 @@ def _recipe(
             "attention": skeleton.attention,
             "micro_batch": micro_batch,
             "layers": wanted,
-            "sequences_per_shard": _sequences_per_shard(
+            "sequences_per_shard": sequences_per_shard(
                 tokens.n_sequences, max(1, _SHARD_BYTES // sequence_bytes), micro_batch
             ),
         }
     )
-
-
-def _sequences_per_shard(n_sequences: int, most: int, micro_batch: int) -> int:
-    """Return how many sequences make a shard: whole micro-batches, or an even part of one that is too large.
-
-    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even
-    parts of a micro-batch of a prime number of sequences are single sequences.
-    """
-    if n_sequences <= most:
-        return n_sequences
-    if micro_batch <= most:
-        return most - most % micro_batch
-    return max(size for size in range(1, most + 1) if micro_batch % size == 0)
 
 
 def _share(

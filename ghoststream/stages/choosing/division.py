@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ghoststream.errors import RequestError
+from ghoststream.statistics.ranges import Ranges, SequenceRange
 
 
 def divided(
@@ -61,3 +62,21 @@ def require_each_text(across_texts: str, n_texts: int, n_held: int) -> None:
             f"held out; hold out at least {n_texts}"
         )
         raise RequestError(msg)
+
+
+def dealt_ranges(ranges: Ranges, rows: Iterable[tuple[int, int]]) -> list[tuple[SequenceRange, ...]]:
+    """Return the ranges of each worker: those that begin among its sequences; no share is empty.
+
+    Args:
+        ranges: How the sequences are divided.
+        rows: The sequences ``[start, stop)`` of each worker, whole micro-batches.
+    """
+    every = ranges.ranges()
+    found = (tuple(one for one in every if start <= one.start < stop) for start, stop in rows)
+    return [own for own in found if own]
+
+
+def touched(own: tuple[SequenceRange, ...], n_sequences: int, micro_batch: int) -> int:
+    """Return how many sequences the micro-batches have that hold some consecutive ranges."""
+    first = own[0].start // micro_batch * micro_batch
+    return min(n_sequences, -(-own[-1].stop // micro_batch) * micro_batch) - first

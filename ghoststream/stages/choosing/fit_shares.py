@@ -14,6 +14,7 @@ from ghoststream.operators import BoundaryOperator
 from ghoststream.options import Compute, Method
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.division import dealt_ranges
 from ghoststream.stages.choosing.moments import DENSE, FitPlace, fitted_operator, use_device
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.summing import SummedBoundary
@@ -61,10 +62,7 @@ class SharedFit:
 
         A range that ends in the micro-batch of a neighbour has that computed twice.
         """
-        rows = crew.rows(self.ranges.n_sequences, self.micro_batch)
-        every = self.ranges.ranges()
-        found = (tuple(one for one in every if start <= one.start < stop) for start, stop in rows)
-        return [own for own in found if own]
+        return dealt_ranges(self.ranges, crew.rows(self.ranges.n_sequences, self.micro_batch))
 
     def batches(self, own: Sequence[SequenceRange]) -> tuple[Batch, ...]:
         """Return the micro-batches that hold the sequences of some ranges, as one process cuts them."""

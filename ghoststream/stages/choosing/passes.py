@@ -5,7 +5,7 @@ Lanes are counted in dense passes over all sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import permutations
 from math import comb
 
@@ -113,13 +113,17 @@ def round_of(
     between = (n_spans - 1) * stretch * repairs * (held + fit * sequential)
     width = shape.hidden + (shape.hidden + shape.intermediate) * (sequential and bool(shape.tried))
     states = (fit + held) * (shape.hidden + width * min(repairs, SURVIVORS + n_spans))
+    scored = held * (1.0 if share.every_position else shape.positions)
     return PassCost(
         states + held * shape.hidden * repairs,
         fit + held + between + held * stretch * repairs,
         repairs * n_spans,
         fit_share=fit,
         fit_method=None if sequential else _screen(shape),
-        scored=held * (repairs + 1) * (1.0 if share.every_position else shape.positions),
+        scored=scored * (repairs + 1),
+        # Plans that begin with one span go to one worker.
+        groups=min(repairs, PARTS) if n_spans > 1 else repairs,
+        alone=PassCost((fit + held) * shape.hidden, fit + held, scored=scored),
     )
 
 
@@ -135,7 +139,15 @@ def one_by_one(shape: SearchShape, *, passes: int, repairs: bool) -> tuple[PassC
     lanes = 1.0 + share * candidates * (candidates + 1) / (2 * shape.n_layers)
     fits = candidates if repairs else 0
     states = shape.hidden * (2 + share * candidates)
-    return (PassCost(states, lanes, fits, scored=share * (candidates + 1)),) * passes
+    one = PassCost(
+        states,
+        lanes,
+        fits,
+        scored=share * (candidates + 1),
+        groups=candidates,
+        alone=PassCost(2.0 * shape.hidden, 1.0, scored=share),
+    )
+    return (one,) * passes
 
 
 def there_and_back(shape: SearchShape) -> tuple[PassCost, ...]:
@@ -181,6 +193,29 @@ def last_fit(shape: SearchShape, taps: int, refit: int = 0, spans: Sequence[Span
     return PassCost(states, lanes, len(spans), last=last)
 
 
+def shared_fit(
+    shape: SearchShape, taps: int, spans: Sequence[Span], dense: Collection[Span]
+) -> tuple[PassCost, ...]:
+    """Return the passes of a fit whose sequences workers share: one for each round.
+
+    Args:
+        shape: Sizes.
+        taps: Width of what the features read beside the hidden state.
+        spans: The removed spans.
+        dense: Those behind the first whose operators read dense states: they are summed with the first.
+    """
+    first, *later = spans
+    together = [first, *(span for span in later if span in dense)]
+    last, n_layers = together[-1].stop, shape.n_layers
+    found = [PassCost(2.0 * shape.hidden + taps, last / n_layers, len(together), last=last)]
+    for span in (span for span in later if span not in dense):
+        # Beside the dense lane, the repaired one runs what is left between the first span and this one.
+        between = span.start - first.start - sum(len(one) for one in spans if one < span)
+        lanes = (span.stop + between) / n_layers
+        found.append(PassCost(3.0 * shape.hidden + taps, lanes, 1, last=span.stop))
+    return tuple(found)
+
+
 def _step(shape: SearchShape, tried: Sequence[Sequence[int]], step: int) -> PassCost:
     n_layers, hidden, share = shape.n_layers, shape.hidden, shape.held_out
     lanes, states, fits, measured = 1.0, float(hidden), 0, 1
@@ -202,7 +237,16 @@ def _step(shape: SearchShape, tried: Sequence[Sequence[int]], step: int) -> Pass
         fits += candidates * (step + 1)
         measured += candidates
     method = _screen(shape)
-    return PassCost(states, lanes, fits, fit_share=1.0 - share, fit_method=method, scored=share * measured)
+    return PassCost(
+        states,
+        lanes,
+        fits,
+        fit_share=1.0 - share,
+        fit_method=method,
+        scored=share * measured,
+        groups=measured - 1,
+        alone=PassCost(hidden, 1.0, scored=share),
+    )
 
 
 def _screen(shape: SearchShape) -> Method | None:
@@ -223,4 +267,13 @@ def _decision(shape: SearchShape, decided: int, n_spans: int, plans: int) -> Pas
     if decided:
         # What fits on dense states waits at the boundary too, once with taps and once without.
         states += plans * (2 * hidden + shape.intermediate)
-    return PassCost(states, lanes, repairs * (later + 1), fit_share=1.0 - share, scored=share * (repairs + 1))
+    return PassCost(
+        states,
+        lanes,
+        repairs * (later + 1),
+        fit_share=1.0 - share,
+        scored=share * (repairs + 1),
+        # What begins with one span, fitted in one way, goes to one worker.
+        groups=plans if decided else repairs,
+        alone=PassCost(hidden, 1.0, scored=share),
+    )

@@ -25,12 +25,14 @@ class FitBytes:
         device: Of the accelerator, if it is fitted there; 0 where it cannot be.
         beside: Of the host, if it is fitted on the accelerator.
         formula: How ``host`` adds up.
+        state: Of one sum.
     """
 
     host: int
     device: int
     beside: int
     formula: str = ""
+    state: int = 0
 
     @classmethod
     def of(
@@ -71,7 +73,7 @@ class FitBytes:
             formula = f"{ranges.n_folds - 1} sums of {state:,} + {formula}" if kept > state else formula
         on_device = kind.sums_on("cuda") is not None
         beside = kept if kind.solves_on_device else kept - state + solving
-        return cls(host, solving * on_device, beside * on_device, formula)
+        return cls(host, solving * on_device, beside * on_device, formula, state)
 
 
 @dataclass(frozen=True, slots=True)

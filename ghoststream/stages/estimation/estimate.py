@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, get_args
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.sizes import ModelSizes, sizes_of
 from ghoststream.errors import RequestError
-from ghoststream.machine import may_have_accelerator
+from ghoststream.machine import free_device_memory, may_have_accelerator
 from ghoststream.options import Dtype, Exploration, Recovery
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.estimation.command import command_of, explore_command_of
+from ghoststream.stages.estimation.crew import ADDRESS
 from ghoststream.stages.estimation.exploration import ExplorationCost, as_recovery
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.machine import THIS, Machine, find_machine, this_machine
@@ -23,6 +25,7 @@ from ghoststream.stages.estimation.report import Estimate, SweepCost
 from ghoststream.stages.estimation.stages import all_stages
 from ghoststream.stages.estimation.sweeps import StoreShape, select_sweeps, solve_sweeps
 from ghoststream.stages.refusals import check_export, check_form, check_place
+from ghoststream.stages.sharing import devices_of
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +40,13 @@ def estimate(
     measure: bool = True,
     saved: Path | None = None,
     exploration: Exploration | None = None,
+    cluster: int | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
     """Work out what a recovery takes, and whether it fits a machine.
+
+    Several devices of ``compute.device`` are those of one machine. Workers of a cluster are each on a machine
+    as it is described, and so is this process.
 
     Operators and criteria say their own costs, those of a user too; they are summed here. Text is not read:
     its sequences are taken to be as many as are asked for.
@@ -56,6 +63,8 @@ def estimate(
         saved: File to write what was measured of this machine to, with all compute types.
         exploration: Price :func:`ghoststream.explore` of these numbers of layers in the place of a recovery:
             with text, search, method and compute of the request, whose ``remove`` does not count.
+        cluster: Workers of a Dask cluster, a machine each, whose address need not be named; without, the
+            ``reduction.scheduler`` is asked for them.
         progress: Told that the machine is measured.
 
     Returns:
@@ -63,7 +72,7 @@ def estimate(
 
     Raises:
         RequestError: If no model is named, or of the request what `recover` refuses before any work, or the
-            machine is unknown or has not what is asked for.
+            machine is unknown or has not what is asked for, or a cluster does not answer.
         GhoststreamError: If the checkpoint is incomplete, or one that cannot be pruned so. What only building
             the model shows is found with ``measure`` on this machine only; texts are not looked at.
 
@@ -74,17 +83,19 @@ def estimate(
         msg = f"{recovery.name} names no model; give one"
         raise RequestError(msg)
     compute, place = recovery.compute, Path(out or ".")
-    there = _there(machine, compute.device)
+    devices = devices_of(compute)
+    there = _there(machine, devices)
     if saved is not None and (there is not None or not measure):
         msg = "--save-machine writes what is measured of this machine; leave --machine and --no-measure out"
         raise RequestError(msg)
-    device = _accelerator(compute.device) if there is None else None
+    device = _least(devices) if there is None else None
     progress = progress or SilentProgress()
     found = find_model(name, revision=compute.revision)
     sizes = sizes_of(found.index, found.config, compute.dtype, compute.attention)
+    recovery = _on_cluster(recovery, cluster)
     if exploration is not None:
         recovery = as_recovery(recovery, exploration, sizes.n_layers)
-    job = Job.make(recovery, sizes, there or this_machine(device))
+    job = Job.make(recovery, sizes, there or this_machine(device), cluster)
     root = found.root
     if out is not None and root is not None and exploration is None:
         check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
@@ -143,10 +154,21 @@ def _measured(sizes: ModelSizes, device: torch.device | None, place: Path, *, al
     )
 
 
-def _there(machine: str | Machine, device: str) -> Machine | None:
+def _there(machine: str | Machine, names: Sequence[str]) -> Machine | None:
     """Return the machine that is named; None for this one, which is looked at later."""
     found = machine if isinstance(machine, Machine) else None if machine == THIS else find_machine(machine)
-    return None if found is None else found.on(device)
+    if found is not None:
+        for name in names:
+            found = found.on(name)
+    return found
+
+
+def _on_cluster(recovery: Recovery, cluster: int | None) -> Recovery:
+    """Return a recovery that names the scheduler of its cluster."""
+    if cluster is None or recovery.reduction.scheduler is not None:
+        return recovery
+    reduction = recovery.reduction.model_copy(update={"scheduler": ADDRESS})
+    return recovery.model_copy(update={"reduction": reduction})
 
 
 def _check_model(root: Path, job: Job) -> None:
@@ -178,6 +200,14 @@ def _sweeps(route: Route) -> tuple[SweepCost, ...]:
             machine=job.machine,
         ),
     )
+
+
+def _least(names: Sequence[str]) -> torch.device | None:
+    """Return of several accelerators the one with least memory free; None where one device is the CPU."""
+    found = [device for device in map(_accelerator, names) if device is not None]
+    if len(found) < len(names):
+        return None
+    return min(found, key=lambda device: free_device_memory(device) or 0)
 
 
 def _accelerator(name: str) -> torch.device | None:

@@ -14,6 +14,7 @@ from ghoststream.stages.estimation.report import StageCost
 from ghoststream.stages.estimation.stages import passes_cost
 from ghoststream.stages.exploring.cost import exploring
 from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
+from ghoststream.stages.sharing import require_single
 
 NAME = "explore"
 
@@ -54,6 +55,7 @@ def as_recovery(recovery: Recovery, exploration: Exploration, n_layers: int) -> 
             read.
     """
     search = recovery.search
+    require_single(recovery.compute.device)
     search.refuse(set(Search.model_fields).difference(USED), "an exploration ranks and measures by itself")
     unused = "an exploration writes neither store nor checkpoint"
     for group in (recovery.storage, recovery.reduction):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ghoststream.checkpoint.sizes import ModelSizes
@@ -22,6 +22,7 @@ from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.choosing.room import FitBytes, LeftOut, largest_ranges
 from ghoststream.stages.choosing.rounds import share_of_positions
 from ghoststream.stages.choosing.ways import REFIT, Ways
+from ghoststream.stages.estimation.crew import Crew
 from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.estimation.room import too_large
 from ghoststream.stages.estimation.stored import Stored
@@ -37,23 +38,33 @@ class Job(Way):
 
     Attributes:
         sizes: The model.
-        machine: Where it is done.
+        machine: Where it is done; of several, each.
+        crew: Who runs the passes.
+        whole: Of the share of a worker, the recovery, which decides how boundaries are fitted.
     """
 
     sizes: ModelSizes
     machine: Machine
+    crew: Crew = field(default_factory=Crew)
+    whole: Job | None = None
 
     @classmethod
-    def make(cls, recovery: Recovery, sizes: ModelSizes, machine: Machine) -> Job:
+    def make(cls, recovery: Recovery, sizes: ModelSizes, machine: Machine, cluster: int | None = None) -> Job:
         """Put a request, a model and a machine together.
+
+        Args:
+            recovery: The request.
+            sizes: The model.
+            machine: Where it is done.
+            cluster: Workers of its cluster, which is not asked then.
 
         Raises:
             GhoststreamError: What :func:`~ghoststream.stages.refusals.check_recovery` raises, as `recover`
-                would.
+                would; and if the cluster does not answer.
         """
         job = cls(recovery, *what_goes(recovery, sizes.n_layers), sizes, machine)
         check_recovery(job, sizes, lambda: job.at_once)
-        return job
+        return replace(job, crew=Crew.of(job, cluster))
 
     @cached_property
     def text(self) -> Text:
@@ -98,6 +109,8 @@ class Job(Way):
         Raises:
             RequestError: If options of the operator do not go together.
         """
+        if self.whole is not None:
+            return self.whole.kind
         if self.recovery.method.is_named:
             return make_operator(self.recovery.method)
         known = self.given.methods if self.given is not None and self.given.methods else self._fitted
@@ -132,11 +145,15 @@ class Job(Way):
     @cached_property
     def left_out(self) -> tuple[LeftOut, ...]:
         """What ``auto`` leaves out, as its fit cannot be held; the largest first."""
+        if self.whole is not None:
+            return self.whole.left_out
         return too_large(self) if self.measures and not self.recovery.method.is_named else ()
 
     @cached_property
     def fit_ranges(self) -> Ranges:
         """How the sequences that serve to fit are divided, at its largest."""
+        if self.whole is not None:
+            return self.whole.fit_ranges
         n_fit, search, compute = self.sequences, self.recovery.search, self.recovery.compute
         if self.measures:
             _, n_fit = divided(n_fit, search.held_out, compute.micro_batch, lambda: self.at_once)

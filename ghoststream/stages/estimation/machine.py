@@ -60,6 +60,9 @@ class Machine(Options):
     device_memory: Bytes | None = option(None, "Free memory of the accelerator; left out without one.")
     host_memory: Bytes = option(..., "Free memory of the host.")
     processors: Count = option(..., "Processors that serve.")
+    threads: Count | None = option(
+        None, "Processors that its rates were measured with, where that is not all of them."
+    )
     disk: Bytes | None = option(None, "Free disk; it is not checked where this is left out.")
     rates: Rates | None = option(None, "How fast it is; without, no times are given.")
 
@@ -83,8 +86,15 @@ class Machine(Options):
         """Return how many tasks run at a time: one a processor, within half of the host's memory."""
         return max(1, min(self.processors, self.host_memory // 2 // max(1, task_bytes)))
 
+    def side_by_side(self, workers: int) -> int:
+        """Return how many of its workers the processors serve at a time, each as fast as the rates say."""
+        return min(workers, max(1, self.processors // (self.threads or self.processors)))
+
     def on(self, device: str) -> Machine:
         """Return the machine as a request uses it: without its accelerator where it asks for the CPU.
+
+        Args:
+            device: One device.
 
         Raises:
             RequestError: If it asks for an accelerator and there is none.
@@ -149,11 +159,17 @@ def this_machine(device: torch.device | None, rates: Rates | None = None) -> Mac
         rates: How fast it was measured to be.
     """
     memory = None if device is None else free_device_memory(device)
+    threads = None
+    if rates is not None:
+        import torch
+
+        threads = torch.get_num_threads()
     return Machine(
         name=THIS,
         device_memory=memory,
         host_memory=free_host_memory(),
         processors=processors(),
+        threads=threads,
         disk=None,
         rates=rates,
     )

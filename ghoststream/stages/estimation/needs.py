@@ -5,6 +5,7 @@ Letters are those of :mod:`ghoststream.costs`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ghoststream.stages.choosing.ways import REFIT
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.pass_needs import Fits, PassNeeds, logit_bytes, pass_needs
 from ghoststream.stages.estimation.report import SweepCost
+from ghoststream.stages.estimation.shares import Share, SharedFit, on_worker
 from ghoststream.stages.estimation.training import TrainingCost
 
 _EXPORT_BYTES = 32 * 2**20
@@ -32,7 +34,8 @@ class Route:
         fit: Fitting one boundary.
         selection: Choosing layers from a store, if they are.
         searching: Passes in which layers are chosen.
-        fitting: Passes in which operators are fitted.
+        fitting: Passes in which operators are fitted; where these are shared, in which ways are compared.
+        rounds: Passes of a fit whose sequences are shared.
         sweeps: Sweeps over the store.
     """
 
@@ -41,6 +44,7 @@ class Route:
     selection: Cost | None
     searching: tuple[PassCost, ...]
     fitting: tuple[PassCost, ...]
+    rounds: tuple[PassCost, ...] = ()
     sweeps: tuple[SweepCost, ...] = ()
 
     @classmethod
@@ -49,6 +53,7 @@ class Route:
         search, shape = job.recovery.search, job.search_shape
         searching: tuple[PassCost, ...] = ()
         fitting: tuple[PassCost, ...] = ()
+        rounds: tuple[PassCost, ...] = ()
         selection = None
         if job.runs_model:
             searching = make_search_criterion(search.criterion or MEASURED).cost(shape)
@@ -57,9 +62,12 @@ class Route:
         if job.fits_in_passes:
             known = job.given is not None and bool(job.given.methods)
             chosen = () if job.runs_model or known else refining(shape, n_spans=len(job.spans), plans=1)
-            spans = None if job.given is None else job.given.plan.spans
-            fitting = (*chosen, last_fit(shape, job.tap_width, job.recovery.method.refit, spans))
-        return cls(job, job.fit_cost(job.kind), selection, searching, fitting)
+            if job.crew.is_shared:
+                fitting, rounds = chosen, SharedFit(job).rounds
+            else:
+                spans = None if job.given is None else job.given.plan.spans
+                fitting = (*chosen, last_fit(shape, job.tap_width, job.recovery.method.refit, spans))
+        return cls(job, job.fit_cost(job.kind), selection, searching, fitting, rounds)
 
     @property
     def training(self) -> TrainingCost | None:
@@ -75,24 +83,55 @@ class Route:
         """
         job, found = self.job, {}
         if job.captures:
-            buffers = job.stored.writer_bytes
-            found["capture"] = pass_needs(job, "capture", job.sizes.hidden, store=store, buffers=buffers)
-        for name, passes in (("search", self.searching), ("fit", self.fitting)):
-            if passes:
-                fits = self.fits if any(one.fits for one in passes) else None
-                found[name] = pass_needs(job, name, max(one.states for one in passes), fits=fits)
+            share = Share.of_rows(job, job.stored.share_step)
+            buffers = share.job.stored.writer_bytes
+            place = pass_needs(share.job, "capture", job.sizes.hidden, store=store, buffers=buffers)
+            found["capture"] = share.needs(place, job)
+        if self.searching:
+            found["search"] = self._largest("search", self.searching)
+        if job.fits_in_passes:
+            found["fit"] = self._largest("fit", self.fitting)
         if self.training is not None:
             found["distill"] = self.training.place()
         if job.measuring is not None:
-            states = 2 * job.sizes.hidden
-            found["evaluate"] = pass_needs(job.measuring, "evaluate", states, logits=logit_bytes(job))
+            share = Share.of_rows(job.measuring, job.measuring.micro_batch)
+            place = pass_needs(share.job, "evaluate", 2 * job.sizes.hidden, logits=logit_bytes(job))
+            found["evaluate"] = share.needs(place, job)
         return found
+
+    def _largest(self, name: str, passes: Sequence[PassCost]) -> PassNeeds:
+        """Return what passes take: those that one process runs, or those of a worker, if that is more."""
+        job, places = self.job, []
+        shared = tuple(one for one in passes if one.groups) if job.crew.is_shared else ()
+        alone = tuple(one for one in passes if one not in shared)
+        if alone:
+            states, fits = max(one.states for one in alone), any(one.fits for one in alone)
+            places.append(pass_needs(job, name, states, fits=self.fits if fits else None))
+        count = job.crew.count
+        if shared:
+            share = Share(on_worker(job), min(count, max(one.groups for one in shared)))
+            states = max(one.of_worker(count).states for one in shared)
+            place = pass_needs(share.job, name, states, fits=self._fits(share.job))
+            places.append(share.needs(place, job))
+        if name == "fit" and self.rounds:
+            share, states = self.shared_fit.share, max(one.states for one in self.rounds)
+            place = pass_needs(share.job, name, states, fits=self._fits(on_worker(job)))
+            places.append(share.needs(place, job))
+        return max(places, key=lambda one: sum(need.n_bytes for need in one.needs.values()))
+
+    @property
+    def shared_fit(self) -> SharedFit:
+        """The fit, as workers share it."""
+        return SharedFit(self.job)
 
     @property
     def fits(self) -> Fits:
         """Memory of fitting one boundary, or one of the maps behind it."""
-        refit = () if self.job.refit_cost is None else (make_operator(REFIT),)
-        sizes = [self.job.fit_bytes(kind) for kind in (self.job.kind, *refit)]
+        return self._fits(self.job)
+
+    def _fits(self, job: Job) -> Fits:
+        refit = () if job.refit_cost is None else (make_operator(REFIT),)
+        sizes = [job.fit_bytes(kind) for kind in (job.kind, *refit)]
         on_host = max(sizes, key=lambda one: one.host)
         on_device = max(sizes, key=lambda one: one.device)
         return Fits(
@@ -113,8 +152,13 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
     job, machine = route.job, route.job.machine
     host, disk = machine.host_memory, machine.free_disk(out)
     needs: dict[str, Need] = {}
-    for one in route.passes(store).values():
+    places = route.passes(store)
+    for one in places.values():
         needs |= {name: need for name, need in one.needs.items() if _is_more(need, needs.get(name))}
+    if route.rounds:
+        solves_here = not (places["fit"].fits_on_device and job.kind.solves_on_device)
+        workers = 0 if job.crew.is_cluster else needs["memory, fit"].n_bytes
+        needs["memory, merge"] = route.shared_fit.merging(workers, solves_here=solves_here)
     if route.selection is not None:
         needs["memory, select"] = _against(route.selection.memory, host)
         if route.selection.disk is not None:

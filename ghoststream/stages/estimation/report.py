@@ -22,6 +22,7 @@ _ADVICE: Mapping[str, str] = {
     "memory, pass": _SMALLER,
     "memory, distill": f"{_SMALLER}, or train by ghoststream distill with a smaller --batch",
     "memory, evaluate": _SMALLER,
+    "memory, merge": "use --operator ghost, fewer --folds or devices, or a smaller --host-memory for states",
     "disk, scratch": "set --scratch to a larger disk, or use fewer --sequences",
     "memory, fit": "use --operator ghost or linear-patch-diagonal, or run it on a machine with more memory",
     "memory, solve": "use --operator linear-patch-diagonal, or run it on a machine with more memory",
@@ -44,7 +45,7 @@ class StageCost:
         write_bytes: Bytes of results.
         flops: Arithmetic, that in float64 included.
         seconds: Its time.
-        limited_by: The resource that is longest at work: disk, bus, compute, writer, solve or start.
+        limited_by: The resource that is longest at work: disk, bus, compute, writer, solve, start or workers.
         scratch_bytes: Bytes of hidden states that go to scratch and come back.
         states: Where hidden states wait between layers: bytes on ``device``, ``host`` and ``scratch``.
         parts: Seconds that each resource is at work.

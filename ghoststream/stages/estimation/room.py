@@ -26,6 +26,7 @@ def room_of(job: Job) -> Room:
     """Return what a pass leaves to a fit, as a recovery would find it."""
     compute, machine = job.recovery.compute, job.machine
     host = machine.host_memory * 9 // 10 if compute.host_memory is None else compute.host_memory
+    host //= job.crew.here
     if machine.device_memory is None:
         taken = computing_bytes(job)
         return Room(host - taken, 0, compute.host_memory is not None, taken)

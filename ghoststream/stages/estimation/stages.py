@@ -10,8 +10,16 @@ from ghoststream.costs import PassCost
 from ghoststream.stages.estimation.needs import Route
 from ghoststream.stages.estimation.pass_needs import PassNeeds
 from ghoststream.stages.estimation.report import StageCost
+from ghoststream.stages.estimation.shared_work import (
+    StageWork,
+    compared,
+    passes_over,
+    rows_of,
+    started,
+    summed,
+)
 from ghoststream.stages.estimation.times import stage_cost
-from ghoststream.stages.estimation.work import Work, capture_work, evaluate_work, fits_work, passes_work
+from ghoststream.stages.estimation.work import Work, capture_work, evaluate_work, fits_work
 
 
 def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
@@ -27,37 +35,53 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
         store: Local place of the store, if there is one.
     """
     job, places = route.job, route.passes(store)
-    works: dict[str, Work] = {}
+    works: dict[str, Work | StageWork] = {}
     if job.captures:
-        works["capture"] = capture_work(job)
+        step, last = job.stored.share_step, max(job.stored.positions)
+        works["capture"] = rows_of(job, step, capture_work, last, places["capture"])
     if route.selection is not None:
         cost = route.selection
         read = _positions(route, "select") * job.stored.position_bytes or cost.read_bytes
         written = 0 if cost.disk is None else cost.disk.n_bytes
         works["select"] = Work(read=read, written=written, solved=cost.flops)
     if route.searching:
-        works["search"] = passes_work(job, route.searching)
+        found = passes_over(job, route.searching, places["search"])
+        works["search"] = found + started(job) + compared(job, route.searching)
     if job.fits_in_passes:
-        works["fit"] = passes_work(job, route.fitting) + _refits(route)
-        works["fit"] += Work(written=len(job.spans) * route.fit.write_bytes)
+        works["fit"] = _fit(route, places["fit"])
     else:
-        read = _positions(route, "solve") * job.stored.position_bytes
-        works["solve"] = fits_work(job, job.kind, len(job.spans)) + Work(read=read)
-        works["solve"] += _spills(route) + Work(written=len(job.spans) * route.fit.write_bytes)
+        solving = Work(read=_positions(route, "solve") * job.stored.position_bytes)
+        results = Work(written=len(job.spans) * route.fit.write_bytes)
+        works["solve"] = fits_work(job, job.kind, len(job.spans)) + solving + _spills(route) + results
     if route.training is not None:
         works["distill"] = route.training.work()
     works["export"] = Work(read=job.export_bytes, written=job.export_bytes)
     if job.measuring is not None:
-        works["evaluate"] = evaluate_work(job.measuring)
+        asked = job.measuring
+        works["evaluate"] = rows_of(asked, asked.micro_batch, evaluate_work, None, places["evaluate"])
     return tuple(_cost(route, name, work, places.get(name)) for name, work in works.items())
 
 
 def passes_cost(route: Route, name: str, passes: Iterable[PassCost], place: PassNeeds) -> StageCost:
     """Return the work of some passes as a stage, with its time where the machine's rates are known."""
-    return _cost(route, name, passes_work(route.job, passes), place)
+    return _cost(route, name, passes_over(route.job, passes, place), place)
 
 
-def _cost(route: Route, name: str, work: Work, place: PassNeeds | None) -> StageCost:
+def _fit(route: Route, place: PassNeeds) -> StageWork:
+    job = route.job
+    found = passes_over(job, route.fitting, place) + StageWork.alone(
+        _refits(route) + Work(written=len(job.spans) * route.fit.write_bytes)
+    )
+    if not route.rounds:
+        return found
+    found += summed(route, place) + started(job)
+    if job.runs_model:
+        return found  # compared behind the search
+    last = None if route.fitting else max(one.last or job.sizes.n_layers for one in route.rounds)
+    return found + compared(job, route.fitting, last)
+
+
+def _cost(route: Route, name: str, work: Work | StageWork, place: PassNeeds | None) -> StageCost:
     job = route.job
     if place is None:
         # A store is reduced on the accelerator of this process; workers of a cluster have what they have.
@@ -65,10 +89,18 @@ def _cost(route: Route, name: str, work: Work, place: PassNeeds | None) -> Stage
         sums = on_device and job.kind.sums_on("cuda") is not None
     else:
         sums = place.fits_on_device
+    work = work if isinstance(work, StageWork) else StageWork.alone(work)
     states = {} if place is None else place.states
     solves = sums and job.kind.solves_on_device
     found = stage_cost(
-        name, work, job.machine, job.sizes.dtype, states=states, sums_on_device=sums, solves_on_device=solves
+        name,
+        work.timed,
+        job.machine,
+        job.sizes.dtype,
+        whole=work.whole,
+        states=states,
+        sums_on_device=sums,
+        solves_on_device=solves,
     )
     return found if place is None else replace(found, peak_bytes=place.peak)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 from typing import TYPE_CHECKING, get_args
 
 from ghoststream.checkpoint.sizes import ITEMSIZES
-from ghoststream.costs import store_buffer_bytes
+from ghoststream.costs import SHARD_BYTES, store_buffer_bytes
 from ghoststream.options import StoredDtype
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.estimation.report import StoreWay
+from ghoststream.stages.sharing import sequences_per_shard
 
 if TYPE_CHECKING:
     from ghoststream.stages.estimation.job import Job
@@ -106,6 +108,14 @@ class Stored:
     def computed_bytes(self) -> int:
         """Bytes of one hidden state of all tokens at compute type."""
         return self.job.n_tokens * self.job.sizes.hidden * self.job.sizes.itemsize
+
+    @property
+    def share_step(self) -> int:
+        """Of how many sequences the shares of workers are: whole shards and whole micro-batches."""
+        # Shards of integers have as many sequences as those of two bytes.
+        sequence = self.job.text.length * self.job.sizes.hidden * ITEMSIZES.get(self.dtype, 2)
+        size = self.job.micro_batch
+        return lcm(size, sequences_per_shard(self.job.sequences, max(1, SHARD_BYTES // sequence), size))
 
     @property
     def writer_bytes(self) -> int:

@@ -11,9 +11,16 @@ from ghoststream.stages.estimation.report import StageCost
 from ghoststream.stages.estimation.work import Work
 
 START, DISK, BUS, COMPUTE, WRITER, SOLVE = "start", "disk", "bus", "compute", "writer", "solve"
+WORKERS = "workers"
 
 _START_SECONDS = 1.0
 """Opening model, text and files: what does not grow with the work."""
+
+_PROCESS_SECONDS = 10.0
+"""Starting the processes of several devices: each imports the libraries."""
+
+_SENT_SPEED = 0.5e9
+"""Bytes a second of sums that come from workers; assumed, as a network may be any."""
 
 _HOST_ATTENTION = 4.0
 """How much slower than products the attention kernel of a processor is."""
@@ -25,6 +32,7 @@ def stage_cost(
     machine: Machine,
     dtype: str,
     *,
+    whole: Work | None = None,
     states: Mapping[str, int] | None = None,
     sums_on_device: bool = False,
     solves_on_device: bool = False,
@@ -33,9 +41,10 @@ def stage_cost(
 
     Args:
         name: The stage.
-        work: What it does.
+        work: What one machine does.
         machine: Where.
         dtype: Compute type.
+        whole: What all machines do; the same by default.
         states: Bytes of hidden states that wait between layers, by place: ``device``, ``host``, ``scratch``.
         sums_on_device: Whether moments are summed by the accelerator, which takes products at compute type.
         solves_on_device: Whether it solves boundaries too, in float64.
@@ -43,15 +52,15 @@ def stage_cost(
     Raises:
         RequestError: If the rates of the machine have none for this type.
     """
-    states = states or {}
+    states, whole = states or {}, whole or work
     shares = {place: n_bytes / max(1, sum(states.values())) for place, n_bytes in states.items()}
     scratch = shares.get("scratch", 0.0) * work.crossed
     bare = StageCost(
         name,
-        round(work.read),
-        round(work.written),
-        work.flops + work.attended + work.summed + work.solved,
-        scratch_bytes=round(scratch),
+        round(whole.read),
+        round(whole.written),
+        whole.flops + whole.attended + whole.summed + whole.solved,
+        scratch_bytes=round(shares.get("scratch", 0.0) * whole.crossed),
         states=states,
     )
     rates = machine.rates
@@ -88,17 +97,21 @@ def _resources(
         WRITER: work.stored / rates.writer,
         SOLVE: fitting,
     }
+    if work.crews or work.rounds:
+        waited = work.crews * _PROCESS_SECONDS + work.rounds * _START_SECONDS + work.sent / _SENT_SPEED
+        parts = {**parts, WORKERS: waited}
     return parts if rates.bus is None else {**parts, BUS: (work.weights + work.stored + outside) / rates.bus}
 
 
 def overlapped(parts: Mapping[str, float], *, has_device: bool) -> float:
     """Return the time of a stage: disk, bus, writer and layers go beside each other, solutions wait for none.
 
-    Where the layers are computed on the host, the writer takes the same processors.
+    Nor do the start of workers, and the way of their sums. Where the layers are computed on the host, the
+    writer takes the same processors.
     """
     computing = parts[COMPUTE]
     if has_device:
         beside = max(parts[DISK], parts.get(BUS, 0.0), computing, parts[WRITER])
     else:
         beside = max(parts[DISK], computing + parts[WRITER])
-    return parts[START] + beside + parts[SOLVE]
+    return parts[START] + beside + parts[SOLVE] + parts.get(WORKERS, 0.0)

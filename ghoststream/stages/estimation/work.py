@@ -5,7 +5,6 @@ Letters are those of :mod:`ghoststream.costs`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from ghoststream.costs import PassCost
@@ -37,6 +36,9 @@ class Work:
         moved: Bytes of activations that layers move.
         summed: Arithmetic of moments, a token at a time.
         solved: Arithmetic of solutions, which no token adds to.
+        crews: How often processes are started for several devices.
+        rounds: How often workers open the model.
+        sent: Bytes of sums that workers send.
     """
 
     read: float = 0.0
@@ -49,9 +51,15 @@ class Work:
     moved: float = 0.0
     summed: float = 0.0
     solved: float = 0.0
+    crews: float = 0.0
+    rounds: float = 0.0
+    sent: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * getattr(self, one.name) for one in fields(self)))
 
 
 def capture_work(job: Job) -> Work:
@@ -61,11 +69,6 @@ def capture_work(job: Job) -> Work:
     # Where not all positions are stored as they are, the newest is kept to continue from.
     copies = last * job.stored.computed_bytes if job.stored.is_rounded else 0
     return one + Work(written=job.stored.n_bytes + copies, stored=job.stored.n_bytes + copies)
-
-
-def passes_work(job: Job, passes: Iterable[PassCost]) -> Work:
-    """Return the work of passes that choose layers or fit operators."""
-    return sum((pass_work(job, one) for one in passes), Work())
 
 
 def evaluate_work(job: Job) -> Work:
@@ -81,7 +84,7 @@ def evaluate_work(job: Job) -> Work:
 
 def pass_work(job: Job, cost: PassCost) -> Work:
     """Return the work of one pass over the model."""
-    done = forward_work(job, cost.lanes, cost.last) + _reading(job, cost.last)
+    done = forward_work(job, cost.lanes, cost.last) + reading(job, cost.last)
     if cost.backward:
         done += Work(read=sum(layer.stored_bytes for layer in job.sizes.layers))
     if cost.fits:
@@ -96,7 +99,8 @@ def fits_work(job: Job, kind: OperatorKind, count: int, share: float = 1.0) -> W
     return Work(summed=count * (total - solved), solved=count * solved)
 
 
-def _reading(job: Job, last: int | None) -> Work:
+def reading(job: Job, last: int | None) -> Work:
+    """Return the reading of the weights in a pass to ``h[last]``; ``None`` is the whole model."""
     read = job.sizes.pass_bytes(last)
     widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
     return Work(read=read, weights=read * widened)

@@ -11,6 +11,7 @@ from ghoststream.cli.command import Command
 from ghoststream.cli.options import (
     Part,
     debug_option,
+    field_option,
     grouped,
     json_option,
     model_argument,
@@ -19,7 +20,7 @@ from ghoststream.cli.options import (
 from ghoststream.cli.output import human_bytes, next_command, print_json, print_table, print_text
 from ghoststream.cli.page import page_at_the_end
 from ghoststream.cli.progress import show_progress
-from ghoststream.options import Compute, Exploration, Method, Search, Text
+from ghoststream.options import Compute, Exploration, Method, Reduction, Search, Text
 
 if TYPE_CHECKING:
     from ghoststream.stages.exploring.report import ExplorationReport
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     method=Method,
     compute=Compute,
 )
+@field_option(Reduction, "scheduler", section=Compute.title)
 @click.option(
     "--report",
     "page",
@@ -57,7 +59,8 @@ def command(
 
     All plans are repaired and measured on the same held-out windows of the calibration text, in four passes
     over MODEL. DIR gets explore.json, curve.csv and a plan file for each number, which `recover --remove`
-    takes.
+    takes. Several devices (--device cuda:0,cuda:1), or the workers of a Dask cluster (--scheduler), share
+    the candidates.
     """
     from ghoststream.stages.exploring.explore import explore
 

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import ghoststream
 from ghoststream.cli import main
-from ghoststream.errors import NumericsError
+from ghoststream.errors import NumericsError, RequestError
 from ghoststream.options import Compute, Method, Search, Source, Text
 from ghoststream.progress import SilentProgress
 from ghoststream.selection import Selection
@@ -32,6 +33,7 @@ from ghoststream.stages.exploring.explore import explore
 from ghoststream.stages.exploring.report import ExplorationReport, Point
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.testing.models import save_tiny
+from tests.helpers.crews import cluster_of
 from tests.helpers.requests import fit, recover
 from tests.helpers.searching import HELD, MICRO_BATCH, L, S, T, on_windows, open_model, save_windows
 
@@ -104,6 +106,26 @@ def test_the_loss_of_every_plan_is_that_of_the_model_that_is_written(
             assert (point.loss, point.gap) == (row["loss"], row["gap"])
             assert point.weight_bytes == exported.bytes_after
             assert exported.layers_after == L - point.removed == round(L * point.cache_share)
+
+
+def test_workers_that_share_the_candidates_find_what_one_process_finds(
+    model: Path, ids: Path, folder: Path, report: ExplorationReport, tmp_path: Path
+) -> None:
+    with cluster_of(3) as client:
+        found = _explore(model, ids, tmp_path / "out", scheduler=client)
+    assert replace(found, spent=report.spent) == report
+    assert found.spent.passes == report.spent.passes
+    # Each worker runs the dense model for itself.
+    assert report.spent.layer_runs < found.spent.layer_runs < 3 * report.spent.layer_runs
+    for file in sorted((folder / "plans").iterdir()):
+        assert (tmp_path / "out" / "plans" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_devices_or_a_cluster_but_not_both(model: Path, ids: Path, tmp_path: Path) -> None:
+    says = "--device cpu,cpu names several devices of this machine, and --scheduler a cluster"
+    with pytest.raises(RequestError, match=says):
+        _explore(model, ids, tmp_path / "out", compute=Compute(device="cpu,cpu"), scheduler="tcp://host:8786")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_number_has_the_best_of_what_the_last_round_measured(report: ExplorationReport) -> None:

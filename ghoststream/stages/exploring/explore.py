@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from ghoststream.stages.exploring.rounds import STAGES, run_rounds
 from ghoststream.stages.output import Output, not_of_this_request
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.sharing import devices_of, is_shared, on_first_device
 from ghoststream.stages.way import some_plan
+from ghoststream.stages.workers import Workers, workers
 from ghoststream.streaming import Runs
 from ghoststream.text import TokenSet, recipe_of
 
@@ -54,6 +57,7 @@ def explore(
     search: Search | None = None,
     method: Method | None = None,
     compute: Compute | None = None,
+    scheduler: Any = None,
     progress: Progress | None = None,
 ) -> ExplorationReport:
     """Find the best plan of every number of layers, and measure all of them on the same held-out windows.
@@ -70,7 +74,11 @@ def explore(
         exploration: The numbers of layers, and what counts as cheap and as broken.
         search: Of it ``max_spans``, ``held_out``, ``lanes`` and ``folds`` are read.
         method: How boundaries are repaired; by default ``auto``.
-        compute: How the model is opened and run.
+        compute: How the model is opened and run. Several devices of this machine (``cuda:0,cuda:1``) share
+            the candidates of a round; the first one ranks. Each runs the dense model too, which ``spent``
+            counts. No other figure depends on their number.
+        scheduler: Address of a Dask scheduler, or its client, whose workers share them in the same way. They
+            have to see the model.
         progress: Who is told how far it is, one line a stage.
 
     Raises:
@@ -80,16 +88,18 @@ def explore(
         BusyError: If another process is writing it.
         NumericsError: If a state or a solution is not finite.
         BudgetError, DiskFullError: If memory or disk does not suffice.
+        MismatchError: If a worker finds another model.
 
     Memory: that of :func:`~ghoststream.stages.choosing.measured.measure_repairs` for some six candidates a
     number of layers; ``lanes`` bounds it.
     """
     exploration, search, method = exploration or Exploration(), search or Search(), method or Method()
-    progress = progress or SilentProgress()
+    compute, progress = compute or Compute(), progress or SilentProgress()
     search.refuse(set(Search.model_fields).difference(USED), "an exploration ranks and measures by itself")
     if not method.is_named:
         method.refuse(("refit",), f"an exploration with the operator {AUTO} refits nothing")
-    session = ModelSession(model, compute)
+    shared = is_shared(compute, scheduler)
+    session = ModelSession(model, on_first_device(compute))
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     numbers = Numbers(
         sizes.n_layers, counts_of(exploration, sizes.n_layers), search.max_spans, exploration.per_count
@@ -125,9 +135,22 @@ def explore(
             place=place,
             load=ExplorationReport.load,
             races=True,
+            sharing=len(devices_of(compute)),
         )
     recipe = {**request, **_repairing(named, ways)}
-    work = _Exploration(session, sizes, tokens, division, numbers, exploration, search, named, progress, ways)
+    work = _Exploration(
+        session,
+        sizes,
+        tokens,
+        division,
+        numbers,
+        exploration,
+        search.lanes,
+        named,
+        progress,
+        ways,
+        workers(compute, scheduler, progress) if shared else None,
+    )
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
 
 
@@ -172,74 +195,74 @@ def _require_free(folder: Path, names: Sequence[str]) -> None:
             raise not_of_this_request(folder / name)
 
 
+@dataclass(frozen=True)
 class _Exploration:
-    """One exploration, with everything open."""
+    """One exploration, with everything open but the crew, which is asked for when there is work."""
 
-    def __init__(
-        self,
-        session: ModelSession,
-        sizes: ModelSizes,
-        tokens: TokenSet,
-        division: Division,
-        numbers: Numbers,
-        exploration: Exploration,
-        search: Search,
-        method: Method | None,
-        progress: Progress,
-        ways: Ways = EVERY,
-    ) -> None:
-        self.numbers, self._ways = numbers, ways
-        self._session, self._sizes, self._tokens, self._division = session, sizes, tokens, division
-        self._exploration, self._lanes, self._method = exploration, search.lanes, method
-        self._progress = progress
+    session: ModelSession
+    sizes: ModelSizes
+    tokens: TokenSet
+    division: Division
+    numbers: Numbers
+    exploration: Exploration
+    lanes: int | None
+    method: Method | None
+    progress: Progress
+    ways: Ways
+    crew: AbstractContextManager[Workers] | None
 
     def run(self, output: Output | None, recipe: dict[str, Any]) -> ExplorationReport:
         """Explore; figures are kept beside the output meanwhile."""
-        session, numbers = self._session, self.numbers
-        trial = Trial(
-            session,
-            self._tokens,
-            self._division,
-            lanes=self._lanes,
-            output=output,
-            progress=self._progress,
-            residuals=True,
-            ways=self._ways,
-        )
-        self._progress.log(
+        with self.crew or nullcontext() as hands:
+            trial = Trial(
+                self.session,
+                self.tokens,
+                self.division,
+                lanes=self.lanes,
+                output=output,
+                progress=self.progress,
+                residuals=True,
+                crew=hands,
+                ways=self.ways,
+            )
+            return self._explored(trial, output, recipe)
+
+    def _explored(self, trial: Trial, output: Output | None, recipe: dict[str, Any]) -> ExplorationReport:
+        session, numbers = self.session, self.numbers
+        self.progress.log(
             f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"
         )
         ranking = Ranking.make(trial, numbers.sizes, output)
-        found = run_rounds(trial, ranking.spans, numbers, self._method)
+        found = run_rounds(trial, ranking.spans, numbers, self.method)
         assert trial.dense_loss is not None
         report = ExplorationReport(
             model=session.name,
             n_layers=session.skeleton.n_layers,
             points=tuple(self._point(*found.best[count]) for count in numbers.counts),
-            dense=DenseFigures(trial.dense_loss, math.exp(trial.dense_loss), self._sizes.checkpoint_bytes),
+            dense=DenseFigures(trial.dense_loss, math.exp(trial.dense_loss), self.sizes.checkpoint_bytes),
             maps=heat_maps(ranking.spans, found.alone),
             norms=ranking.norms,
             spent=self._spent(trial.passes + 1, trial.runs + ranking.runs),
-            cheap=self._exploration.cheap,
-            broken=self._exploration.broken,
+            cheap=self.exploration.cheap,
+            broken=self.exploration.broken,
             candidates=tuple(found.rows),
             recipe=recipe,
-            base=session.base(None, self._progress),
+            base=session.base(None, self.progress),
             versions=library_versions(),
         )
-        self._progress.log(f"explore: done in {report.spent.passes} passes: {report.verdict}")
+        self.progress.log(f"explore: done in {report.spent.passes} passes: {report.verdict}")
         return report
 
     def _spent(self, passes: int, runs: Runs) -> Spent:
-        layers = sum(layer.acting for layer in self._sizes.layers)
-        head = self._sizes.vocabulary * self._sizes.hidden
-        done = runs.layers * layers / self._sizes.n_layers + runs.heads * head
-        length, n_sequences = self._tokens.length, self._tokens.n_sequences
+        layers = sum(layer.acting for layer in self.sizes.layers)
+        head = self.sizes.vocabulary * self.sizes.hidden
+        done = runs.layers * layers / self.sizes.n_layers + runs.heads * head
+        length, n_sequences = self.tokens.length, self.tokens.n_sequences
         dense = (layers + head) * length * n_sequences
         return Spent(passes, runs.layers // length, runs.heads / length, done / dense)
 
     def _point(self, repair: Repair, row: Row) -> Point:
-        itemsize = prevailing_dtype(self._session.skeleton.index).itemsize
+        itemsize = prevailing_dtype(self.session.skeleton.index).itemsize
         low, high = interval(row["gap"], row["gap_standard_error"], len(row["window_gaps"]))
         return Point(
             removed=repair.plan.n_removed,
@@ -253,7 +276,7 @@ class _Exploration:
             gap_low=low,
             gap_high=high,
             window_gaps=tuple(row["window_gaps"]),
-            **asdict(predict(self._sizes, repair.plan, repair.methods, itemsize)),
+            **asdict(predict(self.sizes, repair.plan, repair.methods, itemsize)),
             plan=plan_name(repair.plan.n_removed),
         )
 

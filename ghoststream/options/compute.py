@@ -39,7 +39,8 @@ class Compute(Options):
     device: str = option(
         "auto",
         "cpu, cuda or cuda:N; auto is CUDA where there is one.\nSeveral, such as cuda:0,cuda:1, share the "
-        "windows of capture, fit and evaluate and the candidates of select and explore, each by itself or in recover.",
+        "windows of capture, fit and evaluate and the candidates of select and explore, each by itself or in "
+        "recover.",
         usual=True,
         metavar="NAME",
     )

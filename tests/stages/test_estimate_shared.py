@@ -35,9 +35,10 @@ def request(remove: int | str, device: str, spec: str = "ids:none.npy", **groups
 
 def price(model: str, device: str, remove: int | str = 16, **given: Any) -> Estimate:
     text = Text(spec="ids:none.npy", sequences=32, length=2048)
-    machine, cluster = given.pop("machine", "h100"), given.pop("cluster", None)
+    asked = {name: given.pop(name) for name in ("cluster", "exploration") if name in given}
+    machine = given.pop("machine", "h100")
     recovery = Recovery(remove=remove, calibration=text, compute=Compute(device=device), **given)
-    return estimate(recovery, model=model, machine=machine, cluster=cluster)
+    return estimate(recovery, model=model, machine=machine, **asked)
 
 
 def stage(found: Estimate, name: str) -> StageCost:
@@ -184,10 +185,22 @@ def test_a_cluster_is_asked_for_its_workers(tiny_llama: Path) -> None:
     assert asked.needs["memory, merge"].n_bytes < on_cards.needs["memory, merge"].n_bytes
 
 
+def test_an_exploration_shares_its_candidates_and_ranks_alone() -> None:
+    alone, both, four = (
+        price("llama-3-70b", device, 1, cluster=cluster, exploration=Exploration())
+        for device, cluster in (("cuda:0", None), (CARDS, None), ("auto", 4))
+    )
+    assert [one.name for one in both.stages] == ["explore"]
+    # The dense model, which each of them runs, and the ranking are less than half of the work.
+    halved = stage(both, "explore").parts["compute"] / stage(alone, "explore").parts["compute"]
+    assert 0.5 < halved < 0.75
+    assert stage(four, "explore").parts["compute"] < stage(both, "explore").parts["compute"]
+    assert stage(both, "explore").parts["workers"] > 0
+    assert both.command[-4:-2] == ("--device", CARDS)
+    assert "--scheduler" in four.command
+
+
 def test_what_a_run_refuses_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = "names several devices, of which this command runs on one; name one"
-    with pytest.raises(RequestError, match=one):
-        estimate(request(2, "cpu,cpu"), model=tiny_llama, machine="laptop", exploration=Exploration())
     with pytest.raises(RequestError, match="--refit fits the layers behind a gap"):
         estimate(request("2:4", "cpu,cpu", method=Method(refit=1)), model=tiny_llama, machine="laptop")
     with pytest.raises(RequestError, match="and --scheduler a cluster"):

@@ -63,7 +63,7 @@ def explore_command_of(job: Job, exploration: Exploration, model: str, out: Path
     for spec in recovery.calibration.specs:
         words += ["--calibration", _TEXT if spec == UNREAD else spec]
     words += _words(recovery.calibration, without=("spec",))
-    for group in (exploration, recovery.search, recovery.method, recovery.compute):
+    for group in (exploration, recovery.search, recovery.method, recovery.compute, recovery.reduction):
         words += _words(group)
     return (*words, "--out", str(out or "explored"))
 

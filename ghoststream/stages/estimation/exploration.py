@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ghoststream.costs import Need
-from ghoststream.options import Exploration, Recovery, Search
+from ghoststream.options import Exploration, Recovery, Reduction, Search
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.needs import Route
-from ghoststream.stages.estimation.pass_needs import pass_needs
 from ghoststream.stages.estimation.report import StageCost
 from ghoststream.stages.estimation.stages import passes_cost
 from ghoststream.stages.exploring.cost import exploring
 from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
-from ghoststream.stages.sharing import require_single
 
 NAME = "explore"
 
@@ -43,7 +41,7 @@ class ExplorationCost:
         numbers = Numbers(n_layers, counts_of(exploration, n_layers), search.max_spans, exploration.per_count)
         passes = exploring(job.search_shape, numbers)
         route = Route(job, job.fit_cost(job.kind), None, passes, ())
-        place = pass_needs(job, NAME, max(one.states for one in passes), fits=route.fits)
+        place = route.largest(NAME, passes)
         return cls(place.needs, (passes_cost(route, NAME, passes, place),))
 
 
@@ -55,11 +53,10 @@ def as_recovery(recovery: Recovery, exploration: Exploration, n_layers: int) -> 
             read.
     """
     search = recovery.search
-    require_single(recovery.compute.device)
     search.refuse(set(Search.model_fields).difference(USED), "an exploration ranks and measures by itself")
     unused = "an exploration writes neither store nor checkpoint"
-    for group in (recovery.storage, recovery.reduction):
-        group.refuse(None, unused)
+    recovery.storage.refuse(None, unused)
+    recovery.reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, unused)
     recovery.refuse(("store", "distill"), unused)
     largest = max(counts_of(exploration, n_layers))
     if "max_spans" in search.given() and largest < search.max_spans:

@@ -88,9 +88,9 @@ class Route:
             place = pass_needs(share.job, "capture", job.sizes.hidden, store=store, buffers=buffers)
             found["capture"] = share.needs(place, job)
         if self.searching:
-            found["search"] = self._largest("search", self.searching)
+            found["search"] = self.largest("search", self.searching)
         if job.fits_in_passes:
-            found["fit"] = self._largest("fit", self.fitting)
+            found["fit"] = self.largest("fit", self.fitting)
         if self.training is not None:
             found["distill"] = self.training.place()
         if job.measuring is not None:
@@ -99,7 +99,7 @@ class Route:
             found["evaluate"] = share.needs(place, job)
         return found
 
-    def _largest(self, name: str, passes: Sequence[PassCost]) -> PassNeeds:
+    def largest(self, name: str, passes: Sequence[PassCost]) -> PassNeeds:
         """Return what passes take: those that one process runs, or those of a worker, if that is more."""
         job, places = self.job, []
         shared = tuple(one for one in passes if one.groups) if job.crew.is_shared else ()

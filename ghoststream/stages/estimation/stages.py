@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ghoststream.costs import PassCost
+from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.needs import Route
 from ghoststream.stages.estimation.pass_needs import PassNeeds
 from ghoststream.stages.estimation.report import StageCost
@@ -45,8 +46,7 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
         written = 0 if cost.disk is None else cost.disk.n_bytes
         works["select"] = Work(read=read, written=written, solved=cost.flops)
     if route.searching:
-        found = passes_over(job, route.searching, places["search"])
-        works["search"] = found + started(job) + compared(job, route.searching)
+        works["search"] = _choosing(job, route.searching, places["search"])
     if job.fits_in_passes:
         works["fit"] = _fit(route, places["fit"])
     else:
@@ -62,9 +62,13 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
     return tuple(_cost(route, name, work, places.get(name)) for name, work in works.items())
 
 
-def passes_cost(route: Route, name: str, passes: Iterable[PassCost], place: PassNeeds) -> StageCost:
+def passes_cost(route: Route, name: str, passes: Sequence[PassCost], place: PassNeeds) -> StageCost:
     """Return the work of some passes as a stage, with its time where the machine's rates are known."""
-    return _cost(route, name, passes_over(route.job, passes, place), place)
+    return _cost(route, name, _choosing(route.job, passes, place), place)
+
+
+def _choosing(job: Job, passes: Sequence[PassCost], place: PassNeeds) -> StageWork:
+    return passes_over(job, passes, place) + started(job) + compared(job, passes)
 
 
 def _fit(route: Route, place: PassNeeds) -> StageWork:

@@ -89,6 +89,7 @@ def _together(
         lanes=dense.lanes + sum(one.lanes - dense.lanes for one in costs),
         fits=sum(one.fits for one in costs),
         scored=dense.scored + sum(one.scored - dense.scored for one in costs),
+        groups=sum(one.groups for one in costs),
     )
 
 

@@ -203,6 +203,9 @@ LOSS_BYTES = 4 * 2**20
 ACCELERATOR_FORMULA = f"{PASS_FORMULA} + 7 B T C b + 64 MiB"
 """The same on an accelerator: states on their way are there too, and what its libraries work with."""
 
+PACKED_FORMULA = " + a packed weight"
+"""What the host takes besides of a quantised release: the stored bytes of one weight, while it is made."""
+
 STAGING_FORMULA = "U to a power of two + U"
 """Memory of the host of an accelerator in a pass: a layer on its way in page-locked memory, and a head."""
 

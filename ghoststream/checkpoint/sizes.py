@@ -92,6 +92,11 @@ class ModelSizes:
         return self.entry_bytes + layers + (self.last_bytes if last is None else 0)
 
     @property
+    def packed_bytes(self) -> int:
+        """Stored bytes of the largest packed weight of a layer, which lie in memory while it is made."""
+        return max((layer.packed_bytes for layer in self.layers), default=0)
+
+    @property
     def refusal(self) -> str:
         """Why no operator can be absorbed into the first layer's MLP; empty where it can."""
         return self.mlp_ends[0].refusal

@@ -46,7 +46,7 @@ class PassMemory:
     :class:`~ghoststream.streaming.backward.BackwardPass` takes four times such a forward, and the gradients.
     An accelerator takes ``7 B T C b + 64 MiB`` more: batches on their way to the host and from it, and what
     its libraries work with. Its host takes a layer on its way, in page-locked memory that torch rounds up to
-    a power of two, and a head.
+    a power of two, and a head. Of a quantised release the host takes the stored bytes of one weight besides.
 
     Args:
         skeleton: The model.
@@ -73,6 +73,7 @@ class PassMemory:
         self._gradients = gradients
         self._on_host = skeleton.device.type == "cpu"
         self._unit = skeleton.unit_bytes
+        self._packed = skeleton.packed_bytes
 
     def choose_micro_batch(self) -> int:
         """Return how many sequences go through a layer together: what works within half a U and the budget.
@@ -81,7 +82,7 @@ class PassMemory:
         """
         limit = self._budget.host_bytes if self._on_host else self._budget.device_bytes
         if limit is not None and self._on_host:
-            limit -= self._buffers
+            limit -= self._buffers + self._packed
         work, states = self._work_bytes(1, self._length), self._states_bytes(1, self._length)
         return sequences_at_work(self._unit, work, self._length, limit, None if self._on_host else states)
 
@@ -93,9 +94,10 @@ class PassMemory:
         """
         computing = 2 * self._unit + max(self._unit // 2, self._work_bytes(micro_batch, self._length))
         if self._on_host:
-            return computing + self._buffers, 0
+            return computing + self._packed + self._buffers, 0
         on_device = computing + beside_work_bytes(self._states_bytes(micro_batch, self._length))
-        return page_locked_bytes(self._skeleton.slot_bytes) + self._unit + self._buffers, on_device
+        on_host = page_locked_bytes(self._skeleton.slot_bytes) + self._unit + self._packed + self._buffers
+        return on_host, on_device
 
     @property
     def limits(self) -> tuple[int | None, int | None]:
@@ -138,7 +140,7 @@ class PassMemory:
             computing["fits"] = self._fits
         if self._gradients is not None:
             computing["the way back"] = 3 * self._work_bytes(*largest.ids.shape) + self._gradients
-        buffers = {"buffers": self._buffers}
+        buffers = {"buffers": self._buffers, "a packed weight": self._packed}
         budget = self._budget
         if self._on_host:
             device_left, host = None, {**computing, **buffers}

@@ -144,6 +144,14 @@ class Skeleton:
         ends = [self._part_bytes(name) for name in (self._embedding_name, self._head_name)]
         return max(*ends, *(self.layer_bytes(layer) for layer in range(self.n_layers)))
 
+    @property
+    def packed_bytes(self) -> int:
+        """Stored bytes of the largest weight of a layer that several tensors make; 0 where none is packed."""
+        layers = (name for layer in range(self.n_layers) for name in self.layer_sources(layer))
+        return max(
+            (self.index.packed[name].entry.n_bytes for name in layers if name in self.index.packed), default=0
+        )
+
     def read_layer(self, layer: int) -> Weights:
         """Read the weights of decoder layer ``layer``.
 

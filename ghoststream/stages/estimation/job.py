@@ -254,6 +254,7 @@ class Job(Way):
         if self.machine.device_memory is not None:
             free, given = self.machine.device_memory, compute.device_memory
         limit = free * 9 // 10 if given is None else given
+        limit -= 0 if self.machine.has_device else self.sizes.packed_bytes
         states = None if self.machine.device_memory is None else self.text.length * self.token_bytes
         return sequences_at_work(self.sizes.unit_bytes, self.work_bytes, self.text.length, limit, states)
 

@@ -10,14 +10,18 @@ from pathlib import Path
 from ghoststream.costs import (
     ACCELERATOR_FORMULA,
     LOSS_BYTES,
+    PACKED_FORMULA,
     PASS_FORMULA,
     STAGING_FORMULA,
     Need,
     default_logit_tokens,
-    staging_bytes,
 )
 from ghoststream.stages.estimation.job import Job
-from ghoststream.stages.estimation.room import computing_bytes, on_their_way_bytes
+from ghoststream.stages.estimation.room import (
+    beside_device_bytes,
+    computing_bytes,
+    on_their_way_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def pass_needs(
     """
     machine, on_host = job.machine, f"memory, {stage}"
     computing = computing_bytes(job, logits) + way_back
-    formula = PASS_FORMULA + " + the way back" * bool(way_back)
+    packed = PACKED_FORMULA * bool(job.sizes.packed_bytes)
+    formula = PASS_FORMULA + packed + " + the way back" * bool(way_back)
     places = {"host": (on_host, _need(computing + buffers, formula, job, "host"))}
     is_beside = False
     if machine.has_device:
@@ -88,7 +93,7 @@ def pass_needs(
         if fits is not None and job.kind.sums_on("cuda") is not None:
             both = _plus(device, fits.on_device)
             is_beside, device = (True, both) if both.fits else (False, device)
-        host = _need(staging_bytes(job.sizes.unit_bytes) + buffers, STAGING_FORMULA, job, "host")
+        host = _need(beside_device_bytes(job) + buffers, STAGING_FORMULA + packed, job, "host")
         places = {"device": ("device memory", device), "host": (on_host, host)}
     kept = None if fits is None else fits.beside if is_beside else fits.on_host
     n_bytes = round(job.n_tokens * states * job.sizes.itemsize)
@@ -156,6 +161,7 @@ def _peak(job: Job, logits: int, fits: int) -> int:
     sizes, n_tokens = job.sizes, job.micro_batch * job.text.length
     rows = min(sizes.vocabulary, n_tokens) * sizes.hidden * sizes.itemsize
     layers = 2 * sizes.layer_bytes + max(job.micro_batch * job.work_bytes, fits)
+    layers += 0 if job.machine.has_device else sizes.packed_bytes
     # A head of another type is read whole before it is turned into the compute type.
     copy = sizes.last_bytes if sizes.last_bytes != sizes.head_bytes else 0
     return max(rows, layers, sizes.head_bytes + copy + logits if logits else 0)

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 def computing_bytes(job: Job, logits: int = 0) -> int:
     """Return what a pass takes where layers are computed, beside states and fits."""
     unit = job.sizes.unit_bytes
-    return 2 * unit + max(unit // 2, job.micro_batch * job.work_bytes) + logits
+    packed = 0 if job.machine.has_device else job.sizes.packed_bytes
+    return 2 * unit + max(unit // 2, job.micro_batch * job.work_bytes) + packed + logits
+
+
+def beside_device_bytes(job: Job) -> int:
+    """Return what a pass takes on the host of an accelerator, beside states, buffers and fits."""
+    return staging_bytes(job.sizes.unit_bytes) + job.sizes.packed_bytes
 
 
 def on_their_way_bytes(job: Job) -> int:
@@ -31,7 +37,7 @@ def room_of(job: Job) -> Room:
         taken = computing_bytes(job)
         return Room(host - taken, 0, compute.host_memory is not None, taken)
     device = machine.device_memory * 9 // 10 if compute.device_memory is None else compute.device_memory
-    taken = staging_bytes(job.sizes.unit_bytes)
+    taken = beside_device_bytes(job)
     left = max(0, device - computing_bytes(job) - on_their_way_bytes(job))
     is_given = compute.host_memory is not None and compute.device_memory is not None
     return Room(host - taken, left, is_given, taken)

@@ -11,7 +11,7 @@ from ghoststream.stages.estimation.report import StageCost
 from ghoststream.stages.estimation.work import Work
 
 START, DISK, BUS, COMPUTE, WRITER, SOLVE = "start", "disk", "bus", "compute", "writer", "solve"
-WORKERS = "workers"
+UNPACK, WORKERS = "unpack", "workers"
 
 _START_SECONDS = 1.0
 """Opening model, text and files: what does not grow with the work."""
@@ -97,6 +97,8 @@ def _resources(
         WRITER: work.stored / rates.writer,
         SOLVE: fitting,
     }
+    if work.unpacked:
+        parts = {**parts, UNPACK: work.unpacked}
     if work.crews or work.rounds:
         waited = work.crews * _PROCESS_SECONDS + work.rounds * _START_SECONDS + work.sent / _SENT_SPEED
         parts = {**parts, WORKERS: waited}
@@ -106,12 +108,12 @@ def _resources(
 def overlapped(parts: Mapping[str, float], *, has_device: bool) -> float:
     """Return the time of a stage: disk, bus, writer and layers go beside each other, solutions wait for none.
 
-    Nor do the start of workers, and the way of their sums. Where the layers are computed on the host, the
-    writer takes the same processors.
+    Nor do the start of workers, and the way of their sums. Packed weights are made by the
+    thread that reads them. Where the layers are computed on the host, the writer takes the same processors.
     """
-    computing = parts[COMPUTE]
+    computing, reading = parts[COMPUTE], parts[DISK] + parts.get(UNPACK, 0.0)
     if has_device:
-        beside = max(parts[DISK], parts.get(BUS, 0.0), computing, parts[WRITER])
+        beside = max(reading, parts.get(BUS, 0.0), computing, parts[WRITER])
     else:
-        beside = max(parts[DISK], computing + parts[WRITER])
+        beside = max(reading, computing + parts[WRITER])
     return parts[START] + beside + parts[SOLVE] + parts.get(WORKERS, 0.0)

@@ -99,7 +99,12 @@ class TrainingCost:
         n_bytes = sum(layer.stored_bytes for layer in job.sizes.layers[-self.kept :])
         is_cached = n_bytes <= job.machine.host_memory // 2
         widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
-        passes = Work(read=n_bytes * (1 if is_cached else reads), weights=n_bytes * reads * widened)
+        unpacked = reads * sum(layer.unpacking for layer in job.sizes.layers[-self.kept :])
+        passes = Work(
+            read=n_bytes * (1 if is_cached else reads),
+            weights=n_bytes * reads * widened,
+            unpacked=unpacked,
+        )
         dense = pass_work(job, PassCost(job.sizes.hidden, 1.0, scored=1.0 + 2.0 * held))
         written = self.disk.n_bytes + schedule.steps * _BYTES_KEPT * self.parameters
         return dense + passes + forward_work(job, lanes, None) + Work(written=written)

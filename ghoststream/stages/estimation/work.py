@@ -36,6 +36,7 @@ class Work:
         moved: Bytes of activations that layers move.
         summed: Arithmetic of moments, a token at a time.
         solved: Arithmetic of solutions, which no token adds to.
+        unpacked: Seconds of a core that makes weights of what a quantised release holds.
         crews: How often processes are started for several devices.
         rounds: How often workers open the model.
         sent: Bytes of sums that workers send.
@@ -51,6 +52,7 @@ class Work:
     moved: float = 0.0
     summed: float = 0.0
     solved: float = 0.0
+    unpacked: float = 0.0
     crews: float = 0.0
     rounds: float = 0.0
     sent: float = 0.0
@@ -86,7 +88,11 @@ def pass_work(job: Job, cost: PassCost) -> Work:
     """Return the work of one pass over the model."""
     done = forward_work(job, cost.lanes, cost.last) + reading(job, cost.last)
     if cost.backward:
-        done += Work(read=sum(layer.stored_bytes for layer in job.sizes.layers))
+        layers = job.sizes.layers
+        done += Work(
+            read=sum(layer.stored_bytes for layer in layers),
+            unpacked=sum(layer.unpacking for layer in layers),
+        )
     if cost.fits:
         kind = job.kind if cost.fit_method is None else make_operator(cost.fit_method)
         done += fits_work(job, kind, cost.fits, cost.fit_share)
@@ -103,7 +109,11 @@ def reading(job: Job, last: int | None) -> Work:
     """Return the reading of the weights in a pass to ``h[last]``; ``None`` is the whole model."""
     read = job.sizes.pass_bytes(last)
     widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
-    return Work(read=read, weights=read * widened)
+    return Work(
+        read=read,
+        weights=read * widened,
+        unpacked=sum(layer.unpacking for layer in job.sizes.layers[:last]),
+    )
 
 
 def forward_work(job: Job, lanes: float, last: int | None) -> Work:

@@ -18,6 +18,8 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 # where several workers share few cores.
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Many tests start processes. Without bytecode on disk each compiles for seconds what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo unit test lint format soak gpu docs site bench clean

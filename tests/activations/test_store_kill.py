@@ -14,6 +14,7 @@ from zarr.storage import MemoryStore
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import DiskFullError, NumericsError
 from ghoststream.testing.stores import small_layout, small_request, small_states, write_layer
+from tests.helpers.forking import ForkServer
 from tests.helpers.killing import run_killer
 from tests.helpers.mounting import mounted
 from tests.helpers.peak import Peak
@@ -21,9 +22,12 @@ from tests.helpers.peak import Peak
 pytestmark = pytest.mark.faults
 
 
-def test_killed_at_any_moment_the_next_run_leaves_identical_files(tmp_path: Path) -> None:
-    result = run_killer("store_killer.py", tmp_path, 5, "whole")
-    assert len(result["killed"]) > 15
+@pytest.mark.parametrize("step", [17, pytest.param(5, marks=pytest.mark.soak)])
+def test_killed_at_any_moment_the_next_run_leaves_identical_files(
+    step: int, warm: ForkServer, tmp_path: Path
+) -> None:
+    result = run_killer(warm, "store_killer.py", tmp_path, step, "whole")
+    assert len(result["killed"]) > 75 // step
     assert "manifest.json" in result["undisturbed"]
     for operation, files in result["killed"].items():
         assert files == result["undisturbed"], f"killed before file operation {operation}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from ghoststream.cli.interrupts import INTERRUPTED
 from ghoststream.cli.options import FieldType
 from tests.helpers.command_bench import LENGTH, run, succeed
+from tests.helpers.forking import ForkServer
 from tests.helpers.signalled import run_python, signalled
 
 pytestmark = pytest.mark.integration
@@ -54,13 +54,13 @@ def test_where_a_library_makes_another_error_of_it(tiny_llama: Path, monkeypatch
 
 
 @pytest.mark.faults
-def test_while_a_thread_reads_the_next_layer(tiny_llama: Path, tmp_path: Path) -> None:
+def test_while_a_thread_reads_the_next_layer(warm: ForkServer, tiny_llama: Path, tmp_path: Path) -> None:
     ids, out = tmp_path / "ids.npy", tmp_path / "out"
     np.save(ids, np.random.default_rng(0).integers(3, 128, size=(12, LENGTH), dtype=np.int32))
     options = ("--remove", "2:4", "--operator", "ghost", "--calibration", f"ids:{ids}")
     sizes = ("--sequences", 12, "--length", LENGTH, "--out", out)
-    done = run_python(signalled("SIGINT", 2), "recover", tiny_llama, *options, *sizes, stdout=subprocess.PIPE)
-    assert done.returncode == INTERRUPTED, done.stderr
+    done = warm.python(signalled("SIGINT", 2), "recover", tiny_llama, *options, *sizes)
+    assert done.exit_code == INTERRUPTED, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("interrupted; ")
     succeed("recover", tiny_llama, *options, *sizes)

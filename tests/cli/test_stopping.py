@@ -15,7 +15,8 @@ from ghoststream.activations import StoreRef
 from ghoststream.errors import StoppedError
 from ghoststream.stopping import ask_to_stop, forget_stop, require_going_on
 from tests.helpers.command_bench import LENGTH, REPOSITORY, digests, run, succeed
-from tests.helpers.signalled import run_python, signalled
+from tests.helpers.forking import ForkServer
+from tests.helpers.signalled import signalled
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
@@ -42,11 +43,11 @@ def text(tmp_path: Path) -> tuple[object, ...]:
 
 
 def test_a_capture_keeps_the_layers_that_it_has(
-    tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]
+    warm: ForkServer, tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]
 ) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    done = run_python(_AT_A_LAYER, "capture", tiny_llama, *text, "--store", stopped)
-    assert done.returncode == AGAIN, done.stderr
+    done = warm.python(_AT_A_LAYER, "capture", tiny_llama, *text, "--store", stopped)
+    assert done.exit_code == AGAIN, done.stderr
     assert "Traceback" not in done.stderr
     assert "asked to stop: ends behind the next layer" in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: stopped as asked, what is finished is")
@@ -58,12 +59,12 @@ def test_a_capture_keeps_the_layers_that_it_has(
 
 
 def test_a_recovery_says_how_it_ended_and_goes_on(
-    tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]
+    warm: ForkServer, tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]
 ) -> None:
     out = tmp_path / "out"
     request = ("recover", tiny_llama, *text, "--remove", "2:4", "--operator", "ghost", "--out", out)
-    done = run_python(_AT_A_LAYER, *request)
-    assert done.returncode == AGAIN, done.stderr
+    done = warm.python(_AT_A_LAYER, *request)
+    assert done.exit_code == AGAIN, done.stderr
     status = json.loads(succeed("status", out, "--json").stdout)
     assert (status["outcome"], status["state"], status["attempts"]) == ("stopped", "stopped", 1)
     assert "the same command goes on" in succeed("status", out).stdout

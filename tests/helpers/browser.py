@@ -22,15 +22,15 @@ _OPTIONS = (
     "--disable-dev-shm-usage", "--remote-debugging-port=0",
 )  # fmt: skip
 _SECONDS = 60.0
+PROGRAM = next(filter(None, map(shutil.which, _NAMES)), None)
+"""Path of a browser, if this machine has one."""
 
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[str]:
-    """Run Chromium with an empty profile; yields its address. Skips where there is none."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine")
-    command = [program, *_OPTIONS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
+    """Run Chromium (:data:`PROGRAM`) with an empty profile; yields its address. Skips where it fails."""
+    assert PROGRAM is not None
+    command = [PROGRAM, *_OPTIONS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield _address(folder / "profile" / "DevToolsActivePort", process)

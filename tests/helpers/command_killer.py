@@ -4,7 +4,8 @@
 processes of its own (forked, so that the libraries are imported once), each in its own folder under ROOT,
 which takes the place of ``{work}`` in the arguments. First undisturbed; then for each chosen operation once
 until SIGKILL strikes before it, and once more to the end. CHOICE is ``{"every": N, "first": M}``, or
-``{"count": N}`` for so many operations of each kind and stage.
+``{"count": N}`` for so many operations of each kind and stage, or ``{"count": N, "of": "stage"}`` of each
+stage.
 
 Operations are layers of a pass, closing of scratch files for its states, writes of zarr and of checkpoint
 shards (killed when half of it is written), renames, removals and syncs. Prints one JSON object: for each job
@@ -147,14 +148,14 @@ def layers(operations: list[list[Any]]) -> list[int]:
     return [layer for *_, layer in operations if layer is not None]
 
 
-def choose(operations: list[list[Any]], choice: dict[str, int]) -> list[list[Any]]:
+def choose(operations: list[list[Any]], choice: dict[str, Any]) -> list[list[Any]]:
     """Pick the operations to die at."""
     everything = [operation[:3] for operation in operations]
     if "every" in choice:
         return everything[choice["first"] :: choice["every"]]
     kinds = defaultdict(list)
     for operation in everything:
-        kinds[tuple(operation[:2])].append(operation)
+        kinds[tuple(operation[: 1 if choice.get("of") == "stage" else 2])].append(operation)
     count = choice["count"]
     chosen = [
         same[(2 * part + 1) * len(same) // (2 * count)] for same in kinds.values() for part in range(count)
@@ -163,7 +164,7 @@ def choose(operations: list[list[Any]], choice: dict[str, int]) -> list[list[Any
     return [*chosen, *(operation for operation in everything[-1:] if operation not in chosen)]
 
 
-def survive(root: Path, choice: dict[str, int], arguments: list[str]) -> dict[str, Any]:
+def survive(root: Path, choice: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
     """Run undisturbed, then killed at each chosen operation, and return what came of it."""
     whole = root / "whole"
     whole.mkdir(parents=True)

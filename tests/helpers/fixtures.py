@@ -11,7 +11,15 @@ import pytest
 from ghoststream.stages.export import export
 from tests.helpers.command_bench import Bench, digests, last_line, make_bench, run
 from tests.helpers.families import families_of
+from tests.helpers.forking import ForkServer, fork_server
 from tests.helpers.recovered_models import examine, make_operators
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[ForkServer]:
+    """A process that has imported everything and forks: what a process of its own would take seconds for."""
+    with fork_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Runs commands one after another, each in a fork of a process that has imported what they need.
 
-A job is a line of JSON on standard input: arguments, seconds, and what a preloaded library shall make fail.
+A job is a line of JSON on standard input: arguments, seconds, and what a preloaded library shall make fail;
+or code with its arguments and environment, which runs in the place of a command.
 The answer is a line on standard output: the exit code, None for a command that had to be killed, what it
 wrote, and how many calls of each kind were counted.
 """
@@ -71,7 +72,8 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
     calls = json.loads(texts[2] or "{}")
-    return {"exit_code": code, "stdout": texts[0][-100_000:], "stderr": texts[1][-8000:], "calls": calls}
+    out_ = texts[0] if "code" in job else texts[0][-100_000:]
+    return {"exit_code": code, "stdout": out_, "stderr": texts[1][-8000:], "calls": calls}
 
 
 def _child(job: dict[str, Any], out: int, err: int, counts: int) -> None:
@@ -87,7 +89,11 @@ def _child(job: dict[str, Any], out: int, err: int, counts: int) -> None:
                 fail["call"].encode(), fail["number"], fail["nth"], fail["under"].encode()
             )
         try:
-            main(job["arguments"], prog_name="ghoststream")
+            if "code" in job:
+                _run_code(job)
+            else:
+                main(job["arguments"], prog_name="ghoststream")
+            code = 0
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1 if exit_.code else 0
     except BaseException:  # noqa: BLE001 - shown to whoever asked
@@ -101,6 +107,13 @@ def _child(job: dict[str, Any], out: int, err: int, counts: int) -> None:
                 os.write(counts, json.dumps(made).encode())
         finally:
             os._exit(code)
+
+
+def _run_code(job: dict[str, Any]) -> None:
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    sys.argv = ["-c", *job["arguments"]]
+    exec(compile(job["code"], "-c", "exec"), {"__name__": "__main__"})
 
 
 def _wait(pid: int, seconds: float) -> int | None:

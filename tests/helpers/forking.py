@@ -61,9 +61,19 @@ class ForkServer:
 
     def run(self, *arguments: object, seconds: float = 60, fail: dict[str, Any] | None = None) -> Outcome:
         """Run a command; ``fail`` says which call of the system shall fail, and how."""
+        return self._ask({"arguments": list(map(str, arguments)), "seconds": seconds, "fail": fail})
+
+    def python(self, code: str, *arguments: object, seconds: float = 300, **environment: str) -> Outcome:
+        """Do what ``python -c CODE ARGUMENTS`` does in the top folder, with the environment of the caller.
+
+        A signal that ended it is a negative exit code.
+        """
+        job = {"code": code, "arguments": list(map(str, arguments)), "seconds": seconds}
+        return self._ask({**job, "environment": {**os.environ, **environment}})
+
+    def _ask(self, job: dict[str, Any]) -> Outcome:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"arguments": [str(argument) for argument in arguments], "seconds": seconds, "fail": fail}
         self._process.stdin.write(f"{json.dumps(job)}\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -95,6 +105,7 @@ def fork_server(*, light: bool = False, **environment: str) -> Iterator[ForkServ
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        cwd=_SERVER.parents[2],
         env={**os.environ, "PYTHONPATH": str(_SERVER.parents[2]), **environment},
     )
     try:

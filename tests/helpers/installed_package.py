@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.helpers.command_bench import REPOSITORY
+from tests.helpers.forking import ForkServer, Outcome
 
 
 def install_package(folder: Path, name: str, code: str, entry_points: str) -> Path:
@@ -33,12 +32,7 @@ def with_packages(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(folder)])}
 
 
-def run_with(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_with(warm: ForkServer, folder: Path, *arguments: object) -> Outcome:
     """Run ghoststream in a process of its own, with the packages in a folder installed."""
-    return subprocess.run(
-        [sys.executable, "-m", "ghoststream", *map(str, arguments)],
-        env=with_packages(folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = "import sys\nsys.path.append(sys.argv.pop(1))\nfrom ghoststream.__main__ import run\nrun()"
+    return warm.python(code, folder, *arguments)

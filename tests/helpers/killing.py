@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-_REPOSITORY = Path(__file__).parents[2]
+from tests.helpers.forking import ForkServer
 
 
-def run_killer(name: str, *arguments: object) -> dict[str, Any]:
-    """Run a script of this folder, and return the JSON object that it prints."""
-    finished = subprocess.run(
-        [sys.executable, str(_REPOSITORY / "tests/helpers" / name), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+def run_killer(warm: ForkServer, name: str, *arguments: object) -> dict[str, Any]:
+    """Run a script of this folder in a fork, and return the JSON object that it prints."""
+    finished = warm.python(Path(__file__).with_name(name).read_text(), *arguments, seconds=3000)
+    assert finished.exit_code == 0, finished.stderr[-4000:]
     result: dict[str, Any] = json.loads(finished.stdout)
     return result
 

@@ -9,9 +9,6 @@ from typing import Any
 
 from ghoststream.files import FileLock
 
-REPOSITORY = Path(__file__).parents[2]
-"""Working directory of a script that imports this module."""
-
 
 def die_at_rename(number: int, when: str) -> None:
     """Let this process die.

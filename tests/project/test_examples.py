@@ -13,6 +13,7 @@ import pytest
 from distributed import LocalCluster
 
 from ghoststream.operators import OperatorSet
+from tests.helpers.forking import ForkServer
 from tests.helpers.installed_package import install_package, run_with
 from tests.helpers.task_bench import recover_randomly, save_model
 
@@ -138,7 +139,7 @@ def test_lora_on_top(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_own_package(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
+def test_own_package(warm: ForkServer, tiny_llama: Path, ids: str, tmp_path: Path) -> None:
     folder = EXAMPLES / "own_package"
     declared = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     (module,) = declared["tool"]["setuptools"]["py-modules"]
@@ -148,8 +149,8 @@ def test_own_package(tiny_llama: Path, ids: str, tmp_path: Path) -> None:
     site = install_package(tmp_path / "site", module, code, "\n".join(lines))
     words = ("--criterion", "middle-influence", "--operator", "mean-gap", "--out", tmp_path / "recovered")
     text = ("--calibration", ids, "--sequences", 8, "--length", 64)
-    done = run_with(site, "recover", tiny_llama, "--remove", 2, *text, *words)
-    assert done.returncode == 0, done.stderr
+    done = run_with(warm, site, "recover", tiny_llama, "--remove", 2, *text, *words)
+    assert done.exit_code == 0, done.stderr
     provenance = (tmp_path / "recovered" / "ghoststream.json").read_text()
     assert "mean-gap" in provenance
 

@@ -38,13 +38,14 @@ import json, sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 assert "ghoststream" not in sys.modules
-folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
-model, info = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32
-)
-found = [str(key) for keys in info.values() for key in (keys or ())]
-with torch.no_grad():
-    save_file({"logits": model.eval()(ids).logits.contiguous()}, folder + ".out.safetensors")
+ids, found = torch.tensor(json.loads(sys.argv[1])), []
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32
+    )
+    found += [str(key) for keys in info.values() for key in (keys or ())]
+    with torch.no_grad():
+        save_file({"logits": model.eval()(ids).logits.contiguous()}, folder + ".out.safetensors")
 print(json.dumps(found))
 """
 
@@ -93,17 +94,18 @@ def test_the_module_computes_the_formula_and_so_does_numpy() -> None:
         np.testing.assert_allclose(operator.apply(states.double().numpy()), expected.numpy(), rtol=1e-12)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_the_export_loads_strictly_without_ghoststream_and_equals_hooks_on_the_original(
-    model_type: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    made, out = operators(), tmp_path / "out"
-    export(tiny_checkpoint(model_type), made, out)
-    home = tmp_path / "home"
+@pytest.fixture(scope="module")
+def loaded_alone(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Exports by family; their logits without ghoststream are in ``FOLDER.out.safetensors``."""
+    root = tmp_path_factory.mktemp("alone")
+    folders = {model_type: root / model_type for model_type in ("llama", "gpt2")}
+    for model_type, out in folders.items():
+        export(tiny_checkpoint(model_type), operators(), out)
+    home = root / "home"
     done = subprocess.run(
-        [sys.executable, "-I", "-c", CHILD, str(out), json.dumps(IDS.tolist())],
+        [sys.executable, "-I", "-c", CHILD, json.dumps(IDS.tolist()), *map(str, folders.values())],
         env=os.environ | {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")},
         capture_output=True,
         text=True,
@@ -111,6 +113,16 @@ def test_the_export_loads_strictly_without_ghoststream_and_equals_hooks_on_the_o
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
+    return folders
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_the_export_loads_strictly_without_ghoststream_and_equals_hooks_on_the_original(
+    model_type: str, tiny_checkpoint: Callable[[str], Path], loaded_alone: dict[str, Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made, out = operators(), loaded_alone[model_type]
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(model_type), dtype=torch.float32).eval()
     architecture = architecture_of(model.config)
     layers = model.get_submodule(architecture.layers_path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import pytest
 from ghoststream.options import Compute, Exploration, Text
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.exploring.explore import explore
+from tests.helpers.forking import ForkServer
 from tests.helpers.random_ids import random_ids
-from tests.helpers.rename_killer import REPOSITORY
 
 pytestmark = pytest.mark.faults
 S, T = 8, 16
@@ -76,6 +74,7 @@ def expected(tiny_llama: Path, text: str, tmp_path_factory: pytest.TempPathFacto
 def test_a_killed_exploration_ends_with_identical_files(
     number: int,
     when: str,
+    warm: ForkServer,
     tiny_llama: Path,
     text: str,
     expected: dict[str, bytes],
@@ -83,8 +82,7 @@ def test_a_killed_exploration_ends_with_identical_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, str(tiny_llama), text, str(out), str(number), when]
-    assert subprocess.run(command, check=False, timeout=300, cwd=REPOSITORY).returncode == -signal.SIGKILL
+    assert warm.python(SCRIPT, tiny_llama, text, out, number, when).exit_code == -signal.SIGKILL
     done = RANKED + PASSES + FILES
     is_finished = when == "release" or (number, when) == (done, "after")
     assert (out / "explore.json").exists() == is_finished

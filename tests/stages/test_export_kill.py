@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from ghoststream.errors import MismatchError
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
 from ghoststream.testing.operators import random_operators
+from tests.helpers.forking import ForkServer
 
 pytestmark = pytest.mark.faults
 _PLAN = PruningPlan.parse(6, "1:3 4:5")
@@ -49,15 +48,9 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _kill(model: Path, out: Path, moment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(model), str(out), moment],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+def _kill(warm: ForkServer, model: Path, out: Path, moment: str) -> None:
+    done = warm.python(_CHILD, model, out, moment)
+    assert done.exit_code == -signal.SIGKILL, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +63,10 @@ def undisturbed(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest
 
 @pytest.mark.parametrize("moment", ["1", "20", "end"])
 def test_killed_export_ends_with_identical_files(
-    moment: str, undisturbed: Path, tiny_llama: Path, tmp_path: Path
+    moment: str, warm: ForkServer, undisturbed: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    _kill(tiny_llama, out, moment)
+    _kill(warm, tiny_llama, out, moment)
     assert not out.exists()
     partial = tmp_path / "out.partial" / "folder"
     whole = {path.name: path.stat().st_ino for path in partial.glob("model-*.safetensors")}
@@ -84,9 +77,11 @@ def test_killed_export_ends_with_identical_files(
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["out"]
 
 
-def test_unfinished_work_of_another_request_is_not_touched(tiny_llama: Path, tmp_path: Path) -> None:
+def test_unfinished_work_of_another_request_is_not_touched(
+    warm: ForkServer, tiny_llama: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    _kill(tiny_llama, out, "20")
+    _kill(warm, tiny_llama, out, "20")
     before = _files(tmp_path / "out.partial")
     with pytest.raises(MismatchError, match="unfinished work of another request"):
         export(tiny_llama, random_operators(_PLAN, 32, seed=1), out, max_shard_bytes=_SHARD_BYTES)

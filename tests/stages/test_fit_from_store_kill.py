@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.sums import SumState
 from ghoststream.testing.states import random_states, store_of
-from tests.helpers.rename_killer import REPOSITORY
+from tests.helpers.forking import ForkServer
 from tests.helpers.requests import fit
 
 pytestmark = pytest.mark.faults
@@ -67,11 +65,16 @@ def expected(uri: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     ],
 )
 def test_a_killed_fit_ends_with_identical_files(
-    uri: str, expected: bytes, tmp_path: Path, number: int, when: str, monkeypatch: pytest.MonkeyPatch
+    warm: ForkServer,
+    uri: str,
+    expected: bytes,
+    tmp_path: Path,
+    number: int,
+    when: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, log = tmp_path / "operators.safetensors", tmp_path / "log"
-    command = [sys.executable, "-c", SCRIPT, uri, str(out), str(number), when, str(log)]
-    assert subprocess.run(command, check=False, timeout=120, cwd=REPOSITORY).returncode == -signal.SIGKILL
+    assert warm.python(SCRIPT, uri, out, number, when, log).exit_code == -signal.SIGKILL
     is_finished = (number, when) in {(19, "after"), (19, "release")}
     assert out.exists() == is_finished
     assert (tmp_path / f".{out.name}.lock").exists()

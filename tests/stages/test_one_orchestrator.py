@@ -23,6 +23,7 @@ from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import StreamedPass
 from ghoststream.text.prepare import prepare_tokens
 from tests.helpers.command_bench import BAD_REQUEST, LENGTH, Bench, succeed
+from tests.helpers.forking import ForkServer
 from tests.helpers.installed_package import install_package, run_with
 
 pytestmark = pytest.mark.integration
@@ -286,14 +287,16 @@ poems = mine:poems
 """
 
 
-def test_an_installed_package_adds_operator_criterion_and_text(bench: Bench, tmp_path: Path) -> None:
+def test_an_installed_package_adds_operator_criterion_and_text(
+    warm: ForkServer, bench: Bench, tmp_path: Path
+) -> None:
     site, text = install_package(tmp_path / "site", "mine", CODE, ENTRY_POINTS), tmp_path / "poems.txt"
     text.write_text("\n".join(letter * 40 for letter in "abcdefgh"))
     spec = f"poems:{text}"
     options = ("--criterion", "second", "--operator", "quartered", "--sequences", 6, "--length", LENGTH)
     command = ("recover", bench.model, "--remove", 1, "--calibration", spec, *options)
-    done = run_with(site, *command, "--out", tmp_path / "command")
-    assert done.returncode == 0, done.stderr
+    done = run_with(warm, site, *command, "--out", tmp_path / "command")
+    assert done.exit_code == 0, done.stderr
     request = {
         "model": str(bench.model),
         "remove": 1,
@@ -302,8 +305,8 @@ def test_an_installed_package_adds_operator_criterion_and_text(bench: Bench, tmp
         "method": {"operator": "quartered"},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(request), encoding="utf-8")
-    done = run_with(site, "run", tmp_path / "job.yaml", "--out", tmp_path / "file")
-    assert done.returncode == 0, done.stderr
+    done = run_with(warm, site, "run", tmp_path / "job.yaml", "--out", tmp_path / "file")
+    assert done.exit_code == 0, done.stderr
     assert _files(tmp_path / "file") == _files(tmp_path / "command")
     made = json.loads((tmp_path / "file" / "ghoststream.json").read_text())
     assert made["plan"]["spans"] == [[1, 2]]

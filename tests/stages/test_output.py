@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.from_store.fit import _Job
 from ghoststream.stages.output import Output
 from ghoststream.testing.models import save_tiny
+from tests.helpers.forking import ForkServer
 from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit, select
 
@@ -143,6 +143,7 @@ def test_a_second_writer_is_refused_from_the_work_to_the_end(
 @pytest.mark.parametrize("step", ["select by running", "fit from a store"])
 def test_a_second_process_is_refused_and_changes_nothing(
     step: str,
+    warm: ForkServer,
     requests: Requests,
     expected: dict[str, bytes],
     tmp_path: Path,
@@ -151,9 +152,8 @@ def test_a_second_process_is_refused_and_changes_nothing(
     out, seen = tmp_path / "out", []
 
     def start() -> None:
-        command = [sys.executable, "-m", "ghoststream", *requests.command(step), "--out", out]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        seen.append((done.returncode, done.stderr))
+        done = warm.run(*requests.command(step), "--out", out)
+        seen.append((done.exit_code, done.stderr))
 
     _amid(monkeypatch, step, start)
     requests[step](out)

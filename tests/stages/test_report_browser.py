@@ -11,10 +11,13 @@ import pytest
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
 from ghoststream.stages.reporting.report import write_report
-from tests.helpers.browser import Tab, chromium
+from tests.helpers.browser import PROGRAM, Tab, chromium
 from tests.helpers.reported import write_everything
 
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine"),
+]
 _LEAST_CONTRAST = 4.5
 _OPEN = "document.querySelectorAll('details').forEach(one => one.open = true)"
 # Contrast of every text that is shown, by the formula of WCAG 2 (relative luminance).

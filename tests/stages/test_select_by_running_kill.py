@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from typing import Any
 import pytest
 
 from ghoststream.stages.choosing.measured import measure_repairs
+from tests.helpers.forking import ForkServer
 from tests.helpers.random_ids import random_ids
-from tests.helpers.rename_killer import REPOSITORY
 from tests.helpers.requests import fit, select
 
 pytestmark = pytest.mark.faults
@@ -85,6 +83,7 @@ def test_a_killed_run_ends_with_identical_files(
     step: str,
     number: int,
     when: str,
+    warm: ForkServer,
     tiny_llama: Path,
     text: str,
     request_of: Callable[[str, Path], Any],
@@ -93,8 +92,7 @@ def test_a_killed_run_ends_with_identical_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, step, str(tiny_llama), text, str(out), str(number), when]
-    assert subprocess.run(command, check=False, timeout=300, cwd=REPOSITORY).returncode == -signal.SIGKILL
+    assert warm.python(SCRIPT, step, tiny_llama, text, out, number, when).exit_code == -signal.SIGKILL
     is_finished = when == "release" or (number, when) == (PASSES[step] + 1, "after")
     assert out.exists() == is_finished
     assert (tmp_path / ".out.lock").exists()

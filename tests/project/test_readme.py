@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from ghoststream.cli import main
+from ghoststream.options import Text
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 README = Path(__file__).parents[2] / "README.md"
 N_LAYERS = 10
+LENGTH = 64
 
 
 def _text(n_characters: int, seed: int) -> str:
@@ -51,11 +54,22 @@ def _python_block() -> str:
     return match[1]
 
 
+@pytest.fixture
+def _short_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the default be windows of 64 tokens: those of 512 take a minute, and do nothing else."""
+    monkeypatch.setattr(Text.model_fields["length"], "default", LENGTH)
+    Text.model_rebuild(force=True)
+    yield
+    monkeypatch.undo()
+    Text.model_rebuild(force=True)
+
+
+@pytest.mark.usefixtures("_short_windows")
 def test_the_shell_and_the_python_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     _model(tmp_path / "MODEL")
-    (tmp_path / "calibration.txt").write_text(_text(128 * 512, seed=0))
-    (tmp_path / "heldout.txt").write_text(_text(2 * 512, seed=1))
+    (tmp_path / "calibration.txt").write_text(_text(128 * LENGTH, seed=0))
+    (tmp_path / "heldout.txt").write_text(_text(2 * LENGTH, seed=1))
     lines = _shell_lines()
     asked = ["estimate", "recover", "evaluate", "explore", "recover", "recover", "report"]
     assert [line[0] for line in lines] == [*asked, "inspect", "verify"]

@@ -114,7 +114,7 @@ def test_states_in_scratch_files_give_the_same_store(
     [{}, {"store_dtype": "bfloat16"}, {"layers": (1, 5)}, {"layers": (2, 5), "store_dtype": "int8"}],
     ids=["all", "narrower", "some", "some-narrower"],
 )
-@pytest.mark.parametrize("broken_at", [1, 3, 4])
+@pytest.mark.parametrize("broken_at", [3, *(pytest.param(layer, marks=pytest.mark.soak) for layer in (1, 4))])
 def test_interrupted_capture_continues_to_identical_files(
     broken_at: int, options: dict[str, Any], tmp_path: Path, ids_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

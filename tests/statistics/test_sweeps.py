@@ -73,7 +73,7 @@ def test_candidates_keep_the_first_and_the_last_layer() -> None:
     assert len(candidate_spans(30, 9)) == 20
 
 
-@pytest.mark.parametrize("weights", ["uniform", "drop_sinks"])
+@pytest.mark.parametrize("weights", [pytest.param("uniform", marks=pytest.mark.soak), "drop_sinks"])
 def test_any_number_of_sweeps_gives_the_bits_of_one_reduction_a_span(
     uri: str, tmp_path: Path, weights: str
 ) -> None:

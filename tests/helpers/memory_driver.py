@@ -101,6 +101,18 @@ def _evaluate(model: Path, work: Path, text: str, sequences: int) -> object:
     return evaluate([model, work / "recovered"], text=_windows(text, sequences))
 
 
+_NEEDS: dict[Stage, tuple[Stage, ...]] = {
+    _capture: (),
+    _capture_on_disk: (),
+    _replay: (_capture_on_disk,),
+    _select: (_capture,),
+    _fit: (_capture,),
+    _export: (_capture, _fit),
+    _evaluate: (_capture, _fit, _export),
+}
+"""What is made by which stages before a stage can run."""
+
+
 def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
     """Run a stage in a forked process, first on a tiny model, and return the bytes above what was there
     then."""
@@ -110,7 +122,7 @@ def measure(stage: Stage, model: Path, work: Path, sequences: int) -> int:
         try:
             work.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=work.parent) as tiny:
-                for one in (_capture, _capture_on_disk, _replay, _select, _fit, _export, _evaluate):
+                for one in (*_NEEDS[stage], stage):
                     one(work.parent / "tiny", Path(tiny), f"ids:{work.parent / 'tiny.npy'}", 4)
             _warm_up_products()
             gc.collect()

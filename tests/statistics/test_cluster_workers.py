@@ -255,20 +255,22 @@ def test_a_lost_scheduler_is_named_and_another_one_goes_on(
     assert len(lines) <= N_REDUCTIONS + 2 * len(PLAN.spans), "one range a worker is reduced again at most"
 
 
-def test_workers_that_see_neither_store_nor_folder_are_named(
-    cluster: Cluster, uri: str, tmp_path: Path
-) -> None:
-    """The worker has a file system of its own, in which nothing is where the store or the results are."""
-    hidden = tmp_path / "results"
-    hidden.mkdir()
-    before = _with_empty(Path(uri))
-    address = cluster.start(1, before=before)
-    out = hidden / "operators.safetensors"
+@pytest.mark.soak
+def test_a_worker_that_does_not_see_the_store_is_named(cluster: Cluster, uri: str, tmp_path: Path) -> None:
+    """The worker has a file system of its own, in which nothing is where the store is."""
+    out = tmp_path / "operators.safetensors"
+    address = cluster.start(1, before=_with_empty(Path(uri)))
     with pytest.raises(
         RequestError, match=rf"1 of 1 workers .* cannot open the store .*{uri}.* that all workers"
     ):
         fit(PLAN, store=uri, out=out, scheduler=address)
-    cluster.kill()
+    assert not out.exists()
+
+
+def test_a_worker_that_does_not_see_the_results_is_named(cluster: Cluster, uri: str, tmp_path: Path) -> None:
+    hidden = tmp_path / "results"
+    hidden.mkdir()
+    out = hidden / "operators.safetensors"
     address = cluster.start(1, before=_with_empty(hidden))
     with pytest.raises(
         RequestError, match=rf"1 of 1 workers .* does not see {hidden}.* that all workers share"

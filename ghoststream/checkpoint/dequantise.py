@@ -3,12 +3,17 @@
 Each method gives the bits that transformers gives where it dequantises a whole model. Numbers of eight bits
 are moved into those of float16, two of four bits are looked up at once: several times as fast as torch's
 conversion and transformers' functions. These also refuse blocks that are cut off at an edge, which DeepSeek
-V3 has. What compressed-tensors packs is made by that library.
+V3 has. What compressed-tensors packs is made by that library. torch takes several processors for its parts;
+numbers of four bits are made by numpy, in several threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,29 +25,34 @@ from ghoststream.errors import CheckpointError
 
 _BLOCK_ELEMENTS = 2**19
 """Of a weight, that are made at a time: 2 MiB in float32, what a core's cache takes."""
+_THREAD_ELEMENTS = 2**18
+"""The same where numpy makes them, which keeps a result more beside them."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of four bits, E2M1."""
 _WITH_ROWS = frozenset({"weight", "weight_packed", "weight_scale", "weight_zero_point"})
 
 
-def dequantise_into(packed: PackedWeight, parts: Mapping[str, torch.Tensor], target: torch.Tensor) -> None:
+def dequantise_into(
+    packed: PackedWeight, parts: Mapping[str, torch.Tensor], target: torch.Tensor, threads: Executor
+) -> None:
     """Make a weight in the dtype of ``target``.
 
     Args:
         packed: What the weight is.
         parts: Its tensors as they are stored, by role.
         target: Host tensor of the weight's shape; need not be contiguous.
+        threads: Those that numbers of four bits are made in.
 
     Raises:
         CheckpointError: If the tensors say another shape.
 
-    Memory: a few times 2 MiB; of compressed-tensors with scales of blocks, or with zero points that are
-    packed, some times the weight.
+    Memory: a few times 2 MiB, for each thread; of compressed-tensors with scales of blocks, or with zero
+    points that are packed, some times the weight.
     """
     if packed.method == "fp8":
         _float8(parts["weight"], parts["scale"].float(), packed.scheme["block"], target)
     elif packed.method == "mxfp4":
-        _mxfp4(parts, target)
+        _mxfp4(parts, target, threads)
     else:
         _compressed(packed, parts, target)
 
@@ -73,28 +83,43 @@ def _float8(
         target[first:stop].copy_(made)
 
 
-def _mxfp4(parts: Mapping[str, torch.Tensor], target: torch.Tensor) -> None:
+def _mxfp4(parts: Mapping[str, torch.Tensor], target: torch.Tensor, threads: Executor) -> None:
     """Multiply numbers of four bits, two of them a byte, with powers of two; exact but for the range."""
-    dtype = torch.bfloat16 if target.dtype == torch.bfloat16 else torch.float32
-    values = torch.tensor(_FP4, dtype=dtype)
-    byte = torch.arange(256)
-    pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1)
-    table = pairs.view(torch.int32 if dtype == torch.bfloat16 else torch.int64).flatten().numpy()
-    powers = torch.ldexp(torch.ones(256), byte - 127).to(dtype)
-    for blocks, scales, made in zip(parts["blocks"], parts["scales"], target, strict=True):
-        rows = len(blocks)
-        for first, stop in _steps(rows, len(made), 1):
-            found = _looked_up(table, blocks[first:stop]).view(dtype)
-            found *= powers[scales[first:stop].int()].unsqueeze(-1)
-            made[:, first:stop].copy_(found.reshape(stop - first, -1).T)
+    values, byte = np.array(_FP4, np.float32), np.arange(256)
+    # Two numbers of float32 as one of 64 bits.
+    pairs = np.stack([values[byte & 15], values[byte >> 4]], -1).view(np.int64).ravel()
+    with np.errstate(over="ignore"):
+        powers = np.ldexp(np.float32(1), byte - 127)
+    # numpy has no bfloat16: its bits are the upper half of a float32 that has no others.
+    is_short = target.dtype == torch.bfloat16
+    place = (target.view(torch.int16) if is_short else target).numpy()
+    blocks, scales = (parts[role].view(torch.uint8).numpy() for role in ("blocks", "scales"))
+    rows, columns = blocks.shape[1], 2 * math.prod(blocks.shape[2:])
+    made: Callable[[int, int, int], None] = partial(_four_bits, pairs, powers, blocks, scales, place)
+    steps = [(n, *step) for n in range(len(blocks)) for step in _steps(rows, columns, 1, _THREAD_ELEMENTS)]
+    deque(threads.map(made, *zip(*steps, strict=True)), maxlen=0)
 
 
-def _looked_up(table: npt.NDArray[Any], numbers: torch.Tensor) -> torch.Tensor:
-    """Return what a table of 256 says for each byte."""
-    place = np.empty(tuple(numbers.shape), table.dtype)
+def _four_bits(
+    pairs: npt.NDArray[np.int64],
+    powers: npt.NDArray[np.float32],
+    blocks: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint8],
+    place: npt.NDArray[Any],
+    number: int,
+    first: int,
+    stop: int,
+) -> None:
+    """Make the columns ``first:stop`` of one matrix of ``place``: the rows of its blocks."""
+    rows = blocks[number, first:stop]
+    found = np.empty(rows.shape, np.int64)
     # Clipping changes nothing; without it numpy would take the result through a buffer.
-    np.take(table, numbers.contiguous().view(torch.uint8).numpy(), out=place, mode="clip")
-    return torch.from_numpy(place)
+    np.take(pairs, rows, out=found, mode="clip")
+    numbers = found.view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers *= powers[scales[number, first:stop]][..., None]
+        made = numbers.view(np.int16)[..., 1::2] if place.dtype == np.int16 else numbers
+        place[number, :, first:stop] = made.reshape(stop - first, -1).T
 
 
 def _compressed(packed: PackedWeight, parts: Mapping[str, torch.Tensor], target: torch.Tensor) -> None:
@@ -120,8 +145,8 @@ def _compressed(packed: PackedWeight, parts: Mapping[str, torch.Tensor], target:
         target[first:stop].copy_(compressor.decompress(state, scheme)["weight"])
 
 
-def _steps(rows: int, columns: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Yield spans of rows, whole units each but the last."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, columns * unit)) * unit
+def _steps(rows: int, columns: int, unit: int, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Yield spans of rows, whole units each but the last, of so many elements or a unit."""
+    step = max(1, elements // max(1, columns * unit)) * unit
     for first in range(0, rows, step):
         yield first, min(first + step, rows)

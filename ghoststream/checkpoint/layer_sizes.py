@@ -13,7 +13,8 @@ from ghoststream.checkpoint.layer_parts import Architecture, LayerParts
 
 _ROUTED = re.compile(r"\.experts\.")
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
-_UNPACKING = {"fp8": 1.5, "mxfp4": 5.5, "pack-quantized 4": 4.0, "pack-quantized 8": 8.0, "whole": 0.9}
+_UNPACKING = {"fp8": 1.5, "mxfp4": 4.2, "pack-quantized 4": 4.0, "pack-quantized 8": 8.0, "whole": 0.9}
+_IN_THREADS = frozenset({"mxfp4"})
 _ACTING = ("num_experts_per_tok", "num_experts_per_token")
 
 
@@ -39,6 +40,7 @@ class LayerSizes:
         acting: Weights that one token is multiplied with.
         passing: Elements that go into these matrices and come out of them, for one token.
         unpacking: Seconds that one core takes to make its weights of what a quantised release holds.
+        unpacks_in_threads: Whether all processors make them.
         packed_bytes: Stored bytes of the largest of these weights.
     """
 
@@ -47,6 +49,11 @@ class LayerSizes:
     passing: int
     unpacking: float = 0.0
     packed_bytes: int = 0
+    unpacks_in_threads: bool = False
+
+    def unpacking_by(self, processors: int) -> float:
+        """Return the seconds that making its weights takes where so many processors serve."""
+        return self.unpacking / (processors if self.unpacks_in_threads else 1)
 
     @classmethod
     def of(cls, entries: Collection[TensorEntry], config: Any) -> LayerSizes:
@@ -70,6 +77,7 @@ class LayerSizes:
             total(_sides),
             _seconds_a_gb(config) * sum(one.n_bytes for one in packed) / 1e9,
             max(map(_at_once, packed), default=0),
+            _method(config) in _IN_THREADS,
         )
 
 
@@ -83,13 +91,21 @@ def _bits(entry: TensorEntry) -> float:
     return 8 * entry.n_bytes / max(1, _elements(entry))
 
 
+def _quantisation(config: Any) -> Mapping[str, Any]:
+    return getattr(config, "quantization_config", None) or {}
+
+
+def _method(config: Any) -> str:
+    return str(_quantisation(config).get("quant_method"))
+
+
 def _seconds_a_gb(config: Any) -> float:
     """Return the seconds of a core for a GB of stored bytes that a release in this form was measured to take.
 
     None of it waits for memory: a core moves ten times as many bytes a second.
     """
-    said = getattr(config, "quantization_config", None) or {}
-    method, form = str(said.get("quant_method")), str(said.get("format"))
+    said = _quantisation(config)
+    method, form = _method(config), str(said.get("format"))
     if method != "compressed-tensors":
         return _UNPACKING.get(method, 0.0)
     bits = [(group.get("weights") or {}).get("num_bits") for group in said.get("config_groups", {}).values()]

@@ -6,6 +6,7 @@ import math
 import mmap
 import threading
 from collections.abc import Collection
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +43,15 @@ class TensorReader(ContentReader):
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._mapped: dict[str, npt.NDArray[np.uint8]] = {}
+        self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Close every shard; a later read opens them again."""
+        """Close every shard and end the threads; a later read opens them again."""
         with self._lock:
             self._mapped.clear()
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
         super().close()
 
     def weight(self, name: str) -> TensorEntry:
@@ -195,10 +200,18 @@ class TensorReader(ContentReader):
         self._fill(entry, tensor)
         return tensor
 
+    def _workers(self) -> Executor:
+        """Return the threads that make packed weights, as many as torch takes."""
+        with self._lock:
+            if self._pool is None:
+                count = torch.get_num_threads()
+                self._pool = ThreadPoolExecutor(count, thread_name_prefix="ghoststream-unpack")
+            return self._pool
+
     def _make(self, packed: PackedWeight, target: torch.Tensor) -> None:
         """Read the tensors that make a weight, and make it in ``target``."""
         parts = {role: self._stored(part) for role, part in packed.parts.items()}
-        dequantise_into(packed, parts, target)
+        dequantise_into(packed, parts, target, self._workers())
         if not all(bool(end.isfinite()) for end in torch.aminmax(target)):
             msg = (
                 f"{packed.name} in {self.index.root / packed.entry.shard} holds values that are not finite "

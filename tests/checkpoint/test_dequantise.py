@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,20 @@ def test_a_weight_is_made_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_number_of_four_bits_at_every_exponent(dtype: torch.dtype) -> None:
+def test_every_number_of_four_bits_at_every_exponent(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 255, 16, 16).contiguous()
     exponents = torch.arange(255, dtype=torch.uint8).reshape(1, 255, 1).expand(2, 255, 16).contiguous()
     found = torch.empty(2, 512, 255, dtype=dtype)
     entry = TensorEntry("w", "one.safetensors", "BF16", (2, 512, 255), 0, 0)
-    dequantise_into(PackedWeight(entry, "mxfp4", {}, {}), {"blocks": numbers, "scales": exponents}, found)
-    assert torch.equal(found, convert_moe_packed_tensors(numbers, exponents, dtype=dtype))
+    packed, parts = PackedWeight(entry, "mxfp4", {}, {}), {"blocks": numbers, "scales": exponents}
+    wanted = convert_moe_packed_tensors(numbers, exponents, dtype=dtype)
+    for count in (1, 3):
+        monkeypatch.setattr("ghoststream.checkpoint.dequantise._THREAD_ELEMENTS", 2**18 // count**6)
+        with ThreadPoolExecutor(count) as threads:
+            dequantise_into(packed, parts, found.zero_(), threads)
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -105,7 +113,8 @@ def test_every_number_of_eight_bits(kind: torch.dtype) -> None:
     entry = TensorEntry("w", "one.safetensors", "BF16", tuple(numbers.shape), 0, 0)
     packed = PackedWeight(entry, "fp8", {}, {"block": (1, numbers.shape[1])})
     found = torch.empty(numbers.shape, dtype=torch.float32)
-    dequantise_into(packed, {"weight": numbers, "scale": scale}, found)
+    with ThreadPoolExecutor(1) as threads:
+        dequantise_into(packed, {"weight": numbers, "scale": scale}, found, threads)
     operation = Fp8Dequantize(None)
     (wanted,) = operation.convert({"weight": numbers, "weight_scale_inv": scale}).values()
     assert torch.equal(found, wanted)

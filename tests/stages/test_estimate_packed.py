@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.options import Compute, Method, Recovery, Search, Text
 from ghoststream.stages.estimation.estimate import estimate
+from ghoststream.stages.estimation.machine import find_machine
 from ghoststream.stages.estimation.report import Estimate
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton
 from ghoststream.streaming.allocator import return_free_memory
@@ -91,7 +92,7 @@ def test_a_pass_sets_aside_what_is_said(tmp_path: Path) -> None:
     ("name", "seconds", "packed"),
     [
         # 36 layers of 128 experts: (2 x 2,880 + 2,880) x 2,880 numbers of 4.25 bits; the first is the larger.
-        ("gpt-oss-120b", 5.5 * 36 * 128 * 3 * 2880**2 * 4.25 / 8 / 1e9, 128 * 2 * 2880**2 * 4.25 / 8),
+        ("gpt-oss-120b", 4.2 * 36 * 128 * 3 * 2880**2 * 4.25 / 8 / 1e9, 128 * 2 * 2880**2 * 4.25 / 8),
         ("llama-3-8b", 0.0, 0),
     ],
 )
@@ -101,6 +102,10 @@ def test_a_published_release_is_counted_from_its_configuration(
     found = price(name)
     assert found.model.packed_bytes == packed
     assert sum(layer.unpacking for layer in found.model.layers) == pytest.approx(seconds)
+    # All processors make numbers of four bits; the fit ends behind layer 1.
+    (fit,) = [one for one in found.stages if one.name == "fit"]
+    shared = seconds / 36 * 2 / find_machine("h100").processors
+    assert fit.parts.get("unpack", 0.0) == pytest.approx(shared)
 
 
 def test_planned_experts_of_eight_bits_are_made_one_by_one() -> None:

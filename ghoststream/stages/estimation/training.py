@@ -13,7 +13,7 @@ from ghoststream.options import Training
 from ghoststream.stages.distillation.schedule import Schedule
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.pass_needs import PassNeeds, logit_bytes, pass_needs
-from ghoststream.stages.estimation.work import Work, forward_work, pass_work
+from ghoststream.stages.estimation.work import Work, forward_work, pass_work, unpacked_of
 
 _BYTES_TRAINED = 20
 """Of a parameter in memory: itself, the best one, its gradient, two moments."""
@@ -99,7 +99,7 @@ class TrainingCost:
         n_bytes = sum(layer.stored_bytes for layer in job.sizes.layers[-self.kept :])
         is_cached = n_bytes <= job.machine.host_memory // 2
         widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
-        unpacked = reads * sum(layer.unpacking for layer in job.sizes.layers[-self.kept :])
+        unpacked = reads * unpacked_of(job, job.sizes.layers[-self.kept :])
         passes = Work(
             read=n_bytes * (1 if is_cached else reads),
             weights=n_bytes * reads * widened,

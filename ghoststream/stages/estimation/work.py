@@ -5,8 +5,10 @@ Letters are those of :mod:`ghoststream.costs`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from ghoststream.checkpoint.layer_sizes import LayerSizes
 from ghoststream.costs import PassCost
 from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.stages.estimation.job import Job
@@ -36,7 +38,7 @@ class Work:
         moved: Bytes of activations that layers move.
         summed: Arithmetic of moments, a token at a time.
         solved: Arithmetic of solutions, which no token adds to.
-        unpacked: Seconds of a core that makes weights of what a quantised release holds.
+        unpacked: Seconds in which weights are made of what a quantised release holds.
         crews: How often processes are started for several devices.
         rounds: How often workers open the model.
         sent: Bytes of sums that workers send.
@@ -91,7 +93,7 @@ def pass_work(job: Job, cost: PassCost) -> Work:
         layers = job.sizes.layers
         done += Work(
             read=sum(layer.stored_bytes for layer in layers),
-            unpacked=sum(layer.unpacking for layer in layers),
+            unpacked=unpacked_of(job, layers),
         )
     if cost.fits:
         kind = job.kind if cost.fit_method is None else make_operator(cost.fit_method)
@@ -112,8 +114,13 @@ def reading(job: Job, last: int | None) -> Work:
     return Work(
         read=read,
         weights=read * widened,
-        unpacked=sum(layer.unpacking for layer in job.sizes.layers[:last]),
+        unpacked=unpacked_of(job, job.sizes.layers[:last]),
     )
+
+
+def unpacked_of(job: Job, layers: Sequence[LayerSizes]) -> float:
+    """Return the seconds in which the weights of layers are made of what a quantised release holds."""
+    return sum(layer.unpacking_by(job.machine.processors) for layer in layers)
 
 
 def forward_work(job: Job, lanes: float, last: int | None) -> Work:

@@ -134,11 +134,12 @@ def _held_out(
     fit: Callable[[BoundaryMoments], Fit],
     residual: Callable[[BoundaryMoments, Fit], float],
 ) -> float:
-    energy = 0.0
-    for index in range(moments.n_folds):
+    def left(index: int) -> float:
+        # By itself, so that nothing of a fold is kept while the next one is read.
         held = held_fold(moments, index)
-        energy += residual(held, fit(moments.without(index, total, held)))
-    return energy
+        return residual(held, fit(moments.without(index, total, held)))
+
+    return sum(map(left, range(moments.n_folds)), 0.0)
 
 
 def _position_energy(total: BoundaryMoments) -> dict[str, Any]:

@@ -170,9 +170,13 @@ def choose_ridge(
         wanted = [index for index in wanted if index not in found]
         found.update(dict.fromkeys(wanted, 0.0))
         for number in range(moments.n_folds if wanted else 0):
-            held = moments.fold(number)
-            for index in wanted:
-                found[index] += residual(moments.without(number, total, held), held, RIDGE_GRID[index])
+            leave_out(number, wanted)
+
+    def leave_out(number: int, wanted: list[int]) -> None:
+        # By itself, so that nothing of a fold is kept while the next one is read.
+        held = moments.fold(number)
+        for index in wanted:
+            found[index] += residual(moments.without(number, total, held), held, RIDGE_GRID[index])
 
     usual = ridge_by_tokens(total)
     best = min(range(len(RIDGE_GRID)), key=lambda index: abs(np.log(RIDGE_GRID[index] / usual)))

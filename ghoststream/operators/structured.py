@@ -129,15 +129,20 @@ class StructuredLeastSquares(OperatorKind):
         require_folds(moments)
         residuals = np.zeros(len(RIDGE_GRID))
         for index in range(moments.n_folds):
-            held = held_fold(moments, index)
-            training = moments.without(index, total, held)
-            means = _Means.of(training)
-            problem = self.problem(training)
-            for number, ratio in enumerate(RIDGE_GRID):
-                change = problem.solve(ratio * problem.unit)
-                bias = means.bias(change) if self.intercept else None
-                residuals[number] += _residual(held, _Fit(change, bias))
+            residuals += self._left(moments, total, index)
         return RidgeChoice.best(residuals, float(total.gap_energy.sum()))
+
+    def _left(self, moments: FoldedMoments, total: BoundaryMoments, index: int) -> Array:
+        """Return what each ridge leaves of a fold that is not fitted on."""
+        held = held_fold(moments, index)
+        training = moments.without(index, total, held)
+        means, problem = _Means.of(training), self.problem(training)
+        found = np.zeros(len(RIDGE_GRID))
+        for number, ratio in enumerate(RIDGE_GRID):
+            change = problem.solve(ratio * problem.unit)
+            bias = means.bias(change) if self.intercept else None
+            found[number] = _residual(held, _Fit(change, bias))
+        return found
 
     def _solve(self, moments: BoundaryMoments, ratio: float) -> _Fit:
         means = _Means.of(moments)

@@ -93,9 +93,9 @@ class FoldedMoments:
     def _merged(self, folds: Sequence[int]) -> BoundaryMoments:
         total = BoundaryMoments(self.span, self.fold(folds[0]).state.copy())
         for index in folds[1:]:
-            fold = self.fold(index)
+            # Without a name: a fold may come from a file, and would stay while the next one is read.
             if total.has_triangle:
-                total = total.merge(fold)
+                total = total.merge(self.fold(index))
             else:
-                total.state.add_in_place(fold.state)
+                total.state.add_in_place(self.fold(index).state)
         return total

@@ -13,7 +13,7 @@ from ghoststream.checkpoint.layer_parts import Architecture, LayerParts
 
 _ROUTED = re.compile(r"\.experts\.")
 _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
-_UNPACKING = {"fp8": 1.5, "mxfp4": 4.2, "pack-quantized 4": 4.0, "pack-quantized 8": 8.0, "whole": 0.9}
+_UNPACKING = {"fp8": 1.5, "mxfp4": 5.0, "pack-quantized 4": 4.0, "pack-quantized 8": 8.0, "whole": 0.9}
 _IN_THREADS = frozenset({"mxfp4"})
 _ACTING = ("num_experts_per_tok", "num_experts_per_token")
 

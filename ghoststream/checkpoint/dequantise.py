@@ -9,9 +9,8 @@ numbers of four bits are made by numpy, in several threads.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any
@@ -75,7 +74,7 @@ def _float8(
     is_short = weight.dtype == torch.float8_e4m3fn
     bits, mask, smaller = (7, ~(1 << 14), 2.0**8) if is_short else (8, -1, 1.0)
     spread = spread * smaller
-    for first, stop in _steps(rows, columns, high if block else 1):
+    for first, stop in _steps(rows, columns, high if block else 1, _BLOCK_ELEMENTS):
         moved = numbers[first:stop].to(torch.int16).bitwise_left_shift_(bits).bitwise_and_(mask)
         made = moved.view(torch.float16).float()
         for begin in range(first // high * high, stop, high):
@@ -94,10 +93,12 @@ def _mxfp4(parts: Mapping[str, torch.Tensor], target: torch.Tensor, threads: Exe
     is_short = target.dtype == torch.bfloat16
     place = (target.view(torch.int16) if is_short else target).numpy()
     blocks, scales = (parts[role].view(torch.uint8).numpy() for role in ("blocks", "scales"))
-    rows, columns = blocks.shape[1], 2 * math.prod(blocks.shape[2:])
-    made: Callable[[int, int, int], None] = partial(_four_bits, pairs, powers, blocks, scales, place)
-    steps = [(n, *step) for n in range(len(blocks)) for step in _steps(rows, columns, 1, _THREAD_ELEMENTS)]
-    deque(threads.map(made, *zip(*steps, strict=True)), maxlen=0)
+    steps = [
+        (*matrix, first, stop)
+        for matrix in zip(blocks, scales, place, strict=True)
+        for first, stop in _steps(len(matrix[0]), len(matrix[2]), 1, _THREAD_ELEMENTS)
+    ]
+    deque(threads.map(partial(_four_bits, pairs, powers), *zip(*steps, strict=True)), maxlen=0)
 
 
 def _four_bits(
@@ -106,20 +107,19 @@ def _four_bits(
     blocks: npt.NDArray[np.uint8],
     scales: npt.NDArray[np.uint8],
     place: npt.NDArray[Any],
-    number: int,
     first: int,
     stop: int,
 ) -> None:
-    """Make the columns ``first:stop`` of one matrix of ``place``: the rows of its blocks."""
-    rows = blocks[number, first:stop]
+    """Make the columns ``first:stop`` of a matrix, which are rows of its blocks."""
+    rows = blocks[first:stop]
     found = np.empty(rows.shape, np.int64)
     # Clipping changes nothing; without it numpy would take the result through a buffer.
     np.take(pairs, rows, out=found, mode="clip")
     numbers = found.view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        numbers *= powers[scales[number, first:stop]][..., None]
+        numbers *= powers[scales[first:stop]][..., None]
         made = numbers.view(np.int16)[..., 1::2] if place.dtype == np.int16 else numbers
-        place[number, :, first:stop] = made.reshape(stop - first, -1).T
+        place[:, first:stop] = made.reshape(stop - first, -1).T
 
 
 def _compressed(packed: PackedWeight, parts: Mapping[str, torch.Tensor], target: torch.Tensor) -> None:
@@ -138,14 +138,14 @@ def _compressed(packed: PackedWeight, parts: Mapping[str, torch.Tensor], target:
     rows, columns = target.shape
     sided = {role: part for role, part in parts.items() if role in _WITH_ROWS and part.numel() > 1}
     separable = all(len(part) == rows for part in sided.values())
-    for first, stop in _steps(rows, columns, 1) if separable else [(0, rows)]:
+    for first, stop in _steps(rows, columns, 1, _BLOCK_ELEMENTS) if separable else [(0, rows)]:
         state = {**parts, **{role: part[first:stop] for role, part in sided.items()}}
         if said is not None:
             state["weight_shape"] = torch.tensor([stop - first, columns])
         target[first:stop].copy_(compressor.decompress(state, scheme)["weight"])
 
 
-def _steps(rows: int, columns: int, unit: int, elements: int = _BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+def _steps(rows: int, columns: int, unit: int, elements: int) -> Iterator[tuple[int, int]]:
     """Yield spans of rows, whole units each but the last, of so many elements or a unit."""
     step = max(1, elements // max(1, columns * unit)) * unit
     for first in range(0, rows, step):

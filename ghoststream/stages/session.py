@@ -26,7 +26,6 @@ from ghoststream.options import Compute, Text, dtype_name
 from ghoststream.progress import Progress
 from ghoststream.recovery.names import has_provenance
 from ghoststream.recovery.sidecars import require_sound_sidecars
-from ghoststream.stages.sharing import require_single
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TokenSet, begin_note, is_ids, load_tokenizer, prepare_tokens
 
@@ -229,7 +228,9 @@ def usable_device(name: str) -> torch.device:
     Raises:
         RequestError: If it is unknown or not on this machine.
     """
-    require_single(name)
+    if "," in name:
+        msg = f"--device {name} names several devices, of which this command runs on one; name one"
+        raise RequestError(msg)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -44,17 +44,6 @@ def require_one_device(compute: Compute) -> None:
         raise RequestError(msg)
 
 
-def require_single(device: str) -> None:
-    """Check that one device is named, where a command runs on one.
-
-    Raises:
-        RequestError: If several are.
-    """
-    if "," in device:
-        msg = f"--device {device} names several devices, of which this command runs on one; name one"
-        raise RequestError(msg)
-
-
 def on_first_device(compute: Compute) -> Compute:
     """Return how this process opens a model whose passes others run."""
     first, *others = devices_of(compute)

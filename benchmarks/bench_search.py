@@ -22,9 +22,9 @@ from results_file import write_json
 import ghoststream as gs
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.choosing.by_text import mean_and_error
+from ghoststream.stages.choosing.material import Division
 from ghoststream.stages.choosing.measured import Candidate, measure_repairs
 from ghoststream.stages.choosing.repair import Repair, labels
-from ghoststream.stages.choosing.trial import Division
 from ghoststream.stages.session import ModelSession
 
 SEARCHES = ("race", "exhaustive")

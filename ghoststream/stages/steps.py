@@ -14,8 +14,8 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture_session, capture_shared
 from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.fit import fit_in_passes
+from ghoststream.stages.choosing.material import Division
 from ghoststream.stages.choosing.search import search_session
-from ghoststream.stages.choosing.trial import Division
 from ghoststream.stages.choosing.ways import Ways
 from ghoststream.stages.distillation.distill import distill_session
 from ghoststream.stages.distillation.schedule import Schedule

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import UnsupportedModelError
 from ghoststream.options import Method, dtype_name
-from ghoststream.progress import Progress
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.by_text import ranked_gap
+from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.room import Room, fits_of, largest_ranges, left_out, settled
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output, Result
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import taps_of
-from ghoststream.text import TokenSet
-
-if TYPE_CHECKING:
-    # It measures what is chosen here.
-    from ghoststream.stages.choosing.trial import Division
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: the figures of each, a ``gap`` to the dense model among them, in their order."""
@@ -62,11 +57,7 @@ def methods_for(
 
 def without_too_large(
     ways: Ways,
-    session: ModelSession,
-    division: Division,
-    tokens: TokenSet,
-    folds: int,
-    progress: Progress,
+    material: Material,
     *,
     place: Callable[[Ways], Output | None],
     load: Callable[[Path], Result],
@@ -79,19 +70,16 @@ def without_too_large(
 
     Args:
         ways: What is tried otherwise.
-        session: The model.
-        division: Which sequences serve to fit.
-        tokens: The text.
-        folds: Folds that are asked for.
-        progress: Who is told.
+        material: The model and the text.
         place: Returns the place of the result, by what is tried; None where it is not kept.
         load: Reads the result.
         races: Whether plans race, which compares fewer ways to repair.
         sharing: How many workers share the memory of the host.
     """
+    session, tokens, fitting = material.session, material.tokens, material.division.fitting
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
-    n_fit = tokens.n_sequences if division.fitting is None else division.fitting.n_sequences
-    ranges = largest_ranges(tokens.n_sequences, n_fit, folds=folds, turn=tokens.n_texts)
+    n_fit = tokens.n_sequences if fitting is None else fitting.n_sequences
+    ranges = largest_ranges(tokens.n_sequences, n_fit, folds=material.folds, turn=tokens.n_texts)
     fits = fits_of(sizes, ranges, ways, length=tokens.length, races=races)
     room = _room(session, tokens.length, sharing)
 
@@ -102,7 +90,9 @@ def without_too_large(
     names = settled(fits, room, begun)
     found = {one.features: one for one in left_out(fits, room)}
     for name in names:
-        progress.log(str(found[name]) if name in found else f"{name} is left out, as when this was begun")
+        material.progress.log(
+            str(found[name]) if name in found else f"{name} is left out, as when this was begun"
+        )
     return ways.without(names)
 
 

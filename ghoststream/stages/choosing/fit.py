@@ -21,10 +21,11 @@ from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method, require_shareable
 from ghoststream.stages.choosing.fit_shares import SharedFit, fit_shares
 from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
+from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.refitting import RefittedLayer, refitted_layers
 from ghoststream.stages.choosing.repair import Repair, passing_method
-from ghoststream.stages.choosing.trial import Division, Trial
+from ghoststream.stages.choosing.trial import Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
@@ -81,8 +82,9 @@ def fit_in_passes(
         search.refuse(Search.measuring, "nothing is measured, as it is known how each boundary is fitted")
     tokens = session.tokens(text, progress)
     ranges = Ranges.make(tokens.n_sequences, folds=search.folds, turn=tokens.n_texts)
-    division = None if repair is not None else Division.make(session, tokens, search)
-    micro_batch = session.micro_batch(tokens.length) if division is None else division.micro_batch
+    material = None if repair is not None else Material.read(session, text, search, progress)
+    micro_batch = session.micro_batch(tokens.length) if material is None else material.division.micro_batch
+    chosen_on = material and {**material.division.to_json(), "screen": ways.screen.to_json()}
     request = {
         "stage": "fit",
         "plan": selection.plan.to_json(),
@@ -95,24 +97,14 @@ def fit_in_passes(
         "folds": ranges.n_folds,
         "operator": method.operator or AUTO,
         "refit": method.refit,
-        "chosen_on": None if division is None else {**division.to_json(), "screen": ways.screen.to_json()},
+        "chosen_on": chosen_on,
     }
 
     def place(ways: Ways) -> Output:
         return Output(out, {**request, **_repairing(repair, ways)}, "fit")
 
-    if division is not None:
-        ways = without_too_large(
-            ways,
-            session,
-            division,
-            tokens,
-            search.folds,
-            progress,
-            place=place,
-            load=OperatorSet.load,
-            sharing=sharing,
-        )
+    if material is not None:
+        ways = without_too_large(ways, material, place=place, load=OperatorSet.load, sharing=sharing)
     recipe, output = {**request, **_repairing(repair, ways)}, place(ways)
     metadata: dict[str, Any] = {"recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
@@ -122,17 +114,8 @@ def fit_in_passes(
         session.expect(selection.base, "the plan was chosen")
         with crew or nullcontext() as hands:
             if repair is None:
-                assert division is not None
-                trial = Trial(
-                    session,
-                    tokens,
-                    division,
-                    lanes=None,
-                    output=output,
-                    progress=progress,
-                    crew=hands,
-                    ways=ways,
-                )
+                assert material is not None
+                trial = Trial(material, lanes=None, output=output, crew=hands, ways=ways)
                 repair, metadata["chosen"] = _choose(selection.plan, trial)
             if method.given(("refit",)):
                 repair = repair.refitted(method.refit)
@@ -142,7 +125,7 @@ def fit_in_passes(
                 shared = SharedFit(tokens, repair, ranges, micro_batch)
                 fits, replaced = fit_shares(hands, session, shared, progress), {}
         # What was measured to choose methods saw the whole model.
-        metadata["base"] = session.base(_last(repair) if division is None else None, progress)
+        metadata["base"] = session.base(_last(repair) if material is None else None, progress)
         hidden, kind = session.skeleton.hidden_size, method.operator or AUTO
         operators = OperatorSet(selection.plan, kind, tuple(fits), hidden, metadata, replaced)
         operators.save(output.path)

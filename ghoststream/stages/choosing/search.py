@@ -13,13 +13,13 @@ from ghoststream.spans import Span
 from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import check_search
 from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, races
+from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.repair import Repair, labels
-from ghoststream.stages.choosing.trial import Division, Row, Trial
+from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import Workers
-from ghoststream.text import recipe_of
 
 WORST = ", on the text where that is highest"
 """Follows the meaning of figures where candidates are ranked by the worst of several texts."""
@@ -52,17 +52,12 @@ def search_session(
     """
     search = search.model_copy(update={"criterion": search.criterion or MEASURED})
     rule, wanted = check_search(session.skeleton.n_layers, remove, search, method)
-    tokens = session.tokens(text, progress)
-    division = Division.make(session, tokens, search, fits=rule.repairs)
+    material = Material.read(session, text, search, progress, fits=rule.repairs)
     request = {
         "stage": "select",
-        "model": session.fingerprint["digest"],
-        "text": recipe_of(text, tokens).to_json(),
-        "tokens": tokens.digest,
         "remove": remove,
         "search": search.model_dump(mode="json", exclude={"held_out", "folds", "lanes", "across_texts"}),
-        **session.describe(),
-        **division.to_json(),
+        **material.to_json(),
     }
 
     def place(ways: Ways) -> Output | None:
@@ -71,11 +66,7 @@ def search_session(
     if rule.repairs and wanted is None:
         ways = without_too_large(
             ways,
-            session,
-            division,
-            tokens,
-            search.folds,
-            progress,
+            material,
             place=place,
             load=Selection.load,
             races=races(search),
@@ -85,16 +76,7 @@ def search_session(
 
     def chosen() -> Selection:
         with crew or nullcontext() as hands:
-            trial = Trial(
-                session,
-                tokens,
-                division,
-                lanes=search.lanes,
-                output=output,
-                progress=progress,
-                crew=hands,
-                ways=ways,
-            )
+            trial = Trial(material, lanes=search.lanes, output=output, crew=hands, ways=ways)
             return _choose(rule, trial, remove, search, wanted, recipe)
 
     if output is None:

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.files import read_kept, read_sealed_json, write_sealed_json
-from ghoststream.options import Search
-from ghoststream.progress import Progress
 from ghoststream.stages.choosing.auto import choose_methods, preference
-from ghoststream.stages.choosing.division import divided, require_each_text
+from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import SampleShare, share_of_positions
 from ghoststream.stages.choosing.shares import Measuring, measure_shares
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output
-from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import Workers
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Runs
@@ -30,51 +27,6 @@ from ghoststream.text import TokenSet
 Row = Mapping[str, Any]
 Ranked = Sequence[tuple[Repair, Row]]
 """Repairs and their figures, best first."""
-
-
-@dataclass(frozen=True)
-class Division:
-    """The sequences to fit on, in whole micro-batches, and the rest, to measure on.
-
-    Attributes:
-        micro_batch: Sequences in one forward.
-        fitting: How those to fit on are divided; None if nothing is fitted: all are measured on.
-        across_texts: Whether all windows that are measured on count, or those of the worst text.
-    """
-
-    micro_batch: int
-    fitting: Ranges | None
-    across_texts: str = "mean"
-
-    @classmethod
-    def make(cls, session: ModelSession, tokens: TokenSet, search: Search, *, fits: bool = True) -> Division:
-        """Divide the sequences of a text; by default a quarter is held out.
-
-        Raises:
-            RequestError: If one of the two parts would be empty, or texts are to be compared and there is
-                one, or one has no window to measure on.
-        """
-        across = search.across_texts
-        if not fits:
-            require_each_text(across, tokens.n_texts, tokens.n_sequences)
-            return cls(session.micro_batch(tokens.length), None, across)
-        micro_batch, n_fit = divided(
-            tokens.n_sequences,
-            search.held_out,
-            session.compute.micro_batch,
-            session.memory(tokens.length).choose_micro_batch,
-        )
-        require_each_text(across, tokens.n_texts, tokens.n_sequences - n_fit)
-        return cls(micro_batch, Ranges.make(n_fit, folds=search.folds, turn=tokens.n_texts), across)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what of it can change a bit, for recipes."""
-        return {
-            "micro_batch": self.micro_batch,
-            "fit_sequences": 0 if self.fitting is None else self.fitting.n_sequences,
-            "folds": 1 if self.fitting is None else self.fitting.n_folds,
-            **({} if self.across_texts == "mean" else {"across_texts": self.across_texts}),
-        }
 
 
 @dataclass(frozen=True)
@@ -98,12 +50,9 @@ class Trial:
     """Measures repairs in passes over a model; one that was measured before is not measured again.
 
     Args:
-        session: The model.
-        tokens: The text.
-        division: Which sequences serve to fit, and which to measure.
+        material: The model and the text.
         lanes: Most repairs in one pass; all if ``None``.
         output: The result that the figures are for; they are kept beside it. Not kept if ``None``.
-        progress: Who is told how far it is.
         residuals: Whether figures say what each operator leaves of its gap.
         crew: Workers that take candidates; the passes are run here if ``None``.
         ways: The ways to repair that ``auto`` tries.
@@ -116,19 +65,17 @@ class Trial:
 
     def __init__(
         self,
-        session: ModelSession,
-        tokens: TokenSet,
-        division: Division,
+        material: Material,
         *,
         lanes: int | None,
         output: Output | None,
-        progress: Progress,
         residuals: bool = False,
         crew: Workers | None = None,
         ways: Ways = EVERY,
     ) -> None:
         self._crew, self.ways = crew, ways
-        self.session, self.tokens, self.division, self.progress = session, tokens, division, progress
+        self.session, self.tokens = material.session, material.tokens
+        self.division, self.progress = material.division, material.progress
         self._lanes, self._output, self._residuals = lanes, output, residuals
         self._dense_loss: float | None = None
         self._rows: dict[str, Row] = {}

@@ -26,8 +26,9 @@ from ghoststream.recovery.layout import prevailing_dtype
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
+from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.repair import Repair, labels
-from ghoststream.stages.choosing.trial import Division, Row, Trial
+from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
@@ -43,7 +44,6 @@ from ghoststream.stages.sharing import devices_of, is_shared, on_first_device
 from ghoststream.stages.way import some_plan
 from ghoststream.stages.workers import Workers, workers
 from ghoststream.streaming import Runs
-from ghoststream.text import TokenSet, recipe_of
 
 _CONFIDENCE = 0.95
 
@@ -106,17 +106,12 @@ def explore(
     )
     named = _checked_method(session, sizes, numbers, method)
     text = Text.of(calibration).to_calibrate()
-    tokens = session.tokens(text, progress)
-    division = Division.make(session, tokens, search)
+    material = Material.read(session, text, search, progress)
     request = {
         "stage": "explore",
-        "model": session.fingerprint["digest"],
-        "text": recipe_of(text, tokens).to_json(),
-        "tokens": tokens.digest,
         "exploration": {**exploration.to_json(), "counts": list(numbers.counts)},
         "max_spans": numbers.max_spans,
-        **session.describe(),
-        **division.to_json(),
+        **material.to_json(),
     }
 
     def place(ways: Ways) -> Output | None:
@@ -127,30 +122,15 @@ def explore(
     if named is None:
         ways = without_too_large(
             ways,
-            session,
-            division,
-            tokens,
-            search.folds,
-            progress,
+            material,
             place=place,
             load=ExplorationReport.load,
             races=True,
             sharing=len(devices_of(compute)),
         )
     recipe = {**request, **_repairing(named, ways)}
-    work = _Exploration(
-        session,
-        sizes,
-        tokens,
-        division,
-        numbers,
-        exploration,
-        search.lanes,
-        named,
-        progress,
-        ways,
-        workers(compute, scheduler, progress) if shared else None,
-    )
+    crew = workers(compute, scheduler, progress) if shared else None
+    work = _Exploration(material, sizes, numbers, exploration, search.lanes, named, ways, crew)
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
 
 
@@ -199,15 +179,12 @@ def _require_free(folder: Path, names: Sequence[str]) -> None:
 class _Exploration:
     """One exploration, with everything open but the crew, which is asked for when there is work."""
 
-    session: ModelSession
+    material: Material
     sizes: ModelSizes
-    tokens: TokenSet
-    division: Division
     numbers: Numbers
     exploration: Exploration
     lanes: int | None
     method: Method | None
-    progress: Progress
     ways: Ways
     crew: AbstractContextManager[Workers] | None
 
@@ -215,21 +192,13 @@ class _Exploration:
         """Explore; figures are kept beside the output meanwhile."""
         with self.crew or nullcontext() as hands:
             trial = Trial(
-                self.session,
-                self.tokens,
-                self.division,
-                lanes=self.lanes,
-                output=output,
-                progress=self.progress,
-                residuals=True,
-                crew=hands,
-                ways=self.ways,
+                self.material, lanes=self.lanes, output=output, residuals=True, crew=hands, ways=self.ways
             )
             return self._explored(trial, output, recipe)
 
     def _explored(self, trial: Trial, output: Output | None, recipe: dict[str, Any]) -> ExplorationReport:
-        session, numbers = self.session, self.numbers
-        self.progress.log(
+        session, progress, numbers = self.material.session, self.material.progress, self.numbers
+        progress.log(
             f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"
         )
         ranking = Ranking.make(trial, numbers.sizes, output)
@@ -247,22 +216,22 @@ class _Exploration:
             broken=self.exploration.broken,
             candidates=tuple(found.rows),
             recipe=recipe,
-            base=session.base(None, self.progress),
+            base=session.base(None, progress),
             versions=library_versions(),
         )
-        self.progress.log(f"explore: done in {report.spent.passes} passes: {report.verdict}")
+        progress.log(f"explore: done in {report.spent.passes} passes: {report.verdict}")
         return report
 
     def _spent(self, passes: int, runs: Runs) -> Spent:
         layers = sum(layer.acting for layer in self.sizes.layers)
         head = self.sizes.vocabulary * self.sizes.hidden
         done = runs.layers * layers / self.sizes.n_layers + runs.heads * head
-        length, n_sequences = self.tokens.length, self.tokens.n_sequences
+        length, n_sequences = self.material.tokens.length, self.material.tokens.n_sequences
         dense = (layers + head) * length * n_sequences
         return Spent(passes, runs.layers // length, runs.heads / length, done / dense)
 
     def _point(self, repair: Repair, row: Row) -> Point:
-        itemsize = prevailing_dtype(self.session.skeleton.index).itemsize
+        itemsize = prevailing_dtype(self.material.session.skeleton.index).itemsize
         low, high = interval(row["gap"], row["gap_standard_error"], len(row["window_gaps"]))
         return Point(
             removed=repair.plan.n_removed,

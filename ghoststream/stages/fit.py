@@ -18,8 +18,8 @@ from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import devices_of, is_shared, on_first_device, require_one_device
-from ghoststream.stages.workers import workers
+from ghoststream.stages.sharing import on_first_device, require_one_device
+from ghoststream.stages.workers import Shared
 from ghoststream.statistics import taps_of
 from ghoststream.statistics.devices import sums_device
 
@@ -103,15 +103,14 @@ def fit(
             progress=progress,
         )
     reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
-    shared = is_shared(compute, reduction.scheduler)
+    shared = Shared.asked(compute, reduction.scheduler)
     session = ModelSession(str(source.model), on_first_device(compute))
     selection = read_plan(plan, session.skeleton.n_layers)
-    if shared:
+    if shared is not None:
         require_shareable(method, selection.methods)
     _check_fit(session, selection, method)
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
-    crew = workers(compute, reduction.scheduler, progress) if shared else None
     return fit_in_passes(
         session,
         selection,
@@ -120,8 +119,7 @@ def fit(
         search=search,
         out=out,
         progress=progress,
-        crew=crew,
-        sharing=len(devices_of(compute)),
+        shared=shared,
     )
 
 

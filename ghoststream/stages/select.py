@@ -19,9 +19,9 @@ from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import devices_of, is_shared, on_first_device
+from ghoststream.stages.sharing import on_first_device
 from ghoststream.stages.way import some_plan
-from ghoststream.stages.workers import workers
+from ghoststream.stages.workers import Shared
 
 
 def select(
@@ -89,7 +89,7 @@ def select(
         )
     name = require_criterion(search.criterion or MEASURED, runs_model=True)
     reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
-    shared = is_shared(compute, reduction.scheduler)
+    shared = Shared.asked(compute, reduction.scheduler)
     session = ModelSession(str(source.model), on_first_device(compute))
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     rule, named = check_search(sizes.n_layers, remove, search, method)
@@ -112,8 +112,7 @@ def select(
         method=method,
         out=out,
         progress=progress,
-        crew=workers(compute, reduction.scheduler, progress) if shared else None,
-        sharing=len(devices_of(compute)),
+        shared=shared,
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.operators import OperatorSet
-from ghoststream.options import AUTO, UNIFORM, Compute, Recovery, Search, Storage, dtype_name
+from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage, dtype_name
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture_session, capture_shared
@@ -25,9 +23,8 @@ from ghoststream.stages.output import NamedByRequest
 from ghoststream.stages.refusals import check_export, check_form, check_place, check_recovery
 from ghoststream.stages.run_record import RecordedProgress
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import devices_of
 from ghoststream.stages.way import Way, what_goes
-from ghoststream.stages.workers import Workers, workers
+from ghoststream.stages.workers import Shared
 from ghoststream.statistics.devices import sums_device
 
 
@@ -99,10 +96,10 @@ class Steps:
             self._session.tokens(self._recovery.evaluate.to_evaluate(), self._progress)
 
     @property
-    def shared(self) -> tuple[Compute, Any] | None:
-        """How workers run the model, and the address of their scheduler; None where one process runs it."""
+    def shared(self) -> Shared | None:
+        """How passes over the model are shared; None where one process runs them."""
         recovery = self._recovery
-        return (recovery.compute, recovery.reduction.scheduler) if self.way.shares_passes else None
+        return Shared(recovery.compute, recovery.reduction.scheduler) if self.way.shares_passes else None
 
     def choose(self) -> Selection:
         """Choose the layers."""
@@ -120,8 +117,7 @@ class Steps:
                 out=out,
                 progress=self._progress,
                 ways=self._ways,
-                crew=self._crew(),
-                sharing=len(devices_of(self._recovery.compute)),
+                shared=self.shared,
             )
         else:
             store = self._capture(None)
@@ -155,8 +151,7 @@ class Steps:
                 out=out,
                 progress=self._progress,
                 ways=self._ways,
-                crew=self._crew(),
-                sharing=len(devices_of(self._recovery.compute)),
+                shared=self.shared,
             )
             return operators, out.of(operators.digest)
         store = self.store or self._capture(self.way.needed_layers(selection.plan))
@@ -204,13 +199,9 @@ class Steps:
             capture_session(self._session, self._text, self.store, storage, progress=self._progress)
         else:
             capture_shared(
-                self._session, self._text, self.store, storage, *self.shared, progress=self._progress
+                self._session, self._text, self.store, storage, self.shared, progress=self._progress
             )
         return self.store
-
-    def _crew(self) -> AbstractContextManager[Workers] | None:
-        """Return the workers of a step, which are there when it needs them, and give their memory back."""
-        return None if self.shared is None else workers(*self.shared, self._progress)
 
     def _file(self, plan: PruningPlan) -> NamedByRequest:
         # Another request may come to the same spans, which only a search shows.

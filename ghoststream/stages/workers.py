@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ from ghoststream.errors import BudgetError, RequestError
 from ghoststream.machine import free_host_memory
 from ghoststream.options import Compute
 from ghoststream.progress import Progress
-from ghoststream.stages.sharing import dealt_rows, devices_of
+from ghoststream.stages.sharing import dealt_rows, devices_of, is_shared
 from ghoststream.statistics.cluster import connect, require_versions
 from ghoststream.stopping import require_going_on
 
@@ -131,21 +131,62 @@ class Workers:
             yield from done
 
 
-@contextmanager
-def workers(compute: Compute, scheduler: Any, progress: Progress) -> Iterator[Workers]:
-    """Give the workers of a cluster, or start one process for each device that is named.
+@dataclass(frozen=True)
+class Shared:
+    """How the passes of a request are shared: by several devices of this machine, or by a cluster.
 
-    Processes of this machine import the script that was started, as :mod:`multiprocessing` does: in one of
-    your own, call this below ``if __name__ == "__main__"``.
+    Attributes:
+        compute: How a model is run; without a cluster its devices have a process each.
+        scheduler: Address of the scheduler of a cluster, or its client.
+    """
+
+    compute: Compute
+    scheduler: Any
+
+    @classmethod
+    def asked(cls, compute: Compute, scheduler: Any) -> Shared | None:
+        """Return how passes are shared; None where one process runs them.
+
+        Raises:
+            RequestError: If both several devices and a cluster are named.
+        """
+        return cls(compute, scheduler) if is_shared(compute, scheduler) else None
+
+    @property
+    def n_here(self) -> int:
+        """How many of the workers share the memory of this machine."""
+        return len(devices_of(self.compute))
+
+    @contextmanager
+    def workers(self, progress: Progress) -> Iterator[Workers]:
+        """Give the workers of the cluster, or start one process for each device that is named.
+
+        Processes of this machine import the script that was started, as :mod:`multiprocessing` does: in one
+        of your own, call this below ``if __name__ == "__main__"``.
+
+        Raises:
+            RequestError: If no scheduler answers, or a worker runs another ghoststream.
+        """
+        if self.scheduler is not None:
+            with _cluster(self.scheduler, progress) as crew:
+                yield crew
+            return
+        with _processes(self.n_here) as client:
+            place = _Place(devices_of(self.compute), torch.get_num_threads(), {"": self.n_here})
+            yield Workers(client, place)
+
+
+def workers_of(shared: Shared | None, progress: Progress) -> AbstractContextManager[Workers | None]:
+    """Return the workers that share passes, which come when it is entered; None where this process runs them.
 
     Raises:
-        RequestError: If no scheduler answers, or a worker runs another ghoststream.
+        RequestError: When it is entered; see :meth:`Shared.workers`.
     """
-    devices = devices_of(compute)
-    if scheduler is None:
-        with _processes(len(devices)) as client:
-            yield Workers(client, _Place(devices, torch.get_num_threads(), {"": len(devices)}))
-        return
+    return nullcontext() if shared is None else shared.workers(progress)
+
+
+@contextmanager
+def _cluster(scheduler: Any, progress: Progress) -> Iterator[Workers]:
     with connect(scheduler) as client:
         if not client.nthreads():
             progress.log(f"the cluster at {client.scheduler.address} has no workers yet; waiting for one")

@@ -26,7 +26,7 @@ from ghoststream.stages.measuring.model_groups import group_models
 from ghoststream.stages.measuring.shares import measure_share, measure_shares
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import is_shared, rows_of
-from ghoststream.stages.workers import workers
+from ghoststream.stages.workers import Shared
 from tests.helpers.crews import cluster_of
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.requests import select
@@ -135,7 +135,7 @@ def _device(compute: Compute, number: int) -> tuple[int, str, bool]:
 def test_each_worker_of_this_machine_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     # The processes themselves are started in the slow tests.
     monkeypatch.setattr("ghoststream.stages.workers._processes", cluster_of)
-    with workers(Compute(device="cpu, cuda:7"), None, SilentProgress()) as crew:
+    with Shared(Compute(device="cpu, cuda:7"), None).workers(SilentProgress()) as crew:
         assert crew.rows(9, 4) == [(0, 8), (8, 9)]
         assert crew.rows(3, 4) == [(0, 3)]
         found = crew.run(_device, Compute(device="cpu, cuda:7"), [(n,) for n in range(9)], [1] * 9, Shares())
@@ -151,7 +151,7 @@ def test_processes_of_this_machine_and_one_that_is_lost(tiny_llama: Path, ids: P
     (group,) = group_models(models, Compute(device="cpu", micro_batch=2))
     shared, alone = (Measurement(group, text, SilentProgress()) for _ in range(2))
     alone.run(SilentProgress())
-    with workers(compute, None, SilentProgress()) as crew:
+    with Shared(compute, None).workers(SilentProgress()) as crew:
         measure_shares(crew, shared, models, 0, text, compute, SilentProgress())
         assert [result[1] for result in shared.results()] == [result[1] for result in alone.results()]
         shares = [(tmp_path / "mark", number) for number in range(2)]

@@ -14,8 +14,8 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import is_shared, on_first_device, rows_of, sequences_per_shard
-from ghoststream.stages.workers import workers
+from ghoststream.stages.sharing import on_first_device, rows_of, sequences_per_shard
+from ghoststream.stages.workers import Shared
 from ghoststream.statistics import base_of
 from ghoststream.text import TokenSet, recipe_of
 
@@ -77,14 +77,15 @@ def capture(
     """
     compute, text = compute or Compute(), Text.of(calibration).to_calibrate()
     storage, progress = storage or Storage(), progress or SilentProgress()
-    if is_shared(compute, scheduler):
+    shared = Shared.asked(compute, scheduler)
+    if shared is not None:
         if worker is not None:
             msg = (
                 "--worker is one share, and several devices or --scheduler take all; leave one of the two out"
             )
             raise RequestError(msg)
         session = ModelSession(model, on_first_device(compute))
-        return capture_shared(session, text, store, storage, compute, scheduler, progress)
+        return capture_shared(session, text, store, storage, shared, progress)
     session = ModelSession(model, compute)
     return capture_session(session, text, store, storage, worker=worker, progress=progress)
 
@@ -94,19 +95,18 @@ def capture_shared(
     text: Text,
     store: str | Path,
     storage: Storage,
-    compute: Compute,
-    scheduler: Any,
+    shared: Shared,
     progress: Progress,
 ) -> ActivationStore:
     """Have each worker do what :func:`capture` does with ``worker``; the last one completes the store.
 
-    The model is open here, on the first of the devices that ``compute`` names, and runs no pass.
+    The model is open here, on the first of the devices that are named, and runs no pass.
     """
     tokens = session.tokens(text, progress)
     micro_batch = _micro_batch(session, text, store)
     recipe = _recipe(session, text, tokens, storage, micro_batch)
-    same = compute.model_copy(update={"micro_batch": micro_batch})
-    with workers(compute, scheduler, progress) as crew:
+    same = shared.compute.model_copy(update={"micro_batch": micro_batch})
+    with shared.workers(progress) as crew:
         rows = crew.rows(tokens.n_sequences, _share_step(recipe))
         request = (session.name, text, store, storage)
         shares = [(*request, (number, len(rows))) for number in range(1, len(rows) + 1)]

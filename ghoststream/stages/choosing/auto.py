@@ -18,6 +18,7 @@ from ghoststream.stages.choosing.room import Room, fits_of, largest_ranges, left
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output, Result
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import Shared
 from ghoststream.statistics import taps_of
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
@@ -62,7 +63,7 @@ def without_too_large(
     place: Callable[[Ways], Output | None],
     load: Callable[[Path], Result],
     races: bool = False,
-    sharing: int = 1,
+    shared: Shared | None = None,
 ) -> Ways:
     """Return the ways whose fit can be held, and say what ``auto`` leaves out.
 
@@ -74,14 +75,14 @@ def without_too_large(
         place: Returns the place of the result, by what is tried; None where it is not kept.
         load: Reads the result.
         races: Whether plans race, which compares fewer ways to repair.
-        sharing: How many workers share the memory of the host.
+        shared: Who shares the passes, and so the memory of the host.
     """
     session, tokens, fitting = material.session, material.tokens, material.division.fitting
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     n_fit = tokens.n_sequences if fitting is None else fitting.n_sequences
     ranges = largest_ranges(tokens.n_sequences, n_fit, folds=material.folds, turn=tokens.n_texts)
     fits = fits_of(sizes, ranges, ways, length=tokens.length, races=races)
-    room = _room(session, tokens.length, sharing)
+    room = _room(session, tokens.length, 1 if shared is None else shared.n_here)
 
     def begun(features: tuple[str, ...]) -> bool:
         output = place(ways.without(features))

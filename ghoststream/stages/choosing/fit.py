@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ghoststream.stages.choosing.trial import Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.workers import Workers
+from ghoststream.stages.workers import Shared, Workers, workers_of
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Lane, PassOptions, StreamedPass, make_batches
 from ghoststream.text import TokenSet, recipe_of
@@ -45,8 +44,7 @@ def fit_in_passes(
     out: str | Path | NamedByRequest,
     progress: Progress,
     ways: Ways = EVERY,
-    crew: AbstractContextManager[Workers | None] | None = None,
-    sharing: int = 1,
+    shared: Shared | None = None,
 ) -> OperatorSet:
     """Fit the operators of a plan one after another, in one pass over a model and without a store.
 
@@ -55,10 +53,9 @@ def fit_in_passes(
     a pass more for each span. Then all windows serve to fit. Nothing is kept of a run that is killed but the
     figures of ``auto``.
 
-    ``crew`` gives workers, when there is something to fit. They share the candidates that ``auto`` measures,
-    and the sequences of the fit: a pass for each boundary that reads the repaired stream
-    (:mod:`ghoststream.stages.choosing.fit_shares`). No bit depends on their number. ``sharing`` is how many
-    of them share this machine's memory.
+    Workers of ``shared`` come when there is something to fit. They share the candidates that ``auto``
+    measures, and the sequences of the fit: a pass for each boundary that reads the repaired stream
+    (:mod:`ghoststream.stages.choosing.fit_shares`). No bit depends on their number.
 
     Raises:
         RequestError: If options cannot be honoured, or the text gives too little to hold some out.
@@ -75,61 +72,89 @@ def fit_in_passes(
     of :func:`~ghoststream.stages.choosing.measured.measure_repairs`. With workers what
     :func:`~ghoststream.stages.choosing.fit_shares.fit_shares` states.
     """
-    if crew is not None:
+    if shared is not None:
         require_shareable(method, selection.methods)
     repair = _known_repair(selection, named_method(method))
     if repair is not None:
         search.refuse(Search.measuring, "nothing is measured, as it is known how each boundary is fitted")
     tokens = session.tokens(text, progress)
-    ranges = Ranges.make(tokens.n_sequences, folds=search.folds, turn=tokens.n_texts)
     material = None if repair is not None else Material.read(session, text, search, progress)
     micro_batch = session.micro_batch(tokens.length) if material is None else material.division.micro_batch
-    chosen_on = material and {**material.division.to_json(), "screen": ways.screen.to_json()}
-    request = {
-        "stage": "fit",
-        "plan": selection.plan.to_json(),
-        "model": session.fingerprint["digest"],
-        "text": recipe_of(text, tokens).to_json(),
-        "tokens": tokens.digest,
-        **session.describe(),
-        "micro_batch": micro_batch,
-        "range_sequences": ranges.range_sequences,
-        "folds": ranges.n_folds,
-        "operator": method.operator or AUTO,
-        "refit": method.refit,
-        "chosen_on": chosen_on,
-    }
+    ranges = Ranges.make(tokens.n_sequences, folds=search.folds, turn=tokens.n_texts)
+    work = _Fit(session, selection.plan, tokens, ranges, micro_batch, method, progress)
+    request = {**work.to_json(), "text": recipe_of(text, tokens).to_json()}
 
     def place(ways: Ways) -> Output:
-        return Output(out, {**request, **_repairing(repair, ways)}, "fit")
+        return Output(out, {**request, **_repairing(repair, material, ways)}, "fit")
 
     if material is not None:
-        ways = without_too_large(ways, material, place=place, load=OperatorSet.load, sharing=sharing)
-    recipe, output = {**request, **_repairing(repair, ways)}, place(ways)
+        ways = without_too_large(ways, material, place=place, load=OperatorSet.load, shared=shared)
+    recipe, output = {**request, **_repairing(repair, material, ways)}, place(ways)
     metadata: dict[str, Any] = {"recipe": recipe, "recipe_digest": output.digest}
     metadata["versions"] = library_versions()
     with output.claimed(OperatorSet.load) as found:
         if found is not None:
             return found
         session.expect(selection.base, "the plan was chosen")
-        with crew or nullcontext() as hands:
+        with workers_of(shared, progress) as crew:
             if repair is None:
                 assert material is not None
-                trial = Trial(material, lanes=None, output=output, crew=hands, ways=ways)
+                trial = Trial(material, lanes=None, output=output, crew=crew, ways=ways)
                 repair, metadata["chosen"] = _choose(selection.plan, trial)
-            if method.given(("refit",)):
-                repair = repair.refitted(method.refit)
-            if hands is None:
-                fits, replaced = _run(session, tokens, repair, ranges, micro_batch, progress)
-            else:
-                shared = SharedFit(tokens, repair, ranges, micro_batch)
-                fits, replaced = fit_shares(hands, session, shared, progress), {}
-        # What was measured to choose methods saw the whole model.
-        metadata["base"] = session.base(_last(repair) if material is None else None, progress)
-        hidden, kind = session.skeleton.hidden_size, method.operator or AUTO
-        operators = OperatorSet(selection.plan, kind, tuple(fits), hidden, metadata, replaced)
+            operators = work.run(repair, crew, metadata, saw_all=material is not None)
         operators.save(output.path)
     return operators
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A fit on all windows of a text, with everything open."""
+
+    session: ModelSession
+    plan: PruningPlan
+    tokens: TokenSet
+    ranges: Ranges
+    micro_batch: int
+    method: Method
+    progress: Progress
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what of it can change a bit, for recipes."""
+        return {
+            "stage": "fit",
+            "plan": self.plan.to_json(),
+            "model": self.session.fingerprint["digest"],
+            "tokens": self.tokens.digest,
+            **self.session.describe(),
+            "micro_batch": self.micro_batch,
+            "range_sequences": self.ranges.range_sequences,
+            "folds": self.ranges.n_folds,
+            "operator": self.method.operator or AUTO,
+            "refit": self.method.refit,
+        }
+
+    def run(
+        self, repair: Repair, crew: Workers | None, metadata: dict[str, Any], *, saw_all: bool
+    ) -> OperatorSet:
+        """Fit each boundary as a repair says, here or by workers.
+
+        Args:
+            repair: How each boundary is fitted.
+            crew: Workers that share the sequences.
+            metadata: What the operators file says of the request; the base is added.
+            saw_all: Whether the whole model was read before, to choose the repair.
+        """
+        session, progress = self.session, self.progress
+        if self.method.given(("refit",)):
+            repair = repair.refitted(self.method.refit)
+        if crew is None:
+            fits, replaced = _run(session, self.tokens, repair, self.ranges, self.micro_batch, progress)
+        else:
+            shared = SharedFit(self.tokens, repair, self.ranges, self.micro_batch)
+            fits, replaced = fit_shares(crew, session, shared, progress), {}
+        metadata["base"] = session.base(None if saw_all else _last(repair), progress)
+        hidden, kind = session.skeleton.hidden_size, self.method.operator or AUTO
+        return OperatorSet(self.plan, kind, tuple(fits), hidden, metadata, replaced)
 
 
 def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
@@ -141,8 +166,12 @@ def _known_repair(selection: Selection, method: Method | None) -> Repair | None:
     return Repair(selection.plan, methods) if methods else None
 
 
-def _repairing(repair: Repair | None, ways: Ways) -> dict[str, Any]:
-    return ways.recorded() if repair is None else {"methods": [one.to_json() for one in repair.methods]}
+def _repairing(repair: Repair | None, material: Material | None, ways: Ways) -> dict[str, Any]:
+    if repair is not None:
+        return {"methods": [one.to_json() for one in repair.methods]}
+    assert material is not None
+    chosen_on = {**material.division.to_json(), "screen": ways.screen.to_json()}
+    return {**ways.recorded(), "chosen_on": chosen_on}
 
 
 def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.workers import Workers
+from ghoststream.stages.workers import Shared, workers_of
 
 WORST = ", on the text where that is highest"
 """Follows the meaning of figures where candidates are ranked by the worst of several texts."""
@@ -34,14 +33,13 @@ def search_session(
     method: Method,
     out: str | Path | None,
     progress: Progress,
-    crew: AbstractContextManager[Workers | None] | None = None,
-    sharing: int = 1,
+    shared: Shared | None = None,
     ways: Ways = EVERY,
 ) -> Selection:
     """Choose the layers to remove by running a model without them; see :func:`ghoststream.select`.
 
-    ``crew`` gives workers that measure candidates, when there is something to measure; ``sharing`` is how
-    many of them share this machine's memory. ``ways`` is what ``auto`` tries.
+    Workers of ``shared`` measure candidates, and come when there is something to measure. ``ways`` is what
+    ``auto`` tries.
 
     Raises:
         RequestError: If the numbers do not fit the model or the text, or an option is unknown or not read.
@@ -70,13 +68,13 @@ def search_session(
             place=place,
             load=Selection.load,
             races=races(search),
-            sharing=sharing,
+            shared=shared,
         )
     recipe, output = {**request, **_repairing(rule, wanted, ways)}, place(ways)
 
     def chosen() -> Selection:
-        with crew or nullcontext() as hands:
-            trial = Trial(material, lanes=search.lanes, output=output, crew=hands, ways=ways)
+        with workers_of(shared, progress) as crew:
+            trial = Trial(material, lanes=search.lanes, output=output, crew=crew, ways=ways)
             return _choose(rule, trial, remove, search, wanted, recipe)
 
     if output is None:

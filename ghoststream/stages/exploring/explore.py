@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,9 @@ from ghoststream.stages.exploring.rounds import STAGES, run_rounds
 from ghoststream.stages.output import Output, not_of_this_request
 from ghoststream.stages.refusals import check_export, check_family, require_features
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import devices_of, is_shared, on_first_device
+from ghoststream.stages.sharing import on_first_device
 from ghoststream.stages.way import some_plan
-from ghoststream.stages.workers import Workers, workers
+from ghoststream.stages.workers import Shared, workers_of
 from ghoststream.streaming import Runs
 
 _CONFIDENCE = 0.95
@@ -98,7 +97,7 @@ def explore(
     search.refuse(set(Search.model_fields).difference(USED), "an exploration ranks and measures by itself")
     if not method.is_named:
         method.refuse(("refit",), f"an exploration with the operator {AUTO} refits nothing")
-    shared = is_shared(compute, scheduler)
+    shared = Shared.asked(compute, scheduler)
     session = ModelSession(model, on_first_device(compute))
     sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     numbers = Numbers(
@@ -126,11 +125,10 @@ def explore(
             place=place,
             load=ExplorationReport.load,
             races=True,
-            sharing=len(devices_of(compute)),
+            shared=shared,
         )
     recipe = {**request, **_repairing(named, ways)}
-    crew = workers(compute, scheduler, progress) if shared else None
-    work = _Exploration(material, sizes, numbers, exploration, search.lanes, named, ways, crew)
+    work = _Exploration(material, sizes, numbers, exploration, search.lanes, named, ways, shared)
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
 
 
@@ -177,7 +175,7 @@ def _require_free(folder: Path, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Exploration:
-    """One exploration, with everything open but the crew, which is asked for when there is work."""
+    """One exploration, with everything open but the workers, who come when there is work."""
 
     material: Material
     sizes: ModelSizes
@@ -186,13 +184,13 @@ class _Exploration:
     lanes: int | None
     method: Method | None
     ways: Ways
-    crew: AbstractContextManager[Workers] | None
+    shared: Shared | None
 
     def run(self, output: Output | None, recipe: dict[str, Any]) -> ExplorationReport:
         """Explore; figures are kept beside the output meanwhile."""
-        with self.crew or nullcontext() as hands:
+        with workers_of(self.shared, self.material.progress) as crew:
             trial = Trial(
-                self.material, lanes=self.lanes, output=output, residuals=True, crew=hands, ways=self.ways
+                self.material, lanes=self.lanes, output=output, residuals=True, crew=crew, ways=self.ways
             )
             return self._explored(trial, output, recipe)
 

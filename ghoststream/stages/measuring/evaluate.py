@@ -17,8 +17,8 @@ from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes
 from ghoststream.stages.measuring.shares import measure_shares
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import is_shared, on_first_device
-from ghoststream.stages.workers import workers
+from ghoststream.stages.sharing import on_first_device
+from ghoststream.stages.workers import Shared
 
 
 def evaluate(
@@ -67,11 +67,12 @@ def evaluate(
         raise RequestError(msg)
     wanted = Text.of(text).to_evaluate() if text is not None else ActivationStore.open(str(store))
     compute, progress = compute or Compute(), progress or SilentProgress()
-    if not is_shared(compute, scheduler):
+    shared = Shared.asked(compute, scheduler)
+    if shared is None:
         return _evaluate(group_models(models, compute), wanted, out, progress)
 
     asked = wanted if isinstance(wanted, Text) else wanted.uri
-    by_crew = _by_crew(models, asked, compute, scheduler, progress)
+    by_crew = _by_crew(models, asked, shared, progress)
     return _evaluate(group_models(models, on_first_device(compute)), wanted, out, progress, by_crew)
 
 
@@ -82,29 +83,29 @@ def evaluate_session(
     *,
     out: str | Path,
     progress: Progress,
-    shared: tuple[Compute, Any] | None = None,
+    shared: Shared | None = None,
 ) -> EvaluationReport:
     """Measure a model that is open, and others; see :func:`evaluate`.
 
-    ``shared`` is how workers run models, and the address of their scheduler, where they take shares.
+    ``shared`` is who takes shares, where several do.
     """
     groups = group_models(others, session.compute, [session])
     if shared is None:
         return _evaluate(groups, text, out, progress)
-    by_crew = _by_crew([session.name, *others], text, *shared, progress)
+    by_crew = _by_crew([session.name, *others], text, shared, progress)
     return _evaluate(groups, text, out, progress, by_crew)
 
 
 def _by_crew(
-    models: Sequence[str | Path], asked: Text | str, compute: Compute, scheduler: Any, progress: Progress
+    models: Sequence[str | Path], asked: Text | str, shared: Shared, progress: Progress
 ) -> Callable[[int, Measurement], None]:
     """Return what has workers measure a group of models."""
 
-    def shared(number: int, measurement: Measurement) -> None:
-        with workers(compute, scheduler, progress) as crew:
-            measure_shares(crew, measurement, models, number, asked, compute, progress)
+    def by_crew(number: int, measurement: Measurement) -> None:
+        with shared.workers(progress) as crew:
+            measure_shares(crew, measurement, models, number, asked, shared.compute, progress)
 
-    return shared
+    return by_crew
 
 
 def _evaluate(
@@ -112,17 +113,17 @@ def _evaluate(
     wanted: Text | ActivationStore,
     out: str | Path | None,
     progress: Progress,
-    shared: Callable[[int, Measurement], None] | None = None,
+    by_crew: Callable[[int, Measurement], None] | None = None,
 ) -> EvaluationReport:
     measurements = [Measurement(one, wanted, progress) for one in groups]
     asked = [request for one in measurements for request in one.requests()]
     rows: dict[int, EvaluationRow] = {}
     with claimed_figures(out, "evaluation", asked) as write:
         for number, measurement in enumerate(measurements):
-            if shared is None:
+            if by_crew is None:
                 measurement.run(progress)
             else:
-                shared(number, measurement)
+                by_crew(number, measurement)
             for model, losses, recipe in measurement.results():
                 rows[model.position] = EvaluationRow(
                     model.name, losses, recipe, number, model.fingerprint, library_versions()

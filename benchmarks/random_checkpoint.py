@@ -33,6 +33,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_size": 128,
         "heads_per_key": 8,
     },
+    # As many layers of a 70B as leave room for two of them, and for a pass, in a quarter of the checkpoint.
+    "70b-layers": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 14,
+        "vocab_size": 16384,
+        "head_size": 128,
+        "heads_per_key": 8,
+        "decay": 0.3,
+        "sink": True,
+    },
     # The proportions of a 70B: 80 layers, the MLP 3.5 times as wide as the stream, heads of 128.
     "70b-in-small": {
         "hidden_size": 1536,

@@ -98,7 +98,9 @@ def existing_place(path: Path) -> Path:
 
 def processors() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def multiplies_bfloat16(processors: Path = Path("/proc/cpuinfo")) -> bool | None:

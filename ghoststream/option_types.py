@@ -54,9 +54,10 @@ def _union(ranges: Iterable[range]) -> list[int]:
 def _range(part: str) -> range | None:
     start, colon, stop = part.partition(":")
     try:
-        return range(int(start), int(stop) if colon else int(start) + 1)
+        found = range(int(start), int(stop) if colon else int(start) + 1)
     except ValueError:
         return None
+    return found or None
 
 
 def _parse_ridge(value: Any) -> Any:

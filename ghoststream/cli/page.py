@@ -25,8 +25,7 @@ def page_at_the_end(out: Path, page: Path | None) -> Iterator[None]:
         yield
         return
     from ghoststream.stages.reporting.report import require_place, write_report
-    from ghoststream.stages.run_record import NAME
-    from ghoststream.stages.steps import work_folder
+    from ghoststream.stages.run_record import NAME, work_folder
 
     require_place(page)
     yield

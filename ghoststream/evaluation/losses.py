@@ -27,7 +27,8 @@ class LossSummary:
         loss: Mean negative log-likelihood a token, in nats.
         tokens: Number of predicted tokens.
         standard_error: Standard error of ``loss`` over windows (NaN for a single window).
-        sequence_losses: Mean loss of each window.
+        sequence_losses: Mean loss of each window that has a predicted token.
+        windows: Which windows of the text these are.
         marked_losses: Mean loss of the marked tokens of each of these windows; None where it has none.
             Empty where no tokens are marked.
     """
@@ -36,6 +37,7 @@ class LossSummary:
     tokens: int
     standard_error: float
     sequence_losses: tuple[float, ...]
+    windows: tuple[int, ...]
     marked_losses: tuple[float | None, ...] = ()
 
     @property
@@ -163,9 +165,9 @@ class LossAccumulator:
         if n > 1:
             deviations = sums - loss * counts
             error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / float(counts.sum())
-        return LossSummary(
-            loss, int(counts.sum()), error, tuple((sums / counts).tolist()), self._of_marked(seen)
-        )
+        windows = tuple(np.flatnonzero(seen).tolist())
+        of_windows = tuple((sums / counts).tolist())
+        return LossSummary(loss, int(counts.sum()), error, of_windows, windows, self._of_marked(seen))
 
     def _of_marked(self, seen: npt.NDArray[np.bool_]) -> tuple[float | None, ...]:
         if self._marked is None:

@@ -101,3 +101,11 @@ class Method(Options):
     def is_named(self) -> bool:
         """Whether an operator is named; otherwise several ways to repair are tried, as ``auto`` says."""
         return self.operator not in (None, AUTO)
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it: operator, features and token weights, and what is unusual."""
+        unusual = ("on dense states",) if self.inputs == "dense" else ()
+        if self.refit:
+            unusual = (*unusual, f"{self.refit} layers refitted")
+        return ", ".join((str(self.operator), self.features, self.token_weights, *unusual))

@@ -178,7 +178,8 @@ def _loading(job: ExportJob) -> str:
         *(one["operators"]["metadata"].get("recipe") for one in job.rounds),
     ]
     is_recovered = bool(job.operators.operators)
-    is_recovered |= any(one["operators"]["boundaries"] for one in job.rounds)
+    earlier = (boundary for one in job.rounds for boundary in one["operators"]["boundaries"])
+    is_recovered |= any(boundary["form"] != "identity" for boundary in earlier)
     known = " The one on the hub is known already." if hub_origin(job.skeleton.root) else ""
     kind = _ADAPTER if _is_adapter(job) else _STANDING if job.stands else _FOLDED if is_recovered else _PRUNED
     return kind.format(model_type=job.config["model_type"], trained=_trained(recipes), known=known)

@@ -24,8 +24,8 @@ class CardNotes:
 
     Attributes:
         recipe: The pipeline file that does the same, as YAML; empty where operators were exported by hand.
-        dense_loss: Loss of the dense model on the held-out windows that the layers were chosen on, if it was
-            measured.
+        dense_loss: Loss of the dense model on the held-out windows that the layers were chosen on, if the
+            repaired model was measured there.
         loss: That of the repaired model, as the choice of layers measured it.
     """
 
@@ -45,7 +45,8 @@ class CardNotes:
         recipe = pipeline_yaml(recovery, selection if is_given else None)
         # Of a race the last round, which measures on all windows, comes first.
         measured = [row["loss"] for row in selection.candidates if row.get("chosen") and "loss" in row]
-        if is_given or selection.dense_loss is None or not measured:
+        # Without methods the criterion repairs nothing: its losses are of single layers, or unrepaired.
+        if is_given or not selection.methods or selection.dense_loss is None or not measured:
             return cls(recipe)
         return cls(recipe, selection.dense_loss, float(measured[0]))
 

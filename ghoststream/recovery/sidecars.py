@@ -95,7 +95,7 @@ def name_tokenizer(folder: Path, model_type: str) -> None:
     names = TOKENIZER_MAPPING_NAMES.get(model_type) or ()
     known = [name for name in ((names,) if isinstance(names, str) else names) if name]
     found = known[-1] if known else "PreTrainedTokenizerFast"
-    path.write_text(json.dumps({**said, "tokenizer_class": found}, indent=2, ensure_ascii=False) + "\n")
+    _rewrite(path, {**said, "tokenizer_class": found})
 
 
 def sidecars_digest(root: Path) -> str:
@@ -233,6 +233,10 @@ def _drop_missing_code(path: Path, folder: Path) -> None:
     data["auto_map"] = {key: value for key, value in auto_map.items() if key not in lacking}
     if not data["auto_map"]:
         del data["auto_map"]
+    _rewrite(path, data)
+
+
+def _rewrite(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

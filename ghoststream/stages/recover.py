@@ -20,10 +20,10 @@ from ghoststream.recovery.training import told_training, training_of
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.run_estimate import expected
-from ghoststream.stages.run_record import NAME, RecordedProgress, recorded
+from ghoststream.stages.run_record import NAME, RecordedProgress, recorded, work_folder
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import on_first_device
-from ghoststream.stages.steps import Steps, work_folder
+from ghoststream.stages.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,11 +24,19 @@ from ghoststream.progress import Progress
 from ghoststream.redaction import without_secrets
 
 NAME = "run.json"
+WORK = ".work"
+"""What the folder beside the result ends with."""
 _ENCODING = {"encoding-type": "ghoststream-run", "encoding-version": "1.0"}
 _SECONDS_BETWEEN = 1.0
 
 State = Literal["running", "done", "stopped", "failed"]
 """``stopped``: asked to end, and goes on with the same command."""
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder of what is kept beside what a run makes, of ``.`` beside the folder that it is."""
+    out = out if out.name else out.resolve()
+    return out.parent / f"{out.name}{WORK}"
 
 
 @dataclass
@@ -139,8 +148,8 @@ class RunRecord:
             InputNotFoundError: If there is none.
             ArtifactError: If it is no such file.
         """
-        beside = path.with_name(f"{path.name}.work")
-        found = next((file for file in (beside / NAME, path / NAME, path) if file.is_file()), None)
+        places = (work_folder(path) / NAME, path / NAME, path)
+        found = next((file for file in places if file.is_file()), None)
         if found is None:
             msg = f"there is no {NAME} beside or in {path}; name the --out of a recover or run"
             raise InputNotFoundError(msg)
@@ -296,7 +305,8 @@ def _now() -> str:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _device_peak() -> int | None:

@@ -147,7 +147,14 @@ class ModelSession:
             _given_or_most(compute.host_memory, free_host_memory() + idle_page_locked_memory(self.device)),
             compute.scratch or scratch,
         )
-        return PassMemory(self.skeleton, budget, length, buffers=buffers, gradients=gradients)
+        return PassMemory(
+            self.skeleton,
+            budget,
+            length,
+            buffers=buffers,
+            gradients=gradients,
+            micro_batch=compute.micro_batch,
+        )
 
     def micro_batch(self, length: int) -> int:
         """Return how many sequences of ``length`` tokens go at once, as given or as memory allows."""

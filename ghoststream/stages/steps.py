@@ -21,16 +21,11 @@ from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.select import select_from_store
 from ghoststream.stages.output import NamedByRequest
 from ghoststream.stages.refusals import check_export, check_form, check_place, check_recovery
-from ghoststream.stages.run_record import RecordedProgress
+from ghoststream.stages.run_record import RecordedProgress, work_folder
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.way import Way, what_goes
 from ghoststream.stages.workers import Shared
 from ghoststream.statistics.devices import sums_device
-
-
-def work_folder(out: Path) -> Path:
-    """Return the folder of what is kept beside a recovered checkpoint."""
-    return out.with_name(f"{out.name}.work")
 
 
 class Steps:

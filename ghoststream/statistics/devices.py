@@ -34,7 +34,7 @@ def sums_device(name: str, *, elsewhere: bool = False) -> str | None:
         elsewhere: Whether workers of a cluster reduce: ``auto`` then is their host, as what they have is not
             known here.
     """
-    if name == "cpu":
+    if name.partition(":")[0] == "cpu":
         return None
     if name != "auto":
         return name

@@ -54,6 +54,7 @@ class PassMemory:
         length: Tokens of a sequence, T.
         buffers: Bytes that observers and operators take on the host besides.
         gradients: Bytes of parameters' gradients where the layers compute; ``None`` if there is no way back.
+        micro_batch: Sequences that go through a layer together, if that is given.
     """
 
     def __init__(
@@ -64,13 +65,14 @@ class PassMemory:
         *,
         buffers: int = 0,
         gradients: int | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._budget = budget
         self._length = length
         self._buffers = buffers
         self._fits = self._host_fits = 0
-        self._gradients = gradients
+        self._gradients, self._micro_batch = gradients, micro_batch
         self._on_host = skeleton.device.type == "cpu"
         self._unit = skeleton.unit_bytes
         self._packed = skeleton.packed_bytes
@@ -104,20 +106,20 @@ class PassMemory:
         """What may be taken of the host and of the accelerator; None is no limit."""
         return self._budget.host_bytes, 0 if self._on_host else self._budget.device_bytes
 
-    def has_room(self, n_bytes: int) -> bool:
+    def reserve_on_device(self, n_bytes: int) -> bool:
         """Keep so many bytes of the accelerator free for fits, if two layers and work leave them.
 
         Returns:
             Whether they do. States then have what is left.
         """
-        _, taken = self.taken(self.choose_micro_batch())
+        _, taken = self.taken(self._micro_batch or self.choose_micro_batch())
         limit = self._budget.device_bytes
         if limit is not None and taken + n_bytes > limit:
             return False
         self._fits = n_bytes
         return True
 
-    def keep(self, n_bytes: int) -> None:
+    def reserve_on_host(self, n_bytes: int) -> None:
         """Keep so many bytes of the host free for fits, as far as layers and work leave them.
 
         States make room for them. A fit that is larger than what is left is begun nevertheless.

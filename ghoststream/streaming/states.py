@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 
+from ghoststream.errors import MachineError
 from ghoststream.files import disk_errors, require_free_space
+from ghoststream.files.system_errors import system_errors
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.page_locked import PageLockedStates, page_locked_runs
 from ghoststream.streaming.shapes import StatesShape
@@ -91,13 +93,18 @@ class FileStates:
         """Return the states of a batch, shape ``(n, T, C)``, in memory of their own.
 
         Raises:
-            OSError: If the file cannot be read, or gives less than was written.
+            MachineError: If the file cannot be read, or gives less than was written.
         """
         data = bytearray(batch.ids.numel() * self._token_bytes)
-        read = os.preadv(self._file.fileno(), [data], self._shape.offsets[batch.start] * self._token_bytes)
-        if read != len(data):
-            msg = f"scratch file in {self._path} gave {read} of {len(data)} bytes"
-            raise OSError(msg)
+        raw, offset = memoryview(data), self._shape.offsets[batch.start] * self._token_bytes
+        with system_errors(self._path, doing="read the scratch file in"):
+            # One call gives 2 GiB at most.
+            while raw:
+                read = os.preadv(self._file.fileno(), [raw], offset)
+                if not read:
+                    msg = f"the scratch file in {self._path} ends {len(raw)} bytes before what was written"
+                    raise MachineError(msg)
+                raw, offset = raw[read:], offset + read
         return torch.frombuffer(data, dtype=self._dtype).view(*batch.ids.shape, self._shape.hidden)
 
     def put(self, batch: Batch, states: torch.Tensor) -> None:

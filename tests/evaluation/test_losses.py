@@ -77,7 +77,7 @@ def test_nothing_to_predict_is_an_error() -> None:
 
 
 def test_an_overflowing_perplexity_is_infinite() -> None:
-    assert LossSummary(1000.0, 1, 0.0, (1000.0,)).perplexity == math.inf
+    assert LossSummary(1000.0, 1, 0.0, (1000.0,), (0,)).perplexity == math.inf
 
 
 def test_logit_chunks_stay_below_their_bound() -> None:

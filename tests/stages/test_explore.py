@@ -26,7 +26,6 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.artifacts.verify import verify_path
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.ranking import rank_spans
-from ghoststream.stages.choosing.repair import labels
 from ghoststream.stages.choosing.rounds import OF_SURVIVORS
 from ghoststream.stages.choosing.ways import LIKELY, SCREEN
 from ghoststream.stages.exploring.explore import explore
@@ -138,7 +137,7 @@ def test_every_number_has_the_best_of_what_the_last_round_measured(report: Explo
         # Ties go to plans of fewer spans and to those that copy, within two standard errors.
         assert own["gap"] == point.gap
         assert point.gap == best or len(last) > 1
-        assert list(point.repair) == own["repair"] == labels(point.methods)
+        assert list(point.repair) == own["repair"] == [method.label for method in point.methods]
 
 
 def test_csv_json_and_plans_say_the_same(folder: Path, report: ExplorationReport) -> None:
@@ -299,7 +298,7 @@ def test_a_plan_that_cannot_be_written_is_repaired_by_what_stands(
     monkeypatch.setattr("ghoststream.stages.choosing.measured.require_exportable", refuse)
     found = _explore(model, ids)
     assert found.spent.passes == 5
-    assert {label for point in found.points for label in point.repair} == set(labels([SCREEN]))
+    assert {label for point in found.points for label in point.repair} == {SCREEN.label}
     refused = [row for row in found.candidates if row.get("refusal")]
     assert {row["removed"] for row in refused} == {1, 2, 3}
 

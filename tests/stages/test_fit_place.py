@@ -17,12 +17,12 @@ pytestmark = pytest.mark.unit
 def test_the_largest_fit_that_has_room_and_all_smaller_ones(free: int, room: int) -> None:
     asked: list[int] = []
 
-    def has_room(n_bytes: int) -> bool:
+    def reserve_on_device(n_bytes: int) -> bool:
         asked.append(n_bytes)
         return n_bytes <= free
 
     session: Any = SimpleNamespace(device=torch.device("cuda:1"))
-    memory: Any = SimpleNamespace(has_room=has_room)
+    memory: Any = SimpleNamespace(reserve_on_device=reserve_on_device)
     place = FitPlace()
     # 0 is a fit that cannot be there.
     use_device(place, session, memory, [300, 0, 800, 300])

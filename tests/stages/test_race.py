@@ -21,7 +21,7 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.race import combined, neighbours, survivors
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
-from ghoststream.stages.choosing.repair import Repair, labels, passing_method
+from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.rounds import OF_SURVIVORS, TOKENS_A_CHANNEL, SampleShare
 from ghoststream.stages.choosing.ways import LIKELY, RACED
 from ghoststream.statistics import Ranges, candidate_spans
@@ -132,8 +132,8 @@ def test_auto_tries_every_way_for_the_leader(model: Path, ids: Path) -> None:
     found = _race(model, ids, 2)
     leader = next(row["spans"] for row in found.candidates if row["round"] == 2)
     tried = {tuple(row["repair"]) for row in _last_round(found) if row["spans"] == leader}
-    (likely,) = labels([LIKELY])
-    assert {tuple(labels([method])) for method in RACED[:2]} | {(likely,)} <= tried or len(leader) == 2
+    likely = LIKELY.label
+    assert {(method.label,) for method in RACED[:2]} | {(likely,)} <= tried or len(leader) == 2
     assert found.methods
 
 

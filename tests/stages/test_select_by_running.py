@@ -22,7 +22,7 @@ from ghoststream.stages.choosing.fitting import StreamedFit
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.moments import Boundary
 from ghoststream.stages.choosing.passes import partitions
-from ghoststream.stages.choosing.repair import Repair, labels, passing_method
+from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.ways import EVERY, METHODS
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.measuring.evaluate import evaluate
@@ -201,7 +201,7 @@ def test_auto_tries_both_kinds_of_inputs_behind_another_boundary(
     operators = fit("1:2 3:4", model=model, held_out=HELD, out=out, **on_windows(ids))
     rows = operators.metadata["chosen"]
     behind = {row["repair"][1] for row in rows if row["repair"][0] == rows[0]["repair"][0]}
-    assert behind == set(labels(EVERY.later))
+    assert behind == {method.label for method in EVERY.later}
     assert sum(label.endswith("on dense states") for label in behind) == 2
     assert not any(row["repair"][0].endswith("on dense states") for row in rows)
 
@@ -357,10 +357,10 @@ def test_auto_takes_the_way_to_repair_that_is_best_on_held_out_text(model: Path,
     by_name: dict[str, list[float]] = {}
     for method in METHODS:
         single = _search(model, ids, 2, **_named(method))
-        by_name[labels([method])[0]] = [row["gap"] for row in single.candidates]
+        by_name[method.label] = [row["gap"] for row in single.candidates]
     assert found.candidates[0]["gap"] == min(min(gaps) for gaps in by_name.values())
     assert found.passes == 2, "spans are compared, then ways to repair them"
-    assert found.candidates[0]["repair"] == labels(found.methods)
+    assert found.candidates[0]["repair"] == [method.label for method in found.methods]
     assert [row["chosen"] for row in found.candidates] == [True, *[False] * (len(found.candidates) - 1)]
 
 
@@ -383,7 +383,7 @@ def test_fit_chooses_for_a_plan_what_a_search_would(model: Path, ids: Path, tmp_
     for method in METHODS:
         single = _search(model, ids, 2, **_named(method))
         gaps = {tuple(row["spans"][0]): row["gap"] for row in single.candidates}
-        assert rows[labels([method])[0]] == gaps[2, 4]
+        assert rows[method.label] == gaps[2, 4]
     best = min(rows, key=lambda label: rows[label])
     assert operators.operators[0].features == best.split(", ")[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["operators.safetensors"]

@@ -22,7 +22,6 @@ from ghoststream.checkpoint.sizes import plain_config
 from ghoststream.errors import CheckpointError
 from ghoststream.files import format_bytes, read_json, unseal
 from ghoststream.files.seals import read_tensor_header
-from ghoststream.options import Method
 from ghoststream.recovery.names import ADAPTER_NAME, GGUF_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.recovery.training import told_training
@@ -212,7 +211,7 @@ def explain_plan(path: str) -> Explanation:
     facts = {
         "removes": f"{plan} ({plan.n_removed} of {plan.n_layers} layers)",
         "keeps": ", ".join(str(layer) for layer in plan.kept),
-        "repaired by": "; ".join(_label(method) for method in found.methods) or None,
+        "repaired by": "; ".join(method.label for method in found.methods) or None,
         "criterion": found.criterion or None,
         "figures": found.meaning or None,
         "loss of the dense model": found.dense_loss,
@@ -242,10 +241,6 @@ def explain_exploration(path: str) -> Explanation:
         "arithmetic, in dense passes": found.spent.dense_passes,
     }
     return facts, (Table("numbers of layers", *table_of(found)), _recipe_table(found.recipe))
-
-
-def _label(method: Method) -> str:
-    return ", ".join((str(method.operator), method.features, method.token_weights))
 
 
 def explain_estimate(path: str) -> Explanation:

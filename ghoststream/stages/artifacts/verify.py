@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ghoststream.checkpoint.hub import resolve_checkpoint
-from ghoststream.errors import DataError
+from ghoststream.errors import DataError, RequestError
 from ghoststream.files import parts_of
 from ghoststream.progress import Progress, SilentProgress
+from ghoststream.stages.artifacts.bases import Base
 from ghoststream.stages.artifacts.identify import Kind, identify
 from ghoststream.stages.artifacts.kinds import KINDS
 
@@ -76,8 +77,17 @@ def verify_path(
                 found, digest = check_weights(Path(path), progress)
                 problems += found
             if model is not None:
-                problems += compare_base(kind, str(path), resolve_checkpoint(model).root, progress)
+                root = resolve_checkpoint(model).root
+                problems += compare_base(_base_of(kind, str(path)), str(path), root, progress)
     except DataError as error:
         problems.append(str(error.args[0] if error.args else error))
     checked = KINDS[kind].checked if model is None else f"{KINDS[kind].checked}, tensors of {model}"
     return VerifyReport(str(path), kind.value, checked, tuple(dict.fromkeys(problems)), digest)
+
+
+def _base_of(kind: Kind, path: str) -> Base:
+    read = KINDS[kind].base
+    if read is None:
+        msg = f"{path} is a {kind.value}, which was made of no other model; leave --model out"
+        raise RequestError(msg)
+    return read(path)

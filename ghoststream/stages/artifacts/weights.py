@@ -1,23 +1,18 @@
-"""The weights of a checkpoint, read whole: are they numbers, and are they what something was made of?
-
-What reads one kind of artifact is imported there: weights must not wait for the libraries of a store.
-"""
+"""The weights of a checkpoint, read whole: are they numbers, and are they what something was made of?"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ghoststream.checkpoint.content_reader import ContentReader
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.keys import is_saved_mask
 from ghoststream.errors import DataError, RequestError
-from ghoststream.files import file_digest, json_digest, read_json
+from ghoststream.files import file_digest, json_digest
 from ghoststream.progress import Progress
-from ghoststream.recovery.names import PROVENANCE_NAME
-from ghoststream.stages.artifacts.identify import Kind
+from ghoststream.stages.artifacts.bases import Base
 from ghoststream.stopping import require_going_on
 
 # The hub keeps large files in its cache under their SHA-256.
@@ -46,22 +41,21 @@ def check_weights(root: Path, progress: Progress) -> tuple[list[str], str]:
     return problems, digest
 
 
-def compare_base(kind: Kind, path: str, root: Path, progress: Progress) -> list[str]:
+def compare_base(base: Base, path: str, root: Path, progress: Progress) -> list[str]:
     """Compare a checkpoint with what an artifact was made of; return what differs, a line each.
 
     Args:
-        kind: What the artifact is.
+        base: What the artifact says of it.
         path: The artifact.
         root: Folder of the checkpoint.
         progress: Who is told how far it is.
 
     Raises:
-        RequestError: If the artifact was made of no model, or does not say what its tensors were.
-        GhoststreamError: If it, or headers of the checkpoint, cannot be read.
+        RequestError: If the artifact does not say what its tensors were.
+        GhoststreamError: If headers of the checkpoint cannot be read.
 
-    Memory: 1 MiB, and what the artifact says of itself.
+    Memory: 1 MiB.
     """
-    base = _base_of(kind, path)
     tensors = base.get("tensors")
     if not isinstance(tensors, Mapping) or not tensors:
         msg = f"{path} does not say what the tensors of its model were; leave --model out"
@@ -104,29 +98,3 @@ def _renamed_blobs(index: CheckpointIndex) -> list[str]:
         if named and file_digest(path) != f"sha256:{blob.name}":
             problems.append(f"{path} is not what the hub has: its SHA-256 is another; download it again")
     return problems
-
-
-def _base_of(kind: Kind, path: str) -> Mapping[str, Any]:
-    if kind is Kind.STORE:
-        from ghoststream.activations import ActivationStore
-        from ghoststream.statistics import base_of
-
-        return base_of(ActivationStore.open(path))
-    if kind is Kind.OPERATORS:
-        from ghoststream.operators import OperatorSet
-
-        return dict(OperatorSet.load(path).metadata.get("base") or {})
-    if kind is Kind.PLAN:
-        from ghoststream.selection import Selection
-
-        return Selection.load(Path(path)).base
-    if kind is Kind.EXPLORATION:
-        from ghoststream.stages.exploring.report import ExplorationReport
-
-        return ExplorationReport.load(Path(path)).base
-    if kind in {Kind.RECOVERED, Kind.ADAPTER}:
-        found = read_json(Path(path) / PROVENANCE_NAME)
-        base = found.get("base") if isinstance(found, Mapping) else None
-        return base if isinstance(base, Mapping) else {}
-    msg = f"{path} is a {kind.value}, which was made of no other model; leave --model out"
-    raise RequestError(msg)

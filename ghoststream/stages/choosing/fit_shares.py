@@ -166,7 +166,7 @@ def sum_share(
     lanes = [fit.lane(one, known, session) for one in boundaries]
     batches, memory = fit.batches(own), session.memory(fit.tokens.length)
     use_device(place, session, memory, [one.device_bytes for one in boundaries])
-    memory.keep(max(one.host_bytes for one in boundaries))
+    memory.reserve_on_host(max(one.host_bytes for one in boundaries))
     dense = Lane(DENSE, PruningPlan(fit.repair.plan.n_layers), until=last)
     options = PassOptions(last_layer=last, progress=SilentProgress())
     StreamedPass(session.skeleton, batches, [dense, *lanes], memory.states_factory(batches), options).run()

@@ -198,7 +198,7 @@ class FittedLanes:
         fits: list[StreamedFit | RefittedProjection] = [*self._maps.values(), *parts]
         memory = self._session.memory(self._mask.shape[1])
         use_device(self._place, self._session, memory, [one.device_bytes for one in fits])
-        memory.keep(max((one.host_bytes for one in fits), default=0))
+        memory.reserve_on_host(max((one.host_bytes for one in fits), default=0))
         return memory
 
     def helpers(self) -> list[Lane]:

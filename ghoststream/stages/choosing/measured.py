@@ -28,7 +28,7 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.by_text import gaps_by_text, mean_and_error, worst_text
 from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
 from ghoststream.stages.choosing.moments import DENSE, Figures
-from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.writable import why_not_writable
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
@@ -79,7 +79,7 @@ class Candidate:
             texts["worst_text"] = worst_text(self.by_text)
         return {
             "spans": [[span.start, span.stop] for span in self.plan.spans],
-            "repair": labels(self.repair.methods),
+            "repair": self.repair.labels,
             "loss": self.losses.loss,
             "gap": self.gap,
             "gap_standard_error": self.gap_error if math.isfinite(self.gap_error) else None,
@@ -197,6 +197,6 @@ def _candidate(
     mean, error = mean_and_error(gaps)
     if tokens.text_of is None:
         return Candidate(repair, losses, gaps, mean, of_induction, error, refusal)
-    text_of = tuple(tokens.text_of[-len(gaps) :].tolist())
+    text_of = tuple(tokens.text_of[list(losses.windows)].tolist())
     by_text = tuple(gaps_by_text(gaps, text_of, tokens.n_texts))
     return Candidate(repair, losses, gaps, mean, of_induction, error, refusal, by_text, text_of)

@@ -155,7 +155,8 @@ def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes
         memory: The memory of the pass, which keeps the room.
         sizes: What ``Boundary.device_bytes`` says of each fit.
     """
-    found = next((size for size in sorted(set(sizes), reverse=True) if size and memory.has_room(size)), 0)
+    largest_first = (size for size in sorted(set(sizes), reverse=True) if size)
+    found = next((size for size in largest_first if memory.reserve_on_device(size)), 0)
     if found:
         place.device, place.room = _accelerator(session), found
 

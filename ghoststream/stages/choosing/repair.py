@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ghoststream.errors import RequestError
@@ -40,9 +39,14 @@ class Repair:
         return f"{self.plan} repaired by {self.label}"
 
     @property
+    def labels(self) -> list[str]:
+        """How each boundary is fitted, for a reader."""
+        return [method.label for method in self.methods]
+
+    @property
     def label(self) -> str:
         """How its boundaries are fitted, for a reader."""
-        return "; ".join(labels(self.methods))
+        return "; ".join(self.labels)
 
     def changed(self, index: int, method: Method) -> Repair:
         """Return the same with another method at one span."""
@@ -52,17 +56,6 @@ class Repair:
         """Return the same with so many layers behind each gap fitted anew."""
         methods = tuple(method.model_copy(update={"refit": count}) for method in self.methods)
         return replace(self, methods=methods)
-
-
-def labels(methods: Sequence[Method]) -> list[str]:
-    """Return what a reader calls methods: operator, features and token weights, and what is unusual."""
-    found = []
-    for method in methods:
-        unusual = ("on dense states",) if method.inputs == "dense" else ()
-        if method.refit:
-            unusual = (*unusual, f"{method.refit} layers refitted")
-        found.append(", ".join((str(method.operator), method.features, method.token_weights, *unusual)))
-    return found
 
 
 def passing_method(method: Method) -> Method:

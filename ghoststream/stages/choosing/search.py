@@ -13,7 +13,7 @@ from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import check_search
 from ghoststream.stages.choosing.criteria import MEASURED, REFINED, SearchCriterion, races
 from ghoststream.stages.choosing.material import Material
-from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output
@@ -123,4 +123,4 @@ def _is_chosen(row: Row, repair: Repair) -> bool:
     spans = [Span(*span) for span in row["spans"]]
     if sum(map(len, spans)) < repair.plan.n_removed:
         return all(layer in repair.plan.removed for span in spans for layer in range(span.start, span.stop))
-    return tuple(spans) == repair.plan.spans and row.get("repair") in (None, labels(repair.methods))
+    return tuple(spans) == repair.plan.spans and row.get("repair") in (None, repair.labels)

@@ -26,7 +26,7 @@ from ghoststream.spans import Span
 from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
 from ghoststream.stages.choosing.material import Material
-from ghoststream.stages.choosing.repair import Repair, labels
+from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
@@ -235,7 +235,7 @@ class _Exploration:
             removed=repair.plan.n_removed,
             spans=tuple((span.start, span.stop) for span in repair.plan.spans),
             methods=repair.methods,
-            repair=tuple(labels(repair.methods)),
+            repair=tuple(repair.labels),
             loss=row["loss"],
             perplexity=math.exp(min(row["loss"], 700.0)),
             gap=row["gap"],

@@ -25,10 +25,9 @@ from ghoststream.stages.reporting.read_plan import maps_of, measured_of, norms_o
 from ghoststream.stages.reporting.read_record import fits_run, with_expected, with_record
 from ghoststream.stages.reporting.runs import Run
 from ghoststream.stages.run_record import NAME as RECORD_NAME
-from ghoststream.stages.run_record import RunRecord
+from ghoststream.stages.run_record import WORK, RunRecord, work_folder
 
 _ADVICE = "restore it, or make it again"
-_WORK = ".work"
 Row = Mapping[str, Any]
 
 
@@ -75,14 +74,14 @@ def _kind(place: Path) -> Kind | None:
 
 
 def _read(place: Path, kind: Kind | None) -> tuple[Run, Sequence[Row]]:
-    name = place.resolve().name.removesuffix(_WORK)
+    name = place.resolve().name.removesuffix(WORK)
     if kind is None:
         result = place.resolve().with_name(name)
         if result.is_dir() and result.name != place.resolve().name and _is_recovered(result):
             return _read_recovered(result, place, name)
         return _read_work(Run(name, str(place), "folder of a run, without its result"), place)
     if kind is Kind.RECOVERED:
-        return _read_recovered(place, place.resolve().with_name(f"{place.resolve().name}{_WORK}"), name)
+        return _read_recovered(place, work_folder(place.resolve()), name)
     if kind is Kind.PLAN:
         return _with_plan(Run(name, str(place), kind.value), Selection.load(place)), ()
     if kind is Kind.OPERATORS:

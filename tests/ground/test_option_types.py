@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ghoststream.errors import RequestError
-from ghoststream.option_types import Options
+from ghoststream.option_types import Options, parse_layers
 from ghoststream.options import Compute, Method, Reduction, Search, Storage, Text, Training
 
 pytestmark = pytest.mark.unit
@@ -38,3 +38,10 @@ def test_impossible_numbers_are_refused_by_name(group: type[Options], name: str)
     for number in (least, 10**30, 10**5000, -1):
         with pytest.raises(RequestError, match=f"^{name}: "):
             group.make({**NEEDED.get(group, {}), name: number})
+
+
+def test_ranges_of_layers_are_all_meant() -> None:
+    assert parse_layers("0,10:12,30") == (0, 10, 11, 30)
+    for value in ("0,30:20", "2,8:8", "5:4", ""):
+        with pytest.raises(ValueError, match="names no layer"):
+            parse_layers(value)

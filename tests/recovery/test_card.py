@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 
 import ghoststream as gs
 from ghoststream.files import file_digest
+from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery.notes import mergekit_yaml
-from ghoststream.spans import PruningPlan
+from ghoststream.spans import PruningPlan, Span
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 from tests.helpers.command_bench import succeed
-from tests.helpers.recovered_models import PLAN, in_clean_process, make_operators
+from tests.helpers.recovered_models import HIDDEN, PLAN, in_clean_process, make_operators
 
 pytestmark = pytest.mark.integration
 
@@ -105,6 +106,34 @@ def test_run_takes_the_recipe_of_a_card_back(tiny_llama: Path, tmp_path: Path) -
     dense = gs.evaluate([tiny_llama], text=gs.Text(spec=f"ids:{ids}", length=16)).rows[0]
     held_out = np.mean(dense.losses.sequence_losses[-4:])
     assert float(figures.split(" |")[0]) == pytest.approx(float(held_out), abs=1e-4)
+
+
+def test_what_is_not_repaired_has_no_loss_after(tiny_llama: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(3, 128, (8, 16)).astype(np.int32))
+    text = ("--calibration", f"ids:{ids}", "--sequences", 8, "--length", 16)
+    for criterion in ("perplexity", "sleb"):
+        # Their figures are of single layers that are missing, or of a plan before any repair.
+        given = (
+            "--remove",
+            2,
+            "--criterion",
+            criterion,
+            "--operator",
+            "ghost",
+            "--out",
+            tmp_path / criterion,
+        )
+        succeed("recover", tiny_llama, *text, *given)
+        assert "| before | " not in (tmp_path / criterion / "README.md").read_text()
+
+
+def test_a_second_round_without_operators_claims_no_repair(tiny_llama: Path, tmp_path: Path) -> None:
+    bare = BoundaryOperator(Span(2, 3), "identity")
+    for n_layers, base, name in ((6, tiny_llama, "one"), (5, tmp_path / "one", "two")):
+        operators = OperatorSet(PruningPlan.parse(n_layers, "2:3"), "none", (bare,), HIDDEN)
+        gs.export(base, operators, tmp_path / name)
+        assert "nothing stands in for them" in (tmp_path / name / "README.md").read_text()
 
 
 def test_a_recipe_with_given_spans_says_them(tiny_llama: Path, tmp_path: Path) -> None:

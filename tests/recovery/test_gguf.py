@@ -209,6 +209,7 @@ def test_a_folder_is_explained_checked_and_taken_again(tiny_llama: Path, tmp_pat
     assert found.kind == "recovered GGUF"
     assert found.facts["removed"] == "[2,3) (1 of 6 layers)"
     assert verify_path(tmp_path / "out").sound
+    assert verify_path(tmp_path / "out", model=tiny_llama).sound
     file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
     assert "model.gguf" in verify_path(tmp_path / "out").problems[0]
     with pytest.raises(ArtifactError, match=r"damaged .*model\.gguf"):

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from ghoststream.cli.main import main
+from ghoststream.errors import InputNotFoundError
 from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Text
 from ghoststream.progress import SilentProgress
 from ghoststream.stages.recover import run
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, 16)))
     recovery = Recovery(
@@ -50,6 +51,10 @@ def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
     done = CliRunner().invoke(main, words[1:])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out dir.work" / "run.json").read_bytes() == before
+    monkeypatch.chdir(out)
+    assert RunRecord.load(Path()) == found
+    with pytest.raises(InputNotFoundError):
+        RunRecord.load(Path("/"))
 
 
 def test_a_client_of_a_cluster_is_written_as_its_address(tiny_llama: Path, tmp_path: Path) -> None:

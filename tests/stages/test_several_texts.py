@@ -78,6 +78,27 @@ def test_two_texts_are_the_one_text_of_their_windows_in_turn(model: Path, ids: P
         assert "gaps_by_text" not in row
 
 
+def test_a_window_that_predicts_nothing_shifts_no_text(model: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(2)
+    documents = [["".join(draw.choice(list(CHARACTERS[:20]), 16)) for _ in range(8)] for _ in range(2)]
+    documents[1][6] = CHARACTERS[0]
+    for name, own in zip("ab", documents, strict=True):
+        lines = [json.dumps({"text": text}) for text in own]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    text = Text(spec=[f"file:{tmp_path}/{name}.jsonl" for name in "ab"], sequences=16, length=16, pack=False)
+    found = gs.select(
+        2,
+        gs.Source(model=str(model), calibration=text),
+        search=Search(search="exhaustive", max_spans=1, held_out=4),
+        method=gs.Method(operator="ghost"),
+        compute=Compute(micro_batch=2),
+    )
+    # Documents take turns: of the last four the third is the second text's, with one token.
+    for row in found.candidates:
+        assert row["window_texts"] == [0, 0, 1]
+        assert row["gaps_by_text"][1] == row["window_gaps"][2]
+
+
 def test_the_worst_text_ranks(model: Path, ids: Path) -> None:
     mean = _searched(model, ids, "even", "odd")
     worst = _searched(model, ids, "even", "odd", across_texts="worst")

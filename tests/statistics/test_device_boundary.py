@@ -235,6 +235,7 @@ def test_workers_without_the_device_are_named(uri: str, tmp_path: Path) -> None:
 
 def test_a_store_is_reduced_on_the_host_where_nothing_else_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sums_device("cpu") is None
+    assert sums_device("cpu:0") is None
     assert sums_device("cuda:1", elsewhere=True) == "cuda:1"
     for here, expected in ((False, None), (True, "cuda")):
         monkeypatch.setattr(devices, "may_have_accelerator", lambda here=here: here)

@@ -3,6 +3,7 @@ surface."""
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ghoststream.errors import MachineError
 from ghoststream.streaming import BackgroundObserver, Batch, FileStates, MemoryStates, make_batches
 from ghoststream.streaming.flow import StatesFlow
 from ghoststream.streaming.shapes import StatesShape
@@ -49,6 +51,21 @@ def test_what_is_put_away_is_what_was_computed(tmp_path: Path, source: str, targ
             flow.put(batch, states * 2 + 1)
     for batch in _batches():
         assert torch.equal(end.get(batch), _values()[batch.start : batch.stop] * 2 + 1)
+
+
+def test_a_file_that_gives_less_than_was_asked_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, read = FileStates(tmp_path, SHAPE, torch.float32), os.preadv
+    for batch in _batches():
+        place.put(batch, _values()[batch.start : batch.stop])
+    # The system gives 2 GiB at most.
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: read(file, [buffers[0][:7]], offset))
+    for batch in _batches():
+        assert torch.equal(place.get(batch), _values()[batch.start : batch.stop])
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(MachineError, match="ends 120 bytes before"):
+        place.get(_batches()[0])
 
 
 def test_a_part_of_the_sequences_takes_only_its_own_room(tmp_path: Path) -> None:

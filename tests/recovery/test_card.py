@@ -124,7 +124,7 @@ def test_what_is_not_repaired_has_no_loss_after(tiny_llama: Path, tmp_path: Path
             "--out",
             tmp_path / criterion,
         )
-        succeed("recover", tiny_llama, *text, *given)
+        succeed("recover", tiny_llama, *text, *given, "--out", tmp_path / criterion)
         assert "| before | " not in (tmp_path / criterion / "README.md").read_text()
 
 

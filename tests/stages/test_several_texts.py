@@ -85,7 +85,9 @@ def test_a_window_that_predicts_nothing_shifts_no_text(model: Path, tmp_path: Pa
     for name, own in zip("ab", documents, strict=True):
         lines = [json.dumps({"text": text}) for text in own]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    text = Text(spec=[f"file:{tmp_path}/{name}.jsonl" for name in "ab"], sequences=16, length=16, pack=False)
+    text = Text(
+        spec=tuple(f"file:{tmp_path}/{name}.jsonl" for name in "ab"), sequences=16, length=16, pack=False
+    )
     found = gs.select(
         2,
         gs.Source(model=str(model), calibration=text),

@@ -260,7 +260,7 @@ def find_absorptions(
     return absorptions
 
 
-def require_exportable(skeleton: Skeleton, operator: BoundaryOperator) -> None:
+def require_precise_weight(skeleton: Skeleton, operator: BoundaryOperator) -> None:
     """Check that an operator on :data:`ABSORBED` features fits the precision of its weight.
 
     Raises:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import RequestError
 from ghoststream.operators import OperatorSet
-from ghoststream.options import AUTO, Compute, Method, Reduction, Search, Source, dtype_name
+from ghoststream.options import AUTO, Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
-from ghoststream.selection import Selection, read_plan
+from ghoststream.selection import read_plan
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.checks import named_method, require_shareable
 from ghoststream.stages.choosing.fit import fit_in_passes
 from ghoststream.stages.from_store.fit import fit_from_store
 from ghoststream.stages.from_store.kind import make_store_kind
-from ghoststream.stages.refusals import check_export, check_family, require_features
+from ghoststream.stages.refusals import check_model
 from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import on_first_device, require_one_device
@@ -108,7 +107,7 @@ def fit(
     selection = read_plan(plan, session.skeleton.n_layers)
     if shared is not None:
         require_shareable(method, selection.methods)
-    _check_fit(session, selection, method)
+    check_model(session, named_method(method), selection.plan.spans, selection.plan)
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
     return fit_in_passes(
@@ -121,13 +120,3 @@ def fit(
         progress=progress,
         shared=shared,
     )
-
-
-def _check_fit(session: ModelSession, selection: Selection, method: Method) -> None:
-    """Find before the text is read what the pass, or the export of what it fits, could not do."""
-    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
-    check_family(sizes, session.compute)
-    named = named_method(method)
-    if named is not None:
-        require_features(named, selection.plan.spans, sizes)
-    check_export(session.skeleton, selection.plan)

@@ -15,7 +15,7 @@ from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModel
 from ghoststream.files import differences, require_writable
 from ghoststream.options import AUTO, Compute, Form, GgufType, Method, Reduction, Search
 from ghoststream.recovery.config_surgery import own_code, require_independent_layers
-from ghoststream.recovery.features import ABSORBED
+from ghoststream.recovery.features import ABSORBED, ABSORBED_WHOLE
 from ghoststream.recovery.forms import find_form
 from ghoststream.recovery.training import training_of
 from ghoststream.selection import make_criterion
@@ -38,10 +38,10 @@ from ghoststream.statistics.features import require_layer_before
 
 if TYPE_CHECKING:
     from ghoststream.recovery import RecoveredInfo
+    from ghoststream.stages.session import ModelSession
     from ghoststream.streaming import Skeleton
 
 _STORE_OPTIONS = "layers are chosen and operators fitted in passes over the model, without a store"
-_NORMED = ("normed", "hidden+normed")
 
 
 def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> None:
@@ -62,7 +62,7 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
     method = _check_fit(way)
     _check_form(way, method, sizes.model_type)
     _check_training(way, sizes, method)
-    check_family(sizes, way.recovery.compute)
+    check_prunable(sizes, way.recovery.compute)
     if method is not None:
         spans = (Span(1, 2),) if way.given is None else way.given.plan.spans
         require_features(method, spans, sizes)
@@ -75,7 +75,7 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
         divided(text.sequences, search.held_out, way.recovery.compute.micro_batch, at_once)
 
 
-def check_family(sizes: ModelSizes, compute: Compute) -> None:
+def check_prunable(sizes: ModelSizes, compute: Compute) -> None:
     """Check, as far as its configuration file tells, that layers can be removed from a model.
 
     Raises:
@@ -86,6 +86,27 @@ def check_family(sizes: ModelSizes, compute: Compute) -> None:
     if compute.trust_remote_code and has_code and not model_type.startswith("ghosted_"):
         raise UnsupportedModelError(own_code(sizes.root))
     require_independent_layers(config, model_type, sizes.n_layers)
+
+
+def check_model(
+    session: ModelSession, method: Method | None, spans: Sequence[Span], plan: PruningPlan
+) -> None:
+    """Find before a text is read what a pass over a model, or the export of what is fitted, could not do.
+
+    Args:
+        session: The model.
+        method: How boundaries are repaired, where an operator is named.
+        spans: The boundaries that it is for.
+        plan: Removes as many layers as will be.
+
+    Raises:
+        RequestError, UnsupportedModelError: What :func:`check_prunable`, :func:`require_features` and
+            :func:`check_export` raise.
+    """
+    check_prunable(session.sizes, session.compute)
+    if method is not None:
+        require_features(method, spans, session.sizes)
+    check_export(session.skeleton, plan)
 
 
 def check_export(skeleton: Skeleton, plan: PruningPlan) -> None:
@@ -118,9 +139,9 @@ def require_features(method: Method, spans: Sequence[Span], sizes: ModelSizes) -
         UnsupportedModelError: If an operator could not be absorbed, or the model's norm names no epsilon.
     """
     features, taps = method.features, taps_of(method.features)
-    get_feature(features)
+    feature = get_feature(features)
     require_standing(features)
-    if features in _NORMED and not sizes.norm_names_epsilon:
+    if feature.needs_epsilon and not sizes.norm_names_epsilon:
         msg = (
             f"the final norm of a {sizes.model_type} does not say which epsilon it has, which the features "
             f"{features} need; use features of the hidden state"
@@ -135,7 +156,7 @@ def require_features(method: Method, spans: Sequence[Span], sizes: ModelSizes) -
         if features in ABSORBED and end.refusal:
             msg = f"{place} at {span}: {end.refusal}; use features of the hidden state"
             raise UnsupportedModelError(msg)
-        if features in ABSORBED[:2] and method.intercept and not end.has_bias:
+        if features in ABSORBED_WHOLE and method.intercept and not end.has_bias:
             msg = (
                 f"{place} at {span}: the last linear map of the MLP has no bias that could take up the "
                 "constant; fit without an intercept"

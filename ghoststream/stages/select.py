@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ghoststream.activations import StoreRef
-from ghoststream.checkpoint.sizes import read_sizes
-from ghoststream.options import Compute, Method, Reduction, Search, Source, dtype_name
+from ghoststream.options import Compute, Method, Reduction, Search, Source
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.selection import Selection, make_criterion
 from ghoststream.spans import Span
@@ -17,7 +16,7 @@ from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.search import search_session
 from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
-from ghoststream.stages.refusals import check_export, check_family, require_features
+from ghoststream.stages.refusals import check_model
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import on_first_device
 from ghoststream.stages.way import some_plan
@@ -91,17 +90,14 @@ def select(
     reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
     shared = Shared.asked(compute, reduction.scheduler)
     session = ModelSession(str(source.model), on_first_device(compute))
-    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
-    rule, named = check_search(sizes.n_layers, remove, search, method)
+    n_layers = session.skeleton.n_layers
+    rule, named = check_search(n_layers, remove, search, method)
     if not rule.repairs:
         method.refuse(None, f"the criterion {name} repairs nothing")
         search.refuse(
             ("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows"
         )
-    check_family(sizes, compute)
-    if named is not None:
-        require_features(named, (Span(1, 2),), sizes)
-    check_export(session.skeleton, some_plan(sizes.n_layers, remove))
+    check_model(session, named, (Span(1, 2),), some_plan(n_layers, remove))
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
     return search_session(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ghoststream.checkpoint import checkpoint_fingerprint
 from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
+from ghoststream.checkpoint.sizes import ModelSizes, read_sizes
 from ghoststream.errors import (
     RequestError,
 )
@@ -121,6 +122,11 @@ class ModelSession:
             self.skeleton.reader.check(name)
             progress.advance(1)
         progress.finish()
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """The model's sizes at the compute type, as its headers show them."""
+        return read_sizes(self.root, dtype=dtype_name(self.skeleton.dtype))
 
     @cached_property
     def norm_epsilon(self) -> float | None:

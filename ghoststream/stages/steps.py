@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.operators import OperatorSet
-from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage, dtype_name
+from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture_session, capture_shared
@@ -56,7 +55,7 @@ class Steps:
         self.work = work_folder(out)
         self._text = recovery.calibration.to_calibrate()
         self.store: str | None = None
-        sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
+        sizes = session.sizes
         self.way = Way(recovery, *what_goes(recovery, sizes.n_layers))
         self._ways = Ways.of(recovery.form, sizes.model_type)
         check_recovery(self.way, sizes, session.memory(self._text.length).choose_micro_batch)

@@ -66,11 +66,13 @@ class Feature:
             default.
         on_device: Whether ``rows`` takes tensors on a device too, and returns one. Otherwise, where states
             are on one, rows are computed on the host.
+        needs_epsilon: Whether ``rows`` needs the epsilon of the model's norms.
     """
 
     name: str
     taps: tuple[str, ...] = ()
     on_device: bool = False
+    needs_epsilon: bool = False
 
     def width(self, hidden: int) -> int:
         """Return the number of features p for a hidden size C (for taps, their width together).
@@ -104,6 +106,7 @@ class NormedFeature(Feature):
 
     name = "normed"
     on_device = True
+    needs_epsilon = True
 
     def rows(self, states: Any, facts: ModelFacts) -> Any:
         """Return the states divided by their root mean square.
@@ -122,6 +125,7 @@ class HiddenAndNormedFeature(Feature):
 
     name = "hidden+normed"
     on_device = True
+    needs_epsilon = True
 
     def width(self, hidden: int) -> int:
         """Return ``2 * hidden``."""

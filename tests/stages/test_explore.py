@@ -295,7 +295,7 @@ def test_a_plan_that_cannot_be_written_is_repaired_by_what_stands(
             msg = "it would be lost in rounding"
             raise NumericsError(msg)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_exportable", refuse)
+    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_precise_weight", refuse)
     found = _explore(model, ids)
     assert found.spent.passes == 5
     assert {label for point in found.points for label in point.repair} == {SCREEN.label}

@@ -399,7 +399,7 @@ def test_what_cannot_be_written_is_measured_and_not_chosen(
 
     settings = _named(_least_squares("hidden+mlp", token_weights="drop_sinks"))
     sound = _search(model, ids, 2, **settings)
-    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_exportable", refuse)
+    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_precise_weight", refuse)
     refused = _search(model, ids, 2, **settings)
     assert [row["gap"] for row in refused.candidates] == [row["gap"] for row in sound.candidates]
     assert {row["refusal"] for row in refused.candidates} == {"lost in rounding"}

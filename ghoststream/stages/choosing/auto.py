@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ghoststream.checkpoint.sizes import read_sizes
 from ghoststream.errors import UnsupportedModelError
-from ghoststream.options import Method, dtype_name
+from ghoststream.options import Method
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.by_text import ranked_gap
@@ -19,7 +18,7 @@ from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output, Result
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.workers import Shared
-from ghoststream.statistics import taps_of
+from ghoststream.statistics import get_feature, taps_of
 
 Measure = Callable[[Sequence[Repair]], Sequence[Mapping[str, Any]]]
 """Measures repairs: the figures of each, a ``gap`` to the dense model among them, in their order."""
@@ -78,10 +77,9 @@ def without_too_large(
         shared: Who shares the passes, and so the memory of the host.
     """
     session, tokens, fitting = material.session, material.tokens, material.division.fitting
-    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
     n_fit = tokens.n_sequences if fitting is None else fitting.n_sequences
     ranges = largest_ranges(tokens.n_sequences, n_fit, folds=material.folds, turn=tokens.n_texts)
-    fits = fits_of(sizes, ranges, ways, length=tokens.length, races=races)
+    fits = fits_of(session.sizes, ranges, ways, length=tokens.length, races=races)
     room = _room(session, tokens.length, 1 if shared is None else shared.n_here)
 
     def begun(features: tuple[str, ...]) -> bool:
@@ -157,4 +155,4 @@ def _is_possible(session: ModelSession, span: Span, method: Method) -> bool:
             require_absorbable(session.skeleton, span, method.features, constant=method.intercept)
         except UnsupportedModelError:
             return False
-    return method.features != "normed" or session.norm_epsilon is not None
+    return not get_feature(method.features).needs_epsilon or session.norm_epsilon is not None

@@ -23,7 +23,7 @@ from ghoststream.evaluation import (
 )
 from ghoststream.operators import BoundaryOperator
 from ghoststream.progress import Progress
-from ghoststream.recovery.absorbing import require_exportable
+from ghoststream.recovery.absorbing import require_precise_weight
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.by_text import gaps_by_text, mean_and_error, worst_text
 from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
@@ -170,7 +170,7 @@ def _refusal(repair: Repair, lane: Lane, session: ModelSession) -> str:
     """Say why the model cannot be written, or what was fitted be absorbed; lanes need neither."""
     for operator in _operators(lane):
         try:
-            require_exportable(session.skeleton, operator)
+            require_precise_weight(session.skeleton, operator)
         except NumericsError as error:
             return str(error)
     return why_not_writable(session, repair.plan)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ghoststream.checkpoint.sizes import ModelSizes, read_sizes
+from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.options import (
     AUTO,
     Compute,
@@ -17,7 +17,6 @@ from ghoststream.options import (
     Search,
     Text,
     TextLike,
-    dtype_name,
 )
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
@@ -37,7 +36,7 @@ from ghoststream.stages.exploring.ranking import Ranking
 from ghoststream.stages.exploring.report import NAME, DenseFigures, ExplorationReport, Point, Spent
 from ghoststream.stages.exploring.rounds import STAGES, run_rounds
 from ghoststream.stages.output import Output, not_of_this_request
-from ghoststream.stages.refusals import check_export, check_family, require_features
+from ghoststream.stages.refusals import check_model
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import on_first_device
 from ghoststream.stages.way import some_plan
@@ -99,11 +98,12 @@ def explore(
         method.refuse(("refit",), f"an exploration with the operator {AUTO} refits nothing")
     shared = Shared.asked(compute, scheduler)
     session = ModelSession(model, on_first_device(compute))
-    sizes = read_sizes(session.root, dtype=dtype_name(session.skeleton.dtype))
+    sizes = session.sizes
     numbers = Numbers(
         sizes.n_layers, counts_of(exploration, sizes.n_layers), search.max_spans, exploration.per_count
     )
-    named = _checked_method(session, sizes, numbers, method)
+    named = named_method(method)
+    check_model(session, named, (Span(1, 2),), some_plan(sizes.n_layers, max(numbers.counts)))
     text = Text.of(calibration).to_calibrate()
     material = Material.read(session, text, search, progress)
     request = {
@@ -130,17 +130,6 @@ def explore(
     recipe = {**request, **_repairing(named, ways)}
     work = _Exploration(material, sizes, numbers, exploration, search.lanes, named, ways, shared)
     return work.run(None, recipe) if out is None else _kept(Path(out), work, recipe)
-
-
-def _checked_method(
-    session: ModelSession, sizes: ModelSizes, numbers: Numbers, method: Method
-) -> Method | None:
-    named = named_method(method)
-    check_family(sizes, session.compute)
-    if named is not None:
-        require_features(named, (Span(1, 2),), sizes)
-    check_export(session.skeleton, some_plan(sizes.n_layers, max(numbers.counts)))
-    return named
 
 
 def _repairing(method: Method | None, ways: Ways) -> dict[str, Any]:

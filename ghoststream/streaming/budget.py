@@ -88,12 +88,9 @@ class PassMemory:
         work, states = self._work_bytes(1, self._length), self._states_bytes(1, self._length)
         return sequences_at_work(self._unit, work, self._length, limit, None if self._on_host else states)
 
-    def taken(self, micro_batch: int) -> tuple[int, int]:
-        """Return what a pass takes of the host and of the accelerator beside states and fits.
-
-        Args:
-            micro_batch: Sequences that go through a layer together.
-        """
+    def taken(self) -> tuple[int, int]:
+        """Return what a pass takes of the host and of the accelerator beside states and fits."""
+        micro_batch = self._micro_batch or self.choose_micro_batch()
         computing = 2 * self._unit + max(self._unit // 2, self._work_bytes(micro_batch, self._length))
         if self._on_host:
             return computing + self._packed + self._buffers, 0
@@ -112,7 +109,7 @@ class PassMemory:
         Returns:
             Whether they do. States then have what is left.
         """
-        _, taken = self.taken(self._micro_batch or self.choose_micro_batch())
+        _, taken = self.taken()
         limit = self._budget.device_bytes
         if limit is not None and taken + n_bytes > limit:
             return False

@@ -276,6 +276,26 @@ def test_fits_are_where_there_is_room_for_them() -> None:
     assert solve[0] < solve[1] / 10
 
 
+def test_sums_on_the_host_are_as_fast_as_the_processors_that_work(tiny_llama: Path) -> None:
+    laptop = known_machines()["laptop"]
+
+    def solve(processors: int, **compute: Any) -> float:
+        machine = laptop.model_copy(update={"processors": processors, "threads": 8})
+        request = Recovery(
+            remove="1:3",
+            method=Method(operator="ghost", inputs="repaired"),
+            calibration=Text(spec="c4", sequences=64, length=64),
+            compute=Compute(**compute),
+        )
+        stages = {one.name: one for one in estimate(request, model=str(tiny_llama), machine=machine).stages}
+        return stages["fit"].parts["solve"]
+
+    one, two, all_of_them = (solve(count, host_memory=10**9) for count in (1, 2, 8))
+    assert (one - all_of_them) / (two - all_of_them) == pytest.approx(7 / 3), "1, 1/2 and 1/8, less 1/8"
+    assert all_of_them == solve(8)
+    assert solve(8, host_memory=10**6) == pytest.approx(one), "memory for one range at a time"
+
+
 def test_a_store_is_swept_within_the_memory_of_the_machine() -> None:
     plan = " ".join(f"{start}:{start + 2}" for start in range(3, 75, 6))
     found = {name: price("llama-3-70b", name, plan).sweeps[0] for name in ("h100", "laptop")}

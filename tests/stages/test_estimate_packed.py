@@ -69,7 +69,7 @@ def test_packed_weights_take_a_core_and_the_time_of_the_disk_besides(tmp_path: P
 def test_a_pass_sets_aside_what_is_said(tmp_path: Path) -> None:
     root = save_fp8(tmp_path, "llama")
     skeleton = Skeleton(root, dtype=torch.bfloat16)
-    taken, _ = PassMemory(skeleton, MemoryBudget(), 64).taken(4)
+    taken, _ = PassMemory(skeleton, MemoryBudget(), 64, micro_batch=4).taken()
     found = estimate(
         Recovery(
             remove="1:2",

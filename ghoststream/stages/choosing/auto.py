@@ -12,8 +12,9 @@ from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.material import Material
+from ghoststream.stages.choosing.moments import room_of
 from ghoststream.stages.choosing.repair import Repair
-from ghoststream.stages.choosing.room import Room, fits_of, largest_ranges, left_out, settled
+from ghoststream.stages.choosing.room import fits_of, largest_ranges, left_out, settled
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.output import Output, Result
 from ghoststream.stages.session import ModelSession
@@ -80,7 +81,8 @@ def without_too_large(
     n_fit = tokens.n_sequences if fitting is None else fitting.n_sequences
     ranges = largest_ranges(tokens.n_sequences, n_fit, folds=material.folds, turn=tokens.n_texts)
     fits = fits_of(session.sizes, ranges, ways, length=tokens.length, races=races)
-    room = _room(session, tokens.length, 1 if shared is None else shared.n_here)
+    sharing = 1 if shared is None else shared.n_here
+    room = room_of(session, session.memory(tokens.length), sharing)
 
     def begun(features: tuple[str, ...]) -> bool:
         output = place(ways.without(features))
@@ -93,20 +95,6 @@ def without_too_large(
             str(found[name]) if name in found else f"{name} is left out, as when this was begun"
         )
     return ways.without(names)
-
-
-def _room(session: ModelSession, length: int, sharing: int) -> Room:
-    memory, compute = session.memory(length), session.compute
-    (host, device), (on_host, on_device) = memory.limits, memory.taken(session.micro_batch(length))
-    is_given = compute.host_memory is not None and (
-        session.device.type == "cpu" or compute.device_memory is not None
-    )
-    return Room(
-        None if host is None else host // sharing - on_host,
-        None if device is None else max(0, device - on_device),
-        is_given,
-        on_host,
-    )
 
 
 def choose_methods(

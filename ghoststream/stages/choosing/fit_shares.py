@@ -183,7 +183,7 @@ def _fitted(fit: SharedFit, span: Span, shares: Sequence[Sums], session: ModelSe
     for nodes in shares:
         for node, state in nodes.items():
             together.put(node, state)
-    return fitted_operator(boundary.kind, boundary.moments(together, summed.device), "all")
+    return fitted_operator(boundary.kind, boundary.moments(together), "all")
 
 
 def _length(own: Sequence[SequenceRange]) -> int:

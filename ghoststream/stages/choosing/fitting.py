@@ -80,8 +80,7 @@ class StreamedFit(SummedBoundary):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        device = self.device
-        moments = self.boundary.moments(self.boundary.sums(pairs, device=device), device)
+        moments = self.boundary.moments(self.boundary.sums(pairs))
         self._take(fitted_operator(self.boundary.kind, moments, self._figures))
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.machine import processors
 from ghoststream.operators import BoundaryOperator, OperatorKind
 from ghoststream.operators.diagnostics import relative_residual
 from ghoststream.spans import Span
-from ghoststream.stages.choosing.room import FitBytes
+from ghoststream.stages.choosing.room import FitBytes, Room
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import BoundaryReducer, FoldedMoments, ModelFacts, Ranges, SumState
 from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
-from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.fold_sums import FoldSums
 from ghoststream.statistics.ranges import SequenceRange
 from ghoststream.statistics.streamed import StreamedTaps, device_sums, folded, streamed_sums
@@ -37,10 +37,12 @@ class FitPlace:
     Attributes:
         device: The device; None where there is none.
         room: Bytes that a pass leaves to one fit there.
+        beside: What the pass leaves to a fit on the host; None where no pass was asked.
     """
 
     device: str | None = None
     room: int = 0
+    beside: Room | None = None
 
     def of(self, n_bytes: int) -> str | None:
         """Return the device of a fit that takes so many bytes (0: it cannot be there); None is the host."""
@@ -58,6 +60,7 @@ class Boundary:
         mask: True at tokens that count, bool ``(S, T)``.
         session: The model.
         taps: The taps that the operator reads, if it does.
+        place: Where it is fitted.
     """
 
     kind: OperatorKind
@@ -66,6 +69,7 @@ class Boundary:
     mask: npt.NDArray[np.bool_]
     session: ModelSession
     taps: StreamedTaps | None
+    place: FitPlace = field(default_factory=FitPlace)
 
     @property
     def facts(self) -> ModelFacts:
@@ -96,27 +100,34 @@ class Boundary:
         solving = 4 * state if self.kind.solves_on_device else 0
         return max(reducer.device_bytes(hidden, length) + waiting * state, solving)
 
-    def host_bytes(self, device: str | None) -> int:
-        """Return the bytes that the fit takes on the host; ``device`` is where it is fitted."""
-        found = FitBytes.of(
+    @property
+    def device(self) -> str | None:
+        """Where it is summed and solved; None is the host."""
+        return self.place.of(self.device_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that the fit takes on the host, wherever it is."""
+        return self._bytes.host if self.device is None else self._bytes.beside
+
+    @property
+    def _bytes(self) -> FitBytes:
+        return FitBytes.of(
             self.kind,
             self.ranges,
             hidden=self.session.skeleton.hidden_size,
             length=self.mask.shape[1],
             tap_width=0 if self.taps is None else self.taps.width,
-            workers=default_workers if self.session.compute.host_memory is None else _one,
+            room=self.place.beside,
+            processors=processors(),
         )
-        return found.host if device is None else found.beside
 
-    def sums(
-        self, pairs: Pairs, ranges: Sequence[SequenceRange] | None = None, device: str | None = None
-    ) -> FoldSums[SumState]:
+    def sums(self, pairs: Pairs, ranges: Sequence[SequenceRange] | None = None) -> FoldSums[SumState]:
         """Reduce the pairs of the sequences that serve to fit to what the operator reads.
 
         Args:
             pairs: The states, with taps behind them where there are any.
             ranges: Of which consecutive ranges; of all if None.
-            device: Torch device on which they are summed; None is the host.
 
         Raises:
             NumericsError: If a state is not finite.
@@ -131,23 +142,46 @@ class Boundary:
             "n_layers": self.session.skeleton.n_layers,
             "taps": self.taps,
         }
-        reducer = self.reducer(device)
+        reducer = self.reducer(self.device)
         if isinstance(reducer, DeviceBoundaryReducer):
             return device_sums(reducer, ranges, pairs, **about)
-        # Where the memory is given, a pass counts one task.
-        workers = None if self.session.compute.host_memory is None else 1
+        # As many at a time as the pass has counted.
+        workers = None if self.place.beside is None else self._bytes.tasks
         rows = _fitting(pairs, ranges[0].start, ranges[-1].stop)
         return streamed_sums(reducer, ranges, rows, **about, workers=workers)
 
-    def moments(self, sums: FoldSums[SumState], device: str | None = None) -> FoldedMoments:
+    def moments(self, sums: FoldSums[SumState]) -> FoldedMoments:
         """Return the moments of all folds; on a device they are solved there, if the operator can be."""
-        found = folded(self.reducer(), sums, self.ranges.n_folds, self.facts)
+        found, device = folded(self.reducer(), sums, self.ranges.n_folds, self.facts), self.device
         there = self.kind.sums_on(device) is not None and self.kind.solves_on_device
         return found.on_device(device if there else None)
 
 
+def room_of(session: ModelSession, memory: PassMemory, sharing: int = 1) -> Room:
+    """Return what a pass leaves to fits.
+
+    Args:
+        session: The model.
+        memory: The memory of the pass.
+        sharing: Passes that share the memory of the host.
+    """
+    compute = session.compute
+    (host, device), (on_host, on_device) = memory.limits, memory.taken()
+    is_given = compute.host_memory is not None and (
+        session.device.type == "cpu" or compute.device_memory is not None
+    )
+    return Room(
+        None if host is None else host // sharing - on_host,
+        None if device is None else max(0, device - on_device),
+        is_given,
+        on_host,
+    )
+
+
 def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes: Iterable[int]) -> None:
     """Let fits be on the session's accelerator, if it has one: the largest that the pass leaves room for.
+
+    Those on the host sum as many ranges at a time as the pass leaves room for there.
 
     Args:
         place: Where the fits go.
@@ -155,6 +189,7 @@ def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes
         memory: The memory of the pass, which keeps the room.
         sizes: What ``Boundary.device_bytes`` says of each fit.
     """
+    place.beside = room_of(session, memory)
     largest_first = (size for size in sorted(set(sizes), reverse=True) if size)
     found = next((size for size in largest_first if memory.reserve_on_device(size)), 0)
     if found:
@@ -185,12 +220,6 @@ def _fitting(pairs: Pairs, first: int, last: int) -> Iterator[tuple[npt.NDArray[
         start, stop = (min(max(at, batch.start), batch.stop) - batch.start for at in (first, last))
         if start < stop:
             yield _rows(inputs[start:stop]), _rows(targets[start:stop])
-
-
-def _one(task: int) -> int:
-    # Where the memory is given, a pass counts one task.
-    del task
-    return 1
 
 
 def _rows(states: torch.Tensor) -> npt.NDArray[Any]:

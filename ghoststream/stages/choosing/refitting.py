@@ -68,7 +68,6 @@ class RefittedProjection(BoundaryMap):
         diagnosed: bool = True,
         place: FitPlace | None = None,
     ) -> None:
-        self._place = place or FitPlace()
         skeleton = session.skeleton
         self._diagnosed = diagnosed
         self.projection = projection
@@ -80,7 +79,8 @@ class RefittedProjection(BoundaryMap):
         self.width = sum(self._parts)
         # Moments are of a tap of the layer before a span; where that span would stop does not matter.
         label, taps = Span(projection.layer + 1, projection.layer + 2), StreamedTaps(self._parts[1])
-        self._boundary = Boundary(make_operator(method), label, ranges, mask, session, taps)
+        kind, where = make_operator(method), place or FitPlace()
+        self._boundary = Boundary(kind, label, ranges, mask, session, taps, where)
 
     @property
     def device_bytes(self) -> int:
@@ -90,7 +90,7 @@ class RefittedProjection(BoundaryMap):
     @property
     def host_bytes(self) -> int:
         """Bytes that the fit takes on the host, wherever it is."""
-        return self._boundary.host_bytes(self._place.of(self.device_bytes))
+        return self._boundary.host_bytes
 
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and tap side by side."""
@@ -102,8 +102,8 @@ class RefittedProjection(BoundaryMap):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        boundary, device = self._boundary, self._place.of(self.device_bytes)
-        moments = boundary.moments(boundary.sums(pairs, device=device), device)
+        boundary = self._boundary
+        moments = boundary.moments(boundary.sums(pairs))
         fitted = boundary.kind.fit(moments) if self._diagnosed else boundary.kind.solve(moments)
         self.figures = {name: fitted.diagnostics.get(name) for name in _SHOWN}
         assert fitted.weight is not None

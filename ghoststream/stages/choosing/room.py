@@ -26,6 +26,7 @@ class FitBytes:
         beside: Of the host, if it is fitted on the accelerator.
         formula: How ``host`` adds up.
         state: Of one sum.
+        tasks: Ranges that are summed at a time on the host.
     """
 
     host: int
@@ -33,6 +34,7 @@ class FitBytes:
     beside: int
     formula: str = ""
     state: int = 0
+    tasks: int = 1
 
     @classmethod
     def of(
@@ -43,7 +45,8 @@ class FitBytes:
         hidden: int,
         length: int,
         tap_width: int = 0,
-        workers: Callable[[int], int] = lambda task: 1,
+        room: Room | None = None,
+        processors: int = 1,
     ) -> FitBytes:
         """Say what an operator takes.
 
@@ -56,7 +59,8 @@ class FitBytes:
             hidden: Hidden size C.
             length: Tokens of a sequence.
             tap_width: Width of the taps that its features read, 0 for features of the hidden state.
-            workers: Says how many ranges are summed at a time, by the bytes that one takes.
+            room: What a pass leaves to it: as many ranges are summed at a time as that holds; one if None.
+            processors: Processors that serve.
         """
         taps = TapSource("", tap_width) if tap_width else None
         width = get_feature(kind.features).width(tap_width or hidden)
@@ -64,7 +68,8 @@ class FitBytes:
         solving = solution.n_bytes
         reducer = kind.reducer((Span(1, 2),), hidden=hidden, taps=taps)
         state, task = reducer.state_bytes(hidden, length), reducer.task_bytes(hidden, length)
-        kept, at_once, n_states = ranges.n_folds * state, workers(task), most_states(ranges)
+        kept, n_states = ranges.n_folds * state, most_states(ranges)
+        at_once = 1 if room is None else room.tasks(processors, task, n_states * state)
         summing = n_states * state + at_once * task
         if summing > kept - state + solving:
             host, formula = summing, f"{at_once} tasks of {task:,} and {n_states} sums of {state:,}"
@@ -73,7 +78,7 @@ class FitBytes:
             formula = f"{ranges.n_folds - 1} sums of {state:,} + {formula}" if kept > state else formula
         on_device = kind.sums_on("cuda") is not None
         beside = kept if kind.solves_on_device else kept - state + solving
-        return cls(host, solving * on_device, beside * on_device, formula, state)
+        return cls(host, solving * on_device, beside * on_device, formula, state, at_once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,21 @@ class Room:
         on_device = fit.device > 0 and (self.device is None or fit.device <= self.device)
         needed = fit.beside if on_device else fit.host
         return self.host is None or needed <= self.host
+
+    def tasks(self, processors: int, task: int, beside: int) -> int:
+        """Return how many ranges are summed at a time on the host; the number changes no bit.
+
+        That is one a processor, within half of the memory of a pass, as states take the rest of it.
+
+        Args:
+            processors: Processors that serve.
+            task: Bytes that one range takes.
+            beside: Bytes of the sums that wait for them.
+        """
+        if self.host is None:
+            return processors
+        room = min((self.host + self.taken) // 2, self.host - beside)
+        return max(1, min(processors, room // max(1, task)))
 
 
 @dataclass(frozen=True, slots=True)

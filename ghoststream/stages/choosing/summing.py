@@ -61,7 +61,7 @@ class SummedBoundary(BoundaryMap):
         own: Sequence[SequenceRange] | None = None,
         place: FitPlace | None = None,
     ) -> None:
-        self._place, self._own = place or FitPlace(), own
+        self._own = own
         skeleton, read = session.skeleton, taps_of(method.features)
         if read:
             require_absorbable(skeleton, span, method.features, constant=method.intercept)
@@ -73,7 +73,8 @@ class SummedBoundary(BoundaryMap):
             self.width = sum(self._parts)
             with_states = len(self.taps) < len(read)
             streamed = StreamedTaps(sum(self._parts if with_states else widths), with_states=with_states)
-        self.boundary = Boundary(make_operator(method), span, ranges, mask, session, streamed)
+        kind, where = make_operator(method), place or FitPlace()
+        self.boundary = Boundary(kind, span, ranges, mask, session, streamed, where)
         self.sums: FoldSums[SumState] | None = None
 
     @property
@@ -89,12 +90,7 @@ class SummedBoundary(BoundaryMap):
     @property
     def host_bytes(self) -> int:
         """Bytes that the fit takes on the host, wherever it is."""
-        return 0 if self.target is None else self.boundary.host_bytes(self.device)
-
-    @property
-    def device(self) -> str | None:
-        """Where it is summed and solved; None is the host."""
-        return self._place.of(self.device_bytes)
+        return 0 if self.target is None else self.boundary.host_bytes
 
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and taps side by side."""
@@ -106,7 +102,7 @@ class SummedBoundary(BoundaryMap):
         Raises:
             NumericsError: If a state is not finite.
         """
-        self.sums = self.boundary.sums(pairs, self._own, self.device)
+        self.sums = self.boundary.sums(pairs, self._own)
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states without the taps: the span is cut out."""

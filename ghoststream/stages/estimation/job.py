@@ -24,7 +24,7 @@ from ghoststream.stages.choosing.rounds import share_of_positions
 from ghoststream.stages.choosing.ways import REFIT, Ways
 from ghoststream.stages.estimation.crew import Crew
 from ghoststream.stages.estimation.machine import Machine
-from ghoststream.stages.estimation.room import too_large
+from ghoststream.stages.estimation.room import room_of, too_large
 from ghoststream.stages.estimation.stored import Stored
 from ghoststream.stages.refusals import check_recovery
 from ghoststream.stages.way import Way, what_goes
@@ -161,15 +161,14 @@ class Job(Way):
 
     def fit_bytes(self, kind: OperatorKind) -> FitBytes:
         """Return the memory that fitting one boundary in a pass takes."""
-        is_given = self.recovery.compute.host_memory is not None
         return FitBytes.of(
             kind,
             self.fit_ranges,
             hidden=self.sizes.hidden,
             length=self.text.length,
             tap_width=self.input_width(kind) if taps_of(kind.features) else 0,
-            # Where the memory is given, a pass counts one task.
-            workers=(lambda task: 1) if is_given else self.machine.workers,
+            room=room_of(self),
+            processors=self.machine.processors,
         )
 
     @property

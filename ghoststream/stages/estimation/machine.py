@@ -82,9 +82,9 @@ class Machine(Options):
             return None
         return free_disk(place) if self.is_here else self.disk
 
-    def workers(self, task_bytes: int) -> int:
-        """Return how many tasks run at a time: one a processor, within half of the host's memory."""
-        return max(1, min(self.processors, self.host_memory // 2 // max(1, task_bytes)))
+    def at_work(self, tasks: int) -> float:
+        """Return the share of the processors of its rates that so many tasks, of one each, keep at work."""
+        return min(1.0, tasks / (self.threads or self.processors))
 
     def side_by_side(self, workers: int) -> int:
         """Return how many of its workers the processors serve at a time, each as fast as the rates say."""

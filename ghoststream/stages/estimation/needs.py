@@ -138,6 +138,7 @@ class Route:
             Need(on_device.device, f"{self.fit.memory.formula} to fit"),
             Need(on_host.host, on_host.formula),
             Need(max(one.beside for one in sizes), "the sums of the folds"),
+            on_host.tasks,
         )
 
 

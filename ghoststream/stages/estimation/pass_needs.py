@@ -28,12 +28,14 @@ from ghoststream.stages.estimation.room import (
 class Fits:
     """Memory of fitting one boundary in a pass: on an accelerator that sums its moments, or on the host.
 
-    ``beside`` is what the host holds where the accelerator fits.
+    ``beside`` is what the host holds where the accelerator fits, ``tasks`` how many ranges the host sums at a
+    time.
     """
 
     on_device: Need
     on_host: Need
     beside: Need
+    tasks: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class PassNeeds:
         peak: Memory that it is expected to take where layers are computed: layers and head are mostly not
             there together, and a forward takes less than half a U where that is large.
         fits_on_device: Whether boundaries are fitted on the accelerator, which has room for that.
+        tasks: Ranges that the host sums at a time, where it fits.
     """
 
     needs: Mapping[str, Need]
     states: Mapping[str, int]
     peak: int
     fits_on_device: bool = False
+    tasks: int = 1
 
 
 def pass_needs(
@@ -106,7 +110,8 @@ def pass_needs(
         fitting = fits.on_device.n_bytes if is_beside else fits.on_host.n_bytes
     held = found["device"] if machine.has_device else found["host"] + buffers
     at_work = fitting or (way_back and job.micro_batch * job.work_bytes + way_back)
-    return PassNeeds(needs, found, held + _peak(job, logits, at_work), is_beside)
+    tasks = 1 if fits is None else fits.tasks
+    return PassNeeds(needs, found, held + _peak(job, logits, at_work), is_beside, tasks)
 
 
 def logit_bytes(job: Job) -> int:

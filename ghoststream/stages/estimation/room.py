@@ -28,11 +28,16 @@ def on_their_way_bytes(job: Job) -> int:
     return beside_work_bytes(job.micro_batch * job.text.length * job.token_bytes)
 
 
-def room_of(job: Job) -> Room:
-    """Return what a pass leaves to a fit, as a recovery would find it."""
+def room_of(job: Job, sharing: int = 1) -> Room:
+    """Return what a pass leaves to a fit, as a recovery would find it.
+
+    Args:
+        job: The recovery.
+        sharing: Passes that share the memory of the host.
+    """
     compute, machine = job.recovery.compute, job.machine
     host = machine.host_memory * 9 // 10 if compute.host_memory is None else compute.host_memory
-    host //= job.crew.here
+    host //= sharing
     if machine.device_memory is None:
         taken = computing_bytes(job)
         return Room(host - taken, 0, compute.host_memory is not None, taken)
@@ -46,4 +51,4 @@ def room_of(job: Job) -> Room:
 def too_large(job: Job) -> tuple[LeftOut, ...]:
     """Return what `auto` leaves out, the largest first."""
     fits = fits_of(job.sizes, job.fit_ranges, job.ways, length=job.text.length, races=job.races)
-    return left_out(fits, room_of(job))
+    return left_out(fits, room_of(job, job.crew.here))

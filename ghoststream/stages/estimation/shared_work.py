@@ -108,6 +108,9 @@ def _together(job: Job, one: Work, active: int, whole: Work, place: PassNeeds) -
     on_host = among / machine.side_by_side(among)
     layers = 1.0 if machine.has_device else on_host
     summing = 1.0 if place.fits_on_device else on_host
+    # The tasks of all workers of a machine keep more of its processors at work than those of one.
+    tasks = machine.at_work(place.tasks) / machine.at_work(among * place.tasks)
+    fits = place.fits_on_device
     timed = replace(
         one,
         read=one.read * (1 if is_cached else among),
@@ -118,7 +121,7 @@ def _together(job: Job, one: Work, active: int, whole: Work, place: PassNeeds) -
         flops=one.flops * layers,
         attended=one.attended * layers,
         moved=one.moved * layers,
-        summed=one.summed * summing,
-        solved=one.solved * (summing if job.kind.solves_on_device else on_host),
+        summed=one.summed * (1.0 if fits else on_host * tasks),
+        solved=one.solved * (1.0 if fits and job.kind.solves_on_device else on_host),
     )
     return StageWork(timed, whole)

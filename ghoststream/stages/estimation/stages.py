@@ -91,8 +91,9 @@ def _cost(route: Route, name: str, work: Work | StageWork, place: PassNeeds | No
         # A store is reduced on the accelerator of this process; workers of a cluster have what they have.
         on_device = name == "solve" and job.machine.has_device and job.recovery.reduction.scheduler is None
         sums = on_device and job.kind.sums_on("cuda") is not None
+        tasks = max((cost.workers for cost in route.sweeps if cost.stage == name), default=1)
     else:
-        sums = place.fits_on_device
+        sums, tasks = place.fits_on_device, place.tasks
     work = work if isinstance(work, StageWork) else StageWork.alone(work)
     states = {} if place is None else place.states
     solves = sums and job.kind.solves_on_device
@@ -103,7 +104,7 @@ def _cost(route: Route, name: str, work: Work | StageWork, place: PassNeeds | No
         job.sizes.dtype,
         whole=work.whole,
         states=states,
-        sums_on_device=sums,
+        summing=None if sums else job.machine.at_work(tasks),
         solves_on_device=solves,
     )
     return found if place is None else replace(found, peak_bytes=place.peak)

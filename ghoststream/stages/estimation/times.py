@@ -34,7 +34,7 @@ def stage_cost(
     *,
     whole: Work | None = None,
     states: Mapping[str, int] | None = None,
-    sums_on_device: bool = False,
+    summing: float | None = 1.0,
     solves_on_device: bool = False,
 ) -> StageCost:
     """Return the balance of a stage, with times where the machine's rates are known.
@@ -46,7 +46,8 @@ def stage_cost(
         dtype: Compute type.
         whole: What all machines do; the same by default.
         states: Bytes of hidden states that wait between layers, by place: ``device``, ``host``, ``scratch``.
-        sums_on_device: Whether moments are summed by the accelerator, which takes products at compute type.
+        summing: Share of the processors that sum moments; None if the accelerator does, which takes products
+            at compute type.
         solves_on_device: Whether it solves boundaries too, in float64.
 
     Raises:
@@ -68,7 +69,7 @@ def stage_cost(
         return bare
     outside = work.crossed * (1.0 - shares.get("device", 0.0)) if states else 0.0
     speed = _speed(rates, dtype, machine.name)
-    fitting = work.summed / (speed if sums_on_device else rates.float64)
+    fitting = work.summed / (speed if summing is None else summing * rates.float64)
     fitting += work.solved / ((rates.device_float64 if solves_on_device else None) or rates.float64)
     parts = _resources(work, rates, scratch=scratch, outside=outside, speed=speed, fitting=fitting)
     seconds = overlapped(parts, has_device=machine.has_device)

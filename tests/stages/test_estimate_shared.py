@@ -148,9 +148,9 @@ def test_rounds_shares_and_sums_are_those_of_a_run(
         calls.append((function.__name__, len(given), max(sizes)))
         return shares(self, function, compute, given, sizes, *more, **named)
 
-    def weighed(fit: Any, span: Any, nodes: Any, session: Any) -> Any:
+    def weighed(fit: Any, span: Any, nodes: Any, *more: Any) -> Any:
         sent.append(sum(state.n_bytes for share in nodes for state in share.values()))
-        return fitted(fit, span, nodes, session)
+        return fitted(fit, span, nodes, *more)
 
     monkeypatch.setattr(Workers, "run", counted)
     monkeypatch.setattr(fit_shares, "_fitted", weighed)

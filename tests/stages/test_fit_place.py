@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ghoststream.options import Compute
-from ghoststream.stages.choosing import moments
-from ghoststream.stages.choosing.moments import FitPlace, use_device
+from ghoststream.progress import SilentProgress
+from ghoststream.stages.choosing.moments import FitPlace, place_fits
 from ghoststream.stages.choosing.room import Room
+from ghoststream.statistics.streamed import streamed_sums
 from ghoststream.testing.models import save_tiny
 from tests.helpers.requests import fit
 from tests.helpers.searching import on_windows, save_windows
@@ -21,9 +22,28 @@ from tests.helpers.searching import on_windows, save_windows
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize(("free", "room"), [(1000, 800), (800, 800), (799, 300), (300, 300), (299, 0)])
-def test_the_largest_fit_that_has_room_and_all_smaller_ones(free: int, room: int) -> None:
+class Told(SilentProgress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.mark.parametrize(
+    ("free", "room", "said"),
+    [
+        (800, 800, None),
+        (799, 300, "the fit of mlp goes to the host: 1 bytes of device memory are missing"),
+        (300, 300, "the fit of mlp goes to the host: 500 bytes of device memory are missing"),
+        (299, 0, "the fit of mlp, hidden goes to the host: 501 bytes of device memory are missing"),
+    ],
+)
+def test_the_largest_fit_that_has_room_and_all_smaller_ones(free: int, room: int, said: str | None) -> None:
     asked: list[int] = []
+    kept: list[int] = []
 
     def reserve_on_device(n_bytes: int) -> bool:
         asked.append(n_bytes)
@@ -31,17 +51,26 @@ def test_the_largest_fit_that_has_room_and_all_smaller_ones(free: int, room: int
 
     session: Any = SimpleNamespace(device=torch.device("cuda:1"), compute=Compute())
     memory: Any = SimpleNamespace(
-        reserve_on_device=reserve_on_device, limits=(None, 2000), taken=lambda: (0, 2000 - free)
+        reserve_on_device=reserve_on_device,
+        reserve_on_host=kept.append,
+        limits=(None, 2000),
+        taken=lambda: (0, 2000 - free),
     )
-    place = FitPlace()
     # 0 is a fit that cannot be there.
-    use_device(place, session, memory, [300, 0, 800, 300])
+    fits: Any = [
+        SimpleNamespace(device_bytes=size, host_bytes=size + 7, kind=SimpleNamespace(features=name))
+        for name, size in (("hidden", 300), ("normed", 0), ("mlp", 800), ("hidden", 300))
+    ]
+    place, told = FitPlace(), Told()
+    place_fits(place, session, memory, fits, told)
     assert [place.of(size) for size in (0, 300, 800)] == [
         None,
         "cuda:1" if room >= 300 else None,
         "cuda:1" if room >= 800 else None,
     ]
     assert 0 not in asked
+    assert kept == [807]
+    assert told.lines == ([] if said is None else [said])
 
 
 @pytest.mark.parametrize(
@@ -63,19 +92,20 @@ def test_with_memory_given_ranges_are_summed_side_by_side_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int | None] = []
-    whole = moments.streamed_sums
 
     def sums(*args: Any, workers: int | None = None, **about: Any) -> Any:
         asked.append(workers)
-        return whole(*args, workers=workers, **about)
+        return streamed_sums(*args, workers=workers, **about)
 
-    monkeypatch.setattr(moments, "streamed_sums", sums)
-    monkeypatch.setattr(moments, "processors", lambda: 3)
+    monkeypatch.setattr("ghoststream.stages.choosing.moments.streamed_sums", sums)
+    monkeypatch.setattr("ghoststream.stages.choosing.moments.processors", lambda: 3)
     model, windows = save_tiny("llama", tmp_path / "model"), on_windows(save_windows(tmp_path))
     request: dict[str, Any] = {"model": model, "operator": "ghost", **windows}
-    found = [
+    large, small = (
         fit("1:3", out=tmp_path / f"{memory}.safetensors", host_memory=memory, **request).operators[0]
         for memory in (10**9, 10**6)
-    ]
+    )
     assert asked == [3, 1]
-    assert np.array_equal(found[0].weight, found[1].weight)
+    assert large.weight is not None
+    assert small.weight is not None
+    assert np.array_equal(large.weight, small.weight)

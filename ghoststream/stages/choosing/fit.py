@@ -194,7 +194,7 @@ def _run(
     fitted = FittedLanes(ranges, tokens.mask, session)
     lane = fitted.lane("repaired", repair, until=last)
     lanes = [Lane(DENSE, PruningPlan(plan.n_layers), until=last), *fitted.helpers(), lane]
-    factory = fitted.memory().states_factory(batches)
+    factory = fitted.memory(progress).states_factory(batches)
     options = PassOptions(last_layer=last, progress=progress)
     StreamedPass(session.skeleton, batches, lanes, factory, options).run()
     fits = [one for one in lane.maps.values() if isinstance(one, StreamedFit)]

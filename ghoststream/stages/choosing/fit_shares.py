@@ -15,7 +15,7 @@ from ghoststream.options import Compute, Method
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.division import dealt_ranges
-from ghoststream.stages.choosing.moments import DENSE, FitPlace, fitted_operator, use_device
+from ghoststream.stages.choosing.moments import DENSE, FitPlace, fitted_operator, place_fits
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.summing import SummedBoundary
 from ghoststream.stages.lanes import operator_map
@@ -141,7 +141,7 @@ def fit_shares(
         for _, tensors in answers:
             session.expect({"tensors": tensors}, "a worker summed")
         for span in spans:
-            found[span] = _fitted(fit, span, [sums.pop(span) for sums, _ in answers], session)
+            found[span] = _fitted(fit, span, [sums.pop(span) for sums, _ in answers], session, progress)
     return [found[span] for span in fit.repair.plan.spans]
 
 
@@ -165,8 +165,7 @@ def sum_share(
     boundaries = [fit.boundary(span, session, own, place) for span in spans]
     lanes = [fit.lane(one, known, session) for one in boundaries]
     batches, memory = fit.batches(own), session.memory(fit.tokens.length)
-    use_device(place, session, memory, [one.device_bytes for one in boundaries])
-    memory.reserve_on_host(max(one.host_bytes for one in boundaries))
+    place_fits(place, session, memory, [one.boundary for one in boundaries], SilentProgress())
     dense = Lane(DENSE, PruningPlan(fit.repair.plan.n_layers), until=last)
     options = PassOptions(last_layer=last, progress=SilentProgress())
     StreamedPass(session.skeleton, batches, [dense, *lanes], memory.states_factory(batches), options).run()
@@ -174,12 +173,14 @@ def sum_share(
     return sums, tensors_read(session)
 
 
-def _fitted(fit: SharedFit, span: Span, shares: Sequence[Sums], session: ModelSession) -> BoundaryOperator:
+def _fitted(
+    fit: SharedFit, span: Span, shares: Sequence[Sums], session: ModelSession, progress: Progress
+) -> BoundaryOperator:
     """Put the sums of all shares together, and solve where one process would."""
     place = FitPlace()
-    summed = fit.boundary(span, session, place=place)
-    use_device(place, session, session.memory(fit.tokens.length), [summed.device_bytes])
-    boundary, together = summed.boundary, sums_by(summed.boundary.reducer())
+    boundary = fit.boundary(span, session, place=place).boundary
+    place_fits(place, session, session.memory(fit.tokens.length), [boundary], progress)
+    together = sums_by(boundary.reducer())
     for nodes in shares:
         for node, state in nodes.items():
             together.put(node, state)

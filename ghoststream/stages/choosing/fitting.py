@@ -11,8 +11,9 @@ import torch
 
 from ghoststream.operators import BoundaryOperator
 from ghoststream.options import Method
+from ghoststream.progress import Progress
 from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.moments import DENSE, Figures, FitPlace, fitted_operator, use_device
+from ghoststream.stages.choosing.moments import DENSE, Figures, FitPlace, fitted_operator, place_fits
 from ghoststream.stages.choosing.refitting import RefittedLayer, RefittedProjection, refitted_layers
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.summing import SummedBoundary
@@ -188,16 +189,19 @@ class FittedLanes:
             behind=behind,
         )
 
-    def memory(self) -> PassMemory:
+    def memory(self, progress: Progress) -> PassMemory:
         """Return the memory of the pass, with all lanes made; fits that an accelerator holds are there.
 
         States leave what the largest fit takes on the host.
+
+        Args:
+            progress: Told which fits have no room on the accelerator.
         """
         parts = [part for refitted in self._refits.values() for part in refitted.parts]
-        fits: list[StreamedFit | RefittedProjection] = [*self._maps.values(), *parts]
+        own = [one.boundary for one in self._maps.values() if one.target is not None]
+        fits = [*own, *(part.boundary for part in parts)]
         memory = self._session.memory(self._mask.shape[1])
-        use_device(self._place, self._session, memory, [one.device_bytes for one in fits])
-        memory.reserve_on_host(max((one.host_bytes for one in fits), default=0))
+        place_fits(self._place, self._session, memory, fits, progress)
         return memory
 
     def helpers(self) -> list[Lane]:

@@ -151,7 +151,7 @@ def measure_repairs(
         replace(fitted.lane(repair.name, repair, logits=losses), scored=scored)
         for repair, losses in zip(repairs, accumulators[1:], strict=True)
     ]
-    factory = fitted.memory().states_factory(batches)
+    factory = fitted.memory(progress).states_factory(batches)
     options = PassOptions(
         logit_tokens=default_logit_tokens(skeleton.vocab_size, skeleton.unit_bytes), progress=progress
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.files import format_bytes
 from ghoststream.machine import processors
 from ghoststream.operators import BoundaryOperator, OperatorKind
 from ghoststream.operators.diagnostics import relative_residual
+from ghoststream.progress import Progress
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.room import FitBytes, Room
 from ghoststream.stages.session import ModelSession
@@ -178,22 +180,33 @@ def room_of(session: ModelSession, memory: PassMemory, sharing: int = 1) -> Room
     )
 
 
-def use_device(place: FitPlace, session: ModelSession, memory: PassMemory, sizes: Iterable[int]) -> None:
+def place_fits(
+    place: FitPlace, session: ModelSession, memory: PassMemory, fits: Sequence[Boundary], progress: Progress
+) -> None:
     """Let fits be on the session's accelerator, if it has one: the largest that the pass leaves room for.
 
-    Those on the host sum as many ranges at a time as the pass leaves room for there.
+    Those on the host sum as many ranges at a time as the pass leaves room for there. A line says which could
+    be on the accelerator and are not.
 
     Args:
         place: Where the fits go.
         session: The model.
         memory: The memory of the pass, which keeps the room.
-        sizes: What ``Boundary.device_bytes`` says of each fit.
+        fits: What is fitted in the pass.
+        progress: Who is told.
     """
-    place.beside = room_of(session, memory)
-    largest_first = (size for size in sorted(set(sizes), reverse=True) if size)
+    place.beside = room = room_of(session, memory)
+    sizes = sorted((one.device_bytes, one.kind.features) for one in fits)
+    largest_first = dict.fromkeys(size for size, _ in reversed(sizes) if size)
     found = next((size for size in largest_first if memory.reserve_on_device(size)), 0)
     if found:
         place.device, place.room = _accelerator(session), found
+    memory.reserve_on_host(max((one.host_bytes for one in fits), default=0))
+    missing = {name: size - (room.device or 0) for size, name in sizes if size and place.of(size) is None}
+    if missing:
+        largest = format_bytes(max(missing.values()))
+        names = ", ".join(sorted(missing, key=lambda name: -missing[name]))
+        progress.log(f"the fit of {names} goes to the host: {largest} of device memory are missing")
 
 
 def _accelerator(session: ModelSession) -> str | None:

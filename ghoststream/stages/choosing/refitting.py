@@ -80,17 +80,7 @@ class RefittedProjection(BoundaryMap):
         # Moments are of a tap of the layer before a span; where that span would stop does not matter.
         label, taps = Span(projection.layer + 1, projection.layer + 2), StreamedTaps(self._parts[1])
         kind, where = make_operator(method), place or FitPlace()
-        self._boundary = Boundary(kind, label, ranges, mask, session, taps, where)
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that the fit takes on an accelerator, if there is one."""
-        return self._boundary.device_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes that the fit takes on the host, wherever it is."""
-        return self._boundary.host_bytes
+        self.boundary = Boundary(kind, label, ranges, mask, session, taps, where)
 
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and tap side by side."""
@@ -102,7 +92,7 @@ class RefittedProjection(BoundaryMap):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        boundary = self._boundary
+        boundary = self.boundary
         moments = boundary.moments(boundary.sums(pairs))
         fitted = boundary.kind.fit(moments) if self._diagnosed else boundary.kind.solve(moments)
         self.figures = {name: fitted.diagnostics.get(name) for name in _SHOWN}

@@ -82,16 +82,6 @@ class SummedBoundary(BoundaryMap):
         """The removed span."""
         return self.boundary.span
 
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that the fit takes on an accelerator, if there is one, and this is fitted."""
-        return 0 if self.target is None else self.boundary.device_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes that the fit takes on the host, wherever it is."""
-        return 0 if self.target is None else self.boundary.host_bytes
-
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return states and taps side by side."""
         return torch.cat([states, *(taps[name] for name in self.taps)], dim=-1)

@@ -107,7 +107,6 @@ def _together(job: Job, one: Work, active: int, whole: Work, place: PassNeeds) -
     is_cached = job.sizes.checkpoint_bytes <= machine.host_memory
     on_host = among / machine.side_by_side(among)
     layers = 1.0 if machine.has_device else on_host
-    summing = 1.0 if place.fits_on_device else on_host
     # The tasks of all workers of a machine keep more of its processors at work than those of one.
     tasks = machine.at_work(place.tasks) / machine.at_work(among * place.tasks)
     fits = place.fits_on_device

@@ -72,12 +72,9 @@ def eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 
     Raises:
-        numpy.linalg.LinAlgError: If they do not converge.
+        RuntimeError: If they do not converge, or the library of the device has no room for such a size.
     """
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise np.linalg.LinAlgError(str(error)) from error
+    values, vectors = torch.linalg.eigh(gram)
     return values, vectors
 
 
@@ -85,12 +82,9 @@ def eigenvalues(gram: torch.Tensor) -> npt.NDArray[np.float64]:
     """Return the eigenvalues of a symmetric matrix, ascending, on the host.
 
     Raises:
-        numpy.linalg.LinAlgError: If they do not converge.
+        RuntimeError: As :func:`eigen`.
     """
-    try:
-        found: npt.NDArray[np.float64] = torch.linalg.eigvalsh(gram).cpu().numpy()
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise np.linalg.LinAlgError(str(error)) from error
+    found: npt.NDArray[np.float64] = torch.linalg.eigvalsh(gram).cpu().numpy()
     return found
 
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from ghoststream.errors import NumericsError
 from ghoststream.operators.artifact import BoundaryOperator
+from ghoststream.operators.solver import Spectrum
+from ghoststream.spans import Span
 from ghoststream.statistics import UNIFORM, BoundaryMoments, FoldedMoments
 from ghoststream.statistics.matrices import contiguous, like
 
@@ -108,6 +110,31 @@ def report(
         "n_sequences": total.n_sequences,
         "folds": moments.n_folds,
         "warnings": _warnings(total, positions, moments.token_weights),
+    }
+
+
+def add_spectrum(
+    diagnostics: dict[str, Any], span: Span, find: Callable[[], Spectrum], dof: Callable[[Spectrum], float]
+) -> None:
+    """Add ``condition_number``, ``numerical_rank`` and ``effective_dof``; None, and a warning, if not known.
+
+    Args:
+        diagnostics: Of a fit, with its ``warnings``.
+        span: The span, for the warning.
+        find: Finds the spectrum. No library finds that of every size, and nothing else depends on it.
+        dof: Says what degrees of freedom the fit leaves.
+    """
+    try:
+        found: Spectrum | None = find()
+    except NumericsError as error:
+        found = None
+        diagnostics["warnings"].append(
+            f"boundary {span}: condition number, rank and degrees of freedom are not known: {error.args[0]}"
+        )
+    diagnostics |= {
+        "condition_number": None if found is None else found.condition_number,
+        "numerical_rank": None if found is None else found.numerical_rank,
+        "effective_dof": None if found is None else dof(found),
     }
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
-from ghoststream.operators.diagnostics import describe, require_tokens
+from ghoststream.operators.diagnostics import add_spectrum, describe, require_tokens
 from ghoststream.operators.kind import OperatorKind, linear_cost
 from ghoststream.operators.registry import register_operator
 from ghoststream.operators.solver import (
@@ -90,12 +90,14 @@ class Ghost(OperatorKind):
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
-        eigenvalues = triangle_spectrum(total) if self.by_svd else spectrum(copied(total.gram))
         solution, diagnostics = describe(moments, total, self._solve, _residual)
+        add_spectrum(
+            diagnostics,
+            moments.span,
+            lambda: triangle_spectrum(total) if self.by_svd else spectrum(copied(total.gram)),
+            lambda found: self._dof(found, solution),
+        )
         diagnostics |= {
-            "condition_number": eigenvalues.condition_number,
-            "numerical_rank": eigenvalues.numerical_rank,
-            "effective_dof": self._dof(eigenvalues, solution),
             "antisymmetric_share": antisymmetric_share(on_host(solution.matrix)),
             "ridge": self.ridge,
             "solver": solution.method,

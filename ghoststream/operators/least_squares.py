@@ -12,7 +12,7 @@ import scipy.linalg
 from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
-from ghoststream.operators.diagnostics import describe, require_tokens
+from ghoststream.operators.diagnostics import add_spectrum, describe, require_tokens
 from ghoststream.operators.joint import describe_absorption
 from ghoststream.operators.kind import OperatorKind, linear_cost
 from ghoststream.operators.ridge import (
@@ -26,7 +26,7 @@ from ghoststream.operators.ridge import (
     retarget_in_place,
     ridge_by_tokens,
 )
-from ghoststream.operators.solver import Solution, antisymmetric_share, solve_ridge, spectrum
+from ghoststream.operators.solver import Solution, Spectrum, antisymmetric_share, solve_ridge, spectrum
 from ghoststream.operators.triangular import own_factors, solve_triangle, triangle_spectrum
 from ghoststream.options import Method
 from ghoststream.spans import Span
@@ -117,7 +117,13 @@ class LeastSquares(OperatorKind):
             _residual,
             outside=choice.left if self.rank is None else None,
         )
-        diagnostics |= self._more_diagnostics(total, fitted, choice)
+        add_spectrum(
+            diagnostics,
+            moments.span,
+            lambda: self._spectrum(total),
+            lambda found: found.effective_dof(fitted.ridge),
+        )
+        diagnostics |= self._more_diagnostics(fitted, choice)
         dropped = fitted.solution.n_dropped
         if dropped:
             diagnostics["warnings"].append(
@@ -217,19 +223,17 @@ class LeastSquares(OperatorKind):
         bias = centre.gap - centre.features @ matrix if self.intercept else None
         return _Fit(matrix, bias, solution, ridge)
 
-    def _more_diagnostics(self, total: BoundaryMoments, fitted: _Fit, choice: RidgeChoice) -> dict[str, Any]:
+    def _spectrum(self, total: BoundaryMoments) -> Spectrum:
         if self.by_factors:
-            eigenvalues = triangle_spectrum(total)
-        else:
-            own = BoundaryMoments(total.span, total.state.copy())
-            if self.intercept:
-                centre_in_place(own, Centre.of(own))
-            eigenvalues = spectrum(own.gram)
+            return triangle_spectrum(total)
+        own = BoundaryMoments(total.span, total.state.copy())
+        if self.intercept:
+            centre_in_place(own, Centre.of(own))
+        return spectrum(own.gram)
+
+    def _more_diagnostics(self, fitted: _Fit, choice: RidgeChoice) -> dict[str, Any]:
         is_square = fitted.matrix.shape[0] == fitted.matrix.shape[1]
         return {
-            "condition_number": eigenvalues.condition_number,
-            "numerical_rank": eigenvalues.numerical_rank,
-            "effective_dof": eigenvalues.effective_dof(fitted.ridge),
             "antisymmetric_share": antisymmetric_share(on_host(fitted.matrix)) if is_square else None,
             "ridge": fitted.ridge,
             "ridge_relative": choice.ratio,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
-from ghoststream.operators.diagnostics import describe
+from ghoststream.operators.diagnostics import add_spectrum, describe
 from ghoststream.operators.kind import OperatorKind, linear_cost
 from ghoststream.operators.registry import register_operator
 from ghoststream.operators.solver import Solution, solve_ridge, spectrum
@@ -74,12 +74,14 @@ class ReplaceMe(ReplaceMeKind):
             NumericsError: If moments or solution are not finite, or a fold is empty.
         """
         total = moments.total()
-        eigenvalues = spectrum(copied(total.gram))
         solution, diagnostics = describe(moments, total, self._solve, _residual)
+        add_spectrum(
+            diagnostics,
+            moments.span,
+            lambda: spectrum(copied(total.gram)),
+            lambda found: found.effective_dof(self.ridge),
+        )
         diagnostics |= {
-            "condition_number": eigenvalues.condition_number,
-            "numerical_rank": eigenvalues.numerical_rank,
-            "effective_dof": eigenvalues.effective_dof(self.ridge),
             "ridge": self.ridge,
             "solver": solution.method,
             "solver_fallback": solution.reason,

@@ -18,6 +18,9 @@ from ghoststream.statistics.matrices import inner
 
 Array = npt.NDArray[np.float64]
 
+ONLY_FIGURES = "the operator does not depend on them"
+"""What to do where figures cannot be found."""
+
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -130,7 +133,7 @@ def _solve_on_device(gram: Any, cross: Any, ridge: float) -> tuple[Any, Solution
     if not reason:
         return scale, Solution(device.solve_factored(factor, cross), "cholesky")
     del factor
-    values, vectors = _guard(lambda: device.eigen(gram), "its eigenvectors")
+    values, vectors = guarded(lambda: device.eigen(gram), "the eigenvectors of the Gram")
     kept = values > _floor(float(values[-1]), len(values))
     projected = vectors.T @ cross
     projected *= (kept / values.where(kept, values.new_ones(()))).unsqueeze(1)
@@ -157,12 +160,13 @@ def smallest_reciprocal(size: int) -> float:
 def spectrum(gram: Any) -> Spectrum:
     """Return condition number and numerical rank of a symmetric ``(p, p)`` Gram; it is overwritten.
 
-    A tensor's eigenvalues are found on its device.
+    A tensor's eigenvalues are found on its device, however many they are. Libraries of devices have limits
+    (cuSOLVER's is at some 26,000), which differ by version: they say so at once.
 
     Raises:
         NumericsError: If the eigenvalues cannot be found.
     """
-    values = _guard(lambda: _eigenvalues(gram), "its eigenvalues")
+    values = guarded(lambda: _eigenvalues(gram), "the eigenvalues of the Gram", ONLY_FIGURES)
     largest, smallest = float(values[-1]), float(values[0])
     floor = _floor(largest, len(values))
     return Spectrum(
@@ -173,11 +177,31 @@ def spectrum(gram: Any) -> Spectrum:
 
 
 def _eigenvalues(gram: Any) -> Array:
-    if not isinstance(gram, np.ndarray):
+    values: Array
+    if isinstance(gram, np.ndarray):
+        values = np.asarray(scipy.linalg.eigvalsh(gram.T, overwrite_a=True, check_finite=False))
+    else:
         from ghoststream.operators.device_solver import eigenvalues
 
-        return eigenvalues(gram)
-    return np.asarray(scipy.linalg.eigvalsh(gram.T, overwrite_a=True, check_finite=False))
+        values = eigenvalues(gram)
+    if not np.isfinite(values).all():
+        msg = "they are not finite"
+        raise ValueError(msg)
+    return values
+
+
+def guarded(compute: Callable[[], Any], what: str, remedy: str = "give a larger ridge") -> Any:
+    """Return a decomposition.
+
+    Raises:
+        NumericsError: If the library cannot do it: it does not converge, or has no room for such a size.
+    """
+    try:
+        return compute()
+    except (np.linalg.LinAlgError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        msg = f"{what} cannot be found ({reason}); {remedy}"
+        raise NumericsError(msg) from error
 
 
 def antisymmetric_share(matrix: Array) -> float:
@@ -236,9 +260,9 @@ def _restore(gram: Array, diagonal: Array) -> None:
 
 
 def _solve_eigh(gram: Array, cross: Array, reason: str) -> Solution:
-    values, vectors = _guard(
+    values, vectors = guarded(
         lambda: scipy.linalg.eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd"),
-        "its eigenvectors",
+        "the eigenvectors of the Gram",
     )
     kept = values > _floor(float(values[-1]), len(values))
     inverse = np.zeros_like(values)
@@ -251,14 +275,6 @@ def _solve_eigh(gram: Array, cross: Array, reason: str) -> Solution:
 
 def _floor(largest: float, size: int) -> float:
     return max(0.0, largest) * smallest_reciprocal(size)
-
-
-def _guard(compute: Callable[[], Any], what: str) -> Any:
-    try:
-        return compute()
-    except np.linalg.LinAlgError as error:
-        msg = f"the Gram matrix is too ill-conditioned: {what} do not converge ({error}); give a larger ridge"
-        raise NumericsError(msg) from error
 
 
 def _is_finite(array: Any) -> bool:

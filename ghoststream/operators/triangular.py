@@ -8,7 +8,14 @@ import scipy.linalg
 from scipy.linalg.lapack import dtpmqrt, dtpqrt, dtrcon, dtrtrs
 
 from ghoststream.errors import NumericsError
-from ghoststream.operators.solver import Solution, Spectrum, require_ridge, smallest_reciprocal
+from ghoststream.operators.solver import (
+    ONLY_FIGURES,
+    Solution,
+    Spectrum,
+    guarded,
+    require_ridge,
+    smallest_reciprocal,
+)
 from ghoststream.statistics import BoundaryMoments
 
 Array = npt.NDArray[np.float64]
@@ -120,9 +127,14 @@ def triangle_spectrum(moments: BoundaryMoments) -> Spectrum:
 
     They are the eigenvalues of the Gram.
 
+    Raises:
+        NumericsError: If they cannot be found.
+
     Memory: ``16 p^2`` bytes.
     """
-    values = scipy.linalg.svdvals(own_factors(moments)[0], check_finite=False)[::-1]
+    factor, _ = own_factors(moments)
+    what = "the singular values of the triangular factor"
+    values = guarded(lambda: scipy.linalg.svdvals(factor, check_finite=False), what, ONLY_FIGURES)[::-1]
     floor = float(values[-1]) * smallest_reciprocal(len(values))
     smallest = float(values[0])
     return Spectrum(

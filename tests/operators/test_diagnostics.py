@@ -212,3 +212,29 @@ def test_unknown_names_say_what_is_known() -> None:
         make_operator(Method())
     with pytest.raises(RequestError, match="-1 is no ridge"):
         Method.make({"operator": "ghost", "ridge": -1})
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("name", ["ghost", "least-squares", "replace-me-ls"])
+@pytest.mark.parametrize("error", [RuntimeError("cusolver: INVALID_VALUE\nmore"), ValueError("work array")])
+def test_no_figure_ends_a_fit(
+    name: str, device: str | None, error: Exception, moments: FoldedMoments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    kind, found = make_operator(Method(operator=name)), moments.on_device(device)
+    expected = kind.fit(found)
+    monkeypatch.setattr("scipy.linalg.eigvalsh", refuse)
+    monkeypatch.setattr("torch.linalg.eigvalsh", refuse)
+    operator = kind.fit(found)
+    assert np.array_equal(np.asarray(operator.weight), np.asarray(expected.weight))
+    figures = ("condition_number", "numerical_rank", "effective_dof")
+    assert [operator.diagnostics[figure] for figure in figures] == [None] * 3
+    (warning,) = operator.diagnostics["warnings"]
+    assert "are not known: the eigenvalues of the Gram cannot be found" in warning
+    assert "more" not in warning
+    assert {**operator.diagnostics, **dict.fromkeys((*figures, "warnings"))} == {
+        **expected.diagnostics,
+        **dict.fromkeys((*figures, "warnings")),
+    }

@@ -75,7 +75,7 @@ def solve_ridge(gram: Any, cross: Any, ridge: float, *, what: str = "the operato
     Args:
         gram: ``G``, ``(p, p)`` float64, C-contiguous, symmetric; overwritten. A tensor is factored by torch
             on its device (:mod:`ghoststream.operators.device_solver`).
-        cross: ``K``, ``(p, C)`` float64, C-contiguous, where ``gram`` is; overwritten, and on the host the
+        cross: ``K``, ``(p, C)`` float64, C-contiguous, where ``gram`` is; overwritten, and with Cholesky the
             memory of the result.
         ridge: ``eps >= 0``, absolute.
         what: What is being solved, for messages.
@@ -85,7 +85,7 @@ def solve_ridge(gram: Any, cross: Any, ridge: float, *, what: str = "the operato
         NumericsError: If the moments or the solution are not finite.
 
     Memory: nothing of size ``p^2`` beyond the arguments with Cholesky; another ``2 p^2`` float64 with
-    ``eigh``. On a device ``p^2 + p C`` float64 with Cholesky.
+    ``eigh``. On a device ``p^2`` float64 with Cholesky.
     """
     require_ridge(ridge)
     if not (_is_finite(gram) and _is_finite(cross)):

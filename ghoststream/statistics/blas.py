@@ -75,6 +75,11 @@ def panel_bytes(width: int, hidden: int, itemsize: int = 8) -> int:
     return itemsize * min(_PANEL, width) * max(width, hidden)
 
 
+def device_product_bytes(width: int, hidden: int) -> int:
+    """Bytes of the products that an update holds on a device: two of the larger of its sums, in float32."""
+    return 8 * width * max(width, hidden)
+
+
 def add_gram_upper(gram: Array, rows: Rows) -> None:
     """Add ``rows^T rows`` to the upper triangle of ``gram``, in place.
 

@@ -16,6 +16,7 @@ from ghoststream.statistics.blas import (
     add_cross_float32,
     add_gram_upper,
     add_gram_upper_float32,
+    device_product_bytes,
     mirror_upper,
     panel_bytes,
 )
@@ -37,6 +38,9 @@ from ghoststream.statistics.token_weights import BoundaryTokens, TokenWeight, We
 Array = npt.NDArray[np.float64]
 
 DEFAULT_BLOCK_TOKENS = 2048
+
+_WIDE_BLOCKS = 8
+"""Blocks of states in float64 that statistics per channel take at a time on a device."""
 
 PRECISIONS = ("float64", "float32-blocked")
 """What sums can be: ``auto`` of the options is one of them by the time that anything is summed."""
@@ -133,6 +137,16 @@ class BoundaryReducer(Reducer):
         width = self._phi.width(hidden)
         product = panel_bytes(width, hidden, 4 if self.spec.precision == "float32-blocked" else 8)
         return self.state_bytes(hidden, length) + product + round(self._blocks(hidden) * rows * hidden * 8)
+
+    def device_bytes(self, hidden: int, length: int) -> int:
+        """Peak bytes on a device of a task that is computed there: a state, products, and blocks in float64.
+
+        It is here as it needs no torch, and is asked for where there may be none.
+        """
+        rows = max(1, self.spec.block_tokens // length) * length
+        width = self._phi.width(hidden)
+        wide = 8 * rows * (_WIDE_BLOCKS * hidden + width)
+        return self.state_bytes(hidden, length) + device_product_bytes(width, hidden) + wide
 
     def reduce(self, source: HiddenStateSource, start: int, stop: int) -> SumState:
         """Reduce sequences ``[start, stop)``.

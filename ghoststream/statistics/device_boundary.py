@@ -13,7 +13,7 @@ from ghoststream.errors import NumericsError
 from ghoststream.spans import Span
 from ghoststream.statistics.block import sequences_in, spans_through
 from ghoststream.statistics.boundary import Array, BoundaryReducer
-from ghoststream.statistics.device_products import add_product, product_bytes, require_full_float32
+from ghoststream.statistics.device_products import add_product, require_full_float32
 from ghoststream.statistics.devices import device_kind, device_tasks, require_device
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.matrices import float64_rows, moved
@@ -21,9 +21,6 @@ from ghoststream.statistics.moments import span_prefix
 from ghoststream.statistics.source import HiddenStateSource, TensorSource
 from ghoststream.statistics.sums import SumState
 from ghoststream.statistics.token_weights import BoundaryTokens, Weighting
-
-_WIDE_BLOCKS = 8
-"""Blocks of states in float64 that statistics per channel take at a time."""
 
 
 class DeviceBlock:
@@ -138,13 +135,6 @@ class DeviceBoundaryReducer(BoundaryReducer):
     def describe(self) -> dict[str, Any]:
         """Return what can change a bit of the result, as JSON data."""
         return {**super().describe(), "device": device_kind(self.device)}
-
-    def device_bytes(self, hidden: int, length: int) -> int:
-        """Return the bytes that a task takes on the device."""
-        rows = max(1, self.spec.block_tokens // length) * length
-        width = self._phi.width(hidden)
-        wide = 8 * rows * (_WIDE_BLOCKS * hidden + width)
-        return self.state_bytes(hidden, length) + product_bytes(width, max(width, hidden)) + wide
 
     def most_tasks(self, hidden: int, length: int) -> int | None:
         """Return how many tasks the device has memory for at a time; None where it is the host."""

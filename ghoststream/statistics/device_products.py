@@ -19,11 +19,6 @@ rows that it holds are exact, and have the first part alone.
 """
 
 
-def product_bytes(width: int, hidden: int) -> int:
-    """Return the bytes that :func:`add_product` takes beside its arguments: two ``(p, C)`` in float32."""
-    return 8 * width * hidden
-
-
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Say whether a device multiplies matrices of bfloat16 into float32, and torch lets it."""
     return device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads()
@@ -65,7 +60,8 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
         exact: Whether products are taken in float64; otherwise in float32 over blocks of
             :data:`~ghoststream.statistics.blas.FLOAT32_BLOCK_TOKENS` rows, with :data:`PRODUCT_ERROR`.
 
-    Memory: in float64 what is not of that type, widened; else :func:`product_bytes` and a block of rows.
+    Memory: in float64 what is not of that type, widened; else
+    :func:`~ghoststream.statistics.blas.device_product_bytes` and a block of rows.
     """
     if exact:
         total.addmm_(left.double().T, right.double())

@@ -26,7 +26,8 @@ from ghoststream.statistics.triangles import merge_triangles
 Array = npt.NDArray[np.float64]
 
 _ENCODING = {"encoding-type": "ghoststream.moments", "encoding-version": "1"}
-_PANEL = 512
+PANEL = 512
+"""Columns of a map that a residual takes at a time."""
 
 
 class BoundaryMoments:
@@ -213,8 +214,8 @@ class BoundaryMoments:
             bias = None if self.has_constant else bias
         else:
             total = float(self.gap_energy.sum()) - 2.0 * inner(matrix, self.cross)
-            for start in range(0, matrix.shape[1], _PANEL):
-                panel = contiguous(matrix[:, start : start + _PANEL])
+            for start in range(0, matrix.shape[1], PANEL):
+                panel = contiguous(matrix[:, start : start + PANEL])
                 total += inner(panel, self.gram @ panel)
         if bias is not None:
             total += 2.0 * float(bias @ (row_times(self.feature_sum, matrix) - self.gap_sum))
@@ -251,14 +252,14 @@ class BoundaryMoments:
 
     def _missed(self, matrix: Array, bias: Array | None) -> float:
         total = float(self.unexplained.sum())
-        for start in range(0, matrix.shape[1], _PANEL):
-            panel = matrix[:, start : start + _PANEL]
+        for start in range(0, matrix.shape[1], PANEL):
+            panel = matrix[:, start : start + PANEL]
             if self.has_constant:
                 constant = (
-                    np.zeros((1, panel.shape[1])) if bias is None else bias[None, start : start + _PANEL]
+                    np.zeros((1, panel.shape[1])) if bias is None else bias[None, start : start + PANEL]
                 )
                 panel = np.vstack([constant, panel])
-            missed = self.triangle @ panel - self.rotated[:, start : start + _PANEL]
+            missed = self.triangle @ panel - self.rotated[:, start : start + PANEL]
             total += float(np.vdot(missed, missed))
         return total
 

@@ -6,12 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ghoststream.spans import Span
 from ghoststream.statistics.blas import single_blas_thread
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import default_workers
@@ -64,9 +66,14 @@ class StreamedTaps:
         self.with_states = with_states
         self._of_thread = threading.local()
 
-    def come(self, source: HiddenStateSource) -> None:
-        """Know the taps of the sequences that this thread reduces next."""
+    @contextmanager
+    def coming(self, source: HiddenStateSource) -> Iterator[None]:
+        """Know the taps of the sequences that this thread reduces meanwhile, and no longer."""
         self._of_thread.source = source
+        try:
+            yield
+        finally:
+            del self._of_thread.source
 
     def open(self, layers: tuple[int, ...]) -> HiddenStateSource:
         """Return the taps of these sequences."""
@@ -114,10 +121,7 @@ def streamed_sums(
         span, hidden = reducer.spans[0], targets.shape[2]
         about = (mask[wanted.start : wanted.stop], wanted.start, n_layers, facts)
         source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
-        if taps is not None:
-            first = 0 if taps.with_states else hidden
-            taps.come(_RangeSource({span.start - 1: inputs[:, :, first:]}, *about))
-        with single_blas_thread():
+        with _taps_of(taps, span, inputs, hidden, about), single_blas_thread():
             return reducer.reduce(source, wanted.start, wanted.stop)
 
     def push() -> None:
@@ -149,6 +153,11 @@ def most_states(ranges: Ranges) -> int:
     return most
 
 
+def most_of_fold(ranges: Ranges) -> int:
+    """Return how many states one fold holds at most while its ranges come by, that of a task included."""
+    return max(len(ranges.fold_leaves(fold)).bit_length() for fold in range(ranges.n_folds))
+
+
 def device_sums(
     reducer: DeviceBoundaryReducer,
     ranges: Sequence[SequenceRange],
@@ -168,28 +177,33 @@ def device_sums(
         reducer: The range task, of one span, on the device that the states are on or go to.
         pairs: The states by batch, of all sequences of the ranges; those of a fold are asked for together.
 
-    Memory: on the device what the reducer states, for one fold at a time, and ``log2(ranges of a fold)``
-    states more; on the host what :class:`~ghoststream.statistics.fold_sums.FoldSums` states.
+    Memory: on the device what the reducer states, for one fold at a time, and what :func:`most_of_fold` says
+    of states; on the host what :class:`~ghoststream.statistics.fold_sums.FoldSums` states.
     """
     (span,) = reducer.spans
-    first = pairs.of(pairs.batches[0])[1]
     found = sums_by(reducer)
-    for fold in sorted({one.fold for one in ranges}):
+    _, length, hidden = pairs.of(pairs.batches[0])[1].shape
+
+    def sum_leaf(leaf: SequenceRange) -> DeviceSums:
+        sums = reducer.begin(hidden, length)
+        for batch, start, stop in _parts(leaf, pairs.batches):
+            inputs, targets = (side[start - batch.start : stop - batch.start] for side in pairs.of(batch))
+            about = (mask[start:stop], start, n_layers, facts)
+            source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
+            with _taps_of(taps, span, inputs, hidden, about):
+                reducer.add(sums, source, start, stop)
+        return sums
+
+    def sum_fold(fold: int) -> None:
+        # By itself, as a leaf is, so that no name keeps sums on the device while the next ones are made.
         there: FoldSums[DeviceSums] = FoldSums(lambda left, right: left.add_in_place(right))
         for leaf in (one for one in ranges if one.fold == fold):
-            sums = reducer.begin(first.shape[-1], first.shape[1])
-            for batch, start, stop in _parts(leaf, pairs.batches):
-                inputs, targets = (side[start - batch.start : stop - batch.start] for side in pairs.of(batch))
-                hidden = targets.shape[2]
-                about = (mask[start:stop], start, n_layers, facts)
-                source = _RangeSource({span.start: inputs[:, :, :hidden], span.stop: targets}, *about)
-                if taps is not None:
-                    offset = 0 if taps.with_states else hidden
-                    taps.come(_RangeSource({span.start - 1: inputs[:, :, offset:]}, *about))
-                reducer.add(sums, source, start, stop)
-            there.add(leaf, sums)
+            there.add(leaf, sum_leaf(leaf))
         for node, merged in there.nodes.items():
             found.put(node, reducer.finish(merged))
+
+    for fold in sorted({one.fold for one in ranges}):
+        sum_fold(fold)
     return found
 
 
@@ -217,6 +231,15 @@ def sums_by(reducer: BoundaryReducer) -> FoldSums[SumState]:
             return reducer.merge(left, right)
 
     return FoldSums(merge)
+
+
+def _taps_of(
+    taps: StreamedTaps | None, span: Span, inputs: Any, hidden: int, about: tuple[Any, ...]
+) -> AbstractContextManager[None]:
+    if taps is None:
+        return nullcontext()
+    first = 0 if taps.with_states else hidden
+    return taps.coming(_RangeSource({span.start - 1: inputs[:, :, first:]}, *about))
 
 
 def _parts(wanted: SequenceRange, batches: Sequence[Numbered]) -> Iterator[tuple[Numbered, int, int]]:

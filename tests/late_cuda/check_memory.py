@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ghoststream.costs import page_locked_bytes
-from ghoststream.spans import PruningPlan
+from ghoststream.operators import make_operator
+from ghoststream.options import Method
+from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.room import FitBytes
+from ghoststream.statistics import ModelFacts, MomentSpec, Ranges
+from ghoststream.statistics.streamed import StreamedTaps, device_sums, folded
 from ghoststream.streaming import (
     BackgroundObserver,
     Lane,
@@ -93,3 +102,62 @@ def test_passes_of_one_process_have_the_same_memory(tiny_llama: Path, late_cuda:
         lane = Lane("dense", PruningPlan(6))
         StreamedPass(session.skeleton, batches_of(2), [lane], factory, PassOptions()).run()
     assert late_cuda.memory.reserved > 2 * unit
+
+
+class _Pairs:
+    """States of a boundary on the device, with taps behind them."""
+
+    def __init__(self, n_sequences: int, length: int, hidden: int, width: int) -> None:
+        self.batches = batches_of(2, n_sequences)
+        made = torch.Generator().manual_seed(0)
+        self._inputs = torch.randn(n_sequences, length, width, generator=made).cuda()
+        self._targets = torch.randn(n_sequences, length, hidden, generator=made).cuda()
+
+    def of(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inputs[batch.start : batch.stop], self._targets[batch.start : batch.stop]
+
+
+@pytest.mark.parametrize(("n_sequences", "length"), [(6, 2048), (44, 40)])
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"operator": "ghost"},
+        {"operator": "least-squares"},
+        {"operator": "least-squares", "rank": 8, "intercept": True},
+        {"operator": "least-squares", "features": "hidden+mlp"},
+        {"operator": "least-squares", "features": "hidden+mlp", "token_weights": "relative"},
+        {"operator": "least-squares", "features": "hidden+mlp", "ridge": "gcv"},
+        {"operator": "symmetric"},
+    ],
+)
+def test_a_fit_takes_what_is_said(
+    method: dict[str, Any],
+    precision: Any,
+    n_sequences: int,
+    length: int,
+    late_cuda: LateCuda,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Blocks of 2,048 tokens would hide the matrices.
+    monkeypatch.setattr("ghoststream.operators.kind.MomentSpec", partial(MomentSpec, block_tokens=40))
+    hidden, mlp = 96, 256
+    kind = make_operator(Method(**method, precision=precision))
+    taps = StreamedTaps(hidden + mlp, with_states=True) if "features" in method else None
+    ranges, span = Ranges.make(n_sequences, folds=3), Span(1, 2)
+    pairs = _Pairs(n_sequences, length, hidden, hidden + mlp if taps else hidden)
+    about: Any = {
+        "mask": np.ones((n_sequences, length), dtype=bool),
+        "facts": ModelFacts(None),
+        "n_layers": 3,
+        "taps": taps,
+    }
+    before = _taken(late_cuda)
+    reducer: Any = kind.reducer((span,), hidden=hidden, taps=taps, device="cuda")
+    sums = device_sums(reducer, ranges.ranges(), pairs, **about)
+    moments = folded(reducer, sums, ranges.n_folds, ModelFacts(None))
+    operator = kind.fit(moments.on_device("cuda" if kind.solves_on_device else None))
+    assert operator.weight is not None
+    peak = late_cuda.memory.peak - before
+    said = FitBytes.of(kind, ranges, hidden=hidden, length=length, tap_width=taps.width if taps else 0).device
+    assert 0.4 * said < peak <= said

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ghoststream.errors import BudgetError, OutputExistsError
 from ghoststream.operators import make_operator
-from ghoststream.options import Compute, Recovery, Search, Text
+from ghoststream.options import Compute, Method, Recovery, Search, Text
 from ghoststream.progress import SilentProgress
 from ghoststream.selection import Selection
 from ghoststream.spans import Span
 from ghoststream.stages import session as sessions
+from ghoststream.stages.choosing.moments import Boundary, FitPlace
 from ghoststream.stages.choosing.room import FitBytes, LeftOut, Room, left_out, settled
 from ghoststream.stages.choosing.trial import Trial
 from ghoststream.stages.choosing.ways import LIKELY
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.estimation.machine import Machine
 from ghoststream.stages.estimation.report import Estimate
-from ghoststream.statistics import ModelFacts, Ranges
+from ghoststream.statistics import ModelFacts, Ranges, get_feature, taps_of
 from ghoststream.statistics.streamed import StreamedTaps, folded, most_states, streamed_sums
 from ghoststream.streaming.allocator import return_free_memory
 from ghoststream.testing.memory import PeakAnonymous
@@ -266,3 +269,30 @@ def test_a_fit_takes_what_is_said() -> None:
     assert 7 * state < peak.above_baseline_bytes < 1.05 * said.host
     # Blocks of 2,048 tokens are counted; what is summed here is shorter.
     assert said.host - peak.above_baseline_bytes < reducer.task_bytes(hidden, length)
+
+
+@pytest.mark.parametrize(("n_sequences", "folds"), [(32, 4), (57, 3), (10, 0)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(operator="ghost"),
+        LIKELY,
+        LIKELY.model_copy(update={"rank": 8}),
+        LIKELY.model_copy(update={"ridge": "gcv"}),
+    ],
+)
+def test_a_pass_reserves_what_is_believed(method: Method, n_sequences: int, folds: int) -> None:
+    hidden, length = 64, 32
+    ranges, kind = Ranges.make(n_sequences, folds=folds), make_operator(method)
+    taps = StreamedTaps(320) if taps_of(method.features) else None
+    session: Any = SimpleNamespace(device=torch.device("cuda"), skeleton=SimpleNamespace(hidden_size=hidden))
+    mask = np.ones((n_sequences, length), dtype=bool)
+    boundary = Boundary(kind, Span(1, 2), ranges, mask, session, taps, FitPlace("cuda", 10**9))
+    said = FitBytes.of(kind, ranges, hidden=hidden, length=length, tap_width=320 if taps else 0)
+    assert boundary.device_bytes == said.device > 0
+    assert boundary.host_bytes == said.beside
+    width = get_feature(method.features).width(320 if taps else hidden)
+    state = 8 * (width**2 + width * hidden)
+    assert said.device > (4 if kind.solves_on_device else 1) * state
+    session.device = torch.device("cpu")
+    assert boundary.device_bytes == 0

@@ -87,20 +87,8 @@ class Boundary:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the fit takes on the session's accelerator; 0 where it is on the host.
-
-        That is the largest of what the sums of a fold take, and of what choosing a ridge does: the total, a
-        fold, the total without it and a factor, ``32 (p^2 + p C)`` bytes.
-        """
-        reducer = self.reducer(_accelerator(self.session))
-        if not isinstance(reducer, DeviceBoundaryReducer):
-            return 0
-        hidden, length = self.session.skeleton.hidden_size, self.mask.shape[1]
-        state = reducer.state_bytes(hidden, length)
-        # Sums that wait for a neighbour of as many ranges.
-        waiting = len(self.ranges.fold_leaves(0)).bit_length() - 1
-        solving = 4 * state if self.kind.solves_on_device else 0
-        return max(reducer.device_bytes(hidden, length) + waiting * state, solving)
+        """Bytes that the fit takes on the session's accelerator; 0 where it is on the host."""
+        return 0 if _accelerator(self.session) is None else self._bytes.device
 
     @property
     def device(self) -> str | None:

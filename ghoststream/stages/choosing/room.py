@@ -13,7 +13,8 @@ from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.ways import Ways
 from ghoststream.statistics import Ranges, TapSource, get_feature, taps_of
-from ghoststream.statistics.streamed import most_states
+from ghoststream.statistics.moments import PANEL
+from ghoststream.statistics.streamed import most_of_fold, most_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,13 @@ class FitBytes:
 
     Attributes:
         host: Of the host, if it is fitted there.
-        device: Of the accelerator, if it is fitted there; 0 where it cannot be.
+        device: Of the accelerator, if it is fitted there: of summing a fold, or of solving, if that is there
+            too and is more; 0 where it cannot be.
         beside: Of the host, if it is fitted on the accelerator.
         formula: How ``host`` adds up.
         state: Of one sum.
         tasks: Ranges that are summed at a time on the host.
+        device_formula: How ``device`` adds up.
     """
 
     host: int
@@ -35,6 +38,7 @@ class FitBytes:
     formula: str = ""
     state: int = 0
     tasks: int = 1
+    device_formula: str = ""
 
     @classmethod
     def of(
@@ -76,9 +80,27 @@ class FitBytes:
         else:
             host, formula = kept - state + solving, f"{solution.formula} to fit"
             formula = f"{ranges.n_folds - 1} sums of {state:,} + {formula}" if kept > state else formula
-        on_device = kind.sums_on("cuda") is not None
-        beside = kept if kind.solves_on_device else kept - state + solving
-        return cls(host, solving * on_device, beside * on_device, formula, state, at_once)
+        if kind.sums_on("cuda") is None:
+            return cls(host, 0, 0, formula, state, at_once)
+        n_states = most_of_fold(ranges)
+        device = reducer.device_bytes(hidden, length) + (n_states - 1) * state
+        there = f"{n_states} sums of {state:,}, products and blocks"
+        if not kind.solves_on_device:
+            return cls(host, device, kept - state + solving, formula, state, at_once, there)
+        n_bytes = _solving_bytes(kind, width, hidden, state)
+        if n_bytes > device:
+            device, there = n_bytes, f"3 sums of {state:,}, an operator and a factor"
+        return cls(host, device, kept, formula, state, at_once, there)
+
+
+def _solving_bytes(kind: OperatorKind, width: int, hidden: int, state: int) -> int:
+    """Return what solving takes on a device.
+
+    Where a fold is left out there are the total, the fold, the total without it, the operator on all tokens
+    (and for a rank the cross-moment once more), and a factor or, after it, panels of the residual.
+    """
+    matrices = 1 if kind.method.rank is None else 2
+    return 3 * state + 8 * width * (matrices * hidden + max(width, 3 * min(PANEL, hidden)))
 
 
 @dataclass(frozen=True, slots=True)

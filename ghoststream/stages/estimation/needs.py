@@ -135,7 +135,7 @@ class Route:
         on_host = max(sizes, key=lambda one: one.host)
         on_device = max(sizes, key=lambda one: one.device)
         return Fits(
-            Need(on_device.device, f"{self.fit.memory.formula} to fit"),
+            Need(on_device.device, on_device.device_formula),
             Need(on_host.host, on_host.formula),
             Need(max(one.beside for one in sizes), "the sums of the folds"),
             on_host.tasks,

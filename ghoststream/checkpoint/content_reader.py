@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,7 +10,7 @@ from typing import Self
 from ghoststream.checkpoint.contents import CHUNK_BYTES, ContentCheck, TensorDigests
 from ghoststream.checkpoint.header import TensorEntry
 from ghoststream.checkpoint.index import CheckpointIndex
-from ghoststream.checkpoint.pieces import PieceReader
+from ghoststream.checkpoint.pieces import Piece, PieceReader, make_room
 from ghoststream.errors import CheckpointError
 from ghoststream.machine import free_host_memory
 
@@ -61,10 +61,15 @@ class ContentReader:
             msg = f"{self.index.root} has no tensor {name}"
             raise CheckpointError(msg) from None
 
-    def chunks(self, name: str, buffer: memoryview) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor in order, whole elements, in ``buffer``.
+    def chunks(self, name: str, room: memoryview) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in order, whole elements, in ``room``; more is read meanwhile.
 
-        The digest is complete, and compared, behind the last chunk.
+        A chunk stays as it is until the one behind the next one is asked for. The digest is complete, and
+        compared, behind the last chunk.
+
+        Args:
+            name: The tensor.
+            room: As :meth:`~ghoststream.checkpoint.pieces.PieceReader.passing` takes it.
 
         Raises:
             CheckpointError: If there is no such tensor, the file changed or broke since it was opened, or the
@@ -72,11 +77,11 @@ class ContentReader:
             NumericsError: If it holds NaN, or infinity and is no buffer.
         """
         entry, check = self.entry(name), self._check_of(name)
-        size = max(8, min(len(buffer), CHUNK_BYTES) // 8 * 8)  # whole elements
-        for done in range(0, entry.n_bytes, size):
-            for chunk in self._arriving(entry, buffer[: min(size, entry.n_bytes - done)], done):
-                check.update(chunk)
-                yield chunk
+        path = self.index.root / entry.shard
+        pieces = self._files.passing(path, entry.offset, entry.n_bytes, room, CHUNK_BYTES)
+        for chunk in _in_chunks(entry, path, pieces):
+            check.update(chunk)
+            yield chunk
         self.digests.note(name, check.digest())
 
     def check(self, name: str) -> str:
@@ -84,8 +89,10 @@ class ContentReader:
 
         Raises:
             CheckpointError, NumericsError: As for :meth:`chunks`.
+
+        Memory: what :func:`~ghoststream.checkpoint.pieces.make_room` states.
         """
-        for _ in self.chunks(name, memoryview(bytearray(CHUNK_BYTES))):
+        for _ in self.chunks(name, make_room()):
             pass
         return self.digests.of([name])[name]
 
@@ -104,18 +111,24 @@ class ContentReader:
         In chunks that a core's cache holds, of whole elements.
         """
         path = self.index.root / entry.shard
-        try:
-            for begin, stop, got in self._files.arriving(path, entry.offset + place, target, CHUNK_BYTES):
-                if got != stop - begin:
-                    raise _too_short(entry, path, entry.n_bytes - place - begin - got)
-                for first in range(begin, stop, CHUNK_BYTES):
-                    yield target[first : min(first + CHUNK_BYTES, stop)]
-        except OSError as error:
-            msg = (
-                f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard "
-                "again"
-            )
-            raise CheckpointError(msg) from error
+        pieces = self._files.arriving(path, entry.offset + place, target, CHUNK_BYTES)
+        return _in_chunks(entry, path, pieces, place)
+
+
+def _in_chunks(
+    entry: TensorEntry, path: Path, pieces: Iterable[Piece], place: int = 0
+) -> Iterator[memoryview]:
+    try:
+        for begin, piece, got in pieces:
+            if got != len(piece):
+                raise _too_short(entry, path, entry.n_bytes - place - begin - got)
+            for first in range(0, len(piece), CHUNK_BYTES):
+                yield piece[first : first + CHUNK_BYTES]
+    except OSError as error:
+        msg = (
+            f"tensor {entry.name} in {path} cannot be read ({error}); check the disk, or copy the shard again"
+        )
+        raise CheckpointError(msg) from error
 
 
 def _too_short(entry: TensorEntry, path: Path, missing: int) -> CheckpointError:

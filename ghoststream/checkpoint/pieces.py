@@ -24,6 +24,19 @@ _IN_FLIGHT = 4
 _BLOCK_BYTES = 4096
 _MANY_PROCESSORS = 8
 
+Piece = tuple[int, memoryview, int]
+"""Where in a run it begins, its place in memory, and how many bytes of it there were."""
+
+
+def make_room() -> memoryview:
+    """Return memory through which runs of any length go; see :meth:`PieceReader.passing`.
+
+    Memory: one thread uses 2 MiB of it. For larger runs than a piece several use all, 80 MiB: a piece and
+    four in flight. Past the page cache these take 64 MiB more, see :class:`PieceReader`.
+    """
+    # Pages that nobody uses take no memory.
+    return memoryview(np.empty((_IN_FLIGHT + 1) * PIECE_BYTES, np.uint8))
+
 
 class PieceReader:
     """Reads runs of files into memory. All methods may be called from several threads.
@@ -36,7 +49,7 @@ class PieceReader:
         direct: Whether to read past the page cache, for files that it cannot keep until the next time. Where
             the file system refuses that, files are read through it.
 
-    Memory: past the page cache, four pieces of 16 MiB.
+    Memory: past the page cache, four pieces of 16 MiB beside where they go.
     """
 
     def __init__(self, *, direct: bool) -> None:
@@ -81,8 +94,8 @@ class PieceReader:
 
     def arriving(
         self, path: Path, offset: int, target: memoryview, at_once: int
-    ) -> Generator[tuple[int, int, int], None, None]:
-        """Fill ``target`` and yield ``(begin, stop, got)`` of each piece in order, once it is there.
+    ) -> Generator[Piece, None, None]:
+        """Fill ``target`` and yield its pieces in order, each once it is there.
 
         Args:
             path: The file.
@@ -93,24 +106,56 @@ class PieceReader:
         Raises:
             OSError: If the file cannot be read.
         """
-        if len(target) <= PIECE_BYTES or not self._several:
-            for begin in range(0, len(target), at_once):
-                piece = target[begin : begin + at_once]
-                yield begin, begin + len(piece), self.read(path, offset + begin, piece)
-            return
+        several = self._several and len(target) > PIECE_BYTES
+        size, in_flight = (PIECE_BYTES, _IN_FLIGHT) if several else (at_once, 0)
+        return self._pieces(path, offset, len(target), target, size, in_flight)
+
+    def passing(
+        self, path: Path, offset: int, n_bytes: int, room: memoryview, at_once: int
+    ) -> Generator[Piece, None, None]:
+        """Bring a run of any length through ``room``, and yield its pieces in order.
+
+        A piece stays as it is until the one behind the next one is asked for.
+
+        Args:
+            path: The file.
+            offset: Where in the file the run begins.
+            n_bytes: Bytes of the run.
+            room: Where they go, at least 16 bytes; see :func:`make_room`.
+            at_once: As for :meth:`arriving`.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        places = len(room) // PIECE_BYTES
+        if self._several and n_bytes > PIECE_BYTES and places > 1:
+            size, in_flight = PIECE_BYTES, min(_IN_FLIGHT, places - 1)
+        else:
+            size, in_flight = min(at_once, len(room) // 16 * 8), 0  # whole elements
+            room = room[: 2 * size]
+        return self._pieces(path, offset, n_bytes, room, size, in_flight)
+
+    def _pieces(
+        self, path: Path, offset: int, n_bytes: int, room: memoryview, size: int, in_flight: int
+    ) -> Generator[Piece, None, None]:
+        """Yield pieces of a run in order; what is longer than ``room`` begins at its front again."""
+        places = -(-n_bytes // size) if n_bytes <= len(room) else len(room) // size
         read = self._read_direct if self.direct else self.read
-        pending: deque[tuple[int, int, Future[int]]] = deque()
+        pending: deque[tuple[int, memoryview, Future[int]]] = deque()
         try:
-            for begin in range(0, len(target), PIECE_BYTES):
-                if len(pending) == _IN_FLIGHT:
+            for number, begin in enumerate(range(0, n_bytes, size)):
+                place = number % places * size
+                piece = room[place : place + min(size, n_bytes - begin)]
+                if not in_flight:
+                    yield begin, piece, self.read(path, offset + begin, piece)
+                    continue
+                if len(pending) == in_flight:
                     yield _done(pending.popleft())
-                piece = target[begin : begin + PIECE_BYTES]
-                reading = self._threads().submit(read, path, offset + begin, piece)
-                pending.append((begin, begin + len(piece), reading))
+                pending.append((begin, piece, self._threads().submit(read, path, offset + begin, piece)))
             while pending:
                 yield _done(pending.popleft())
         finally:
-            wait(reading for _, _, reading in pending)  # nothing may write to the target any more
+            wait(reading for _, _, reading in pending)  # nothing may write to the room any more
 
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -151,6 +196,6 @@ class PieceReader:
         return room
 
 
-def _done(piece: tuple[int, int, Future[int]]) -> tuple[int, int, int]:
-    begin, stop, reading = piece
-    return begin, stop, reading.result()
+def _done(piece: tuple[int, memoryview, Future[int]]) -> Piece:
+    begin, view, reading = piece
+    return begin, view, reading.result()

@@ -113,7 +113,7 @@ class TensorReader(ContentReader):
             CheckpointError: If there is no such tensor or a row does not exist, and as for :meth:`read`.
             NumericsError: As for :meth:`read`, of the whole tensor.
 
-        Memory: the result; of a packed weight all of it.
+        Memory: the result, and what :meth:`check` states; of a packed weight all of it.
         """
         entry = self.weight(name)
         if name in self.index.packed:

@@ -1,4 +1,4 @@
-"""Writing a sharded safetensors checkpoint as a stream: no tensor is ever held, only one copy buffer.
+"""Writing a sharded safetensors checkpoint as a stream: no tensor is ever held, only what it goes through.
 
 Shapes and dtypes are known before the first byte, so each shard's header is written first and its tensors
 follow in place. A shard is whole or absent: it is written under a temporary name, forced to disk, renamed,
@@ -11,6 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,6 +24,7 @@ from ghoststream.checkpoint.contents import CHUNK_BYTES, ContentCheck
 from ghoststream.checkpoint.dtypes import DTYPES
 from ghoststream.checkpoint.header import BITS, tensor_bytes
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
+from ghoststream.checkpoint.pieces import make_room
 from ghoststream.checkpoint.reader import TensorReader
 from ghoststream.errors import RequestError
 from ghoststream.files import (
@@ -41,7 +43,6 @@ from ghoststream.files import (
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stopping import require_going_on
 
-BUFFER_BYTES = CHUNK_BYTES
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 Chunks = Callable[[memoryview], Iterator[memoryview]]
@@ -55,7 +56,8 @@ class TensorSource:
         name: Its name in the checkpoint.
         dtype_name: Its dtype, as headers name it.
         shape: Its shape.
-        chunks: ``chunks(buffer)`` yields its bytes in order, whole elements; it may use ``buffer`` for them.
+        chunks: ``chunks(room)`` yields its bytes in order, whole elements; it may use ``room`` for them. A
+            chunk stays as it is until the one behind the next one is asked for.
         source_digest: Reads what it is a copy of, and returns the digest of that; ``None`` if it is no copy.
     """
 
@@ -136,13 +138,14 @@ def stored_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Tensor
         tensor: The tensor, of any floating dtype, on the host; it stays in memory until it is written.
         dtype: What is stored.
 
-    Memory: while it is written, a block as large as the writer's buffer.
+    Memory: while it is written, two blocks of 1 MiB.
     """
     names = {known: name for name, known in DTYPES.items()}
 
-    def chunks(buffer: memoryview) -> Iterator[memoryview]:
+    def chunks(room: memoryview) -> Iterator[memoryview]:
+        del room
         flat = tensor.reshape(-1)
-        step = max(1, len(buffer) // max(dtype.itemsize, tensor.element_size()))
+        step = max(1, CHUNK_BYTES // max(dtype.itemsize, tensor.element_size()))
         for start in range(0, flat.numel(), step):
             block = flat[start : start + step].to(dtype).contiguous()
             yield memoryview(block.view(torch.uint8).numpy())
@@ -204,7 +207,7 @@ def write_shards(
         CheckpointError: If a source cannot be read, or is not what it is known to be.
         NumericsError: If a value is NaN or infinite.
 
-    Memory: ``BUFFER_BYTES`` (1 MiB) and the headers; one more buffer where a tensor in memory is cast.
+    Memory: what :func:`~ghoststream.checkpoint.pieces.make_room` states, the headers, and what a source says.
     """
     progress = progress or SilentProgress()
     journal = _Journal(folder)
@@ -213,9 +216,9 @@ def write_shards(
     n_bytes = sum(shard.n_bytes for shard in left)
     require_free_space(folder, n_bytes, "the checkpoint")
     progress.start("writing the checkpoint", n_bytes, "B")
-    buffer = memoryview(bytearray(BUFFER_BYTES))
+    room = make_room()
     for shard in left:
-        journal.add(shard.name, _write_shard(folder / shard.name, shard, buffer, progress))
+        journal.add(shard.name, _write_shard(folder / shard.name, shard, room, progress))
         require_going_on()
     progress.finish()
     if len(shards) > 1:
@@ -223,20 +226,25 @@ def write_shards(
     return {shard.name: done.get(shard.name) or journal.entries[shard.name] for shard in shards}
 
 
-def _write_shard(path: Path, shard: Shard, buffer: memoryview, progress: Progress) -> WrittenShard:
+def _write_shard(path: Path, shard: Shard, room: memoryview, progress: Progress) -> WrittenShard:
     header = shard.header()
     whole = hashlib.sha256(header)
     digests: dict[str, str] = {}
-    with replacing(path, shard.n_bytes) as file:
+
+    # SHA-256 takes longer than all the rest: it goes one chunk behind.
+    with replacing(path, shard.n_bytes) as file, ThreadPoolExecutor(1, "ghoststream-digests") as behind:
         write_all(file, header)
         for tensor in shard.tensors:
             is_copy = tensor.source_digest is not None
             check = ContentCheck(tensor.name, tensor.dtype_name, path, may_be_infinite=is_copy)
-            for chunk in tensor.chunks(buffer):
+            hashing = behind.submit(whole.update, b"")
+            for chunk in tensor.chunks(room):
+                hashing.result()
+                hashing = behind.submit(whole.update, chunk)
                 write_all(file, chunk)
-                whole.update(chunk)
                 check.update(chunk)
                 progress.advance(len(chunk))
+            hashing.result()
             digests[tensor.name] = check.digest()
     return WrittenShard(bytes_digest(header), format_digest(whole), digests)
 

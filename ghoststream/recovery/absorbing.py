@@ -118,8 +118,8 @@ class Absorption:
     def _source(self, reader: TensorReader, name: str, new_name: str, blocks: Any) -> TensorSource:
         entry = reader.weight(name)
 
-        def chunks(buffer: memoryview) -> Iterator[memoryview]:
-            del buffer
+        def chunks(room: memoryview) -> Iterator[memoryview]:
+            del room
             for block in blocks(reader, entry.shape):
                 stored = block.to(entry.dtype).contiguous().reshape(-1)
                 yield memoryview(stored.view(torch.uint8).numpy())

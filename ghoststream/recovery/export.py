@@ -117,9 +117,9 @@ def export_recovered(
         BudgetError: If the disk is too small.
         DiskFullError: If it is full all the same.
 
-    Memory: One copy buffer (1 MiB), the operators, and the model's modules without weights; where an
-    operator on ``mlp_output`` is absorbed, also the weight as it is stored; for each on ``hidden+mlp`` what
-    :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
+    Memory: What :func:`~ghoststream.checkpoint.writer.write_shards` states, the operators, and the model's
+    modules without weights; where an operator on ``mlp_output`` is absorbed, also the weight as it is stored;
+    for each on ``hidden+mlp`` what :func:`~ghoststream.operators.joint.absorbed_part` states, and its result.
     """
     job = prepare_export(
         skeleton,

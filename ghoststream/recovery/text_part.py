@@ -68,7 +68,8 @@ def write_text_part(
         BudgetError: If the disk is too small.
         RequestError: If a file beside the weights is a link out of the folder.
 
-    Memory: One copy buffer (1 MiB), and the language model's modules without weights.
+    Memory: What :func:`~ghoststream.checkpoint.writer.write_shards` states, and the language model's modules
+    without weights.
     """
     config = load_config(root)
     text = config.get_text_config(decoder=True)

@@ -49,8 +49,9 @@ def export(
             operators.
         DataError: If data on disk is broken or the disk is full.
 
-    Memory: One copy buffer (1 MiB), the operators, and the model's modules without weights; for a GGUF what
-    :func:`~ghoststream.recovery.gguf.file.write_file` states in the place of the buffer.
+    Memory: what a copy goes through (:func:`~ghoststream.checkpoint.pieces.make_room`: 2 MiB, or 144 MiB
+    where several threads read past the page cache), the operators, and the model's modules without weights;
+    for a GGUF also what :func:`~ghoststream.recovery.gguf.file.write_file` states.
     """
     require_gguf(form, gguf_type)
     if isinstance(operators, str | Path):

@@ -43,10 +43,31 @@ def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> P
 def test_a_run_is_the_bytes_of_the_file(file: Path, reader: PieceReader, offset: int, length: int) -> None:
     target = bytearray(length)
     ends = 0
-    for begin, stop, got in reader.arriving(file, offset, memoryview(target), 1000):
-        assert (begin, got) == (ends, stop - begin)
-        assert target[begin:stop] == file.read_bytes()[offset + begin : offset + stop]
+    for begin, piece, got in reader.arriving(file, offset, memoryview(target), 1000):
+        stop = begin + len(piece)
+        assert (begin, got) == (ends, len(piece))
+        assert piece == target[begin:stop] == file.read_bytes()[offset + begin : offset + stop]
         ends = stop
+    reader.close()
+    assert ends == length
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, _SIZE), (8, 100_000), (4096, 8192), (4095, 65_538), (3, 0)]
+)
+@pytest.mark.parametrize("room", [16, 1001, 2 * 8192, 5 * 8192, 2**18])
+def test_a_run_that_passes_through_a_room_is_the_bytes_of_the_file(
+    file: Path, reader: PieceReader, offset: int, length: int, room: int
+) -> None:
+    run, ends, last = file.read_bytes()[offset : offset + length], 0, (0, memoryview(b""))
+    for begin, piece, got in reader.passing(file, offset, length, memoryview(bytearray(room)), 1000):
+        assert (begin, got) == (ends, len(piece))
+        assert begin % 8 == 0
+        ends = begin + len(piece)
+        # The one before is still what it was.
+        for start, held in (last, (begin, piece)):
+            assert held == run[start : start + len(held)]
+        last = (begin, piece)
     reader.close()
     assert ends == length
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ghoststream.checkpoint import CheckpointIndex, TensorEntry, TensorReader, writer
+from ghoststream.checkpoint import CheckpointIndex, TensorEntry, TensorReader, pieces, writer
 from ghoststream.checkpoint.index import INDEX_NAME, SINGLE_NAME
 from ghoststream.checkpoint.writer import (
     TensorSource,
@@ -109,47 +109,35 @@ def test_every_tensor_is_aligned_to_its_elements(source: CheckpointIndex, tmp_pa
         assert entry.offset % entry.dtype.itemsize == 0
 
 
-def test_copying_goes_through_the_one_small_buffer(
-    source: CheckpointIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("threads", ["one thread", "several threads"])
+def test_memory_is_what_copies_go_through_whatever_the_size_of_a_tensor(
+    tmp_path: Path, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "BUFFER_BYTES", 16)
-    folder = _target(tmp_path)
-    sizes: list[int] = []
-
-    def spy(tensor: TensorSource) -> TensorSource:
-        def chunks(buffer: memoryview) -> Iterator[memoryview]:
-            for chunk in tensor.chunks(buffer):
-                sizes.append(len(chunk))
-                assert len(buffer) == 16
-                yield chunk
-
-        return TensorSource(tensor.name, tensor.dtype_name, tensor.shape, chunks)
-
-    write_shards(folder, plan_shards([spy(tensor) for tensor in _copies(source)]))
-    assert max(sizes) == 16
-    back = load_file(folder / SINGLE_NAME)
-    assert all(torch.equal(back[f"new.{name}"], tensor) for name, tensor in _tensors().items())
-
-
-def test_memory_is_one_buffer_whatever_the_size_of_a_tensor(tmp_path: Path) -> None:
-    size = 6 * writer.BUFFER_BYTES
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2**18)
+    monkeypatch.setattr(pieces, "processors", lambda: 1 if threads == "one thread" else 64)
+    size = 12 * 2**20
     path = tmp_path / "source" / SINGLE_NAME
     path.parent.mkdir()
-    with path.open("wb") as file:
-        file.truncate(size)  # a hole: reads as zeros and takes no space
+    values = (
+        np.arange(size // 2, dtype=np.uint16) % 2**14
+    )  # finite as numbers of bfloat16, and no two chunks alike
+    path.write_bytes(values.tobytes())
     entry = TensorEntry("w", path.name, "BF16", (size // 2,), 0, size)
     reader = TensorReader(CheckpointIndex(path.parent, {"w": entry}, (path.name,)))
+    folder = _target(tmp_path)
     with Peak() as peak:
-        write_shards(_target(tmp_path), plan_shards([copied_tensor(reader, "w", "w")]))
-    assert peak.bytes < writer.BUFFER_BYTES + 2**20
+        written = write_shards(folder, plan_shards([copied_tensor(reader, "w", "w")]))
+    assert peak.bytes < 5 * 2**18 + 2**20
+    assert (folder / SINGLE_NAME).read_bytes().endswith(path.read_bytes())
+    assert written[SINGLE_NAME].digest == file_digest(folder / SINGLE_NAME)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("buffer", [16, 1 << 20])
+@pytest.mark.parametrize("block", [16, 1 << 20])
 def test_stored_tensor_is_cast_as_torch_casts(
-    dtype: torch.dtype, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "BUFFER_BYTES", buffer)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", block)
     tensor = torch.randn(13, 9, generator=torch.Generator().manual_seed(1))
     folder = _target(tmp_path)
     write_shards(folder, plan_shards([stored_tensor("w", tensor, dtype)]))

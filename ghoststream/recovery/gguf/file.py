@@ -16,7 +16,8 @@ import xxhash
 
 from ghoststream.checkpoint.contents import ContentCheck, content_digest
 from ghoststream.checkpoint.dtypes import DTYPES
-from ghoststream.checkpoint.writer import BUFFER_BYTES, TensorSource
+from ghoststream.checkpoint.pieces import make_room
+from ghoststream.checkpoint.writer import TensorSource
 from ghoststream.errors import NumericsError
 from ghoststream.files import format_digest, replacing, require_free_space, write_all
 from ghoststream.progress import Progress, SilentProgress
@@ -81,7 +82,8 @@ def write_file(
         CheckpointError: If a tensor of the checkpoint is not what it is known to be.
         BudgetError, DiskFullError: If the disk is too small.
 
-    Memory: the largest tensor as the checkpoint has it, twice where its rows change places, and 64 MiB.
+    Memory: the largest tensor as the checkpoint has it, twice where its rows change places, 64 MiB, and what
+    :func:`~ghoststream.checkpoint.pieces.make_room` states.
     """
     progress = progress or SilentProgress()
     n_bytes = sum(stored_bytes(tensor, wanted) for tensor in tensors)
@@ -150,9 +152,9 @@ def _converted(tensor: GgufTensor, kind: str, path: Path) -> Iterator[memoryview
 def _read(source: TensorSource, path: Path) -> torch.Tensor:
     """Read a tensor whole, in the dtype of the checkpoint."""
     whole = bytearray(source.n_bytes)
-    buffer, done = memoryview(bytearray(BUFFER_BYTES)), 0
+    done = 0
     check = ContentCheck(source.name, source.dtype_name, path)
-    for chunk in source.chunks(buffer):
+    for chunk in source.chunks(make_room()):
         check.update(chunk)
         whole[done : done + len(chunk)] = chunk
         done += len(chunk)

@@ -21,8 +21,8 @@ from ghoststream.stages.estimation.report import SweepCost
 from ghoststream.stages.estimation.shares import Share, SharedFit, on_worker
 from ghoststream.stages.estimation.training import TrainingCost
 
-_EXPORT_BYTES = 32 * 2**20
-"""A copy buffer, the pruned model without its weights, and its tokenizer."""
+_EXPORT_BYTES = 176 * 2**20
+"""Copies on their way (144 MiB past the page cache), the model without its weights, and its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
     if route.training is not None:
         needs |= route.training.needs(out)
     parts = len(job.spans) * route.fit.write_bytes
-    needs["memory, export"] = Need(_EXPORT_BYTES + parts, "32 MiB and the operators", host)
+    needs["memory, export"] = Need(_EXPORT_BYTES + parts, "176 MiB and the operators", host)
     needs["disk, export"] = Need(job.export_bytes, "checkpoint - N layers + operator", disk)
     return needs
 

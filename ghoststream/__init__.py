@@ -84,7 +84,7 @@ __all__ = [
     "write_report",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ActivationStore": ".activations",

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import Any
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package (PEP 562), so that importing it imports none of its modules.
+def lazy_names(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` of a package (PEP 562), so that importing it imports no module.
 
     Args:
         package: Its ``__name__``.
@@ -21,4 +23,4 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(msg)
         return getattr(import_module(homes[name], package), name)
 
-    return get
+    return get, lambda: sorted(homes)

@@ -71,6 +71,8 @@ def _parse_ridge(value: Any) -> Any:
     return value if value in (None, "auto", "gcv") else number
 
 
+_LEAST_BYTES = 2**20
+"""Fewer are no amount of memory that is meant where no unit stands."""
 _BYTES: TypeAdapter[ByteSize] = TypeAdapter(ByteSize)
 
 
@@ -79,6 +81,9 @@ def _parse_bytes(value: Any) -> Any:
         return value
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?i?b?)?\s*", value, re.IGNORECASE) is None:
         msg = f"{value!r} is not an amount of bytes; write for example 8GiB or 500MB"
+        raise ValueError(msg)
+    if value.strip().isdigit() and 0 < int(value) < _LEAST_BYTES:
+        msg = f"{value.strip()} is so many bytes; write the unit, as in {value.strip()}GiB"
         raise ValueError(msg)
     # A letter alone stands for a binary unit, as it does for other tools.
     text = f"{value.rstrip()}iB" if value.rstrip()[-1].lower() in "kmgt" else value

@@ -6,6 +6,7 @@ They are features, token weights, operators, criteria and text sources.
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar, cast
@@ -82,7 +83,9 @@ class Registry(Generic[_Entry]):
         if name not in self._entries:
             offered = self._offered.get(name, ())
             if not offered:
-                msg = f"there is no {self._kind} {name!r}; known are {', '.join(self.names())}"
+                close = get_close_matches(name, self.names(), n=1)
+                meant = f"; did you mean {close[0]}?" if close else ""
+                msg = f"there is no {self._kind} {name!r}; known are {', '.join(self.names())}{meant}"
                 raise RequestError(msg)
             self.register(name, self._load(offered))
         return self._entries[name]

@@ -45,7 +45,7 @@ __all__ = [
     "writing_threads",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ActivationStore": ".store",

@@ -32,7 +32,7 @@ __all__ = [
     "match_keys",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ARCHITECTURES": ".architecture",

@@ -31,7 +31,8 @@ def interruptible() -> Iterator[None]:
     except BaseException as error:
         if not was_interrupted(error):
             raise
-        click.echo("\ninterrupted; run the same command again, what is finished is kept", err=True)
+        said = "the same command goes on with what is finished; evaluate and tasks begin anew"
+        click.echo(f"\ninterrupted; {said}", err=True)
         raise SystemExit(INTERRUPTED) from None
 
 

@@ -186,9 +186,14 @@ class OperatorSet:
         )
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """What decided every bit of them; empty where it is not known."""
+        return dict(self.metadata.get("recipe") or {})
+
+    @property
     def digest(self) -> str:
         """Digest of the recipe; empty where there is none."""
-        return json_digest(self.metadata["recipe"]) if "recipe" in self.metadata else ""
+        return json_digest(self.recipe) if self.recipe else ""
 
     def save(self, path: Path) -> None:
         """Write one sealed safetensors file with one metadata key.

@@ -124,7 +124,8 @@ class Source(Options):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.store is None) == (self.calibration is None):
-            msg = "give either --store, or --model and --calibration"
+            both = self.store is not None
+            msg = "give --store, or --model and --calibration" + (", not both" if both else "")
             raise ValueError(msg)
         if self.calibration is not None and self.model is None:
             msg = "--calibration needs the --model that is run over it"

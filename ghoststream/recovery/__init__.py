@@ -30,7 +30,7 @@ __all__ = [
     "write_text_part",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ExportReport": ".export",

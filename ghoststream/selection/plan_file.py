@@ -185,11 +185,19 @@ def candidate_table(candidates: Sequence[Row], recipe: Row) -> tuple[list[str], 
     texts = recipe["text"]["spec"] if any("gaps_by_text" in row for row in candidates) else []
     figures = {"loss": "loss", "gap": "above dense", "gap_standard_error": "standard error", "score": "score"}
     present = [name for name in figures if any(name in row for row in candidates)]
-    is_repaired, is_chosen = (any(name in row for row in candidates) for name in ("repair", "chosen"))
-    shown = [*(["repaired by"] if is_repaired else []), *(figures[name] for name in present), *texts]
+    is_repaired, is_chosen, has_rounds = (
+        any(name in row for row in candidates) for name in ("repair", "chosen", "round")
+    )
+    shown = [
+        *(["round"] if has_rounds else []),
+        *(["repaired by"] if is_repaired else []),
+        *(figures[name] for name in present),
+        *texts,
+    ]
     rows = [
         [
             " ".join(f"[{start},{stop})" for start, stop in row["spans"]),
+            *([row.get("round")] if has_rounds else []),
             *(["; ".join(row["repair"])] if is_repaired else []),
             *(row.get(name) for name in present),
             *row.get("gaps_by_text", (None,) * len(texts)),

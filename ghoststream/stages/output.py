@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,14 @@ from ghoststream.files import (
     read_sealed_json,
     require_writable,
 )
+from ghoststream.files.json_data import differences
 from ghoststream.files.tensor_files import require_whole
 
 # A file of ours says so in several places: one that is damaged in one of them is still known.
 _OURS = (b"ghoststream", b"encoding-type", b"sha256:")
 _MOST_BYTES = 2**26
+_MOST_CHANGES = 4
+"""Fields that the message about another request names."""
 
 
 class Result(Protocol):
@@ -29,6 +32,10 @@ class Result(Protocol):
     @property
     def digest(self) -> str:
         """Digest of the recipe that the file carries."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What decides every bit of it; empty if it does not say."""
 
 
 _Result = TypeVar("_Result", bound=Result)
@@ -63,7 +70,7 @@ class Output:
     """
 
     def __init__(self, path: str | Path | NamedByRequest, recipe: Mapping[str, Any], command: str) -> None:
-        self.digest = json_digest(dict(recipe))
+        self._recipe, self.digest = dict(recipe), json_digest(dict(recipe))
         self.path = Path(path.of(self.digest) if isinstance(path, NamedByRequest) else path).absolute()
         self._command = command
         self._place = WorkFolder(self.path)
@@ -132,7 +139,8 @@ class Output:
             return None
         found = read_result(self.path, load)
         if found is None or found.digest != self.digest:
-            raise not_of_this_request(self.path)
+            known = {} if found is None else dict(found.recipe)
+            raise not_of_this_request(self.path, differences(known, self._recipe) if known else ())
         return found
 
 
@@ -177,9 +185,16 @@ def _is_ours(path: Path) -> bool:
     return any(mark in content for mark in _OURS)
 
 
-def not_of_this_request(path: Path) -> OutputExistsError:
-    """Return the error for a place that holds anything else than the result of a request."""
-    msg = f"{path} exists and is not the result of this request; choose another name, or move it away"
+def not_of_this_request(path: Path, changed: Sequence[str] = ()) -> OutputExistsError:
+    """Return the error for a place that holds anything else than the result of a request.
+
+    Args:
+        path: The place.
+        changed: Where the request that is there differs, a line a field.
+    """
+    more = ", ..." if len(changed) > _MOST_CHANGES else ""
+    named = f" ({', '.join(changed[:_MOST_CHANGES])}{more})" if changed else ""
+    msg = f"{path} exists and is not the result of this request{named}; choose another --out, or move it away"
     return OutputExistsError(msg)
 
 

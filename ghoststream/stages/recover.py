@@ -26,7 +26,7 @@ from ghoststream.stages.sharing import on_first_device
 from ghoststream.stages.steps import Steps
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RecoveryReport:
     """What a recovery did and where everything is.
 
@@ -72,6 +72,10 @@ class RecoveryReport:
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
         }
 
+    def __repr__(self) -> str:
+        """What a notebook shows."""
+        return self.to_text()
+
     def to_text(self) -> str:
         """Return the report as lines for a reader."""
         sizes = self.export
@@ -83,13 +87,14 @@ class RecoveryReport:
             f"  parameters  {sizes.parameters_before:,} -> {sizes.parameters_after:,}",
             f"  bytes       {sizes.bytes_before:,} -> {sizes.bytes_after:,}",
         ]
-        for span, diagnostics in self.operators.diagnostics.items():
-            fit = diagnostics.get("fitted") or diagnostics
+        for one in self.operators.boundaries:
+            fit = one.diagnostics.get("fitted") or one.diagnostics
             inside, outside = (
                 fit.get(key) for key in ("relative_residual", "relative_residual_out_of_sample")
             )
             lines.append(
-                f"  {span}  relative residual {_figure(inside)} in sample, {_figure(outside)} out of sample"
+                f"  {one.span}  {one.form}, {one.features}: relative residual {_figure(inside)} in sample, "
+                f"{_figure(outside)} out of sample"
             )
         lines += self._on_training()
         lines += [f"  warning: {warning}" for warning in self.operators.warnings]

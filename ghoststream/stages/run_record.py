@@ -283,7 +283,7 @@ def recorded(name: str, path: Path, inner: Progress) -> Iterator[RecordedProgres
     progress = RecordedProgress(name, path, inner)
     try:
         yield progress
-    except StoppedError:
+    except (StoppedError, KeyboardInterrupt):
         progress.end("stopped")
         raise
     except BaseException as error:

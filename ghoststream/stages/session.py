@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ghoststream.checkpoint import checkpoint_fingerprint
 from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.checkpoint.sizes import ModelSizes, read_sizes
-from ghoststream.errors import (
-    RequestError,
-)
+from ghoststream.errors import RequestError, TextError
 from ghoststream.machine import (
     free_device_memory,
     free_host_memory,
@@ -29,6 +27,9 @@ from ghoststream.recovery.names import has_provenance
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.streaming import MemoryBudget, PassMemory, Skeleton, parse_dtype
 from ghoststream.text import TokenSet, begin_note, is_ids, load_tokenizer, prepare_tokens
+
+_LEARNED_POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
+"""What tensors of learned positions end with: a table that ends, where rotary positions go on."""
 
 
 class ModelSession:
@@ -179,7 +180,7 @@ class ModelSession:
         Says once how windows begin, if it matters to the model, and that products are slow, if they are.
 
         Raises:
-            TextError: If the text gives too little.
+            TextError: If the text gives too little, or windows are longer than the model's learned positions.
         """
         if not self._tokens:
             note = self._slow_note()
@@ -191,8 +192,20 @@ class ModelSession:
             note = begin_note(text, tokens, tokenizer or self._tokenizer_if_any(tokens))
             if note is not None:
                 progress.log(note)
+            self._require_positions(tokens.length)
             self._tokens[text] = tokens
         return self._tokens[text]
+
+    def _require_positions(self, length: int) -> None:
+        most = getattr(self.skeleton.config, "max_position_embeddings", None)
+        if most is None or length <= most:
+            return
+        if any(name.endswith(_LEARNED_POSITIONS) for name in self.skeleton.index.weights):
+            msg = (
+                f"{self.name} has learned {most:,} positions, and windows have {length:,} tokens; give "
+                f"--length {most} or less"
+            )
+            raise TextError(msg)
 
     def _slow_note(self) -> str | None:
         """Return a word about a type that this processor has no arithmetic for."""

@@ -79,13 +79,13 @@ def test_an_output_that_exists(bench: Bench, refused: Callable[..., str]) -> Non
     refused("capture", bench.model, *bench.capture, "--store", full, code=code, says="something else")
     refused("capture", bench.model, *bench.capture, "--store", mine, code=code, says="is a file")
     fit = ("fit", "--store", bench.store, "--plan", "1:3")
-    refused(*fit, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
+    refused(*fit, "--out", mine, code=code, says=("mine.json exists", "choose another --out"))
     refused(*fit, "--out", full, code=code, says="full_folder")
     select = ("select", "--store", bench.store, "--remove", 2)
-    refused(*select, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
+    refused(*select, "--out", mine, code=code, says=("mine.json exists", "choose another --out"))
     refused(*select, "--out", full, code=code, says="full_folder")
     evaluate = ("evaluate", bench.model, "--text", bench.text, "--length", LENGTH)
-    refused(*evaluate, "--out", mine, code=code, says=("mine.json exists", "choose another name"))
+    refused(*evaluate, "--out", mine, code=code, says=("mine.json exists", "choose another --out"))
     refused(*evaluate, "--out", full, code=code, says="full_folder")
 
 

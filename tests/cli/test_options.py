@@ -176,7 +176,7 @@ def _sample(field: FieldInfo) -> str:
     names = " ".join(map(str, kinds))
     if "tuple" in names:
         return "1:3,5"
-    if "ByteSize" in names:
+    if "_parse_bytes" in names or "_parse_bytes" in str(field.metadata):
         return "3GiB"
     if "int" in names or "float" in names:
         return "3"

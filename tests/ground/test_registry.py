@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+import ghoststream
 from ghoststream.errors import RequestError
 from ghoststream.registry import Registry
 
@@ -31,9 +32,16 @@ def test_a_name_stays_with_the_entry_that_took_it(kind: str, named: str) -> None
     assert registry.get("mine") is entry
 
 
+def test_the_package_lists_what_it_loads_late() -> None:
+    assert set(dir(ghoststream)) == set(ghoststream.__all__)
+
+
 def test_a_name_that_is_not_known_is_told_what_is() -> None:
     registry: Registry[int] = Registry("criterion")
     registry.register("b", 2)
     registry.register("a", 1)
     with pytest.raises(RequestError, match=r"^there is no criterion 'c'; known are a, b$"):
         registry.get("c")
+    registry.register("streamline", 3)
+    with pytest.raises(RequestError, match=r"known are a, b, streamline; did you mean streamline\?$"):
+        registry.get("streamlin")

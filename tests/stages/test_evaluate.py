@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import RequestError, TextError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.options import Text
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
@@ -87,6 +88,22 @@ def test_a_recovered_folder_measures_the_same_as_lane_and_alone(
     assert together.notes == (
         f"one pass over the weights of {folder} measured {models[0]}, {models[1]}, {folder}",
     )
+
+
+def test_one_model_needs_no_list(tmp_path: Path, ids_file: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    text = Text(spec=f"ids:{ids_file}", length=T)
+    assert evaluate(model, text=text).rows == evaluate([model], text=text).rows
+
+
+def test_windows_longer_than_learned_positions_are_refused_by_number(tmp_path: Path) -> None:
+    model = save_tiny("gpt2", tmp_path / "model")
+    most = json.loads((model / "config.json").read_text())["n_positions"]
+    np.save(tmp_path / "ids.npy", np.full(2 * most + 2, 5))
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", length=most + 1)
+    with pytest.raises(TextError, match=f"has learned {most} positions.* give --length {most} or less"):
+        evaluate(model, text=text)
+    assert evaluate(model, text=text.model_copy(update={"length": most})).rows
 
 
 def test_models_without_their_base_need_their_own_pass(

@@ -233,6 +233,10 @@ class Line:
 
     digest: str
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {}
+
     @classmethod
     def load(cls, path: Path) -> Line:
         text = path.read_text()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ghoststream.options import Method, Search
 from ghoststream.progress import SilentProgress
-from ghoststream.selection import Selection
+from ghoststream.selection import Selection, candidate_table
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.race import combined, neighbours, survivors
@@ -126,6 +126,14 @@ def test_the_last_round_measures_what_a_pass_over_the_same_windows_does(model: P
     gaps = {one.plan: one.gap for one in again}
     assert [gaps[plan] for plan in plans] == [row["gap"] for row in last]
     assert found.plan in plans
+
+
+def test_one_plan_is_chosen_and_a_table_says_of_which_round_its_figures_are(model: Path, ids: Path) -> None:
+    found = _race(model, ids, 3, max_spans=2)
+    (chosen,) = [row for row in found.candidates if row["chosen"]]
+    assert chosen in _last_round(found)
+    headers, rows = candidate_table(found.candidates, found.recipe)
+    assert [row[headers.index("round")] for row in rows] == [row["round"] for row in found.candidates]
 
 
 def test_auto_tries_every_way_for_the_leader(model: Path, ids: Path) -> None:

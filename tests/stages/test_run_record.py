@@ -11,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from ghoststream.cli.main import main
-from ghoststream.errors import InputNotFoundError
+from ghoststream.errors import InputNotFoundError, RequestError
 from ghoststream.options import Compute, Method, Recovery, Reduction, Search, Text
 from ghoststream.progress import SilentProgress
+from ghoststream.stages.artifacts.inspect import inspect_path
+from ghoststream.stages.artifacts.verify import verify_path
 from ghoststream.stages.recover import run
-from ghoststream.stages.run_record import RecordedProgress, RunRecord
+from ghoststream.stages.run_record import RecordedProgress, RunRecord, recorded
 from tests.helpers.crews import cluster_of
 
 pytestmark = pytest.mark.integration
@@ -55,6 +57,32 @@ def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
     assert RunRecord.load(Path()) == found
     with pytest.raises(InputNotFoundError):
         RunRecord.load(Path("/"))
+
+
+def test_ctrl_c_stops_a_run_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "out.work" / "run.json"
+    path.parent.mkdir()
+
+    def interrupted() -> None:
+        with recorded("run", path, SilentProgress()) as progress:
+            progress.begin()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert RunRecord.load(tmp_path / "out").outcome == "stopped"
+
+
+def test_inspect_and_verify_know_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "out.work" / "run.json"
+    path.parent.mkdir()
+    with recorded("night", path, SilentProgress()) as progress:
+        progress.begin()
+    found = inspect_path(path)
+    assert (found.kind, found.facts["run"], found.facts["state"]) == ("record of a run", "night", "done")
+    assert verify_path(path).sound
+    with pytest.raises(RequestError, match="ghoststream status"):
+        inspect_path(path.parent)
 
 
 def test_a_client_of_a_cluster_is_written_as_its_address(tiny_llama: Path, tmp_path: Path) -> None:

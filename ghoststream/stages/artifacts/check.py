@@ -17,6 +17,7 @@ from ghoststream.files import SUMS_NAME, file_digest, read_json, unseal, verify_
 from ghoststream.recovery.names import ADAPTER_NAME, GGUF_NAME, PROVENANCE_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.spans import PruningPlan
+from ghoststream.stages.run_record import RunRecord
 
 
 def check_store(uri: str) -> list[str]:
@@ -152,4 +153,10 @@ def check_figures(path: str) -> list[str]:
     data = read_json(Path(path))
     if not isinstance(data, list):
         unseal(data, path, advice="measure again")
+    return []
+
+
+def check_run(path: str) -> list[str]:
+    """Read the record of a run."""
+    RunRecord.load(Path(path))
     return []

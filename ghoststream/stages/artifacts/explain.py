@@ -26,6 +26,7 @@ from ghoststream.recovery.names import ADAPTER_NAME, GGUF_NAME
 from ghoststream.recovery.sidecars import require_sound_sidecars
 from ghoststream.recovery.training import told_training
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.run_record import RunRecord
 
 if TYPE_CHECKING:
     from ghoststream.activations.layout import StoreLayout
@@ -241,6 +242,22 @@ def explain_exploration(path: str) -> Explanation:
         "arithmetic, in dense passes": found.spent.dense_passes,
     }
     return facts, (Table("numbers of layers", *table_of(found)), _recipe_table(found.recipe))
+
+
+def explain_run(path: str) -> Explanation:
+    """Say how far a run is, or how it ended."""
+    record = RunRecord.load(Path(path))
+    facts = {
+        "run": record.name,
+        "state": record.outcome,
+        "failed with": record.error,
+        "attempts": record.attempts,
+        "begun": record.started,
+        "command": record.command or None,
+    }
+    rows = [(stage.name, f"{stage.seconds:.1f}", format_bytes(stage.peak_bytes)) for stage in record.stages]
+    stages = Table("stages", ("stage", "seconds", "memory at most"), rows)
+    return {key: value for key, value in facts.items() if value is not None}, (stages,)
 
 
 def explain_estimate(path: str) -> Explanation:

@@ -15,6 +15,7 @@ from ghoststream.files import read_json
 from ghoststream.files.seals import METADATA_KEY, SEAL
 from ghoststream.recovery.names import GGUF_NAME, has_provenance, is_adapter
 from ghoststream.stages.exploring.report import NAME as EXPLORATION_NAME
+from ghoststream.stages.run_record import NAME as RECORD_NAME
 
 # Both are in every file of ours: one in which a bit of either has changed is still known, as damaged.
 _OUR_KEYS = frozenset({METADATA_KEY, SEAL})
@@ -37,6 +38,7 @@ class Kind(StrEnum):
     ESTIMATE = "estimate"
     EVALUATION = "evaluation"
     TASKS = "task results"
+    RUN = "record of a run"
 
 
 _BY_ENCODING = {
@@ -44,6 +46,7 @@ _BY_ENCODING = {
     "ghoststream-exploration": Kind.EXPLORATION,
     "ghoststream-evaluation": Kind.EVALUATION,
     "ghoststream-tasks": Kind.TASKS,
+    "ghoststream-run": Kind.RUN,
 }
 
 
@@ -100,6 +103,12 @@ def _identify_folder(folder: Path) -> Kind:
         return Kind.CHECKPOINT
     if (folder / EXPLORATION_NAME).is_file():
         return Kind.EXPLORATION
+    if (folder / RECORD_NAME).is_file():
+        msg = (
+            f"{folder} is what a run keeps beside its result; name a file in it, or ask "
+            f"`ghoststream status {folder}`"
+        )
+        raise RequestError(msg)
     if (folder / "manifest.json").is_file() or _is_group(folder / "zarr.json"):
         return Kind.STORE
     return _refuse(folder)

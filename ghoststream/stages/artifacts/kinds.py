@@ -76,5 +76,6 @@ KINDS: Mapping[Kind, ArtifactKind] = MappingProxyType(
         Kind.ESTIMATE: ArtifactKind(explain.explain_estimate, check.check_json, "JSON"),
         Kind.EVALUATION: ArtifactKind(explain.explain_evaluation, check.check_figures, "JSON, digest"),
         Kind.TASKS: ArtifactKind(explain.explain_tasks, check.check_figures, "JSON, digest"),
+        Kind.RUN: ArtifactKind(explain.explain_run, check.check_run, "every field"),
     }
 )

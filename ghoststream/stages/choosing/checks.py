@@ -24,7 +24,7 @@ def named_method(method: Method) -> Method | None:
     """
     if not method.is_named:
         others = set(Method.model_fields) - {"operator", "refit"}
-        method.refuse(others, f"the operator {AUTO} chooses it at each boundary, where no operator is named")
+        method.refuse(others, f"it is for a named --operator, and {AUTO} chooses it at each boundary")
         return None
     return passing_method(method)
 

@@ -63,7 +63,10 @@ class Measured(SearchCriterion):
     repaired in every way of :data:`~ghoststream.stages.choosing.ways.METHODS`, one pass more for each span.
     """
 
-    meaning = "loss of the repaired model on windows that nothing was fitted on; the lowest is taken"
+    meaning = (
+        "loss of the repaired model on windows that nothing was fitted on; of plans that are not surely "
+        "worse than the best, one of the fewest spans is taken, and losses on copied tokens count as much"
+    )
     reads = ("search", "max_spans", "beam", "candidates", "lanes")
 
     def check(self, n_layers: int, remove: int, search: Search) -> None:

@@ -29,9 +29,11 @@ def divided(
     size = micro_batch or min(at_once(), max(1, wanted))
     n_fit = (n_sequences - wanted) // size * size
     if wanted < 1 or n_fit < 1:
+        of_batches = f" in micro-batches of {size}" if size > 1 else ""
+        smaller = ", or a smaller micro-batch" if size > 1 else ""
         msg = (
-            f"{n_sequences} sequences in micro-batches of {size} cannot be parted into some to "
-            f"fit and {wanted} to measure on; give more sequences, or a smaller micro-batch"
+            f"{n_sequences} sequences{of_batches} cannot be parted into some to fit and {wanted} to measure "
+            f"on (--held-out, by default a quarter); give more --sequences{smaller}"
         )
         raise RequestError(msg)
     return size, n_fit

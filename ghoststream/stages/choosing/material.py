@@ -12,6 +12,9 @@ from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import Ranges
 from ghoststream.text import TokenSet, recipe_of
 
+_FEW = 8
+"""Windows below which standard errors are as large as the differences between plans."""
+
 
 @dataclass(frozen=True)
 class Division:
@@ -90,6 +93,9 @@ class Material:
         """
         tokens = session.tokens(text, progress)
         division = Division.make(session, tokens, search, fits=fits)
+        n_held = tokens.n_sequences - (0 if division.fitting is None else division.fitting.n_sequences)
+        if n_held < _FEW:
+            progress.log(f"note: {n_held} windows to measure on decide little; give more --sequences")
         return cls(session, text, tokens, division, search.folds, progress)
 
     def to_json(self) -> dict[str, Any]:

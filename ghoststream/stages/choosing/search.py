@@ -104,7 +104,11 @@ def _choose(
     recipe: dict[str, Any],
 ) -> Selection:
     chosen = rule.choose(trial, remove, search, method)
-    rows = [{**row, "chosen": _is_chosen(row, chosen.repair)} for row in chosen.rows]
+    last = max((row.get("round", 0) for row in chosen.rows), default=0)
+    rows = [
+        {**row, "chosen": row.get("round", 0) == last and _is_chosen(row, chosen.repair)}
+        for row in chosen.rows
+    ]
     return Selection(
         base=trial.session.base(None, trial.progress),
         plan=chosen.repair.plan,

@@ -141,7 +141,7 @@ class Spent:
     dense_passes: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExplorationReport:
     """The answer to how many layers can go.
 
@@ -228,6 +228,10 @@ class ExplorationReport:
             DiskFullError: If no space is left.
         """
         atomic_write_json(path, self.to_json())
+
+    def __repr__(self) -> str:
+        """What a notebook shows."""
+        return self.to_text()
 
     def to_text(self) -> str:
         """Return the report as lines for a reader, without colours or lines of a table."""

@@ -22,7 +22,7 @@ from ghoststream.stages.workers import Shared
 
 
 def evaluate(
-    models: Sequence[str | Path],
+    models: Sequence[str | Path] | str | Path,
     *,
     text: Text | str | None = None,
     store: str | Path | None = None,
@@ -38,7 +38,7 @@ def evaluate(
     so.
 
     Args:
-        models: Local folders, hub ids or operator files, in the order in which rows are wanted.
+        models: A local folder, hub id or operator file, or several, in the order in which rows are wanted.
         text: Text to measure on, or its specification; or give ``store``.
         store: Activation store of the models' base, whose text is measured on: the pass starts from the last
             stored states that all models share, and the layers before are not computed again.
@@ -63,8 +63,9 @@ def evaluate(
     machine share its free memory evenly.
     """
     if (text is None) == (store is None):
-        msg = "give either a text to measure on, or a store whose text and states are taken"
+        msg = "give either --text SPEC, or --store STORE: the activation store of the base"
         raise RequestError(msg)
+    models = [models] if isinstance(models, str | Path) else models
     wanted = Text.of(text).to_evaluate() if text is not None else ActivationStore.open(str(store))
     compute, progress = compute or Compute(), progress or SilentProgress()
     shared = Shared.asked(compute, scheduler)

@@ -21,7 +21,7 @@ _HARNESS = "lm_eval"
 
 
 def evaluate_tasks(
-    models: Sequence[str | Path],
+    models: Sequence[str | Path] | str | Path,
     *,
     tasks: Sequence[str],
     include_path: str | Path | None = None,
@@ -40,7 +40,7 @@ def evaluate_tasks(
     ``softmax_dtype="float32"``; no chat template is applied.
 
     Args:
-        models: Local folders, hub ids or operator files, in the order in which rows are wanted.
+        models: A local folder, hub id or operator file, or several, in the order in which rows are wanted.
         tasks: Tasks, groups or tags by name.
         include_path: Folder of task files (YAML) of the user's own, which come before the harness's. Such
             files can run code, so ``compute`` has to allow it.
@@ -65,6 +65,7 @@ def evaluate_tasks(
     """
     progress, compute = progress or SilentProgress(), compute or Compute()
     require_trusted_tasks(include_path, trusted=compute.trust_remote_code)
+    models = [models] if isinstance(models, str | Path) else models
     groups = group_models(models, compute)
     suite = _load_suite(tasks, include_path, limit, compute, progress)
     from ghoststream.evaluation.harness_requests import answers_of

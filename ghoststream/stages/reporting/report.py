@@ -17,7 +17,7 @@ _HEAD_BYTES = 4096
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path, *, figures: str | Path | None = None
+    runs: Sequence[str | Path] | str | Path, out: str | Path, *, figures: str | Path | None = None
 ) -> tuple[Run, ...]:
     """Write a page that compares runs.
 
@@ -44,7 +44,7 @@ def write_report(
     """
     out = Path(out)
     require_place(out)
-    found = read_runs(runs)
+    found = read_runs([runs] if isinstance(runs, str | Path) else runs)
     drawn = all_figures(found)
     folder = (
         Path(figures) if figures is not None else out.with_name(f"{out.name.removesuffix('.html')}.figures")

@@ -12,7 +12,7 @@ from ghoststream.option_types import Options
 from ghoststream.options import Recovery, Text
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.text import TextSpec
+from ghoststream.text.identity import without_folders
 
 # What can change a bit of the result: device, memory and folders cannot, nor do they mean anything elsewhere.
 _COMPUTE = ("dtype", "attention", "micro_batch", "revision", "trust_remote_code")
@@ -98,8 +98,7 @@ def _spans(plan: PruningPlan) -> str:
 
 
 def _text(text: Text) -> dict[str, Any]:
-    specs = [TextSpec.parse(spec).identity for spec in text.specs]
-    return {"spec": specs[0] if len(specs) == 1 else specs, **_given(text, without=("spec",))}
+    return {"spec": without_folders(text), **_given(text, without=("spec",))}
 
 
 def _given(group: Options, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -197,6 +197,9 @@ def check_place(out: Path, way: Way, digest: Callable[[], str]) -> None:
 
 
 def _changes(found: RecoveredInfo, way: Way, digest: Callable[[], str]) -> list[str]:
+    # Of an estimate, which has no result to look at, no text is read: it waits for no tokenizer.
+    from ghoststream.text.identity import without_folders
+
     asked: dict[str, Any] = {
         "base": digest(),
         "operator": way.recovery.method.operator or AUTO,
@@ -209,7 +212,13 @@ def _changes(found: RecoveredInfo, way: Way, digest: Callable[[], str]) -> list[
     }
     if way.given is not None:
         asked["plan"], there["plan"] = way.given.plan.to_json(), found.plan.to_json()
-    training, trained = way.recovery.distill, training_of(found.recorded["metadata"].get("recipe"))
+    recipe = found.recorded["metadata"].get("recipe") or {}
+    text = way.recovery.calibration.to_calibrate()
+    named = {"spec": without_folders(text), "sequences": text.sequences, "length": text.length}
+    # An operator that was fitted from a store names its text there.
+    known = recipe.get("text") or named
+    asked["text"], there["text"] = named, {name: known[name] for name in named}
+    training, trained = way.recovery.distill, training_of(recipe)
     asked["distill"], there["distill"] = training is not None, trained is not None
     if training is not None and trained is not None:
         for name in training.given(trained):

@@ -8,10 +8,15 @@ from ghoststream.text.spec import TextSpec
 from ghoststream.text.token_set import TokenSet
 
 
+def without_folders(text: Text) -> str | list[str]:
+    """Return the specification of a text, or those of several, without the folders that files are in."""
+    specs = [TextSpec.parse(spec).identity for spec in text.specs]
+    return specs[0] if len(specs) == 1 else specs
+
+
 def recipe_of(text: Text, tokens: TokenSet) -> TextRecipe:
     """Return a text as recipes name it: without folders, whose place the digest of the tokens takes."""
-    specs = [TextSpec.parse(spec).identity for spec in text.specs]
-    return TextRecipe(**{**dict(text), "spec": specs}, first_tokens=tokens.first_tokens)
+    return TextRecipe(**{**dict(text), "spec": without_folders(text)}, first_tokens=tokens.first_tokens)
 
 
 def is_ids(text: Text) -> bool:

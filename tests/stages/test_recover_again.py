@@ -152,7 +152,12 @@ def test_recover_again_changes_nothing(
     again = recover(tiny_llama, out=tmp_path / "out", **options)
     assert again.to_json() == first.to_json()
     assert {path: stamp for path, stamp in _stamps(tmp_path).items() if Path(path).is_file()} == before
-    for change in ({"remove": 3}, {"method": Method(operator="linear-patch-diagonal")}):
+    shutil.rmtree(tmp_path / "out.work")
+    for change in (
+        {"remove": 3},
+        {"method": Method(operator="linear-patch-diagonal")},
+        {"calibration": Text(spec=ids, sequences=5, length=16)},
+    ):
         with pytest.raises(OutputExistsError, match="recovered checkpoint of another request"):
             recover(tiny_llama, out=tmp_path / "out", **{**options, **change})
 

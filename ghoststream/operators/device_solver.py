@@ -77,6 +77,9 @@ def eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         RuntimeError: If they do not converge, or the library of the device has no room for such a size.
     """
     values, vectors = torch.linalg.eigh(gram)
+    if not bool(values.isfinite().all()):
+        msg = "they are not finite"
+        raise RuntimeError(msg)
     return values, vectors
 
 

@@ -105,10 +105,9 @@ class Ghost(OperatorKind):
             "dropped_directions": solution.n_dropped,
         }
         if solution.reason is not None:
-            diagnostics["warnings"].append(
-                f"boundary {moments.span}: {solution.reason}; solved by eigendecomposition, "
-                f"{solution.n_dropped} directions left at zero"
-            )
+            how = f"solved by eigendecomposition, {solution.n_dropped} directions left at zero"
+            how = "solved by Cholesky" if solution.added else how
+            diagnostics["warnings"].append(f"boundary {moments.span}: {solution.reason}; {how}")
         return self.operator(moments.span, on_host(solution.matrix), diagnostics)
 
     def solve(self, moments: FoldedMoments) -> BoundaryOperator:

@@ -131,6 +131,8 @@ class LeastSquares(OperatorKind):
                 f"depend on the others and are left at zero, with a ridge of {choice.ratio:.3g}; give a "
                 "larger --ridge or more calibration sequences"
             )
+        if fitted.solution.added:
+            diagnostics["warnings"].append(f"boundary {moments.span}: {fitted.solution.reason}")
         if choice.is_largest and choice.curve:
             diagnostics["warnings"].append(
                 f"boundary {moments.span}: no ridge up to the Gram's mean diagonal is too large for the "

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.operators.solver import eigen, guarded
 from ghoststream.operators.triangular import own_factors, triangle_svd
 from ghoststream.statistics import BoundaryMoments, FoldedMoments
 from ghoststream.statistics.matrices import subtract_outer
@@ -154,16 +154,20 @@ def choose_ridge(
 
     The grid is walked downhill from the ridge that goes by the tokens a feature, in steps of a decade and
     then of half a one: some five ridges are tried, each by one solution a fold. Where the residual has
-    several valleys, that is the one on the way.
+    several valleys, that is the one on the way. One that a fold cannot be solved with leaves everything.
 
     Args:
         moments: The moments by fold, two folds at least.
         total: Their sum; not changed.
         residual: Says what a fit without a fold leaves of it.
 
+    Raises:
+        NumericsError: If no ridge can be solved with.
+
     Memory: one fold, the total without it, and what ``residual`` needs.
     """
     energy, found = float(total.gap_energy.sum()), dict[int, float]()
+    refused: list[NumericsError] = []
 
     def look(wanted: list[int]) -> None:
         """Try several ridges while a fold is at hand: it may have come from a file, or go to a device."""
@@ -176,7 +180,15 @@ def choose_ridge(
         # By itself, so that nothing of a fold is kept while the next one is read.
         held = moments.fold(number)
         for index in wanted:
-            found[index] += residual(moments.without(number, total, held), held, RIDGE_GRID[index])
+            try:
+                found[index] += residual(moments.without(number, total, held), held, RIDGE_GRID[index])
+            except NumericsError as error:
+                found[index] = np.inf
+                refused.append(error)
+
+    def rank(index: int) -> tuple[float, int]:
+        # Where none can be solved with, a larger one may be.
+        return found[index], -index if np.isinf(found[index]) else index
 
     usual = ridge_by_tokens(total)
     best = min(range(len(RIDGE_GRID)), key=lambda index: abs(np.log(RIDGE_GRID[index] / usual)))
@@ -184,13 +196,16 @@ def choose_ridge(
         while True:
             near = [index for index in (best - step, best, best + step) if 0 <= index < len(RIDGE_GRID)]
             look(near)
-            lowest = min(near, key=found.__getitem__)
+            lowest = min(near, key=rank)
             if lowest == best:
                 break
             best = lowest
+    if np.isinf(found[best]):
+        raise refused[0]
     relative = {
         RIDGE_GRID[index]: float(np.sqrt(max(value, 0.0) / energy)) if energy > 0 else value
         for index, value in sorted(found.items())
+        if np.isfinite(value)
     }
     return RidgeChoice(RIDGE_GRID[best], tuple(relative.items()), found[best])
 
@@ -209,7 +224,7 @@ def choose_by_gcv(total: BoundaryMoments, *, intercept: bool, towards_zero: bool
         towards_zero: Whether the ridge draws ``y = x W`` to zero instead of ``W`` to the identity.
 
     Raises:
-        NumericsError: If eigenvectors or singular values do not converge.
+        NumericsError: If eigenvectors or singular values cannot be found.
 
     Memory: a copy of the moments, and ``16 p^2 + 8 p C`` bytes.
     """
@@ -251,15 +266,8 @@ def eigen_of_gram(moments: BoundaryMoments) -> tuple[Array, Array]:
     """Return eigenvalues, ascending, and eigenvectors of the Gram, which is overwritten.
 
     Raises:
-        NumericsError: If they do not converge.
+        NumericsError: If they cannot be found.
     """
-    try:
-        values, vectors = scipy.linalg.eigh(
-            moments.gram.T, overwrite_a=True, check_finite=False, driver="evd"
-        )
-    except np.linalg.LinAlgError as error:
-        msg = (
-            f"the eigenvectors of the Gram at {moments.span} do not converge ({error}); give a ridge yourself"
-        )
-        raise NumericsError(msg) from error
+    what = f"the eigenvectors of the Gram at {moments.span}"
+    values, vectors = guarded(lambda: eigen(moments.gram), what, "give a ridge yourself")
     return values, vectors

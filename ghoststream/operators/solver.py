@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,15 @@ Array = npt.NDArray[np.float64]
 ONLY_FIGURES = "the operator does not depend on them"
 """What to do where figures cannot be found."""
 
+_MOST_BY_EVD = 32_766
+"""Order above which the work array of LAPACK's ``dsyevd`` has more entries than its integers count.
+
+scipy does not notice: the size wraps to a small one, and LAPACK writes behind it.
+"""
+
+_MORE = 9.0
+"""What is added to the diagonal again, of all that was added, where it was not enough."""
+
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -33,12 +42,15 @@ class Solution:
         method: ``"cholesky"`` or ``"eigh"``.
         reason: Why Cholesky was not used; None if it was.
         n_dropped: Directions left at zero by ``eigh`` because float64 cannot tell their eigenvalue from zero.
+        added: Share of each feature's energy, to a factor of two, that was added to the ridge as no
+            eigenvectors could be found; 0 for none.
     """
 
     matrix: Any
     method: str
     reason: str | None = None
     n_dropped: int = 0
+    added: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ def solve_ridge(gram: Any, cross: Any, ridge: float, *, what: str = "the operato
     massive activations make one of 1e8. Where Cholesky fails, or the reciprocal of the scaled condition is
     estimated below :func:`smallest_reciprocal`, a symmetric eigendecomposition of the scaled matrix. It
     leaves directions of eigenvalue zero to float64 precision at zero: the solution of minimum norm in scaled
-    coordinates.
+    coordinates. Where the library of a device cannot do that, Cholesky again, with as much of a ridge in
+    scaled coordinates as it takes.
 
     Args:
         gram: ``G``, ``(p, p)`` float64, C-contiguous, symmetric; overwritten. A tensor is factored by torch
@@ -133,11 +146,33 @@ def _solve_on_device(gram: Any, cross: Any, ridge: float) -> tuple[Any, Solution
     if not reason:
         return scale, Solution(device.solve_factored(factor, cross), "cholesky")
     del factor
-    values, vectors = guarded(lambda: device.eigen(gram), "the eigenvectors of the Gram")
+    try:
+        values, vectors = guarded(
+            lambda: device.eigen(gram), "the eigenvectors of the Gram", "a larger ridge is taken"
+        )
+    except NumericsError as error:
+        return scale, _solve_with_more(gram, cross, norm, f"{reason}; {error.args[0]}")
     kept = values > _floor(float(values[-1]), len(values))
     projected = vectors.T @ cross
     projected *= (kept / values.where(kept, values.new_ones(()))).unsqueeze(1)
     return scale, Solution(vectors @ projected, "eigh", reason, int((~kept).sum()))
+
+
+def _solve_with_more(gram: Any, cross: Any, norm: float, reason: str) -> Solution:
+    from ghoststream.operators import device_solver as device
+
+    added = share = norm * smallest_reciprocal(len(gram))
+    while added < 1:
+        gram.diagonal().add_(share)
+        factor, failed = device.cholesky(gram)
+        if not failed and not _beyond_float64(device.reciprocal_condition(factor, norm), len(gram)):
+            reason = f"{reason}: {added:.1e} of the energy of each feature"
+            return Solution(device.solve_factored(factor, cross), "cholesky", reason, added=added)
+        del factor
+        share = _MORE * added
+        added += share
+    msg = f"the Gram cannot be solved: {reason}; give a larger ridge"
+    raise NumericsError(msg)
 
 
 def smallest_reciprocal(size: int) -> float:
@@ -174,6 +209,19 @@ def spectrum(gram: Any) -> Spectrum:
         numerical_rank=int(np.count_nonzero(values > floor)),
         values=values,
     )
+
+
+def eigen(gram: Array) -> tuple[Array, Array]:
+    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix, which is overwritten.
+
+    Raises:
+        numpy.linalg.LinAlgError: If they do not converge.
+
+    Memory: ``16 p^2`` bytes.
+    """
+    driver: Literal["evd", "evr"] = "evd" if len(gram) <= _MOST_BY_EVD else "evr"
+    values, vectors = scipy.linalg.eigh(gram.T, overwrite_a=True, check_finite=False, driver=driver)
+    return values, vectors
 
 
 def _eigenvalues(gram: Any) -> Array:
@@ -260,10 +308,7 @@ def _restore(gram: Array, diagonal: Array) -> None:
 
 
 def _solve_eigh(gram: Array, cross: Array, reason: str) -> Solution:
-    values, vectors = guarded(
-        lambda: scipy.linalg.eigh(gram.T, overwrite_a=True, check_finite=False, driver="evd"),
-        "the eigenvectors of the Gram",
-    )
+    values, vectors = guarded(lambda: eigen(gram), "the eigenvectors of the Gram")
     kept = values > _floor(float(values[-1]), len(values))
     inverse = np.zeros_like(values)
     inverse[kept] = 1.0 / values[kept]

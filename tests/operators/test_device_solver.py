@@ -55,6 +55,26 @@ def test_a_singular_gram_predicts_as_least_squares_does(n_tokens: int, rank: int
     np.testing.assert_allclose(x @ found.matrix.numpy(), x @ np.linalg.lstsq(x, gap)[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("n_tokens", "rank"), [(200, 20), (15, None)])
+@pytest.mark.parametrize("decades", [0, 6])
+def test_where_a_device_finds_no_eigenvectors_a_larger_ridge_is_taken(
+    n_tokens: int, rank: int | None, decades: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cusolver error: INVALID_VALUE")
+
+    monkeypatch.setattr("torch.linalg.eigh", refuse)
+    x, gap = _problem(n_tokens, 30, rank)
+    x = x * np.logspace(0, -decades, 30)
+    found = _solved(x.T @ x, x.T @ gap, 0.0)
+    best = x @ np.linalg.lstsq(x, gap)[0]
+    assert (found.method, found.n_dropped) == ("cholesky", 0)
+    assert 0 < found.added < 1e-9
+    assert found.reason.endswith(f"a larger ridge is taken: {found.added:.1e} of the energy of each feature")
+    # Of the scale of the columns the solution knows nothing.
+    np.testing.assert_allclose(x @ found.matrix.numpy(), best, rtol=1e-5, atol=1e-5)
+
+
 def test_moments_that_are_not_finite_are_refused() -> None:
     gram, cross = torch.eye(3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
     cross[1, 1] = float("inf")
@@ -114,3 +134,22 @@ def test_kinds_that_solve_on_the_host_have_their_moments_there(tmp_path: Any) ->
         kind = make_operator(method)
         assert not kind.solves_on_device
         assert isinstance(reduced_by(kind, uri, [SPAN])[SPAN].total().gram, np.ndarray)
+
+
+@pytest.mark.parametrize("name", ["ghost", "least-squares"])
+def test_a_ridge_that_was_added_is_warned_about(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cusolver error: INVALID_VALUE")
+
+    states = random_states(3, (12, 40, 24))
+    states[0][..., 20:] = states[0][..., :4]
+    kind = make_operator(Method(operator=name, ridge=0.0))
+    moments = reduced_by(kind, store_of(tmp_path / "store", states), [SPAN], folds=3)[SPAN]
+    expected = kind.fit(moments).diagnostics
+    monkeypatch.setattr("torch.linalg.eigh", refuse)
+    found = kind.fit(moments.on_device("cpu")).diagnostics
+    assert any("of the energy of each feature" in warning for warning in found["warnings"])
+    assert "cannot be found (cusolver error: INVALID_VALUE)" in found["solver_fallback"]
+    assert found["relative_residual"] == pytest.approx(expected["relative_residual"], rel=1e-6)

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
-from ghoststream.operators.ridge import RIDGE_GRID
+from ghoststream.operators.ridge import RIDGE_GRID, choose_ridge
+from ghoststream.operators.solver import solve_ridge
 from ghoststream.options import Method
 from ghoststream.spans import Span
-from ghoststream.statistics import FoldedMoments, get_token_weight
+from ghoststream.statistics import BoundaryMoments, FoldedMoments, get_token_weight
 from ghoststream.statistics.token_weights import BoundaryTokens
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers import requests
@@ -297,3 +298,27 @@ def test_what_cannot_be_honoured_is_refused(uri: str) -> None:
         RequestError, match="none is defined without a ridge chosen by gcv, a ridge towards zero"
     ):
         make_operator(Method(operator="none", ridge="gcv", shrink="zero"))
+
+
+@pytest.mark.parametrize("n_solved", [0, 3, 17])
+def test_a_ridge_that_cannot_be_solved_with_leaves_everything(n_solved: int, uri: str) -> None:
+    moments = moments_of(uri, [SPAN], folds=FOLDS)[SPAN]
+    total, tried = moments.total(), set()
+
+    def residual(training: BoundaryMoments, held: BoundaryMoments, ratio: float) -> float:
+        tried.add(ratio)
+        if ratio not in RIDGE_GRID[len(RIDGE_GRID) - n_solved :]:
+            raise NumericsError(f"not with {ratio}")
+        return held.linear_residual(solve_ridge(training.gram, training.cross, ratio).matrix)
+
+    if not n_solved:
+        with pytest.raises(NumericsError, match="not with"):
+            choose_ridge(moments, total, residual)
+        assert RIDGE_GRID[-1] in tried
+        return
+    found = choose_ridge(moments, total, residual)
+    curve = dict(found.curve)
+    assert set(curve) == tried & set(RIDGE_GRID[len(RIDGE_GRID) - n_solved :])
+    assert curve[found.ratio] == min(curve.values())
+    assert found.left is not None
+    assert np.isfinite(found.left)

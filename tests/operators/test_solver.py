@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.linalg
 import torch
 
 from ghoststream.errors import NumericsError, RequestError
@@ -63,6 +66,36 @@ def test_a_singular_gram_predicts_as_least_squares_does(n_tokens: int, rank: int
     assert solution.reason is not None
     assert solution.n_dropped == 30 - min(n_tokens, rank or 30)
     np.testing.assert_allclose(x @ solution.matrix, x @ np.linalg.lstsq(x, gap)[0], rtol=1e-6, atol=1e-7)
+
+
+def test_a_gram_too_large_for_one_driver_is_solved_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gap = problem(200, 30, rank=20)
+    expected = solve_ridge(x.T @ x, x.T @ gap, 0.0)
+    drivers: list[str] = []
+
+    def eigh(*arguments: Any, driver: Any, **options: Any) -> Any:
+        drivers.append(driver)
+        return own(*arguments, driver=driver, **options)
+
+    own = scipy.linalg.eigh
+    monkeypatch.setattr("scipy.linalg.eigh", eigh)
+    monkeypatch.setattr("ghoststream.operators.solver._MOST_BY_EVD", 29)
+    found = solve_ridge(x.T @ x, x.T @ gap, 0.0)
+    assert drivers == ["evr"]
+    assert (found.method, found.n_dropped) == ("eigh", expected.n_dropped)
+    np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-6, atol=1e-8)
+
+
+def test_where_no_eigenvectors_are_found_a_larger_ridge_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("too large a work array")
+
+    x, gap = problem(200, 30, rank=20)
+    monkeypatch.setattr("scipy.linalg.eigh", refuse)
+    with pytest.raises(
+        NumericsError, match=r"cannot be found \(too large a work array\); give a larger ridge"
+    ):
+        solve_ridge(x.T @ x, x.T @ gap, 0.0)
 
 
 @pytest.mark.parametrize("decades", [4, 9, 30])

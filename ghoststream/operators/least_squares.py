@@ -174,8 +174,7 @@ class LeastSquares(OperatorKind):
             return RidgeChoice(float(self.ridge), ())
         if self.ridge == "gcv" and total.n_tokens > 0:
             return choose_by_gcv(total, intercept=self.intercept, towards_zero=self.towards_zero)
-        has_folds = moments.n_folds > 1 and total.n_tokens > 0
-        if has_folds and all(moments.fold(index).n_tokens for index in range(moments.n_folds)):
+        if moments.n_folds > 1 and all(moments.n_tokens):
             return choose_ridge(moments, total, self._left)
         if self.ridge == "auto":
             require_folds(moments)

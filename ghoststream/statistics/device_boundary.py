@@ -13,7 +13,7 @@ from ghoststream.errors import NumericsError
 from ghoststream.spans import Span
 from ghoststream.statistics.block import sequences_in, spans_through
 from ghoststream.statistics.boundary import Array, BoundaryReducer
-from ghoststream.statistics.device_products import add_product, require_full_float32
+from ghoststream.statistics.device_products import add_product, mirror_upper, require_full_float32
 from ghoststream.statistics.devices import device_kind, device_tasks, require_device
 from ghoststream.statistics.features import ModelFacts
 from ghoststream.statistics.matrices import float64_rows, moved
@@ -181,6 +181,10 @@ class DeviceBoundaryReducer(BoundaryReducer):
         Raises:
             NumericsError: If a state that entered is NaN or infinite.
         """
+        if self.grams:
+            # A product of a matrix with itself is symmetric but for rounding; what follows relies on it.
+            for shared in {self._shared(span) for span in self.spans}:
+                mirror_upper(sums.arrays[shared + "gram"])
         state = sums.fetch()
         for span in self.spans:
             own = state.select(span_prefix(span)).arrays
@@ -190,9 +194,6 @@ class DeviceBoundaryReducer(BoundaryReducer):
                     "again at a dtype of larger range (bfloat16 or float32)"
                 )
                 raise NumericsError(msg)
-        if self.grams:
-            # A product of a matrix with itself is symmetric but for rounding; what follows relies on it.
-            self._finish(state)
         return state
 
     @property

@@ -10,6 +10,8 @@ from ghoststream.statistics.blas import FLOAT32_BLOCK_TOKENS
 _BLOCKS = 8
 """Blocks whose float32 sums are added up in float32 before they enter the float64 sum."""
 
+_MIRROR_ROWS = 128
+
 PRODUCT_ERROR = (FLOAT32_BLOCK_TOKENS + _BLOCKS + 2) * 2.0**-24 + 3 * 2.0**-18
 """Bound on the error of an entry of a ``float32-blocked`` product, relative to ``sum |x_i| |y_i|``: 2.7e-5.
 
@@ -69,6 +71,15 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
     step = _BLOCKS * FLOAT32_BLOCK_TOKENS
     for first in range(0, len(left), step):
         total += _float32_sum(left[first : first + step], right[first : first + step])
+
+
+def mirror_upper(gram: torch.Tensor) -> None:
+    """Copy the upper triangle of ``gram`` ``(p, p)`` to the lower one, in place, panel by panel."""
+    for start in range(0, len(gram), _MIRROR_ROWS):
+        stop = min(start + _MIRROR_ROWS, len(gram))
+        gram[start:stop, :start] = gram[:start, start:stop].T
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
 
 
 def _float32_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

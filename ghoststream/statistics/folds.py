@@ -76,6 +76,15 @@ class FoldedMoments:
             arrays[name] = moved(arrays[name], self.device)
         return BoundaryMoments(self.span, SumState(arrays))
 
+    @property
+    def n_tokens(self) -> tuple[int, ...]:
+        """Tokens that entered each fold; nothing else is read, or goes to the device."""
+        name = f"{self._prefixes[1]}tokens"
+        states = (
+            SumState.load(one, prefixes=(name,)) if isinstance(one, Path) else one for one in self._folds
+        )
+        return tuple(int(state.arrays[name][0]) for state in states)
+
     def total(self) -> BoundaryMoments:
         """Return the moments over all folds, merged in fold order."""
         return self._merged(range(self.n_folds))

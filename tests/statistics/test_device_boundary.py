@@ -28,7 +28,7 @@ from ghoststream.statistics import (
 )
 from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
-from ghoststream.statistics.device_products import PRODUCT_ERROR, add_product
+from ghoststream.statistics.device_products import PRODUCT_ERROR, add_product, mirror_upper
 from ghoststream.statistics.devices import sums_device
 from ghoststream.statistics.streamed import device_sums, folded, streamed_sums
 from ghoststream.testing.states import ragged_mask, random_states, store_of
@@ -149,6 +149,14 @@ def test_massive_activations_are_dropped_there_too(tmp_path: Path) -> None:
         uri, DeviceBoundaryReducer((Span(0, 2),), spec, device="cpu"), store_ranges(uri, folds=0)
     )
     assert moments[Span(0, 2)].total().n_dropped == 1
+
+
+@pytest.mark.parametrize("size", [1, 128, 300])
+def test_what_is_above_the_diagonal_counts(size: int) -> None:
+    gram = torch.randn(size, size, dtype=torch.float64)
+    expected = np.triu(gram.numpy()) + np.triu(gram.numpy(), 1).T
+    mirror_upper(gram)
+    assert np.array_equal(gram.numpy(), expected)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])

@@ -17,6 +17,7 @@ from ghoststream.errors import (
 from ghoststream.spans import Span
 from ghoststream.statistics import (
     BoundaryMoments,
+    FoldedMoments,
     MomentSpec,
     Ranges,
     SumState,
@@ -291,3 +292,21 @@ def test_a_zero_hidden_state_counts_as_cosine_zero(tmp_path: Path) -> None:
 def test_default_workers_stay_within_processors_and_memory() -> None:
     assert default_workers(1) >= 1
     assert default_workers(1 << 60) == 1
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_tokens_of_folds_are_counted_where_they_are(
+    in_files: bool, uri: str, mask: npt.NDArray[np.bool_], tmp_path: Path
+) -> None:
+    moments = moments_of(uri, SPANS, folds=3)[SPANS[1]]
+    if in_files:
+        files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+        for file, state in zip(files, moments.states, strict=True):
+            assert isinstance(state, SumState)
+            state.save(file, {})
+        moments = FoldedMoments(SPANS[1], files)
+    ranges = Ranges.make(len(mask), folds=3)
+    folds = np.array([ranges.fold_of(sequence) for sequence in range(len(mask))])
+    # A device that is not there is not missed.
+    found = moments.on_device("cuda:7").n_tokens
+    assert found == tuple(int(mask[folds == fold].sum()) for fold in range(3))

@@ -77,12 +77,19 @@ class FitShape:
     Attributes:
         hidden: Hidden size C, which is the number of channels that are predicted.
         features: Number of features p that the operator reads.
-        n_tokens: Tokens of the calibration text, padding included.
+        n_tokens: Tokens of the calibration text, padding included; 0 for what no token adds to.
+        folds: Folds that are left out, one after the other; 1 means that none can be.
     """
 
     hidden: int
     features: int
     n_tokens: int
+    folds: int = 1
+
+    @property
+    def left_out(self) -> int:
+        """How often a fold is left out."""
+        return self.folds if self.folds > 1 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from ghoststream.costs import Cost, FitShape
 from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import add_spectrum, describe, require_tokens
-from ghoststream.operators.kind import OperatorKind, linear_cost
+from ghoststream.operators.kind import EIGEN_CUBES, SPECTRUM_CUBES, OperatorKind, linear_cost
 from ghoststream.operators.registry import register_operator
 from ghoststream.operators.solver import (
     Solution,
@@ -131,8 +131,11 @@ class Ghost(OperatorKind):
         The total and the total without each fold are solved, and there is a spectrum for the figures. Where a
         fold leaves fewer tokens than features, each is solved by an eigendecomposition.
         """
-        n_cubes = 23 if 3 * shape.n_tokens >= 4 * shape.features else 60
-        return linear_cost(shape, square=72 if self.by_svd else 24, n_cubes=n_cubes)
+        solutions, trained = 1 + shape.left_out, shape.n_tokens * (1 - 1 / max(2, shape.folds))
+        n_cubes = SPECTRUM_CUBES
+        if 0 < trained < shape.features:
+            n_cubes += EIGEN_CUBES * solutions
+        return linear_cost(shape, square=72 if self.by_svd else 24, solutions=solutions, n_cubes=n_cubes)
 
     def _dof(self, eigenvalues: Spectrum, solution: Solution) -> float:
         if self.ridge is None:

@@ -221,23 +221,44 @@ class OperatorKind:
         self.method = self.method.model_copy(update=found)
 
 
+SPECTRUM_CUBES = 4
+"""Times ``p^3`` FLOPs in whose time eigenvalues are found: some of their arithmetic waits for memory."""
+
+EIGEN_CUBES = 8
+"""The same with eigenvectors."""
+
+RIDGES_TRIED = 5
+"""Ridges that are tried with each fold left out, while one is chosen."""
+
+
 def linear_cost(
-    shape: FitShape, *, square: int = 32, cross: int = 32, n_cubes: int = 12, tokens: float = 0.0
+    shape: FitShape,
+    *,
+    square: int = 32,
+    cross: int = 32,
+    solutions: int | None = None,
+    n_cubes: int = SPECTRUM_CUBES,
+    tokens: float = 0.0,
 ) -> Cost:
     """Return what fitting a linear map on ``p`` features takes, by default with a ridge chosen by folds.
 
-    FLOPs: ``p^2 + 2 p C`` a token for the moments, ``2 p^3 + p^2 C`` for the solution.
+    FLOPs: ``p^2 + 2 p C`` a token for the moments; for each solution ``p^3 / 3`` for the factor, ``2 p^2 C``
+    for the map, and as much for what it leaves of moments.
 
     Args:
         shape: Sizes.
         square: Bytes of memory for each entry of the Gram.
         cross: Bytes of memory for each entry of the cross-moment.
-        n_cubes: Times ``p^3`` FLOPs more, for eigenvalues and the ridges that are tried.
+        solutions: How many there are: by default one, and one for each ridge that is tried and fold.
+        n_cubes: Times ``p^3`` FLOPs more, by default for eigenvalues.
         tokens: Times ``p C`` FLOPs more for each token.
     """
     p, c, n = shape.features, shape.hidden, shape.n_tokens
     formula = f"{square} p^2 + {cross} p C, as p = {p:,}"
-    flops = n * (float(p) ** 2 + 2.0 * p * c + tokens * p * c) + (2.0 + n_cubes) * p**3 + float(p) ** 2 * c
+    if solutions is None:
+        solutions = 1 + RIDGES_TRIED * shape.left_out
+    summed = n * (float(p) ** 2 + 2.0 * p * c + tokens * p * c)
+    flops = summed + solutions * (p**3 / 3.0 + 4.0 * float(p) ** 2 * c) + n_cubes * float(p) ** 3
     return Cost(Need(square * p**2 + cross * p * c, formula), flops=flops, write_bytes=4 * p * c)
 
 

@@ -14,7 +14,7 @@ from ghoststream.errors import RequestError
 from ghoststream.operators.artifact import BoundaryOperator
 from ghoststream.operators.diagnostics import add_spectrum, describe, require_tokens
 from ghoststream.operators.joint import describe_absorption
-from ghoststream.operators.kind import OperatorKind, linear_cost
+from ghoststream.operators.kind import EIGEN_CUBES, RIDGES_TRIED, SPECTRUM_CUBES, OperatorKind, linear_cost
 from ghoststream.operators.ridge import (
     Centre,
     RidgeChoice,
@@ -165,9 +165,12 @@ class LeastSquares(OperatorKind):
 
     def cost(self, shape: FitShape) -> Cost:
         """Return that of the class docstring while folds choose the ridge."""
-        if self.by_factors:
-            return linear_cost(shape, square=60, cross=60)
-        return linear_cost(shape)
+        size, by_folds = 60 if self.by_factors else 32, self.ridge in (None, "auto")
+        # What a ridge by folds leaves of them is known, but not at a lower rank.
+        tried = RIDGES_TRIED * by_folds + (not by_folds or self.rank is not None)
+        n_cubes = SPECTRUM_CUBES + EIGEN_CUBES * (self.ridge == "gcv")
+        solutions = 1 + tried * shape.left_out
+        return linear_cost(shape, square=size, cross=size, solutions=solutions, n_cubes=n_cubes)
 
     def _choose(self, moments: FoldedMoments, total: BoundaryMoments) -> RidgeChoice:
         if isinstance(self.ridge, float | int):

@@ -92,7 +92,7 @@ class ReplaceMe(ReplaceMeKind):
 
     def cost(self, shape: FitShape) -> Cost:
         """Return that of ``ghost`` for these features."""
-        return linear_cost(shape, square=24, n_cubes=0)
+        return linear_cost(shape, square=24, solutions=1 + shape.left_out)
 
     def _solve(self, moments: BoundaryMoments) -> Solution:
         add_to_diagonal(moments.cross, -self.ridge)

@@ -167,7 +167,7 @@ class ReplaceMeCosine(ReplaceMeKind):
 
     def cost(self, shape: FitShape) -> Cost:
         """Return that of least squares, and of ten epochs over all tokens, twice."""
-        return linear_cost(shape, square=24, n_cubes=0, tokens=80.0)
+        return linear_cost(shape, square=24, solutions=1, n_cubes=0, tokens=80.0)
 
     def _held_out(self, moments: RowMoments) -> dict[str, float]:
         rows, held = moments.rows, held_fold(moments, 0)

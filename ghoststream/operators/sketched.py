@@ -215,7 +215,7 @@ class ProjectedLeastSquares(OperatorKind):
 
     def cost(self, shape: FitShape) -> Cost:
         """Return that of a map that is written whole, and of the Gram by which the range is found."""
-        return linear_cost(shape, square=24 if self.by_range else 0, cross=16)
+        return linear_cost(shape, square=24 if self.by_range else 0, cross=16, solutions=0, n_cubes=15)
 
     def _sketch(self, spans: tuple[Span, ...], hidden: int, taps: Taps | None) -> Sketch:
         n_features = BoundaryReducer(spans, self.spec, taps=taps).phi.width(hidden)

@@ -57,4 +57,6 @@ class Symmetric(StructuredLeastSquares):
 
     def cost(self, shape: FitShape) -> Cost:
         """Return that of a linear map, but for memory."""
-        return replace(linear_cost(shape), memory=Need(104 * shape.hidden**2, "104 C^2"))
+        return replace(
+            linear_cost(shape, solutions=0, n_cubes=15), memory=Need(104 * shape.hidden**2, "104 C^2")
+        )

@@ -7,13 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ghoststream.costs import FitShape
 from ghoststream.errors import NumericsError, RequestError
 from ghoststream.operators import BoundaryOperator, make_operator
 from ghoststream.operators.least_squares import reduce_rank
 from ghoststream.operators.ridge import RIDGE_BY_TOKENS, RIDGE_GRID
+from ghoststream.operators.solver import solve_ridge
 from ghoststream.options import Method
 from ghoststream.spans import Span
 from ghoststream.statistics import (
+    BoundaryMoments,
     Feature,
     FoldedMoments,
     ModelFacts,
@@ -291,3 +294,39 @@ def test_choosing_the_ridge_stays_within_the_stated_memory(tmp_path: Path) -> No
         fit(moments, features="hidden+normed", intercept=True)
     p = 2 * hidden
     assert peak.bytes < 1.1 * (32 * p**2 + 32 * p * hidden)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"operator": "ghost"},
+        {"ridge": 1e-3},
+        {},
+        {"rank": 2},
+        {"ridge": "gcv"},
+    ],
+)
+def test_the_solutions_that_are_counted_are_those_that_are_made(
+    options: dict[str, Any], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"solved": 0, "left": 0}
+
+    def solved(*arguments: Any, **more: Any) -> Any:
+        made["solved"] += 1
+        return solve_ridge(*arguments, **more)
+
+    def left(*arguments: Any) -> float:
+        made["left"] += 1
+        return linear_residual(*arguments)
+
+    linear_residual = BoundaryMoments.linear_residual
+    kind, folds = make_operator(Method(**{"operator": "least-squares", **options})), 4
+    moments = moments_of(uri, [SPAN], folds=folds)[SPAN]
+    monkeypatch.setattr("ghoststream.operators.least_squares.solve_ridge", solved)
+    monkeypatch.setattr("ghoststream.operators.ghost.solve_ridge", solved)
+    monkeypatch.setattr(BoundaryMoments, "linear_residual", left)
+    kind.fit(moments)
+    p, c = 3e5, 1e7  # the cubes of a spectrum count little
+    counted = kind.cost(FitShape(int(c), int(p), 0, folds)).flops
+    expected = made["solved"] * (p**3 / 3 + 2 * p**2 * c) + made["left"] * 2 * p**2 * c
+    assert counted == pytest.approx(expected, rel=0.35 if kind.method.ridge in (None, "auto") else 0.02)

@@ -84,12 +84,12 @@ class FitBytes:
             return cls(host, 0, 0, formula, state, at_once)
         n_states = most_of_fold(ranges)
         device = reducer.device_bytes(hidden, length) + (n_states - 1) * state
-        there = f"{n_states} sums of {state:,}, products and blocks"
+        there = f"{n_states} sums of {state:,}, products and blocks to fit"
         if not kind.solves_on_device:
             return cls(host, device, kept - state + solving, formula, state, at_once, there)
         n_bytes = _solving_bytes(kind, width, hidden, state)
         if n_bytes > device:
-            device, there = n_bytes, f"3 sums of {state:,}, an operator and a factor"
+            device, there = n_bytes, f"3 sums of {state:,}, an operator and a factor to fit"
         return cls(host, device, kept, formula, state, at_once, there)
 
 

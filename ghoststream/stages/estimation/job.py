@@ -191,7 +191,8 @@ class Job(Way):
     def fit_cost(self, kind: OperatorKind, share: float = 1.0) -> Cost:
         """Return what fitting one boundary on a share of the text takes."""
         width = get_feature(kind.features).width(self.input_width(kind))
-        return kind.cost(FitShape(self.sizes.hidden, width, round(share * self.n_tokens)))
+        tokens, folds = round(share * self.n_tokens), self.fit_ranges.n_folds
+        return kind.cost(FitShape(self.sizes.hidden, width, tokens, folds))
 
     @cached_property
     def refit_cost(self) -> Cost | None:
@@ -199,7 +200,8 @@ class Job(Way):
         if not self.recovery.method.refit:
             return None
         width = self.sizes.tap_width(taps_of(REFIT.features))
-        return make_operator(REFIT).cost(FitShape(self.sizes.hidden, width, self.n_tokens))
+        folds = self.fit_ranges.n_folds
+        return make_operator(REFIT).cost(FitShape(self.sizes.hidden, width, self.n_tokens, folds))
 
     @property
     def reads_taps(self) -> bool:

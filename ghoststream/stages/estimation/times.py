@@ -26,6 +26,14 @@ _HOST_ATTENTION = 4.0
 """How much slower than products the attention kernel of a processor is."""
 
 
+_WHOLE = 2.0
+"""Products of an accelerator over those that are counted: of whole Grams, and of gaps in two parts."""
+
+_VISITS = 4
+"""How often the sums of all folds go to an accelerator that solves: for their total, and while a ridge is
+chosen."""
+
+
 def stage_cost(
     name: str,
     work: Work,
@@ -69,7 +77,9 @@ def stage_cost(
         return bare
     outside = work.crossed * (1.0 - shares.get("device", 0.0)) if states else 0.0
     speed = _speed(rates, dtype, machine.name)
-    fitting = work.summed / (speed if summing is None else summing * rates.float64)
+    fitting = work.summed / (speed / _WHOLE if summing is None else summing * rates.float64)
+    if summing is None and rates.bus is not None:
+        fitting += work.fetched * (1 + _VISITS * solves_on_device) / rates.bus
     fitting += work.solved / ((rates.device_float64 if solves_on_device else None) or rates.float64)
     parts = _resources(work, rates, scratch=scratch, outside=outside, speed=speed, fitting=fitting)
     seconds = overlapped(parts, has_device=machine.has_device)

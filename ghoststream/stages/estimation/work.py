@@ -38,6 +38,7 @@ class Work:
         moved: Bytes of activations that layers move.
         summed: Arithmetic of moments, a token at a time.
         solved: Arithmetic of solutions, which no token adds to.
+        fetched: Bytes of the sums of folds: they come from an accelerator where it sums.
         unpacked: Seconds in which weights are made of what a quantised release holds.
         crews: How often processes are started for several devices.
         rounds: How often workers open the model.
@@ -54,6 +55,7 @@ class Work:
     moved: float = 0.0
     summed: float = 0.0
     solved: float = 0.0
+    fetched: float = 0.0
     unpacked: float = 0.0
     crews: float = 0.0
     rounds: float = 0.0
@@ -104,7 +106,8 @@ def pass_work(job: Job, cost: PassCost) -> Work:
 def fits_work(job: Job, kind: OperatorKind, count: int, share: float = 1.0) -> Work:
     """Return the arithmetic of fitting some boundaries on a share of the text."""
     total, solved = job.fit_cost(kind, share).flops, job.fit_cost(kind, 0.0).flops
-    return Work(summed=count * (total - solved), solved=count * solved)
+    there = 0 if kind.sums_on("cuda") is None else job.fit_ranges.n_folds * job.fit_bytes(kind).state
+    return Work(summed=count * (total - solved), solved=count * solved, fetched=count * there)
 
 
 def reading(job: Job, last: int | None) -> Work:

@@ -46,6 +46,8 @@ _WHOLE = (
     "small_families",
     "streamed_equals_resident_bf16",
     "second_pass_on_a_full_device",
+    "spectrum_on_device",
+    "fit_on_device",
     "groups",
 )
 

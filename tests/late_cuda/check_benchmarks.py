@@ -25,7 +25,7 @@ def test_every_step_of_the_check_gives_figures(
     check = importlib.import_module("gpu_check")
     # torch's profiler asks a driver, which is not there.
     monkeypatch.setattr(importlib.import_module("pass_figures"), "trace_pass", lambda *_: {})
-    for group in ("checkpoint", "bench", "stages", "summary"):
+    for group in ("checkpoint", "bench", "stages", "fits", "summary"):
         arguments = [group, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
         options = ["--tiny", "--layers", "2", "--sequences", "4", "--stored-sequences", "2"]
         monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments, *options])

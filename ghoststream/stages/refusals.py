@@ -57,8 +57,8 @@ def check_recovery(way: Way, sizes: ModelSizes, at_once: Callable[[], int]) -> N
         UnsupportedModelError: If the model cannot be pruned, or does not allow the features.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
     """
-    _check_number(way, sizes)
     _check_choice(way, sizes.n_layers)
+    _check_number(way, sizes)
     method = _check_fit(way)
     _check_form(way, method, sizes.model_type)
     _check_training(way, sizes, method)

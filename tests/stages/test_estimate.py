@@ -205,7 +205,7 @@ def test_reading_stops_at_the_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_remove", [6, 7])
 def test_too_many_layers(tiny_llama: Path, n_remove: int) -> None:
-    with pytest.raises(RequestError, match=rf"cannot remove {n_remove} of 6 layers; .* number from 1 to 5"):
+    with pytest.raises(RequestError, match=rf"cannot remove {n_remove} of 6 layers: .* number from 1 to 4"):
         price(tiny_llama, remove=n_remove)
 
 

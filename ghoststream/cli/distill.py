@@ -34,7 +34,7 @@ def command(
 
     Operators change and, unless --train says operators, the weights of the norms behind the first span. The
     result is what was best on windows that are not trained on; a warning says so where nothing was gained.
-    The same command goes on behind the last step.
+    The same command goes on behind the last step that was saved.
     """
     from ghoststream.stages.distillation.distill import distill
 

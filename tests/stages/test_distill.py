@@ -17,17 +17,19 @@ from click.testing import CliRunner
 from torch import nn
 
 from ghoststream.cli import main
-from ghoststream.errors import MismatchError, OutputExistsError, RequestError
+from ghoststream.errors import MismatchError, OutputExistsError, RequestError, StoppedError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.options import Compute, Text, Training
 from ghoststream.recovery import build_ghost
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.distillation import distilling
 from ghoststream.stages.distillation.descent import Descent
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.session import ModelSession
+from ghoststream.stopping import ask_to_stop, forget_stop
 from ghoststream.testing.models import tiny_model
 from tests.helpers.groups import take
 
@@ -271,29 +273,59 @@ def test_the_file_says_what_it_is_and_measures_what_it_says(
             run(tiny_llama, operators, text, out, **{"train": "operators+norms", **changed})
 
 
-def test_a_run_that_is_stopped_goes_on_behind_its_last_step(
-    text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("seconds", "ended", "steps"),
+    [
+        (0.0, "killed", [0, 1, 2, 2, 3, 4]),
+        # Looks are behind three steps and the last one: only the one before the first step was saved.
+        (math.inf, "killed", [0, 1, 2, 0, 1, 2, 3, 4]),
+        (math.inf, "asked in a step", [0, 1, 2, 2, 3, 4]),
+        (math.inf, "asked in a look", [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_run_that_is_stopped_goes_on_behind_the_last_step_that_was_saved(
+    text: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    seconds: float,
+    ended: str,
+    steps: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     operators = make_operators(tiny_llama)
     # Steps so long that some are taken back.
     options: dict[str, Any] = {"steps": 5, "batch": 2, "train": "operators+norms", "learning_rate": 5.0}
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     run(tiny_llama, operators, text, whole, **options)
-    steps: list[int] = []
-    original = Distillation._take_step
+    monkeypatch.setattr(distilling, "SAVE_SECONDS", seconds)
+    taken: list[int] = []
+    step, look = Distillation._take_step, Distillation._divergence
 
-    def counted(self: Distillation, step: int) -> None:
-        steps.append(step)
-        if steps == [0, 1, 2]:
+    def stepping(self: Distillation, number: int) -> None:
+        taken.append(number)
+        if taken == [0, 1, 2] and ended == "killed":
             raise KeyboardInterrupt
-        original(self, step)
+        if taken == [0, 1, 2] and ended == "asked in a step":
+            ask_to_stop()
+        step(self, number)
 
-    monkeypatch.setattr(Distillation, "_take_step", counted)
-    with pytest.raises(KeyboardInterrupt):
+    def looking(self: Distillation) -> float:
+        if taken == [0, 1, 2] and ended == "asked in a look":
+            ask_to_stop()
+        return look(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Distillation, "_take_step", stepping)
+        patched.setattr(Distillation, "_divergence", looking)
+        try:
+            with pytest.raises((KeyboardInterrupt, StoppedError)):
+                run(tiny_llama, operators, text, stopped, **options)
+        finally:
+            forget_stop()
+        assert not stopped.exists()
+        ended = "no more"
         run(tiny_llama, operators, text, stopped, **options)
-    assert not stopped.exists()
-    run(tiny_llama, operators, text, stopped, **options)
-    assert steps == [0, 1, 2, 2, 3, 4]
+    assert taken == steps
     scales = [one["scale"] for one in OperatorSet.load(whole).operators[0].diagnostics["curve"]]
     assert scales[-1] < scales[0]
     assert stopped.read_bytes() == whole.read_bytes()
@@ -306,6 +338,7 @@ def test_damaged_leftovers_are_not_gone_on_with(
     operators = make_operators(tiny_llama)
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     run(tiny_llama, operators, text, whole)
+    monkeypatch.setattr(distilling, "SAVE_SECONDS", 0.0)
     save = Descent.save
 
     def saved_and_stopped(self: Descent) -> None:

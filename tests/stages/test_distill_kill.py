@@ -13,6 +13,7 @@ import pytest
 import ghoststream as gs
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Method, Source, Text, Training
+from ghoststream.stages.distillation import distilling
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.fit import fit
 from ghoststream.stages.run_record import RecordedProgress
@@ -22,6 +23,11 @@ from tests.helpers.rename_killer import die_at_rename
 
 pytestmark = pytest.mark.faults
 STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _saved_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distilling, "SAVE_SECONDS", 0.0)
 
 
 def run(root: Path, out: Path) -> OperatorSet:
@@ -72,9 +78,9 @@ def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None
     whole = tmp_path / "whole" / "trained.safetensors"
     whole.parent.mkdir()
     run(tmp_path, whole)
-    # What the dense model gave (1), the state before the first step (2) and after each one (3 to 6), the
-    # result (7).
-    renames = STEPS + 3
+    # What the dense model gave (1), the state before the first step (2), when the training begins (3) and
+    # after each step (4 to 7), the result (8).
+    renames = STEPS + 4
     for number in range(1, renames + 1):
         for when in ("before", "after"):
             out = tmp_path / f"{number}-{when}" / whole.name

@@ -10,6 +10,7 @@ import pytest
 
 from ghoststream.options import Recovery
 from ghoststream.stages.estimation.estimate import estimate
+from ghoststream.stages.estimation.machine import find_machine
 from ghoststream.stages.estimation.report import Estimate, StageCost
 from tests.helpers.command_bench import BAD_REQUEST, run
 
@@ -57,6 +58,38 @@ def test_each_step_takes_its_share_of_the_arithmetic(tiny_llama: Path) -> None:
     assert many.flops - few.flops == pytest.approx(4 * (step + look), rel=0.05)
     # Layers that are in memory are read once.
     assert many.read_bytes == few.read_bytes
+
+
+@pytest.mark.parametrize(("machine", "saves"), [("h100", 5 + 4), ("laptop", 5 + 4 * 11)])
+def test_what_is_saved_is_waited_for(machine: str, saves: int) -> None:
+    # 32 windows are held out, eight are a step: a look every 12 steps, five in 48. Between two looks pass
+    # one to two minutes on the one machine. On the other each step takes longer than a minute.
+    recovery = Recovery.make(
+        {
+            "remove": 8,
+            "calibration": {"spec": "ids:none.npy", "sequences": 128, "length": 2048},
+            "method": {"operator": "ghost", "inputs": "repaired"},
+            "distill": {"steps": 48},
+        }
+    )
+    found = estimate(recovery, model="llama-3-70b", machine=machine)
+    stage, hidden = _stage(found), 8192
+    rates = find_machine(machine).rates
+    assert rates is not None
+    # The measured choice takes two spans at most. The layers behind the first one have two norms each.
+    norms = found.needs["disk, distill"].n_bytes - 128 * 2048 * (2 * hidden + 8 * 100) - 2 * 16 * hidden**2
+    assert 16 * hidden < norms < 16 * 2 * 80 * hidden
+    minutes = (stage.seconds or 0.0) / 4 / 60
+    assert 1 < minutes < 2 if machine == "h100" else minutes > 12
+    saved = saves * (norms + 2 * 16 * hidden**2)
+    assert stage.parts["save"] == pytest.approx(saved / rates.disk_write + saved / 2e9)
+    assert stage.seconds == pytest.approx(
+        stage.parts["start"]
+        + max(stage.parts[one] for one in ("disk", "compute"))
+        + stage.parts["solve"]
+        + stage.parts["save"]
+    )
+    assert stage.write_bytes == 128 * 2048 * (2 * hidden + 8 * 100) + saved
 
 
 def test_memory_is_that_of_a_way_back() -> None:

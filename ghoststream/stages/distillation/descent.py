@@ -83,7 +83,7 @@ class Descent:
 
     Args:
         parameters: What is trained, by name; float32.
-        path: File that is written after every step.
+        path: The file that :meth:`save` writes.
 
     Memory: 16 bytes for each element: itself, the best one, two moments. Gradients are the caller's.
     """

@@ -51,7 +51,7 @@ def distill(
     the first span are trained too; every other weight is frozen. The dense model runs once, and its states in
     front of the first span and its largest logits are kept beside ``out`` until that is written; every step
     is one pass forward and one backward over the layers behind the first span. Killed at any moment, the same
-    request goes on behind the last step and ends with the same file.
+    request goes on behind the last step that was saved and ends with the same file.
 
     Args:
         model: Local folder or hub id.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.errors import StoppedError
 from ghoststream.evaluation.objectives import (
     DivergenceAccumulator,
     TopDivergence,
@@ -22,6 +24,7 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import describe_absorption
 from ghoststream.progress import Progress
 from ghoststream.stages.distillation.descent import Course, Descent
+from ghoststream.stages.distillation.schedule import SAVE_SECONDS
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.distillation.trained import TrainedNorms, TrainedOperator, lane_weights
 from ghoststream.stages.lanes import first_needed
@@ -100,7 +103,8 @@ class Distillation:
         operators: What is trained.
         teacher: What the dense model knows of the text.
         settings: How they are trained.
-        path: File that is written after every step.
+        path: File that is written at every look at held-out sequences, when a run is asked to stop, and where
+            that takes long every :data:`SAVE_SECONDS`.
 
     Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 20
     bytes for each parameter that is trained (itself, the best one, its gradient, two moments).
@@ -127,7 +131,7 @@ class Distillation:
         self._chunk = default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes)
 
     def run(self, progress: Progress) -> tuple[HeldOut, HeldOut, Course]:
-        """Train, from where a run before this was killed; what was best on held-out sequences is in place.
+        """Train, from where a run before this was saved; what was best on held-out sequences is in place.
 
         Returns:
             The held-out figures before and after, and the course of the training.
@@ -135,6 +139,7 @@ class Distillation:
         Raises:
             NumericsError: If a state or a gradient is not finite.
             DiskFullError: If no space is left.
+            StoppedError: If somebody has asked to stop; every step so far is saved.
         """
         settings, descent = self._settings, self._descent
         descent.load()
@@ -146,16 +151,30 @@ class Distillation:
         assert descent.course.before is not None
         progress.start("distilling", settings.steps, "steps")
         progress.advance(descent.course.step)
-        while descent.course.step < settings.steps and not descent.course.ended:
-            self._take_step(descent.course.step)
-            if settings.checks_at(descent.course.step):
-                descent.check(self._divergence())
+        try:
+            self._train(progress)
+        except StoppedError:
             descent.save()
-            progress.advance(1)
-            require_going_on()
+            raise
         progress.finish()
         descent.go_back()
         return HeldOut(*descent.course.before), self.held_out(), descent.course
+
+    def _train(self, progress: Progress) -> None:
+        settings, descent, saved = self._settings, self._descent, time.monotonic()
+        while True:
+            course = descent.course
+            looks = settings.checks_at(course.step) and course.checks[-1].step < course.step
+            if looks:
+                descent.check(self._divergence())
+            if looks or time.monotonic() - saved >= SAVE_SECONDS:
+                descent.save()
+                saved = time.monotonic()
+            if course.step == settings.steps or course.ended:
+                return
+            require_going_on()
+            self._take_step(course.step)
+            progress.advance(1)
 
     def held_out(self) -> HeldOut:
         """Measure the operators as they are on the held-out sequences."""

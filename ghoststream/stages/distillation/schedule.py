@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ghoststream.errors import RequestError
 from ghoststream.options import Training
 
+SAVE_SECONDS = 60.0
+"""Between two looks at held-out sequences a training is saved so often; that decides no bit of it."""
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -45,8 +45,8 @@ class StageCost:
         write_bytes: Bytes of results.
         flops: Arithmetic, that in float64 included.
         seconds: Its time.
-        limited_by: The resource that is longest at work: disk, unpack, bus, compute, writer, solve, start
-            or workers.
+        limited_by: The resource that is longest at work: disk, unpack, bus, compute, writer, solve, start,
+            workers or save.
         scratch_bytes: Bytes of hidden states that go to scratch and come back.
         states: Where hidden states wait between layers: bytes on ``device``, ``host`` and ``scratch``.
         parts: Seconds that each resource is at work.

@@ -54,7 +54,8 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
         results = Work(written=len(job.spans) * route.fit.write_bytes)
         works["solve"] = fits_work(job, job.kind, len(job.spans)) + solving + _spills(route) + results
     if route.training is not None:
-        works["distill"] = route.training.work()
+        bare = _cost(route, "distill", route.training.work(0.0), places.get("distill"))
+        works["distill"] = route.training.work(bare.seconds or 0.0)
     works["export"] = Work(read=job.export_bytes, written=job.export_bytes)
     if job.measuring is not None:
         asked = job.measuring

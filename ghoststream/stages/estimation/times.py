@@ -11,7 +11,7 @@ from ghoststream.stages.estimation.report import StageCost
 from ghoststream.stages.estimation.work import Work
 
 START, DISK, BUS, COMPUTE, WRITER, SOLVE = "start", "disk", "bus", "compute", "writer", "solve"
-UNPACK, WORKERS = "unpack", "workers"
+UNPACK, WORKERS, SAVE = "unpack", "workers", "save"
 
 _START_SECONDS = 1.0
 """Opening model, text and files: what does not grow with the work."""
@@ -21,6 +21,9 @@ _PROCESS_SECONDS = 10.0
 
 _SENT_SPEED = 0.5e9
 """Bytes a second of sums that come from workers; assumed, as a network may be any."""
+
+_HASHED_SPEED = 2e9
+"""Bytes a second of SHA-256 in one thread."""
 
 _HOST_ATTENTION = 4.0
 """How much slower than products the attention kernel of a processor is."""
@@ -67,7 +70,7 @@ def stage_cost(
     bare = StageCost(
         name,
         round(whole.read),
-        round(whole.written),
+        round(whole.written + whole.saved),
         whole.flops + whole.attended + whole.summed + whole.solved,
         scratch_bytes=round(shares.get("scratch", 0.0) * whole.crossed),
         states=states,
@@ -110,6 +113,8 @@ def _resources(
     }
     if work.unpacked:
         parts = {**parts, UNPACK: work.unpacked}
+    if work.saved:
+        parts = {**parts, SAVE: work.saved / rates.disk_write + work.saved / _HASHED_SPEED}
     if work.crews or work.rounds:
         waited = work.crews * _PROCESS_SECONDS + work.rounds * _START_SECONDS + work.sent / _SENT_SPEED
         parts = {**parts, WORKERS: waited}
@@ -119,12 +124,12 @@ def _resources(
 def overlapped(parts: Mapping[str, float], *, has_device: bool) -> float:
     """Return the time of a stage: disk, bus, writer and layers go beside each other, solutions wait for none.
 
-    Nor do the start of workers, and the way of their sums. Packed weights are made by the
-    thread that reads them. Where the layers are computed on the host, the writer takes the same processors.
+    Nor do the start of workers, the way of their sums, and what a training saves. Packed weights are made by
+    the thread that reads them. Where layers are computed on the host, the writer takes the same processors.
     """
     computing, reading = parts[COMPUTE], parts[DISK] + parts.get(UNPACK, 0.0)
     if has_device:
         beside = max(reading, parts.get(BUS, 0.0), computing, parts[WRITER])
     else:
         beside = max(reading, computing + parts[WRITER])
-    return parts[START] + beside + parts[SOLVE] + parts.get(WORKERS, 0.0)
+    return parts[START] + beside + parts[SOLVE] + parts.get(WORKERS, 0.0) + parts.get(SAVE, 0.0)

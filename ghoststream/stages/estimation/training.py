@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ghoststream.costs import Cost, Need, PassCost
 from ghoststream.options import Training
-from ghoststream.stages.distillation.schedule import Schedule
+from ghoststream.stages.choosing.criteria import MEASURED
+from ghoststream.stages.distillation.schedule import SAVE_SECONDS, Schedule
 from ghoststream.stages.estimation.job import Job
 from ghoststream.stages.estimation.pass_needs import PassNeeds, logit_bytes, pass_needs
 from ghoststream.stages.estimation.work import Work, forward_work, pass_work, unpacked_of
@@ -56,16 +57,30 @@ class TrainingCost:
 
     @property
     def parameters(self) -> int:
-        """Parameters P: of operators in float32, and of two norms a layer and the final one."""
+        """Parameters P: of as many operators as there may be, and of two norms a layer and the final one."""
         norms = (2 * self.kept + 1) * self.job.sizes.hidden * (self.training.train == "operators+norms")
-        return len(self.job.spans) * self.fit.write_bytes // 4 + norms
+        return self._n_spans * self.fit.write_bytes // 4 + norms
+
+    @property
+    def _n_spans(self) -> int:
+        job, search = self.job, self.job.recovery.search
+        measures = job.runs_model and (search.criterion or MEASURED) == MEASURED
+        return min(search.max_spans, job.n_removed) if measures else len(job.spans)
 
     @property
     def disk(self) -> Need:
         """What is kept until the operators are written: the dense model's knowledge, and the training."""
-        job, top = self.job, min(self.training.top, self.job.sizes.vocabulary)
-        n_bytes = job.n_tokens * (job.token_bytes + 8 * top) + _BYTES_KEPT * self.parameters
-        return Need(n_bytes, f"S T (C b + {8 * top}) + {_BYTES_KEPT} P")
+        known = f"S T (C b + {8 * self._top})"
+        return Need(self._known_bytes + _BYTES_KEPT * self.parameters, f"{known} + {_BYTES_KEPT} P")
+
+    @property
+    def _top(self) -> int:
+        return min(self.training.top, self.job.sizes.vocabulary)
+
+    @property
+    def _known_bytes(self) -> int:
+        """What is kept of the dense model."""
+        return self.job.n_tokens * (self.job.token_bytes + 8 * self._top)
 
     def needs(self, out: Path) -> dict[str, Need]:
         """Return what it needs beside the memory of its passes.
@@ -89,8 +104,12 @@ class TrainingCost:
         )
         return max(found, key=lambda one: sum(need.n_bytes for need in one.needs.values()))
 
-    def work(self) -> Work:
-        """Return its work; layers that fit the memory of the host are read from disk once."""
+    def work(self, seconds: float) -> Work:
+        """Return its work; layers that fit the memory of the host are read from disk once.
+
+        Args:
+            seconds: How long it takes, about.
+        """
         job, schedule = self.job, self.schedule
         share, held = schedule.batch / job.sequences, schedule.held_out / job.sequences
         layers = self.kept / job.sizes.n_layers
@@ -106,8 +125,15 @@ class TrainingCost:
             unpacked=unpacked,
         )
         dense = pass_work(job, PassCost(job.sizes.hidden, 1.0, scored=1.0 + 2.0 * held))
-        written = self.disk.n_bytes + schedule.steps * _BYTES_KEPT * self.parameters
-        return dense + passes + forward_work(job, lanes, None) + Work(written=written)
+        kept = Work(written=self._known_bytes, saved=self._saves(seconds) * _BYTES_KEPT * self.parameters)
+        return dense + passes + forward_work(job, lanes, None) + kept
+
+    def _saves(self, seconds: float) -> int:
+        """Return how often it is saved: at every look at held-out windows, and between two by the clock."""
+        schedule = self.schedule
+        between = max(1, schedule.n_checks - 1)
+        in_time = int(seconds / between / SAVE_SECONDS)
+        return schedule.n_checks + between * min(in_time, schedule.check - 1)
 
 
 def _at(job: Job, sequences: int, micro_batch: int) -> Job:

@@ -30,6 +30,7 @@ class Work:
     Attributes:
         read: Bytes of checkpoints and stores that are read.
         written: Bytes of results.
+        saved: Bytes of what a training saves, which waits for them.
         stored: Bytes of these that the writer of a store encodes.
         weights: Bytes of weights that reach an accelerator.
         crossed: Hidden states that cross from host to scratch or device and back, in bytes, both ways.
@@ -47,6 +48,7 @@ class Work:
 
     read: float = 0.0
     written: float = 0.0
+    saved: float = 0.0
     stored: float = 0.0
     weights: float = 0.0
     crossed: float = 0.0

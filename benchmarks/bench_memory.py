@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ByteSize
 from random_checkpoint import PRESETS, make, place_of
 
+from ghoststream.costs import SHARD_BYTES
 from ghoststream.testing.synthetic import save_ids
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 STAGES = ("capture", "select", "fit", "export", "evaluate")
 SCRATCH_STAGES = ("capture-scratch", "evaluate-scratch")
-_SHARD_BYTES = 16 * 2**20
 _TOKENS_AT_A_TIME = 2048
 
 
@@ -96,7 +96,7 @@ def _calls(
 def least_memory(skeleton: Any) -> ByteSize:
     """Return a budget for weights, work and buffers of a stage that leaves no room for states."""
     batches = 3 * _TOKENS_AT_A_TIME * skeleton.hidden_size * skeleton.dtype.itemsize
-    return ByteSize(skeleton.unit_bytes * 5 // 2 + 3 * _SHARD_BYTES + batches)
+    return ByteSize(skeleton.unit_bytes * 5 // 2 + 3 * SHARD_BYTES + batches)
 
 
 def measure(stage: str, model: Path, text: str, work: Path, sequences: int, length: int) -> dict[str, Any]:

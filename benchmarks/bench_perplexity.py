@@ -57,7 +57,7 @@ def chosen_plans(store: Path, numbers: list[int]) -> dict[str, str]:
     found = {}
     for number in numbers:
         plan = gs.select(number, source, search=search).plan
-        found[" ".join(f"{span.start}:{span.stop}" for span in plan.spans)] = f"{CRITERION} {number}"
+        found[plan.text] = f"{CRITERION} {number}"
     return found
 
 

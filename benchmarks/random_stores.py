@@ -11,8 +11,7 @@ import scipy.fft
 import torch
 
 from ghoststream.activations import ActivationStore, StoreRequest, TokenArrays
-
-_SHARD_BYTES = 16 * 2**20
+from ghoststream.costs import SHARD_BYTES
 
 Draw = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """Gives the next so many sequences of both hidden states, ``(n, T, C)``."""
@@ -32,7 +31,7 @@ def mixed_states(folder: Path, n_tokens: int, hidden: int, length: int) -> Path:
         noise = 0.1 * torch.randn(n, length, hidden, generator=generator)
         return states, states + states @ down @ up.T + noise
 
-    most = max(1, _SHARD_BYTES // (2 * length * hidden))
+    most = max(1, SHARD_BYTES // (2 * length * hidden))
     return _write(folder, (n_tokens // length, length, hidden), most, draw)
 
 

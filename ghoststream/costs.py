@@ -284,6 +284,25 @@ def sequences_at_work(
     return max(1, min(most // length, room // sequence_bytes))
 
 
+def sequences_per_shard(n_sequences: int, sequence_bytes: int, micro_batch: int) -> int:
+    """Return how many sequences make a shard: whole micro-batches, or an even part of one that is too large.
+
+    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even
+    parts of a micro-batch of a prime number of sequences are single sequences.
+
+    Args:
+        n_sequences: Sequences of the text.
+        sequence_bytes: Bytes of the stored hidden states of a sequence.
+        micro_batch: Sequences that are computed at once.
+    """
+    most = max(1, SHARD_BYTES // sequence_bytes)
+    if n_sequences <= most:
+        return n_sequences
+    if micro_batch <= most:
+        return most - most % micro_batch
+    return max(size for size in range(1, most + 1) if micro_batch % size == 0)
+
+
 def store_buffer_bytes(
     *,
     sequence: int,
@@ -303,12 +322,7 @@ def store_buffer_bytes(
         threads: How many shards are written at a time.
         is_page_locked: Whether they are in page-locked memory, which torch rounds up to a power of two.
     """
-    per_shard = max(1, SHARD_BYTES // (sequence * itemsizes[0]))
-    if sequences <= per_shard:
-        per_shard = sequences
-    elif micro_batch <= per_shard:
-        per_shard -= per_shard % micro_batch
-    room = per_shard * sequence * max(itemsizes)
+    room = sequences_per_shard(sequences, sequence * itemsizes[0], micro_batch) * sequence * max(itemsizes)
     if is_page_locked:
         room = page_locked_bytes(room)
     return (threads + len(itemsizes)) * room

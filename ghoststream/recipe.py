@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ghoststream.errors import ArtifactError
 from ghoststream.files import differences as json_differences
 from ghoststream.files import json_digest
-from ghoststream.option_types import Count
+from ghoststream.option_types import Count, problems
 from ghoststream.options import Dtype, Method, StoredDtype, Text
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -51,12 +51,8 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}"
-                for problem in error.errors()
-            )
             msg = (
-                f"the {cls.__name__} in {source} cannot be used ({problems});"
+                f"the {cls.__name__} in {source} cannot be used ({'; '.join(problems(error))});"
                 " it was edited or written by another version, make it again"
             )
             raise ArtifactError(msg) from error

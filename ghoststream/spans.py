@@ -114,6 +114,11 @@ class PruningPlan:
         parts = [part for part in re.split(r"[;\s]+", _compact(text)) if part]
         return cls(n_layers, tuple(Span.parse(part) for part in parts))
 
+    @property
+    def text(self) -> str:
+        """The spans as :meth:`parse` reads them, ``"5:7 13:19"``."""
+        return " ".join(f"{span.start}:{span.stop}" for span in self.spans)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruningPlan:
         """Rebuild a plan from :meth:`to_json`.

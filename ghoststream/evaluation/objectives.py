@@ -147,24 +147,18 @@ class DivergenceAccumulator:
     """
 
     def __init__(self, teacher: TopLogits, n_sequences: int) -> None:
-        self._teacher = teacher
+        self._top = TopDivergence(teacher)
         self._losses = LossAccumulator(n_sequences)
-        self._sum = 0.0
-        self._count = 0
 
     def observe_logits(self, batch: Batch, first: int, logits: torch.Tensor) -> None:
         """Add flattened tokens ``[first, first + k)``; ``logits`` has shape ``(k, V)``."""
-        values, entries = self._teacher.top(batch, first, int(logits.shape[0]))
-        ours = logits.gather(-1, entries.to(logits.device))
-        found = divergences(values, ours, batch, first).double().cpu().numpy()
-        require_finite_scores(found, batch)
-        self._sum += float(found.sum())
-        self._count += int(_real(batch)[first : first + int(logits.shape[0])].sum())
+        entries = self._top.entries(batch, first, int(logits.shape[0]))
+        self._top.observe_logits(batch, first, logits.gather(-1, entries.to(logits.device)))
         self._losses.observe_logits(batch, first, logits)
 
     def divergence(self) -> float:
         """Return the mean over the tokens that count, in nats."""
-        return self._sum / self._count
+        return self._top.divergence()
 
     def losses(self) -> LossSummary:
         """Return the next-token losses."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ghoststream.errors import ArtifactError, NumericsError, RequestError
 from ghoststream.files import json_digest
-from ghoststream.files.tensor_files import TensorFile, write_tensors
+from ghoststream.files.tensor_files import TensorFile, array_digest, write_tensors
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import ModelFacts, get_feature, taps_of
 
@@ -222,6 +222,11 @@ class OperatorSet:
                 if array is not None:
                     arrays[f"{operator.name}.{part}"] = array
         return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+
+    def content_digest(self) -> str:
+        """Return the digest of what they are, without what is known of how they were made."""
+        arrays = {name: array_digest(array) for name, array in self.arrays().items()}
+        return json_digest({"boundaries": [one.to_json() for one in self.boundaries], "arrays": arrays})
 
     @classmethod
     def load(cls, path: str | Path) -> OperatorSet:

@@ -20,7 +20,6 @@ from ghoststream.files import (
     json_digest,
     read_json,
 )
-from ghoststream.files.tensor_files import array_digest
 from ghoststream.operators import OperatorSet
 from ghoststream.recovery import modeling_ghosted
 from ghoststream.recovery.absorbing import Absorption, find_absorptions
@@ -100,7 +99,8 @@ class ExportJob:
             "base": self.fingerprint["digest"],
             "rounds": json_digest(list(self.rounds)),
             "sidecars": sidecars_digest(self.skeleton.root),
-            "operators": _operators_digest(self.operators),
+            "operators": self.operators.content_digest(),
+            "operators_metadata": json_digest(self.operators.metadata),
             "shards": json_digest({shard.name: bytes_digest(shard.header()) for shard in self.shards}),
             "config": json_digest(self.config),
             "modeling": file_digest(MODELING_FILE),
@@ -264,9 +264,3 @@ def plain_config(data: Mapping[str, Any]) -> Any:
 def plain_type(config: Any) -> str:
     """Return the ``model_type`` of a configuration, without what a recovered model puts in front of it."""
     return str(config.model_type).removeprefix(modeling_ghosted.TYPE_PREFIX)
-
-
-def _operators_digest(operators: OperatorSet) -> str:
-    arrays = {name: array_digest(array) for name, array in operators.arrays().items()}
-    boundaries = [operator.to_json() for operator in operators.boundaries]
-    return json_digest({"metadata": operators.metadata, "boundaries": boundaries, "arrays": arrays})

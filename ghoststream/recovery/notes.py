@@ -62,7 +62,7 @@ def pipeline_yaml(recovery: Recovery, given: Selection | None) -> str:
         given: What a request that says which layers go comes to.
     """
     data: dict[str, Any] = {}
-    data["remove"] = int(str(recovery.remove)) if given is None else _spans(given.plan)
+    data["remove"] = int(str(recovery.remove)) if given is None else given.plan.text
     data["calibration"] = _text(recovery.calibration)
     data["search"] = _given(recovery.search)
     data["method"] = _given(recovery.method)
@@ -91,10 +91,6 @@ def mergekit_yaml(plan: PruningPlan, *, model: str, dtype: str) -> str:
     slices = [{"sources": [{"model": model, "layer_range": kept}]} for kept in ranges]
     data = {"slices": slices, "merge_method": "passthrough", "dtype": dtype}
     return yaml.safe_dump(data, sort_keys=False)
-
-
-def _spans(plan: PruningPlan) -> str:
-    return " ".join(f"{span.start}:{span.stop}" for span in plan.spans)
 
 
 def _text(text: Text) -> dict[str, Any]:

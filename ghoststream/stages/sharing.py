@@ -71,16 +71,3 @@ def dealt_rows(count: int, n_sequences: int, step: int) -> list[tuple[int, int]]
     """Return the shares of all workers, as :func:`rows_of` has them, without those that are empty."""
     found = (rows_of(number, count, n_sequences, step) for number in range(1, count + 1))
     return [rows for rows in found if rows[0] < rows[1]]
-
-
-def sequences_per_shard(n_sequences: int, most: int, micro_batch: int) -> int:
-    """Return how many sequences make a shard: whole micro-batches, or an even part of one that is too large.
-
-    So every boundary of the coarser of the two is one of the finer, and a capture can be split there. Even
-    parts of a micro-batch of a prime number of sequences are single sequences.
-    """
-    if n_sequences <= most:
-        return n_sequences
-    if micro_batch <= most:
-        return most - most % micro_batch
-    return max(size for size in range(1, most + 1) if micro_batch % size == 0)

@@ -19,15 +19,15 @@ from urllib.parse import urlsplit
 
 import torch
 
-from ghoststream.errors import BudgetError, RequestError
 from ghoststream.machine import free_host_memory
 from ghoststream.options import Compute
 from ghoststream.progress import Progress
 from ghoststream.stages.sharing import dealt_rows, devices_of, is_shared
-from ghoststream.statistics.cluster import connect, require_versions
+from ghoststream.statistics.cluster import connect, explained, require_versions
 from ghoststream.stopping import require_going_on
 
 _LOOK_SECONDS = 1
+_REMEDY = "give --host-memory, or fewer workers"
 _ONE_AT_A_TIME = threading.Lock()
 """A worker with several threads does one share at a time: each takes the memory of a pass."""
 
@@ -109,7 +109,7 @@ class Workers:
         left = dict(zip((future.key for future in futures), sizes, strict=True))
         try:
             found: dict[str, Any] = {}
-            with _explained():
+            with explained("a share", _REMEDY, "run the same command again"):
                 for future in self._finished(futures):
                     found[future.key] = future.result()  # comes once: it may be large
                     progress.advance(left.pop(future.key))
@@ -239,31 +239,3 @@ def _on_worker(function: Callable[..., Any], compute: Compute, place: _Place, sh
             if torch.cuda.is_initialized():
                 # What torch keeps for what comes next: the process that waits for this share solves there.
                 torch.cuda.empty_cache()
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say what a share that costs one worker after the other, or a lost scheduler means.
-
-    Raises:
-        BudgetError: If a share ended several workers.
-        RequestError: If the scheduler is gone.
-    """
-    from concurrent.futures import CancelledError
-
-    from distributed.scheduler import KilledWorker
-
-    try:
-        yield
-    except KilledWorker as error:
-        msg = (
-            "a share of the work ended the workers that ran it, most often for lack of memory; give "
-            "--host-memory, or fewer workers, and run the same command again"
-        )
-        raise BudgetError(msg) from error
-    except CancelledError as error:
-        msg = (
-            "the scheduler was lost, or the work was cancelled there; start it again if it is gone, and run "
-            "the same command again"
-        )
-        raise RequestError(msg) from error

@@ -128,8 +128,13 @@ def _listed(lines: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def explained(needs: Needs) -> Iterator[None]:
-    """Say what a lost scheduler or a range that costs one worker after the other means.
+def explained(what: str, remedy: str, again: str) -> Iterator[None]:
+    """Say what a lost scheduler or a task that costs one worker after the other means.
+
+    Args:
+        what: A task, for messages.
+        remedy: What to do then.
+        again: How the work goes on.
 
     Raises:
         BudgetError: If a task ended several workers.
@@ -139,14 +144,12 @@ def explained(needs: Needs) -> Iterator[None]:
 
     from distributed.scheduler import KilledWorker
 
-    again = "run the same command again: what was finished is kept" if needs.folder else "run it again"
     try:
         yield
     except KilledWorker as error:
         msg = (
-            f"{error.task} ended the workers that ran it, most often for lack of memory: a task takes "
-            f"{needs.task_bytes:,} bytes besides the libraries; give the workers more memory or fewer "
-            f"threads, and {again}"
+            f"{what} ended the workers that ran it ({error.task}), most often for lack of memory; {remedy}, "
+            f"and {again}"
         )
         raise BudgetError(msg) from error
     except CancelledError as error:

@@ -290,8 +290,10 @@ def _run_distributed(
         require_able(client, needs, progress)
     futures = client.compute(graph.tasks, optimize_graph=False, retries=_RETRIES)
     by_key = {future.key: future for future in futures}
+    takes = f"a task takes {task_bytes:,} bytes besides the libraries"
+    again = "run the same command again: what was finished is kept" if needs.folder else "run it again"
     try:
-        with explained(needs):
+        with explained("a range", f"{takes}: give the workers more memory or fewer threads", again):
             for future in as_completed(futures):
                 if future.status != "finished":
                     future.result()

@@ -8,7 +8,7 @@ may be torch tensors on a device.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +122,3 @@ class SumState:
             raise ArtifactError(msg)
         for name, array in self.arrays.items():
             in_place(array, read(name))
-
-
-def merge_states(states: Iterable[SumState]) -> SumState:
-    """Add states in the given order into a copy of the first.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    iterator: Iterator[SumState] = iter(states)
-    first = next(iterator, None)
-    if first is None:
-        msg = "there are no statistics to merge"
-        raise ValueError(msg)
-    total = first.copy()
-    for state in iterator:
-        total.add_in_place(state)
-    return total

@@ -13,6 +13,7 @@ from torch import nn
 from ghoststream.checkpoint.fusion import Piece
 from ghoststream.errors import MismatchError, UnsupportedModelError
 from ghoststream.streaming.skeleton import Skeleton
+from ghoststream.streaming.weights import owner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +124,11 @@ class ReplacedWeights:
             yield
         finally:
             for name, parameter in own.items():
-                owner, leaf = _owner(model, name)
+                owner, leaf = owner_of(model, name)
                 owner._parameters[leaf] = parameter
 
     def _replace(self, model: nn.Module, place: WeightPlace, own: dict[str, nn.Parameter]) -> None:
-        owner, leaf = _owner(model, place.name)
+        owner, leaf = owner_of(model, place.name)
         loaded = owner._parameters[leaf]
         assert loaded is not None
         tensor, stored = self._tensors[place.piece.source], self._dtypes[place.piece.source]
@@ -138,11 +139,6 @@ class ReplacedWeights:
             weight = whole
         own.setdefault(place.name, loaded)
         owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
 
 
 def _position(skeleton: Skeleton, name: str) -> int | None:

@@ -57,7 +57,7 @@ def assign_weights(module: nn.Module, weights: Weights, device: torch.device) ->
     was issued before; parameters ask for no gradient.
     """
     for name, tensor in weights.items():
-        owner, leaf = _owner(module, name)
+        owner, leaf = owner_of(module, name)
         moved = tensor.to(device, non_blocking=True)
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
@@ -68,7 +68,7 @@ def assign_weights(module: nn.Module, weights: Weights, device: torch.device) ->
 def release_weights(module: nn.Module, names: Weights) -> None:
     """Put the named parameters and buffers back on the meta device."""
     for name, tensor in names.items():
-        owner, leaf = _owner(module, name)
+        owner, leaf = owner_of(module, name)
         empty = torch.empty_like(tensor, device="meta")
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
@@ -76,6 +76,7 @@ def release_weights(module: nn.Module, names: Weights) -> None:
             owner._buffers[leaf] = empty
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the submodule that a parameter or buffer belongs to, and its name there."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf

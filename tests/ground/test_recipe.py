@@ -84,16 +84,14 @@ def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: type(recipe).__name__)
 def test_an_unknown_field_is_refused(recipe: Recipe) -> None:
-    with pytest.raises(ArtifactError, match=r"in old\.json .*speed: Extra inputs"):
+    with pytest.raises(ArtifactError, match=r"in old\.json .*speed: there is no such option"):
         type(recipe).from_json({**recipe.to_json(), "speed": 1}, "old.json")
 
 
 def test_a_missing_field_is_refused_by_name() -> None:
     data = capture().to_json()
     del data["dtype"]
-    with pytest.raises(
-        ArtifactError, match=r"CaptureRecipe in memory cannot be used .*dtype: Field required"
-    ):
+    with pytest.raises(ArtifactError, match=r"CaptureRecipe in memory cannot be used .*dtype: is missing"):
         CaptureRecipe.from_json(data, "memory")
 
 

@@ -141,6 +141,7 @@ def test_plan_reads_what_it_writes(removal: tuple[int, set[int]]) -> None:
     assert PruningPlan.from_json(plan.to_json()) == plan
     if plan.spans:
         assert PruningPlan.parse(plan.n_layers, str(plan)) == plan
+        assert PruningPlan.parse(plan.n_layers, plan.text) == plan
 
 
 @given(removals())

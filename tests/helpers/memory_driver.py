@@ -24,8 +24,8 @@ import scipy.linalg
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - the same
 
+from ghoststream import costs
 from ghoststream.options import Compute, Reduction, Search, Source, Storage, Text
-from ghoststream.stages.capturing import capture as capture_stage
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.capturing.replay import replay
 from ghoststream.stages.export import export
@@ -154,7 +154,7 @@ def _warm_up_products() -> None:
 def main(root: Path) -> None:
     """Make the models, measure every stage, and print the figures."""
     torch.set_num_threads(1)
-    capture_stage._SHARD_BYTES = SHARD_BYTES
+    costs.SHARD_BYTES = SHARD_BYTES
     deep = save_synthetic(root / "deep", num_hidden_layers=12, vocab_size=VOCABULARY, dtype=torch.float32)
     shallow = save_synthetic(
         root / "shallow", num_hidden_layers=4, vocab_size=VOCABULARY, dtype=torch.float32

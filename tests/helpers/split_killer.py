@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ghoststream.stages.capturing import capture as capture_stage
+from ghoststream import costs
 from tests.helpers.command_killer import choose, files, layers, run
 
 
@@ -135,7 +135,7 @@ class Split:
 
 def main(root: Path, shard_bytes: int, job: dict[str, Any], arguments: list[str]) -> None:
     """Do the job and print what came of it."""
-    capture_stage._SHARD_BYTES = shard_bytes
+    costs.SHARD_BYTES = shard_bytes
     split = Split(root, arguments)
     result: dict[str, Any] = {"whole": split.files("whole"), "layers": split.layers}
     if "together" in job:

@@ -17,6 +17,7 @@ import xxhash
 from safetensors.torch import load_file
 
 import ghoststream
+from ghoststream import costs
 from ghoststream.activations import ActivationStore
 from ghoststream.checkpoint import CheckpointIndex, TensorReader, writer
 from ghoststream.errors import CheckpointError, MismatchError
@@ -25,7 +26,6 @@ from ghoststream.options import Compute, Method, Search, Source, Storage, Text
 from ghoststream.recovery import load_recovered
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
-from ghoststream.stages.capturing import capture as capturing
 from ghoststream.stages.capturing.store_observer import StoreObserver
 from ghoststream.stages.export import export
 from ghoststream.statistics import store_digest
@@ -195,7 +195,7 @@ def test_workers_of_different_bases_are_told_apart(
     model: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Shards of one sequence, so that there is something to share.
-    monkeypatch.setattr(capturing, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(costs, "SHARD_BYTES", 1)
     name, compute = "model.layers.1.mlp.up_proj.weight", Compute(micro_batch=1)
 
     def capture(worker: int) -> None:

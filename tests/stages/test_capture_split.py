@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ghoststream import costs
 from ghoststream.activations import ActivationStore, verify_store
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.stages.artifacts.inspect import inspect_path
 from ghoststream.stages.capturing.capture import capture
-from ghoststream.stages.sharing import rows_of, sequences_per_shard
+from ghoststream.stages.sharing import rows_of
 from ghoststream.streaming import StreamedPass
 from tests.helpers.command_bench import last_line, run
 from tests.helpers.groups import capture_arguments
@@ -49,7 +50,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ghoststream.stages.capturing.capture._SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(costs, "SHARD_BYTES", SHARD_BYTES)
 
 
 def _capture(model: Path, ids: Path, store: Path, **options: Any) -> ActivationStore:
@@ -178,9 +179,22 @@ def test_the_command_takes_a_worker(tiny_llama: Path, ids: Path, tmp_path: Path)
     [(21, 4, 2, 4), (21, 5, 2, 4), (21, 5, 3, 3), (21, 4, 8, 4), (21, 4, 6, 3), (21, 4, 7, 1), (3, 9, 2, 3)],
 )
 def test_a_shard_is_whole_micro_batches_or_an_even_part_of_one(
-    n_sequences: int, most: int, micro_batch: int, expected: int
+    n_sequences: int, most: int, micro_batch: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert sequences_per_shard(n_sequences, most, micro_batch) == expected
+    monkeypatch.setattr(costs, "SHARD_BYTES", 10 * most + 9)
+    assert costs.sequences_per_shard(n_sequences, 10, micro_batch) == expected
+    # One shard is filled while another is written.
+    assert (
+        costs.store_buffer_bytes(
+            sequence=5,
+            sequences=n_sequences,
+            micro_batch=micro_batch,
+            itemsizes=(2,),
+            threads=1,
+            is_page_locked=False,
+        )
+        == 2 * 10 * expected
+    )
 
 
 @pytest.mark.parametrize("step", [1, 2, 7, 21, 40])

@@ -83,7 +83,7 @@ def test_shares_are_whole_steps_and_all_sequences_once(count: int, n_sequences: 
 def test_a_cluster_gives_the_figures_and_files_of_one_process(
     n_workers: int, tiny_llama: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ghoststream.stages.capturing.capture._SHARD_BYTES", 4 * T * 32 * 4)
+    monkeypatch.setattr("ghoststream.costs.SHARD_BYTES", 4 * T * 32 * 4)
     settings = {"sequences": S, "length": T, "micro_batch": 2}
     expected = _evaluate(tiny_llama, ids)
     alone = capture(tiny_llama, store=tmp_path / "one", **capture_arguments(f"ids:{ids}", settings))

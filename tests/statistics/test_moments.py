@@ -30,7 +30,6 @@ from ghoststream.statistics.boundary import BoundaryReducer
 from ghoststream.statistics.engines import default_workers
 from ghoststream.statistics.features import HiddenFeature
 from ghoststream.statistics.ranges import tree_root
-from ghoststream.statistics.sums import merge_states
 from ghoststream.testing.states import Hidden, ragged_mask, random_states, store_of
 from tests.helpers.peak import Peak
 from tests.helpers.reducing import moments_of
@@ -241,8 +240,6 @@ def test_moments_of_different_boundaries_or_kinds_do_not_combine(uri: str) -> No
         full[Span(0, 2)].total().merge(bare)
     with pytest.raises(RequestError, match="hold no gram"):
         _ = bare.gram
-    with pytest.raises(ValueError, match="no statistics"):
-        merge_states([])
 
 
 def test_files_that_are_no_moments_are_refused(tmp_path: Path) -> None:

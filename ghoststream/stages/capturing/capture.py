@@ -8,18 +8,17 @@ from typing import Any
 
 from ghoststream.activations import ActivationStore, PartStore, StoreRequest, WritableStore
 from ghoststream.checkpoint.fingerprint import require_undamaged
+from ghoststream.costs import sequences_per_shard
 from ghoststream.errors import GhoststreamError, RequestError
 from ghoststream.options import Compute, Storage, Text, TextLike, dtype_name
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import CaptureRecipe
 from ghoststream.stages.capturing.run import CaptureRun
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import on_first_device, rows_of, sequences_per_shard
+from ghoststream.stages.sharing import on_first_device, rows_of
 from ghoststream.stages.workers import Shared
 from ghoststream.statistics import base_of
 from ghoststream.text import TokenSet, recipe_of
-
-_SHARD_BYTES = 16 * 2**20
 
 
 def capture(
@@ -195,9 +194,7 @@ def _recipe(
             "attention": skeleton.attention,
             "micro_batch": micro_batch,
             "layers": wanted,
-            "sequences_per_shard": sequences_per_shard(
-                tokens.n_sequences, max(1, _SHARD_BYTES // sequence_bytes), micro_batch
-            ),
+            "sequences_per_shard": sequences_per_shard(tokens.n_sequences, sequence_bytes, micro_batch),
         }
     )
 

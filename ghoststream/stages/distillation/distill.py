@@ -11,8 +11,7 @@ from typing import Any
 
 from ghoststream.errors import RequestError
 from ghoststream.evaluation.objectives import default_loss_tokens
-from ghoststream.files import disk_errors, json_digest
-from ghoststream.files.tensor_files import array_digest
+from ghoststream.files import disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Text, TextLike, Training
 from ghoststream.progress import Progress, SilentProgress
@@ -186,7 +185,7 @@ def _recipe(
             "schedule": "cosine",
         },
         "operators": operators.metadata.get("recipe"),
-        "operators_digest": _operators_digest(operators),
+        "operators_digest": operators.content_digest(),
         "plan": operators.plan.to_json(),
         "model": session.fingerprint["digest"],
         "text": recipe_of(text, tokens).to_json(),
@@ -194,11 +193,6 @@ def _recipe(
         **session.describe(),
         "loss_chunk_tokens": default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes),
     }
-
-
-def _operators_digest(operators: OperatorSet) -> str:
-    arrays = {name: array_digest(array) for name, array in operators.arrays().items()}
-    return json_digest({"boundaries": [one.to_json() for one in operators.boundaries], "arrays": arrays})
 
 
 def _diagnostics(before: HeldOut, after: HeldOut, course: Course) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
     recovery, training = job.recovery, job.recovery.distill
     if training is not None and set(training.given()) - _TIMES:
         return ()
-    words = ["ghoststream", "recover", model, "--remove", _removed(recovery.remove)]
+    remove = recovery.remove.text if isinstance(recovery.remove, PruningPlan) else str(recovery.remove)
+    words = ["ghoststream", "recover", model, "--remove", remove]
     text = recovery.calibration
     for spec in text.specs:
         words += ["--calibration", _TEXT if spec == UNREAD else spec]
@@ -66,12 +67,6 @@ def explore_command_of(job: Job, exploration: Exploration, model: str, out: Path
     for group in (exploration, recovery.search, recovery.method, recovery.compute, recovery.reduction):
         words += _words(group)
     return (*words, "--out", str(out or "explored"))
-
-
-def _removed(remove: int | str | PruningPlan) -> str:
-    if not isinstance(remove, PruningPlan):
-        return str(remove)
-    return " ".join(f"{span.start}:{span.stop}" for span in remove.spans)
 
 
 def _words(group: Options, without: tuple[str, ...] = ()) -> list[str]:

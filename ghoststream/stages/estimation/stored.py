@@ -9,11 +9,10 @@ from math import lcm
 from typing import TYPE_CHECKING, get_args
 
 from ghoststream.checkpoint.sizes import ITEMSIZES
-from ghoststream.costs import SHARD_BYTES, store_buffer_bytes
+from ghoststream.costs import sequences_per_shard, store_buffer_bytes
 from ghoststream.options import StoredDtype
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.estimation.report import StoreWay
-from ghoststream.stages.sharing import sequences_per_shard
 
 if TYPE_CHECKING:
     from ghoststream.stages.estimation.job import Job
@@ -115,7 +114,7 @@ class Stored:
         # Shards of integers have as many sequences as those of two bytes.
         sequence = self.job.text.length * self.job.sizes.hidden * ITEMSIZES.get(self.dtype, 2)
         size = self.job.micro_batch
-        return lcm(size, sequences_per_shard(self.job.sequences, max(1, SHARD_BYTES // sequence), size))
+        return lcm(size, sequences_per_shard(self.job.sequences, sequence, size))
 
     @property
     def writer_bytes(self) -> int:

@@ -14,11 +14,13 @@ Way = Literal["weights", "to device", "to host"]
 
 # On CUDA the host runs ahead: a call returns when work is launched, not when it is done. The computation
 # launches on one stream, each background thread on another, and what must come after what is said three
-# times: mark() ... beside(mark)  a copy begins behind what was launched up to the mark: it reads that work's
-# result, or overwrites what that work still reads; the end of beside()      the thread waits for its copies,
-# so a Future that is done means that the copy is; hand_over(tensor)        memory that was allocated on the
-# copying stream is not reused before the computation, which the allocator knows nothing of, is through with
-# it.
+# times:
+#
+#     mark() ... beside(mark)  A copy begins behind what was launched up to the mark: it reads that work's
+#                              result, or overwrites what that work still reads.
+#     the end of beside()      The thread waits for its copies, so a Future that is done means that they are.
+#     hand_over(tensor)        Memory that was allocated on the copying stream is not reused before the
+#                              computation, which the allocator knows nothing of, is through with it.
 
 
 class Copies(Protocol):

@@ -12,9 +12,13 @@ from ghoststream.streaming.copies import Copies
 from ghoststream.streaming.weights import Weights, WeightSpec
 
 # The two places take turns. While layer l computes from one, the prefetcher's thread reads l + 1 into the
-# other: place 0:  read 0 | compute 0 | read 2    | compute 2 | ... place 1:         | read 1    | compute 1 |
-# read 3    | ... On CUDA the computation of l may still run when the host comes to read l + 2 into the same
-# place: `used` leaves a mark behind it, and the copy waits for that mark on the device.
+# other:
+#
+#     place 0:  read 0 | compute 0 | read 2    | compute 2 | read 4    | ...
+#     place 1:         | read 1    | compute 1 | read 3    | compute 3 | ...
+#
+# On CUDA the computation of l may still run when the host comes to read l + 2 into the same place: `used`
+# leaves a mark behind it, and the copy waits for that mark on the device.
 
 
 class WeightSlots(Protocol):

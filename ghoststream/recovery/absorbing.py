@@ -187,7 +187,7 @@ def find_absorption(
     if found != asked:
         msg = (
             f"the operator on {operator.features} at {operator.span} has {found} features, and {asked} "
-            f"enter or leave {absorption.weight}; solve operators for this model"
+            f"enter or leave {absorption.weight}; fit operators for this model"
         )
         raise MismatchError(msg)
     return replace(absorption, dtype=dtype)

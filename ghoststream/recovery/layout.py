@@ -139,7 +139,7 @@ def require_operators_fit(operators: OperatorSet, skeleton: Skeleton, fingerprin
     if operators.hidden != skeleton.hidden_size:
         msg = (
             f"the operators are for hidden size {operators.hidden}, the model has {skeleton.hidden_size}; "
-            "solve operators for this model"
+            "fit operators for this model"
         )
         raise MismatchError(msg)
     for operator in operators.operators:

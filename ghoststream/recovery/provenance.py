@@ -37,7 +37,7 @@ class RecoveredInfo:
         plan: Which layers of the base were removed.
         base: Fingerprint of the base checkpoint, and ``tensors``, digests of its tensors.
         base_model_type: The base's ``model_type``.
-        kind: Name of the operator family.
+        kind: Name of the operator kind.
         tensors: For every tensor the digest of its bytes and, if it was copied, its name in the base.
         recorded: What is written of the operators.
         rounds: What the base was made of, where it is a recovered checkpoint itself; see

@@ -180,8 +180,8 @@ class BoundaryReducer(Reducer):
         if self.taps is None:
             msg = (
                 f"the features {self.spec.feature} are of the layer before the boundary, which is run again "
-                "for them; use them where the model is given, as in solve with a model, or features of the "
-                "hidden state"
+                "for them; use them where the model is given, as in fit --model, or features of the hidden "
+                "state"
             )
             raise RequestError(msg)
         for span in self.spans:

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ghoststream.errors import RequestError
-from ghoststream.options import Method
+from ghoststream.options import Method, Search
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.criteria import make_search_criterion
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.statistics import DEFAULT_FOLDS, Ranges
@@ -185,11 +186,29 @@ def test_taylor_counts_norms_as_its_code_does(tmp_path: Path, ids: Path, criteri
     assert found.plan.removed == (min(layers, key=lambda layer: scores[layer]),)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "most", "kept"),
+    [
+        ("sleb", 6, "the first layer and the last layer must stay"),
+        ("prune-and-comp-bi", 7, "the last layer must stay"),
+        ("taylor", 7, "one layer must stay"),
+        ("taylor-plus", 2, "the first 4 and the last 2 must stay"),
+    ],
+)
+def test_as_many_layers_go_as_may(criterion: str, most: int, kept: str) -> None:
+    search = Search(criterion=criterion)
+    make_search_criterion(criterion).check(8, most, search)
+    with pytest.raises(RequestError, match=f"of 8 layers: {kept}; give a number from 1 to {most}, or say"):
+        make_search_criterion(criterion).check(8, most + 1, search)
+
+
 def test_perplexity_plus_keeps_the_first_four_and_the_last_two(tmp_path: Path, ids: Path) -> None:
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=8)
     found = select(1, model=model, criterion="perplexity-plus", **on_windows(ids))
     losses = {layer: _loss_without(model, ids, {layer}) for layer in (4, 5)}
     assert {row["spans"][0][0]: row["loss"] for row in found.candidates} == pytest.approx(losses, rel=1e-5)
     assert found.plan.removed == (min(losses, key=lambda layer: losses[layer]),)
-    with pytest.raises(RequestError, match=r"by perplexity-plus, which keeps the first 4 .*use perplexity,"):
+    with pytest.raises(
+        RequestError, match=r"the first 4 and the last 2 must stay; give a number from 1 to 2"
+    ):
         select(3, model=model, criterion="perplexity-plus", **on_windows(ids))

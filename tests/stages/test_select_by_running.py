@@ -320,7 +320,7 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
 @pytest.mark.parametrize(
     ("n_remove", "options", "message"),
     [
-        (5, {}, "first and the last layer are kept"),
+        (5, {}, "the first layer and the last layer must stay"),
         (2, {"max_spans": 3}, "in 3 spans"),
         (2, {"held_out": S}, "cannot be parted"),
         (2, {"beam": 0}, "beam: Input should be greater than or equal to 1"),
@@ -337,7 +337,7 @@ def test_the_plan_file_is_a_plan_and_is_not_overwritten(model: Path, ids: Path, 
         (2, {"criterion": "perplexity", "held_out": 2}, "--held-out would not be used: .* on all windows"),
         (2, {"criterion": "taylor", "lanes": 2}, "--lanes would not be used"),
         (2, {"workers": 2}, "--workers would not be used: no store is read"),
-        (1, {"criterion": "taylor-plus"}, "keeps the first 4 and the last 2"),
+        (1, {"criterion": "taylor-plus"}, "first 4 and the last 2 must stay"),
         (
             2,
             {"operator": "least-squares", "solver": "sketch-range", "rank": 2},

@@ -48,8 +48,13 @@ class Chosen:
 class SearchCriterion:
     """A rule that chooses layers by running the model.
 
-    The first and the last layer are kept unless it says otherwise.
+    Attributes:
+        keep_first: So many first layers are no candidates.
+        keep_last: So many last layers are no candidates.
     """
+
+    keep_first: int = 1
+    keep_last: int = 1
 
     meaning: ClassVar[str]
     """What the figures say, in one line."""
@@ -67,12 +72,21 @@ class SearchCriterion:
         """
         unread = set(Search.trying) - set(self.reads)
         search.refuse(unread, f"the criterion {search.criterion} does not read it")
-        if not 1 <= remove <= n_layers - 2:
-            kept = f"cannot remove {remove} of {n_layers} layers: the first and the last layer are kept"
-            number = f"give a number from 1 to {n_layers - 2}, or " if n_layers > 2 else ""
+        most = n_layers - max(1, self.keep_first + self.keep_last)
+        if not 1 <= remove <= most:
+            number = f"give a number from 1 to {most}, or " if most > 0 else ""
             start = max(0, min(1, n_layers - remove))
-            msg = f"{kept}; {number}say which layers go, such as {start}:{start + max(1, remove)}"
+            msg = (
+                f"cannot remove {remove} of {n_layers} layers: {self._kept}; {number}say which layers go, "
+                f"such as {start}:{start + max(1, remove)}"
+            )
             raise RequestError(msg)
+
+    @property
+    def _kept(self) -> str:
+        ends = (("first", self.keep_first), ("last", self.keep_last))
+        kept = [f"the {end} {'layer' if count == 1 else count}" for end, count in ends if count]
+        return f"{' and '.join(kept) or 'one layer'} must stay"
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Choose the layers, always the same for the same model and text.

@@ -131,9 +131,9 @@ def measure_repairs(
     ``stop`` (at most as many as the longest span has layers, and those of later boundaries with dense inputs;
     with their taps once for each distinct map that reads taps), once for the dense lane and for each distinct
     beginning that is between two spans; of the held-out sequences once for each candidate that is behind its
-    last span; what ``solve`` states for one boundary. Arithmetic, as multiples of the dense pass: ``1 + sum
-    over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share of the
-    layers between its last span and the next, and the fits.
+    last span; what the operator kind states for one boundary. Arithmetic, as multiples of the dense pass:
+    ``1 + sum over candidates of held-out share x (L - last stop) / L``, for each distinct beginning the share
+    of the layers between its last span and the next, and the fits.
     """
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)

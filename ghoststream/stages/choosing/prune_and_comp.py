@@ -31,6 +31,7 @@ class PruneAndCompBI(SearchCriterion):
     meaning = "Block Influence in the model compensated so far; the lowest goes, one after the other"
     repairs = False
     reads = ()
+    keep_first = 0
 
     def check(self, n_layers: int, remove: int, search: Search) -> None:
         """Check the request; see :meth:`SearchCriterion.check`."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ghoststream.costs import PassCost, SearchShape
-from ghoststream.errors import RequestError
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.criteria import NOTHING
@@ -36,11 +35,6 @@ class Perplexity(SearchCriterion):
 
     def __init__(self, *, keep_first: int = 1, keep_last: int = 1) -> None:
         self.keep_first, self.keep_last = keep_first, keep_last
-
-    def check(self, n_layers: int, remove: int, search: Search) -> None:
-        """Check the request; see :meth:`SearchCriterion.check`."""
-        super().check(n_layers, remove, search)
-        _require_room(n_layers, remove, "perplexity-plus", self.keep_first, self.keep_last)
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Measure the model without each layer."""
@@ -79,7 +73,6 @@ class Taylor(SearchCriterion):
         """Check the request; see :meth:`SearchCriterion.check`."""
         super().check(n_layers, remove, search)
         search.refuse(("across_texts",), f"{search.criterion} measures no candidate")
-        _require_room(n_layers, remove, "taylor-plus", self.keep_first, self.keep_last)
 
     def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
         """Return a pass forward and one back."""
@@ -117,15 +110,6 @@ def taylor_published() -> Taylor:
 def taylor_plus_published() -> Taylor:
     """Return Taylor+ as its code computes it, with the norms' weights."""
     return Taylor(norms=True, keep_first=4, keep_last=2)
-
-
-def _require_room(n_layers: int, remove: int, name: str, keep_first: int, keep_last: int) -> None:
-    if remove > n_layers - keep_first - keep_last:
-        msg = (
-            f"cannot remove {remove} of {n_layers} layers by {name}, which keeps the first {keep_first} and "
-            f"the last {keep_last}; use {name.removesuffix('-plus')}, or another criterion"
-        )
-        raise RequestError(msg)
 
 
 def _lowest(rows: Sequence[Row], remove: int, n_layers: int) -> Repair:

@@ -185,6 +185,9 @@ def _loading(job: ExportJob) -> str:
     return kind.format(model_type=job.config["model_type"], trained=_trained(recipes), known=known)
 
 
+_SHOWN = ("relative_residual", "relative_residual_out_of_sample", "ridge", "absorption_growth")
+"""Figures of an operator that the card has; ``ghoststream.json`` has all."""
+
 _FIGURES = "| | loss (nats a token) | perplexity |\n| --- | --- | --- |\n"
 
 
@@ -194,7 +197,7 @@ def _figures(notes: CardNotes | None, operators: OperatorSet) -> str:
     if notes is not None and notes.dense_loss is not None and notes.loss is not None:
         text += "\nOn the held-out windows of the calibration text, on which the layers were chosen"
         text += ", before any training:\n\n" if training_of(operators.metadata.get("recipe")) else ":\n\n"
-        text += _FIGURES + _row("before", notes.dense_loss) + _row("after", notes.loss)
+        text += _FIGURES + _row("dense model", notes.dense_loss) + _row("repaired", notes.loss)
     if training_of(operators.metadata.get("recipe")):
         found = operators.operators[0].diagnostics
         text += "\nOn windows of the calibration text that were held out from the training:\n\n" + _FIGURES
@@ -240,14 +243,8 @@ def _recipe(metadata: Mapping[str, Any], heading: str) -> str:
 
 
 def _operator_table(operators: OperatorSet) -> str:
-    figures = sorted(
-        {
-            name
-            for operator in operators.operators
-            for name, value in operator.diagnostics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-    )
+    known = [operator.diagnostics for operator in operators.operators]
+    figures = [name for name in _SHOWN if any(one.get(name) is not None for one in known)]
     head = ["span", "in front of layer", "form", *(name.replace("_", " ") for name in figures)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for operator in operators.operators:
@@ -259,7 +256,10 @@ def _operator_table(operators: OperatorSet) -> str:
             share = "absorbed" if standing_operator(operator) is None else "its part on mlp is absorbed"
             form = f"{operator.form} on {operator.features} ({share})"
         lines.append("| " + " | ".join([str(operator.span), place, form, *values]) + " |")
-    return "\n".join(lines) + "\n"
+    legend = (
+        "\nA relative residual is what an operator leaves of its gap; `ghoststream.json` has all figures.\n"
+    )
+    return "\n".join(lines) + "\n" + legend
 
 
 def _figure(value: Any) -> str:

@@ -102,7 +102,7 @@ def test_run_takes_the_recipe_of_a_card_back(tiny_llama: Path, tmp_path: Path) -
     succeed("run", tmp_path / "recipe.yaml", "--model", tiny_llama, "--out", tmp_path / "two")
     for name in ("model.safetensors", "config.json", "mergekit.yaml"):
         assert file_digest(tmp_path / "one" / name) == file_digest(tmp_path / "two" / name)
-    figures = card.split("| before | ")[1]
+    figures = card.split("| dense model | ")[1]
     dense = gs.evaluate([tiny_llama], text=gs.Text(spec=f"ids:{ids}", length=16)).rows[0]
     held_out = np.mean(dense.losses.sequence_losses[-4:])
     assert float(figures.split(" |")[0]) == pytest.approx(float(held_out), abs=1e-4)
@@ -125,7 +125,7 @@ def test_what_is_not_repaired_has_no_loss_after(tiny_llama: Path, tmp_path: Path
             tmp_path / criterion,
         )
         succeed("recover", tiny_llama, *text, *given, "--out", tmp_path / criterion)
-        assert "| before | " not in (tmp_path / criterion / "README.md").read_text()
+        assert "| dense model | " not in (tmp_path / criterion / "README.md").read_text()
 
 
 def test_a_second_round_without_operators_claims_no_repair(tiny_llama: Path, tmp_path: Path) -> None:

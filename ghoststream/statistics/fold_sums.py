@@ -53,15 +53,22 @@ class FoldSums(Generic[State]):
         Raises:
             ValueError: If a fold has none.
         """
-        found = []
         for fold in range(n_folds):
-            # Of a number of ranges that is no power of two, the smaller trees stand to the right.
-            own = sorted((node for node in self._nodes if node.fold == fold), key=lambda node: node.level)
-            if not own:
-                msg = f"the sums of fold {fold} did not come"
-                raise ValueError(msg)
-            state = self._nodes.pop(own[0])
-            for node in own[1:]:
-                state = self._merge(self._nodes.pop(node), state)
-            found.append(state)
-        return found
+            self.join(fold)
+        return [self._nodes.pop(node) for node in sorted(self._nodes, key=lambda node: node.fold)]
+
+    def join(self, fold: int) -> None:
+        """Merge what there is of a fold, all ranges of which are there, into the node of its largest tree.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        # Of a number of ranges that is no power of two, the smaller trees stand to the right.
+        own = sorted((node for node in self._nodes if node.fold == fold), key=lambda node: node.level)
+        if not own:
+            msg = f"the sums of fold {fold} did not come"
+            raise ValueError(msg)
+        state = self._nodes.pop(own[0])
+        for node in own[1:]:
+            state = self._merge(self._nodes.pop(node), state)
+        self._nodes[own[-1]] = state

@@ -167,6 +167,7 @@ def device_sums(
     facts: ModelFacts,
     n_layers: int,
     taps: StreamedTaps | None = None,
+    whole: bool = False,
 ) -> FoldSums[SumState]:
     """Reduce one boundary's states where they are, fold by fold.
 
@@ -176,6 +177,7 @@ def device_sums(
     Args:
         reducer: The range task, of one span, on the device that the states are on or go to.
         pairs: The states by batch, of all sequences of the ranges; those of a fold are asked for together.
+        whole: Whether the ranges are all of their folds: one state of each then comes to the host.
 
     Memory: on the device what the reducer states, for one fold at a time, and what :func:`most_of_fold` says
     of states; on the host what :class:`~ghoststream.statistics.fold_sums.FoldSums` states.
@@ -199,6 +201,8 @@ def device_sums(
         there: FoldSums[DeviceSums] = FoldSums(lambda left, right: left.add_in_place(right))
         for leaf in (one for one in ranges if one.fold == fold):
             there.add(leaf, sum_leaf(leaf))
+        if whole:
+            there.join(fold)
         for node, merged in there.nodes.items():
             found.put(node, reducer.finish(merged))
 

@@ -125,7 +125,7 @@ class Boundary:
         Memory: what :func:`~ghoststream.statistics.streamed.streamed_sums` states, or on a device
         :func:`~ghoststream.statistics.streamed.device_sums`.
         """
-        ranges = self.ranges.ranges() if ranges is None else ranges
+        whole, ranges = ranges is None, self.ranges.ranges() if ranges is None else ranges
         about: Any = {
             "mask": self.mask,
             "facts": self.facts,
@@ -134,7 +134,7 @@ class Boundary:
         }
         reducer = self.reducer(self.device)
         if isinstance(reducer, DeviceBoundaryReducer):
-            return device_sums(reducer, ranges, pairs, **about)
+            return device_sums(reducer, ranges, pairs, **about, whole=whole)
         # As many at a time as the pass has counted.
         workers = None if self.place.beside is None else self._bytes.tasks
         rows = _fitting(pairs, ranges[0].start, ranges[-1].stop)

@@ -257,7 +257,7 @@ def test_a_failed_exploration_goes_on_behind_its_last_pass_with_the_same_bytes(
             raise NumericsError(msg)
         return measure_repairs(*args, **options)
 
-    monkeypatch.setattr("ghoststream.stages.exploring.ranking.rank_spans", ranking)
+    monkeypatch.setattr("ghoststream.stages.choosing.kept_ranking.rank_spans", ranking)
     monkeypatch.setattr("ghoststream.stages.choosing.shares.measure_repairs", measuring)
     for _ in range(2):
         with pytest.raises(NumericsError, match="the machine fails"):

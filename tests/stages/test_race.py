@@ -23,6 +23,7 @@ from ghoststream.stages.choosing.race import combined, neighbours, survivors
 from ghoststream.stages.choosing.ranking import rank_spans, shortlist
 from ghoststream.stages.choosing.repair import Repair, passing_method
 from ghoststream.stages.choosing.rounds import OF_SURVIVORS, TOKENS_A_CHANNEL, SampleShare
+from ghoststream.stages.choosing.trial import Trial
 from ghoststream.stages.choosing.ways import LIKELY, RACED
 from ghoststream.statistics import Ranges, candidate_spans
 from ghoststream.testing.models import save_tiny
@@ -143,6 +144,25 @@ def test_auto_tries_every_way_for_the_leader(model: Path, ids: Path) -> None:
     likely = LIKELY.label
     assert {(method.label,) for method in RACED[:2]} | {(likely,)} <= tried or len(leader) == 2
     assert found.methods
+
+
+def test_a_race_that_was_interrupted_ranks_spans_no_more(
+    model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("the spans are ranked again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trial, "_pass", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _race(model, ids, 2, operator="ghost", out=tmp_path / "plan.json")
+    monkeypatch.setattr("ghoststream.stages.choosing.kept_ranking.rank_spans", never)
+    found = _race(model, ids, 2, operator="ghost", out=tmp_path / "plan.json")
+    monkeypatch.undo()
+    assert found.to_json() == _race(model, ids, 2, operator="ghost").to_json()
 
 
 def test_a_race_is_the_same_again_and_with_fewer_lanes_a_pass(model: Path, ids: Path) -> None:

@@ -23,13 +23,12 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from ghoststream.options import Method, Search
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.auto import methods_for, preference
 from ghoststream.stages.choosing.by_text import ranked_gap
-from ghoststream.stages.choosing.ranking import rank_spans, shortlist, similarity_maps
+from ghoststream.stages.choosing.kept_ranking import Ranking
+from ghoststream.stages.choosing.ranking import shortlist, similarity_maps
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import (
     LEADERS,
@@ -43,7 +42,6 @@ from ghoststream.stages.choosing.rounds import (
     SURVIVORS,
 )
 from ghoststream.stages.choosing.settling import is_surely_worse, settle
-from ghoststream.stages.choosing.stream_norms import StreamNorms
 from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
 from ghoststream.stages.choosing.writable import writable
 
@@ -125,27 +123,18 @@ def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: M
     trial.progress.log(
         f"ranking spans of {', '.join(map(str, sizes))} layers by similarity on {n_ranked} windows"
     )
-    tokens = trial.tokens.take(range(n_ranked))
-    norms = StreamNorms(torch.from_numpy(tokens.mask))
-    ranked = rank_spans(
-        trial.session,
-        tokens,
-        sizes,
-        micro_batch=trial.division.micro_batch,
-        progress=trial.progress,
-        beside=(norms,),
-    )
+    ranking = Ranking.make(trial, sizes)
     trial.passes += 1
-    trial.details |= {"similarity": similarity_maps(ranked), "norms": norms.to_json()}
+    trial.details |= {"similarity": similarity_maps(ranking.spans), "norms": dict(ranking.norms)}
     n_layers = trial.session.skeleton.n_layers
     whole = sum(tried[0])
     spans = [
         span
         for size in sizes
         for span in (
-            shortlist(ranked, size, SPANS)
+            shortlist(ranking.spans, size, SPANS)
             if size == whole
-            else shortlist(ranked, size, PARTS, apart=max(1, round(size / 2)))
+            else shortlist(ranking.spans, size, PARTS, apart=max(1, round(size / 2)))
         )
     ]
     plans = [PruningPlan(n_layers, (span,)) for span in spans]

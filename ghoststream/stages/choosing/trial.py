@@ -46,6 +46,9 @@ class Sample:
         return self.positions == 1.0
 
 
+_CANDIDATES = "candidates"
+
+
 class Trial:
     """Measures repairs in passes over a model; one that was measured before is not measured again.
 
@@ -154,7 +157,8 @@ class Trial:
         self._dense_loss = dense.loss
         across = self.division.across_texts
         self._rows |= {_key(one.repair, sample): one.to_json(across) for one in candidates}
-        if self._output is not None:
+        notes = self.kept(_CANDIDATES)
+        if self._output is not None and notes is not None:
             kept = {
                 "recipe_digest": self._output.digest,
                 "dense_loss": dense.loss,
@@ -162,7 +166,7 @@ class Trial:
                 "runs": asdict(self.runs),
                 "base": self.session.base(None, self.progress),
             }
-            write_sealed_json(self._notes(self._output), kept)
+            write_sealed_json(notes, kept)
 
     def _part(self, sample: Sample | None) -> tuple[TokenSet, Ranges | None]:
         if sample is None:
@@ -174,13 +178,15 @@ class Trial:
         # No folds: the ridge is that of so many tokens, which serves to order candidates of one method.
         return self.tokens.take(rows), Ranges.make(sample.n_fit, folds=1)
 
-    def _notes(self, output: Output) -> Path:
-        return output.work / f"candidates-{output.short_digest}.json"
+    def kept(self, name: str) -> Path | None:
+        """Return the file of something that is kept until the result is written; None if nothing is."""
+        output = self._output
+        return None if output is None else output.work / f"{name}-{output.short_digest}.json"
 
     def _load(self) -> None:
-        if self._output is None:
+        notes = self.kept(_CANDIDATES)
+        if self._output is None or notes is None:
             return
-        notes = self._notes(self._output)
         found = read_kept(_read_notes, notes)
         if found is not None and found[0] == self._output.digest:
             _, self._dense_loss, self._rows, base, self.runs = found

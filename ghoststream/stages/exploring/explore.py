@@ -24,6 +24,7 @@ from ghoststream.recovery.layout import prevailing_dtype
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
+from ghoststream.stages.choosing.kept_ranking import Ranking
 from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Row, Trial
@@ -32,7 +33,6 @@ from ghoststream.stages.exploring.files import beside, digests, names_of, plan_n
 from ghoststream.stages.exploring.maps import heat_maps
 from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
 from ghoststream.stages.exploring.predicted import predict
-from ghoststream.stages.exploring.ranking import Ranking
 from ghoststream.stages.exploring.report import NAME, DenseFigures, ExplorationReport, Point, Spent
 from ghoststream.stages.exploring.rounds import STAGES, run_rounds
 from ghoststream.stages.output import Output, not_of_this_request
@@ -181,14 +181,14 @@ class _Exploration:
             trial = Trial(
                 self.material, lanes=self.lanes, output=output, residuals=True, crew=crew, ways=self.ways
             )
-            return self._explored(trial, output, recipe)
+            return self._explored(trial, recipe)
 
-    def _explored(self, trial: Trial, output: Output | None, recipe: dict[str, Any]) -> ExplorationReport:
+    def _explored(self, trial: Trial, recipe: dict[str, Any]) -> ExplorationReport:
         session, progress, numbers = self.material.session, self.material.progress, self.numbers
         progress.log(
             f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"
         )
-        ranking = Ranking.make(trial, numbers.sizes, output)
+        ranking = Ranking.make(trial, numbers.sizes)
         found = run_rounds(trial, ranking.spans, numbers, self.method)
         assert trial.dense_loss is not None
         report = ExplorationReport(

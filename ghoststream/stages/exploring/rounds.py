@@ -1,7 +1,7 @@
 """The trials of an exploration: a race for many numbers of layers, whose rounds share their passes.
 
 1. All spans are ranked by the similarity of the states around them: a pass of the dense model over few
-   windows (:mod:`ghoststream.stages.exploring.ranking`).
+   windows (:mod:`ghoststream.stages.choosing.kept_ranking`).
 2. Of every length those are repaired and measured alone that either similarity prefers. A length is a number
    of layers of its own, and a part of larger ones.
 3. For every number, plans of several spans are made of these, those first whose spans cost least together.

@@ -15,7 +15,6 @@ from ghoststream.stages.choosing.ranking import Similarity, rank_spans
 from ghoststream.stages.choosing.rounds import RANKED_WINDOWS
 from ghoststream.stages.choosing.stream_norms import StreamNorms
 from ghoststream.stages.choosing.trial import Trial
-from ghoststream.stages.output import Output
 from ghoststream.streaming import Runs
 
 
@@ -34,8 +33,8 @@ class Ranking:
     runs: Runs
 
     @classmethod
-    def make(cls, trial: Trial, sizes: Sequence[int], output: Output | None) -> Ranking:
-        """Rank the spans of some lengths, or return what an earlier attempt at the same output has found.
+    def make(cls, trial: Trial, sizes: Sequence[int]) -> Ranking:
+        """Rank the spans of some lengths, or return what an earlier attempt at the same result has found.
 
         Raises:
             CheckpointError: If the model is not what it was then.
@@ -44,7 +43,7 @@ class Ranking:
 
         Memory: that of :func:`~ghoststream.stages.choosing.ranking.rank_spans`.
         """
-        place = None if output is None else output.work / f"ranking-{output.short_digest}.json"
+        place = trial.kept("ranking")
         found = None if place is None else read_kept(_read, place)
         if found is not None:
             ranking, base = found

@@ -58,7 +58,8 @@ class Compute(Options):
     )
     scratch: Path | None = option(
         None,
-        "Folder for hidden states that do not fit. Default: beside the store, or the temporary folder.",
+        "Folder for hidden states that do not fit. Default: the folder of the result.\nWhere nothing is "
+        "written, and on the workers of a cluster, it is the temporary folder.",
         metavar="DIR",
     )
     revision: str | None = option(None, "Branch, tag or commit of a model on the hub.", metavar="REV")

@@ -17,7 +17,7 @@ from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.refusals import check_model
 from ghoststream.stages.select import opener
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import on_first_device, require_one_device
+from ghoststream.stages.sharing import on_first_device, require_one_device, scratch_beside
 from ghoststream.stages.workers import Shared
 from ghoststream.statistics import taps_of
 from ghoststream.statistics.devices import sums_device
@@ -103,7 +103,9 @@ def fit(
         )
     reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
     shared = Shared.asked(compute, reduction.scheduler)
-    session = ModelSession(str(source.model), on_first_device(compute))
+    session = ModelSession(
+        str(source.model), scratch_beside(on_first_device(compute), out, reduction.scheduler)
+    )
     selection = read_plan(plan, session.skeleton.n_layers)
     if shared is not None:
         require_shareable(method, selection.methods)

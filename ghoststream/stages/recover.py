@@ -22,7 +22,7 @@ from ghoststream.stages.measuring.evaluate import evaluate_session
 from ghoststream.stages.run_estimate import expected
 from ghoststream.stages.run_record import NAME, RecordedProgress, recorded, work_folder
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import on_first_device
+from ghoststream.stages.sharing import on_first_device, scratch_beside
 from ghoststream.stages.steps import Steps
 
 
@@ -236,7 +236,8 @@ def _require_resumable(out: Path, resume: Resume) -> None:
 def _run(
     recovery: Recovery, model: str, out: Path, progress: RecordedProgress, *, measure: bool
 ) -> RecoveryReport:
-    session = ModelSession(model, on_first_device(recovery.compute))
+    compute = scratch_beside(on_first_device(recovery.compute), out, recovery.reduction.scheduler)
+    session = ModelSession(model, compute)
     steps = Steps(session, recovery, out, progress)
     place = StagingFolder(out)
     with place.lock:

@@ -18,7 +18,7 @@ from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.refusals import check_model
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import on_first_device
+from ghoststream.stages.sharing import on_first_device, scratch_beside
 from ghoststream.stages.way import some_plan
 from ghoststream.stages.workers import Shared
 
@@ -89,7 +89,9 @@ def select(
     name = require_criterion(search.criterion or MEASURED, runs_model=True)
     reduction.refuse(set(Reduction.model_fields) - {"scheduler"}, "no store is read")
     shared = Shared.asked(compute, reduction.scheduler)
-    session = ModelSession(str(source.model), on_first_device(compute))
+    session = ModelSession(
+        str(source.model), scratch_beside(on_first_device(compute), out, reduction.scheduler)
+    )
     n_layers = session.skeleton.n_layers
     rule, named = check_search(n_layers, remove, search, method)
     if not rule.repairs:

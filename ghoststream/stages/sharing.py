@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from ghoststream.errors import RequestError
+from ghoststream.machine import existing_place
 from ghoststream.options import Compute
 
 
@@ -42,6 +44,21 @@ def require_one_device(compute: Compute) -> None:
             "one, or by the workers of a --scheduler; name one"
         )
         raise RequestError(msg)
+
+
+def scratch_beside(compute: Compute, result: str | Path | None, scheduler: Any = None) -> Compute:
+    """Return how a model is run, with states that fit no memory in the folder of a result.
+
+    A folder that is named stays. Workers of a cluster may not see that of the result.
+
+    Args:
+        compute: How it is run otherwise.
+        result: The file or folder that is to be made, if one is.
+        scheduler: That of a cluster which shares passes, if there is one.
+    """
+    if compute.scratch is not None or result is None or scheduler is not None:
+        return compute
+    return compute.model_copy(update={"scratch": existing_place(Path(result).absolute().parent)})
 
 
 def on_first_device(compute: Compute) -> Compute:

@@ -93,7 +93,10 @@ class Steps:
     def shared(self) -> Shared | None:
         """How passes over the model are shared; None where one process runs them."""
         recovery = self._recovery
-        return Shared(recovery.compute, recovery.reduction.scheduler) if self.way.shares_passes else None
+        if not self.way.shares_passes:
+            return None
+        scratch = {"scratch": self._session.compute.scratch}
+        return Shared(recovery.compute.model_copy(update=scratch), recovery.reduction.scheduler)
 
     def choose(self) -> Selection:
         """Choose the layers."""

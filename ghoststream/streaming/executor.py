@@ -42,6 +42,7 @@ from ghoststream.streaming.lane_groups import LaneGroups, LaneState
 from ghoststream.streaming.lanes import Behind, Lane, Place
 from ghoststream.streaming.output_head import OutputHead
 from ghoststream.streaming.prefetch import WeightPrefetcher, layer_reads
+from ghoststream.streaming.rehearsal import most_scratch
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import StatesFactory
 from ghoststream.streaming.taps import LayerTaps
@@ -119,13 +120,18 @@ class StreamedPass:
         """Run the pass; results are with the lanes' observers.
 
         Raises:
+            BudgetError: If states will not fit their scratch disk; nothing was read then.
             NumericsError: If hidden states stop being finite.
             CheckpointError: If weights cannot be read.
             StoppedError: If the process was asked to stop: behind the next layer, when observers have it.
         """
+        first, last = self._options.first_layer, self._last
+        layers = [n for n in range(first, last) if any(lane.runs(n) for lane in self._lanes)]
         try:
+            needed = most_scratch(self._lanes, self._batches, self._factory, first, last, set(layers))
+            self._factory.require_scratch(needed)
             with torch.inference_mode(), self._skeleton.loaded_frame():
-                self._run()
+                self._run(layers)
         except BaseException as error:
             for lane in self._lanes:
                 for observer in lane.observers:
@@ -135,10 +141,9 @@ class StreamedPass:
                 self._finite.look()
             raise
 
-    def _run(self) -> None:
+    def _run(self, layers: Sequence[int]) -> None:
         return_free_memory()
         first, progress = self._options.first_layer, self._options.progress
-        layers = [n for n in range(first, self._last) if any(lane.runs(n) for lane in self._lanes)]
         read = set(layers)
         with_head = self._last == self._skeleton.n_layers and any(lane.logits for lane in self._lanes)
         reads = [*layer_reads(self._skeleton, layers), *([self._skeleton.read_head] if with_head else [])]

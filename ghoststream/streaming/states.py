@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Protocol
 
@@ -147,6 +148,9 @@ class StatesFactory:
         host_bytes: How many may be in host memory at once (on an accelerator's host: page-locked); ``None``
             is no limit.
         scratch: Folder for what does not fit; the system's temporary folder if ``None``.
+
+    Attributes:
+        most_scratch: Bytes of states that were in scratch files at once, at most.
     """
 
     def __init__(
@@ -167,12 +171,29 @@ class StatesFactory:
         on_device = {} if device.type == "cpu" else {device: device_bytes}
         self._limits: dict[torch.device, int | None] = {**on_device, _HOST: host_bytes}
         self._scratch = scratch or Path(tempfile.gettempdir())
-        self._live: dict[int, tuple[torch.device, int]] = {}
+        self._live: dict[int, tuple[torch.device | None, int]] = {}
+        self._is_rehearsal = False
+        self.most_scratch = 0
 
     @property
     def live_bytes(self) -> int:
         """Bytes of states that are in memory and were not released."""
-        return sum(size for _, size in self._live.values())
+        return sum(size for place, size in self._live.values() if place is not None)
+
+    def rehearsal(self) -> StatesFactory:
+        """Return one that begins like this one and only counts: its places hold nothing."""
+        found = copy(self)
+        found._live, found._is_rehearsal, found.most_scratch = dict(self._live), True, 0
+        return found
+
+    def require_scratch(self, n_bytes: int) -> None:
+        """Check that so many bytes of states more can be in scratch files.
+
+        Raises:
+            BudgetError: If the disk has too little space.
+        """
+        if n_bytes:
+            require_free_space(self._scratch, n_bytes, "hidden states between layers")
 
     def make(self, batches: Sequence[Batch] | None = None, *, width: int | None = None) -> HiddenStates:
         """Return an empty place for the states of these batches; all if ``None``.
@@ -185,26 +206,33 @@ class StatesFactory:
             BudgetError: If only scratch is left, and its disk has too little space.
         """
         shape = StatesShape.of(self._batches if batches is None else batches, width or self._hidden)
-        for place, limit in self._limits.items():
-            n_bytes = self._bytes_in(place, shape)
-            taken = sum(size for other, size in self._live.values() if other == place)
-            if limit is None or taken + n_bytes <= limit:
-                states = self._make_in(place, shape)
-                self._live[id(states)] = (place, n_bytes)
-                return states
-        return FileStates(self._scratch, shape, self._dtype)
+        place = next((one for one, limit in self._limits.items() if self._has_room(one, limit, shape)), None)
+        states = self._make_in(place, shape)
+        self._live[id(states)] = (place, self._bytes_in(place, shape))
+        self.most_scratch = max(self.most_scratch, self._taken(None))
+        return states
 
     def release(self, states: HiddenStates) -> None:
         """Close a place and count its memory as free."""
         self._live.pop(id(states), None)
         states.close()
 
-    def _bytes_in(self, place: torch.device, shape: StatesShape) -> int:
-        if place == self._device:
+    def _has_room(self, place: torch.device, limit: int | None, shape: StatesShape) -> bool:
+        return limit is None or self._taken(place) + self._bytes_in(place, shape) <= limit
+
+    def _taken(self, place: torch.device | None) -> int:
+        return sum(size for other, size in self._live.values() if other == place)
+
+    def _bytes_in(self, place: torch.device | None, shape: StatesShape) -> int:
+        if place is None or place == self._device:
             return shape.n_tokens * shape.hidden * self._dtype.itemsize
         return sum(run.n_bytes for run in page_locked_runs(shape, self._dtype.itemsize))
 
-    def _make_in(self, place: torch.device, shape: StatesShape) -> HiddenStates:
+    def _make_in(self, place: torch.device | None, shape: StatesShape) -> HiddenStates:
+        if self._is_rehearsal:
+            return MemoryStates(shape, self._dtype, torch.device("meta"))
+        if place is None:
+            return FileStates(self._scratch, shape, self._dtype)
         if place == self._device:
             return MemoryStates(shape, self._dtype, place)
         return PageLockedStates(shape, self._dtype)

@@ -95,7 +95,7 @@ def estimate(
     recovery = _on_cluster(recovery, cluster)
     if exploration is not None:
         recovery = as_recovery(recovery, exploration, sizes.n_layers)
-    job = Job.make(recovery, sizes, there or this_machine(device), cluster)
+    job = replace(Job.make(recovery, sizes, there or this_machine(device), cluster), out=place)
     root = found.root
     if out is not None and root is not None and exploration is None:
         check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
@@ -116,7 +116,7 @@ def estimate(
         recovery,
         job.n_removed,
         all_needs(route, store=store, out=place),
-        all_stages(route, store),
+        all_stages(route),
         job.machine,
         route.sweeps,
         job.stored.ways,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.costs import (
@@ -41,12 +42,14 @@ class Job(Way):
         machine: Where it is done; of several, each.
         crew: Who runs the passes.
         whole: Of the share of a worker, the recovery, which decides how boundaries are fitted.
+        out: Where the result goes, beside which states lie that fit no memory.
     """
 
     sizes: ModelSizes
     machine: Machine
     crew: Crew = field(default_factory=Crew)
     whole: Job | None = None
+    out: Path = Path()
 
     @classmethod
     def make(cls, recovery: Recovery, sizes: ModelSizes, machine: Machine, cluster: int | None = None) -> Job:

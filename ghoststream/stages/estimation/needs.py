@@ -75,17 +75,13 @@ class Route:
         asked = self.job.recovery.distill
         return None if asked is None else TrainingCost(self.job, asked, self.fit)
 
-    def passes(self, store: Path | None) -> dict[str, PassNeeds]:
-        """Return what the passes of each stage take: the one of them that has most states to keep.
-
-        Args:
-            store: Local place of the store, if there is one.
-        """
+    def passes(self) -> dict[str, PassNeeds]:
+        """Return what the passes of each stage take: the one of them that has most states to keep."""
         job, found = self.job, {}
         if job.captures:
             share = Share.of_rows(job, job.stored.share_step)
             buffers = share.job.stored.writer_bytes
-            place = pass_needs(share.job, "capture", job.sizes.hidden, store=store, buffers=buffers)
+            place = pass_needs(share.job, "capture", job.sizes.hidden, buffers=buffers)
             found["capture"] = share.needs(place, job)
         if self.searching:
             found["search"] = self.largest("search", self.searching)
@@ -153,7 +149,7 @@ def all_needs(route: Route, *, store: Path | None, out: Path) -> dict[str, Need]
     job, machine = route.job, route.job.machine
     host, disk = machine.host_memory, machine.free_disk(out)
     needs: dict[str, Need] = {}
-    places = route.passes(store)
+    places = route.passes()
     for one in places.values():
         needs |= {name: need for name, need in one.needs.items() if _is_more(need, needs.get(name))}
     if route.rounds:

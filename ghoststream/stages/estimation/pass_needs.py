@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ghoststream.costs import (
     ACCELERATOR_FORMULA,
@@ -63,7 +61,6 @@ def pass_needs(
     stage: str,
     states: float,
     *,
-    store: Path | None = None,
     buffers: int = 0,
     logits: int = 0,
     way_back: int = 0,
@@ -79,7 +76,6 @@ def pass_needs(
         job: The recovery.
         stage: Its name.
         states: Elements of a token that wait between layers.
-        store: Local place of a store that is written, beside which scratch lies.
         buffers: Bytes that who watches the pass takes on the host.
         logits: Bytes of logits and what becomes of them, where layers are computed.
         way_back: Bytes of a way back where layers are computed, beside the work of a pass.
@@ -101,7 +97,7 @@ def pass_needs(
         places = {"device": ("device memory", device), "host": (on_host, host)}
     kept = None if fits is None else fits.beside if is_beside else fits.on_host
     n_bytes = round(job.n_tokens * states * job.sizes.itemsize)
-    needs, found = _held(job, places, n_bytes, store, 0 if kept is None else kept.n_bytes)
+    needs, found = _held(job, places, n_bytes, 0 if kept is None else kept.n_bytes)
     fitting = 0
     if kept is not None and kept.n_bytes:
         whole = _plus(needs[on_host], kept)
@@ -136,7 +132,7 @@ def _plus(need: Need, more: Need) -> Need:
 
 
 def _held(
-    job: Job, places: Mapping[str, tuple[str, Need]], n_bytes: int, store: Path | None, kept: int
+    job: Job, places: Mapping[str, tuple[str, Need]], n_bytes: int, kept: int
 ) -> tuple[dict[str, Need], dict[str, int]]:
     """Put hidden states where there is room, lane by lane; return the needs with them, and where they are.
 
@@ -151,8 +147,9 @@ def _held(
         needs[name] = _plus(need, Need(taken, _times(taken / lane))) if taken else need
         found[place], n_bytes = taken, n_bytes - taken
     if n_bytes:
-        scratch = job.recovery.compute.scratch or store or Path(tempfile.gettempdir())
-        needs["disk, scratch"] = Need(n_bytes, _times(n_bytes / lane), job.machine.free_disk(scratch))
+        named = job.recovery.compute.scratch
+        formula = f"{_times(n_bytes / lane)}, " + (f"in {named}" if named else "beside the result")
+        needs["disk, scratch"] = Need(n_bytes, formula, job.machine.free_disk(named or job.out))
     return needs, {**found, "scratch": n_bytes}
 
 

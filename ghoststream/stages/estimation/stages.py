@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from ghoststream.costs import PassCost
 from ghoststream.stages.estimation.job import Job
@@ -23,7 +22,7 @@ from ghoststream.stages.estimation.times import stage_cost
 from ghoststream.stages.estimation.work import Work, capture_work, evaluate_work, fits_work
 
 
-def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
+def all_stages(route: Route) -> tuple[StageCost, ...]:
     """Return the work of each stage, with times where the machine's rates are known.
 
     FLOPs of a pass: 2 per weight that acts and token, and ``2 T A`` per token and layer for causal attention
@@ -33,9 +32,8 @@ def all_stages(route: Route, store: Path | None) -> tuple[StageCost, ...]:
 
     Args:
         route: The recovery.
-        store: Local place of the store, if there is one.
     """
-    job, places = route.job, route.passes(store)
+    job, places = route.job, route.passes()
     works: dict[str, Work | StageWork] = {}
     if job.captures:
         step, last = job.stored.share_step, max(job.stored.positions)

@@ -38,7 +38,7 @@ from ghoststream.stages.exploring.rounds import STAGES, run_rounds
 from ghoststream.stages.output import Output, not_of_this_request
 from ghoststream.stages.refusals import check_model
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import on_first_device
+from ghoststream.stages.sharing import on_first_device, scratch_beside
 from ghoststream.stages.way import some_plan
 from ghoststream.stages.workers import Shared, workers_of
 from ghoststream.streaming import Runs
@@ -97,7 +97,7 @@ def explore(
     if not method.is_named:
         method.refuse(("refit",), f"an exploration with the operator {AUTO} refits nothing")
     shared = Shared.asked(compute, scheduler)
-    session = ModelSession(model, on_first_device(compute))
+    session = ModelSession(model, scratch_beside(on_first_device(compute), out, scheduler))
     sizes = session.sizes
     numbers = Numbers(
         sizes.n_layers, counts_of(exploration, sizes.n_layers), search.max_spans, exploration.per_count

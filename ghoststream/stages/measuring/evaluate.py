@@ -17,7 +17,7 @@ from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import ModelGroup, group_models, group_notes
 from ghoststream.stages.measuring.shares import measure_shares
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.sharing import on_first_device
+from ghoststream.stages.sharing import on_first_device, scratch_beside
 from ghoststream.stages.workers import Shared
 
 
@@ -67,7 +67,7 @@ def evaluate(
         raise RequestError(msg)
     models = [models] if isinstance(models, str | Path) else models
     wanted = Text.of(text).to_evaluate() if text is not None else ActivationStore.open(str(store))
-    compute, progress = compute or Compute(), progress or SilentProgress()
+    compute, progress = scratch_beside(compute or Compute(), out, scheduler), progress or SilentProgress()
     shared = Shared.asked(compute, scheduler)
     if shared is None:
         return _evaluate(group_models(models, compute), wanted, out, progress)

@@ -13,6 +13,7 @@ from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.stages.measuring.figures import claimed_figures
 from ghoststream.stages.measuring.model_groups import group_models, group_notes
+from ghoststream.stages.sharing import scratch_beside
 
 if TYPE_CHECKING:
     from ghoststream.evaluation.harness import TaskSuite
@@ -63,7 +64,7 @@ def evaluate_tasks(
     Memory: that of one :class:`~ghoststream.streaming.StreamedPass` at a time, and the requests as text and
     tokens.
     """
-    progress, compute = progress or SilentProgress(), compute or Compute()
+    progress, compute = progress or SilentProgress(), scratch_beside(compute or Compute(), out)
     require_trusted_tasks(include_path, trusted=compute.trust_remote_code)
     models = [models] if isinstance(models, str | Path) else models
     groups = group_models(models, compute)

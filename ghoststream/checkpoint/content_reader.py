@@ -30,9 +30,8 @@ class ContentReader:
         self.index = index
         self.digests = TensorDigests(index.root)
         self._buffers = frozenset(buffers)
-        # What does not fit the page cache is not there any more when the next pass reads it.
-        n_bytes = sum(entry.n_bytes for entry in index.tensors.values())
-        self._files = PieceReader(direct=n_bytes > free_host_memory())
+        self._files = PieceReader(direct=False)
+        self.share_memory(0)
 
     def __enter__(self) -> Self:
         return self
@@ -48,6 +47,17 @@ class ContentReader:
     def close(self) -> None:
         """Close every shard; a later read opens them again."""
         self._files.close()
+
+    def share_memory(self, taken: int) -> None:
+        """Read past the page cache from now on, if it cannot keep the checkpoint beside what a pass takes.
+
+        What it cannot keep is not there any more when the next pass reads it.
+
+        Args:
+            taken: Bytes of the host's free memory that the pass will take.
+        """
+        n_bytes = sum(entry.n_bytes for entry in self.index.tensors.values())
+        self._files.direct = n_bytes > free_host_memory() - taken
 
     def entry(self, name: str) -> TensorEntry:
         """Return where a tensor lies.

@@ -156,6 +156,7 @@ class PassMemory:
             device_bytes=device_left,
             host_bytes=self._without_fits(self._left("host memory", budget.host_bytes, host)),
             scratch=budget.scratch,
+            beside=sum(host.values()) + self._host_fits,
         )
 
     def _without_fits(self, left: int | None) -> int | None:

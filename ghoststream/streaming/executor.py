@@ -30,6 +30,7 @@ from functools import partial
 import torch
 
 from ghoststream.errors import NumericsError, RequestError
+from ghoststream.machine import idle_page_locked_memory
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stopping import require_going_on
 from ghoststream.streaming.allocator import return_free_memory
@@ -42,7 +43,7 @@ from ghoststream.streaming.lane_groups import LaneGroups, LaneState
 from ghoststream.streaming.lanes import Behind, Lane, Place
 from ghoststream.streaming.output_head import OutputHead
 from ghoststream.streaming.prefetch import WeightPrefetcher, layer_reads
-from ghoststream.streaming.rehearsal import most_scratch
+from ghoststream.streaming.rehearsal import rehearsed
 from ghoststream.streaming.skeleton import Skeleton
 from ghoststream.streaming.states import StatesFactory
 from ghoststream.streaming.taps import LayerTaps
@@ -128,8 +129,7 @@ class StreamedPass:
         first, last = self._options.first_layer, self._last
         layers = [n for n in range(first, last) if any(lane.runs(n) for lane in self._lanes)]
         try:
-            needed = most_scratch(self._lanes, self._batches, self._factory, first, last, set(layers))
-            self._factory.require_scratch(needed)
+            self._prepare(rehearsed(self._lanes, self._batches, self._factory, first, last, set(layers)))
             with torch.inference_mode(), self._skeleton.loaded_frame():
                 self._run(layers)
         except BaseException as error:
@@ -140,6 +140,12 @@ class StreamedPass:
                 # An observer may have met what the pass has only noted, and the pass knows where it is.
                 self._finite.look()
             raise
+
+    def _prepare(self, needed: StatesFactory) -> None:
+        self._factory.require_scratch(needed.most_scratch)
+        # What torch keeps page-locked serves again.
+        idle = idle_page_locked_memory(self._skeleton.device)
+        self._skeleton.reader.share_memory(needed.most_host - idle)
 
     def _run(self, layers: Sequence[int]) -> None:
         return_free_memory()

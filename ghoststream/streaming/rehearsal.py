@@ -1,4 +1,4 @@
-"""What a pass will need of its scratch disk: its lanes part and end as in the pass, without layers."""
+"""What the states of a pass will need: its lanes part and end as in the pass, without layers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ghoststream.streaming.lanes import Lane
 from ghoststream.streaming.states import StatesFactory
 
 
-def most_scratch(
+def rehearsed(
     lanes: Sequence[Lane],
     batches: Sequence[Batch],
     factory: StatesFactory,
     first: int,
     last: int,
     read: Collection[int],
-) -> int:
-    """Return how many bytes of states are in scratch files at once, at most.
+) -> StatesFactory:
+    """Return what has counted the states of a pass that was not run.
 
     Args:
         lanes: The lanes of the pass.
@@ -38,7 +38,7 @@ def most_scratch(
                 _over_boundary(groups, group)
         groups.end_lanes(position)
         groups.enter_spans(position)
-    return counted.most_scratch
+    return counted
 
 
 def _through_layer(layer: int, groups: LaneGroups) -> None:

@@ -148,9 +148,11 @@ class StatesFactory:
         host_bytes: How many may be in host memory at once (on an accelerator's host: page-locked); ``None``
             is no limit.
         scratch: Folder for what does not fit; the system's temporary folder if ``None``.
+        beside: Bytes that a pass takes of the host's memory beside states.
 
     Attributes:
         most_scratch: Bytes of states that were in scratch files at once, at most.
+        most_host: Bytes of the host's memory that were taken at once, at most.
     """
 
     def __init__(
@@ -163,6 +165,7 @@ class StatesFactory:
         device_bytes: int | None = None,
         host_bytes: int | None = None,
         scratch: Path | None = None,
+        beside: int = 0,
     ) -> None:
         self._batches = batches
         self._hidden = hidden
@@ -173,7 +176,8 @@ class StatesFactory:
         self._scratch = scratch or Path(tempfile.gettempdir())
         self._live: dict[int, tuple[torch.device | None, int]] = {}
         self._is_rehearsal = False
-        self.most_scratch = 0
+        self._beside = beside
+        self.most_scratch, self.most_host = 0, beside
 
     @property
     def live_bytes(self) -> int:
@@ -183,7 +187,7 @@ class StatesFactory:
     def rehearsal(self) -> StatesFactory:
         """Return one that begins like this one and only counts: its places hold nothing."""
         found = copy(self)
-        found._live, found._is_rehearsal, found.most_scratch = dict(self._live), True, 0
+        found._live, found._is_rehearsal = dict(self._live), True
         return found
 
     def require_scratch(self, n_bytes: int) -> None:
@@ -210,6 +214,7 @@ class StatesFactory:
         states = self._make_in(place, shape)
         self._live[id(states)] = (place, self._bytes_in(place, shape))
         self.most_scratch = max(self.most_scratch, self._taken(None))
+        self.most_host = max(self.most_host, self._beside + self._taken(_HOST))
         return states
 
     def release(self, states: HiddenStates) -> None:

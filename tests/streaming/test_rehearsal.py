@@ -1,4 +1,4 @@
-"""The scratch that a pass says it will need before it begins: what it then takes, or a refusal."""
+"""What a pass says it will need before it begins: what it then takes, or a refusal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ import pytest
 
 from ghoststream.errors import BudgetError
 from ghoststream.spans import PruningPlan
-from ghoststream.streaming import Lane, PassOptions, Skeleton, StatesFactory, StreamedPass, make_batches
-from ghoststream.streaming.rehearsal import most_scratch
+from ghoststream.streaming import (
+    Lane,
+    MemoryBudget,
+    PassMemory,
+    PassOptions,
+    Skeleton,
+    StatesFactory,
+    StreamedPass,
+    make_batches,
+)
+from ghoststream.streaming.rehearsal import rehearsed
 from ghoststream.streaming.states import FileStates
 from ghoststream.testing.models import save_tiny
 from tests.helpers.requests import fit, select
@@ -33,22 +42,22 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def needed_and_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Of each pass: what it said of scratch, and what it took."""
-    found: list[list[int]] = []
+def needed_and_taken(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+    """Of each pass: what it said of scratch and host memory, and what it took."""
+    found: list[list[tuple[int, int]]] = []
     run = StreamedPass.run
 
-    def said(lanes: Any, batches: Any, factory: StatesFactory, *where: Any) -> int:
-        needed = most_scratch(lanes, batches, factory, *where)
+    def said(lanes: Any, batches: Any, factory: StatesFactory, *where: Any) -> StatesFactory:
+        needed = rehearsed(lanes, batches, factory, *where)
         assert factory.live_bytes == factory.most_scratch == 0
-        found.append([needed])
+        found.append([(needed.most_scratch, needed.most_host)])
         return needed
 
     def ran(self: StreamedPass) -> None:
         run(self)
-        found[-1].append(self._factory.most_scratch)
+        found[-1].append((self._factory.most_scratch, self._factory.most_host))
 
-    monkeypatch.setattr("ghoststream.streaming.executor.most_scratch", said)
+    monkeypatch.setattr("ghoststream.streaming.executor.rehearsed", said)
     monkeypatch.setattr(StreamedPass, "run", ran)
     return found
 
@@ -72,7 +81,7 @@ def test_a_pass_takes_what_it_says(
     model: Path,
     windows: dict[str, Any],
     tmp_path: Path,
-    needed_and_taken: list[list[int]],
+    needed_and_taken: list[list[tuple[int, int]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folders: list[Path] = []
@@ -85,7 +94,7 @@ def test_a_pass_takes_what_it_says(
     monkeypatch.setattr(FileStates, "__init__", opened)
     make(tmp_path / "made" / "result", model=model, host_memory=host_memory, **windows)
     assert all(needed == taken for needed, taken in needed_and_taken)
-    assert any(needed for needed, _ in needed_and_taken) == bool(folders)
+    assert any(needed[0] for needed, _ in needed_and_taken) == bool(folders)
     assert host_memory > 250_000 or folders
     assert set(folders) <= {tmp_path}, "the nearest folder that was there"
 
@@ -110,3 +119,24 @@ def test_a_pass_that_finds_no_scratch_is_refused_before_it_reads(
             assert skeleton.reader.bytes_read == 0
         else:
             run()
+
+
+def test_a_checkpoint_is_read_past_the_page_cache_that_a_pass_leaves_no_room(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.arange(4 * 24, dtype=np.int32).reshape(4, 24) % 64
+    skeleton, batches = Skeleton(model), make_batches(ids, np.ones_like(ids, dtype=bool), 2)
+    # Two variants at most: the dense lane, and what waits at layer 1, which then goes on.
+    states = 2 * ids.size * skeleton.hidden_size * skeleton.dtype.itemsize
+    checkpoint = sum(entry.n_bytes for entry in skeleton.index.tensors.values())
+    lanes = [
+        Lane(name, PruningPlan.parse(skeleton.n_layers, plan)) for name, plan in (("a", "1:3"), ("b", ""))
+    ]
+    memory = PassMemory(skeleton, MemoryBudget(), ids.shape[1], micro_batch=2)
+    memory.reserve_on_host(1000)
+    beside, _ = memory.taken()
+    needed = checkpoint + states + beside + 1000
+    for free, past in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr("ghoststream.checkpoint.content_reader.free_host_memory", lambda free=free: free)
+        StreamedPass(skeleton, batches, lanes, memory.states_factory(batches), PassOptions()).run()
+        assert skeleton.reader._files.direct == past

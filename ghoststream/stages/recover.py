@@ -247,9 +247,9 @@ def _run(
         steps.prepare()
         with disk_errors(steps.work):
             steps.work.mkdir(parents=True, exist_ok=True)
-        if not (out.is_dir() and any(out.iterdir())):
-            # Otherwise it is finished, and nothing is changed.
-            record = progress.record
+        record, is_finished = progress.record, out.is_dir() and any(out.iterdir())
+        if not is_finished or recovery.evaluate is not None or record.attempts == 1:
+            # Otherwise there is nothing to do, and nothing is changed.
             record.command, record.estimate = expected(
                 session, recovery, out, measure=measure, progress=progress
             )

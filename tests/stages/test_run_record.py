@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,31 @@ def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
     assert RunRecord.load(Path()) == found
     with pytest.raises(InputNotFoundError):
         RunRecord.load(Path("/"))
+
+
+def test_work_on_what_is_finished_is_recorded(tiny_llama: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, 16)))
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=16)
+    recovery = Recovery(
+        model=str(tiny_llama),
+        remove="1:3",
+        calibration=text,
+        method=Method(operator="ghost"),
+        compute=Compute(dtype="float32", micro_batch=2, device="cpu"),
+    )
+    out, record = tmp_path / "out", tmp_path / "out.work" / "run.json"
+    run(recovery, out)
+    before = record.read_bytes()
+    run(recovery, out)
+    assert record.read_bytes() == before, "nothing was done"
+    run(recovery.model_copy(update={"evaluate": text}), out)
+    found = RunRecord.load(out)
+    assert (found.attempts, found.state, found.stages[-1].name) == (2, "done", "evaluate")
+    assert found.command
+    # Layers are fitted again where the folder beside it is gone.
+    shutil.rmtree(record.parent)
+    run(recovery, out)
+    assert RunRecord.load(out).attempts == 1
 
 
 def test_ctrl_c_stops_a_run_that_goes_on(tmp_path: Path) -> None:

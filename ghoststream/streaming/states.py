@@ -188,16 +188,18 @@ class StatesFactory:
         """Return one that begins like this one and only counts: its places hold nothing."""
         found = copy(self)
         found._live, found._is_rehearsal = dict(self._live), True
+        found.most_scratch, found.most_host = self._taken(None), self._beside + self._taken(_HOST)
         return found
 
     def require_scratch(self, n_bytes: int) -> None:
-        """Check that so many bytes of states more can be in scratch files.
+        """Check that so many bytes of states can be in scratch files, with those that are there.
 
         Raises:
             BudgetError: If the disk has too little space.
         """
-        if n_bytes:
-            require_free_space(self._scratch, n_bytes, "hidden states between layers")
+        more = n_bytes - self._taken(None)
+        if more > 0:
+            require_free_space(self._scratch, more, "hidden states between layers")
 
     def make(self, batches: Sequence[Batch] | None = None, *, width: int | None = None) -> HiddenStates:
         """Return an empty place for the states of these batches; all if ``None``.

@@ -181,7 +181,7 @@ def test_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch) -> None
     _raise_in_inspect(monkeypatch, KeyboardInterrupt())
     result = _run("inspect", "x")
     assert result.exit_code == 130
-    assert "run the same command again, what is finished is kept" in result.stderr
+    assert "the same command goes on with what is finished; evaluate and tasks begin anew" in result.stderr
 
 
 def test_a_line_that_quotes_ever_so_much_still_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,10 +215,16 @@ def test_index_lists_that_name_nothing_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "n_bytes"), [("8GiB", 8 * 2**30), ("500MB", 500_000_000), ("1.5K", 1536), ("12", 12), ("3 B", 3)]
+    ("text", "n_bytes"),
+    [("8GiB", 8 * 2**30), ("500MB", 500_000_000), ("1.5K", 1536), ("2097152", 2**21), ("3 B", 3)],
 )
 def test_byte_sizes(text: str, n_bytes: int) -> None:
     assert MEMORY.convert(text, None, None) == n_bytes
+
+
+def test_a_number_without_a_unit_is_not_taken_for_so_few_bytes() -> None:
+    with pytest.raises(click.BadParameter, match=r"write the unit, as in 12GiB"):
+        MEMORY.convert("12", None, None)
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8XB", "-3"])

@@ -168,7 +168,7 @@ def test_all_but_one_layer_says_what_would_do(
     bench: Bench, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     out = ("--out", tmp_path / "out")
-    says = "are kept; give a number from 1 to 4, or say which layers go, such as 1:6"
+    says = "must stay; give a number from 1 to 4, or say which layers go, such as 1:6"
     line = refused("recover", bench.model, "--remove", 5, *bench.capture, *out, code=BAD_REQUEST, says=says)
     assert (
         refused("estimate", bench.model, "--remove", 5, "--no-measure", code=BAD_REQUEST, says=says) == line

@@ -124,7 +124,7 @@ def test_another_model_or_another_way_of_computing_is_refused(
 
 def test_either_a_text_or_a_store(model: Path, ids_file: Path, tmp_path: Path) -> None:
     store = _capture(model, ids_file, tmp_path / "store")
-    with pytest.raises(RequestError, match="either a text"):
+    with pytest.raises(RequestError, match="either --text SPEC, or --store STORE"):
         evaluate([model])
-    with pytest.raises(RequestError, match="either a text"):
+    with pytest.raises(RequestError, match="either --text SPEC, or --store STORE"):
         evaluate([model], text=f"ids:{ids_file}", store=store)

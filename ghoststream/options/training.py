@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ghoststream.option_types import Count, Number, Options, option
+from ghoststream.option_types import Count, Few, Number, Options, option
 
 
 class Training(Options):
@@ -20,10 +20,16 @@ class Training(Options):
         "operators+norms: the weights of the norms behind the first span too, the final one included.",
         usual=True,
     )
-    epochs: Count = option(4, "How often every training window is seen, at most.", metavar="N")
-    steps: Count | None = option(
-        None, "Steps of the optimiser at most, in the place of --epochs.", metavar="N"
+    boost: Few = option(
+        0,
+        "Rounds of gradient boosting before the steps: least-squares fits, and no rate.\nIn each round every "
+        "operator is fitted to the gradient of the divergence over all training windows, and goes as far "
+        "along that as held-out windows gain. With --steps 0 that is all.",
+        usual=True,
+        metavar="N",
     )
+    epochs: Count = option(4, "How often every training window is seen, at most.", metavar="N")
+    steps: Few | None = option(None, "Steps of the optimiser at most, in the place of --epochs.", metavar="N")
     batch: Count = option(
         8, "Windows of a step; each step reads the layers behind the first span twice.", metavar="B"
     )

@@ -25,10 +25,21 @@ def told_training(recipe: Mapping[str, Any] | None, figures: Mapping[str, Any] |
     if recipe is None or training is None:
         return ""
     what = "operators, and the norms behind them" if training["norms"] else "operators"
-    steps = f"at most {training['steps']} steps"
-    if figures and "step_losses" in figures:
-        steps = f"{len(figures['step_losses'])} steps, of which {figures['best_step']} count"
-    return f"{what}, in {steps}, on {told_windows(recipe)}"
+    return f"{what}, in {_told_course(training, figures or {})}, on {told_windows(recipe)}"
+
+
+def _told_course(training: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    rounds, steps = training["boost"], training["steps"]
+    if "step_losses" not in figures:
+        most = [f"at most {_told(rounds, 'round')} of boosting"] * bool(rounds)
+        return " and ".join([*most, f"at most {_told(steps, 'step')}"] if steps else most)
+    done = f"{_told(len(figures['boosts']), 'round')} of boosting, of which {figures['best_rounds']} count"
+    taken = f"{_told(len(figures['step_losses']), 'step')}, of which {figures['best_step']} count"
+    return " and ".join([done] * bool(rounds) + [taken] * bool(steps))
+
+
+def _told(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def told_windows(recipe: Mapping[str, Any]) -> str:

@@ -14,30 +14,36 @@ import numpy.typing as npt
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
 
 from ghoststream.cli import main
 from ghoststream.errors import MismatchError, OutputExistsError, RequestError, StoppedError
-from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Text, Training
-from ghoststream.recovery import build_ghost
-from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.distillation import distilling
 from ghoststream.stages.distillation.descent import Descent
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
-from ghoststream.stages.session import ModelSession
 from ghoststream.stopping import ask_to_stop, forget_stop
-from ghoststream.testing.models import tiny_model
+from tests.helpers.distilling import (
+    FORMS,
+    HELD,
+    RATE,
+    SIZE,
+    TOP,
+    WIDE,
+    C,
+    Forms,
+    Resident,
+    S,
+    T,
+    as_operator,
+    make_operators,
+)
 from tests.helpers.groups import take
 
 pytestmark = pytest.mark.integration
-S, T, C, WIDE, L, HELD, TOP, RATE, SIZE = 8, 12, 32, 64, 6, 2, 10, 0.03, 0.03
-SPANS = (Span(1, 2), Span(3, 5))
-Forms = tuple[tuple[str, str, bool], ...]
-FORMS: Forms = (("linear", "hidden", False), ("linear", "hidden+normed", True))
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +61,6 @@ def text(ids: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -
     return f"ids:{path}"
 
 
-def make_operators(folder: Path, forms: Forms = FORMS) -> OperatorSet:
-    random = np.random.default_rng(5)
-    boundaries = []
-    for span, (form, features, bias) in zip(SPANS, forms, strict=True):
-        width = {"hidden+normed": 2 * C, "mlp": WIDE, "hidden+mlp": C + WIDE}.get(features, C)
-        shape = {"linear": (C, width), "diagonal": (C,)}.get(form)
-        boundaries.append(
-            BoundaryOperator(
-                span,
-                form,  # type: ignore[arg-type]  # one of the forms
-                features,
-                None if shape is None else (SIZE * random.standard_normal(shape)).astype(np.float32),
-                (SIZE * random.standard_normal(C)).astype(np.float32) if bias else None,
-                {"relative_residual": 0.5, "warnings": ["of the fit"]},
-                norm_epsilon=1e-6 if "normed" in features else None,
-            )
-        )
-    base = ModelSession(folder).fingerprint
-    return OperatorSet(
-        PruningPlan(L, SPANS), "random", tuple(boundaries), C, {"base": base, "recipe": {"by": "hand"}}
-    )
-
-
 def run(folder: Path, operators: OperatorSet | Path, text: str, out: Path, **options: Any) -> OperatorSet:
     sizes = {"batch": S - HELD, "held_out": HELD, "micro_batch": 2, "train": "operators"}
     chosen: dict[str, Any] = {"steps": 4, **sizes, **options}
@@ -87,92 +70,6 @@ def run(folder: Path, operators: OperatorSet | Path, text: str, out: Path, **opt
     return distill(
         folder, operators, calibration=calibration, out=out, training=training, compute=compute, **rest
     )
-
-
-class Resident:
-    """The whole of it with a resident model, one forward for all sequences, and torch's own divergence."""
-
-    def __init__(self, ids: npt.NDArray[np.int64], operators: OperatorSet) -> None:
-        self._ids = torch.from_numpy(ids)
-        with torch.no_grad():
-            logits = tiny_model("llama")(input_ids=self._ids, use_cache=False).logits
-        self._values, self._entries = logits.topk(TOP, dim=-1)
-        self._model = tiny_model("llama").requires_grad_(requires_grad=False)
-        self.parameters: dict[str, nn.Parameter] = {}
-        stages = [*self._model.model.layers, self._model.model.norm]
-        for span in operators.plan.spans:
-            for layer in range(span.start, span.stop):
-                stages[layer].forward = lambda states, *_a, **_k: states
-
-        for one in operators.operators:
-            if one.features in ("mlp", "hidden+mlp"):
-                self._read_layer_before(one, stages)
-            else:
-                self._insert_module(one, stages)
-
-    def _insert_module(self, one: BoundaryOperator, stages: Any) -> None:
-        module = _with_memory_of_its_own(build_ghost(one, dtype=torch.float32))
-        self.parameters |= {f"{one.span}.{name}": value for name, value in module.named_parameters()}
-        stages[one.span.stop].register_forward_pre_hook(lambda _, args: (module(args[0]), *args[1:]))
-
-    def _read_layer_before(self, one: BoundaryOperator, stages: Any) -> None:
-        """``y = x + x A + a B + c`` as two matrices, at what the layer before the span returns."""
-        before, seen = stages[one.span.start - 1], []
-        own, wide = np.split(np.array(one.weight), [np.array(one.weight).shape[1] - WIDE], axis=1)
-        values = {"own": own, "wide": wide, **({} if one.bias is None else {"bias": one.bias})}
-        parts = {name: nn.Parameter(torch.from_numpy(np.array(value))) for name, value in values.items()}
-        self.parameters |= {f"{one.span}.{name}": value for name, value in parts.items() if value.numel()}
-        before.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-
-        def repair(_: object, _args: Any, x: torch.Tensor) -> torch.Tensor:
-            change = seen.pop() @ parts["wide"].T + parts.get("bias", torch.zeros(C))
-            repaired: torch.Tensor = x + change
-            return repaired + x @ parts["own"].T if parts["own"].numel() else repaired
-
-        before.register_forward_hook(repair)
-
-    def train_norms(self) -> None:
-        layers = [(number, self._model.model.layers[number]) for number in (2, 5)]
-        norms = {
-            f"model.layers.{number}.{name}": value
-            for number, layer in layers
-            for name, value in layer.named_parameters()
-            if "norm" in name
-        }
-        self.parameters |= {"model.norm.weight": self._model.model.norm.weight, **norms}
-        for value in self.parameters.values():
-            value.requires_grad_()
-
-    def figures(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Divergence and next-token loss."""
-        result = self._model(input_ids=self._ids[rows], labels=self._ids[rows], use_cache=False)
-        ours = result.logits.gather(-1, self._entries[rows]).log_softmax(-1).flatten(0, 1)
-        theirs = self._values[rows].softmax(-1).flatten(0, 1)
-        return torch.nn.functional.kl_div(ours, theirs, reduction="batchmean"), result.loss
-
-    def train(self, rows: slice, steps: int) -> list[float]:
-        groups = [
-            {"params": [one], "lr": RATE * float(one.detach().square().mean().sqrt())}
-            for one in self.parameters.values()
-        ]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        losses = []
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss, _ = self.figures(rows)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        return losses
-
-
-def _with_memory_of_its_own(module: Any) -> Any:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
-        parameter.requires_grad_()
-    return module
 
 
 @pytest.mark.parametrize(
@@ -215,8 +112,8 @@ def test_training_is_that_of_a_resident_model(
         assert [one["scale"] for one in figures["curve"]] == [1.0] * 5
         assert [one["tokens"] for one in figures["curve"]] == [step * 6 * T for step in range(5)]
         assert figures["best_step"] == 4
-        wanted = _as_operator(resident.parameters, one)
-        given = _as_operator(initial, one)
+        wanted = as_operator(resident.parameters, one)
+        given = as_operator(initial, one)
         for name, found in {"weight": one.weight, "bias": one.bias}.items():
             assert (found is None) == (name not in wanted)
             if found is not None:
@@ -231,15 +128,6 @@ def test_training_is_that_of_a_resident_model(
         assert moved > RATE
         assert np.linalg.norm(trained.replaced[name] - expected) < 0.01 * moved
     assert losses[-1] < losses[0]
-
-
-def _as_operator(parameters: Any, one: BoundaryOperator) -> dict[str, npt.NDArray[np.float32]]:
-    """The weight and the bias of an operator, whose weight may be trained in two parts."""
-    own = {name.rpartition(".")[2]: value for name, value in parameters.items() if str(one.span) in name}
-    found = {name: value.detach().numpy() for name, value in own.items()}
-    weights = [found[name] for name in ("own", "wide", "weight") if name in found]
-    bias = {"bias": found["bias"]} if "bias" in found else {}
-    return {"weight": np.concatenate(weights, axis=-1), **bias}
 
 
 def test_the_file_says_what_it_is_and_measures_what_it_says(
@@ -360,7 +248,7 @@ def test_damaged_leftovers_are_not_gone_on_with(
 
 def test_every_epoch_sees_every_window_once() -> None:
     settings = DistillSettings(
-        9, 3, learning_rate=1.0, top=1, seed=4, n_train=8, micro_batch=1, check=4, norms=False
+        9, 3, learning_rate=1.0, top=1, seed=4, n_train=8, micro_batch=1, check=4, boost=0, norms=False
     )
     assert [step for step in range(1, 10) if settings.checks_at(step)] == [4, 8, 9]
     epochs = [np.concatenate([settings.rows(3 * epoch + part) for part in range(3)]) for epoch in range(3)]
@@ -437,7 +325,8 @@ def test_bfloat16_trains_parameters_in_float32(text: str, tiny_llama: Path, tmp_
         ({"dtype": "float16"}, "vanish in float16"),
         ({"held_out": S}, "cannot be parted into 8 held-out ones"),
         ({"batch": S}, "at least one batch of 8"),
-        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"steps": 0}, "no step is to be taken and no round of boosting"),
+        ({"steps": -1}, "steps: Input should be greater than or equal to 0"),
         ({"learning_rate": 1e39}, "learning_rate: Input should be less than or equal to 100"),
     ],
 )

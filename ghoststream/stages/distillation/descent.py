@@ -33,12 +33,14 @@ class Check:
         tokens: Tokens that these have seen.
         divergence: On the held-out sequences.
         scale: Share of the step size that these steps had at the end.
+        rounds: Rounds of boosting before them.
     """
 
     step: int
     tokens: int
     divergence: float
     scale: float
+    rounds: int = 0
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Course:
         before: Held-out divergence and next-token loss before the first step.
         losses: The divergence of each step.
         checks: The looks at held-out sequences, in order; the first one is before the first step.
+        boosts: Figures of each round of boosting.
     """
 
     step: int = 0
@@ -60,6 +63,7 @@ class Course:
     before: tuple[float, float] | None = None
     losses: list[float] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    boosts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def best(self) -> Check:
@@ -118,17 +122,35 @@ class Descent:
 
     def check(self, divergence: float) -> None:
         """Note a look at the held-out sequences, and go back where it is no better than the best."""
-        course = self.course
-        is_best = not course.checks or divergence < course.best.divergence
-        course.checks.append(Check(course.step, course.tokens, divergence, course.scale))
-        if is_best:
-            self._best = {name: one.detach().clone() for name, one in self._parameters.items()}
+        if self._look(divergence):
             return
-        course.scale /= 2
-        self.go_back()
+        self.course.scale /= 2
         for one in self._parameters.values():
             if one in self._optimizer.state:
                 self._optimizer.state[one]["exp_avg"].zero_()
+
+    def boosted(self, divergence: float, figures: dict[str, Any], tokens: int) -> None:
+        """Note a round of boosting that has moved the parameters, and go back where nothing was gained.
+
+        Args:
+            divergence: On the held-out sequences.
+            figures: Of the round.
+            tokens: How many tokens it was fitted on.
+        """
+        self.course.boosts.append(figures)
+        self.course.tokens += tokens
+        self._look(divergence)
+
+    def _look(self, divergence: float) -> bool:
+        """Note a look at the held-out sequences, and go back where it is no better; say whether it is."""
+        course = self.course
+        is_best = not course.checks or divergence < course.best.divergence
+        course.checks.append(Check(course.step, course.tokens, divergence, course.scale, len(course.boosts)))
+        if is_best:
+            self._best = {name: one.detach().clone() for name, one in self._parameters.items()}
+        else:
+            self.go_back()
+        return is_best
 
     def go_back(self) -> None:
         """Put the parameters of the best check in place."""

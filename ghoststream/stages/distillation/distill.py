@@ -169,7 +169,9 @@ def _settings(training: Training, session: ModelSession, tokens: TokenSet) -> Di
         schedule.n_train,
         min(micro_batch, schedule.batch),
         schedule.check,
-        norms=training.train == "operators+norms",
+        schedule.rounds,
+        # Rounds of boosting leave norms as they are.
+        norms=training.train == "operators+norms" and schedule.steps > 0,
     )
 
 
@@ -210,6 +212,8 @@ def _diagnostics(before: HeldOut, after: HeldOut, course: Course) -> dict[str, A
         "held_out_loss": after.loss,
         "best_step": course.best.step,
         "curve": [asdict(check) for check in course.checks],
+        "best_rounds": course.best.rounds,
+        "boosts": list(course.boosts),
         "step_losses": list(course.losses),
         "warnings": warnings,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,20 @@ import numpy.typing as npt
 import torch
 
 from ghoststream.errors import StoppedError
-from ghoststream.evaluation.objectives import (
-    DivergenceAccumulator,
-    TopDivergence,
-    TopLogitsLoss,
-    default_loss_tokens,
-)
+from ghoststream.evaluation.objectives import DivergenceAccumulator, TopDivergence
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.joint import describe_absorption
 from ghoststream.progress import Progress
+from ghoststream.stages.distillation.boosting import Boosting
 from ghoststream.stages.distillation.descent import Course, Descent
 from ghoststream.stages.distillation.schedule import SAVE_SECONDS
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.distillation.trained import TrainedNorms, TrainedOperator, lane_weights
+from ghoststream.stages.distillation.windows import Windows
 from ghoststream.stages.lanes import first_needed
 from ghoststream.stages.session import ModelSession
 from ghoststream.stopping import require_going_on
-from ghoststream.streaming import Batch, Lane, PassOptions, StreamedPass, make_batches
-from ghoststream.streaming.backward import BackwardPass
+from ghoststream.streaming import Lane
 from ghoststream.text import TokenSet
 
 
@@ -49,6 +45,7 @@ class DistillSettings:
         n_train: Sequences that are trained on, the first ones; the others are held out.
         micro_batch: Sequences in one forward.
         check: Steps between two looks at the held-out sequences.
+        boost: Rounds of boosting before the steps, at most.
         norms: Whether the weights of norms are trained too.
     """
 
@@ -60,6 +57,7 @@ class DistillSettings:
     n_train: int
     micro_batch: int
     check: int
+    boost: int
     norms: bool
 
     def rate(self, step: int) -> float:
@@ -94,8 +92,8 @@ class HeldOut:
 class Distillation:
     """Trains the operators of one plan, and the norms behind its first span where that is asked for.
 
-    Every step is one pass forward and one backward over the layers that follow the states that the teacher
-    has kept.
+    Every round of boosting and every step is one pass forward and one backward over the layers that follow
+    the states that the teacher has kept.
 
     Args:
         session: The model.
@@ -128,7 +126,6 @@ class Distillation:
         self._weights = lane_weights(skeleton, operators, self.norms)
         self._start = first_needed(self._lane())
         self._descent = Descent(self._parameters(), path)
-        self._chunk = default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes)
 
     def run(self, progress: Progress) -> tuple[HeldOut, HeldOut, Course]:
         """Train, from where a run before this was saved; what was best on held-out sequences is in place.
@@ -149,9 +146,11 @@ class Distillation:
             descent.check(self._divergence())
             descent.save()
         assert descent.course.before is not None
-        progress.start("distilling", settings.steps, "steps")
-        progress.advance(descent.course.step)
+        progress.start("distilling", settings.boost + settings.steps, "steps")
+        progress.advance(len(descent.course.boosts) + descent.course.step)
         try:
+            if descent.course.step == 0:
+                self._boost(progress)
             self._train(progress)
         except StoppedError:
             descent.save()
@@ -178,8 +177,9 @@ class Distillation:
 
     def held_out(self) -> HeldOut:
         """Measure the operators as they are on the held-out sequences."""
-        figures = DivergenceAccumulator(self._held_view, len(self._held_rows))
-        self._through(self._lane(logits=figures))
+        held = self._held
+        figures = DivergenceAccumulator(held, len(held.rows))
+        held.forward([self._lane(logits=figures)])
         return HeldOut(figures.divergence(), figures.losses().loss)
 
     def trained(self, diagnostics: Mapping[str, Any], metadata: Mapping[str, Any]) -> OperatorSet:
@@ -195,64 +195,71 @@ class Distillation:
         return OperatorSet(given.plan, given.kind, boundaries, given.hidden, dict(metadata), replaced)
 
     @property
-    def _held_rows(self) -> npt.NDArray[np.int64]:
-        return np.arange(self._settings.n_train, self._tokens.n_sequences)
+    def _train_rows(self) -> npt.NDArray[np.int64]:
+        return np.arange(self._settings.n_train)
 
     @property
-    def _held_view(self) -> _Selected:
-        return _Selected(self._teacher, self._held_rows)
+    def _held(self) -> Windows:
+        return self._windows(np.arange(self._settings.n_train, self._tokens.n_sequences))
 
     def _boundary(self, one: BoundaryOperator, diagnostics: Mapping[str, Any]) -> BoundaryOperator:
         if one.span not in self.operators:
             return one
-        trained = BoundaryOperator(
-            one.span,
-            one.form,
-            one.features,
-            **self.operators[one.span].arrays(),
-            diagnostics={**diagnostics, "fitted": one.diagnostics},
-            norm_epsilon=one.norm_epsilon,
-        )
-        return describe_absorption(trained)
+        figures = {**diagnostics, "fitted": one.diagnostics}
+        return describe_absorption(replace(self._trained(one), diagnostics=figures))
 
     def _divergence(self) -> float:
         """Measure the divergence alone, which takes a small part of the head."""
-        figures = TopDivergence(self._held_view)
-        self._through(self._lane(logits=figures, entries=figures.entries))
+        held = self._held
+        figures = TopDivergence(held)
+        held.forward([self._lane(logits=figures, entries=figures.entries)])
         return figures.divergence()
 
-    def _through(self, lane: Lane) -> None:
-        batches, view = self._select(self._held_rows)
-        factory = self._session.memory(self._tokens.length, scratch=self._scratch).states_factory(batches)
-        StreamedPass(self._session.skeleton, batches, [lane], factory, self._options(view)).run()
+    def _boost(self, progress: Progress) -> None:
+        """Do the rounds of boosting that are left; the first one that gains nothing is the last."""
+        settings, descent = self._settings, self._descent
+        boosting = Boosting(self._plan, self._weights, self._windows(self._train_rows), self._held)
+        while len(descent.course.boosts) < settings.boost and not self._gained_nothing():
+            require_going_on()
+            operators = {one.span: self._trained(one) for one in self._given.operators}
+            found = boosting.round(operators, descent.course.checks[-1].divergence, progress)
+            for span, one in found.operators.items():
+                self.operators[span].take(one)
+            descent.boosted(self._divergence(), found.figures, boosting.fitted.n_tokens)
+            descent.save()
+            progress.advance(1)
+
+    def _gained_nothing(self) -> bool:
+        """Whether the last round of boosting was no better than what it began with."""
+        checks = self._descent.course.checks
+        return len(checks) > 1 and checks[-1] is not self._descent.course.best
 
     def _take_step(self, step: int) -> None:
-        rows = self._settings.rows(step)
-        batches, view = self._select(rows)
-        n_tokens = int(self._tokens.mask[rows].sum())
+        windows = self._windows(self._settings.rows(step))
         gradients = 20 * sum(parameter.numel() for parameter in self._parameters().values())
-        memory = self._session.memory(self._tokens.length, gradients=gradients, scratch=self._scratch)
+        factory = windows.memory(gradients).states_factory(windows.batches)
         self._descent.zero()
-        value = BackwardPass(
-            self._session.skeleton,
-            batches,
-            TopLogitsLoss(view, n_tokens),
-            memory.states_factory(batches),
-            lane=self._lane(),
-            gradients=self.norms,
-            options=self._options(view),
-        ).run()
-        self._descent.step(self._settings.rate(step), value, n_tokens)
+        value = windows.backward(windows.n_tokens, self._lane(), factory, self.norms)
+        self._descent.step(self._settings.rate(step), value, windows.n_tokens)
 
     def _lane(self, **rest: Any) -> Lane:
         return Lane("repaired", self._plan, self.operators, weights=self._weights, **rest)
 
-    def _select(self, rows: npt.NDArray[np.int64]) -> tuple[tuple[Batch, ...], _Selected]:
-        batches = make_batches(self._tokens.ids[rows], self._tokens.mask[rows], self._settings.micro_batch)
-        return batches, _Selected(self._teacher, rows)
+    def _windows(self, rows: npt.NDArray[np.int64]) -> Windows:
+        return Windows.of(
+            self._session,
+            self._teacher,
+            self._tokens,
+            rows,
+            micro_batch=self._settings.micro_batch,
+            start=self._start,
+            scratch=self._scratch,
+        )
 
-    def _options(self, view: _Selected) -> PassOptions:
-        return PassOptions(first_layer=self._start, initial=view.states, logit_tokens=self._chunk)
+    def _trained(self, one: BoundaryOperator) -> BoundaryOperator:
+        """Return an operator with the arrays that it has now."""
+        arrays: dict[str, Any] = {**self.operators[one.span].arrays()}
+        return replace(one, **arrays)
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         found = {
@@ -261,19 +268,3 @@ class Distillation:
             for name, parameter in operator.named_parameters().items()
         }
         return {**found, **({} if self.norms is None else self.norms.parameters)}
-
-
-class _Selected:
-    """The teacher's knowledge of those sequences that a pass sees, by their numbers in the pass."""
-
-    def __init__(self, teacher: Teacher, rows: npt.NDArray[np.int64]) -> None:
-        self._teacher = teacher
-        self._rows = rows
-
-    def states(self, batch: Batch) -> torch.Tensor:
-        """Return the states that the pass starts from."""
-        return self._teacher.states(self._rows[batch.start : batch.stop])
-
-    def top(self, batch: Batch, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest logits of some tokens of a batch."""
-        return self._teacher.top(self._rows[batch.start : batch.stop], first, count)

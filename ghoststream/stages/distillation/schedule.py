@@ -10,6 +10,10 @@ from ghoststream.options import Training
 SAVE_SECONDS = 60.0
 """Between two looks at held-out sequences a training is saved so often; that decides no bit of it."""
 
+LENGTHS = (0.125, 0.25, 0.5, 1.0)
+"""How far a round of boosting goes along its direction, in units of the length that would end at no
+divergence on the slope there: each is measured on held-out windows."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -21,6 +25,7 @@ class Schedule:
         batch: Sequences of a step.
         steps: Steps of the optimiser, at most.
         check: Steps between two looks at the held-out sequences.
+        rounds: Rounds of boosting before the steps, at most.
     """
 
     n_train: int
@@ -28,6 +33,7 @@ class Schedule:
     batch: int
     steps: int
     check: int
+    rounds: int
 
     @classmethod
     def of(cls, training: Training, n_sequences: int) -> Schedule:
@@ -49,13 +55,16 @@ class Schedule:
                 f"batch of {batch} to train on; give more windows, or a smaller batch"
             )
             raise RequestError(msg)
+        if training.steps == 0 and not training.boost:
+            msg = "no step is to be taken and no round of boosting: give --boost, or more --steps"
+            raise RequestError(msg)
         if training.steps is not None:
             training.refuse(("epochs",), "--steps says how long is trained")
         steps = training.epochs * -(-n_train // batch) if training.steps is None else training.steps
         # A look at a window costs a third of a step on it: with this a ninth of the steps themselves.
-        return cls(n_train, held_out, batch, steps, check=max(1, 3 * held_out // batch))
+        return cls(n_train, held_out, batch, steps, max(1, 3 * held_out // batch), training.boost)
 
     @property
     def n_checks(self) -> int:
         """Looks at the held-out sequences, at most."""
-        return 1 + -(-self.steps // self.check)
+        return 1 + self.rounds + -(-self.steps // self.check)

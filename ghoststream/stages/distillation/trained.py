@@ -72,14 +72,25 @@ class TrainedOperator(BoundaryMap):
         """Return the parameters by name."""
         return self._parameters
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the parameters."""
+        return sum(parameter.nbytes for parameter in self._parameters.values())
+
     def arrays(self) -> dict[str, Array]:
         """Return ``weight`` and, if there is one, ``bias``, as the operator has them."""
-        found: dict[str, Array] = {}
+        return _joined({name: parameter.detach() for name, parameter in self._parameters.items()})
+
+    def gradients(self) -> dict[str, Array]:
+        """Return the gradients of :meth:`arrays`."""
+        found = {name: parameter.grad for name, parameter in self._parameters.items()}
+        return _joined({name: gradient for name, gradient in found.items() if gradient is not None})
+
+    def take(self, operator: BoundaryOperator) -> None:
+        """Put the parameters of another operator of the same shapes in place."""
+        given = TrainedOperator(operator, torch.device("cpu")).named_parameters()
         for name, parameter in self._parameters.items():
-            leaf, array = name.rpartition(".")[2], parameter.detach().cpu().numpy()
-            # Of two weights the standing one comes first; there is one bias at most.
-            found[leaf] = np.concatenate([found[leaf], array], axis=1) if leaf in found else array
-        return found
+            parameter.data.copy_(given[name].data)
 
     def _stand(self, states: torch.Tensor) -> torch.Tensor:
         if self._ghost is None:
@@ -92,6 +103,15 @@ class TrainedOperator(BoundaryMap):
         }
         mapped: torch.Tensor = functional_call(self._ghost, rounded, (states,))
         return mapped
+
+
+def _joined(values: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    for name, value in values.items():
+        leaf, array = name.rpartition(".")[2], value.cpu().numpy()
+        # Of two weights the standing one comes first; there is one bias at most.
+        found[leaf] = np.concatenate([found[leaf], array], axis=1) if leaf in found else array
+    return found
 
 
 class TrainedNorms:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ghoststream.costs import Cost, Need, PassCost
-from ghoststream.operators import make_operator
+from ghoststream.operators import OperatorKind, make_operator
 from ghoststream.selection import make_criterion
 from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion
 from ghoststream.stages.choosing.passes import last_fit, refining
@@ -73,7 +73,7 @@ class Route:
     def training(self) -> TrainingCost | None:
         """What training the operators takes; None where they are only fitted."""
         asked = self.job.recovery.distill
-        return None if asked is None else TrainingCost(self.job, asked, self.fit)
+        return None if asked is None else TrainingCost(self.job, asked, self.fit, self._fits_by)
 
     def passes(self) -> dict[str, PassNeeds]:
         """Return what the passes of each stage take: the one of them that has most states to keep."""
@@ -127,7 +127,11 @@ class Route:
 
     def _fits(self, job: Job) -> Fits:
         refit = () if job.refit_cost is None else (make_operator(REFIT),)
-        sizes = [job.fit_bytes(kind) for kind in (job.kind, *refit)]
+        return self._fits_by(job.kind, *refit, job=job)
+
+    def _fits_by(self, *kinds: OperatorKind, job: Job | None = None) -> Fits:
+        """Return the memory of the largest of some fits."""
+        sizes = [(job or self.job).fit_bytes(kind) for kind in kinds]
         on_host = max(sizes, key=lambda one: one.host)
         on_device = max(sizes, key=lambda one: one.device)
         return Fits(

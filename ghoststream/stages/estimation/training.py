@@ -5,16 +5,18 @@ Letters are those of :mod:`ghoststream.costs`; ``P`` are the parameters that are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ghoststream.costs import Cost, Need, PassCost
-from ghoststream.options import Training
+from ghoststream.operators import OperatorKind, make_operator
+from ghoststream.options import Method, Training
 from ghoststream.stages.choosing.criteria import MEASURED
-from ghoststream.stages.distillation.schedule import SAVE_SECONDS, Schedule
+from ghoststream.stages.distillation.schedule import LENGTHS, SAVE_SECONDS, Schedule
 from ghoststream.stages.estimation.job import Job
-from ghoststream.stages.estimation.pass_needs import PassNeeds, logit_bytes, pass_needs
-from ghoststream.stages.estimation.work import Work, forward_work, pass_work, unpacked_of
+from ghoststream.stages.estimation.pass_needs import Fits, PassNeeds, logit_bytes, pass_needs
+from ghoststream.stages.estimation.work import Work, fits_work, forward_work, pass_work, unpacked_of
 
 _BYTES_TRAINED = 20
 """Of a parameter in memory: itself, the best one, its gradient, two moments."""
@@ -37,11 +39,13 @@ class TrainingCost:
         job: The recovery.
         training: What was asked for.
         fit: What fitting one boundary takes, whose result is trained.
+        fits_of: Says what memory a pass takes for fits by some operator.
     """
 
     job: Job
     training: Training
     fit: Cost
+    fits_of: Callable[[OperatorKind], Fits]
 
     @property
     def schedule(self) -> Schedule:
@@ -102,7 +106,26 @@ class TrainingCost:
             pass_needs(_at(job, job.sequences, micro_batch), "distill", hidden, logits=logit_bytes(job)),
             pass_needs(step, "distill", hidden * (self.kept + 2), way_back=way_back),
         )
-        return max(found, key=lambda one: sum(need.n_bytes for need in one.needs.values()))
+        return max((*found, *self._boosting(micro_batch)), key=_total)
+
+    def _boosting(self, micro_batch: int) -> tuple[PassNeeds, ...]:
+        """Return what a round of boosting takes: it keeps what maps read and the gradients behind them."""
+        job, n_spans = self.job, self._n_spans
+        if not self.schedule.rounds:
+            return ()
+        hidden, read = job.sizes.hidden, job.input_width(job.kind)
+        states = hidden * (self.kept + 2) + n_spans * (read + hidden)
+        way_back = _WAY_BACK * micro_batch * job.work_bytes + 2 * n_spans * self.fit.write_bytes
+        windows = _at(job, self.schedule.n_train, micro_batch)
+        fits = self.fits_of(self._boosted)
+        return (pass_needs(windows, "distill", states, way_back=way_back, fits=fits),)
+
+    @property
+    def _boosted(self) -> OperatorKind:
+        """What a round fits at each boundary."""
+        kind = self.job.kind
+        is_matrix = kind.needs_gram
+        return make_operator(Method(operator="least-squares", features=kind.features)) if is_matrix else kind
 
     def work(self, seconds: float) -> Work:
         """Return its work; layers that fit the memory of the host are read from disk once.
@@ -112,9 +135,12 @@ class TrainingCost:
         """
         job, schedule = self.job, self.schedule
         share, held = schedule.batch / job.sequences, schedule.held_out / job.sequences
+        fitted = schedule.n_train / job.sequences
         layers = self.kept / job.sizes.n_layers
-        lanes = schedule.steps * share * _PRODUCTS * layers + (schedule.n_checks + 2) * held * layers
-        reads = 2 * schedule.steps + schedule.n_checks + 2
+        seen = schedule.steps * share + schedule.rounds * fitted
+        looks = schedule.n_checks + 2 + schedule.rounds * len(LENGTHS)
+        lanes = (_PRODUCTS * seen + held * looks) * layers
+        reads = 2 * schedule.steps + 3 * schedule.rounds + schedule.n_checks + 2
         n_bytes = sum(layer.stored_bytes for layer in job.sizes.layers[-self.kept :])
         is_cached = n_bytes <= job.machine.host_memory // 2
         widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
@@ -126,7 +152,8 @@ class TrainingCost:
         )
         dense = pass_work(job, PassCost(job.sizes.hidden, 1.0, scored=1.0 + 2.0 * held))
         kept = Work(written=self._known_bytes, saved=self._saves(seconds) * _BYTES_KEPT * self.parameters)
-        return dense + passes + forward_work(job, lanes, None) + kept
+        fits = fits_work(job, self._boosted, schedule.rounds * self._n_spans, fitted)
+        return dense + passes + forward_work(job, lanes, None) + fits + kept
 
     def _saves(self, seconds: float) -> int:
         """Return how often it is saved: at every look at held-out windows, and between two by the clock."""
@@ -134,6 +161,10 @@ class TrainingCost:
         between = max(1, schedule.n_checks - 1)
         in_time = int(seconds / between / SAVE_SECONDS)
         return schedule.n_checks + between * min(in_time, schedule.check - 1)
+
+
+def _total(needs: PassNeeds) -> int:
+    return sum(need.n_bytes for need in needs.needs.values())
 
 
 def _at(job: Job, sequences: int, micro_batch: int) -> Job:

@@ -1,0 +1,116 @@
+"""Passes over some windows of a text, from the states that the teacher has kept to the end of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ghoststream.evaluation.objectives import TopLogitsLoss, default_loss_tokens
+from ghoststream.stages.distillation.teacher import Teacher
+from ghoststream.stages.session import ModelSession
+from ghoststream.streaming import Lane, PassMemory, PassOptions, StatesFactory, StreamedPass, make_batches
+from ghoststream.streaming.backward import BackwardPass
+from ghoststream.streaming.batches import Batch
+from ghoststream.streaming.gradients import WeightGradients
+from ghoststream.text import TokenSet
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Some windows, and what the teacher knows of them by their numbers among these.
+
+    Attributes:
+        session: The model.
+        teacher: What the dense model knows of the text.
+        rows: Which windows of the text they are.
+        mask: True at their tokens that count, bool ``(n, T)``.
+        batches: Their micro-batches.
+        start: Position of the states that passes start from.
+        scratch: Folder for states that do not fit, where the options name none.
+    """
+
+    session: ModelSession
+    teacher: Teacher
+    rows: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.bool_]
+    batches: tuple[Batch, ...]
+    start: int
+    scratch: Path
+
+    @classmethod
+    def of(
+        cls,
+        session: ModelSession,
+        teacher: Teacher,
+        tokens: TokenSet,
+        rows: npt.NDArray[np.int64],
+        *,
+        micro_batch: int,
+        start: int,
+        scratch: Path,
+    ) -> Windows:
+        """Return the windows ``rows`` of a text."""
+        mask = tokens.mask[rows]
+        batches = make_batches(tokens.ids[rows], mask, micro_batch)
+        return cls(session, teacher, rows, mask, batches, start, scratch)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count."""
+        return int(self.mask.sum())
+
+    def top(self, batch: Batch, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the teacher's largest logits of some tokens of a batch, and their entries."""
+        return self.teacher.top(self.rows[batch.start : batch.stop], first, count)
+
+    def memory(self, gradients: int | None = None) -> PassMemory:
+        """Return the memory of a pass.
+
+        Args:
+            gradients: Bytes of parameters and their gradients, for a pass with a way back.
+        """
+        return self.session.memory(self.mask.shape[1], gradients=gradients, scratch=self.scratch)
+
+    def forward(self, lanes: Sequence[Lane]) -> None:
+        """Run lanes to the end; what they give is with their observers."""
+        factory = self.memory().states_factory(self.batches)
+        StreamedPass(self.session.skeleton, self.batches, lanes, factory, self._options).run()
+
+    def backward(
+        self, n_tokens: int, lane: Lane, factory: StatesFactory, gradients: WeightGradients | None
+    ) -> float:
+        """Take the divergence from the teacher back through a lane; gradients are with its maps.
+
+        Args:
+            n_tokens: What the sum over tokens is divided by.
+            lane: The lane.
+            factory: Where its states are kept.
+            gradients: Who sees gradients of weights.
+
+        Returns:
+            The divergence, over ``n_tokens``.
+        """
+        loss = TopLogitsLoss(self, n_tokens)
+        return BackwardPass(
+            self.session.skeleton,
+            self.batches,
+            loss,
+            factory,
+            lane=lane,
+            gradients=gradients,
+            options=self._options,
+        ).run()
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        return self.teacher.states(self.rows[batch.start : batch.stop])
+
+    @property
+    def _options(self) -> PassOptions:
+        skeleton = self.session.skeleton
+        chunk = default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes)
+        return PassOptions(first_layer=self.start, initial=self._states, logit_tokens=chunk)

@@ -1,0 +1,227 @@
+"""Rounds of boosting: against a resident model's gradients and numpy's least squares, and as a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ghoststream.errors import StoppedError
+from ghoststream.operators import BoundaryOperator, OperatorSet
+from ghoststream.operators.ridge import RIDGE_GRID
+from ghoststream.options import Compute, Text, Training
+from ghoststream.recovery.training import told_training
+from ghoststream.stages.distillation.boosting import best_length
+from ghoststream.stages.distillation.descent import Descent
+from ghoststream.stages.distillation.distill import distill
+from ghoststream.stopping import ask_to_stop, forget_stop
+from tests.helpers.distilling import HELD, TOP, C, Forms, Resident, S, T, make_operators
+
+pytestmark = pytest.mark.integration
+Array = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def ids() -> npt.NDArray[np.int64]:
+    found = np.random.default_rng(3).integers(3, 128, size=(S, T))
+    # Of random ids nothing is learned for others: the held-out windows are two of those that are seen.
+    found[-HELD:] = found[:HELD]
+    return found
+
+
+@pytest.fixture(scope="module")
+def text(ids: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("ids") / "ids.npy"
+    np.save(path, ids)
+    return f"ids:{path}"
+
+
+def boost(folder: Path, operators: OperatorSet, text: str, out: Path, **options: Any) -> OperatorSet:
+    training = {"boost": 1, "steps": 0, "held_out": HELD, "batch": 2, "top": TOP, **options}
+    return distill(
+        folder,
+        operators,
+        calibration=Text(spec=text, sequences=S, length=T),
+        out=out,
+        training=Training(**training),
+        compute=Compute(micro_batch=2),
+    )
+
+
+def features_of(one: BoundaryOperator, states: Array, entered: Array | None) -> Array:
+    if one.features == "hidden+mlp":
+        assert entered is not None
+        return np.concatenate([states, entered], axis=1)
+    if one.features == "hidden+normed":
+        return np.concatenate([states, states / np.sqrt((states**2).mean(1, keepdims=True) + 1e-6)], axis=1)
+    return states
+
+
+def ridge_solutions(features: Array, cross: Array, *, intercept: bool, sums: Array) -> list[Array]:
+    """Every ``D`` of the grid that fits targets whose products with the features are ``cross``."""
+    gram = features.T @ features
+    if intercept:
+        mean = features.mean(0)
+        gram, cross = gram - len(features) * np.outer(mean, mean), cross - np.outer(mean, sums)
+    size = len(gram)
+    return [
+        np.linalg.solve(gram + ratio * np.trace(gram) / size * np.eye(size), cross).T for ratio in RIDGE_GRID
+    ]
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        (("linear", "hidden", False), ("linear", "hidden+normed", True)),
+        (("linear", "hidden+mlp", True), ("linear", "hidden", False)),
+    ],
+)
+def test_a_round_is_a_fit_to_the_gradients_of_a_resident_model(
+    forms: Forms, ids: npt.NDArray[np.int64], text: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    operators = make_operators(tiny_llama, forms)
+    resident = Resident(ids, operators)
+    rows, held, n_tokens = slice(0, S - HELD), slice(S - HELD, S), (S - HELD) * T
+    before, _ = resident.figures(rows)
+    before.backward()
+    moved = boost(tiny_llama, operators, text, tmp_path / "moved.safetensors")
+    (figures,) = moved.operators[0].diagnostics["boosts"]
+    assert figures["divergence"] == pytest.approx(before.item(), rel=1e-5)
+    length, slope = figures["length"], 0.0
+    assert length > 0
+    for one, start in zip(moved.operators, operators.operators, strict=True):
+        assert one.weight is not None
+        assert start.weight is not None
+        direction = (one.weight.astype(np.float64) - start.weight) / length
+        gradients = resident.gradients(one)
+        states, entered = resident.read(one, rows)
+        features = features_of(one, states, entered)
+        # The divergence is a mean over tokens: gradients of its sum are what is fitted.
+        found = ridge_solutions(
+            features,
+            -n_tokens * gradients["weight"].T,
+            intercept=one.bias is not None,
+            sums=-n_tokens * gradients.get("bias", np.zeros(C)),
+        )
+        misses = [np.linalg.norm(direction - each) / np.linalg.norm(each) for each in found]
+        assert min(misses) < 2e-3
+        slope -= float((direction * gradients["weight"]).sum())
+        if one.bias is not None:
+            assert start.bias is not None
+            shift = (one.bias.astype(np.float64) - start.bias) / length
+            mean = -gradients["bias"] * n_tokens / len(features) - features.mean(0) @ direction.T
+            np.testing.assert_allclose(shift, mean, rtol=1e-2, atol=1e-3 * np.abs(mean).max())
+            slope -= float((shift * gradients["bias"]).sum())
+    # The longest one is where a line from here would be at zero.
+    lengths = dict(figures["lengths"])
+    assert max(lengths) == pytest.approx(before.item() / slope, rel=1e-2)
+    # Each divergence is that of the resident model with operators so far along.
+    for far, divergence in lengths.items():
+        resident.move(operators, moved, far / length)
+        with torch.no_grad():
+            assert float(resident.figures(held)[0]) == pytest.approx(divergence, rel=1e-3)
+    resident.move(operators, moved, 1.0)
+    with torch.no_grad():
+        after = float(resident.figures(held)[0])
+    assert moved.operators[0].diagnostics["held_out_divergence"] == pytest.approx(after, rel=1e-4)
+    assert after < moved.operators[0].diagnostics["held_out_divergence_before"]
+
+
+def test_rounds_and_steps_go_on_from_each_other(text: str, tiny_llama: Path, tmp_path: Path) -> None:
+    operators = make_operators(tiny_llama)
+    both = boost(tiny_llama, operators, text, tmp_path / "both.safetensors", boost=2, steps=3)
+    figures = both.operators[0].diagnostics
+    assert [one["rounds"] for one in figures["curve"]] == [0, 1, 2, 2]
+    assert [one["step"] for one in figures["curve"]] == [0, 0, 0, 3]
+    assert [one["tokens"] for one in figures["curve"]] == [
+        0,
+        (S - HELD) * T,
+        2 * (S - HELD) * T,
+        2 * (S - HELD) * T + 3 * 2 * T,
+    ]
+    assert "model.norm.weight" in both.replaced
+    alone = boost(tiny_llama, operators, text, tmp_path / "alone.safetensors", boost=2)
+    assert alone.operators[0].diagnostics["curve"] == figures["curve"][:3]
+    assert not alone.replaced
+    recipe = alone.metadata["recipe"]
+    assert told_training(recipe, alone.operators[0].diagnostics).startswith(
+        "operators, in 2 rounds of boosting, of which 2 count, on 6 windows"
+    )
+
+
+@pytest.mark.parametrize("how", ["killed", "asked"])
+def test_a_run_that_is_stopped_goes_on_behind_its_last_round(
+    how: str, text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = make_operators(tiny_llama)
+    whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
+    boost(tiny_llama, operators, text, whole, boost=2, steps=2)
+    boosted, rounds = Descent.boosted, []
+
+    def counted(self: Descent, *arguments: Any) -> None:
+        boosted(self, *arguments)
+        rounds.append(len(self.course.boosts))
+        if rounds == [1, 2] and how == "killed":
+            raise KeyboardInterrupt
+        if rounds == [1] and how == "asked":
+            ask_to_stop()
+
+    monkeypatch.setattr(Descent, "boosted", counted)
+    try:
+        with pytest.raises((KeyboardInterrupt, StoppedError)):
+            boost(tiny_llama, operators, text, stopped, boost=2, steps=2)
+    finally:
+        forget_stop()
+    how = "no more"
+    boost(tiny_llama, operators, text, stopped, boost=2, steps=2)
+    # Killed behind the second round, before it was saved: that one is done again.
+    assert rounds in ([1, 2, 2], [1, 2])
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_a_round_that_gains_nothing_is_the_last_and_changes_nothing(
+    ids: npt.NDArray[np.int64], text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = make_operators(tiny_llama)
+    monkeypatch.setattr(
+        "ghoststream.stages.distillation.boosting.LENGTHS", (1e4, 2e4)
+    )  # far behind everything
+    moved = boost(tiny_llama, operators, text, tmp_path / "moved.safetensors", boost=3)
+    figures = moved.operators[0].diagnostics
+    assert [one["length"] for one in figures["boosts"]] == [0.0]
+    assert figures["best_rounds"] == 0
+    assert "distillation did not help" in moved.warnings[0]
+    for one, start in zip(moved.operators, operators.operators, strict=True):
+        np.testing.assert_array_equal(one.weight, start.weight)
+
+
+@pytest.mark.unit
+@given(
+    st.floats(0.05, 0.9),
+    st.floats(0.1, 10.0),
+    st.lists(st.floats(0.01, 1.0), min_size=3, max_size=6, unique=True),
+)
+def test_of_a_parabola_the_lowest_point_is_found(lowest: float, steep: float, lengths: list[float]) -> None:
+    def value(length: float) -> float:
+        return steep * (length - lowest) ** 2 + 1.0
+
+    tried = {0.0: value(0.0), **{length: value(length) for length in lengths}}
+    found, best = best_length(tried), min(tried, key=lambda one: tried[one])
+    if best in (0.0, max(lengths)):
+        assert found == best
+    else:
+        gaps = np.diff(sorted(tried))
+        # Neighbours that nearly coincide leave nothing but rounding to tell the curvature by.
+        assert found == pytest.approx(lowest, abs=1e-6) or gaps.min() < 1e-3
+
+
+@pytest.mark.unit
+def test_a_plateau_is_left_where_it_is() -> None:
+    assert best_length({0.0: 1.0, 0.5: 1.0, 1.0: 1.0}) == 0.0
+    assert best_length({0.0: 2.0, 0.5: 1.0, 1.0: 1.0}) == pytest.approx(0.75)

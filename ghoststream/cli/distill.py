@@ -34,8 +34,10 @@ def command(
 
     Operators change and, unless --train says operators, the weights of the norms behind the first span. The
     result is what was best on windows that are not trained on; a warning says so where nothing was gained.
+    Rounds of boosting (--boost) come before steps, and need none (--steps 0).
     The same command goes on behind the last step that was saved.
     """
+    from ghoststream.recovery.training import told_course
     from ghoststream.stages.distillation.distill import distill
 
     if calibration is None:
@@ -50,10 +52,8 @@ def command(
         [when, figures[f"held_out_divergence{key}"], math.exp(figures[f"held_out_loss{key}"])]
         for when, key in (("before", "_before"), ("after", ""))
     ]
-    title = (
-        f"held-out windows; the best of {len(figures['step_losses'])} steps, {figures['best_step']}, on "
-        f"operators of {trained.plan}"
-    )
+    course = told_course(trained.metadata["recipe"]["training"], figures)
+    title = f"held-out windows; {course}, on operators of {trained.plan}"
     print_table(["", "divergence from dense", "perplexity"], rows, title=title)
     following = next_command("export", model, "--operators", out, "--out", "DIR")
     click.echo(f"written to {out}; {following}")

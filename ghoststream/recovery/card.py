@@ -19,7 +19,7 @@ from ghoststream.recovery.absorbing import is_absorbed, standing_operator
 from ghoststream.recovery.job import ExportJob, plain_type
 from ghoststream.recovery.layout import prevailing_dtype
 from ghoststream.recovery.notes import CardNotes, mergekit_yaml
-from ghoststream.recovery.training import told_windows, training_of
+from ghoststream.recovery.training import told_course, told_windows, training_of
 from ghoststream.spans import PruningPlan
 
 _LICENCE = ("license", "license_name", "license_link", "language")
@@ -232,9 +232,9 @@ def _trained(recipes: Sequence[Mapping[str, Any] | None]) -> str:
         return "Nothing was trained."
     is_more = any(one["training"]["norms"] for one in trained)
     what = "it and the norms behind it were" if is_more else "it was"
-    steps = max(int(one["training"]["steps"]) for one in trained)
+    course = " and ".join(dict.fromkeys(told_course(one["training"], {}) for one in trained))
     texts = " and ".join(dict.fromkeys(told_windows(one) for one in trained))
-    return f"Then {what} trained towards the outputs of the base, in at most {steps} steps on {texts}."
+    return f"Then {what} trained towards the outputs of the base, in {course} on {texts}."
 
 
 def _recipe(metadata: Mapping[str, Any], heading: str) -> str:

@@ -25,10 +25,16 @@ def told_training(recipe: Mapping[str, Any] | None, figures: Mapping[str, Any] |
     if recipe is None or training is None:
         return ""
     what = "operators, and the norms behind them" if training["norms"] else "operators"
-    return f"{what}, in {_told_course(training, figures or {})}, on {told_windows(recipe)}"
+    return f"{what}, in {told_course(training, figures or {})}, on {told_windows(recipe)}"
 
 
-def _told_course(training: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def told_course(training: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """Say in how many rounds of boosting and steps.
+
+    Args:
+        training: Of a recipe.
+        figures: Diagnostics of a trained operator; without, the numbers are those that were allowed.
+    """
     rounds, steps = training["boost"], training["steps"]
     if "step_losses" not in figures:
         most = [f"at most {_told(rounds, 'round')} of boosting"] * bool(rounds)

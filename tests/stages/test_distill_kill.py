@@ -36,7 +36,7 @@ def run(root: Path, out: Path) -> OperatorSet:
         root / "operators.safetensors",
         calibration=Text(spec=f"ids:{root / 'ids.npy'}", sequences=8, length=12),
         out=out,
-        training=Training(steps=STEPS, batch=2, top=10),
+        training=Training(boost=1, steps=STEPS, batch=2, top=10),
         compute=Compute(micro_batch=2),
     )
 
@@ -50,7 +50,7 @@ def recover(root: Path, out: Path) -> None:
             remove="1:2 3:5",
             calibration=Text(spec=f"ids:{root / 'ids.npy'}", sequences=8, length=12),
             method=Method(operator="ghost", inputs="repaired"),
-            distill=Training(steps=STEPS, batch=2, top=10),
+            distill=Training(boost=1, steps=STEPS, batch=2, top=10),
             compute=Compute(micro_batch=2),
             out=out,
         )

@@ -127,3 +127,38 @@ def test_an_exploration_trains_nothing(tiny_llama: Path) -> None:
     result = run("estimate", tiny_llama, "--explore", "--distill", "--no-measure")
     assert result.exit_code == BAD_REQUEST
     assert "--distill would not be used" in result.stderr
+
+
+def test_a_round_of_boosting_is_priced(tiny_llama: Path) -> None:
+    asked = {"top": 10, "steps": 0, "held_out": 3, "batch": 3}
+    one, three = (_stage(_price(tiny_llama, {**asked, "boost": rounds})) for rounds in (1, 3))
+    # A fit on nine windows, there, there again and back; five lengths and a look on three others.
+    layers = 2 * (2 * LAYER + 2 * T * C)
+    fits = 9 * T * (C**2 + 2 * C**2) + (1 + 5 * 4) * (C**3 / 3 + 4 * C**3)
+    round_ = 3 * 9 * T * layers + (5 + 1) * 3 * T * layers + fits
+    assert three.flops - one.flops == pytest.approx(2 * round_, rel=0.1)
+
+
+def test_memory_of_a_round_is_that_of_a_way_back_and_of_its_fit() -> None:
+    recovery = Recovery.make(
+        {
+            "remove": "20:24",
+            "calibration": {"spec": "ids:none.npy", "sequences": 128},
+            "method": {"operator": "least-squares", "features": "hidden+mlp", "inputs": "repaired"},
+            "compute": {"micro_batch": 2},
+            "distill": {"boost": 1, "steps": 0},
+        }
+    )
+    found = estimate(recovery, model="llama-3-8b", machine="laptop")
+    need, whole = found.needs["memory, distill"], dict(found.needs)
+    hidden, wide, vocabulary, length = 4096, 14_336, 128_256, 512
+    unit, forward = 2 * hidden * vocabulary, 2 * length * (4 * wide + 8 * hidden) * 2
+    operator = 4 * hidden * (hidden + wide)
+    # What enters each of the nine layers that are run, the states on their way and their gradient; what the
+    # map reads, and the gradient behind it; of 96 windows.
+    states = ((9 + 2) * hidden + (hidden + wide) + hidden) * 96 * length * 2
+    rest = 2 * unit + max(unit // 2, forward) + 3 * forward + 2 * operator
+    scratch = whole["disk, scratch"].n_bytes if "disk, scratch" in whole else 0
+    fit = found.needs["memory, fit"].n_bytes
+    assert need.n_bytes + scratch >= rest + states
+    assert need.n_bytes + scratch <= rest + states + fit

@@ -104,8 +104,17 @@ def replayed(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLi
     return [tap.cpu().numpy() for _, taps in parts for tap in taps.values()]
 
 
+def boosted(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLike]:
+    """A round of boosting."""
+    return _trained(Training(boost=1, steps=0, batch=4, held_out=2), device, model, text, out)
+
+
 def distilled(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLike]:
     """Two steps of training."""
+    return _trained(Training(steps=2, batch=4, held_out=2), device, model, text, out)
+
+
+def _trained(training: Training, device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLike]:
     file = out.parent / "start.safetensors"
     if not file.exists():
         fit("2:4", model=model, calibration=text, sequences=S, out=file, **_options("cpu"), **FORMS["ghost"])
@@ -113,7 +122,7 @@ def distilled(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayL
         model,
         file,
         calibration=Text(spec=text, sequences=S, length=T),
-        training=Training(steps=2, batch=4, held_out=2),
+        training=training,
         compute=Compute(device=device, micro_batch=2),
         out=out / "trained.safetensors",
     )
@@ -127,6 +136,7 @@ def distilled(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayL
         fitted,
         gradients,
         replayed,
+        boosted,
         *(pytest.param(one, marks=pytest.mark.soak) for one in (searched, distilled)),
     ],
 )

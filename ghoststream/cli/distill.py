@@ -35,7 +35,7 @@ def command(
     Operators change and, unless --train says operators, the weights of the norms behind the first span. The
     result is what was best on windows that are not trained on; a warning says so where nothing was gained.
     Rounds of boosting (--boost) come before steps, and need none (--steps 0).
-    The same command goes on behind the last step that was saved.
+    The same command goes on behind the last round or step that was saved.
     """
     from ghoststream.recovery.training import told_course
     from ghoststream.stages.distillation.distill import distill

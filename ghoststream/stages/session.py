@@ -138,7 +138,13 @@ class ModelSession:
         return None if found is None else float(found)
 
     def memory(
-        self, length: int, *, buffers: int = 0, gradients: int | None = None, scratch: Path | None = None
+        self,
+        length: int,
+        *,
+        buffers: int = 0,
+        gradients: int | None = None,
+        scratch: Path | None = None,
+        micro_batch: int | None = None,
     ) -> PassMemory:
         """Return how a pass over sequences of ``length`` tokens divides the memory that it may take.
 
@@ -147,6 +153,7 @@ class ModelSession:
             buffers: Bytes that those who watch the pass take on the host.
             gradients: Bytes of parameters' gradients, for a pass with a way back.
             scratch: Folder for states that do not fit, where the options name none.
+            micro_batch: Sequences that go through a layer together; by default those of the options.
         """
         compute = self.compute
         budget = MemoryBudget(
@@ -160,7 +167,7 @@ class ModelSession:
             length,
             buffers=buffers,
             gradients=gradients,
-            micro_batch=compute.micro_batch,
+            micro_batch=micro_batch or compute.micro_batch,
         )
 
     def micro_batch(self, length: int) -> int:

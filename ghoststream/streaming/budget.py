@@ -91,7 +91,8 @@ class PassMemory:
     def taken(self) -> tuple[int, int]:
         """Return what a pass takes of the host and of the accelerator beside states and fits."""
         micro_batch = self._micro_batch or self.choose_micro_batch()
-        computing = 2 * self._unit + max(self._unit // 2, self._work_bytes(micro_batch, self._length))
+        work = self._work_bytes(micro_batch, self._length)
+        computing = 2 * self._unit + max(self._unit // 2, work) + self._way_back(work)
         if self._on_host:
             return computing + self._packed + self._buffers, 0
         on_device = computing + beside_work_bytes(self._states_bytes(micro_batch, self._length))
@@ -138,7 +139,7 @@ class PassMemory:
         if self._fits:
             computing["fits"] = self._fits
         if self._gradients is not None:
-            computing["the way back"] = 3 * self._work_bytes(*largest.ids.shape) + self._gradients
+            computing["the way back"] = self._way_back(self._work_bytes(*largest.ids.shape))
         buffers = {"buffers": self._buffers, "a packed weight": self._packed}
         budget = self._budget
         if self._on_host:
@@ -158,6 +159,10 @@ class PassMemory:
             scratch=budget.scratch,
             beside=sum(host.values()) + self._host_fits,
         )
+
+    def _way_back(self, work: int) -> int:
+        """Return what a way back takes beside a forward that holds ``work`` bytes."""
+        return 0 if self._gradients is None else 3 * work + self._gradients
 
     def _without_fits(self, left: int | None) -> int | None:
         return None if left is None else max(0, left - self._host_fits)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,12 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Compute, Text, Training
 from ghoststream.recovery.training import told_training
-from ghoststream.stages.distillation.boosting import best_length
+from ghoststream.stages.distillation.boosting import Boosting, best_length
 from ghoststream.stages.distillation.descent import Descent
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stopping import ask_to_stop, forget_stop
-from tests.helpers.distilling import HELD, TOP, C, Forms, Resident, S, T, make_operators
+from ghoststream.streaming import StatesFactory
+from tests.helpers.distilling import FORMS, HELD, TOP, C, Forms, Resident, S, T, make_operators
 
 pytestmark = pytest.mark.integration
 Array = npt.NDArray[np.float64]
@@ -42,15 +44,22 @@ def text(ids: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -
     return f"ids:{path}"
 
 
-def boost(folder: Path, operators: OperatorSet, text: str, out: Path, **options: Any) -> OperatorSet:
-    training = {"boost": 1, "steps": 0, "held_out": HELD, "batch": 2, "top": TOP, **options}
+def boost(
+    folder: Path,
+    operators: OperatorSet,
+    text: str,
+    out: Path,
+    compute: Compute | None = None,
+    **options: Any,
+) -> OperatorSet:
+    training = {"boost": 1, "steps": 0, "held_out": HELD, "top": TOP, **options}
     return distill(
         folder,
         operators,
         calibration=Text(spec=text, sequences=S, length=T),
         out=out,
         training=Training(**training),
-        compute=Compute(micro_batch=2),
+        compute=(compute or Compute()).model_copy(update={"micro_batch": 2}),
     )
 
 
@@ -92,7 +101,7 @@ def test_a_round_is_a_fit_to_the_gradients_of_a_resident_model(
     before.backward()
     moved = boost(tiny_llama, operators, text, tmp_path / "moved.safetensors")
     (figures,) = moved.operators[0].diagnostics["boosts"]
-    assert figures["divergence"] == pytest.approx(before.item(), rel=1e-5)
+    assert figures["fitted_divergence"] == pytest.approx(before.item(), rel=1e-5)
     length, slope = figures["length"], 0.0
     assert length > 0
     for one, start in zip(moved.operators, operators.operators, strict=True):
@@ -135,7 +144,7 @@ def test_a_round_is_a_fit_to_the_gradients_of_a_resident_model(
 
 def test_rounds_and_steps_go_on_from_each_other(text: str, tiny_llama: Path, tmp_path: Path) -> None:
     operators = make_operators(tiny_llama)
-    both = boost(tiny_llama, operators, text, tmp_path / "both.safetensors", boost=2, steps=3)
+    both = boost(tiny_llama, operators, text, tmp_path / "both.safetensors", boost=2, steps=3, batch=2)
     figures = both.operators[0].diagnostics
     assert [one["rounds"] for one in figures["curve"]] == [0, 1, 2, 2]
     assert [one["step"] for one in figures["curve"]] == [0, 0, 0, 3]
@@ -155,34 +164,74 @@ def test_rounds_and_steps_go_on_from_each_other(text: str, tiny_llama: Path, tmp
     )
 
 
-@pytest.mark.parametrize("how", ["killed", "asked"])
+@pytest.mark.parametrize(
+    ("how", "rounds"),
+    [
+        # Behind the second round, before it was saved: that one is done again.
+        ("killed behind a round", [1, 2, 2]),
+        ("asked behind a round", [1, 2]),
+        ("asked in a look", [1, 2]),
+    ],
+)
 def test_a_run_that_is_stopped_goes_on_behind_its_last_round(
-    how: str, text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, rounds: list[int], text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operators = make_operators(tiny_llama)
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
-    boost(tiny_llama, operators, text, whole, boost=2, steps=2)
-    boosted, rounds = Descent.boosted, []
+    boost(tiny_llama, operators, text, whole, boost=2, steps=2, batch=2)
+    boosted, measure, done = Descent.boosted, Boosting._measure, []
 
     def counted(self: Descent, *arguments: Any) -> None:
         boosted(self, *arguments)
-        rounds.append(len(self.course.boosts))
-        if rounds == [1, 2] and how == "killed":
+        done.append(len(self.course.boosts))
+        if done == [1, 2] and how == "killed behind a round":
             raise KeyboardInterrupt
-        if rounds == [1] and how == "asked":
+        if done == [1] and how == "asked behind a round":
             ask_to_stop()
 
+    def looking(self: Boosting, *arguments: Any) -> None:
+        if done == [1] and how == "asked in a look":
+            ask_to_stop()
+        measure(self, *arguments)
+
     monkeypatch.setattr(Descent, "boosted", counted)
+    monkeypatch.setattr(Boosting, "_measure", looking)
     try:
         with pytest.raises((KeyboardInterrupt, StoppedError)):
-            boost(tiny_llama, operators, text, stopped, boost=2, steps=2)
+            boost(tiny_llama, operators, text, stopped, boost=2, steps=2, batch=2)
     finally:
         forget_stop()
     how = "no more"
-    boost(tiny_llama, operators, text, stopped, boost=2, steps=2)
-    # Killed behind the second round, before it was saved: that one is done again.
-    assert rounds in ([1, 2, 2], [1, 2])
+    boost(tiny_llama, operators, text, stopped, boost=2, steps=2, batch=2)
+    assert done == rounds
     assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_scratch_changes_no_bit(
+    text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = make_operators(tiny_llama, FORMS)
+    inside, beside = tmp_path / "inside.safetensors", tmp_path / "beside.safetensors"
+    boost(tiny_llama, operators, text, inside)
+    monkeypatch.setattr(StatesFactory, "_has_room", lambda *_: False)
+    boost(tiny_llama, operators, text, beside)
+    assert inside.read_bytes() == beside.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [beside.name, inside.name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_gains(
+    dtype: Literal["float32", "bfloat16"], text: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    forms: Forms = (("diagonal", "hidden", True), ("linear", "normed", False))
+    norm = {"model.norm.weight": np.full(C, 1.5, np.float32)}
+    operators = replace(make_operators(tiny_llama, forms), replaced=norm)
+    moved = boost(tiny_llama, operators, text, tmp_path / "moved.safetensors", Compute(dtype=dtype))
+    figures = moved.operators[0].diagnostics
+    assert figures["held_out_divergence"] < 0.99 * figures["held_out_divergence_before"]
+    np.testing.assert_array_equal(moved.replaced["model.norm.weight"], norm["model.norm.weight"])
+    for one, start in zip(moved.operators, operators.operators, strict=True):
+        assert np.abs(np.subtract(one.weight, start.weight)).max() > 1e-4  # type: ignore[arg-type]
 
 
 def test_a_round_that_gains_nothing_is_the_last_and_changes_nothing(
@@ -196,6 +245,9 @@ def test_a_round_that_gains_nothing_is_the_last_and_changes_nothing(
     figures = moved.operators[0].diagnostics
     assert [one["length"] for one in figures["boosts"]] == [0.0]
     assert figures["best_rounds"] == 0
+    again = boost(tiny_llama, operators, text, tmp_path / "a.safetensors", boost=3, steps=3, batch=2)
+    assert [one["rounds"] for one in again.operators[0].diagnostics["curve"]] == [0, 0, 0]
+    assert again.operators[0].diagnostics["best_step"] > 0
     assert "distillation did not help" in moved.warnings[0]
     for one, start in zip(moved.operators, operators.operators, strict=True):
         np.testing.assert_array_equal(one.weight, start.weight)

@@ -78,9 +78,9 @@ def test_a_killed_distillation_ends_with_identical_files(tmp_path: Path) -> None
     whole = tmp_path / "whole" / "trained.safetensors"
     whole.parent.mkdir()
     run(tmp_path, whole)
-    # What the dense model gave (1), the state before the first step (2), when the training begins (3) and
-    # after each step (4 to 7), the result (8).
-    renames = STEPS + 4
+    # What the dense model gave (1), the state before the round (2) and behind it (3), when the steps begin
+    # (4) and after each one (5 to 8), the result (9).
+    renames = STEPS + 5
     for number in range(1, renames + 1):
         for when in ("before", "after"):
             out = tmp_path / f"{number}-{when}" / whole.name
@@ -107,8 +107,8 @@ def test_a_killed_recovery_with_a_training_ends_with_identical_files(tmp_path: P
             break
         recover(tmp_path, out)
         assert _files(out) == wanted, number
-    # What the dense model gave, the state before the first step and after each one, and the results.
-    assert number > STEPS + 6
+    # What the dense model gave, the state before the round, behind it and after each step, and the results.
+    assert number > STEPS + 7
 
 
 def _files(out: Path) -> dict[str, bytes]:

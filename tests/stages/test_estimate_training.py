@@ -130,7 +130,7 @@ def test_an_exploration_trains_nothing(tiny_llama: Path) -> None:
 
 
 def test_a_round_of_boosting_is_priced(tiny_llama: Path) -> None:
-    asked = {"top": 10, "steps": 0, "held_out": 3, "batch": 3}
+    asked = {"top": 10, "steps": 0, "held_out": 3}
     one, three = (_stage(_price(tiny_llama, {**asked, "boost": rounds})) for rounds in (1, 3))
     # A fit on nine windows, there, there again and back; five lengths and a look on three others.
     layers = 2 * (2 * LAYER + 2 * T * C)

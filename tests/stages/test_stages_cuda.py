@@ -18,6 +18,8 @@ from ghoststream.machine import free_device_memory
 from ghoststream.options import Compute, Text, Training
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.streaming import StatesFactory
+from ghoststream.streaming.shapes import StatesShape
 from ghoststream.testing.models import save_tiny
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.random_ids import random_ids
@@ -106,7 +108,7 @@ def replayed(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLi
 
 def boosted(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLike]:
     """A round of boosting."""
-    return _trained(Training(boost=1, steps=0, batch=4, held_out=2), device, model, text, out)
+    return _trained(Training(boost=1, steps=0, held_out=2), device, model, text, out)
 
 
 def distilled(device: str, model: Path, text: str, out: Path) -> list[npt.ArrayLike]:
@@ -153,6 +155,25 @@ def test_a_stage_gives_what_it_gives_on_the_cpu(
         np.testing.assert_allclose(
             np.asarray(one, dtype=float), np.asarray(other, dtype=float), rtol=2e-4, atol=2e-5
         )
+
+
+def test_a_round_of_boosting_whose_places_lie_apart(
+    text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"operator": "least-squares", "features": "hidden+mlp"}
+    options = {**_options("cpu"), **method, "sequences": S}
+    fit("2:4", model=tiny_llama, calibration=text, out=tmp_path / "start.safetensors", **options)
+    (tmp_path / "cpu").mkdir()
+    expected = boosted("cpu", tiny_llama, text, tmp_path / "cpu")
+    has_room = StatesFactory._has_room
+
+    def inputs_only(self: StatesFactory, place: torch.device, limit: int | None, shape: StatesShape) -> bool:
+        return has_room(self, place, limit, shape) and (place.type == "cpu" or shape.hidden > 32)
+
+    monkeypatch.setattr(StatesFactory, "_has_room", inputs_only)
+    (tmp_path / "cuda").mkdir()
+    for one, other in zip(boosted("cuda", tiny_llama, text, tmp_path / "cuda"), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=2e-4, atol=2e-5)
 
 
 def test_the_second_pass_of_a_process_has_the_memory_of_the_first(text: str, tiny_llama: Path) -> None:

@@ -44,3 +44,12 @@ def test_the_refusal_names_the_option(tiny_llama: Path) -> None:
     memory = PassMemory(skeleton, MemoryBudget(host_bytes=skeleton.unit_bytes), 8)
     with pytest.raises(BudgetError, match=r"needs .* of host memory .* or give --host-memory where"):
         memory.states_factory(make_batches(ids, None, 1))
+
+
+def test_what_a_way_back_takes_leaves_less_to_fits(tiny_llama: Path) -> None:
+    skeleton = Skeleton(tiny_llama)
+    there = PassMemory(skeleton, MemoryBudget(), 16, micro_batch=2)
+    and_back = PassMemory(skeleton, MemoryBudget(), 16, gradients=1000, micro_batch=2)
+    # Three times the work of a forward, which is (4 I + 8 C) numbers a token, and the gradients.
+    work = 2 * 16 * (4 * 64 + 8 * 32) * 4
+    assert and_back.taken()[0] - there.taken()[0] == 3 * work + 1000

@@ -33,7 +33,7 @@ from ghoststream.stages.distillation.windows import Windows
 from ghoststream.stages.lanes import operator_map
 from ghoststream.statistics import Ranges
 from ghoststream.statistics.ranges import DEFAULT_FOLDS
-from ghoststream.streaming import BoundaryMap, Lane, Pairs, ReplacedWeights, StatesFactory
+from ghoststream.streaming import BoundaryMap, HiddenStates, Lane, Pairs, ReplacedWeights, StatesFactory
 from ghoststream.streaming.batches import Batch
 
 Array = npt.NDArray[np.float32]
@@ -48,12 +48,15 @@ class Boosted:
 
     Attributes:
         operators: The operators, moved; as they were where no length was better.
-        figures: ``length`` along the direction (0 where nothing was gained), ``divergence`` where it began,
-            ``lengths`` with the divergence on held-out windows at each, and of each span the share of the
-            gradients that its fit leaves.
+        divergence: On held-out windows, with these.
+        figures: ``length`` along the direction, 0 where nothing was gained; ``lengths``, the divergence on
+            held-out windows at each that was measured; ``fitted_divergence`` on the windows that served to
+            fit, where it began; and of each span the share of the gradients that its fit leaves,
+            ``relative_residual``.
     """
 
     operators: Operators
+    divergence: float
     figures: dict[str, Any]
 
 
@@ -63,17 +66,19 @@ class Boosting:
 
     Attributes:
         plan: The plan.
+        trained: Its operators as they are trained. Their gradients are used and freed.
         weights: What stands in the places of the model's weights.
         fitted: Windows that serve to fit.
         held: Windows that say how far to go.
 
     Memory: that of a :class:`~ghoststream.streaming.backward.BackwardPass`; the inputs of each map and their
     gradients, ``S T (p + C)`` elements at compute dtype, within the budget of states; what least squares
-    states for one boundary; ``4 p C`` bytes for each operator and each of
-    :data:`~ghoststream.stages.distillation.schedule.LENGTHS`.
+    states for one boundary; for each operator ``4 p C`` bytes of gradients, ``8 p C`` on the host, and then
+    ``p C`` elements for each of :data:`~ghoststream.stages.distillation.schedule.LENGTHS`.
     """
 
     plan: PruningPlan
+    trained: Mapping[Span, TrainedOperator]
     weights: ReplacedWeights | None
     fitted: Windows
     held: Windows
@@ -82,7 +87,7 @@ class Boosting:
         """Move operators along the gradients at where they are.
 
         Args:
-            operators: The operators by span.
+            operators: The operators by span, with the arrays of ``trained``.
             divergence: On the held-out windows.
             progress: Told where fits find no room.
 
@@ -90,66 +95,73 @@ class Boosting:
             NumericsError: If a state, a gradient or a solution is not finite.
         """
         before, directions, slope = self._directions(operators, progress)
-        # Of a loss that cannot fall below zero: as far as a line from here would take to get there.
-        unit = before / slope if slope > 0 else 0.0
-        lengths = [unit * share for share in LENGTHS]
-        found = dict(zip(lengths, self._divergences(operators, directions, lengths), strict=True))
-        length = best_length({0.0: divergence, **found})
+        found = {0.0: divergence}
+        if slope > 0:
+            # Of a loss that cannot fall below zero: as far as a line from here would take to get there.
+            self._measure(operators, directions, [before / slope * share for share in LENGTHS], found)
+            if (between := best_length(found)) not in found:
+                self._measure(operators, directions, [between], found)
+        length = min(found, key=lambda one: found[one])
         figures = {
             "length": length,
-            "divergence": before,
-            "lengths": [[one, value] for one, value in found.items()],
+            "lengths": [list(one) for one in sorted(found.items())],
+            "fitted_divergence": before,
             "relative_residual": {
                 str(span): one.diagnostics["relative_residual"] for span, one in directions.items()
             },
         }
-        return Boosted(_moved(operators, directions, length), figures)
+        return Boosted(_moved(operators, directions, length), found[length], figures)
 
     def _directions(self, operators: Operators, progress: Progress) -> tuple[float, Operators, float]:
         """Return the divergence, the fits of its negative gradient, and how fast it falls along these."""
         windows, place = self.fitted, FitPlace()
-        trained = {span: TrainedOperator(one, windows.session.device) for span, one in operators.items()}
         ranges = Ranges.make(len(windows.rows), folds=DEFAULT_FOLDS)
         read = {
-            span: SummedBoundary(span, _method(one), ranges, windows.mask, windows.session, place=place)
+            span: SummedBoundary(
+                span, _method(one, ranges), ranges, windows.mask, windows.session, place=place
+            )
             for span, one in operators.items()
         }
-        memory = windows.memory(2 * sum(one.n_bytes for one in trained.values()))
+        n_bytes = sum(one.n_bytes for one in self.trained.values())
+        memory = windows.memory(buffers=2 * n_bytes, gradients=n_bytes)
         place_fits(place, windows.session, memory, [one.boundary for one in read.values()], progress)
         factory = memory.states_factory(windows.batches)
         with ExitStack() as kept:
             maps = {
-                span: _Recorded(one, read[span], windows.batches, factory) for span, one in trained.items()
+                span: _Recorded(one, read[span], windows.batches, factory)
+                for span, one in self.trained.items()
             }
-            for one in maps.values():
-                kept.callback(one.release_places)
+            for recorded in maps.values():
+                kept.callback(recorded.release_places)
+                recorded.forget_gradients()
+                kept.callback(recorded.forget_gradients)
             lane = Lane("repaired", self.plan, maps, weights=self.weights)
             total = windows.backward(1, lane, factory, None)
-            found = {span: _fit(read[span].boundary, one.pairs) for span, one in maps.items()}
-        slope = sum(_slope(one.gradients(), found[span]) for span, one in trained.items())
+            found = {}
+            for span, recorded in maps.items():
+                found[span] = _fit(read[span].boundary, recorded.pairs)
+                recorded.release_places()
+            slope = sum(_slope(one.gradients(), found[span]) for span, one in self.trained.items())
         return total / windows.n_tokens, found, slope / windows.n_tokens
 
-    def _divergences(
-        self, operators: Operators, directions: Operators, lengths: Sequence[float]
-    ) -> list[float]:
-        """Return the divergence on held-out windows at each length, in one pass."""
+    def _measure(
+        self,
+        operators: Operators,
+        directions: Operators,
+        lengths: Sequence[float],
+        found: dict[float, float],
+    ) -> None:
+        """Add the divergence on held-out windows at each length, in one pass."""
         skeleton, lanes, seen = self.held.session.skeleton, [], []
-        for number, length in enumerate(lengths):
-            moved, figures = _moved(operators, directions, length), TopDivergence(self.held)
+        for length in lengths:
+            figures = TopDivergence(self.held)
+            moved = _moved(operators, directions, length)
             maps = {span: operator_map(one, skeleton) for span, one in moved.items()}
-            lanes.append(
-                Lane(
-                    f"length {number}",
-                    self.plan,
-                    maps,
-                    logits=figures,
-                    entries=figures.entries,
-                    weights=self.weights,
-                )
-            )
+            looking: Any = {"logits": figures, "entries": figures.entries, "weights": self.weights}
+            lanes.append(Lane(f"length {length:.3g}", self.plan, maps, **looking))
             seen.append(figures)
         self.held.forward(lanes)
-        return [one.divergence() for one in seen]
+        found.update(zip(lengths, (one.divergence() for one in seen), strict=True))
 
 
 class _Recorded(BoundaryMap):
@@ -164,13 +176,13 @@ class _Recorded(BoundaryMap):
     ) -> None:
         self.taps = operator.taps
         self._operator, self._read, self._factory = operator, read, factory
-        self._inputs, self._gradients = factory.make(width=read.width), factory.make()
         self._batches, self._coming = batches, iter(batches)
+        self._places: tuple[HiddenStates, ...] = ()
 
     @property
     def pairs(self) -> Pairs:
         """Inputs, and targets whose gap is the negative gradient."""
-        return _Gradients(self._batches, self._inputs, self._gradients)
+        return _Gradients(self._batches, *self._places)
 
     def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the estimate of ``h[stop]``."""
@@ -192,14 +204,24 @@ class _Recorded(BoundaryMap):
 
     def release_places(self) -> None:
         """Give up what was kept."""
-        for place in (self._inputs, self._gradients):
+        for place in self._places:
             self._factory.release(place)
+        self._places = ()
+
+    def forget_gradients(self) -> None:
+        """Free the gradients of the operator."""
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def _record(self, inputs: torch.Tensor, mapped: torch.Tensor) -> None:
+        if not self._places:
+            # Not before: what the pass keeps goes over every layer, and comes first where memory is near.
+            self._places = self._factory.make(width=self._read.width), self._factory.make()
         # The way back goes through the batches in order, as every pass does.
         batch = next(self._coming)
-        self._inputs.put(batch, inputs.detach())
-        mapped.register_hook(partial(self._gradients.put, batch))
+        kept, gradients = self._places
+        kept.put(batch, inputs.detach())
+        mapped.register_hook(partial(gradients.put, batch))
 
 
 class _Gradients(Pairs):
@@ -209,7 +231,8 @@ class _Gradients(Pairs):
         """Return inputs and targets of one batch; targets are float32: a gradient is small beside a state."""
         inputs, gradients = super().of(batch)
         hidden = inputs[..., : gradients.shape[-1]]
-        return inputs, hidden.float() - gradients.float()
+        # They may lie in different memories.
+        return inputs, hidden.float() - gradients.to(hidden.device, torch.float32)
 
 
 def best_length(divergences: Mapping[float, float]) -> float:
@@ -233,9 +256,12 @@ def best_length(divergences: Mapping[float, float]) -> float:
     return middle - 0.5 * (before**2 * fall - behind**2 * rise) / steepness if steepness > 0 else middle
 
 
-def _method(operator: BoundaryOperator) -> Method:
+def _method(operator: BoundaryOperator, ranges: Ranges) -> Method:
     return Method(
-        operator=_KINDS[operator.form], features=operator.features, intercept=operator.bias is not None
+        operator=_KINDS[operator.form],
+        features=operator.features,
+        intercept=operator.bias is not None,
+        ridge="auto" if ranges.n_folds > 1 else None,
     )
 
 

@@ -33,7 +33,7 @@ class Check:
         tokens: Tokens that these have seen.
         divergence: On the held-out sequences.
         scale: Share of the step size that these steps had at the end.
-        rounds: Rounds of boosting before them.
+        rounds: Rounds of boosting that count in it.
     """
 
     step: int
@@ -145,7 +145,8 @@ class Descent:
         """Note a look at the held-out sequences, and go back where it is no better; say whether it is."""
         course = self.course
         is_best = not course.checks or divergence < course.best.divergence
-        course.checks.append(Check(course.step, course.tokens, divergence, course.scale, len(course.boosts)))
+        rounds = sum(one["length"] > 0 for one in course.boosts)
+        course.checks.append(Check(course.step, course.tokens, divergence, course.scale, rounds))
         if is_best:
             self._best = {name: one.detach().clone() for name, one in self._parameters.items()}
         else:

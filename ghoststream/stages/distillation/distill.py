@@ -22,11 +22,12 @@ from ghoststream.recovery.replacing import require_replaceable
 from ghoststream.recovery.training import STAGE
 from ghoststream.stages.distillation.descent import BETAS, SMALLEST_SCALE, Course
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings, HeldOut
-from ghoststream.stages.distillation.schedule import Schedule
+from ghoststream.stages.distillation.schedule import LENGTHS, Schedule
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.lanes import first_needed, operator_lane
 from ghoststream.stages.output import NamedByRequest, Output
 from ghoststream.stages.session import ModelSession
+from ghoststream.statistics.ranges import DEFAULT_FOLDS
 from ghoststream.streaming.gradients import require_gradient_dtype
 from ghoststream.text import TokenSet, recipe_of
 
@@ -44,13 +45,15 @@ def distill(
     """Train operators so that the repaired model's next-token distributions come near the dense model's.
 
     The loss is the divergence over the dense model's ``top`` largest logits (Ghosted Layers, arXiv
-    2605.15491, appendix D); the optimiser is Adam, with steps relative to each tensor that are halved where
-    held-out windows do not gain (:class:`~ghoststream.stages.distillation.descent.Descent`). The best
-    parameters on held-out windows are the result. With ``operators+norms`` the weights of the norms behind
+    2605.15491, appendix D). First come rounds of boosting, if they are asked for
+    (:mod:`ghoststream.stages.distillation.boosting`). The optimiser behind them is Adam, with steps relative
+    to each tensor that are halved where held-out windows do not gain
+    (:class:`~ghoststream.stages.distillation.descent.Descent`). The best parameters on held-out windows are
+    the result. With ``operators+norms``, where steps are taken, the weights of the norms behind
     the first span are trained too; every other weight is frozen. The dense model runs once, and its states in
     front of the first span and its largest logits are kept beside ``out`` until that is written; every step
-    is one pass forward and one backward over the layers behind the first span. Killed at any moment, the same
-    request goes on behind the last step that was saved and ends with the same file.
+    and every round is one pass forward and one backward over the layers behind the first span. Killed at any
+    moment, the same request goes on behind the last one that was saved and ends with the same file.
 
     Args:
         model: Local folder or hub id.
@@ -65,7 +68,8 @@ def distill(
     Returns:
         The operators, with the trained norms among the weights that they replace. Their diagnostics have
         ``held_out_divergence``, ``held_out_loss`` and both ``..._before``; ``curve``, the held-out divergence
-        after so many steps and tokens; ``best_step``; the divergence of every step under ``step_losses``; and
+        after so many rounds, steps and tokens; ``best_step`` and ``best_rounds``; what each round of
+        boosting found under ``boosts``; the divergence of every step under ``step_losses``; and
         the figures of the fit under ``fitted``. A warning says so where the held-out divergence did not fall.
 
     Raises:
@@ -167,9 +171,9 @@ def _settings(training: Training, session: ModelSession, tokens: TokenSet) -> Di
         training.top,
         training.seed,
         schedule.n_train,
-        min(micro_batch, schedule.batch),
+        min(micro_batch, schedule.batch) if schedule.steps else micro_batch,
         schedule.check,
-        schedule.rounds,
+        schedule.boost,
         # Rounds of boosting leave norms as they are.
         norms=training.train == "operators+norms" and schedule.steps > 0,
     )
@@ -185,6 +189,7 @@ def _recipe(
             **asdict(settings),
             "optimizer": {"name": "adam", "betas": list(BETAS), "smallest_scale": SMALLEST_SCALE},
             "schedule": "cosine",
+            "boosting": {"lengths": list(LENGTHS), "folds": DEFAULT_FOLDS},
         },
         "operators": operators.metadata.get("recipe"),
         "operators_digest": operators.content_digest(),

@@ -105,7 +105,8 @@ class Distillation:
             that takes long every :data:`SAVE_SECONDS`.
 
     Memory: that of :class:`~ghoststream.streaming.backward.BackwardPass` for ``batch`` sequences, and 20
-    bytes for each parameter that is trained (itself, the best one, its gradient, two moments).
+    bytes for each parameter that is trained (itself, the best one, its gradient, two moments); in rounds of
+    boosting what :class:`~ghoststream.stages.distillation.boosting.Boosting` states.
     """
 
     def __init__(
@@ -195,10 +196,6 @@ class Distillation:
         return OperatorSet(given.plan, given.kind, boundaries, given.hidden, dict(metadata), replaced)
 
     @property
-    def _train_rows(self) -> npt.NDArray[np.int64]:
-        return np.arange(self._settings.n_train)
-
-    @property
     def _held(self) -> Windows:
         return self._windows(np.arange(self._settings.n_train, self._tokens.n_sequences))
 
@@ -217,27 +214,27 @@ class Distillation:
 
     def _boost(self, progress: Progress) -> None:
         """Do the rounds of boosting that are left; the first one that gains nothing is the last."""
-        settings, descent = self._settings, self._descent
-        boosting = Boosting(self._plan, self._weights, self._windows(self._train_rows), self._held)
-        while len(descent.course.boosts) < settings.boost and not self._gained_nothing():
+        descent, train = self._descent, np.arange(self._settings.n_train)
+        boosting = Boosting(self._plan, self.operators, self._weights, self._windows(train), self._held)
+        while len(descent.course.boosts) < self._settings.boost and not self._gained_nothing():
             require_going_on()
             operators = {one.span: self._trained(one) for one in self._given.operators}
             found = boosting.round(operators, descent.course.checks[-1].divergence, progress)
             for span, one in found.operators.items():
                 self.operators[span].take(one)
-            descent.boosted(self._divergence(), found.figures, boosting.fitted.n_tokens)
+            descent.boosted(found.divergence, found.figures, boosting.fitted.n_tokens)
             descent.save()
             progress.advance(1)
 
     def _gained_nothing(self) -> bool:
-        """Whether the last round of boosting was no better than what it began with."""
-        checks = self._descent.course.checks
-        return len(checks) > 1 and checks[-1] is not self._descent.course.best
+        """Whether the last round of boosting left everything as it was."""
+        boosts = self._descent.course.boosts
+        return bool(boosts) and not boosts[-1]["length"]
 
     def _take_step(self, step: int) -> None:
         windows = self._windows(self._settings.rows(step))
         gradients = 20 * sum(parameter.numel() for parameter in self._parameters().values())
-        factory = windows.memory(gradients).states_factory(windows.batches)
+        factory = windows.memory(gradients=gradients).states_factory(windows.batches)
         self._descent.zero()
         value = windows.backward(windows.n_tokens, self._lane(), factory, self.norms)
         self._descent.step(self._settings.rate(step), value, windows.n_tokens)

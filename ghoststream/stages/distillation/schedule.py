@@ -14,6 +14,8 @@ LENGTHS = (0.03125, 0.0625, 0.125, 0.25, 0.5)
 """How far a round of boosting goes along its direction, in units of the length that would end at no
 divergence on the slope there: each is measured on held-out windows."""
 
+_OF_STEPS = ("train", "batch", "learning_rate", "seed")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -25,7 +27,7 @@ class Schedule:
         batch: Sequences of a step.
         steps: Steps of the optimiser, at most.
         check: Steps between two looks at the held-out sequences.
-        rounds: Rounds of boosting before the steps, at most.
+        boost: Rounds of boosting before the steps, at most.
     """
 
     n_train: int
@@ -33,7 +35,7 @@ class Schedule:
     batch: int
     steps: int
     check: int
-    rounds: int
+    boost: int
 
     @classmethod
     def of(cls, training: Training, n_sequences: int) -> Schedule:
@@ -46,25 +48,28 @@ class Schedule:
         Raises:
             RequestError: If the text has too few of them, or an option would not be used.
         """
-        batch = training.batch
+        batch, n_steps = training.batch, training.steps
         held_out = n_sequences // 4 if training.held_out is None else training.held_out
         n_train = n_sequences - held_out
+        if n_steps == 0 and not training.boost:
+            msg = "neither a step nor a round of boosting is asked for; give more --steps, or --boost"
+            raise RequestError(msg)
+        if n_steps == 0:
+            training.refuse(_OF_STEPS, "no step is taken")
+            batch = 1
         if held_out < 1 or n_train < batch:
             msg = (
                 f"{n_sequences} windows cannot be parted into {held_out} held-out ones and at least one "
                 f"batch of {batch} to train on; give more windows, or a smaller batch"
             )
             raise RequestError(msg)
-        if training.steps == 0 and not training.boost:
-            msg = "no step is to be taken and no round of boosting: give --boost, or more --steps"
-            raise RequestError(msg)
-        if training.steps is not None:
+        if n_steps is not None:
             training.refuse(("epochs",), "--steps says how long is trained")
-        steps = training.epochs * -(-n_train // batch) if training.steps is None else training.steps
+        steps = training.epochs * -(-n_train // batch) if n_steps is None else n_steps
         # A look at a window costs a third of a step on it: with this a ninth of the steps themselves.
         return cls(n_train, held_out, batch, steps, max(1, 3 * held_out // batch), training.boost)
 
     @property
     def n_checks(self) -> int:
         """Looks at the held-out sequences, at most."""
-        return 1 + self.rounds + -(-self.steps // self.check)
+        return 1 + self.boost + -(-self.steps // self.check)

@@ -68,16 +68,26 @@ class Windows:
         """Return the teacher's largest logits of some tokens of a batch, and their entries."""
         return self.teacher.top(self.rows[batch.start : batch.stop], first, count)
 
-    def memory(self, gradients: int | None = None) -> PassMemory:
+    def memory(self, *, buffers: int = 0, gradients: int | None = None) -> PassMemory:
         """Return the memory of a pass.
 
         Args:
-            gradients: Bytes of parameters and their gradients, for a pass with a way back.
+            buffers: Bytes that are taken on the host besides.
+            gradients: Bytes that parameters and their gradients still take, for a pass with a way back.
         """
-        return self.session.memory(self.mask.shape[1], gradients=gradients, scratch=self.scratch)
+        return self.session.memory(
+            self.mask.shape[1],
+            buffers=buffers,
+            gradients=gradients,
+            scratch=self.scratch,
+            micro_batch=len(self.batches[0].ids),
+        )
 
     def forward(self, lanes: Sequence[Lane]) -> None:
-        """Run lanes to the end; what they give is with their observers."""
+        """Run lanes to the end; what they give is with their observers.
+
+        Their maps are in memory before it is looked at how much there is.
+        """
         factory = self.memory().states_factory(self.batches)
         StreamedPass(self.session.skeleton, self.batches, lanes, factory, self._options).run()
 

@@ -98,7 +98,7 @@ class TrainingCost:
         """Return what its passes take: those of the dense model and of a step, whichever takes more."""
         job, hidden = self.job, self.job.sizes.hidden
         micro_batch = self.job.recovery.compute.micro_batch or max(1, job.at_once // 4)
-        micro_batch = min(micro_batch, self.training.batch)
+        micro_batch = min(micro_batch, self.training.batch) if self.schedule.steps else micro_batch
         step = _at(job, self.training.batch, micro_batch)
         way_back = _WAY_BACK * micro_batch * job.work_bytes + _BYTES_TRAINED * self.parameters
         # The inputs of all layers, the states on their way, and their gradient.
@@ -111,21 +111,23 @@ class TrainingCost:
     def _boosting(self, micro_batch: int) -> tuple[PassNeeds, ...]:
         """Return what a round of boosting takes: it keeps what maps read and the gradients behind them."""
         job, n_spans = self.job, self._n_spans
-        if not self.schedule.rounds:
+        if not self.schedule.boost:
             return ()
         hidden, read = job.sizes.hidden, job.input_width(job.kind)
         states = hidden * (self.kept + 2) + n_spans * (read + hidden)
-        way_back = _WAY_BACK * micro_batch * job.work_bytes + 2 * n_spans * self.fit.write_bytes
+        # Of each parameter itself, the best one and its gradient.
+        way_back = _WAY_BACK * micro_batch * job.work_bytes + 3 * n_spans * self.fit.write_bytes
         windows = _at(job, self.schedule.n_train, micro_batch)
-        fits = self.fits_of(self._boosted)
+        recovery = windows.recovery.model_copy(update={"method": self._boosted.method})
+        windows, fits = replace(windows, recovery=recovery), self.fits_of(self._boosted)
         return (pass_needs(windows, "distill", states, way_back=way_back, fits=fits),)
 
     @property
     def _boosted(self) -> OperatorKind:
         """What a round fits at each boundary."""
-        kind = self.job.kind
-        is_matrix = kind.needs_gram
-        return make_operator(Method(operator="least-squares", features=kind.features)) if is_matrix else kind
+        is_matrix = self.fit.write_bytes > 4 * self.job.sizes.hidden
+        name = "least-squares" if is_matrix else "diagonal"
+        return make_operator(Method(operator=name, features=self.job.kind.features))
 
     def work(self, seconds: float) -> Work:
         """Return its work; layers that fit the memory of the host are read from disk once.
@@ -137,10 +139,10 @@ class TrainingCost:
         share, held = schedule.batch / job.sequences, schedule.held_out / job.sequences
         fitted = schedule.n_train / job.sequences
         layers = self.kept / job.sizes.n_layers
-        seen = schedule.steps * share + schedule.rounds * fitted
-        looks = schedule.n_checks + 2 + schedule.rounds * len(LENGTHS)
+        seen = schedule.steps * share + schedule.boost * fitted
+        looks = schedule.n_checks + 2 + schedule.boost * len(LENGTHS)
         lanes = (_PRODUCTS * seen + held * looks) * layers
-        reads = 2 * schedule.steps + 3 * schedule.rounds + schedule.n_checks + 2
+        reads = 2 * schedule.steps + 3 * schedule.boost + schedule.n_checks + 2
         n_bytes = sum(layer.stored_bytes for layer in job.sizes.layers[-self.kept :])
         is_cached = n_bytes <= job.machine.host_memory // 2
         widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)
@@ -152,7 +154,7 @@ class TrainingCost:
         )
         dense = pass_work(job, PassCost(job.sizes.hidden, 1.0, scored=1.0 + 2.0 * held))
         kept = Work(written=self._known_bytes, saved=self._saves(seconds) * _BYTES_KEPT * self.parameters)
-        fits = fits_work(job, self._boosted, schedule.rounds * self._n_spans, fitted)
+        fits = fits_work(job, self._boosted, schedule.boost * self._n_spans, fitted)
         return dense + passes + forward_work(job, lanes, None) + fits + kept
 
     def _saves(self, seconds: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,17 @@ class Resident:
         own = {name: value.grad for name, value in self.parameters.items() if str(one.span) in name}
         return as_operator({name: value.double() for name, value in own.items() if value is not None}, one)
 
-    def move(self, start: OperatorSet, end: OperatorSet, share: float) -> None:
-        """Put operators in place that are so far on the way from some to others."""
-        for one, other in zip(start.operators, end.operators, strict=True):
+    def move(
+        self,
+        start: OperatorSet,
+        lengths: Mapping[Span, float],
+        directions: Mapping[Span, Mapping[str, Array]],
+    ) -> None:
+        """Put operators in place that have gone so far along their directions."""
+        for one in start.operators:
             own = {name: value for name, value in self.parameters.items() if str(one.span) in name}
-            for array in ("weight", "bias"):
-                begin, goal = getattr(one, array), getattr(other, array)
-                if begin is None:
-                    continue
-                whole = torch.from_numpy(begin + np.float32(share) * (goal - begin))
+            for array, direction in directions[one.span].items():
+                whole = torch.from_numpy(getattr(one, array) + lengths[one.span] * direction)
                 parts = [
                     value
                     for name, value in own.items()

@@ -102,44 +102,53 @@ def test_a_round_is_a_fit_to_the_gradients_of_a_resident_model(
     moved = boost(tiny_llama, operators, text, tmp_path / "moved.safetensors")
     (figures,) = moved.operators[0].diagnostics["boosts"]
     assert figures["fitted_divergence"] == pytest.approx(before.item(), rel=1e-5)
-    length, slope = figures["length"], 0.0
-    assert length > 0
+    directions = {}
     for one, start in zip(moved.operators, operators.operators, strict=True):
-        assert one.weight is not None
-        assert start.weight is not None
-        direction = (one.weight.astype(np.float64) - start.weight) / length
+        found = figures["spans"][str(one.span)]
+        assert found["length"] > 0
         gradients = resident.gradients(one)
         states, entered = resident.read(one, rows)
         features = features_of(one, states, entered)
+        direction = {
+            name: (getattr(one, name).astype(np.float64) - getattr(start, name)) / found["length"]
+            for name in gradients
+        }
         # The divergence is a mean over tokens: gradients of its sum are what is fitted.
-        found = ridge_solutions(
+        solutions = ridge_solutions(
             features,
             -n_tokens * gradients["weight"].T,
             intercept=one.bias is not None,
             sums=-n_tokens * gradients.get("bias", np.zeros(C)),
         )
-        misses = [np.linalg.norm(direction - each) / np.linalg.norm(each) for each in found]
+        weight = direction["weight"]
+        misses = [np.linalg.norm(weight - each) / np.linalg.norm(each) for each in solutions]
         assert min(misses) < 2e-3
-        slope -= float((direction * gradients["weight"]).sum())
         if one.bias is not None:
-            assert start.bias is not None
-            shift = (one.bias.astype(np.float64) - start.bias) / length
-            mean = -gradients["bias"] * n_tokens / len(features) - features.mean(0) @ direction.T
-            np.testing.assert_allclose(shift, mean, rtol=1e-2, atol=1e-3 * np.abs(mean).max())
-            slope -= float((shift * gradients["bias"]).sum())
-    # The longest one is half way to where a line from here would be at zero.
-    lengths = dict(figures["lengths"])
-    assert max(lengths) == pytest.approx(0.5 * before.item() / slope, rel=1e-2)
-    # Each divergence is that of the resident model with operators so far along.
-    for far, divergence in lengths.items():
-        resident.move(operators, moved, far / length)
-        with torch.no_grad():
-            assert float(resident.figures(held)[0]) == pytest.approx(divergence, rel=1e-3)
-    resident.move(operators, moved, 1.0)
+            mean = -gradients["bias"] * n_tokens / len(features) - features.mean(0) @ weight.T
+            np.testing.assert_allclose(direction["bias"], mean, rtol=1e-2, atol=1e-3 * np.abs(mean).max())
+        # The longest one is half way to where a line from here would be at zero; unless a longer one is the
+        # lowest point of a parabola, which lies between two.
+        slope = -sum(float((direction[name] * gradient).sum()) for name, gradient in gradients.items())
+        longest = max(length for length, _ in found["lengths"])
+        assert longest == pytest.approx(0.5 * before.item() / slope, rel=1e-2)
+        directions[one.span] = direction
+    # Each divergence is that of the resident model with this operator so far along, and later ones moved.
+    at = {one.span: 0.0 for one in moved.operators}
+    for one in reversed(moved.operators):
+        found = figures["spans"][str(one.span)]
+        for length, divergence in found["lengths"]:
+            resident.move(operators, {**at, one.span: length}, directions)
+            with torch.no_grad():
+                assert float(resident.figures(held)[0]) == pytest.approx(divergence, rel=1e-3)
+        assert found["length"] == min(found["lengths"], key=lambda each: each[1])[0]
+        at[one.span] = found["length"]
+    resident.move(operators, at, directions)
     with torch.no_grad():
         after = float(resident.figures(held)[0])
     assert moved.operators[0].diagnostics["held_out_divergence"] == pytest.approx(after, rel=1e-4)
-    assert after < moved.operators[0].diagnostics["held_out_divergence_before"]
+    assert figures["gain"] == pytest.approx(
+        moved.operators[0].diagnostics["held_out_divergence_before"] - after, rel=1e-3
+    )
 
 
 def test_rounds_and_steps_go_on_from_each_other(text: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -243,7 +252,8 @@ def test_a_round_that_gains_nothing_is_the_last_and_changes_nothing(
     )  # far behind everything
     moved = boost(tiny_llama, operators, text, tmp_path / "moved.safetensors", boost=3)
     figures = moved.operators[0].diagnostics
-    assert [one["length"] for one in figures["boosts"]] == [0.0]
+    assert [one["gain"] for one in figures["boosts"]] == [0.0]
+    assert [one["length"] for one in figures["boosts"][0]["spans"].values()] == [0.0, 0.0]
     assert figures["best_rounds"] == 0
     again = boost(tiny_llama, operators, text, tmp_path / "a.safetensors", boost=3, steps=3, batch=2)
     assert [one["rounds"] for one in again.operators[0].diagnostics["curve"]] == [0, 0, 0]

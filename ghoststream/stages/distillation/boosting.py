@@ -4,7 +4,7 @@ Friedman's gradient boosting (Annals of Statistics 29, 2001), where the function
 With ``g`` the gradient of the divergence with respect to what the map gives for a token, the change ``D`` of
 a linear map minimises ``|phi D + g|^2 + r |D|^2`` over all tokens: the least squares of every other operator,
 with a target of its own. In terms of descent that is the gradient with respect to the map, times the inverse
-of the Gram of its features. How far to go is found on windows that are held out.
+of the Gram of its features. How far each goes is found on windows that are held out.
 """
 
 from __future__ import annotations
@@ -49,15 +49,23 @@ class Boosted:
     Attributes:
         operators: The operators, moved; as they were where no length was better.
         divergence: On held-out windows, with these.
-        figures: ``length`` along the direction, 0 where nothing was gained; ``lengths``, the divergence on
-            held-out windows at each that was measured; ``fitted_divergence`` on the windows that served to
-            fit, where it began; and of each span the share of the gradients that its fit leaves,
-            ``relative_residual``.
+        figures: ``gain`` on held-out windows; ``fitted_divergence`` on the windows that served to fit, where
+            it began; and ``spans``, of each span ``length`` along its direction, 0 where nothing was gained,
+            ``lengths``, the divergence on held-out windows at each that was measured with later spans moved,
+            and ``relative_residual``, the share of the gradients that its fit leaves.
     """
 
     operators: Operators
     divergence: float
     figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """Where a fit to gradients points: ``slope`` is how fast the divergence falls along it."""
+
+    operator: BoundaryOperator
+    slope: float
 
 
 @dataclass(frozen=True)
@@ -94,26 +102,37 @@ class Boosting:
         Raises:
             NumericsError: If a state, a gradient or a solution is not finite.
         """
-        before, directions, slope = self._directions(operators, progress)
-        found = {0.0: divergence}
-        if slope > 0:
-            # Of a loss that cannot fall below zero: as far as a line from here would take to get there.
-            self._measure(operators, directions, [before / slope * share for share in LENGTHS], found)
-            if (between := best_length(found)) not in found:
-                self._measure(operators, directions, [between], found)
-        length = min(found, key=lambda one: found[one])
-        figures = {
-            "length": length,
-            "lengths": [list(one) for one in sorted(found.items())],
-            "fitted_divergence": before,
-            "relative_residual": {
-                str(span): one.diagnostics["relative_residual"] for span, one in directions.items()
-            },
-        }
-        return Boosted(_moved(operators, directions, length), found[length], figures)
+        before, directions = self._directions(operators, progress)
+        moved, spans, now = dict(operators), {}, divergence
+        # Lanes whose spans in front stay as they are go to a later one together. Each span has a length of
+        # its own: what leaves a deep model of a change differs by orders between an early and a late span.
+        for span in sorted(moved, reverse=True):
+            found = self._lengths(moved, directions[span], before, now)
+            length = min(found, key=lambda one: found[one])
+            moved[span], now = _moved(moved[span], directions[span].operator, length), found[length]
+            spans[str(span)] = {
+                "length": length,
+                "lengths": [list(one) for one in sorted(found.items())],
+                "relative_residual": directions[span].operator.diagnostics["relative_residual"],
+            }
+        figures = {"gain": divergence - now, "fitted_divergence": before, "spans": spans}
+        return Boosted(moved, now, figures)
 
-    def _directions(self, operators: Operators, progress: Progress) -> tuple[float, Operators, float]:
-        """Return the divergence, the fits of its negative gradient, and how fast it falls along these."""
+    def _lengths(
+        self, operators: Operators, direction: _Direction, before: float, now: float
+    ) -> dict[float, float]:
+        """Return the divergence on held-out windows at lengths along a direction; ``now`` at zero."""
+        found = {0.0: now}
+        if direction.slope > 0:
+            # Of a loss that cannot fall below zero: as far as a line from here would take to get there.
+            unit = before / direction.slope
+            self._measure(operators, direction.operator, [unit * share for share in LENGTHS], found)
+            if (between := best_length(found)) not in found:
+                self._measure(operators, direction.operator, [between], found)
+        return found
+
+    def _directions(self, operators: Operators, progress: Progress) -> tuple[float, dict[Span, _Direction]]:
+        """Return the divergence on the windows to fit on, and the fits to its negative gradient."""
         windows, place = self.fitted, FitPlace()
         ranges = Ranges.make(len(windows.rows), folds=DEFAULT_FOLDS)
         read = {
@@ -139,24 +158,26 @@ class Boosting:
             total = windows.backward(1, lane, factory, None)
             found = {}
             for span, recorded in maps.items():
-                found[span] = _fit(read[span].boundary, recorded.pairs)
+                operator = _fit(read[span].boundary, recorded.pairs)
                 recorded.release_places()
-            slope = sum(_slope(one.gradients(), found[span]) for span, one in self.trained.items())
-        return total / windows.n_tokens, found, slope / windows.n_tokens
+                slope = _slope(self.trained[span].gradients(), operator) / windows.n_tokens
+                found[span] = _Direction(operator, slope)
+        return total / windows.n_tokens, found
 
     def _measure(
         self,
         operators: Operators,
-        directions: Operators,
+        direction: BoundaryOperator,
         lengths: Sequence[float],
         found: dict[float, float],
     ) -> None:
         """Add the divergence on held-out windows at each length, in one pass."""
         skeleton, lanes, seen = self.held.session.skeleton, [], []
+        shared = {span: operator_map(one, skeleton) for span, one in operators.items()}
         for length in lengths:
+            moved = _moved(operators[direction.span], direction, length)
+            maps = {**shared, direction.span: operator_map(moved, skeleton)}
             figures = TopDivergence(self.held)
-            moved = _moved(operators, directions, length)
-            maps = {span: operator_map(one, skeleton) for span, one in moved.items()}
             looking: Any = {"logits": figures, "entries": figures.entries, "weights": self.weights}
             lanes.append(Lane(f"length {length:.3g}", self.plan, maps, **looking))
             seen.append(figures)
@@ -274,11 +295,7 @@ def _slope(gradients: Mapping[str, Array], direction: BoundaryOperator) -> float
     return -sum(float((one * getattr(direction, name)).sum()) for name, one in gradients.items())
 
 
-def _moved(operators: Operators, directions: Operators, length: float) -> Operators:
-    return {span: _added(one, directions[span], length) for span, one in operators.items()}
-
-
-def _added(operator: BoundaryOperator, direction: BoundaryOperator, length: float) -> BoundaryOperator:
+def _moved(operator: BoundaryOperator, direction: BoundaryOperator, length: float) -> BoundaryOperator:
     arrays = {
         name: getattr(operator, name) + np.float32(length) * getattr(direction, name)
         for name in ("weight", "bias")

@@ -145,7 +145,7 @@ class Descent:
         """Note a look at the held-out sequences, and go back where it is no better; say whether it is."""
         course = self.course
         is_best = not course.checks or divergence < course.best.divergence
-        rounds = sum(one["length"] > 0 for one in course.boosts)
+        rounds = sum(one["gain"] > 0 for one in course.boosts)
         course.checks.append(Check(course.step, course.tokens, divergence, course.scale, rounds))
         if is_best:
             self._best = {name: one.detach().clone() for name, one in self._parameters.items()}

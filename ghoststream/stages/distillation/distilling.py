@@ -229,7 +229,7 @@ class Distillation:
     def _gained_nothing(self) -> bool:
         """Whether the last round of boosting left everything as it was."""
         boosts = self._descent.course.boosts
-        return bool(boosts) and not boosts[-1]["length"]
+        return bool(boosts) and not boosts[-1]["gain"]
 
     def _take_step(self, step: int) -> None:
         windows = self._windows(self._settings.rows(step))

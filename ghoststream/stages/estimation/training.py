@@ -140,9 +140,10 @@ class TrainingCost:
         fitted = schedule.n_train / job.sequences
         layers = self.kept / job.sizes.n_layers
         seen = schedule.steps * share + schedule.boost * fitted
-        looks = schedule.n_checks + 2 + schedule.boost * len(LENGTHS)
+        rounds, spans = schedule.boost, self._n_spans
+        looks = schedule.n_checks + 2 + rounds * (spans * (1 + len(LENGTHS)) - 1)
         lanes = (_PRODUCTS * seen + held * looks) * layers
-        reads = 2 * schedule.steps + 3 * schedule.boost + schedule.n_checks + 2
+        reads = 2 * schedule.steps + rounds * (2 * spans + 1) + schedule.n_checks + 2
         n_bytes = sum(layer.stored_bytes for layer in job.sizes.layers[-self.kept :])
         is_cached = n_bytes <= job.machine.host_memory // 2
         widened = job.sizes.layer_bytes / max(1, job.sizes.stored_layer_bytes)

@@ -24,6 +24,19 @@ Forms = tuple[tuple[str, str, bool], ...]
 FORMS: Forms = (("linear", "hidden", False), ("linear", "hidden+normed", True))
 
 
+def repeated_ids() -> npt.NDArray[np.int64]:
+    """Random ids; of these nothing is learned for others, so that the held-out windows are two of the rest."""
+    found = np.random.default_rng(3).integers(3, 128, size=(S, T))
+    found[-HELD:] = found[:HELD]
+    return found
+
+
+def saved_ids(ids: npt.NDArray[np.int64], folder: Path) -> str:
+    """Save ids; return the specification of that text."""
+    np.save(folder / "ids.npy", ids)
+    return f"ids:{folder / 'ids.npy'}"
+
+
 def make_operators(folder: Path, forms: Forms = FORMS) -> OperatorSet:
     random = np.random.default_rng(5)
     boundaries = []

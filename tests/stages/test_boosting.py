@@ -23,7 +23,19 @@ from ghoststream.stages.distillation.descent import Descent
 from ghoststream.stages.distillation.distill import distill
 from ghoststream.stopping import ask_to_stop, forget_stop
 from ghoststream.streaming import StatesFactory
-from tests.helpers.distilling import FORMS, HELD, TOP, C, Forms, Resident, S, T, make_operators
+from tests.helpers.distilling import (
+    FORMS,
+    HELD,
+    TOP,
+    C,
+    Forms,
+    Resident,
+    S,
+    T,
+    make_operators,
+    repeated_ids,
+    saved_ids,
+)
 
 pytestmark = pytest.mark.integration
 Array = npt.NDArray[np.float64]
@@ -31,17 +43,12 @@ Array = npt.NDArray[np.float64]
 
 @pytest.fixture(scope="module")
 def ids() -> npt.NDArray[np.int64]:
-    found = np.random.default_rng(3).integers(3, 128, size=(S, T))
-    # Of random ids nothing is learned for others: the held-out windows are two of those that are seen.
-    found[-HELD:] = found[:HELD]
-    return found
+    return repeated_ids()
 
 
 @pytest.fixture(scope="module")
 def text(ids: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, ids)
-    return f"ids:{path}"
+    return saved_ids(ids, tmp_path_factory.mktemp("ids"))
 
 
 def boost(

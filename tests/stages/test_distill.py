@@ -40,6 +40,8 @@ from tests.helpers.distilling import (
     T,
     as_operator,
     make_operators,
+    repeated_ids,
+    saved_ids,
 )
 from tests.helpers.groups import take
 
@@ -48,17 +50,12 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def ids() -> npt.NDArray[np.int64]:
-    found = np.random.default_rng(3).integers(3, 128, size=(S, T))
-    # Of random ids nothing is learned for others: the held-out windows are two of those that are seen.
-    found[-HELD:] = found[:HELD]
-    return found
+    return repeated_ids()
 
 
 @pytest.fixture(scope="module")
 def text(ids: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("ids") / "ids.npy"
-    np.save(path, ids)
-    return f"ids:{path}"
+    return saved_ids(ids, tmp_path_factory.mktemp("ids"))
 
 
 def run(folder: Path, operators: OperatorSet | Path, text: str, out: Path, **options: Any) -> OperatorSet:

@@ -25,7 +25,7 @@ FORMS: Forms = (("linear", "hidden", False), ("linear", "hidden+normed", True))
 
 
 def repeated_ids() -> npt.NDArray[np.int64]:
-    """Random ids; of these nothing is learned for others, so that the held-out windows are two of the rest."""
+    """Random ids; of these nothing is learned for others: the held-out windows are two of the rest."""
     found = np.random.default_rng(3).integers(3, 128, size=(S, T))
     found[-HELD:] = found[:HELD]
     return found

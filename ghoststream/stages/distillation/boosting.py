@@ -127,7 +127,7 @@ class Boosting:
             # Of a loss that cannot fall below zero: as far as a line from here would take to get there.
             unit = before / direction.slope
             self._measure(operators, direction.operator, [unit * share for share in LENGTHS], found)
-            if (between := best_length(found)) not in found:
+            if (between := best_length(found, direction.slope)) not in found:
                 self._measure(operators, direction.operator, [between], found)
         return found
 
@@ -256,19 +256,25 @@ class _Gradients(Pairs):
         return inputs, hidden.float() - gradients.to(hidden.device, torch.float32)
 
 
-def best_length(divergences: Mapping[float, float]) -> float:
+def best_length(divergences: Mapping[float, float], slope: float) -> float:
     """Return where the parabola through the best length and its neighbours is lowest.
 
     Args:
         divergences: By length, zero among them.
+        slope: How fast they fall at zero. It takes the place of a neighbour where zero is best: they rise
+            later on, so that something shorter than all others is lower.
 
     Returns:
-        Zero if that is best, and the longest one if that is.
+        The longest one if that is best.
     """
     lengths = sorted(divergences)
     best = min(range(len(lengths)), key=lambda index: divergences[lengths[index]])
-    if best in (0, len(lengths) - 1):
+    if best == len(lengths) - 1:
         return lengths[best]
+    if best == 0:
+        first = lengths[1]
+        rise = divergences[first] - divergences[0.0]
+        return 0.5 * slope * first**2 / (rise + slope * first)
     left, middle, right = lengths[best - 1 : best + 2]
     rise, fall = divergences[left] - divergences[middle], divergences[right] - divergences[middle]
     before, behind = middle - left, right - middle

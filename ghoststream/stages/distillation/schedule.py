@@ -10,7 +10,7 @@ from ghoststream.options import Training
 SAVE_SECONDS = 60.0
 """Between two looks at held-out sequences a training is saved so often; that decides no bit of it."""
 
-LENGTHS = (0.03125, 0.0625, 0.125, 0.25, 0.5)
+LENGTHS = (0.015, 0.036, 0.087, 0.21, 0.5)
 """How far a round of boosting goes along its direction, in units of the length that would end at no
 divergence on the slope there: each is measured on held-out windows."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ghoststream.option_types import Count, Few, Number, Options, option
 
@@ -44,6 +44,13 @@ class Training(Options):
         None, "Windows held out for measuring, taken from the end. Default: a quarter.", metavar="S"
     )
     seed: Number = option(0, "Order of the windows.", metavar="N")
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.steps == 0 and not self.boost:
+            msg = "neither a step nor a round of boosting is asked for; give more --steps, or --boost"
+            raise ValueError(msg)
+        return self
 
 
 def _or_steps(value: Any) -> Any:

@@ -224,7 +224,7 @@ def test_what_stands_behind_the_option_is_a_number_of_steps(refused: Callable[..
     words = ("--remove", 2, "--calibration", "ids:x.npy", "--out", "nowhere")
     line = refused("recover", "--distill", "model", *words, code=BAD_REQUEST, says="is no number of steps")
     assert "put what follows the option in front of it, or give a number" in line
-    refused("recover", "model", *words, "--distill", 0, code=BAD_REQUEST, says="greater than or equal to 1")
+    refused("recover", "model", *words, "--distill", 0, code=BAD_REQUEST, says="neither a step nor a round")
 
 
 def test_a_checkpoint_that_was_trained_otherwise_is_refused_before_any_work(

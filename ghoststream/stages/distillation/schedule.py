@@ -51,9 +51,6 @@ class Schedule:
         batch, n_steps = training.batch, training.steps
         held_out = n_sequences // 4 if training.held_out is None else training.held_out
         n_train = n_sequences - held_out
-        if n_steps == 0 and not training.boost:
-            msg = "neither a step nor a round of boosting is asked for; give more --steps, or --boost"
-            raise RequestError(msg)
         if n_steps == 0:
             training.refuse(_OF_STEPS, "no step is taken")
             batch = 1

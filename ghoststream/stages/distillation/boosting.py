@@ -9,16 +9,13 @@ of the Gram of its features. How far each goes is found on windows that are held
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from ghoststream.evaluation.objectives import TopDivergence
 from ghoststream.operators import BoundaryOperator
@@ -27,14 +24,14 @@ from ghoststream.progress import Progress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.moments import Boundary, FitPlace, fitted_operator, place_fits
 from ghoststream.stages.choosing.summing import SummedBoundary
+from ghoststream.stages.distillation.recorded import Recorded
 from ghoststream.stages.distillation.schedule import LENGTHS
 from ghoststream.stages.distillation.trained import TrainedOperator
 from ghoststream.stages.distillation.windows import Windows
 from ghoststream.stages.lanes import operator_map
 from ghoststream.statistics import Ranges
 from ghoststream.statistics.ranges import DEFAULT_FOLDS
-from ghoststream.streaming import BoundaryMap, HiddenStates, Lane, Pairs, ReplacedWeights, StatesFactory
-from ghoststream.streaming.batches import Batch
+from ghoststream.streaming import Lane, Pairs, ReplacedWeights
 
 Array = npt.NDArray[np.float32]
 Operators = Mapping[Span, BoundaryOperator]
@@ -147,7 +144,7 @@ class Boosting:
         factory = memory.states_factory(windows.batches)
         with ExitStack() as kept:
             maps = {
-                span: _Recorded(one, read[span], windows.batches, factory)
+                span: Recorded(one, read[span], windows.batches, factory)
                 for span, one in self.trained.items()
             }
             for recorded in maps.values():
@@ -173,87 +170,23 @@ class Boosting:
     ) -> None:
         """Add the divergence on held-out windows at each length, in one pass."""
         skeleton, lanes, seen = self.held.session.skeleton, [], []
-        shared = {span: operator_map(one, skeleton) for span, one in operators.items()}
+        moving = direction.span
+        shared = {span: operator_map(one, skeleton) for span, one in operators.items() if span != moving}
         for length in lengths:
-            moved = _moved(operators[direction.span], direction, length)
-            maps = {**shared, direction.span: operator_map(moved, skeleton)}
+            moved = _moved(operators[moving], direction, length)
             figures = TopDivergence(self.held)
-            looking: Any = {"logits": figures, "entries": figures.entries, "weights": self.weights}
-            lanes.append(Lane(f"length {length:.3g}", self.plan, maps, **looking))
+            lane = Lane(
+                f"length {length:.3g}",
+                self.plan,
+                {**shared, moving: operator_map(moved, skeleton)},
+                logits=figures,
+                entries=figures.entries,
+                weights=self.weights,
+            )
+            lanes.append(lane)
             seen.append(figures)
         self.held.forward(lanes)
         found.update(zip(lengths, (one.divergence() for one in seen), strict=True))
-
-
-class _Recorded(BoundaryMap):
-    """A trained operator that keeps, on the way back, what it reads and the gradient of what it gives."""
-
-    def __init__(
-        self,
-        operator: TrainedOperator,
-        read: SummedBoundary,
-        batches: Sequence[Batch],
-        factory: StatesFactory,
-    ) -> None:
-        self.taps = operator.taps
-        self._operator, self._read, self._factory = operator, read, factory
-        self._batches, self._coming = batches, iter(batches)
-        self._places: tuple[HiddenStates, ...] = ()
-
-    @property
-    def pairs(self) -> Pairs:
-        """Inputs, and targets whose gap is the negative gradient."""
-        return _Gradients(self._batches, *self._places)
-
-    def enter(self, states: torch.Tensor, taps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the estimate of ``h[stop]``."""
-        mapped = self._operator.enter(states, taps)
-        if torch.is_grad_enabled():
-            self._record(self._read.enter(states, taps), mapped)
-        return mapped
-
-    def apply(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the estimate of ``h[stop]``; what was entered is mapped already."""
-        mapped = self._operator.apply(states)
-        if torch.is_grad_enabled() and not self.taps:
-            self._record(states, mapped)
-        return mapped
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return those of the operator."""
-        return self._operator.parameters()
-
-    def release_places(self) -> None:
-        """Give up what was kept."""
-        for place in self._places:
-            self._factory.release(place)
-        self._places = ()
-
-    def forget_gradients(self) -> None:
-        """Free the gradients of the operator."""
-        for parameter in self.parameters():
-            parameter.grad = None
-
-    def _record(self, inputs: torch.Tensor, mapped: torch.Tensor) -> None:
-        if not self._places:
-            # Not before: what the pass keeps goes over every layer, and comes first where memory is near.
-            self._places = self._factory.make(width=self._read.width), self._factory.make()
-        # The way back goes through the batches in order, as every pass does.
-        batch = next(self._coming)
-        kept, gradients = self._places
-        kept.put(batch, inputs.detach())
-        mapped.register_hook(partial(gradients.put, batch))
-
-
-class _Gradients(Pairs):
-    """Inputs of a map, and targets that lie one negative gradient further."""
-
-    def of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets of one batch; targets are float32: a gradient is small beside a state."""
-        inputs, gradients = super().of(batch)
-        hidden = inputs[..., : gradients.shape[-1]]
-        # They may lie in different memories.
-        return inputs, hidden.float() - gradients.to(hidden.device, torch.float32)
 
 
 def best_length(divergences: Mapping[float, float], slope: float) -> float:

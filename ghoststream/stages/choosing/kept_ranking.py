@@ -33,8 +33,13 @@ class Ranking:
     runs: Runs
 
     @classmethod
-    def make(cls, trial: Trial, sizes: Sequence[int]) -> Ranking:
+    def make(cls, trial: Trial, sizes: Sequence[int], title: str) -> Ranking:
         """Rank the spans of some lengths, or return what an earlier attempt at the same result has found.
+
+        Args:
+            trial: Whose model and text they are of.
+            sizes: The lengths.
+            title: What is said before they are ranked.
 
         Raises:
             CheckpointError: If the model is not what it was then.
@@ -52,6 +57,8 @@ class Ranking:
         session = trial.session
         before = session.skeleton.runs
         tokens = trial.tokens.take(range(min(RANKED_WINDOWS, trial.tokens.n_sequences)))
+        lengths = ", ".join(map(str, sizes))
+        trial.progress.log(f"{title} of {lengths} layers by similarity on {tokens.n_sequences} windows")
         norms = StreamNorms(torch.from_numpy(tokens.mask))
         spans = rank_spans(
             session,

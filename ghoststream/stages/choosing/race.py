@@ -37,7 +37,6 @@ from ghoststream.stages.choosing.rounds import (
     OF_SPANS,
     OF_SURVIVORS,
     PARTS,
-    RANKED_WINDOWS,
     SPANS,
     SURVIVORS,
 )
@@ -55,14 +54,8 @@ class _Race:
 
     def run(self, repairs: Iterable[Repair], sample: Sample, what: str) -> Ranked:
         """Measure repairs, each once; return them best first."""
-        own = list({repair.name: repair for repair in repairs}.values())
         self.rounds += 1
-        positions = "" if sample.is_of_all_positions else f", at {sample.positions:.0%} of their positions"
-        self.trial.progress.log(
-            f"round {self.rounds} of {self.n_rounds}, {what}: {len(own)} candidates, fitted on "
-            f"{sample.n_fit} windows and measured on {sample.n_held}{positions}"
-        )
-        ranked = self.trial.rank(own, sample)
+        ranked = self.trial.round(f"round {self.rounds} of {self.n_rounds}, {what}", repairs, sample)
         self.rows = [*({**row, "round": self.rounds} for _, row in ranked), *self.rows]
         return ranked
 
@@ -119,11 +112,7 @@ def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: M
     """Measure the spans that similarity prefers, of every length that occurs; return what they cost."""
     trial = run.trial
     sizes = sorted({size for partition in tried for size in partition})
-    n_ranked = min(RANKED_WINDOWS, trial.tokens.n_sequences)
-    trial.progress.log(
-        f"ranking spans of {', '.join(map(str, sizes))} layers by similarity on {n_ranked} windows"
-    )
-    ranking = Ranking.make(trial, sizes)
+    ranking = Ranking.make(trial, sizes, "ranking spans")
     trial.passes += 1
     trial.details |= {"similarity": similarity_maps(ranking.spans), "norms": dict(ranking.norms)}
     n_layers = trial.session.skeleton.n_layers

@@ -6,7 +6,7 @@ Their figures are kept beside the result until that is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Sample:
     def is_of_all_positions(self) -> bool:
         """Whether the losses of all predictions are taken."""
         return self.positions == 1.0
+
+    def __str__(self) -> str:
+        positions = "" if self.is_of_all_positions else f", at {self.positions:.0%} of their positions"
+        return f"fitted on {self.n_fit} windows and measured on {self.n_held}{positions}"
 
 
 _CANDIDATES = "candidates"
@@ -128,6 +132,12 @@ class Trial:
         """Return repairs and their figures, best first; measured as by :meth:`measure`."""
         rows = self.measure(repairs, sample)
         return sorted(zip(repairs, rows, strict=True), key=lambda pair: preference(pair[1]))
+
+    def round(self, title: str, repairs: Iterable[Repair], sample: Sample) -> Ranked:
+        """Say what is measured, measure each repair once, and return them best first."""
+        own = list({repair.name: repair for repair in repairs}.values())
+        self.progress.log(f"{title}: {len(own)} candidates, {sample}")
+        return self.rank(own, sample)
 
     def refine(self, repairs: Sequence[Repair]) -> list[tuple[Repair, Row]]:
         """Choose how each boundary is fitted; return the repairs with the methods that won, best first."""

@@ -185,10 +185,7 @@ class _Exploration:
 
     def _explored(self, trial: Trial, recipe: dict[str, Any]) -> ExplorationReport:
         session, progress, numbers = self.material.session, self.material.progress, self.numbers
-        progress.log(
-            f"explore: stage 1 of {STAGES}, ranking spans of {len(numbers.sizes)} lengths by similarity"
-        )
-        ranking = Ranking.make(trial, numbers.sizes)
+        ranking = Ranking.make(trial, numbers.sizes, f"explore: stage 1 of {STAGES}, ranking spans")
         found = run_rounds(trial, ranking.spans, numbers, self.method)
         assert trial.dense_loss is not None
         report = ExplorationReport(

@@ -30,7 +30,7 @@ from ghoststream.stages.choosing.ranking import Similarity, shortlist
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.rounds import OF_PLANS, OF_SPANS, OF_SURVIVORS, SampleShare
 from ghoststream.stages.choosing.settling import is_surely_worse, settle
-from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
+from ghoststream.stages.choosing.trial import Ranked, Row, Trial
 from ghoststream.stages.choosing.ways import SCREEN
 from ghoststream.stages.choosing.writable import writable
 from ghoststream.stages.exploring.numbers import PARTS, Numbers
@@ -158,22 +158,12 @@ def _likely_plans(
     return singles[: (numbers.per_count + 1) // 2], writable(session, near, numbers.per_count)
 
 
-def _share(sample: Sample) -> str:
-    return "" if sample.is_of_all_positions else f", at {sample.positions:.0%} of their positions"
-
-
 def _measure(
     trial: Trial, found: Explored, number: int, repairs: Iterable[Repair], share: SampleShare
 ) -> Ranked:
     """Measure repairs, each once; return them best first."""
-    own = list({repair.name: repair for repair in repairs}.values())
-    sample = trial.sample(share)
     what = {2: "single spans", 3: "plans of each number of layers", 4: "the best plans"}[number]
-    trial.progress.log(
-        f"explore: stage {number} of {STAGES}, {what}: {len(own)} candidates, fitted on {sample.n_fit} "
-        f"windows and measured on {sample.n_held}{_share(sample)}"
-    )
-    ranked = trial.rank(own, sample)
+    ranked = trial.round(f"explore: stage {number} of {STAGES}, {what}", repairs, trial.sample(share))
     rows = [{**row, "round": number, "removed": repair.plan.n_removed} for repair, row in ranked]
     found.rows = [*rows, *found.rows]
     return ranked

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from ghoststream.checkpoint.configuration import plain_type
 from ghoststream.checkpoint.layer_parts import Architecture, LayerParts
 from ghoststream.checkpoint.packed import require_readable
 from ghoststream.errors import UnsupportedModelError
@@ -243,7 +244,7 @@ def architecture_of(config: Any) -> Architecture:
             norm of its own, or if the weights are quantised in a way that is not read.
     """
     model_type = str(config.model_type)
-    base = model_type.removeprefix("ghosted_")
+    base = plain_type(config)
     if base not in ARCHITECTURES:
         msg = f"models of type {model_type!r} cannot be streamed: {_reason(config, base)}"
         raise UnsupportedModelError(msg)

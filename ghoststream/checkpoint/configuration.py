@@ -16,6 +16,8 @@ from ghoststream.files import read_json, system_error
 from ghoststream.spans import MOST_LAYERS
 
 CONFIG_NAME = "config.json"
+GHOSTED = "ghosted_"
+"""What a recovered model puts in front of the ``model_type`` of its base."""
 _LAYERS = frozenset({"num_hidden_layers", "n_layer", "num_layers", "n_layers"})
 _READ = re.compile(r"\b(?:config|self|cls)\.(\w+)")
 
@@ -51,6 +53,11 @@ def read_config(root: Path) -> dict[str, Any]:
             )
             raise CheckpointError(msg)
     return data
+
+
+def plain_type(config: Any) -> str:
+    """Return the ``model_type`` of a configuration, without what a recovered model puts in front of it."""
+    return str(config.model_type).removeprefix(GHOSTED)
 
 
 def require_layers(index: CheckpointIndex, layers_path: str, n_layers: int) -> None:

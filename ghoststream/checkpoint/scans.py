@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
+
+from ghoststream.checkpoint.configuration import plain_type
 
 # transformers' delta rule goes over chunks of so many tokens.
 _DELTA_CHUNK = 64
 
 
-def scan_bytes_per_token(model_type: str, setting: Callable[[str, int], int]) -> int:
+def scan_bytes_per_token(config: Any) -> int:
     """Return the bytes that the scan of a recurrent layer holds a token, beyond a plain layer's work.
 
     Scans are computed in float32. How many tensors of each shape are alive together was counted and compared
     with the peak of one layer: what a layer counts is then 1.0 to 1.3 times its peak.
 
     Args:
-        model_type: The base's ``model_type``.
-        setting: Gives a setting of the configuration, or what is given where it says nothing.
+        config: A transformers configuration, of a recovered model too.
 
     Returns:
         0 where scans hold no more than other layers do.
     """
-    hidden = setting("hidden_size", 4096)
+
+    def setting(name: str, usual: int) -> int:
+        return int(getattr(config, name, None) or usual)
+
+    model_type, hidden = plain_type(config), setting("hidden_size", 4096)
     if model_type == "jamba":
         return 4 * 4 * setting("mamba_expand", 2) * hidden * setting("mamba_d_state", 16)
     if model_type == "kimi_linear":

@@ -199,10 +199,7 @@ def _sizes(
         hidden=hidden,
         widest=max(_widest(layer.values(), hidden) for layer in layers.values()),
         heads=int(_first(config, _HEADS) or 0) if eager else 0,
-        scan_bytes=scan_bytes_per_token(
-            str(config.model_type).removeprefix("ghosted_"),
-            lambda name, usual: int(getattr(config, name, None) or usual),
-        ),
+        scan_bytes=scan_bytes_per_token(config),
         layer_bytes=_elements(largest) * itemsize,
         layer_elements=_elements(largest),
         stored_layer_bytes=_bytes(largest),

@@ -10,7 +10,7 @@ from ghoststream.files.atomic import (
     replacing,
     write_all,
 )
-from ghoststream.files.digests import bytes_digest, file_digest, format_digest
+from ghoststream.files.digests import bytes_digest, file_digest, format_digest, short_digest
 from ghoststream.files.inputs import names_file, open_input, read_input, require_readable_kind
 from ghoststream.files.json_data import (
     canonical_json,
@@ -70,6 +70,7 @@ __all__ = [
     "require_readable_kind",
     "require_writable",
     "sealed",
+    "short_digest",
     "system_error",
     "system_errors",
     "unseal",

@@ -23,6 +23,11 @@ def bytes_digest(data: bytes | bytearray | memoryview) -> str:
     return format_digest(hashlib.sha256(data))
 
 
+def short_digest(digest: str) -> str:
+    """Return enough of ``sha256:<hex>`` for the name of a file."""
+    return digest.removeprefix("sha256:")[:16]
+
+
 def file_digest(path: Path) -> str:
     """Return ``sha256:<hex>`` of a file's bytes.
 

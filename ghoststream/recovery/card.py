@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from ghoststream.checkpoint.configuration import plain_type
 from ghoststream.checkpoint.hub import hub_origin
 from ghoststream.files.json_data import pretty_json
 from ghoststream.operators import OperatorSet
 from ghoststream.options import dtype_name
 from ghoststream.recovery.absorbing import is_absorbed, standing_operator
-from ghoststream.recovery.job import ExportJob, plain_type
+from ghoststream.recovery.job import ExportJob
 from ghoststream.recovery.layout import prevailing_dtype
 from ghoststream.recovery.notes import CardNotes, mergekit_yaml
 from ghoststream.recovery.training import told_course, told_windows, training_of

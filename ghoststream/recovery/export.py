@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ghoststream.checkpoint.configuration import plain_type
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, write_shards
 from ghoststream.files import (
@@ -25,7 +26,7 @@ from ghoststream.files import (
 from ghoststream.operators import OperatorSet
 from ghoststream.progress import Progress
 from ghoststream.recovery.card import model_card, pruning_yaml
-from ghoststream.recovery.job import MODELING_FILE, ExportJob, plain_type, prepare_export
+from ghoststream.recovery.job import MODELING_FILE, ExportJob, prepare_export
 from ghoststream.recovery.layout import (
     count_parameters,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ghoststream.checkpoint.configuration import plain_type
 from ghoststream.checkpoint.fingerprint import checkpoint_fingerprint
 from ghoststream.checkpoint.writer import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from ghoststream.errors import UnsupportedModelError
@@ -259,8 +260,3 @@ def plain_config(data: Mapping[str, Any]) -> Any:
 
     kept = {key: value for key, value in data.items() if key not in {*_OWN_FIELDS, "model_type"}}
     return AutoConfig.for_model(data.get("ghost_base_model_type") or data["model_type"], **kept)
-
-
-def plain_type(config: Any) -> str:
-    """Return the ``model_type`` of a configuration, without what a recovered model puts in front of it."""
-    return str(config.model_type).removeprefix(modeling_ghosted.TYPE_PREFIX)

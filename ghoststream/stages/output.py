@@ -15,6 +15,7 @@ from ghoststream.files import (
     json_digest,
     read_sealed_json,
     require_writable,
+    short_digest,
 )
 from ghoststream.files.json_data import differences
 from ghoststream.files.tensor_files import require_whole
@@ -53,11 +54,7 @@ class NamedByRequest:
 
     def of(self, digest: str) -> Path:
         """Return the file of a request by its digest."""
-        return self.path.with_name(f"{self.path.stem}-{_short(digest)}{self.path.suffix}")
-
-
-def _short(digest: str) -> str:
-    return digest.removeprefix("sha256:")[:16]
+        return self.path.with_name(f"{self.path.stem}-{short_digest(digest)}{self.path.suffix}")
 
 
 class Output:
@@ -83,7 +80,7 @@ class Output:
     @property
     def short_digest(self) -> str:
         """Enough of the digest for a file name."""
-        return _short(self.digest)
+        return short_digest(self.digest)
 
     def is_begun(self, load: Callable[[Path], Result]) -> bool:
         """Say whether this very request has left a result, or parts of one that carry its digest.

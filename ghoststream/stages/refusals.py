@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ghoststream.checkpoint.configuration import GHOSTED
 from ghoststream.checkpoint.sizes import ModelSizes
 from ghoststream.errors import OutputExistsError, RequestError, UnsupportedModelError
 from ghoststream.files import differences, require_writable
@@ -83,7 +84,7 @@ def check_prunable(sizes: ModelSizes, compute: Compute) -> None:
     """
     config = sizes.config
     model_type, has_code = str(config.get("model_type")), "AutoModelForCausalLM" in config.get("auto_map", ())
-    if compute.trust_remote_code and has_code and not model_type.startswith("ghosted_"):
+    if compute.trust_remote_code and has_code and not model_type.startswith(GHOSTED):
         raise UnsupportedModelError(own_code(sizes.root))
     require_independent_layers(config, model_type, sizes.n_layers)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ghoststream.errors import RequestError
-from ghoststream.files import require_free_space
+from ghoststream.files import require_free_space, short_digest
 from ghoststream.options import Reduction
 from ghoststream.progress import Progress
 from ghoststream.spans import Span
@@ -130,6 +130,6 @@ def _jobs(
 
 
 def _with_folder(job: ReductionJob, workdir: Path, digest: str) -> ReductionJob:
-    folder = workdir / f"moments-{job.digest(digest).removeprefix('sha256:')[:16]}"
+    folder = workdir / f"moments-{short_digest(job.digest(digest))}"
     folder.mkdir(parents=True, exist_ok=True)
     return replace(job, folder=folder)

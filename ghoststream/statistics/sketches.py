@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ghoststream.errors import RequestError
-from ghoststream.files import json_digest, read_kept
+from ghoststream.files import json_digest, read_kept, short_digest
 from ghoststream.files.tensor_files import TensorFile, array_digest, require_whole
 from ghoststream.spans import Span
 from ghoststream.statistics.boundary import BoundaryReducer
@@ -89,7 +89,7 @@ class Bases:
         widths = tuple(basis.shape[1] for basis in next(iter(bases.values())))
         if folder is None:
             return cls(state, digest, widths)
-        path = folder / f"bases-{digest.removeprefix('sha256:')[:16]}.safetensors"
+        path = folder / f"bases-{short_digest(digest)}.safetensors"
         if read_kept(_digests_of, path) != digests:
             state.save(path, {"encoding-type": "ghoststream-bases", "encoding-version": "1.1"})
         return cls(path, digest, widths)

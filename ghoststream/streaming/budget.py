@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ghoststream.checkpoint.scans import scan_bytes_per_token
 from ghoststream.costs import (
@@ -190,6 +188,7 @@ class PassMemory:
 
 def layer_work_bytes(skeleton: Skeleton, length: int) -> int:
     """Return the bytes that a decoder layer of a model at work holds a token of sequences of ``length``."""
+    heads = int(getattr(skeleton.config, "num_attention_heads", None) or 0)
     return work_bytes_per_token(
         widest=max(
             max(shape[-2:])
@@ -199,13 +198,7 @@ def layer_work_bytes(skeleton: Skeleton, length: int) -> int:
         ),
         hidden=skeleton.hidden_size,
         itemsize=skeleton.dtype.itemsize,
-        heads=_setting(skeleton.config, "num_attention_heads", 0) if skeleton.attention == "eager" else 0,
+        heads=heads if skeleton.attention == "eager" else 0,
         length=length,
-        scan=scan_bytes_per_token(
-            str(skeleton.config.model_type).removeprefix("ghosted_"), partial(_setting, skeleton.config)
-        ),
+        scan=scan_bytes_per_token(skeleton.config),
     )
-
-
-def _setting(config: Any, name: str, usual: int) -> int:
-    return int(getattr(config, name, None) or usual)

@@ -72,9 +72,9 @@ class Gguf(Form):
         """
         import gguf
 
+        from ghoststream.checkpoint.configuration import plain_type
         from ghoststream.recovery.gguf.families import find_family, require_room
         from ghoststream.recovery.gguf.tokenizer import add_tokenizer
-        from ghoststream.recovery.job import plain_type
 
         family = find_family(plain_type(skeleton.config), skeleton.config)
         if any(method.features == "normed" for method in methods):
@@ -88,9 +88,9 @@ class Gguf(Form):
         Raises:
             UnsupportedModelError: If one has not.
         """
+        from ghoststream.checkpoint.configuration import plain_type
         from ghoststream.recovery.gguf.families import find_family
         from ghoststream.recovery.gguf.layout import require_held
-        from ghoststream.recovery.job import plain_type
         from ghoststream.recovery.layout import standing_operators
 
         _require_package()

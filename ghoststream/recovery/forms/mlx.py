@@ -103,7 +103,7 @@ class Mlx(Custom):
 def _require_equal(config: Any) -> None:
     from transformers import CONFIG_MAPPING
 
-    from ghoststream.recovery.job import plain_type
+    from ghoststream.checkpoint.configuration import plain_type
 
     model_type = plain_type(config)
     if model_type not in MODEL_TYPES:

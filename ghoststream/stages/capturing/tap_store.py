@@ -15,7 +15,7 @@ from ghoststream.activations import ActivationStore, StoreRequest, verify_store
 from ghoststream.activations.manifest import MANIFEST_KEY
 from ghoststream.costs import FitShape
 from ghoststream.errors import ArtifactError, BudgetError, RequestError
-from ghoststream.files import disk_errors, format_bytes, json_digest, read_kept
+from ghoststream.files import disk_errors, format_bytes, json_digest, read_kept, short_digest
 from ghoststream.machine import free_host_memory
 from ghoststream.operators import OperatorKind
 from ghoststream.progress import Progress
@@ -218,7 +218,7 @@ def store_taps(wanted: WantedTaps, store: str | Path, folder: Path, *, progress:
         ),
         sequences_per_chunk=1,
     )
-    place = folder / f"taps-{json_digest(recipe).removeprefix('sha256:')[:16]}"
+    place = folder / f"taps-{short_digest(json_digest(recipe))}"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _open(place, request) as taps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ghoststream.checkpoint.configuration import GHOSTED
 from ghoststream.options import Method
 from ghoststream.recovery.forms import find_form
 from ghoststream.stages.choosing.repair import passing_method
@@ -46,7 +47,7 @@ class Ways:
     @classmethod
     def of(cls, form: str, model_type: str) -> Ways:
         """Return those that a form of a model of some type can hold."""
-        holds, plain = find_form(form).holds, model_type.removeprefix("ghosted_")
+        holds, plain = find_form(form).holds, model_type.removeprefix(GHOSTED)
         features = dict.fromkeys(one.features for one in METHODS)
         return cls(tuple(name for name in features if not holds(name, plain)))
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ghoststream.errors import RequestError
-from ghoststream.files import json_digest, read_kept, read_sealed_json, write_sealed_json
+from ghoststream.files import json_digest, read_kept, read_sealed_json, short_digest, write_sealed_json
 from ghoststream.operators import make_operator
 from ghoststream.operators.diagnostics import describe
 from ghoststream.operators.ridge import mean_diagonal
@@ -131,7 +131,7 @@ class StoreEvidence:
             "folds": folds,
             "block_tokens": DEFAULT_BLOCK_TOKENS,
         }
-        name = json_digest(request).removeprefix("sha256:")[:16]
+        name = short_digest(json_digest(request))
         path = work / f"residual-{name}-{moments.span.start}-{moments.span.stop}.json"
         asked = {**request, "span": [moments.span.start, moments.span.stop]}
         kept = read_kept(_read_residual, path)

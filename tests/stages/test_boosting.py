@@ -18,9 +18,11 @@ from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Compute, Text, Training
 from ghoststream.recovery.training import told_training
+from ghoststream.stages.choosing.summing import SummedBoundary
 from ghoststream.stages.distillation.boosting import Boosting, best_length
 from ghoststream.stages.distillation.descent import Descent
 from ghoststream.stages.distillation.distill import distill
+from ghoststream.statistics import Ranges
 from ghoststream.stopping import ask_to_stop, forget_stop
 from ghoststream.streaming import StatesFactory
 from tests.helpers.distilling import (
@@ -54,7 +56,7 @@ def text(ids: npt.NDArray[np.int64], tmp_path_factory: pytest.TempPathFactory) -
 def boost(
     folder: Path,
     operators: OperatorSet,
-    text: str,
+    text: str | tuple[str, ...],
     out: Path,
     compute: Compute | None = None,
     **options: Any,
@@ -273,6 +275,29 @@ def test_a_round_that_gains_nothing_is_the_last_and_changes_nothing(
 
 
 @pytest.mark.unit
+def test_every_fold_has_windows_of_every_text(
+    ids: npt.NDArray[np.int64], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Ranges] = []
+
+    class Noted(SummedBoundary):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            found.append(self.boundary.ranges)
+
+    monkeypatch.setattr("ghoststream.stages.distillation.boosting.SummedBoundary", Noted)
+    np.save(tmp_path / "a.npy", ids[::2])
+    np.save(tmp_path / "b.npy", ids[1::2] + 1)
+    texts = (f"ids:{tmp_path / 'a.npy'}", f"ids:{tmp_path / 'b.npy'}")
+    boost(tiny_llama, make_operators(tiny_llama), texts, tmp_path / "boosted.safetensors")
+    ranges = found[0]
+    assert ranges.n_folds > 1
+    texts_of: list[set[int]] = [set() for _ in range(ranges.n_folds)]
+    for window in range(S - HELD):
+        texts_of[ranges.fold_of(window)].add(window % 2)
+    assert texts_of == [{0, 1}] * ranges.n_folds
+
+
 @given(
     st.floats(0.05, 0.9),
     st.floats(0.1, 10.0),

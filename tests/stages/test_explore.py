@@ -140,6 +140,14 @@ def test_every_number_has_the_best_of_what_the_last_round_measured(report: Explo
         assert list(point.repair) == own["repair"] == [method.label for method in point.methods]
 
 
+def test_a_plan_says_chosen_of_one_row_of_the_last_round(model: Path, ids: Path, tmp_path: Path) -> None:
+    """What is repaired in one way only is measured in every round, on other windows each."""
+    found = _explore(model, ids, tmp_path / "out", method=Method(operator="ghost"))
+    for point in found.points:
+        rows = Selection.load(tmp_path / "out" / point.plan).candidates
+        assert [(row["round"], row["gap"]) for row in rows if row["chosen"]] == [(4, point.gap)]
+
+
 def test_csv_json_and_plans_say_the_same(folder: Path, report: ExplorationReport) -> None:
     with (folder / "curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -295,7 +303,7 @@ def test_a_plan_that_cannot_be_written_is_repaired_by_what_stands(
             msg = "it would be lost in rounding"
             raise NumericsError(msg)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_precise_weight", refuse)
+    monkeypatch.setattr("ghoststream.stages.choosing.fitting.require_precise_weight", refuse)
     found = _explore(model, ids)
     assert found.spent.passes == 5
     assert {label for point in found.points for label in point.repair} == {SCREEN.label}

@@ -11,12 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ghoststream.errors import RequestError
-from ghoststream.options import Method, Search
+from ghoststream.options import Method, Search, Text
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.criteria import make_search_criterion
+from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.measured import measure_repairs
 from ghoststream.stages.choosing.repair import Repair, passing_method
+from ghoststream.stages.choosing.rounds import OF_SURVIVORS
+from ghoststream.stages.choosing.trial import Trial
 from ghoststream.statistics import DEFAULT_FOLDS, Ranges
 from ghoststream.testing.models import save_tiny
 from tests.helpers.requests import select
@@ -33,6 +36,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_windows(tmp_path_factory.mktemp("ids"))
+
+
+def test_repairs_of_the_same_label_are_measured_each(model: Path, ids: Path) -> None:
+    """A label leaves out the ridge: a criterion of a user's may compare two."""
+    session, tokens = open_model(model, ids)
+    search = Search(held_out=HELD)
+    text = Text(spec=f"ids:{ids / 'all.npy'}", sequences=S, length=tokens.length)
+    trial = Trial(Material.read(session, text, search, SilentProgress()), lanes=None, output=None)
+    plan = PruningPlan.parse(L, "2:4")
+    little, much = (
+        Repair.alike(plan, passing_method(Method(operator="least-squares", ridge=ridge)))
+        for ridge in (1e-6, 1e6)
+    )
+    assert little.name == much.name
+    rows = trial.measure([little, much])
+    alone = [
+        measure_repairs(
+            session,
+            tokens,
+            [repair],
+            ranges=Ranges.make(S - HELD, folds=DEFAULT_FOLDS),
+            micro_batch=MICRO_BATCH,
+            progress=SilentProgress(),
+        )[1][0].losses.loss
+        for repair in (little, much)
+    ]
+    assert alone[0] != alone[1]
+    assert [row["loss"] for row in rows] == alone
+    assert len(trial.round("both", [little, much, little], trial.sample(OF_SURVIVORS))) == 2
 
 
 def _loss_without(model: Path, ids: Path, layers: set[int]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,41 @@ def test_a_later_operator_on_dense_states_is_fitted_once_and_measured_as_a_fit_f
         model, ids, tmp_path, plans, operator="least-squares", features=features
     )
     assert found[3].losses.loss != found[0].losses.loss
+
+
+@pytest.mark.parametrize("features", ["hidden", "hidden+mlp"])
+def test_operators_of_a_search_are_gone_when_their_boundaries_are_behind_it(
+    features: str, model: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search fits more operators in a pass than lie in memory together."""
+    fitted: list[tuple[Span, weakref.ref[BoundaryOperator]]] = []
+    waiting: list[set[Span]] = []
+
+    def noted(self: StreamedFit, pairs: Any) -> None:
+        original(self, pairs)
+        assert self.operator is not None
+        fitted.append((self.span, weakref.ref(self.operator)))
+        waiting.append({span for span, operator in fitted if operator() is not None})
+
+    original = StreamedFit.fit
+    monkeypatch.setattr(StreamedFit, "fit", noted)
+    session, tokens = open_model(model, ids)
+    method, on_dense = _least_squares(features), _least_squares(features, inputs="dense")
+    plans = {"1:2": method, "2:4": method, "1:2 3:4": on_dense, "2:3 4:5": on_dense, "1:2 3:5": on_dense}
+    repairs = [Repair.alike(PruningPlan.parse(L, plan), own) for plan, own in plans.items()]
+    measure_repairs(
+        session,
+        tokens,
+        repairs,
+        ranges=Ranges.make(S - HELD, folds=1),
+        micro_batch=MICRO_BATCH,
+        progress=SilentProgress(),
+        residuals=True,
+    )
+    assert {span.stop for span, _ in fitted} == {2, 3, 4, 5}
+    assert all(operator() is None for _, operator in fitted), "behind the pass"
+    # What ends at one place may wait for those that take it over; nothing that ends before it.
+    assert all(len({span.stop for span in spans}) == 1 for spans in waiting)
 
 
 def test_auto_tries_both_kinds_of_inputs_behind_another_boundary(
@@ -399,7 +435,7 @@ def test_what_cannot_be_written_is_measured_and_not_chosen(
 
     settings = _named(_least_squares("hidden+mlp", token_weights="drop_sinks"))
     sound = _search(model, ids, 2, **settings)
-    monkeypatch.setattr("ghoststream.stages.choosing.measured.require_precise_weight", refuse)
+    monkeypatch.setattr("ghoststream.stages.choosing.fitting.require_precise_weight", refuse)
     refused = _search(model, ids, 2, **settings)
     assert [row["gap"] for row in refused.candidates] == [row["gap"] for row in sound.candidates]
     assert {row["refusal"] for row in refused.candidates} == {"lost in rounding"}

@@ -19,7 +19,8 @@ from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method, require_shareable
 from ghoststream.stages.choosing.fit_shares import SharedFit, fit_shares
-from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
+from ghoststream.stages.choosing.fitted_lanes import FittedLanes
+from ghoststream.stages.choosing.fitting import StreamedFit
 from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.choosing.refitting import RefittedLayer, refitted_layers

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ghoststream.errors import NumericsError
 from ghoststream.operators import BoundaryOperator
 from ghoststream.options import Method
-from ghoststream.progress import Progress
-from ghoststream.spans import PruningPlan, Span
-from ghoststream.stages.choosing.moments import DENSE, Figures, FitPlace, fitted_operator, place_fits
-from ghoststream.stages.choosing.refitting import RefittedLayer, RefittedProjection, refitted_layers
-from ghoststream.stages.choosing.repair import Repair
+from ghoststream.recovery.absorbing import require_precise_weight
+from ghoststream.spans import Span
+from ghoststream.stages.choosing.moments import DENSE, Figures, FitPlace, fitted_operator
 from ghoststream.stages.choosing.summing import SummedBoundary
 from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.session import ModelSession
@@ -23,12 +21,34 @@ from ghoststream.statistics import Ranges
 from ghoststream.streaming import (
     CUT,
     BoundaryMap,
-    Lane,
-    LogitsObserver,
     Pairs,
-    PassMemory,
-    ReplacedWeights,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What a search keeps of an operator.
+
+    Attributes:
+        refusal: Why it could not be written; empty if it can.
+        residual: What it leaves of its gap, where that was asked for.
+    """
+
+    refusal: str
+    residual: float | None
+
+    @classmethod
+    def of(cls, operator: BoundaryOperator, session: ModelSession) -> Noted:
+        """Look at an operator.
+
+        Memory: that of :func:`~ghoststream.operators.joint.absorbed_part` for an operator on ``hidden+mlp``.
+        """
+        residual = operator.diagnostics.get("relative_residual")
+        try:
+            require_precise_weight(session.skeleton, operator)
+        except NumericsError as error:
+            return cls(str(error), residual)
+        return cls("", residual)
 
 
 class StreamedFit(SummedBoundary):
@@ -52,8 +72,14 @@ class StreamedFit(SummedBoundary):
     Raises:
         UnsupportedModelError: What :class:`~ghoststream.stages.choosing.summing.SummedBoundary` raises.
 
-    Memory: while fitting what the operator's ``cost`` states for one boundary, afterwards ``p C`` elements at
-    compute dtype, until the map was applied; the taps of all sequences, while the pass is inside the span.
+    Attributes:
+        operator: What was fitted. Where not all figures are wanted it is there until the map was applied, by
+            all that take it over: a search fits more operators in a pass than lie in memory together.
+        noted: What is known of it then.
+
+    Memory: while fitting what the operator's ``cost`` states for one boundary, afterwards ``4 p C`` bytes and
+    ``p C`` elements at compute dtype, until the map was applied; the taps of all sequences, while the pass is
+    inside the span.
     """
 
     def __init__(
@@ -72,7 +98,10 @@ class StreamedFit(SummedBoundary):
         self.target = None if source else DENSE
         self._figures = figures
         self.operator: BoundaryOperator | None = None
-        self._source = source
+        self.noted: Noted | None = None
+        self._source, self._holders = source, 1
+        if source is not None:
+            source._holders += 1
         self._map: BoundaryMap = CUT
 
     def fit(self, pairs: Pairs) -> None:
@@ -81,14 +110,18 @@ class StreamedFit(SummedBoundary):
         Raises:
             NumericsError: If a state or a solution is not finite.
         """
-        moments = self.boundary.moments(self.boundary.sums(pairs))
-        self._take(fitted_operator(self.boundary.kind, moments, self._figures))
+        operator = self._fitted(pairs)
+        if self._figures != "all":
+            # The sums are gone: this takes memory too.
+            self.noted = Noted.of(operator, self.boundary.session)
+        self._take(operator)
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Apply the operator to what was kept; that of the source, where there is one."""
         if self.operator is None:
             assert self._source is not None
             assert self._source.operator is not None
+            self.noted = self._source.noted
             self._take(self._source.operator)
         hidden, *taps = states.split(self._parts, dim=-1)
         return self._map.apply(self._map.enter(hidden, dict(zip(self.taps, taps, strict=True))))
@@ -96,169 +129,25 @@ class StreamedFit(SummedBoundary):
     def release(self) -> None:
         """Free the operator's tensors: every batch has passed."""
         self._map = CUT
+        if self._figures != "all":
+            self._let_go()
+            if self._source is not None:
+                self.operator = None
+                self._source._let_go()
+
+    @property
+    def serves_others(self) -> bool:
+        """Whether somebody takes over what is fitted here."""
+        return self._source is None and self._holders > 1
+
+    def _let_go(self) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self.operator = None
+
+    def _fitted(self, pairs: Pairs) -> BoundaryOperator:
+        moments = self.boundary.moments(self.boundary.sums(pairs))
+        return fitted_operator(self.boundary.kind, moments, self._figures)
 
     def _take(self, operator: BoundaryOperator) -> None:
         self.operator, self._map = operator, operator_map(operator, self.boundary.session.skeleton)
-
-
-_Path = tuple[tuple[Span, Method], ...]
-
-
-class FittedLanes:
-    """The lanes of one pass whose boundaries are fitted one after another to its dense lane.
-
-    Maps are made once for all that was removed and fitted up to them, themselves included: lanes that begin
-    alike have their first maps in common, and do that part of the way together. An operator with dense inputs
-    is fitted once for all lanes, by a helper that goes over its boundary alone.
-
-    Args:
-        ranges: How the sequences that serve to fit are divided; ``None`` if nothing is fitted: the spans are
-            just cut.
-        mask: True at tokens that count, bool ``(S, T)``.
-        session: The model.
-        carried: Sequences that the dense lane and all others carry on; see
-            :class:`~ghoststream.streaming.Lane`.
-        figures: Which figures of the operators are wanted.
-    """
-
-    def __init__(
-        self,
-        ranges: Ranges | None,
-        mask: npt.NDArray[np.bool_],
-        session: ModelSession,
-        carried: tuple[int, int] | None = None,
-        *,
-        figures: Figures = "all",
-    ) -> None:
-        self._figures = figures
-        self._place = FitPlace()
-        self._ranges = ranges
-        self._mask = mask
-        self._session = session
-        self._carried = carried
-        self._maps: dict[_Path, StreamedFit] = {}
-        self._helpers: dict[object, Lane] = {}
-        self._refits: dict[tuple[_Path, int], RefittedLayer] = {}
-
-    def lane(
-        self,
-        name: str,
-        repair: Repair,
-        *,
-        logits: LogitsObserver | None = None,
-        until: int | None = None,
-    ) -> Lane:
-        """Return the lane of a repair.
-
-        Its maps are :class:`StreamedFit` objects, whose operators can be read after the pass.
-
-        Raises:
-            RequestError: If features of the layer before are asked for where there is none.
-            UnsupportedModelError: If the model does not allow them.
-        """
-        maps: dict[Span, StreamedFit] = {}
-        behind: dict[int, BoundaryMap] = {}
-        new: dict[str, torch.Tensor] = {}
-        so_far: _Path = ()
-        for span, method in repair.by_span.items():
-            so_far = (*so_far, (span, method if so_far else method.model_copy(update={"inputs": "repaired"})))
-            if self._ranges is None:
-                continue
-            maps[span] = self._map(so_far, self._ranges)
-            for layer in refitted_layers(repair.plan, span, method.refit):
-                before = Lane(
-                    f"{name} before layer {layer}",
-                    repair.plan,
-                    dict(maps),
-                    until=layer + 1,
-                    carried=self._carried,
-                    weights=self._weights(new),
-                    behind=dict(behind),
-                )
-                refitted = self._refit((so_far, layer), before, self._ranges)
-                behind[layer] = refitted.mlp
-                new[refitted.attention.projection.weight] = refitted.attention.weight
-        return Lane(
-            name,
-            repair.plan,
-            maps,
-            logits=logits,
-            until=until,
-            carried=self._carried,
-            weights=self._weights(new),
-            behind=behind,
-        )
-
-    def memory(self, progress: Progress) -> PassMemory:
-        """Return the memory of the pass, with all lanes made; fits that an accelerator holds are there.
-
-        States leave what the largest fit takes on the host.
-
-        Args:
-            progress: Told which fits have no room on the accelerator.
-        """
-        parts = [part for refitted in self._refits.values() for part in refitted.parts]
-        own = [one.boundary for one in self._maps.values() if one.target is not None]
-        fits = [*own, *(part.boundary for part in parts)]
-        memory = self._session.memory(self._mask.shape[1])
-        place_fits(self._place, self._session, memory, fits, progress)
-        return memory
-
-    def helpers(self) -> list[Lane]:
-        """Return the lanes that fit for others; they go before them."""
-        return list(self._helpers.values())
-
-    def refits(self, lane: Lane) -> dict[int, RefittedLayer]:
-        """Return what was fitted anew for a lane, by layer."""
-        found = {refitted.mlp: refitted for refitted in self._refits.values()}
-        return {
-            layer: found[one] for layer, one in lane.behind.items() if isinstance(one, RefittedProjection)
-        }
-
-    def _refit(self, key: tuple[_Path, int], before: Lane, ranges: Ranges) -> RefittedLayer:
-        """Return the refit of a layer, made once for lanes that begin alike.
-
-        Args:
-            key: What was removed and fitted up to the layer, and the layer.
-            before: The lane up to the layer, with the layer as it is. It fits attention; the lane itself then
-                runs the layer with that, and fits the MLP.
-            ranges: How the sequences that serve to fit are divided.
-        """
-        if key not in self._refits:
-            layer = key[1]
-            refitted = RefittedLayer.make(
-                layer, ranges, self._mask, self._session, diagnosed=self._figures == "all", place=self._place
-            )
-            self._refits[key] = refitted
-            helper = replace(before, behind={**before.behind, layer: refitted.attention})
-            self._helpers[key] = helper
-        return self._refits[key]
-
-    def _weights(self, new: Mapping[str, torch.Tensor]) -> ReplacedWeights | None:
-        return ReplacedWeights(self._session.skeleton, dict(new)) if new else None
-
-    def _map(self, path: _Path, ranges: Ranges) -> StreamedFit:
-        span, method = path[-1]
-        # What is fitted anew behind a boundary does not change the fit there.
-        path = (*path[:-1], (span, method.model_copy(update={"refit": 0})))
-        if path not in self._maps:
-            span, method = path[-1]
-            source = self._alone(span, method, ranges) if method.inputs == "dense" else None
-            self._maps[path] = StreamedFit(
-                span,
-                method,
-                ranges,
-                self._mask,
-                self._session,
-                source,
-                figures=self._figures,
-                place=self._place,
-            )
-        return self._maps[path]
-
-    def _alone(self, span: Span, method: Method, ranges: Ranges) -> StreamedFit:
-        path: _Path = ((span, method.model_copy(update={"inputs": "repaired", "refit": 0})),)
-        fit = self._map(path, ranges)
-        plan = PruningPlan(self._session.skeleton.n_layers, (span,))
-        self._helpers[path] = Lane(f"{span} alone", plan, {span: fit}, until=span.stop, carried=self._carried)
-        return fit

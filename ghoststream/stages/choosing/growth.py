@@ -59,7 +59,7 @@ def grow(
             [Repair.alike(plan, method) for plan in _next(trial, branch, step, alone, limit)]
             for branch in growing
         ]
-        trial.measure(list({one.name: one for own in repairs for one in own}.values()))
+        trial.measure(list({one.key: one for own in repairs for one in own}.values()))
         for branch, own in zip(growing, repairs, strict=True):
             if not own:
                 # No room is left for a span of this size beside the best ones.
@@ -70,7 +70,7 @@ def grow(
             if step == 0:
                 alone |= {repair.plan.spans[0]: ranked_gap(row) for repair, row in ranked}
             if step + 1 == len(branch.sizes):
-                finished |= {repair.name: (repair, row) for repair, row in ranked}
+                finished |= {repair.key: (repair, row) for repair, row in ranked}
             trial.tell(*ranked[0])
     return sorted(finished.values(), key=lambda pair: preference(pair[1]))
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ghoststream.errors import NumericsError
 from ghoststream.evaluation import (
     LossAccumulator,
     LossSummary,
@@ -21,12 +20,11 @@ from ghoststream.evaluation import (
     default_logit_tokens,
     induction_tokens,
 )
-from ghoststream.operators import BoundaryOperator
 from ghoststream.progress import Progress
-from ghoststream.recovery.absorbing import require_precise_weight
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.by_text import gaps_by_text, mean_and_error, worst_text
-from ghoststream.stages.choosing.fitting import FittedLanes, StreamedFit
+from ghoststream.stages.choosing.fitted_lanes import FittedLanes
+from ghoststream.stages.choosing.fitting import Noted, StreamedFit
 from ghoststream.stages.choosing.moments import DENSE, Figures
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.writable import why_not_writable
@@ -168,21 +166,17 @@ def measure_repairs(
 
 def _refusal(repair: Repair, lane: Lane, session: ModelSession) -> str:
     """Say why the model cannot be written, or what was fitted be absorbed; lanes need neither."""
-    for operator in _operators(lane):
-        try:
-            require_precise_weight(session.skeleton, operator)
-        except NumericsError as error:
-            return str(error)
-    return why_not_writable(session, repair.plan)
+    refusals = (one.refusal for one in _noted(lane) if one.refusal)
+    return next(refusals, "") or why_not_writable(session, repair.plan)
 
 
 def _residuals(lane: Lane) -> tuple[float, ...]:
-    return tuple(float(operator.diagnostics["relative_residual"]) for operator in _operators(lane))
+    return tuple(one.residual for one in _noted(lane) if one.residual is not None)
 
 
-def _operators(lane: Lane) -> list[BoundaryOperator]:
-    fits = (one.operator for one in lane.maps.values() if isinstance(one, StreamedFit))
-    return [operator for operator in fits if operator is not None]
+def _noted(lane: Lane) -> list[Noted]:
+    fits = (one.noted for one in lane.maps.values() if isinstance(one, StreamedFit))
+    return [noted for noted in fits if noted is not None]
 
 
 def _candidate(

@@ -18,7 +18,7 @@ from ghoststream.progress import Progress
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.room import FitBytes, Room
 from ghoststream.stages.session import ModelSession
-from ghoststream.statistics import BoundaryReducer, FoldedMoments, ModelFacts, Ranges, SumState
+from ghoststream.statistics import BoundaryReducer, FoldedMoments, ModelFacts, Ranges, SumState, get_feature
 from ghoststream.statistics.device_boundary import DeviceBoundaryReducer
 from ghoststream.statistics.fold_sums import FoldSums
 from ghoststream.statistics.ranges import SequenceRange
@@ -99,6 +99,12 @@ class Boundary:
     def host_bytes(self) -> int:
         """Bytes that the fit takes on the host, wherever it is."""
         return self._bytes.host if self.device is None else self._bytes.beside
+
+    @property
+    def operator_bytes(self) -> int:
+        """Bytes of what is fitted, ``4 p C``."""
+        hidden, taps = self.session.skeleton.hidden_size, self.taps
+        return 4 * hidden * get_feature(self.kind.features).width(hidden if taps is None else taps.width)
 
     @property
     def _bytes(self) -> FitBytes:

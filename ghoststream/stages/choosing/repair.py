@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ghoststream.errors import RequestError
+from ghoststream.files import json_digest, short_digest
 from ghoststream.operators import make_operator
 from ghoststream.options import Method
 from ghoststream.recovery.features import FEATURES
@@ -37,6 +38,11 @@ class Repair:
     def name(self) -> str:
         """What a reader calls it."""
         return f"{self.plan} repaired by {self.label}"
+
+    @property
+    def key(self) -> str:
+        """Its name, with all that tells it from others: a label leaves out ridge and rank, for one."""
+        return f"{self.name} {short_digest(json_digest([method.to_json() for method in self.methods]))}"
 
     @property
     def labels(self) -> list[str]:

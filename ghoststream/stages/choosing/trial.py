@@ -119,14 +119,14 @@ class Trial:
     def measure(self, repairs: Sequence[Repair], sample: Sample | None = None) -> list[Row]:
         """Return the figures of repairs, in their order; on all sequences, or on a sample of them."""
         size = self._lanes or max(1, len(repairs))
-        names = {repair.name: _key(repair, sample) for repair in repairs}
+        names = {repair.key: _key(repair, sample) for repair in repairs}
         # As many as an undisturbed search takes, whatever was measured before.
         self.passes += -(-len(set(names.values()) - self._asked) // size)
         self._asked |= set(names.values())
-        waiting = [repair for repair in repairs if names[repair.name] not in self._rows]
+        waiting = [repair for repair in repairs if names[repair.key] not in self._rows]
         for first in range(0, len(waiting), size):
             self._pass(waiting[first : first + size], sample)
-        return [self._rows[names[repair.name]] for repair in repairs]
+        return [self._rows[names[repair.key]] for repair in repairs]
 
     def rank(self, repairs: Sequence[Repair], sample: Sample | None = None) -> list[tuple[Repair, Row]]:
         """Return repairs and their figures, best first; measured as by :meth:`measure`."""
@@ -135,7 +135,7 @@ class Trial:
 
     def round(self, title: str, repairs: Iterable[Repair], sample: Sample) -> Ranked:
         """Say what is measured, measure each repair once, and return them best first."""
-        own = list({repair.name: repair for repair in repairs}.values())
+        own = list({repair.key: repair for repair in repairs}.values())
         self.progress.log(f"{title}: {len(own)} candidates, {sample}")
         return self.rank(own, sample)
 
@@ -209,9 +209,9 @@ def _shown(gap: float | None) -> str:
 
 def _key(repair: Repair, sample: Sample | None) -> str:
     if sample is None:
-        return repair.name
+        return repair.key
     positions = "" if sample.is_of_all_positions else f", {sample.positions!r} of the positions"
-    return f"{repair.name} on {sample.n_fit} and {sample.n_held}{positions}"
+    return f"{repair.key} on {sample.n_fit} and {sample.n_held}{positions}"
 
 
 def _read_notes(path: Path) -> tuple[str, float, dict[str, Row], dict[str, Any], Runs]:

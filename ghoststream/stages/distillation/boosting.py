@@ -131,7 +131,7 @@ class Boosting:
     def _directions(self, operators: Operators, progress: Progress) -> tuple[float, dict[Span, _Direction]]:
         """Return the divergence on the windows to fit on, and the fits to its negative gradient."""
         windows, place = self.fitted, FitPlace()
-        ranges = Ranges.make(len(windows.rows), folds=DEFAULT_FOLDS)
+        ranges = Ranges.make(len(windows.rows), folds=DEFAULT_FOLDS, turn=windows.n_texts)
         read = {
             span: SummedBoundary(
                 span, _method(one, ranges), ranges, windows.mask, windows.session, place=place

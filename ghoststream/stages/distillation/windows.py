@@ -32,6 +32,7 @@ class Windows:
         batches: Their micro-batches.
         start: Position of the states that passes start from.
         scratch: Folder for states that do not fit, where the options name none.
+        n_texts: Texts that they are of, which take turns.
     """
 
     session: ModelSession
@@ -41,6 +42,7 @@ class Windows:
     batches: tuple[Batch, ...]
     start: int
     scratch: Path
+    n_texts: int
 
     @classmethod
     def of(
@@ -57,7 +59,7 @@ class Windows:
         """Return the windows ``rows`` of a text."""
         mask = tokens.mask[rows]
         batches = make_batches(tokens.ids[rows], mask, micro_batch)
-        return cls(session, teacher, rows, mask, batches, start, scratch)
+        return cls(session, teacher, rows, mask, batches, start, scratch, tokens.n_texts)
 
     @property
     def n_tokens(self) -> int:

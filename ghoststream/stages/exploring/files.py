@@ -74,12 +74,11 @@ def curve_csv(report: ExplorationReport) -> str:
 
 def selection_of(report: ExplorationReport, point: Point) -> Selection:
     """Return the plan of one number of layers as `select` would write it."""
-    spans = [list(span) for span in point.spans]
-    rows = [
-        {**row, "chosen": row["spans"] == spans and row["repair"] == list(point.repair)}
-        for row in report.candidates
-        if row["removed"] == point.removed
-    ]
+    # What is taken was measured in earlier rounds too, on less text.
+    own = [row for row in report.candidates if row["removed"] == point.removed]
+    last = max(row["round"] for row in own)
+    taken = ([list(span) for span in point.spans], list(point.repair), last)
+    rows = [{**row, "chosen": (row["spans"], row["repair"], row["round"]) == taken} for row in own]
     return Selection(
         plan=report.plan_of(point),
         criterion="explore",

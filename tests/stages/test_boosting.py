@@ -17,6 +17,7 @@ from ghoststream.errors import StoppedError
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.operators.ridge import RIDGE_GRID
 from ghoststream.options import Compute, Text, Training
+from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recovery.training import told_training
 from ghoststream.stages.choosing.summing import SummedBoundary
 from ghoststream.stages.distillation.boosting import Boosting, best_length
@@ -59,6 +60,7 @@ def boost(
     text: str | tuple[str, ...],
     out: Path,
     compute: Compute | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> OperatorSet:
     training = {"boost": 1, "steps": 0, "held_out": HELD, "top": TOP, **options}
@@ -69,6 +71,7 @@ def boost(
         out=out,
         training=Training(**training),
         compute=(compute or Compute()).model_copy(update={"micro_batch": 2}),
+        progress=progress,
     )
 
 
@@ -275,6 +278,34 @@ def test_a_round_that_gains_nothing_is_the_last_and_changes_nothing(
 
 
 @pytest.mark.unit
+class _Told(SilentProgress):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def start(self, task: str, total: int, unit: str) -> None:
+        self.told.append(f"{task}: {total} {unit}")
+
+    def log(self, message: str) -> None:
+        self.told.append(message)
+
+
+def test_a_round_tells_how_far_each_of_its_passes_is(text: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Of a large model one pass takes hours."""
+    record = _Told()
+    out = tmp_path / "boosted.safetensors"
+    boosted = boost(tiny_llama, make_operators(tiny_llama), text, out, progress=record)
+    (round_,) = boosted.operators[0].diagnostics["boosts"]
+    told = record.told[
+        record.told.index("round 1 of 1 of boosting: gradients of 6 windows, then lengths on 2") :
+    ]
+    assert "streaming layers backward: 3 layers" in told, "those behind the first span, and the head"
+    # One pass of five lanes for each span, and one more where a parabola has its lowest point between them.
+    looks = sum(1 + (len(found["lengths"]) == 7) for found in round_["spans"].values())
+    assert told.count("streaming layers: 2 layers") == 1 + looks
+    before = boosted.operators[0].diagnostics["held_out_divergence_before"]
+    assert told[-1].startswith(f"round 1 of 1 of boosting: divergence on held-out windows from {before:.4f}")
+
+
 def test_every_fold_has_windows_of_every_text(
     ids: npt.NDArray[np.int64], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

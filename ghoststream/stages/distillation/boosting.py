@@ -94,7 +94,7 @@ class Boosting:
         Args:
             operators: The operators by span, with the arrays of ``trained``.
             divergence: On the held-out windows.
-            progress: Told where fits find no room.
+            progress: Told how far passes are, and where fits find no room.
 
         Raises:
             NumericsError: If a state, a gradient or a solution is not finite.
@@ -104,7 +104,7 @@ class Boosting:
         # Lanes whose spans in front stay as they are go to a later one together. Each span has a length of
         # its own: what leaves a deep model of a change differs by orders between an early and a late span.
         for span in sorted(moved, reverse=True):
-            found = self._lengths(moved, directions[span], before, now)
+            found = self._lengths(moved, directions[span], before, now, progress)
             length = min(found, key=lambda one: found[one])
             moved[span], now = _moved(moved[span], directions[span].operator, length), found[length]
             spans[str(span)] = {
@@ -116,16 +116,17 @@ class Boosting:
         return Boosted(moved, now, figures)
 
     def _lengths(
-        self, operators: Operators, direction: _Direction, before: float, now: float
+        self, operators: Operators, direction: _Direction, before: float, now: float, progress: Progress
     ) -> dict[float, float]:
         """Return the divergence on held-out windows at lengths along a direction; ``now`` at zero."""
         found = {0.0: now}
         if direction.slope > 0:
             # Of a loss that cannot fall below zero: as far as a line from here would take to get there.
             unit = before / direction.slope
-            self._measure(operators, direction.operator, [unit * share for share in LENGTHS], found)
+            shares = [unit * share for share in LENGTHS]
+            self._measure(operators, direction.operator, shares, found, progress)
             if (between := best_length(found, direction.slope)) not in found:
-                self._measure(operators, direction.operator, [between], found)
+                self._measure(operators, direction.operator, [between], found, progress)
         return found
 
     def _directions(self, operators: Operators, progress: Progress) -> tuple[float, dict[Span, _Direction]]:
@@ -152,7 +153,7 @@ class Boosting:
                 recorded.forget_gradients()
                 kept.callback(recorded.forget_gradients)
             lane = Lane("repaired", self.plan, maps, weights=self.weights)
-            total = windows.backward(1, lane, factory, None)
+            total = windows.backward(1, lane, factory, None, progress)
             found = {}
             for span, recorded in maps.items():
                 operator = _fit(read[span].boundary, recorded.pairs)
@@ -167,6 +168,7 @@ class Boosting:
         direction: BoundaryOperator,
         lengths: Sequence[float],
         found: dict[float, float],
+        progress: Progress,
     ) -> None:
         """Add the divergence on held-out windows at each length, in one pass."""
         skeleton, lanes, seen = self.held.session.skeleton, [], []
@@ -185,7 +187,7 @@ class Boosting:
             )
             lanes.append(lane)
             seen.append(figures)
-        self.held.forward(lanes)
+        self.held.forward(lanes, progress)
         found.update(zip(lengths, (one.divergence() for one in seen), strict=True))
 
 

@@ -147,11 +147,12 @@ class Distillation:
             descent.check(self._divergence())
             descent.save()
         assert descent.course.before is not None
-        progress.start("distilling", settings.boost + settings.steps, "steps")
-        progress.advance(len(descent.course.boosts) + descent.course.step)
         try:
             if descent.course.step == 0:
                 self._boost(progress)
+            if settings.steps:
+                progress.start("distilling", settings.steps, "steps")
+                progress.advance(descent.course.step)
             self._train(progress)
         except StoppedError:
             descent.save()
@@ -214,17 +215,22 @@ class Distillation:
 
     def _boost(self, progress: Progress) -> None:
         """Do the rounds of boosting that are left; the first one that gains nothing is the last."""
-        descent, train = self._descent, np.arange(self._settings.n_train)
-        boosting = Boosting(self._plan, self.operators, self._weights, self._windows(train), self._held)
+        descent, train, held = self._descent, np.arange(self._settings.n_train), self._held
+        boosting = Boosting(self._plan, self.operators, self._weights, self._windows(train), held)
         while len(descent.course.boosts) < self._settings.boost and not self._gained_nothing():
             require_going_on()
+            title = f"round {len(descent.course.boosts) + 1} of {self._settings.boost} of boosting"
+            progress.log(f"{title}: gradients of {len(train)} windows, then lengths on {len(held.rows)}")
             operators = {one.span: self._trained(one) for one in self._given.operators}
-            found = boosting.round(operators, descent.course.checks[-1].divergence, progress)
+            before = descent.course.checks[-1].divergence
+            found = boosting.round(operators, before, progress)
             for span, one in found.operators.items():
                 self.operators[span].take(one)
             descent.boosted(found.divergence, found.figures, boosting.fitted.n_tokens)
             descent.save()
-            progress.advance(1)
+            progress.log(
+                f"{title}: divergence on held-out windows from {before:.4f} to {found.divergence:.4f}"
+            )
 
     def _gained_nothing(self) -> bool:
         """Whether the last round of boosting left everything as it was."""

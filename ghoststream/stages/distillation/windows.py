@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ghoststream.evaluation.objectives import TopLogitsLoss, default_loss_tokens
+from ghoststream.progress import Progress, SilentProgress
 from ghoststream.stages.distillation.teacher import Teacher
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import Lane, PassMemory, PassOptions, StatesFactory, StreamedPass, make_batches
@@ -18,6 +19,8 @@ from ghoststream.streaming.backward import BackwardPass
 from ghoststream.streaming.batches import Batch
 from ghoststream.streaming.gradients import WeightGradients
 from ghoststream.text import TokenSet
+
+SILENT = SilentProgress()
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,21 @@ class Windows:
             micro_batch=len(self.batches[0].ids),
         )
 
-    def forward(self, lanes: Sequence[Lane]) -> None:
+    def forward(self, lanes: Sequence[Lane], progress: Progress = SILENT) -> None:
         """Run lanes to the end; what they give is with their observers.
 
         Their maps are in memory before it is looked at how much there is.
         """
         factory = self.memory().states_factory(self.batches)
-        StreamedPass(self.session.skeleton, self.batches, lanes, factory, self._options).run()
+        StreamedPass(self.session.skeleton, self.batches, lanes, factory, self._options(progress)).run()
 
     def backward(
-        self, n_tokens: int, lane: Lane, factory: StatesFactory, gradients: WeightGradients | None
+        self,
+        n_tokens: int,
+        lane: Lane,
+        factory: StatesFactory,
+        gradients: WeightGradients | None,
+        progress: Progress = SILENT,
     ) -> float:
         """Take the divergence from the teacher back through a lane; gradients are with its maps.
 
@@ -103,6 +111,7 @@ class Windows:
             lane: The lane.
             factory: Where its states are kept.
             gradients: Who sees gradients of weights.
+            progress: Who is told how far it is.
 
         Returns:
             The divergence, over ``n_tokens``.
@@ -115,14 +124,15 @@ class Windows:
             factory,
             lane=lane,
             gradients=gradients,
-            options=self._options,
+            options=self._options(progress),
         ).run()
 
     def _states(self, batch: Batch) -> torch.Tensor:
         return self.teacher.states(self.rows[batch.start : batch.stop])
 
-    @property
-    def _options(self) -> PassOptions:
+    def _options(self, progress: Progress) -> PassOptions:
         skeleton = self.session.skeleton
         chunk = default_loss_tokens(skeleton.vocab_size, skeleton.unit_bytes)
-        return PassOptions(first_layer=self.start, initial=self._states, logit_tokens=chunk)
+        return PassOptions(
+            first_layer=self.start, initial=self._states, logit_tokens=chunk, progress=progress
+        )

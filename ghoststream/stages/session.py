@@ -143,6 +143,7 @@ class ModelSession:
         *,
         buffers: int = 0,
         gradients: int | None = None,
+        resident: int = 0,
         scratch: Path | None = None,
         micro_batch: int | None = None,
     ) -> PassMemory:
@@ -152,13 +153,19 @@ class ModelSession:
             length: Tokens of a sequence.
             buffers: Bytes that those who watch the pass take on the host.
             gradients: Bytes of parameters' gradients, for a pass with a way back.
+            resident: Bytes that its caller holds already where layers compute. Free memory is what is left
+                of them; memory that is given is for them too.
             scratch: Folder for states that do not fit, where the options name none.
             micro_batch: Sequences that go through a layer together; by default those of the options.
         """
         compute = self.compute
         budget = MemoryBudget(
-            _given_or_most(compute.device_memory, free_device_memory(self.device)),
-            _given_or_most(compute.host_memory, free_host_memory() + idle_page_locked_memory(self.device)),
+            _given_or_most(compute.device_memory, free_device_memory(self.device), resident),
+            _given_or_most(
+                compute.host_memory,
+                free_host_memory() + idle_page_locked_memory(self.device),
+                resident if self.device.type == "cpu" else 0,
+            ),
             compute.scratch or scratch,
         )
         return PassMemory(
@@ -287,7 +294,7 @@ def usable_device(name: str) -> torch.device:
     return numbered(device)
 
 
-def _given_or_most(given: int | None, free: int | None) -> int | None:
-    if given is None and free is not None:
-        return free * 9 // 10
-    return given
+def _given_or_most(given: int | None, free: int | None, resident: int) -> int | None:
+    if given is not None:
+        return max(0, given - resident)
+    return None if free is None else free * 9 // 10

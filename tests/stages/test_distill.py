@@ -25,7 +25,9 @@ from ghoststream.stages.distillation.distill import distill
 from ghoststream.stages.distillation.distilling import Distillation, DistillSettings
 from ghoststream.stages.export import export
 from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
 from ghoststream.stopping import ask_to_stop, forget_stop
+from ghoststream.streaming import PassMemory
 from tests.helpers.distilling import (
     FORMS,
     HELD,
@@ -241,6 +243,32 @@ def test_damaged_leftovers_are_not_gone_on_with(
     kept.write_bytes(data)
     run(tiny_llama, operators, text, stopped)
     assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_every_pass_counts_what_is_trained_once(
+    text: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free memory lacks it already; memory that was given does not."""
+    operators, given = make_operators(tiny_llama), 2**30
+    elements = sum(
+        array.size for one in operators.operators for array in (one.weight, one.bias) if array is not None
+    )
+    passes: list[tuple[int, int | None, int | None]] = []
+
+    def noted(self: ModelSession, length: int, **options: Any) -> PassMemory:
+        found = original(self, length, **options)
+        passes.append((options.get("resident", 0), options.get("gradients"), found.limits[0]))
+        return found
+
+    original = ModelSession.memory
+    monkeypatch.setattr(ModelSession, "memory", noted)
+    run(tiny_llama, operators, text, tmp_path / "trained.safetensors", steps=2, host_memory=given)
+    ways_back = [(resident, gradients) for resident, gradients, _ in passes if gradients is not None]
+    first, second = 2 * 4 * elements, 4 * 4 * elements
+    assert ways_back == [(first, 20 * elements - first), (second, 20 * elements - second)]
+    assert [limit for *_, limit in passes] == [given - resident for resident, *_ in passes]
+    # Two looks, and what is measured in full before and after: moments and the last gradient are there then.
+    assert [resident for resident, gradients, _ in passes if gradients is None][-2:] == [20 * elements] * 2
 
 
 def test_every_epoch_sees_every_window_once() -> None:

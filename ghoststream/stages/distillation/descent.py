@@ -89,7 +89,7 @@ class Descent:
         parameters: What is trained, by name; float32.
         path: The file that :meth:`save` writes.
 
-    Memory: 16 bytes for each element: itself, the best one, two moments. Gradients are the caller's.
+    Memory: 16 bytes for each element: itself, the best one, two moments; and 4 for its gradient.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
@@ -100,6 +100,21 @@ class Descent:
         # One implementation on every device.
         self._optimizer = torch.optim.Adam(groups, betas=BETAS, foreach=False)
         self.course = Course()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that parameters and what belongs to them take now: moments and gradients come with a step."""
+        found = 0
+        for name, one in self._parameters.items():
+            moments = (value for key, value in self._optimizer.state.get(one, {}).items() if key in _MOMENTS)
+            own = [one, self._best[name], *moments, *([] if one.grad is None else [one.grad])]
+            found += sum(tensor.nbytes for tensor in own)
+        return found
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that they take at a step."""
+        return 5 * sum(one.nbytes for one in self._parameters.values())
 
     def zero(self) -> None:
         """Forget the gradients."""

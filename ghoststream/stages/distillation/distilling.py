@@ -238,10 +238,10 @@ class Distillation:
         return bool(boosts) and not boosts[-1]["gain"]
 
     def _take_step(self, step: int) -> None:
-        windows = self._windows(self._settings.rows(step))
-        gradients = 20 * sum(parameter.numel() for parameter in self._parameters().values())
-        factory = windows.memory(gradients=gradients).states_factory(windows.batches)
         self._descent.zero()
+        windows = self._windows(self._settings.rows(step))
+        coming = self._descent.most_bytes - windows.resident
+        factory = windows.memory(gradients=coming).states_factory(windows.batches)
         value = windows.backward(windows.n_tokens, self._lane(), factory, self.norms)
         self._descent.step(self._settings.rate(step), value, windows.n_tokens)
 
@@ -257,6 +257,7 @@ class Distillation:
             micro_batch=self._settings.micro_batch,
             start=self._start,
             scratch=self._scratch,
+            resident=self._descent.n_bytes,
         )
 
     def _trained(self, one: BoundaryOperator) -> BoundaryOperator:

@@ -36,6 +36,7 @@ class Windows:
         start: Position of the states that passes start from.
         scratch: Folder for states that do not fit, where the options name none.
         n_texts: Texts that they are of, which take turns.
+        resident: Bytes that what is trained takes where layers compute, while they are passed over.
     """
 
     session: ModelSession
@@ -46,6 +47,7 @@ class Windows:
     start: int
     scratch: Path
     n_texts: int
+    resident: int
 
     @classmethod
     def of(
@@ -58,11 +60,12 @@ class Windows:
         micro_batch: int,
         start: int,
         scratch: Path,
+        resident: int,
     ) -> Windows:
         """Return the windows ``rows`` of a text."""
         mask = tokens.mask[rows]
         batches = make_batches(tokens.ids[rows], mask, micro_batch)
-        return cls(session, teacher, rows, mask, batches, start, scratch, tokens.n_texts)
+        return cls(session, teacher, rows, mask, batches, start, scratch, tokens.n_texts, resident)
 
     @property
     def n_tokens(self) -> int:
@@ -78,12 +81,14 @@ class Windows:
 
         Args:
             buffers: Bytes that are taken on the host besides.
-            gradients: Bytes that parameters and their gradients still take, for a pass with a way back.
+            gradients: Bytes that parameters and their gradients take beside ``resident``, for a pass with a
+                way back.
         """
         return self.session.memory(
             self.mask.shape[1],
             buffers=buffers,
             gradients=gradients,
+            resident=self.resident,
             scratch=self.scratch,
             micro_batch=len(self.batches[0].ids),
         )

@@ -166,3 +166,11 @@ class TensorDigests:
             "restore the checkpoint that it was, or make anew what was made of it"
         )
         raise CheckpointError(msg)
+
+
+def other_model(place: str, since: str, missing: str) -> str:
+    """Say that a model is not the one that something was made of, as it lacks a tensor of it."""
+    return (
+        f"{place} is not the model of which {since}: there is no tensor {missing} in it; give that model, or "
+        "make anew what was made of it"
+    )

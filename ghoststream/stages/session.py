@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ghoststream.checkpoint import checkpoint_fingerprint
+from ghoststream.checkpoint.contents import other_model
 from ghoststream.checkpoint.hub import ResolvedModel, resolve_checkpoint
 from ghoststream.checkpoint.sizes import ModelSizes, read_sizes
-from ghoststream.errors import RequestError, TextError
+from ghoststream.errors import MismatchError, RequestError, TextError
 from ghoststream.machine import (
     free_device_memory,
     free_host_memory,
@@ -80,8 +81,13 @@ class ModelSession:
 
         Raises:
             CheckpointError: If a tensor that was read already is not what it was.
+            MismatchError: If there is no such tensor: this is another model.
         """
-        self.skeleton.reader.digests.expect(base.get("tensors") or {}, since, what=what)
+        tensors = base.get("tensors") or {}
+        self.skeleton.reader.digests.expect(tensors, since, what=what)
+        missing = sorted(set(tensors) - set(self.skeleton.index.tensors))
+        if missing:
+            raise MismatchError(other_model(str(self.root), since, missing[0]))
 
     def require_unchanged(self, progress: Progress) -> None:
         """Compare all tensors that are known of another time with what they are now.

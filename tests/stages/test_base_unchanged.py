@@ -340,6 +340,23 @@ def test_a_plan_and_a_store_of_different_bases_are_not_combined(
     assert not (tmp_path / "o.safetensors").exists()
 
 
+def test_a_plan_of_a_model_of_another_family_is_refused(model: Path, text: Text, tmp_path: Path) -> None:
+    """No tensor of the two has the same name, and both have six layers."""
+    other = save_tiny("gpt2", tmp_path / "other")
+    source, plan = Source(model=str(model), calibration=text), tmp_path / "plan.json"
+    chosen = ghoststream.select(2, source, search=Search(criterion="sleb"), out=plan)
+    assert not set(chosen.base["tensors"]) & set(CheckpointIndex.open(other).tensors)
+    refused = pytest.raises(MismatchError, match="is not the model of which the plan was chosen: there is no")
+    with refused:
+        ghoststream.recover(other, remove=str(plan), calibration=text, out=tmp_path / "recovered")
+    with refused:
+        ghoststream.fit(plan, Source(model=str(other), calibration=text), out=tmp_path / "o.safetensors")
+    ghoststream.capture(other, calibration=text, store=tmp_path / "store")
+    with refused:
+        ghoststream.fit(plan, Source(store=str(tmp_path / "store")), out=tmp_path / "o.safetensors")
+    assert not (tmp_path / "recovered").exists()
+
+
 def test_sums_of_a_store_that_was_captured_again_are_not_continued(
     model: Path, text: Text, tmp_path: Path
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import scipy
 
-from ghoststream.checkpoint.contents import TensorDigests
+from ghoststream.checkpoint.contents import TensorDigests, other_model
+from ghoststream.errors import MismatchError
 from ghoststream.files import read_kept
 from ghoststream.operators import (
     BoundaryOperator,
@@ -203,9 +204,13 @@ class _Job:
 
 
 def _require_same_base(selection: Selection, store: HiddenStateSource, store_uri: str) -> None:
-    digests = TensorDigests(Path(store_uri))
-    digests.expect(selection.base.get("tensors") or {}, "the plan was chosen")
-    digests.expect(base_of(store)["tensors"], f"{store_uri} was captured")
+    digests, captured = TensorDigests(Path(store_uri)), base_of(store)["tensors"]
+    chosen = selection.base.get("tensors") or {}
+    digests.expect(chosen, "the plan was chosen")
+    digests.expect(captured, f"{store_uri} was captured")
+    # A capture may have read fewer layers than a search, but some of the same.
+    if chosen and captured and chosen.keys().isdisjoint(captured):
+        raise MismatchError(other_model(store_uri, "the plan was chosen", min(chosen)))
 
 
 def _checked_taps(job: _Job, model: Opener | None) -> WantedTaps | None:

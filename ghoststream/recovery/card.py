@@ -214,7 +214,8 @@ def _recipes(job: ExportJob) -> str:
     """Return the pipeline file that does the same, and the recipes of all rounds."""
     text = ""
     if job.notes is not None and job.notes.recipe:
-        text += "\n## Recipe\n\nSaved as `recipe.yaml`, with the text beside it, this does the same:\n\n"
+        text += "\n## Recipe\n\n"
+        text += "Saved as `recipe.yaml`, with the files that it names beside it, this does the same:\n\n"
         text += f"```yaml\n{job.notes.recipe}```\n\n"
         text += "    ghoststream run recipe.yaml --model BASE --out FOLDER\n"
     text += _recipe(job.operators.metadata, "\n## Recipe of the operators\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,30 +53,38 @@ class CardNotes:
 
 
 def pipeline_yaml(recovery: Recovery, given: Selection | None) -> str:
-    """Write a recovery as a pipeline file, with what was given and can change a bit of its result.
+    """Write a recovery as a pipeline file; see :func:`request_of`."""
+    data = request_of(recovery, given)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
-    Files of text are named without their folders, and a model by ``--model``: where they are says nothing
-    elsewhere.
+
+def request_of(recovery: Recovery, given: Selection | None) -> dict[str, Any]:
+    """Return what was given of a recovery and can change a bit of its result, as a pipeline file has it.
+
+    Files are named without their folders, and a model by ``--model``: where they are says nothing elsewhere.
 
     Args:
         recovery: The request.
-        given: What a request that says which layers go comes to.
+        given: What a request that says which layers go comes to. A plan that repairs its spans in one way is
+            written as these spans and that way, one that repairs them in several as its file.
     """
     data: dict[str, Any] = {}
     data["remove"] = int(str(recovery.remove)) if given is None else given.plan.text
     data["calibration"] = _text(recovery.calibration)
     data["search"] = _given(recovery.search)
     data["method"] = _given(recovery.method)
-    if given is not None and len(set(map(repr, given.methods))) == 1 and not recovery.method.is_named:
+    if given is not None and given.methods and not recovery.method.is_named:
         # The plan's file said how its spans are repaired, which spans alone do not.
-        data["method"] = given.methods[0].to_json()
+        if len({repr(method) for method in given.methods}) == 1:
+            data["method"] = given.methods[0].to_json()
+        else:
+            data["remove"] = Path(str(recovery.remove)).name
     data["compute"] = {key: value for key, value in _given(recovery.compute).items() if key in _COMPUTE}
     data["storage"] = _given(recovery.storage)
     data["distill"] = None if recovery.distill is None else _given(recovery.distill) or True
     data["form"] = None if recovery.form == "custom" else recovery.form
     data["evaluate"] = None if recovery.evaluate is None else _text(recovery.evaluate)
-    kept = {key: value for key, value in data.items() if value not in (None, {})}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
+    return {key: value for key, value in data.items() if value not in (None, {})}
 
 
 def mergekit_yaml(plan: PruningPlan, *, model: str, dtype: str) -> str:

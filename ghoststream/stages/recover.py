@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststream.errors import RequestError
+from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
-from ghoststream.files import StagingFolder, disk_errors
+from ghoststream.files import StagingFolder, differences, disk_errors
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text, TextLike, Training
 from ghoststream.progress import Progress, SilentProgress
@@ -203,7 +203,7 @@ def run(
 
     Raises:
         RequestError: If no model is named, an option is given that would not be used, or there is no earlier
-            attempt, or one, against ``resume``.
+            attempt, or one, or one of another request, against ``resume``.
         OutputExistsError: If ``out`` holds something else.
         BusyError: If another process is writing it.
         GhoststreamError: What the steps raise.
@@ -217,7 +217,7 @@ def run(
     out = Path(out) if Path(out).name else Path(out).resolve()
     _require_resumable(out, resume)
     with recorded(recovery.name, work_folder(out) / NAME, progress) as watched:
-        return _run(recovery, recovery.model, out, watched, measure=measure)
+        return _run(recovery, recovery.model, out, watched, resume=resume, measure=measure)
 
 
 def _require_resumable(out: Path, resume: Resume) -> None:
@@ -233,8 +233,28 @@ def _require_resumable(out: Path, resume: Resume) -> None:
         raise RequestError(msg)
 
 
+def _compared(
+    earlier: dict[str, Any] | None, asked: dict[str, Any], out: Path, resume: Resume, progress: Progress
+) -> dict[str, Any]:
+    """Return what is asked for; what an earlier attempt was asked for must be the same, or a line says so."""
+    changed = differences(earlier, asked) if earlier else []
+    if changed:
+        said = f"the earlier attempt at {out} is of another request ({'; '.join(changed)})"
+        if resume == "required":
+            msg = f"{said}; give that request again, or leave --resume required out to begin this one"
+            raise MismatchError(msg)
+        progress.log(said)
+    return asked
+
+
 def _run(
-    recovery: Recovery, model: str, out: Path, progress: RecordedProgress, *, measure: bool
+    recovery: Recovery,
+    model: str,
+    out: Path,
+    progress: RecordedProgress,
+    *,
+    resume: Resume,
+    measure: bool,
 ) -> RecoveryReport:
     compute = scratch_beside(on_first_device(recovery.compute), out, recovery.reduction.scheduler)
     session = ModelSession(model, compute)
@@ -248,6 +268,7 @@ def _run(
         with disk_errors(steps.work):
             steps.work.mkdir(parents=True, exist_ok=True)
         record, is_finished = progress.record, out.is_dir() and any(out.iterdir())
+        record.request = _compared(record.request, steps.request, out, resume, progress)
         if not is_finished or recovery.evaluate is not None or record.attempts == 1:
             # Otherwise there is nothing to do, and nothing is changed.
             record.command, record.estimate = expected(

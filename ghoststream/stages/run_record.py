@@ -90,6 +90,7 @@ class RunRecord:
         process_started: When that process began, seconds since the epoch: a number may be given again.
         tasks: What all attempts have done and are doing, in order.
         stages: The stages of all attempts, in order.
+        request: What was asked for, as JSON data; None before it was read.
         command: The command line that does the same, without secrets; empty where it is not known.
         estimate: What it was expected to take: ``stages`` as `ghoststream estimate` has them.
         peak_bytes: Largest resident memory of the process.
@@ -110,6 +111,7 @@ class RunRecord:
     process_started: float = 0.0
     tasks: list[Task] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
+    request: dict[str, Any] | None = None
     command: str = ""
     estimate: dict[str, Any] | None = None
     peak_bytes: int = 0
@@ -183,6 +185,7 @@ class RecordedProgress:
             attempts=earlier.attempts + 1 if earlier else 1,
             tasks=earlier.tasks if earlier else [],
             stages=earlier.stages if earlier else [],
+            request=earlier.request if earlier else None,
             started=_now(),
             host=socket.gethostname(),
             pid=process.pid,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ghoststream.operators import OperatorSet
 from ghoststream.options import AUTO, UNIFORM, Recovery, Search, Storage
+from ghoststream.recovery.notes import request_of
 from ghoststream.selection import Selection
 from ghoststream.spans import PruningPlan
 from ghoststream.stages.capturing.capture import capture_session, capture_shared
@@ -88,6 +90,14 @@ class Steps:
             Schedule.of(self._recovery.distill, tokens.n_sequences)
         if self._recovery.evaluate is not None:
             self._session.tokens(self._recovery.evaluate.to_evaluate(), self._progress)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What is asked for and can change a bit of the checkpoint, as JSON data; texts were read before."""
+        found = request_of(self._recovery, self.way.given)
+        found.pop("evaluate", None)
+        tokens = self._session.tokens(self._text, self._progress)
+        return {**found, "model": self._session.fingerprint["digest"], "tokens": tokens.digest}
 
     @property
     def shared(self) -> Shared | None:

@@ -78,6 +78,25 @@ def test_a_recovery_says_how_it_ended_and_goes_on(
     assert status["peak_bytes"] > 2**24
 
 
+def test_another_request_does_not_go_on_unnoticed(
+    warm: ForkServer, tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]
+) -> None:
+    out = tmp_path / "out"
+    request = ("recover", tiny_llama, *text, "--operator", "ghost", "--out", out)
+    assert warm.python(_AT_A_LAYER, *request, "--remove", "2:4").exit_code == AGAIN
+    record = (tmp_path / "out.work" / "run.json").read_bytes()
+    for other, said in (
+        (("--remove", "2:4", "--sequences", 8), "calibration.sequences is 12, asked for 8; tokens is"),
+        (("--remove", "3:5"), 'remove is "2:4", asked for "3:5"'),
+    ):
+        refused = run(*request, *other, "--resume", "required")
+        assert refused.exit_code == 2
+        assert f"the earlier attempt at {out} is of another request ({said}" in refused.stderr
+        assert (tmp_path / "out.work" / "run.json").read_bytes() == record
+    begun = run(*request, "--remove", "3:5")
+    assert 'is of another request (remove is "2:4", asked for "3:5")' in begun.stderr
+
+
 def test_nothing_to_go_on_with(tiny_llama: Path, tmp_path: Path, text: tuple[object, ...]) -> None:
     request = (
         "recover",

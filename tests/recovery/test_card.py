@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from ghoststream.files import file_digest
 from ghoststream.operators import BoundaryOperator, OperatorSet
 from ghoststream.recovery.notes import mergekit_yaml
 from ghoststream.spans import PruningPlan, Span
+from ghoststream.stages.choosing.repair import passing_method
 from ghoststream.testing.models import save_tiny
 from ghoststream.testing.tokenizers import tiny_tokenizer
 from tests.helpers.command_bench import succeed
@@ -145,6 +148,28 @@ def test_a_recipe_with_given_spans_says_them(tiny_llama: Path, tmp_path: Path) -
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert (recipe["remove"], recipe["method"]) == ("1:3", {"operator": "ghost"})
     assert "## Figures" not in card
+
+
+def test_a_recipe_of_a_plan_that_repairs_in_several_ways_names_its_file(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(3, 128, (8, 16)).astype(np.int32))
+    text, source = gs.Text(spec=f"ids:{ids}", sequences=8, length=16), tmp_path / "plan.json"
+    plan = gs.select(
+        2, gs.Source(model=str(tiny_llama), calibration=text), search=gs.Search(criterion="sleb")
+    )
+    assert len(plan.plan.spans) == 2, "what the test needs"
+    ways = [gs.Method(operator="ghost"), gs.Method(operator="least-squares", features="normed", ridge=0.01)]
+    replace(plan, methods=tuple(map(passing_method, ways))).save(source)
+    one, two = tmp_path / "one", tmp_path / "two"
+    gs.recover(tiny_llama, remove=str(source), calibration=text, out=one)
+    recipe = (one / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(recipe)["remove"] == "plan.json"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with chdir(tmp_path):
+        succeed("run", "recipe.yaml", "--model", tiny_llama, "--out", two)
+    assert file_digest(one / "model.safetensors") == file_digest(two / "model.safetensors")
 
 
 _ASKS = """

@@ -60,6 +60,25 @@ def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
         RunRecord.load(Path("/"))
 
 
+def test_what_a_pipeline_file_measures_behind_it_is_in_no_command(tiny_llama: Path, tmp_path: Path) -> None:
+    """A command line that leaves it out would not do the same."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, 16)))
+    text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=16)
+    recovery = Recovery(
+        model=str(tiny_llama),
+        remove="2:4",
+        calibration=text,
+        evaluate=text,
+        method=Method(operator="ghost"),
+        compute=Compute(micro_batch=2),
+    )
+    run(recovery, tmp_path / "out")
+    record = RunRecord.load(tmp_path / "out")
+    assert record.command == ""
+    assert record.request is not None
+    assert record.request["remove"] == "2:4"
+
+
 def test_work_on_what_is_finished_is_recorded(tiny_llama: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(3, 128, size=(6, 16)))
     text = Text(spec=f"ids:{tmp_path / 'ids.npy'}", sequences=6, length=16)
@@ -78,7 +97,7 @@ def test_work_on_what_is_finished_is_recorded(tiny_llama: Path, tmp_path: Path) 
     run(recovery.model_copy(update={"evaluate": text}), out)
     found = RunRecord.load(out)
     assert (found.attempts, found.state, found.stages[-1].name) == (2, "done", "evaluate")
-    assert found.command
+    assert found.estimate is not None
     # Layers are fitted again where the folder beside it is gone.
     shutil.rmtree(record.parent)
     run(recovery, out)

@@ -24,7 +24,7 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
     """Return the words of ``ghoststream recover`` with every option that was given.
 
     A text that was not named is written as ``file:calibration.txt``, a folder as ``recovered``. There are no
-    words where options of a training were given that only a pipeline file takes.
+    words where only a pipeline file says it all: options of a training, or a text to measure the result on.
 
     Args:
         job: The recovery.
@@ -32,7 +32,7 @@ def command_of(job: Job, model: str, out: Path | None) -> tuple[str, ...]:
         out: Where the checkpoint goes, if that was said.
     """
     recovery, training = job.recovery, job.recovery.distill
-    if training is not None and set(training.given()) - _TIMES:
+    if recovery.evaluate is not None or (training is not None and set(training.given()) - _TIMES):
         return ()
     remove = recovery.remove.text if isinstance(recovery.remove, PruningPlan) else str(recovery.remove)
     words = ["ghoststream", "recover", model, "--remove", remove]

@@ -13,6 +13,7 @@ from typing import Any
 from ghoststream.checkpoint.index import CheckpointIndex
 from ghoststream.errors import ArtifactError, CheckpointError, GhoststreamError, UnsupportedModelError
 from ghoststream.files import read_json, system_error
+from ghoststream.files.kinds import FOLDER, require_kind
 from ghoststream.spans import MOST_LAYERS
 
 CONFIG_NAME = "config.json"
@@ -28,7 +29,7 @@ def read_config(root: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing, damaged, not an object, or names more layers than any model
             has.
-        RequestError: If it may not be read, or is not a regular file.
+        RequestError: If it may not be read, is not a regular file, or the folder is something else.
         MachineError: If reading fails.
     """
     path = root / CONFIG_NAME
@@ -36,6 +37,8 @@ def read_config(root: Path) -> dict[str, Any]:
         # transformers reads and writes infinite numbers there.
         data = read_json(path, finite=False)
     except FileNotFoundError as error:
+        if root.is_dir():
+            require_kind(root, FOLDER, "a model folder")
         msg = (
             f"{root} has no {CONFIG_NAME}: it is not a complete checkpoint folder; download or copy it again"
         )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ghoststream.errors import ArtifactError, NumericsError, RequestError
 from ghoststream.files import json_digest
+from ghoststream.files.kinds import TENSORS, require_kind
 from ghoststream.files.tensor_files import TensorFile, array_digest, write_tensors
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.statistics.features import ModelFacts, get_feature, taps_of
@@ -234,9 +235,11 @@ class OperatorSet:
 
         Raises:
             InputNotFoundError: If there is no such file.
-            ArtifactError: If it is something else, damaged, or written by a newer version.
+            RequestError: If it looks like something else.
+            ArtifactError: If it is no operators file, damaged, or written by a newer version.
         """
         path = Path(path)
+        require_kind(path, TENSORS, "an operators file of `ghoststream fit`")
         with TensorFile(path, advice=_ADVICE) as file:
             metadata = file.metadata
             _require_encoding(metadata, path)

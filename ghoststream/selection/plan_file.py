@@ -13,6 +13,7 @@ from typing import Any
 
 from ghoststream.errors import ArtifactError, InputNotFoundError, PlanError, RequestError
 from ghoststream.files import atomic_write_json, json_digest, names_file, read_json, sealed, unseal
+from ghoststream.files.kinds import JSON, require_kind
 from ghoststream.options import Method
 from ghoststream.spans import PruningPlan, Span
 
@@ -118,9 +119,11 @@ class Selection:
 
         Raises:
             InputNotFoundError: If there is no such file.
+            RequestError: If it looks like something else.
             PlanError: If a user's file is no plan, or has other entries too.
             ArtifactError: If it is no JSON, or not all that a criterion wrote.
         """
+        require_kind(path, JSON, "a plan file of `ghoststream select`")
         data = read_json(path)
         if not isinstance(data, dict):
             msg = f'{path} is not a pruning plan; it needs "n_layers" and "spans": [[start, stop], ...]'
@@ -132,6 +135,9 @@ class Selection:
             msg = f'{path} is not a pruning plan: it says {others}; a plan by hand has "n_layers" and "spans"'
             raise PlanError(msg)
         whole = unseal(data, path, advice=_ADVICE)
+        if data.get("encoding-type") != _ENCODING["encoding-type"]:
+            msg = f"{path} is not a pruning plan but holds {data.get('encoding-type')}; check the path"
+            raise PlanError(msg)
         try:
             selection = cls._from_json(whole)
         except (KeyError, TypeError, ValueError) as error:

@@ -20,9 +20,11 @@ from ghoststream.progress import SilentProgress
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import Shared
 from ghoststream.streaming import StatesFactory
 from ghoststream.streaming.shapes import StatesShape
 from ghoststream.testing.models import save_tiny
+from tests.helpers.crews import cluster_of
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit, select
@@ -204,6 +206,23 @@ def test_what_observers_keep_goes_where_the_card_has_no_room(
     for key, expected in watched(cpu, tokens, micro_batch).items():
         for name, value in vars(expected).items():
             assert getattr(found[0][key], name) == pytest.approx(value, rel=2e-4, abs=2e-5), (key, name)
+
+
+def _idle(compute: Compute, number: int) -> int:
+    """What torch keeps of the card and does not use, as a worker finds it."""
+    del compute, number
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def test_workers_find_the_memory_that_this_process_has_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghoststream.stages.workers._processes", cluster_of)
+    compute = Compute(device="cuda:0,cuda:0")
+    with Shared(compute, None).workers(SilentProgress()) as crew:
+        used = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+        del used
+        idle = _idle(compute, 0)
+        assert idle >= 2**26
+        assert max(crew.run(_idle, compute, [(0,), (1,)], [1, 1], SilentProgress())) <= idle - 2**26
 
 
 def test_the_second_pass_of_a_process_has_the_memory_of_the_first(text: str, tiny_llama: Path) -> None:

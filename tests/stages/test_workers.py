@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -142,6 +143,27 @@ def test_each_worker_of_this_machine_has_a_device(monkeypatch: pytest.MonkeyPatc
     assert [number for number, _, _ in found] == list(range(9))
     assert {device for _, device, _ in found} == {"cpu", "cuda:7"}
     assert all(is_limited for _, _, is_limited in found)  # both have a part of the free memory
+
+
+_EVENTS: list[str] = []
+
+
+def _note(compute: Compute, number: int) -> None:
+    del compute
+    _EVENTS.append(f"share {number}")
+
+
+def test_what_this_process_keeps_of_a_device_is_given_back_before_a_share_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: _EVENTS.append("given back"))
+    with cluster_of(1) as client, Shared(Compute(), client).workers(SilentProgress()) as crew:
+        for number in range(2):
+            crew.run(_note, Compute(), [(number,)], [1], SilentProgress())
+    assert [
+        line for number in range(2) for line in ("given back", f"share {number}", "given back")
+    ] == _EVENTS
 
 
 @pytest.mark.soak

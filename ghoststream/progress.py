@@ -43,6 +43,21 @@ class SilentProgress:
         """Ignore the message."""
 
 
+class KeptLines(SilentProgress):
+    """Keeps the lines that are logged, for one who is not here.
+
+    Attributes:
+        lines: The lines, in order.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        """Keep the line."""
+        self.lines.append(message)
+
+
 def human_seconds(seconds: float) -> str:
     """Write a duration in the two largest fitting units."""
     if not math.isfinite(seconds):

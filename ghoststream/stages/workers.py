@@ -25,6 +25,7 @@ from ghoststream.progress import Progress
 from ghoststream.stages.sharing import dealt_rows, devices_of, is_shared
 from ghoststream.statistics.cluster import connect, explained, require_versions
 from ghoststream.stopping import require_going_on
+from ghoststream.streaming.allocator import return_device_memory
 
 _LOOK_SECONDS = 1
 _REMEDY = "give --host-memory, or fewer workers"
@@ -99,6 +100,7 @@ class Workers:
         """
         import dask
 
+        return_device_memory()  # this process may have run and solved on the device of a worker
         progress.start(f"shares of {len(shares)} workers", sum(sizes), unit)
         # Operators may be large, and no worker has them.
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
@@ -236,6 +238,4 @@ def _on_worker(function: Callable[..., Any], compute: Compute, place: _Place, sh
         try:
             return function(compute.model_copy(update=given), *share)
         finally:
-            if torch.cuda.is_initialized():
-                # What torch keeps for what comes next: the process that waits for this share solves there.
-                torch.cuda.empty_cache()
+            return_device_memory()  # the process that waits for this share solves there

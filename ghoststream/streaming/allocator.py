@@ -1,10 +1,12 @@
-"""Giving freed host memory back to the system."""
+"""Giving freed memory back: that of the host to the system, that of accelerators to other processes."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
+
+import torch
 
 
 def return_free_memory() -> None:
@@ -16,6 +18,15 @@ def return_free_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def return_device_memory() -> None:
+    """Give back what torch keeps of accelerators for what comes next, and is not in use.
+
+    To another process it is taken.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @cache

@@ -62,6 +62,8 @@ class PassOptions:
         initial: Gives the states of a batch at ``first_layer``, at compute dtype.
         last_layer: Stop when ``h[last_layer]`` is there; ``None`` is the whole model.
         logit_tokens: Tokens whose logits are held at once; ``None`` is a whole batch.
+        kept: Places for the states of all sequences that observers take of the factory at once, at most. They
+            count in what the pass says it needs before it reads.
         progress: Who is told how far the pass is.
     """
 
@@ -69,6 +71,7 @@ class PassOptions:
     initial: Callable[[Batch], torch.Tensor] | None = None
     last_layer: int | None = None
     logit_tokens: int | None = 256
+    kept: int = 0
     progress: Progress = field(default_factory=SilentProgress)
 
 
@@ -129,7 +132,7 @@ class StreamedPass:
         first, last = self._options.first_layer, self._last
         layers = [n for n in range(first, last) if any(lane.runs(n) for lane in self._lanes)]
         try:
-            self._prepare(rehearsed(self._lanes, self._batches, self._factory, first, last, set(layers)))
+            self._prepare(self._rehearsed(set(layers)))
             with torch.inference_mode(), self._skeleton.loaded_frame():
                 self._run(layers)
         except BaseException as error:
@@ -140,6 +143,10 @@ class StreamedPass:
                 # An observer may have met what the pass has only noted, and the pass knows where it is.
                 self._finite.look()
             raise
+
+    def _rehearsed(self, layers: set[int]) -> StatesFactory:
+        first, kept = self._options.first_layer, self._options.kept
+        return rehearsed(self._lanes, self._batches, self._factory, first, self._last, layers, kept)
 
     def _prepare(self, needed: StatesFactory) -> None:
         self._factory.require_scratch(needed.most_scratch)

@@ -17,6 +17,7 @@ def rehearsed(
     first: int,
     last: int,
     read: Collection[int],
+    kept: int = 0,
 ) -> StatesFactory:
     """Return what has counted the states of a pass that was not run.
 
@@ -27,9 +28,12 @@ def rehearsed(
         first: The position that it starts from.
         last: The position that it ends at.
         read: The layers that some lane runs.
+        kept: Places that observers take. They count from the beginning, behind the one that all lanes share
+            then.
     """
     counted = factory.rehearsal()
     groups = LaneGroups(lanes, batches, counted)
+    beside = [counted.make() for _ in range(kept)]
     for position in range(first, last + 1):
         if position > first:
             if position - 1 in read:
@@ -38,6 +42,8 @@ def rehearsed(
                 _over_boundary(groups, group)
         groups.end_lanes(position)
         groups.enter_spans(position)
+    for place in beside:
+        counted.release(place)
     return counted
 
 

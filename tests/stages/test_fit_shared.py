@@ -14,8 +14,10 @@ import pytest
 from ghoststream.errors import RequestError
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Recovery
+from ghoststream.progress import KeptLines
 from ghoststream.stages.choosing import fit_shares
 from ghoststream.stages.choosing.fit_shares import sum_share
+from ghoststream.stages.choosing.moments import place_fits
 from ghoststream.stages.recover import RecoveryReport, run
 from ghoststream.streaming import StreamedPass
 from ghoststream.testing.models import save_tiny
@@ -76,6 +78,21 @@ def test_workers_leave_the_file_of_one_process(
         with cluster_of(n_workers) as client:
             _fit(plan, model, text, tmp_path / f"by {n_workers}", scheduler=client, **ways)
         assert (tmp_path / f"by {n_workers}").read_bytes() == (tmp_path / "one").read_bytes(), n_workers
+
+
+def test_lines_of_workers_are_told_once_a_round(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*given: Any) -> None:
+        given[-1].log("here" if current_thread() is main_thread() else "on a worker")
+        place_fits(*given)
+
+    monkeypatch.setattr(fit_shares, "place_fits", said)
+    told = KeptLines()
+    with cluster_of(2) as client:
+        _fit("1:2 3:5", model, text, tmp_path / "shared", operator="ghost", scheduler=client, progress=told)
+    lines = [line for line in told.lines if line in ("here", "on a worker")]
+    assert lines == 2 * ["on a worker", "here"]
 
 
 def test_ways_that_are_tried_are_measured_by_the_same_workers(model: Path, text: str, tmp_path: Path) -> None:

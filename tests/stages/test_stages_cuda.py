@@ -16,14 +16,19 @@ from ghoststream.activations import ActivationStore
 from ghoststream.errors import NumericsError
 from ghoststream.machine import free_device_memory
 from ghoststream.options import Compute, Text, Training
+from ghoststream.progress import SilentProgress
 from ghoststream.stages.capturing.capture import capture
 from ghoststream.stages.measuring.evaluate import evaluate
+from ghoststream.stages.session import ModelSession
+from ghoststream.stages.workers import Shared
 from ghoststream.streaming import StatesFactory
 from ghoststream.streaming.shapes import StatesShape
 from ghoststream.testing.models import save_tiny
+from tests.helpers.crews import cluster_of
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.random_ids import random_ids
 from tests.helpers.requests import fit, select
+from tests.helpers.watching import PLACES, Watched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,6 +179,50 @@ def test_a_round_of_boosting_whose_places_lie_apart(
     (tmp_path / "cuda").mkdir()
     for one, other in zip(boosted("cuda", tiny_llama, text, tmp_path / "cuda"), expected, strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "scratch"])
+@pytest.mark.parametrize("watched", PLACES)
+def test_what_observers_keep_goes_where_the_card_has_no_room(
+    watched: Watched, on_host: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    n_windows, micro_batch = 256, 4
+    text = Text(spec=random_ids(tmp_path, n_windows, T), sequences=n_windows, length=T)
+    cpu, whole = (ModelSession(tiny_llama, Compute(device=device)) for device in ("cpu", "cuda"))
+    tokens = cpu.tokens(text, SilentProgress())
+    host, device = whole.memory(T, micro_batch=micro_batch).taken()
+    place = n_windows * T * 32 * 4
+    # Room for the states of the lane, beside layers and work.
+    given = Compute(device="cuda", device_memory=device + place, host_memory=None if on_host else host)
+    watched(whole, tokens.take(range(micro_batch)), micro_batch)  # what libraries take once and keep
+    torch.cuda.reset_peak_memory_stats()
+    before, found, peaks = torch.cuda.memory_allocated(), [], []
+    for session in (ModelSession(tiny_llama, given), whole):
+        found.append(watched(session, tokens, micro_batch))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert found[0] == found[1]
+    assert peaks[0] < 2 * place
+    assert peaks[1] >= PLACES[watched] * place
+    for key, expected in watched(cpu, tokens, micro_batch).items():
+        for name, value in vars(expected).items():
+            assert getattr(found[0][key], name) == pytest.approx(value, rel=2e-4, abs=2e-5), (key, name)
+
+
+def _idle(compute: Compute, number: int) -> int:
+    """What torch keeps of the card and does not use, as a worker finds it."""
+    del compute, number
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def test_workers_find_the_memory_that_this_process_has_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ghoststream.stages.workers._processes", cluster_of)
+    compute = Compute(device="cuda:0,cuda:0")
+    with Shared(compute, None).workers(SilentProgress()) as crew:
+        used = torch.empty(2**26, dtype=torch.uint8, device="cuda")
+        del used
+        idle = _idle(compute, 0)
+        assert idle >= 2**26
+        assert max(crew.run(_idle, compute, [(0,), (1,)], [1, 1], SilentProgress())) <= idle - 2**26
 
 
 def test_the_second_pass_of_a_process_has_the_memory_of_the_first(text: str, tiny_llama: Path) -> None:

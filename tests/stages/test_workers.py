@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
 from ghoststream.options import Compute, Method, Text
-from ghoststream.progress import SilentProgress
+from ghoststream.progress import KeptLines, SilentProgress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.capturing.capture import capture
+from ghoststream.stages.choosing.moments import place_fits
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.shares import Measuring
 from ghoststream.stages.choosing.shares import measure_share as measure_candidates
+from ghoststream.stages.choosing.shares import measure_shares as measure_all
 from ghoststream.stages.measuring.evaluate import evaluate
 from ghoststream.stages.measuring.measurement import Measurement
 from ghoststream.stages.measuring.model_groups import group_models
@@ -27,6 +30,7 @@ from ghoststream.stages.measuring.shares import measure_share, measure_shares
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import is_shared, rows_of
 from ghoststream.stages.workers import Shared
+from ghoststream.statistics import Ranges
 from tests.helpers.crews import cluster_of
 from tests.helpers.groups import capture_arguments, evaluate_arguments
 from tests.helpers.requests import select
@@ -114,6 +118,27 @@ def test_candidates_shared_by_workers_give_the_plan_of_one_process(tiny_llama: P
     assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
 
+def test_lines_of_workers_come_with_their_answers_each_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*given: Any) -> None:
+        given[-1].log("the fit goes to the host")
+        place_fits(*given)
+
+    monkeypatch.setattr("ghoststream.stages.choosing.fitting.place_fits", said)
+    session, tokens = open_model(tiny_llama, save_windows(tmp_path))
+    n_layers = session.skeleton.n_layers
+    repairs = [
+        Repair.alike(PruningPlan(n_layers, (Span(layer, layer + 1),)), Method(operator="ghost"))
+        for layer in range(1, 4)
+    ]
+    measuring, told = Measuring(tokens, Ranges.make(tokens.n_sequences - HELD, folds=1), 2), KeptLines()
+    with cluster_of(3) as client, Shared(Compute(), client).workers(SilentProgress()) as crew:
+        found = measure_all(crew, session, measuring, repairs, told)
+    assert len(found.candidates) == 3
+    assert told.lines == ["the fit goes to the host"]
+
+
 def test_a_worker_that_measures_another_model_is_told(tiny_llama: Path, tmp_path: Path) -> None:
     session, tokens = open_model(tiny_llama, save_windows(tmp_path))
     repair = Repair.alike(PruningPlan(session.skeleton.n_layers, (Span(1, 2),)), Method(operator="none"))
@@ -142,6 +167,27 @@ def test_each_worker_of_this_machine_has_a_device(monkeypatch: pytest.MonkeyPatc
     assert [number for number, _, _ in found] == list(range(9))
     assert {device for _, device, _ in found} == {"cpu", "cuda:7"}
     assert all(is_limited for _, _, is_limited in found)  # both have a part of the free memory
+
+
+_EVENTS: list[str] = []
+
+
+def _note(compute: Compute, number: int) -> None:
+    del compute
+    _EVENTS.append(f"share {number}")
+
+
+def test_what_this_process_keeps_of_a_device_is_given_back_before_a_share_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: _EVENTS.append("given back"))
+    with cluster_of(1) as client, Shared(Compute(), client).workers(SilentProgress()) as crew:
+        for number in range(2):
+            crew.run(_note, Compute(), [(number,)], [1], SilentProgress())
+    assert [
+        line for number in range(2) for line in ("given back", f"share {number}", "given back")
+    ] == _EVENTS
 
 
 @pytest.mark.soak

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ghoststream.operators import BoundaryOperator
 from ghoststream.options import Compute, Method
-from ghoststream.progress import Progress, SilentProgress
+from ghoststream.progress import KeptLines, Progress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.division import dealt_ranges
 from ghoststream.stages.choosing.moments import DENSE, FitPlace, fitted_operator, place_fits
@@ -20,7 +20,7 @@ from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.summing import SummedBoundary
 from ghoststream.stages.lanes import operator_map
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.shared_session import open_shared, tensors_read
+from ghoststream.stages.shared_session import Answer, accepted, answer, open_shared
 from ghoststream.stages.workers import Workers
 from ghoststream.statistics import Ranges, SumState
 from ghoststream.statistics.ranges import SequenceRange, TreeNode
@@ -138,10 +138,9 @@ def fit_shares(
         request = (session.name, str(session.fingerprint["digest"]), fit, fit.before(spans[0], found), spans)
         shares = [(*request, own) for own in dealt]
         answers = crew.run(sum_share, session.compute, shares, [_length(own) for own in dealt], progress)
-        for _, tensors in answers:
-            session.expect({"tensors": tensors}, "a worker summed")
+        summed = accepted(answers, session, "a worker summed", progress)
         for span in spans:
-            found[span] = _fitted(fit, span, [sums.pop(span) for sums, _ in answers], session, progress)
+            found[span] = _fitted(fit, span, [sums.pop(span) for sums in summed], session, progress)
     return [found[span] for span in fit.repair.plan.spans]
 
 
@@ -153,24 +152,24 @@ def sum_share(
     known: Known,
     spans: tuple[Span, ...],
     own: Sequence[SequenceRange],
-) -> tuple[dict[Span, Sums], dict[str, str]]:
-    """Sum some ranges at the boundaries of a round, on a worker; return also the digests of what was read.
+) -> Answer[dict[Span, Sums]]:
+    """Sum some ranges at the boundaries of a round, on a worker.
 
     Raises:
         MismatchError: If the model is another one.
         GhoststreamError: What opening the model, and the pass raise.
     """
-    session = open_shared(compute, model, digest)
+    session, told = open_shared(compute, model, digest), KeptLines()
     place, last = FitPlace(), max(span.stop for span in spans)
     boundaries = [fit.boundary(span, session, own, place) for span in spans]
     lanes = [fit.lane(one, known, session) for one in boundaries]
     batches, memory = fit.batches(own), session.memory(fit.tokens.length)
-    place_fits(place, session, memory, [one.boundary for one in boundaries], SilentProgress())
+    place_fits(place, session, memory, [one.boundary for one in boundaries], told)
     dense = Lane(DENSE, PruningPlan(fit.repair.plan.n_layers), until=last)
-    options = PassOptions(last_layer=last, progress=SilentProgress())
+    options = PassOptions(last_layer=last, progress=told)
     StreamedPass(session.skeleton, batches, [dense, *lanes], memory.states_factory(batches), options).run()
     sums: dict[Span, Sums] = {one.span: one.sums.nodes for one in boundaries if one.sums is not None}
-    return sums, tensors_read(session)
+    return answer(sums, session, told.lines)
 
 
 def _fitted(

@@ -11,7 +11,16 @@ import torch
 from ghoststream.progress import Progress
 from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.session import ModelSession
-from ghoststream.streaming import Batch, BoundaryMap, Lane, PassOptions, StreamedPass, make_batches
+from ghoststream.streaming import (
+    Batch,
+    BoundaryMap,
+    HiddenStates,
+    Lane,
+    PassOptions,
+    StatesFactory,
+    StreamedPass,
+    make_batches,
+)
 from ghoststream.text import TokenSet
 
 
@@ -53,19 +62,19 @@ def layer_changes(
         NumericsError: If a state is not finite.
         BudgetError: If two layers and a micro-batch do not fit the memory given.
 
-    Memory: that of the pass, and the states of all sequences once more. Cost: one pass without the head.
+    Memory: that of the pass, with the states of all sequences once more. Cost: one pass without the head.
     """
     skeleton = session.skeleton
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
-    watcher = _Watcher([layer for layer in range(skeleton.n_layers - 1) if layer not in plan.removed])
+    factory = session.memory(tokens.length).states_factory(batches)
+    left = [layer for layer in range(skeleton.n_layers - 1) if layer not in plan.removed]
+    watcher = _Watcher(left, factory)
     maps: dict[Span, BoundaryMap] = {
         span: _Scaled(math.prod(scales[layer] for layer in range(span.start, span.stop)))
         for span in plan.spans
     }
     lane = Lane("pruned", plan, maps, observers=(watcher,), until=skeleton.n_layers - 1)
-    kept = skeleton.hidden_size * skeleton.dtype.itemsize * tokens.length * tokens.n_sequences
-    factory = session.memory(tokens.length, buffers=kept).states_factory(batches)
-    StreamedPass(skeleton, batches, [lane], factory, PassOptions(progress=progress)).run()
+    StreamedPass(skeleton, batches, [lane], factory, PassOptions(kept=1, progress=progress)).run()
     return watcher.changes()
 
 
@@ -81,11 +90,12 @@ class _Scaled(BoundaryMap):
 
 
 class _Watcher:
-    """Compares the states that enter and leave a layer."""
+    """Compares the states that enter a layer, which it keeps in a place of a factory, with what leaves it."""
 
-    def __init__(self, layers: list[int]) -> None:
+    def __init__(self, layers: list[int], factory: StatesFactory) -> None:
         self._layers = layers
-        self._entered: dict[int, torch.Tensor] = {}
+        self._factory = factory
+        self._entered: HiddenStates | None = None
         self._cosines, self._ratios = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
         self._tokens, self._windows = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
@@ -104,19 +114,29 @@ class _Watcher:
 
     def observe(self, position: int, batch: Batch, states: torch.Tensor) -> None:
         """Compare the states with those that entered the layer before, and keep them."""
-        entered = self._entered.pop(batch.index, None)
-        if entered is not None and position - 1 in self._layers:
+        if self._entered is None:
+            self._entered = self._factory.make()
+        if position - 1 in self._layers:
+            entered = self._entered.get(batch).to(states.device)
             for number, (x, y) in enumerate(zip(entered, states, strict=True)):
                 mask = None if batch.mask is None else batch.mask[number]
                 self._compare(position - 1, x if mask is None else x[mask], y if mask is None else y[mask])
         if position in self._layers:
-            self._entered[batch.index] = states.detach().clone()
+            self._entered.put(batch, states)
 
     def finished(self, position: int) -> None:
-        """Nothing is written."""
+        """Give the place back behind the last layer."""
+        if position > max(self._layers):
+            self._release()
 
     def failed(self) -> None:
-        """Nothing is written."""
+        """Give the place back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._entered is not None:
+            self._factory.release(self._entered)
+            self._entered = None
 
     def _compare(self, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         if not len(inputs):

@@ -82,9 +82,12 @@ def racing(shape: SearchShape, tried: Sequence[Sequence[int]]) -> tuple[PassCost
 
 
 def ranking(shape: SearchShape, longest: int) -> PassCost:
-    """Return the pass of the dense model in which spans of up to ``longest`` layers are ranked."""
+    """Return the pass of the dense model in which spans of up to ``longest`` layers are ranked.
+
+    Beside its own states it keeps those of ``longest + 1`` positions.
+    """
     ranked = min(RANKED_WINDOWS, shape.sequences) / shape.sequences
-    keeping = shape.hidden * (longest + 3) * ranked
+    keeping = shape.hidden * (longest + 2) * ranked
     return PassCost(keeping, ranked * (shape.n_layers - 1) / shape.n_layers, last=shape.n_layers - 1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,16 @@ from ghoststream.spans import PruningPlan, Span
 from ghoststream.stages.choosing.moments import DENSE
 from ghoststream.stages.session import ModelSession
 from ghoststream.statistics import candidate_spans
-from ghoststream.streaming import Batch, Lane, Observer, PassOptions, StreamedPass, make_batches
+from ghoststream.streaming import (
+    Batch,
+    HiddenStates,
+    Lane,
+    Observer,
+    PassOptions,
+    StatesFactory,
+    StreamedPass,
+    make_batches,
+)
 from ghoststream.text import TokenSet
 
 
@@ -38,16 +48,29 @@ class SpanSimilarity:
         n_layers: Decoder layers of the model; the first and the last are in no span.
         sizes: The ``n``.
         mask: True at tokens that count, bool ``(S, T)``.
+        factory: Gives places for the states that are kept.
 
-    Memory: the states of ``max(n) + 2`` positions, ``S x T x C`` each, on the device, at compute dtype.
+    Memory: the states of ``max(n) + 1`` positions at most, ``S x T x C`` each, in places of the factory, and
+    one batch from each of two positions in float32 on the device.
     """
 
-    def __init__(self, n_layers: int, sizes: Sequence[int], mask: torch.Tensor) -> None:
+    def __init__(
+        self, n_layers: int, sizes: Sequence[int], mask: torch.Tensor, factory: StatesFactory
+    ) -> None:
         self._spans = {span for size in sizes for span in candidate_spans(n_layers, size)}
         self._mask = mask
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
-        self._channels: dict[Span, list[float]] = {span: [] for span in self._spans}
-        self._tokens: dict[Span, list[torch.Tensor]] = {span: [] for span in self._spans}
+        self._factory = factory
+        self._places: dict[int, HiddenStates] = {}
+        self._channels: defaultdict[Span, list[float]] = defaultdict(list)
+        self._tokens: defaultdict[Span, list[torch.Tensor]] = defaultdict(list)
+        self._found: dict[Span, Similarity] = {}
+
+    @property
+    def most_places(self) -> int:
+        """How many places it takes of the factory at once, at most."""
+        last = {span.start: span.stop for span in sorted(self._spans)}
+        at_once = (sum(start <= position <= stop for start, stop in last.items()) for position in last)
+        return max(at_once, default=0)
 
     def wants(self, position: int) -> bool:
         """Whether a span starts or stops here."""
@@ -59,24 +82,32 @@ class SpanSimilarity:
         after = states.float()
         for span in self._spans:
             if span.stop == position:
-                self._compare(span, self._kept[span.start, batch.start].float(), after, mask)
-        self._kept[position, batch.start] = states.clone()
+                before = self._places[span.start].get(batch).to(states.device)
+                self._compare(span, before.float(), after, mask)
+        if any(span.start == position for span in self._spans):
+            if position not in self._places:
+                self._places[position] = self._factory.make()
+            self._places[position].put(batch, states)
 
     def finished(self, position: int) -> None:
-        """Let go of states that no span to come starts at."""
+        """Take the means of spans that stop here, and let go of states that no span to come starts at."""
+        for span in (span for span in self._spans if span.stop == position):
+            tokens = torch.cat(self._tokens.pop(span))
+            self._found[span] = Similarity(_mean(self._channels.pop(span)), float(tokens.mean()))
         waiting = {span.start for span in self._spans if span.stop > position}
-        self._kept = {key: states for key, states in self._kept.items() if key[0] in waiting}
+        self._release(start for start in tuple(self._places) if start not in waiting)
 
     def failed(self) -> None:
         """Let go of everything."""
-        self._kept = {}
+        self._release(tuple(self._places))
 
     def found(self) -> dict[Span, Similarity]:
         """Return the means over windows and tokens, when all states have come by."""
-        return {
-            span: Similarity(_mean(self._channels[span]), float(torch.cat(self._tokens[span]).mean()))
-            for span in sorted(self._spans)
-        }
+        return {span: self._found[span] for span in sorted(self._spans)}
+
+    def _release(self, starts: Iterable[int]) -> None:
+        for start in starts:
+            self._factory.release(self._places.pop(start))
 
     def _compare(self, span: Span, before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> None:
         weights = mask[..., None]
@@ -111,12 +142,13 @@ def rank_spans(
     Memory: that of a pass, and of :class:`SpanSimilarity`.
     """
     skeleton = session.skeleton
-    observer = SpanSimilarity(skeleton.n_layers, sizes, torch.from_numpy(tokens.mask))
     batches = make_batches(tokens.ids, tokens.mask, micro_batch)
+    factory = session.memory(tokens.length).states_factory(batches)
+    observer = SpanSimilarity(skeleton.n_layers, sizes, torch.from_numpy(tokens.mask), factory)
     lane = Lane(DENSE, PruningPlan(skeleton.n_layers), observers=(observer, *beside))
     last = max(1, skeleton.n_layers - 1)
-    factory = session.memory(tokens.length).states_factory(batches)
-    StreamedPass(skeleton, batches, [lane], factory, PassOptions(last_layer=last, progress=progress)).run()
+    options = PassOptions(last_layer=last, kept=observer.most_places, progress=progress)
+    StreamedPass(skeleton, batches, [lane], factory, options).run()
     return observer.found()
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from ghoststream.evaluation import LossSummary
 from ghoststream.options import Compute
-from ghoststream.progress import Progress, SilentProgress
+from ghoststream.progress import KeptLines, Progress
 from ghoststream.stages.choosing.measured import Candidate, measure_repairs
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.session import ModelSession
-from ghoststream.stages.shared_session import open_shared, tensors_read
+from ghoststream.stages.shared_session import Answer, accepted, answer, open_shared
 from ghoststream.stages.workers import Workers
 from ghoststream.statistics import Ranges
 from ghoststream.streaming import Runs
@@ -84,26 +84,26 @@ def measure_shares(
     answers = crew.run(
         measure_share, session.compute, shares, list(map(len, dealt)), progress, unit="candidates"
     )
+    measured = accepted(answers, session, "a worker measured candidates", progress)
     own: dict[int, Candidate] = {}
     runs = Runs()
-    for places, (found, tensors) in zip(dealt, answers, strict=True):
-        session.expect({"tensors": tensors}, "a worker measured candidates")
+    for places, found in zip(dealt, measured, strict=True):
         own |= zip(places, found.candidates, strict=True)
         runs += found.runs
-    return Found(answers[0][0].dense, tuple(own[place] for place in range(len(repairs))), runs)
+    return Found(measured[0].dense, tuple(own[place] for place in range(len(repairs))), runs)
 
 
 def measure_share(
     compute: Compute, model: str, digest: str, measuring: Measuring, repairs: Sequence[Repair]
-) -> tuple[Found, dict[str, str]]:
-    """Measure some repairs, on a worker; return also the digests of the tensors that were read.
+) -> Answer[Found]:
+    """Measure some repairs, on a worker.
 
     Raises:
         MismatchError: If the model is another one.
         GhoststreamError: What opening the model, and the pass raise.
     """
-    session = open_shared(compute, model, digest)
-    return measuring.of(session, repairs, SilentProgress()), tensors_read(session)
+    session, told = open_shared(compute, model, digest), KeptLines()
+    return answer(measuring.of(session, repairs, told), session, told.lines)
 
 
 def _dealt(repairs: Sequence[Repair], count: int) -> list[list[int]]:

@@ -171,6 +171,6 @@ class TensorDigests:
 def other_model(place: str, since: str, missing: str) -> str:
     """Say that a model is not the one that something was made of, as it lacks a tensor of it."""
     return (
-        f"{place} is not the model of which {since}: there is no tensor {missing} in it; give that model, or "
-        "make anew what was made of it"
+        f"{place} is another model than when {since}: that had a tensor {missing}; give that model, or make "
+        "anew what was made of it"
     )

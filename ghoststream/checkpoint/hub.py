@@ -18,6 +18,7 @@ from ghoststream.errors import (
     InputNotFoundError,
     UnsupportedModelError,
 )
+from ghoststream.files import require_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SERVER_ERROR = 500
@@ -53,6 +54,10 @@ class ResolvedHeaders:
     root: Path | None = None
 
 
+MODEL = "the model, a folder or a hub id (save one in memory by save_pretrained first),"
+"""What the place of a model is called where it is none."""
+
+
 def resolve_model(model: str | Path, *, revision: str | None = None) -> ResolvedModel:
     """Return the local folder of a model, downloading a hub model first if need be.
 
@@ -77,6 +82,7 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Resolved
 
 def _place(model: str | Path) -> Path | str:
     """Return the local folder, or the hub id."""
+    require_path(model, MODEL)
     path, text = Path(model).expanduser(), str(model)
     if path.is_dir():
         return path.resolve()

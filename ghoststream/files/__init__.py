@@ -11,7 +11,7 @@ from ghoststream.files.atomic import (
     write_all,
 )
 from ghoststream.files.digests import bytes_digest, file_digest, format_digest, short_digest
-from ghoststream.files.inputs import names_file, open_input, read_input, require_readable_kind
+from ghoststream.files.inputs import names_file, open_input, read_input, require_path, require_readable_kind
 from ghoststream.files.json_data import (
     canonical_json,
     canonical_object,
@@ -67,6 +67,7 @@ __all__ = [
     "read_sealed_json",
     "replacing",
     "require_free_space",
+    "require_path",
     "require_readable_kind",
     "require_writable",
     "sealed",

@@ -21,6 +21,25 @@ _KINDS = {
 }
 
 
+def require_path(place: object, what: str) -> None:
+    """Check that something is text or a path: what is not may have a long text of its own.
+
+    Args:
+        place: What was given.
+        what: What it is to name, for the message.
+
+    Raises:
+        RequestError: If it is something else.
+    """
+    if not isinstance(place, str | os.PathLike):
+        msg = f"{what} is given by text or a path, and not by {_an_object(place)}"
+        raise RequestError(msg)
+
+
+def _an_object(value: object) -> str:
+    return "None" if value is None else f"an object of the type {type(value).__name__}"
+
+
 def names_file(text: str | Path) -> bool:
     """Say whether there is something at a path that is no folder; what cannot be a path names nothing.
 

@@ -69,7 +69,16 @@ class Text(Options):
         Raises:
             RequestError: If there is no specification.
         """
-        return text if isinstance(text, Text) else cls.make({"spec": text})
+        if isinstance(text, Text):
+            return text
+        given: object = text
+        if not isinstance(given, Sequence):
+            msg = (
+                "a text is given by a specification such as 'file:PATH', by several of them, or by "
+                f"Text(spec=...), and not by {'None' if given is None else type(given).__name__}"
+            )
+            raise RequestError(msg)
+        return cls.make({"spec": text})
 
     @property
     def specs(self) -> tuple[str, ...]:

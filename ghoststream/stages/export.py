@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ghoststream.checkpoint.hub import resolve_checkpoint
+from ghoststream.files import require_path
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Form, GgufType
 from ghoststream.progress import Progress
@@ -54,8 +55,10 @@ def export(
     for a GGUF also what :func:`~ghoststream.recovery.gguf.file.write_file` states.
     """
     require_gguf(form, gguf_type)
-    if isinstance(operators, str | Path):
+    if operators is not None and not isinstance(operators, OperatorSet):
+        require_path(operators, "the file of the operators")
         operators = OperatorSet.load(operators)
+    require_path(out, "the place of the result (out)")
     root = resolve_checkpoint(model, revision=revision).root
     skeleton = Skeleton(root, trust_remote_code=trust_remote_code)
     if operators is None:

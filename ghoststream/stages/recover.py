@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghoststream.checkpoint.hub import MODEL
 from ghoststream.errors import MismatchError, RequestError
 from ghoststream.evaluation import EvaluationReport
-from ghoststream.files import StagingFolder, differences, disk_errors
+from ghoststream.files import StagingFolder, differences, disk_errors, require_path
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute, Method, Recovery, Resume, Search, Text, TextLike, Training
 from ghoststream.progress import Progress, SilentProgress
@@ -167,16 +168,17 @@ def recover(
 
     Memory: the largest of what its steps state.
     """
-    request = Recovery(
-        model=str(model),
-        remove=str(remove) if isinstance(remove, Path) else remove,
-        calibration=Text.of(calibration),
-        search=search or Search(),
-        method=method or Method(),
-        distill=distill,
-        compute=compute or Compute(),
-    )
-    return run(request, out, progress=progress)
+    require_path(model, MODEL)
+    request = {
+        "model": str(model),
+        "remove": str(remove) if isinstance(remove, Path) else remove,
+        "calibration": Text.of(calibration),
+        "search": search or Search(),
+        "method": method or Method(),
+        "distill": distill,
+        "compute": compute or Compute(),
+    }
+    return run(Recovery.make(request), out, progress=progress)
 
 
 def run(
@@ -214,6 +216,7 @@ def run(
     if recovery.model is None:
         msg = f"{recovery.name} names no model; give one with --model, or as `model` in the file"
         raise RequestError(msg)
+    require_path(out, "the place of the result (out)")
     out = Path(out) if Path(out).name else Path(out).resolve()
     _require_resumable(out, resume)
     with recorded(recovery.name, work_folder(out) / NAME, progress) as watched:

@@ -46,6 +46,33 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StreamedPass, "run", begin)
 
 
+_RECOVER: dict[str, Any] = {"model": "m", "remove": 1, "calibration": "c4", "out": "o"}
+_CAPTURE: dict[str, Any] = {"calibration": "c4", "store": "s"}
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "said"),
+    [
+        (gs.recover, _RECOVER | {"model": object()}, "save_pretrained first.* type object"),
+        (gs.recover, _RECOVER | {"model": None}, "hub id .* and not by None"),
+        (gs.evaluate, {"models": [object()], "text": "c4"}, "save_pretrained first.* type object"),
+        (gs.capture, _CAPTURE | {"model": object()}, "save_pretrained first.* type object"),
+        (gs.recover, _RECOVER | {"calibration": None}, "'file:PATH', .* and not by None"),
+        (gs.recover, _RECOVER | {"calibration": Path("c.txt")}, "and not by PosixPath"),
+        (gs.recover, _RECOVER | {"calibration": {"spec": "c4"}}, "and not by dict"),
+        (gs.recover, _RECOVER | {"out": None}, r"result \(out\) .* and not by None"),
+        (gs.recover, _RECOVER | {"remove": 2.0}, "2.0 says neither how many"),
+        (gs.recover, _RECOVER | {"method": "ghost"}, "instance of Method"),
+        (gs.export, {"model": "m", "operators": 3, "out": "o"}, "the file of the operators .* type int"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(
+    call: Callable[..., object], given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        call(**given)
+
+
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "ids.npy"

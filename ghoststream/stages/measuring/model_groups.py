@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ghoststream.checkpoint.fingerprint import require_undamaged
+from ghoststream.checkpoint.hub import MODEL
 from ghoststream.errors import RequestError
-from ghoststream.files import file_digest
+from ghoststream.files import file_digest, require_path
 from ghoststream.operators import OperatorSet
 from ghoststream.options import Compute
 from ghoststream.recovery import RecoveredInfo, load_recovered
@@ -174,6 +175,7 @@ def _is_base(one: _Opened, given: Mapping[str, _Opened], wanted: Collection[str 
 
 
 def _open(model: str | Path, compute: Compute) -> _Opened:
+    require_path(model, MODEL)
     path = Path(model)
     if path.is_file() and path.suffix == ".safetensors":
         operators = OperatorSet.load(path)

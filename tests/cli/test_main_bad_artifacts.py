@@ -124,7 +124,7 @@ def test_damaged_operators(bench: Bench, refused: Callable[..., str], tmp_path: 
     operators.write_bytes(operators.read_bytes()[:500])
     refused("export", bench.model, *out, code=BROKEN_DATA, says="ops.safetensors")
     mine = ("--operators", bench.root / "mine.json", "--out", tmp_path / "out")
-    refused("export", bench.model, *mine, code=BROKEN_DATA, says="mine.json")
+    refused("export", bench.model, *mine, code=BAD_REQUEST, says="mine.json is JSON, and an operators file")
     shard = next(bench.model.glob("*.safetensors"))
     shards = ("--operators", shard, "--out", tmp_path / "out")
     refused("export", bench.model, *shards, code=BROKEN_DATA, says="carries no ghoststream metadata")

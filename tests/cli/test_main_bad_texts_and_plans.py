@@ -174,3 +174,12 @@ def test_all_but_one_layer_says_what_would_do(
         refused("estimate", bench.model, "--remove", 5, "--no-measure", code=BAD_REQUEST, says=says) == line
     )
     assert "it fits" in succeed("estimate", bench.model, "--remove", "1:6", "--no-measure").stdout
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_no_spans_are_advised_where_none_would_do(
+    number: int, bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    request = ("recover", bench.model, "--remove", number, *bench.capture, "--out", tmp_path / "out")
+    line = refused(*request, code=BAD_REQUEST, says=f"cannot remove {number} of 6 layers")
+    assert line.rstrip().endswith("must stay; give a number from 1 to 4")

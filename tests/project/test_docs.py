@@ -60,6 +60,18 @@ def test_the_index_has_every_page() -> None:
     assert {(DOCS / link).resolve() for link in links} == {*PAGES, *DOCS.rglob("*.md")} - {DOCS / "index.md"}
 
 
+def test_the_same_commands_go_on_wherever_that_is_said() -> None:
+    text = (DOCS / "settings.md").read_text(encoding="utf-8").partition("## Stopped and run again")[2]
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", text.partition("\n## ")[0], flags=re.MULTILINE)
+    kept = [names for names, what in rows if not what.startswith("nothing")]
+    going_on = {name for names in kept for name in re.findall(r"`(\w+)", names)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"hub id\. ([^.]*) go on where", readme)
+    assert told is not None
+    assert set(re.findall(r"`(\w+)`", told[1])) == going_on
+    assert "explore" in going_on
+
+
 def test_the_options_are_those_that_there_are() -> None:
     made = _script(DOCS / "make_options.py")["page"]()
     assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run python docs/make_options.py"

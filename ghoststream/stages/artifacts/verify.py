@@ -97,6 +97,6 @@ def verify_path(
 def _base_of(kind: Kind, path: str) -> Base:
     read = KINDS[kind].base
     if read is None:
-        msg = f"{path} is a {kind.value}, which was made of no other model; leave --model out"
+        msg = f"{path} is {kind.one}, which was made of no other model; leave --model out"
         raise RequestError(msg)
     return read(path)

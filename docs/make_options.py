@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 import types
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ def _group(group: type[Options]) -> str:
     lines += ["| option | values | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in group.model_fields.items():
         written = "`--calibration`, `--text`" if (group, name) == (Text, "spec") else f"`{flag(name)}`"
-        cells = (written, _values(field), _default(field), _text(field))
+        meaning = f"{_text(field)}{_exceptions(group, name)}"
+        cells = (written, _values(field), _default(field), meaning)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -81,19 +83,55 @@ def _places(group: type[Options]) -> str:
     return "\n".join([*found, *textwrap.wrap(commands, COLUMNS, subsequent_indent="  ")])
 
 
-def _commands(group: type[Options]) -> Iterator[str]:
-    """Yield the commands that take at least two fields of a group."""
-    context = click.Context(main)
+def _exceptions(group: type[Options], field: str) -> str:
+    """Say which commands have an option and not its group, or the other way round."""
+    every, having = _commands(group), _having(group, field)
+    parts = [
+        f"{word} of {', '.join(f'`{name}`' for name in names)}"
+        for word, names in (
+            ("not", [name for name in every if name not in having]),
+            ("also", [name for name in having if name not in every]),
+        )
+        if names
+    ]
+    return f" {'; '.join(parts).capitalize()}." if parts else ""
+
+
+def _having(group: type[Options], field: str) -> list[str]:
+    """Return the commands that have an option of a group.
+
+    Groups share some options: one of a command is of the group of which it has more.
+    """
+    if (group, field) == (Text, "spec"):  # the name is the parameter's
+        return _commands(group)
+    others = [one for one in GROUPS if one is not group and field in one.model_fields]
+    elsewhere = {name for one in others for name in _commands(one)}
+    return [
+        name
+        for name, fields in _fields(group).items()
+        if field in fields and (len(fields) > 1 or name not in elsewhere)
+    ]
+
+
+def _commands(group: type[Options]) -> list[str]:
+    """Return the commands that take at least two fields of a group."""
+    return [name for name, fields in _fields(group).items() if len(fields) > 1]
+
+
+@functools.cache
+def _fields(group: type[Options]) -> dict[str, set[str]]:
+    """Return the fields of a group that each command takes."""
+    context, found = click.Context(main), {}
     for name in main.list_commands(context):
         command = main.get_command(context, name)
-        found = [] if command is None else [one for one in command.params if isinstance(one, FieldOption)]
-        own = [one for one in found if one.name in group.model_fields and _is_of(group, one)]
-        if len(own) > 1:
-            yield name
+        options = [] if command is None else [one for one in command.params if isinstance(one, FieldOption)]
+        found[name] = {str(one.name) for one in options if _is_of(group, one)}
+    return found
 
 
 def _is_of(group: type[Options], option: FieldOption) -> bool:
-    return option.help == group.model_fields[str(option.name)].description
+    field = group.model_fields.get(str(option.name))
+    return field is not None and option.help == field.description
 
 
 def _job_rows() -> Iterator[str]:

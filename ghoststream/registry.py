@@ -5,7 +5,7 @@ They are features, token weights, operators, criteria and text sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -47,8 +47,7 @@ class Registry(Generic[_Entry]):
             RequestError: If the name is taken by another entry.
         """
         if self._entries.setdefault(name, entry) is not entry:
-            article = "an" if self._kind[0] in "aeiou" else "a"
-            msg = f"{article} {self._kind} named {name!r} is registered already; choose another name"
+            msg = f"{with_article(self._kind)} named {name!r} is registered already; choose another name"
             raise RequestError(msg)
 
     def add(self, entry: _Entry) -> _Entry:
@@ -83,9 +82,7 @@ class Registry(Generic[_Entry]):
         if name not in self._entries:
             offered = self._offered.get(name, ())
             if not offered:
-                close = get_close_matches(name, self.names(), n=1)
-                meant = f"; did you mean {close[0]}?" if close else ""
-                msg = f"there is no {self._kind} {name!r}; known are {', '.join(self.names())}{meant}"
+                msg = unknown_name(self._kind, name, self.names())
                 raise RequestError(msg)
             self.register(name, self._load(offered))
         return self._entries[name]
@@ -124,6 +121,28 @@ class Registry(Generic[_Entry]):
             msg = f"{what} calls itself {self._name_of(entry)!r}; give its entry point that name"
             raise RequestError(msg)
         return entry
+
+
+def with_article(noun: str) -> str:
+    """Return a noun behind its article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, or nothing."""
+    close = get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def unknown_name(kind: str, name: str, names: Collection[str]) -> str:
+    """Return the message about a name that is not known.
+
+    Args:
+        kind: What is named, in the singular.
+        name: The name.
+        names: Those that are known, sorted.
+    """
+    return f"there is no {kind} {name!r}; known are {', '.join(names)}{did_you_mean(name, names)}"
 
 
 def _package(point: EntryPoint) -> str:

@@ -66,8 +66,7 @@ class Span:
         text = _compact(text)
         match = _SPAN_TEXT.fullmatch(text)
         if match is None:
-            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-            msg = f"cannot read the span {shown!r}; {_meant(text)}"
+            msg = f"cannot read the span {shortened(text)!r}; {_meant(text)}"
             raise PlanError(msg)
         return cls(int(match[1] or match[3]), int(match[2] or match[4]))
 
@@ -189,6 +188,11 @@ class PruningPlan:
 
     def __str__(self) -> str:
         return " ".join(str(span) for span in self.spans) or "(nothing removed)"
+
+
+def shortened(text: str) -> str:
+    """Return what a message shows of a text that a user gave."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def count_or_spans(value: Any) -> Any:

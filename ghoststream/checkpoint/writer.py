@@ -234,6 +234,7 @@ def _write_shard(path: Path, shard: Shard, room: memoryview, progress: Progress)
     # SHA-256 takes longer than all the rest: it goes one chunk behind.
     with replacing(path, shard.n_bytes) as file, ThreadPoolExecutor(1, "ghoststream-digests") as behind:
         write_all(file, header)
+        progress.advance(len(header))
         for tensor in shard.tensors:
             is_copy = tensor.source_digest is not None
             check = ContentCheck(tensor.name, tensor.dtype_name, path, may_be_infinite=is_copy)

@@ -50,6 +50,6 @@ def command(models: tuple[str, ...], *, as_json: bool, log: str | None, **given:
         print_json(report.to_json())
         return
     rows = [[row.model, row.perplexity, row.loss, row.standard_error, row.tokens] for row in report.rows]
-    print_table(["model", "perplexity", "loss", "standard error", "tokens"], rows)
+    print_table(["model", "perplexity", "loss (nats)", "standard error", "tokens"], rows)
     for note in report.notes:
         print_text(note)

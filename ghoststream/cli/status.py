@@ -52,8 +52,15 @@ def _print(record: RunRecord) -> None:
         facts["disk"] = f"{human_bytes(record.read_bytes)} read, {human_bytes(record.written_bytes)} written"
     print_facts(facts, title=record.name)
     click.echo()
-    rows = [[task.name, _amount(task), human_seconds(task.seconds), _left(task)] for task in record.tasks]
-    print_table(["task", "done", "took", "left"], rows)
+    print_table(["task", "done", "took", "left"], [_row(record, task) for task in record.tasks])
+
+
+def _row(record: RunRecord, task: Task) -> list[str]:
+    # The tasks before the last have ended, whatever they were thought to take.
+    ended = task is not record.tasks[-1] or record.outcome == "done"
+    left = task.seconds_left if record.outcome == "running" and not ended else None
+    amount = _amount(task, 0 if ended else task.total)
+    return [task.name, amount, human_seconds(task.seconds), human_seconds(left) if left else ""]
 
 
 def _state(record: RunRecord) -> str:
@@ -63,14 +70,9 @@ def _state(record: RunRecord) -> str:
     return f"{text}: {record.error}" if record.error else text
 
 
-def _amount(task: Task) -> str:
+def _amount(task: Task, total: int) -> str:
     def shown(amount: int) -> str:
         return human_bytes(amount) if task.unit == "B" else f"{amount:,}"
 
-    of = f" of {shown(task.total)}" if task.total else ""
+    of = f" of {shown(total)}" if total else ""
     return f"{shown(task.done)}{of}{'' if task.unit == 'B' else f' {task.unit}'}"
-
-
-def _left(task: Task) -> str:
-    left = task.seconds_left
-    return "" if not left else human_seconds(left)

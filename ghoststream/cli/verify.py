@@ -10,6 +10,9 @@ from ghoststream.cli.output import print_json, print_text
 from ghoststream.cli.progress import show_progress
 from ghoststream.errors import DataError
 
+_TOLD = 10
+"""Problems that are printed."""
+
 
 @click.command(
     "verify",
@@ -42,8 +45,11 @@ def command(ctx: click.Context, path: str, *, model: str | None, as_json: bool) 
         print_json(report.to_json())
     else:
         print_text(f"{path}: {report.kind}; checked {report.checked}")
-        for problem in report.problems:
+        told = report.in_short or report.problems
+        for problem in told[:_TOLD]:
             print_text(f"broken: {problem}")
+        if len(told) > _TOLD:
+            click.echo(f"and {len(told) - _TOLD} more, which --json names")
         if report.digest:
             click.echo(f"digest of all tensors: {report.digest}")
         found = len(report.problems)

@@ -9,6 +9,7 @@ from ghoststream.selection.magnitude import Magnitude
 from ghoststream.selection.plan_file import (
     Selection,
     candidate_table,
+    plan_name,
     read_plan,
     require_count_or_plan,
     scored_rows,
@@ -50,6 +51,7 @@ __all__ = [
     "candidate_table",
     "criterion_names",
     "make_criterion",
+    "plan_name",
     "read_plan",
     "register_criterion",
     "require_count",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from ghoststream.errors import ArtifactError, InputNotFoundError, PlanError, Req
 from ghoststream.files import atomic_write_json, json_digest, names_file, read_json, sealed, unseal
 from ghoststream.files.kinds import JSON, require_kind
 from ghoststream.options import Method
-from ghoststream.spans import PruningPlan, Span
+from ghoststream.spans import PruningPlan, Span, shortened
 
 _ENCODING = {"encoding-type": "ghoststream-plan", "encoding-version": "3.0"}
 _BY_HAND = frozenset({"n_layers", "spans"})
 _ADVICE = "restore it from a copy, or select again"
+# Spans, and lists of layers that may be meant for them.
+_LIKE_SPANS = re.compile(r"[\s0-9:;,\[\]()-]*")
 Row = Mapping[str, Any]
 
 
@@ -214,8 +217,18 @@ def candidate_table(candidates: Sequence[Row], recipe: Row) -> tuple[list[str], 
     return ["removed", *shown, *([""] if is_chosen else [])], rows
 
 
-def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
+def plan_name(removed: int | str) -> str:
+    """Return the name of the plan of a number of layers, in the folder of an exploration."""
+    return f"plans/remove-{removed}.json"
+
+
+def read_plan(source: str | Path | PruningPlan, n_layers: int, *, or_number: bool = False) -> Selection:
     """Return what a plan file, spans such as ``13:19``, or a plan says, checked against the model.
+
+    Args:
+        source: What says which layers go.
+        n_layers: Layers of the model.
+        or_number: Whether a number of layers could have been given too, for messages.
 
     Raises:
         PlanError: If it is no plan, or one for another number of layers.
@@ -226,11 +239,11 @@ def read_plan(source: str | Path | PruningPlan, n_layers: int) -> Selection:
         selection = Selection(source)
     elif names_file(source):
         selection = Selection.load(Path(source))
-    elif Path(source).suffix == ".json" or "/" in str(source):
-        msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
-        raise InputNotFoundError(msg)
     else:
-        selection = Selection(PruningPlan.parse(n_layers, str(source)))
+        text = str(source)
+        if not _LIKE_SPANS.fullmatch(text):
+            raise _no_plan(text, or_number=or_number)
+        selection = Selection(PruningPlan.parse(n_layers, text))
     selection.plan.require_fits(n_layers)
     if not selection.plan.spans:
         msg = "the plan removes no layer; name at least one span, for example 13:19"
@@ -252,6 +265,23 @@ def require_count_or_plan(remove: int | str | Path | PruningPlan) -> int | str |
         )
         raise RequestError(msg)
     return remove
+
+
+def _no_plan(source: str, *, or_number: bool) -> PlanError | InputNotFoundError:
+    """Return the error for a text that names no plan file, and does not look like spans."""
+    plans: list[Path] = []
+    with suppress(OSError):  # too long for a path
+        plans = sorted(Path(source).glob(plan_name("*")), key=lambda plan: (len(plan.name), plan.name))
+    if plans:
+        msg = f"{source} is the folder of an exploration; name one of its plans, such as {plans[0]}"
+        return PlanError(msg)
+    if Path(source).suffix == ".json" or "/" in source:
+        msg = f"there is no plan file {source}; check the path, or give spans such as 13:19"
+        return InputNotFoundError(msg)
+    file = "a plan file that is there"
+    others = f"a number of layers, nor {file}," if or_number else file
+    msg = f"{shortened(source)!r} is neither {others} nor spans such as 13:19"
+    return PlanError(msg)
 
 
 def _plan_in(data: Mapping[str, Any], path: Path) -> PruningPlan:

@@ -30,7 +30,7 @@ _ENCODING = {"encoding-type": "ghoststream-run", "encoding-version": "1.0"}
 _SECONDS_BETWEEN = 1.0
 
 State = Literal["running", "done", "stopped", "failed"]
-"""``stopped``: asked to end, and goes on with the same command."""
+"""``stopped``: by SIGTERM or Ctrl-C, and goes on with the same command."""
 
 
 def work_folder(out: Path) -> Path:

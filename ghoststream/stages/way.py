@@ -98,7 +98,7 @@ def what_goes(recovery: Recovery, n_layers: int) -> tuple[Selection | None, int]
     remove = require_count_or_plan(recovery.remove)
     if isinstance(remove, int):
         return None, remove
-    given = read_plan(remove, n_layers)
+    given = read_plan(remove, n_layers, or_number=True)
     return given, given.plan.n_removed
 
 

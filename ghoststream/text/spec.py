@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ghoststream.errors import TextError
+from ghoststream.registry import did_you_mean
 from ghoststream.text.registry import text_source_names
 
 NAMED_SETS = ("wikitext2", "ptb", "c4")
@@ -71,7 +72,10 @@ class TextSpec:
         if kind in others:
             return cls("registered", kind, rest=rest)
         own = f", or a source of an installed package: {', '.join(others)}" if others else ""
-        msg = f"cannot read the text specification {text!r}; write {_FORMS}{own}"
+        kinds = ("file", "ids", "hf", "python-docs", *NAMED_SETS, *others)
+        # A file without file: is like no name, whatever it is called.
+        meant = "" if kind in kinds or Path(kind).suffix else did_you_mean(kind, kinds)
+        msg = f"cannot read the text specification {text!r}; write {_FORMS}{own}{meant}"
         raise TextError(msg)
 
     @classmethod

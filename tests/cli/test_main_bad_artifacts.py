@@ -87,6 +87,11 @@ def test_operators_of_another_model(bench: Bench, refused: Callable[..., str], t
     refused("evaluate", operators, "--text", bench.text, "--length", LENGTH, code=BAD_REQUEST, says=says)
 
 
+def test_what_is_no_run_is_told_what_it_is(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
+    says = f"{bench.store} is an activation store, of which a report shows nothing"
+    refused("report", bench.store, "--out", tmp_path / "page.html", code=BAD_REQUEST, says=says)
+
+
 def test_a_flipped_bit_in_the_store(bench: Bench, refused: Callable[..., str], tmp_path: Path) -> None:
     store = Path(shutil.copytree(bench.store, tmp_path / "store"))
     shard = next((store / "hidden" / "3").glob("c.*"))

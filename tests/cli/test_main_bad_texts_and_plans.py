@@ -96,7 +96,8 @@ def test_spans_that_do_not_fit(bench: Bench, refused: Callable[..., str], tmp_pa
         "4:9": "reaches past the last layer",
         "0:6": "removes 6 of 6 layers",
         "3:3": "empty or negative",
-        "five": "cannot read the span 'five'",
+        "five": "'five' is neither a plan file that is there nor spans such as 13:19",
+        "2026-10/plan.json": "there is no plan file 2026-10/plan.json",
         "no_such_plan.json": "there is no plan file no_such_plan.json",
         str(bench.operators): "is a safetensors file, and a plan file",
         str(bench.root / "mine.json"): "mine.json is not a pruning plan",
@@ -114,7 +115,7 @@ def test_too_many_layers_or_none(bench: Bench, refused: Callable[..., str], tmp_
         (7, "cannot remove 7 of"),
         (0, "cannot remove 0 layers"),
         (-1, "cannot remove -1 layers"),
-        ("x", "cannot read the span 'x'"),
+        ("x", "'x' is neither a number of layers, nor a plan file that is there, nor spans such as 13:19"),
     ):
         remove = ("--remove", number)
         refused("estimate", bench.model, *remove, "--no-measure", code=BAD_REQUEST, says=says)
@@ -172,3 +173,36 @@ def test_all_but_one_layer_says_what_would_do(
         refused("estimate", bench.model, "--remove", 5, "--no-measure", code=BAD_REQUEST, says=says) == line
     )
     assert "it fits" in succeed("estimate", bench.model, "--remove", "1:6", "--no-measure").stdout
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_no_spans_are_advised_where_none_would_do(
+    number: int, bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    request = ("recover", bench.model, "--remove", number, *bench.capture, "--out", tmp_path / "out")
+    line = refused(*request, code=BAD_REQUEST, says=f"cannot remove {number} of 6 layers")
+    assert line.rstrip().endswith("must stay; give a number from 1 to 4")
+
+
+@pytest.mark.parametrize("text", ["explored", "first", "plan.jsn", "30%", "2.5", "x" * 5000])
+def test_what_is_no_span_at_all_is_not_read_as_one(
+    text: str, bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    out, shown = ("--out", tmp_path / "out"), text[:60]
+    says = (shown, "is neither a number of layers, nor a plan file that is there, nor spans such as 13:19")
+    refused("recover", bench.model, "--remove", text, *bench.capture, *out, code=BAD_REQUEST, says=says)
+    says = (shown, "is neither a plan file that is there nor spans such as 13:19")
+    refused("fit", "--store", bench.store, "--plan", text, *out, code=BAD_REQUEST, says=says)
+
+
+def test_the_folder_of_an_exploration_is_no_plan_but_has_some(
+    bench: Bench, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    plans = tmp_path / "explored" / "plans"
+    plans.mkdir(parents=True)
+    for removed in (2, 10):
+        (plans / f"remove-{removed}.json").write_text("{}")
+    says, out = f"name one of its plans, such as {plans / 'remove-2.json'}", ("--out", tmp_path / "out")
+    folder = plans.parent
+    refused("recover", bench.model, "--remove", folder, *bench.capture, *out, code=BAD_REQUEST, says=says)
+    refused("fit", "--store", bench.store, "--plan", folder, *out, code=BAD_REQUEST, says=says)

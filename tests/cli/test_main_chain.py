@@ -4,6 +4,7 @@ pipeline."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,12 @@ def test_functions_take_paths_as_text(work: Path, tiny_llama: Path, ids: str, tm
     assert json.loads((tmp_path / "figures.json").read_text())
     solved = gs.OperatorSet.load(f"{here}/solved.safetensors")
     assert solved.plan == gs.OperatorSet.load(work / "operators.safetensors").plan
+
+
+def test_figures_say_their_unit_and_one_layer_is_one(tiny_llama: Path, ids: str) -> None:
+    text = ("--sequences", 8, "--length", LENGTH)
+    found = _run("select", "--model", tiny_llama, "--calibration", ids, *text, "--remove", 1)
+    assert "ranking spans of 1 layer by similarity" in found.stderr
+    assert re.search(r"loss [+-]\d\.\d{4} nats a token against the dense model", found.stderr)
+    figures = _run("evaluate", tiny_llama, "--text", ids, *text)
+    assert re.search(r"perplexity +loss \(nats\) +standard error", figures.stdout)

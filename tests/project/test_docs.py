@@ -7,7 +7,10 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+
+from ghoststream.cli import main
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
@@ -60,9 +63,45 @@ def test_the_index_has_every_page() -> None:
     assert {(DOCS / link).resolve() for link in links} == {*PAGES, *DOCS.rglob("*.md")} - {DOCS / "index.md"}
 
 
+def test_the_same_commands_go_on_wherever_that_is_said() -> None:
+    text = (DOCS / "settings.md").read_text(encoding="utf-8").partition("## Stopped and run again")[2]
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", text.partition("\n## ")[0], flags=re.MULTILINE)
+    kept = [names for names, what in rows if not what.startswith("nothing")]
+    going_on = {name for names in kept for name in re.findall(r"`(\w+)", names)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"hub id\. ([^.]*) go on where", readme)
+    assert told is not None
+    assert set(re.findall(r"`(\w+)`", told[1])) == going_on
+    assert "explore" in going_on
+
+
 def test_the_options_are_those_that_there_are() -> None:
     made = _script(DOCS / "make_options.py")["page"]()
     assert (DOCS / "options.md").read_text(encoding="utf-8") == made, "run python docs/make_options.py"
+
+
+def test_the_page_of_options_says_which_commands_have_them() -> None:
+    sections = (DOCS / "options.md").read_text(encoding="utf-8").split("\n## ")
+    told: dict[str, set[str]] = {}
+    for section in sections:
+        having = re.search(r"^- Commands: ((?:.|\n  )*)$", section, flags=re.MULTILINE)
+        for option, text in re.findall(r"^\| `(--[a-z-]+)` \|.*\| (.*) \|$", section, flags=re.MULTILINE):
+            assert having is not None
+            without = re.search(r" Not of ([^.;]*)", text)
+            beside = re.search(r"(?: Also|; also) of ([^.;]*)", text)
+            every, less, more = (
+                set(re.findall(r"`(\w+)`", one[1] if one else "")) for one in (having, without, beside)
+            )
+            told.setdefault(option, set()).update(every - less | more)
+    context = click.Context(main)
+    commands = {name: main.get_command(context, name) for name in main.list_commands(context)}
+    options = {
+        name: {option for one in command.params for option in one.opts}
+        for name, command in commands.items()
+        if command is not None
+    }
+    assert len(told) > 50
+    assert told == {one: {name for name, own in options.items() if one in own} for one in told}
 
 
 @pytest.mark.parametrize(

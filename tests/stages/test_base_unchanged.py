@@ -283,6 +283,38 @@ def test_verify_compares_a_store_with_its_model(model: Path, text: Text, tmp_pat
     assert run("verify", model, "--model", model).exit_code == 2
 
 
+def test_verify_says_in_one_line_that_a_model_is_another(model: Path, text: Text, tmp_path: Path) -> None:
+    store, other = tmp_path / "store", tmp_path / "other"
+    ghoststream.capture(model, calibration=text, store=store)
+    save_tiny("llama", other, seed=1, hidden_size=64, tie_word_embeddings=False)
+    # Only those that are read while a store is captured; norms are ones in both.
+    names = [name for name in CheckpointIndex.open(model).tensors if name != HEAD]
+    differ = [name for name in names if digest(model, name) != digest(other, name)]
+    result = run("verify", store, "--model", other)
+    assert result.exit_code == BROKEN_DATA
+    broken = [line for line in result.stdout.splitlines() if line.startswith("broken")]
+    first = min(differ, key=lambda name: CheckpointIndex.open(other).tensors[name].offset)
+    says = f"{len(differ)} of {len(names)} tensors differ, {first} first"
+    assert broken == [f"broken: {other} is not the model that {store} was made of: {says}"]
+    problems = json.loads(run("verify", store, "--model", other, "--json").stdout)["problems"]
+    assert sum("has other bytes" in problem for problem in problems) == len(differ)
+    # Of a model that lacks all of them, nothing is read.
+    save_tiny("gpt2", tmp_path / "gpt2")
+    result = run("verify", store, "--model", tmp_path / "gpt2")
+    assert f"{len(names)} of {len(names)} tensors differ" in result.stdout
+    assert "reading tensors" not in result.stderr
+
+
+def test_verify_prints_the_first_of_many_problems(model: Path, text: Text, tmp_path: Path) -> None:
+    ghoststream.capture(model, calibration=text, store=tmp_path / "store")
+    changed = [name for name in CheckpointIndex.open(model).tensors if "mlp" in name][:12]
+    for name in changed:
+        change(model, name)
+    lines = run("verify", tmp_path / "store", "--model", model).stdout.splitlines()
+    assert sum(line.startswith("broken: ") for line in lines) == 10
+    assert lines[-2:] == ["and 2 more, which --json names", "12 problems found"]
+
+
 def test_verify_compares_shards_of_a_hub_cache_with_their_names(model: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "cache" / "snapshots" / "main", tmp_path / "cache" / "blobs"
     blobs.mkdir(parents=True)

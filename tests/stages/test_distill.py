@@ -364,6 +364,15 @@ def test_requests_that_cannot_be_met_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["o.safetensors", "link.safetensors"])
+def test_operators_are_not_trained_in_place(name: str, text: str, tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    make_operators(tiny_llama).save(path)
+    (tmp_path / "link.safetensors").symlink_to(path)
+    with pytest.raises(RequestError, match=r"--out is the file that is trained, .*; name another one"):
+        distill(tiny_llama, path, calibration=text, out=tmp_path / name)
+
+
 def test_operators_that_cannot_be_trained_are_refused(
     text: str, tiny_llama: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def test_evaluation(tmp_path: Path, *, as_list: bool) -> None:
     )
     report = inspect_path(path)
     assert report.kind == "evaluation"
+    assert report.tables[0].headers == ["model", "perplexity", "loss (nats)", "standard error", "tokens"]
     assert report.tables[0].rows == [["dense", 40.0, 3.69, 0.1, 100]]
     assert verify_path(path).sound
     assert json.loads(json.dumps(report.to_json()))["kind"] == "evaluation"

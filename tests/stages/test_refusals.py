@@ -19,6 +19,7 @@ from ghoststream.errors import GhoststreamError, RequestError, UnsupportedModelE
 from ghoststream.options import Recovery
 from ghoststream.recovery.absorbing import require_absorbable
 from ghoststream.spans import Span
+from ghoststream.stages.choosing.division import divided
 from ghoststream.stages.estimation.estimate import estimate
 from ghoststream.stages.session import ModelSession
 from ghoststream.streaming import Skeleton, StreamedPass
@@ -318,3 +319,28 @@ def test_code_of_its_own_is_refused_where_it_would_run(tiny_llama: Path, ids: st
     recovering, pricing = _both(trusted, tmp_path / "other")
     assert pricing == recovering
     assert "runs code of its own" in recovering
+
+
+@pytest.mark.parametrize(
+    ("sequences", "held_out", "micro_batch", "says", "cure"),
+    [
+        (16, 16, None, "16 sequences cannot .* and 16 to measure on; give a smaller --h", (16, 8, None)),
+        (16, 1, 16, "16 sequences in .* of 16 cannot .* give a smaller --micro-batch, or more", (16, 1, 8)),
+        (16, 12, 8, "give a smaller --held-out, or a smaller --micro-batch, or more --seq", (16, 8, 8)),
+        (8, None, 8, "8 sequences in .* of 8 cannot .* give a smaller --micro-batch, or more", (11, None, 8)),
+        (3, None, None, "3 sequences cannot .* a quarter to measure on; give at least 4 --seq", (4, None, 1)),
+        (1, None, None, "1 sequence cannot be parted", (4, None, None)),
+        (1, 1, None, "1 sequence cannot .* and 1 to measure on; give more --sequences$", (2, 1, None)),
+    ],
+)
+def test_what_cannot_be_parted_is_told_what_can(
+    sequences: int,
+    held_out: int | None,
+    micro_batch: int | None,
+    says: str,
+    cure: tuple[int, int | None, int | None],
+) -> None:
+    with pytest.raises(RequestError, match=says):
+        divided(sequences, held_out, micro_batch, lambda: 64)
+    _, n_fit = divided(*cure, lambda: 64)
+    assert 0 < n_fit < cure[0]

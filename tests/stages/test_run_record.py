@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -41,6 +42,8 @@ def test_a_record_has_the_stages_and_a_command_that_finds_the_result_done(
     found = RunRecord.load(out)
     expected = ["capture", "select", "solve", "export"]
     assert [stage.name for stage in found.stages] == expected
+    (writing,) = (task for task in found.tasks if task.name == "writing the checkpoint")
+    assert writing.done == writing.total == (out / "model.safetensors").stat().st_size
     assert all(0 <= stage.seconds <= found.seconds for stage in found.stages)
     peaks = [stage.peak_bytes for stage in found.stages]
     assert peaks == sorted(peaks)
@@ -166,3 +169,30 @@ def test_stages_of_an_earlier_attempt_stay_and_are_clocked(tmp_path: Path) -> No
         ("search", 5.0),
         ("export", 1.0),
     ]
+
+
+def _status_lines(folder: Path) -> list[list[str]]:
+    """The table of tasks that `ghoststream status` prints, each line in its columns."""
+    shown = CliRunner().invoke(main, ["status", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.split()[:2] == ["task", "done"])
+    return [re.split("  +", line.strip()) for line in lines[begin + 1 :] if line.strip()]
+
+
+def test_time_is_left_of_the_task_that_runs_only(tmp_path: Path) -> None:
+    now = [0.0]
+    progress = RecordedProgress("it", tmp_path / "run.json", SilentProgress(), clock=lambda: now[0])
+    progress.begin()
+    for name in ("reading", "writing"):
+        progress.start(name, 40, "layers")
+        now[0] += 10.0
+        progress.advance(10)
+    assert _status_lines(tmp_path) == [
+        ["reading", "10 layers", "10 s"],
+        ["writing", "10 of 40 layers", "10 s", "30 s"],
+    ]
+    progress.end("stopped")
+    assert _status_lines(tmp_path)[1] == ["writing", "10 of 40 layers", "10 s"]
+    progress.end("done")
+    assert _status_lines(tmp_path)[1] == ["writing", "10 layers", "10 s"]

@@ -62,6 +62,21 @@ def test_unknown_forms_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("wikitxt2", r"; did you mean wikitext2\?"),
+        ("fil:a.txt", r"; did you mean file\?"),
+        ("wikitext2.txt", r"\[:fit\|:heldout\]"),
+        ("hf:", r"\[:fit\|:heldout\]"),
+        ("nothing alike", r"\[:fit\|:heldout\]"),
+    ],
+)
+def test_the_nearest_kind_is_named(text: str, end: str) -> None:
+    with pytest.raises(TextError, match=f"{end}$"):
+        TextSpec.parse(text)
+
+
+@pytest.mark.parametrize(
     "text", ["hf:name", "hf:name:", "hf::train", "hf:a:b:c:d:e", "hf:a:b::d", "hf:a:b:c:"]
 )
 def test_incomplete_datasets_are_refused(text: str) -> None:

@@ -277,7 +277,8 @@ def explain_evaluation(path: str) -> Explanation:
     models = figure_rows(path)
     names = ("model", "perplexity", "loss", "standard_error", "tokens")
     rows = [[row.get(name) for name in names] for row in models]
-    return {}, (Table("perplexities", [name.replace("_", " ") for name in names], rows),)
+    headers = ["model", "perplexity", "loss (nats)", "standard error", "tokens"]
+    return {}, (Table("perplexities", headers, rows),)
 
 
 def explain_tasks(path: str) -> Explanation:

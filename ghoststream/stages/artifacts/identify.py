@@ -14,6 +14,7 @@ from ghoststream.errors import GhoststreamError, InputNotFoundError, RequestErro
 from ghoststream.files import read_json
 from ghoststream.files.seals import METADATA_KEY, SEAL
 from ghoststream.recovery.names import GGUF_NAME, has_provenance, is_adapter
+from ghoststream.registry import with_article
 from ghoststream.stages.exploring.report import NAME as EXPLORATION_NAME
 from ghoststream.stages.run_record import NAME as RECORD_NAME
 
@@ -39,6 +40,11 @@ class Kind(StrEnum):
     EVALUATION = "evaluation"
     TASKS = "task results"
     RUN = "record of a run"
+
+    @property
+    def one(self) -> str:
+        """What an artifact of this kind is, for messages."""
+        return self.value if self is Kind.TASKS else with_article(self.value)
 
 
 _BY_ENCODING = {

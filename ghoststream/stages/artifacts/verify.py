@@ -22,6 +22,7 @@ class VerifyReport:
     """What was checked at ``path``, and what is broken.
 
     ``digest`` is that of all tensors of a checkpoint: two that have the same hold the same weights.
+    ``in_short`` says the problems in fewer lines, where nearly all tensors are another model's; else nothing.
     """
 
     path: str
@@ -29,6 +30,7 @@ class VerifyReport:
     checked: str
     problems: tuple[str, ...] = ()
     digest: str = ""
+    in_short: tuple[str, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -37,7 +39,9 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {**asdict(self), "problems": list(self.problems), "sound": self.sound}
+        data = {**asdict(self), "problems": list(self.problems), "sound": self.sound}
+        del data["in_short"]
+        return data
 
 
 def verify_path(
@@ -65,6 +69,7 @@ def verify_path(
         return VerifyReport(str(path), "unreadable file", "header", (str(error),))
     progress.log(f"checking {path}: {kind.value}")
     problems: list[str] = []
+    in_short: list[str] = []
     digest = ""
     try:
         with parts_of(path, advice="restore it, or make it again"):
@@ -74,20 +79,24 @@ def verify_path(
 
             # What is broken in the files themselves is told first, and weights may not be there to read.
             if kind in _WITH_WEIGHTS and not problems:
-                found, digest = check_weights(Path(path), progress)
-                problems += found
+                broken, digest = check_weights(Path(path), progress)
+                problems += broken
             if model is not None:
                 root = resolve_checkpoint(model).root
-                problems += compare_base(_base_of(kind, str(path)), str(path), root, progress)
+                compared = compare_base(_base_of(kind, str(path)), str(path), root, progress)
+                if compared.is_another:
+                    in_short = [*problems, f"{model} is not the model that {path} was made of: {compared}"]
+                problems += compared.problems
     except DataError as error:
         problems.append(str(error.args[0] if error.args else error))
     checked = KINDS[kind].checked if model is None else f"{KINDS[kind].checked}, tensors of {model}"
-    return VerifyReport(str(path), kind.value, checked, tuple(dict.fromkeys(problems)), digest)
+    found = tuple(dict.fromkeys(problems))
+    return VerifyReport(str(path), kind.value, checked, found, digest, tuple(in_short))
 
 
 def _base_of(kind: Kind, path: str) -> Base:
     read = KINDS[kind].base
     if read is None:
-        msg = f"{path} is a {kind.value}, which was made of no other model; leave --model out"
+        msg = f"{path} is {kind.one}, which was made of no other model; leave --model out"
         raise RequestError(msg)
     return read(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ghoststream.checkpoint.content_reader import ContentReader
@@ -41,8 +42,32 @@ def check_weights(root: Path, progress: Progress) -> tuple[list[str], str]:
     return problems, digest
 
 
-def compare_base(base: Base, path: str, root: Path, progress: Progress) -> list[str]:
-    """Compare a checkpoint with what an artifact was made of; return what differs, a line each.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How a checkpoint differs from the model that an artifact was made of.
+
+    Attributes:
+        problems: What differs, a line each.
+        differing: The tensors that have other bytes, in the order of the files, and those that are missing.
+        n_tensors: How many the artifact knows of.
+    """
+
+    problems: tuple[str, ...]
+    differing: tuple[str, ...]
+    n_tensors: int
+
+    @property
+    def is_another(self) -> bool:
+        """Whether it is another model rather than that one with a few tensors changed."""
+        return 2 * len(self.differing) > self.n_tensors
+
+    def __str__(self) -> str:
+        first = f", {self.differing[0]} first" if self.differing else ""
+        return f"{len(self.differing)} of {self.n_tensors} tensors differ{first}"
+
+
+def compare_base(base: Base, path: str, root: Path, progress: Progress) -> Comparison:
+    """Compare a checkpoint with what an artifact was made of.
 
     Args:
         base: What the artifact says of it.
@@ -65,28 +90,48 @@ def compare_base(base: Base, path: str, root: Path, progress: Progress) -> list[
     problems = [f"{root} has no tensor {name}, which {path} was made of" for name in gone]
     if base.get("config") not in (None, file_digest(root / "config.json")):
         problems.append(f"{root / 'config.json'} changed since {path} was made")
+    changed = []
     with _reader(index) as reader:
-        reader.digests.expect(tensors, f"{path} was made")
-        return problems + _check(reader, reader.unread(), progress)
+        here = _in_file_order(reader, tensors.keys() - set(gone))
+        problems += _check(reader, here, progress)
+        found = reader.digests.of(here)
+        # Only what could be read can have other bytes.
+        for name in (one for one in here if one in found):
+            try:
+                reader.digests.expect({name: tensors[name]}, f"{path} was made")
+            except DataError as error:
+                changed.append(name)
+                problems.append(_said(error))
+    return Comparison(tuple(problems), (*changed, *gone), len(tensors))
 
 
 def _reader(index: CheckpointIndex) -> ContentReader:
     return ContentReader(index, {name for name, entry in index.tensors.items() if is_saved_mask(entry)})
 
 
+def _in_file_order(reader: ContentReader, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (reader.entry(name).shard, reader.entry(name).offset))
+
+
 def _check(reader: ContentReader, names: Iterable[str], progress: Progress) -> list[str]:
-    order = sorted(names, key=lambda name: (reader.entry(name).shard, reader.entry(name).offset))
+    order = _in_file_order(reader, names)
+    if not order:
+        return []
     problems = []
     progress.start("reading tensors", len(order), "tensors")
     for name in order:
         try:
             reader.check(name)
         except DataError as error:
-            problems.append(str(error.args[0] if error.args else error))
+            problems.append(_said(error))
         progress.advance(1)
         require_going_on()
     progress.finish()
     return problems
+
+
+def _said(error: DataError) -> str:
+    return str(error.args[0] if error.args else error)
 
 
 def _renamed_blobs(index: CheckpointIndex) -> list[str]:

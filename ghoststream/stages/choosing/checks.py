@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ghoststream.errors import RequestError
 from ghoststream.options import AUTO, Method, Search
+from ghoststream.registry import unknown_name
 from ghoststream.selection import criterion_names
 from ghoststream.stages.choosing.criteria import (
     MEASURED,
@@ -71,7 +72,7 @@ def require_criterion(name: str, *, runs_model: bool) -> str:
     """
     running, reading = search_criterion_names(), criterion_names()
     if name not in (*running, *reading):
-        msg = f"there is no criterion {name!r}; known are {', '.join(sorted((*running, *reading)))}"
+        msg = unknown_name("criterion", name, sorted((*running, *reading)))
         raise RequestError(msg)
     if runs_model and name not in running:
         msg = (

@@ -74,11 +74,14 @@ class SearchCriterion:
         search.refuse(unread, f"the criterion {search.criterion} does not read it")
         most = n_layers - max(1, self.keep_first + self.keep_last)
         if not 1 <= remove <= most:
-            number = f"give a number from 1 to {most}, or " if most > 0 else ""
-            start = max(0, min(1, n_layers - remove))
+            ways = [f"give a number from 1 to {most}"] if most > 0 else []
+            # Spans need not keep the first and the last layer, but one of all.
+            if remove < n_layers:
+                start = max(0, min(1, n_layers - remove))
+                ways.append(f"say which layers go, such as {start}:{start + max(1, remove)}")
             msg = (
-                f"cannot remove {remove} of {n_layers} layers: {self._kept}; {number}say which layers go, "
-                f"such as {start}:{start + max(1, remove)}"
+                f"cannot remove {remove} of {n_layers} layers: {self._kept}; "
+                f"{', or '.join(ways) or 'take a model of more layers'}"
             )
             raise RequestError(msg)
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from ghoststream.errors import RequestError
 from ghoststream.statistics.ranges import Ranges, SequenceRange
 
+_PARTS = 4
+"""By default one sequence of so many is measured on."""
+
 
 def divided(
     n_sequences: int, held_out: int | None, micro_batch: int | None, at_once: Callable[[], int]
@@ -25,18 +28,34 @@ def divided(
     Raises:
         RequestError: If one of the two parts would be empty.
     """
-    wanted = n_sequences // 4 if held_out is None else held_out
+    wanted = n_sequences // _PARTS if held_out is None else held_out
     size = micro_batch or min(at_once(), max(1, wanted))
     n_fit = (n_sequences - wanted) // size * size
     if wanted < 1 or n_fit < 1:
-        of_batches = f" in micro-batches of {size}" if size > 1 else ""
-        smaller = ", or a smaller micro-batch" if size > 1 else ""
-        msg = (
-            f"{n_sequences} sequences{of_batches} cannot be parted into some to fit and {wanted} to measure "
-            f"on (--held-out, by default a quarter); give more --sequences{smaller}"
-        )
-        raise RequestError(msg)
+        raise _cannot_be_parted(n_sequences, held_out, wanted, size)
     return size, n_fit
+
+
+def _cannot_be_parted(n_sequences: int, held_out: int | None, wanted: int, size: int) -> RequestError:
+    counted = f"{n_sequences} sequence{'' if n_sequences == 1 else 's'}"
+    if wanted < 1:
+        msg = (
+            f"{counted} cannot be parted into some to fit and a quarter to measure on; give at least "
+            f"{_PARTS} --sequences"
+        )
+        return RequestError(msg)
+    # Where nothing is left to fit, no micro-batch is small enough.
+    in_batches = size > 1 and n_sequences > wanted
+    ways = [
+        *(["a smaller --held-out"] if held_out is not None and min(n_sequences, wanted) > 1 else []),
+        *(["a smaller --micro-batch"] if in_batches else []),
+        "more --sequences",
+    ]
+    msg = (
+        f"{counted}{f' in micro-batches of {size}' if in_batches else ''} cannot be parted into some to fit "
+        f"and {wanted} to measure on; give {', or '.join(ways)}"
+    )
+    return RequestError(msg)
 
 
 def require_each_text(across_texts: str, n_texts: int, n_held: int) -> None:

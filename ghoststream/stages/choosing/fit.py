@@ -177,7 +177,8 @@ def _repairing(repair: Repair | None, material: Material | None, ways: Ways) -> 
 
 def _choose(plan: PruningPlan, trial: Trial) -> tuple[Repair, Sequence[Mapping[str, Any]]]:
     ((repair, best),) = trial.refine([Repair.alike(plan, trial.ways.screen)])
-    trial.progress.log(f"{repair.name}: loss {best['gap']:+.4f} against the dense model on held-out windows")
+    found = f"loss {best['gap']:+.4f} nats a token against the dense model on held-out windows"
+    trial.progress.log(f"{repair.name}: {found}")
     return repair, trial.rows()
 
 

@@ -58,7 +58,8 @@ class Ranking:
         before = session.skeleton.runs
         tokens = trial.tokens.take(range(min(RANKED_WINDOWS, trial.tokens.n_sequences)))
         lengths = ", ".join(map(str, sizes))
-        trial.progress.log(f"{title} of {lengths} layers by similarity on {tokens.n_sequences} windows")
+        layers = f"{lengths} layer{'' if lengths == '1' else 's'}"
+        trial.progress.log(f"{title} of {layers} by similarity on {tokens.n_sequences} windows")
         norms = StreamNorms(torch.from_numpy(tokens.mask))
         spans = rank_spans(
             session,

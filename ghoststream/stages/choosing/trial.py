@@ -146,8 +146,8 @@ class Trial:
     def tell(self, repair: Repair, row: Row) -> None:
         """Say how far the search is."""
         by_text = ", ".join(map(_shown, row.get("gaps_by_text", ())))
-        found = f"loss {row['gap']:+.4f} against the dense model{by_text and f' (by text {by_text})'}"
-        self.progress.log(f"best so far: {repair.plan}, {found}")
+        found = f"loss {row['gap']:+.4f} nats a token against the dense model"
+        self.progress.log(f"best so far: {repair.plan}, {found}{by_text and f' (by text {by_text})'}")
 
     def _pass(self, repairs: Sequence[Repair], sample: Sample | None) -> None:
         self.progress.log(f"repairing and measuring {len(repairs)} candidates in one pass")

@@ -5,6 +5,7 @@ Off unless asked for.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def distill(
         the figures of the fit under ``fitted``. A warning says so where the held-out divergence did not fall.
 
     Raises:
-        RequestError: If there is nothing to train, or the numbers do not fit the text.
+        RequestError: If there is nothing to train, the numbers do not fit the text, or ``out`` is the file
+            that is trained.
         UnsupportedModelError: If an operator is to be absorbed where the architecture does not allow it.
         MismatchError: If the operators are for another model.
         OutputExistsError: If ``out`` holds something else.
@@ -85,8 +87,12 @@ def distill(
     Memory: that of :class:`~ghoststream.stages.distillation.distilling.Distillation`. Disk beside ``out``:
     ``S T (C b + 8 top)`` bytes and four times what is trained.
     """
+    if isinstance(operators, OperatorSet):
+        given = operators
+    else:
+        _require_another(Path(out), Path(operators))
+        given = OperatorSet.load(Path(operators))
     session = ModelSession(model, compute)
-    given = operators if isinstance(operators, OperatorSet) else OperatorSet.load(Path(operators))
     return distill_session(
         session,
         given,
@@ -95,6 +101,13 @@ def distill(
         out=out,
         progress=progress or SilentProgress(),
     )
+
+
+def _require_another(out: Path, operators: Path) -> None:
+    with suppress(OSError):  # one of them is not there, or may not be looked at
+        if out.samefile(operators):
+            msg = f"--out is the file that is trained, {operators}; name another one"
+            raise RequestError(msg)
 
 
 def distill_session(

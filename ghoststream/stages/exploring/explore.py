@@ -21,6 +21,7 @@ from ghoststream.options import (
 from ghoststream.progress import Progress, SilentProgress
 from ghoststream.recipe import library_versions
 from ghoststream.recovery.layout import prevailing_dtype
+from ghoststream.selection import plan_name
 from ghoststream.spans import Span
 from ghoststream.stages.choosing.auto import without_too_large
 from ghoststream.stages.choosing.checks import named_method
@@ -29,7 +30,7 @@ from ghoststream.stages.choosing.material import Material
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
-from ghoststream.stages.exploring.files import beside, digests, names_of, plan_name, write_missing
+from ghoststream.stages.exploring.files import beside, digests, names_of, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
 from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
 from ghoststream.stages.exploring.predicted import predict

@@ -13,18 +13,13 @@ from pathlib import Path
 
 from ghoststream.files import atomic_write_bytes, bytes_digest
 from ghoststream.files.json_data import pretty_json
-from ghoststream.selection import Selection
+from ghoststream.selection import Selection, plan_name
 from ghoststream.stages.choosing.criteria import Measured
 from ghoststream.stages.exploring.report import ExplorationReport, Point
 from ghoststream.stages.output import not_of_this_request
 
 CURVE = "curve.csv"
 _LEFT_OUT = frozenset({"methods", "window_gaps"})
-
-
-def plan_name(removed: int) -> str:
-    """Return the name of the plan file of a number of layers, in the folder."""
-    return f"plans/remove-{removed}.json"
 
 
 def names_of(counts: Iterable[int]) -> list[str]:

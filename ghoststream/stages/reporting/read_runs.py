@@ -89,7 +89,7 @@ def _read(place: Path, kind: Kind | None) -> tuple[Run, Sequence[Row]]:
     if kind is Kind.EXPLORATION:
         return read_exploration(place, name), ()
     msg = (
-        f"{place} is a {kind.value}, of which a report shows nothing; name recovered folders, plan files, "
+        f"{place} is {kind.one}, of which a report shows nothing; name recovered folders, plan files, "
         "operators files, explorations and files of figures"
     )
     raise RequestError(msg)

@@ -173,7 +173,7 @@ def _refusal(repair: Repair, lane: Lane, session: ModelSession) -> str:
             require_precise_weight(session.skeleton, operator)
         except NumericsError as error:
             return str(error)
-    return why_not_writable(session, repair.plan)
+    return why_not_writable(session.skeleton, repair.plan)
 
 
 def _residuals(lane: Lane) -> tuple[float, ...]:

@@ -38,7 +38,7 @@ def check_pruned_model(original: Any, pruned: Any, layers_path: str, plan: Pruni
     Raises:
         UnsupportedModelError: If a surviving layer is not what it was.
     """
-    _require_attention(original.config, pruned.config)
+    require_attention(original.config, plan)
     before, after = original.get_submodule(layers_path), pruned.get_submodule(layers_path)
     if len(after) != len(plan.kept):
         msg = (
@@ -59,20 +59,24 @@ def check_pruned_model(original: Any, pruned: Any, layers_path: str, plan: Pruni
             raise UnsupportedModelError(msg)
 
 
-def _require_attention(original: Any, pruned: Any) -> None:
-    """Check that attention is left where there was attention: transformers' cache counts the tokens there."""
-    before, after = _kinds_of_layers(original), _kinds_of_layers(pruned)
-    attending = [layer for layer, kind in enumerate(before) if kind not in _WITHOUT_ATTENTION]
-    if attending and after and all(kind in _WITHOUT_ATTENTION for kind in after):
+def require_attention(config: Any, plan: PruningPlan) -> None:
+    """Check that attention is left where there was attention: transformers' cache counts the tokens there.
+
+    Args:
+        config: The original transformers configuration.
+        plan: Which layers are removed.
+
+    Raises:
+        UnsupportedModelError: If none is.
+    """
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    attending = {layer for layer, kind in enumerate(kinds) if kind not in _WITHOUT_ATTENTION}
+    if attending and attending.isdisjoint(plan.kept):
         msg = (
-            f"{original.model_type} cannot be pruned so: no layer with attention would be left, and "
-            f"transformers' cache counts the tokens in one; keep one of the layers {attending}"
+            f"{config.model_type} cannot be pruned so: no layer with attention would be left, and "
+            f"transformers' cache counts the tokens in one; keep one of the layers {sorted(attending)}"
         )
         raise UnsupportedModelError(msg)
-
-
-def _kinds_of_layers(config: Any) -> list[str]:
-    return list(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
 
 
 def layer_signature(layer: Any) -> dict[str, Any]:

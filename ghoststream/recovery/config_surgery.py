@@ -234,16 +234,34 @@ def _renumbered_periods(section: Mapping[str, Any], model_type: str, plan: Pruni
         period, offset = section.get(key), section.get(offset_key)
         if not isinstance(period, int) or not isinstance(offset, int):
             continue
-        places = {position for position, layer in enumerate(plan.kept) if layer % period == offset}
-        # The old rule where it still holds; beyond the number of layers a period has no second layer.
-        rules = [(period, offset), *((p, o) for p in range(1, len(plan.kept) + 2) for o in range(p))]
-        fitting = [rule for rule in rules if set(range(rule[1], len(plan.kept), rule[0])) == places]
+        places = [position for position, layer in enumerate(plan.kept) if layer % period == offset]
+        rules = ((period, offset), _shortest_period(places, len(plan.kept)))
+        fitting = [rule for rule in rules if _places(rule, len(plan.kept)) == places]
         if not fitting:
             msg = (
                 f"{model_type} tells the kinds of its layers by {key}={period} and {offset_key}={offset}; of "
-                f"the layers that are left those at {sorted(places)} are of that kind, which no period says: "
+                f"the layers that are left those at {places} are of that kind, which no period says: "
                 f"this plan cannot be pruned. Remove spans of whole periods ({period} layers)"
             )
             raise UnsupportedModelError(msg)
         found |= {key: fitting[0][0], offset_key: fitting[0][1]}
     return found
+
+
+def _shortest_period(places: Sequence[int], n_layers: int) -> tuple[int, int]:
+    """Return the shortest period, and its offset, that can say these places; none other does if it does not.
+
+    Args:
+        places: Where the layers of a kind are, ascending.
+        n_layers: Number of layers.
+    """
+    if not places:
+        return n_layers + 1, n_layers
+    first, *later = places
+    return later[0] - first if later else max(first + 1, n_layers - first), first
+
+
+def _places(rule: tuple[int, int], n_layers: int) -> list[int]:
+    """Return the layers that are of the kind of a period and its offset, which is within the period."""
+    period, offset = rule
+    return list(range(offset, n_layers, period)) if offset < period else []

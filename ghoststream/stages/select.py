@@ -14,12 +14,12 @@ from ghoststream.stages.capturing.replay import session_of
 from ghoststream.stages.choosing.checks import check_search, require_criterion
 from ghoststream.stages.choosing.criteria import MEASURED
 from ghoststream.stages.choosing.search import search_session
+from ghoststream.stages.choosing.writable import example_plan
 from ghoststream.stages.from_store.evidence import Opener
 from ghoststream.stages.from_store.select import PUBLISHED, select_from_store
 from ghoststream.stages.refusals import check_model
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import on_first_device, scratch_beside
-from ghoststream.stages.way import some_plan
 from ghoststream.stages.workers import Shared
 
 
@@ -99,7 +99,7 @@ def select(
         search.refuse(
             ("held_out", "folds"), f"the criterion {name} repairs nothing, and measures on all windows"
         )
-    check_model(session, named, (Span(1, 2),), some_plan(n_layers, remove))
+    check_model(session, named, (Span(1, 2),), example_plan(session.skeleton, remove, search))
     assert source.calibration is not None
     text = source.calibration.to_calibrate()
     return search_session(

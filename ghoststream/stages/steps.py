@@ -61,7 +61,7 @@ class Steps:
         self.way = Way(recovery, *what_goes(recovery, sizes.n_layers))
         self._ways = Ways.of(recovery.form, sizes.model_type)
         check_recovery(self.way, sizes, session.memory(self._text.length).choose_micro_batch)
-        check_export(session.skeleton, self.way.plan(sizes.n_layers))
+        check_export(session.skeleton, self.way.plan(session.skeleton))
         check_form(self.way, session.skeleton)
         self._out = out
         self.check_place()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ghoststream.options import Recovery
 from ghoststream.selection import Selection, read_plan, require_count_or_plan
-from ghoststream.spans import PruningPlan, Span
+from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.criteria import MEASURED, make_search_criterion, search_criterion_names
+from ghoststream.stages.choosing.writable import example_plan, some_plan
 from ghoststream.stages.from_store.kind import make_store_kind
 from ghoststream.stages.sharing import is_shared
 from ghoststream.statistics import taps_of
+
+if TYPE_CHECKING:
+    from ghoststream.streaming import Skeleton
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,17 @@ class Way:
         shared = is_shared(compute, scheduler)
         return shared and (scheduler is None or not self.captures)
 
-    def plan(self, n_layers: int) -> PruningPlan:
-        """Return the plan that is given, or one that removes as many layers."""
-        return some_plan(n_layers, self.n_removed) if self.given is None else self.given.plan
+    def plan(self, skeleton: Skeleton) -> PruningPlan:
+        """Return the plan that is given, or one that removes as many layers, for checks.
+
+        Raises:
+            RequestError: If layers are chosen by running the model, and no plan can be written.
+        """
+        if self.given is not None:
+            return self.given.plan
+        if self.runs_model:
+            return example_plan(skeleton, self.n_removed, self.recovery.search)
+        return some_plan(skeleton.n_layers, self.n_removed)
 
     def needed_layers(self, plan: PruningPlan) -> tuple[int, ...]:
         """Return the hidden states that a fit of a plan from a store reads.
@@ -100,8 +113,3 @@ def what_goes(recovery: Recovery, n_layers: int) -> tuple[Selection | None, int]
         return None, remove
     given = read_plan(remove, n_layers, or_number=True)
     return given, given.plan.n_removed
-
-
-def some_plan(n_layers: int, remove: int) -> PruningPlan:
-    """Return a plan that removes so many layers: what is looked at where nobody knows yet which layers go."""
-    return PruningPlan(n_layers, (Span(1, 1 + remove),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -153,6 +154,25 @@ def test_layers_that_share_keys_and_values_are_refused() -> None:
     config = CONFIG_MAPPING["gemma3n_text"](**_SIZES, head_dim=8)
     with pytest.raises(UnsupportedModelError, match="gemma3n_text with num_kv_shared_layers=15"):
         prune_config(config, PruningPlan.parse(6, "1:3"))
+
+
+@pytest.mark.parametrize(("period", "offset"), [(1, 0), (2, 1), (3, 0), (4, 2), (9, 8)])
+def test_kinds_by_a_period_get_the_shortest_that_says_the_same(period: int, offset: int) -> None:
+    n_layers = 8
+    rule = {"attn_layer_period": period, "attn_layer_offset": offset, "num_hidden_layers": n_layers}
+    config = tiny_config("jamba", **rule, expert_layer_period=1, expert_layer_offset=0)
+    for removed in (layers for n in range(n_layers) for layers in combinations(range(n_layers), n)):
+        plan = PruningPlan.from_layers(n_layers, removed)
+        kinds = [layer % period == offset for layer in plan.kept]
+        rules = [(p, o) for p in range(1, n_layers + 2) for o in range(p)]
+        fitting = [(p, o) for p, o in rules if [at % p == o for at in range(len(kinds))] == kinds]
+        if not fitting:
+            with pytest.raises(UnsupportedModelError, match="which no period says"):
+                prune_config(config, plan)
+            continue
+        pruned = prune_config(config, plan)
+        expected = (period, offset) if (period, offset) in fitting else fitting[0]
+        assert (pruned["attn_layer_period"], pruned["attn_layer_offset"]) == expected
 
 
 def test_a_pattern_without_explicit_list_is_refused() -> None:

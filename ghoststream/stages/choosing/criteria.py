@@ -83,18 +83,22 @@ class Measured(SearchCriterion):
 
     def cost(self, shape: SearchShape) -> tuple[PassCost, ...]:
         """Return the passes of a race; or one for each span that is added, and where repairs are compared."""
-        n_spans = min(shape.search.max_spans, shape.remove)
-        tried = partitions(shape.remove, n_spans)
+        tried = self.tried(shape.remove, shape.search)
         if shape.search.search == "race":
             return racing(shape, tried)
+        n_spans = min(shape.search.max_spans, shape.remove)
         return (*growing(shape, tried), *refining(shape, n_spans=n_spans, plans=REFINED))
+
+    def tried(self, remove: int, search: Search) -> Sequence[Sequence[int]]:
+        """Return the partitions into up to ``max_spans`` spans."""
+        return partitions(remove, min(search.max_spans, remove))
 
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Race, or grow plans span by span; see the class."""
         from ghoststream.stages.choosing.growth import grow
         from ghoststream.stages.choosing.race import race
 
-        tried = partitions(remove, min(search.max_spans, remove))
+        tried = self.tried(remove, search)
         if search.search == "race":
             repair, rows = race(trial, tried, search, method)
             return Chosen(repair, rows, trial.dense_loss, trial.passes)
@@ -118,11 +122,16 @@ class PruneAndRepair(SearchCriterion):
         found = one_by_one(shape, passes=shape.remove, repairs=True)
         return (*found, *refining(shape, n_spans=1, plans=REFINED))
 
+    def tried(self, remove: int, search: Search) -> Sequence[Sequence[int]]:
+        """Return single layers: any may go."""
+        del search
+        return [[1] * remove]
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Add the layer that costs least, again and again."""
         from ghoststream.stages.choosing.growth import grow
 
-        ranked = grow(trial, [[1] * remove], method or trial.ways.screen, beam=search.beam)
+        ranked = grow(trial, self.tried(remove, search), method or trial.ways.screen, beam=search.beam)
         return _refined(trial, ranked, remove, method, prefer_few=False)
 
 
@@ -141,12 +150,17 @@ class Sleb(SearchCriterion):
         """Return a pass for each layer."""
         return one_by_one(shape, passes=shape.remove, repairs=False)
 
+    def tried(self, remove: int, search: Search) -> Sequence[Sequence[int]]:
+        """Return single layers: any may go."""
+        del search
+        return [[1] * remove]
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Remove the layer that costs least, again and again."""
         from ghoststream.stages.choosing.growth import grow
 
         del method
-        return Chosen.best(trial, grow(trial, [[1] * remove], NOTHING, beam=search.beam))
+        return Chosen.best(trial, grow(trial, self.tried(remove, search), NOTHING, beam=search.beam))
 
 
 def _refined(trial: Trial, ranked: Ranked, remove: int, method: Method | None, *, prefer_few: bool) -> Chosen:

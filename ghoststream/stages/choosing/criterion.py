@@ -91,6 +91,14 @@ class SearchCriterion:
         kept = [f"the {end} {'layer' if count == 1 else count}" for end, count in ends if count]
         return f"{' and '.join(kept) or 'one layer'} must stay"
 
+    def tried(self, remove: int, search: Search) -> Sequence[Sequence[int]]:
+        """Return the sizes of the spans of the plans that it chooses from, for each partition of the layers.
+
+        Only where it takes none but plans that can be written; by default nothing is known of them.
+        """
+        del remove, search
+        return ()
+
     def choose(self, trial: Trial, remove: int, search: Search, method: Method | None) -> Chosen:
         """Choose the layers, always the same for the same model and text.
 

@@ -12,7 +12,7 @@ from ghoststream.stages.choosing.auto import preference
 from ghoststream.stages.choosing.by_text import ranked_gap
 from ghoststream.stages.choosing.repair import Repair
 from ghoststream.stages.choosing.trial import Ranked, Row, Trial
-from ghoststream.stages.choosing.writable import writable
+from ghoststream.stages.choosing.writable import none_writable, writable
 from ghoststream.statistics import candidate_spans
 
 
@@ -47,6 +47,9 @@ def grow(
 
     Returns:
         What the last step of each partition measured, all of it, best first.
+
+    Raises:
+        RequestError: If none of the best plans can be extended to one that can be written.
     """
     n_layers = trial.session.skeleton.n_layers
     branches = [_Branch(sizes, {PruningPlan(n_layers): 0.0}) for sizes in tried]
@@ -62,7 +65,7 @@ def grow(
         trial.measure(list({one.key: one for own in repairs for one in own}.values()))
         for branch, own in zip(growing, repairs, strict=True):
             if not own:
-                # No room is left for a span of this size beside the best ones.
+                # No room is left for a span of this size beside the best ones, or none that can be written.
                 branch.best = {}
                 continue
             ranked = trial.rank(own)
@@ -72,6 +75,9 @@ def grow(
             if step + 1 == len(branch.sizes):
                 finished |= {repair.key: (repair, row) for repair, row in ranked}
             trial.tell(*ranked[0])
+    if not finished:
+        removed = f"{sum(tried[0])} layers that extends the best ones of fewer"
+        raise none_writable(removed, "go on with more of these by a larger --beam, or remove another number")
     return sorted(finished.values(), key=lambda pair: preference(pair[1]))
 
 
@@ -80,8 +86,8 @@ def _next(
 ) -> list[PruningPlan]:
     """Return the plans of a step; what is whole by it has to be one that can be written."""
     plans = extended(branch.best, branch.sizes[step], alone)
-    is_whole = step > 0 and step + 1 == len(branch.sizes)
-    return writable(trial.session, plans, limit) if is_whole else plans[:limit]
+    is_whole = step + 1 == len(branch.sizes)
+    return writable(trial.session.skeleton, plans, limit) if is_whole else plans[:limit]
 
 
 def extended(plans: Mapping[PruningPlan, float], size: int, alone: Mapping[Span, float]) -> list[PruningPlan]:

@@ -167,7 +167,7 @@ def measure_repairs(
 def _refusal(repair: Repair, lane: Lane, session: ModelSession) -> str:
     """Say why the model cannot be written, or what was fitted be absorbed; lanes need neither."""
     refusals = (one.refusal for one in _noted(lane) if one.refusal)
-    return next(refusals, "") or why_not_writable(session, repair.plan)
+    return next(refusals, "") or why_not_writable(session.skeleton, repair.plan)
 
 
 def _residuals(lane: Lane) -> tuple[float, ...]:

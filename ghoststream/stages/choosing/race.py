@@ -42,7 +42,7 @@ from ghoststream.stages.choosing.rounds import (
 )
 from ghoststream.stages.choosing.settling import is_surely_worse, settle
 from ghoststream.stages.choosing.trial import Ranked, Row, Sample, Trial
-from ghoststream.stages.choosing.writable import writable
+from ghoststream.stages.choosing.writable import none_writable, of_any_spans, writable, writable_spans
 
 
 @dataclass
@@ -73,16 +73,15 @@ def race(
 
     Returns:
         The repair that is taken, and the figures of all, those of the last round first.
+
+    Raises:
+        RequestError: If no plan is found that can be written.
     """
     run = _Race(trial, n_rounds=2 + 2 * (max(map(len, tried)) > 1))
     samples = [trial.sample(share) for share in (OF_SPANS, OF_PLANS, OF_SURVIVORS)]
     screen = method or trial.ways.screen
     alone = _alone(run, tried, samples[0], screen)
-    n_layers = trial.session.skeleton.n_layers
-    whole = sum(tried[0])
-    best_first = sorted(alone, key=alone.__getitem__)
-    plans = [PruningPlan(n_layers, (span,)) for span in best_first if len(span) == whole][:SURVIVORS]
-    several = writable(trial.session, combined(n_layers, tried, alone), search.candidates)
+    plans, several = _first_plans(trial, tried, alone, search.candidates)
     if several:
         on_dense = screen.model_copy(update={"inputs": "dense"})
         screened = [
@@ -91,7 +90,7 @@ def race(
         ]
         ranked = run.run(screened, samples[1], "plans")
         trial.tell(*ranked[0])
-        near = writable(trial.session, neighbours(ranked))
+        near = writable(trial.session.skeleton, neighbours(ranked))
         if near:
             moved = run.run([Repair.alike(plan, on_dense) for plan in near], samples[1], "plans beside them")
             ranked = sorted([*ranked, *moved], key=lambda pair: preference(pair[1]))
@@ -117,11 +116,13 @@ def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: M
     trial.details |= {"similarity": similarity_maps(ranking.spans), "norms": dict(ranking.norms)}
     n_layers = trial.session.skeleton.n_layers
     whole = sum(tried[0])
+    of_whole = (span for span in ranking.spans if len(span) == whole)
+    plans_alone = {span: ranking.spans[span] for span in writable_spans(trial.session.skeleton, of_whole)}
     spans = [
         span
         for size in sizes
         for span in (
-            shortlist(ranking.spans, size, SPANS)
+            shortlist(plans_alone, size, SPANS)
             if size == whole
             else shortlist(ranking.spans, size, PARTS, apart=max(1, round(size / 2)))
         )
@@ -129,6 +130,22 @@ def _alone(run: _Race, tried: Sequence[Sequence[int]], sample: Sample, method: M
     plans = [PruningPlan(n_layers, (span,)) for span in spans]
     found = run.run([Repair.alike(plan, method) for plan in plans], sample, "single spans")
     return {repair.plan.spans[0]: ranked_gap(row) for repair, row in found}
+
+
+def _first_plans(
+    trial: Trial, tried: Sequence[Sequence[int]], alone: Mapping[Span, float], most: int
+) -> tuple[list[PruningPlan], list[PruningPlan]]:
+    """Return the plans of one span, and of several, that are likely to cost least."""
+    skeleton, whole = trial.session.skeleton, sum(tried[0])
+    best_first = sorted(alone, key=alone.__getitem__)
+    plans = [PruningPlan(skeleton.n_layers, (span,)) for span in best_first if len(span) == whole]
+    several = writable(skeleton, combined(skeleton.n_layers, tried, alone), most)
+    if not plans and not several:
+        several = of_any_spans(skeleton, tried, most)
+        if not several:
+            removed = f"{whole} layers"
+            raise none_writable(removed, "give another number or a larger --max-spans")
+    return plans[:SURVIVORS], several
 
 
 def combined(n_layers: int, tried: Sequence[Sequence[int]], alone: Mapping[Span, float]) -> list[PruningPlan]:

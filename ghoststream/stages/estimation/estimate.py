@@ -24,6 +24,7 @@ from ghoststream.stages.estimation.rates import measure_rates
 from ghoststream.stages.estimation.report import Estimate, SweepCost
 from ghoststream.stages.estimation.stages import all_stages
 from ghoststream.stages.estimation.sweeps import StoreShape, select_sweeps, solve_sweeps
+from ghoststream.stages.exploring.numbers import Numbers, writable_numbers
 from ghoststream.stages.refusals import check_export, check_form, check_place
 from ghoststream.stages.sharing import devices_of
 
@@ -101,7 +102,7 @@ def estimate(
         check_place(place, job, lambda: str(checkpoint_fingerprint(root)["digest"]))
     if measure and there is None:
         if root is not None:
-            _check_model(root, job)
+            _check_model(root, job, exploration)
         progress.log("measuring disk, store and matrix products")
         job = replace(job, machine=_measured(sizes, device, place, all_types=saved is not None))
         if saved is not None:
@@ -171,12 +172,17 @@ def _on_cluster(recovery: Recovery, cluster: int | None) -> Recovery:
     return recovery.model_copy(update={"reduction": reduction})
 
 
-def _check_model(root: Path, job: Job) -> None:
-    """Build the model without weights, as a recovery does before its first pass."""
+def _check_model(root: Path, job: Job, exploration: Exploration | None) -> None:
+    """Build the model without weights, as a recovery and an exploration do before their first pass."""
     from ghoststream.stages.session import open_skeleton
 
     skeleton = open_skeleton(root, "cpu", job.recovery.compute)
-    check_export(skeleton, job.plan(job.sizes.n_layers))
+    if exploration is None:
+        plan = job.plan(skeleton)
+    else:
+        asked = Numbers.of(exploration, job.recovery.search, job.sizes.n_layers)
+        _, plan = writable_numbers(skeleton, asked, exploration)
+    check_export(skeleton, plan)
     check_form(job, skeleton)
 
 

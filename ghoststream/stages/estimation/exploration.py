@@ -37,8 +37,7 @@ class ExplorationCost:
             job: A recovery of the largest number of layers, as :func:`as_recovery` makes it.
             exploration: The numbers of layers.
         """
-        n_layers, search = job.sizes.n_layers, job.recovery.search
-        numbers = Numbers(n_layers, counts_of(exploration, n_layers), search.max_spans, exploration.per_count)
+        numbers = Numbers.of(exploration, job.recovery.search, job.sizes.n_layers)
         passes = exploring(job.search_shape, numbers)
         route = Route(job, job.fit_cost(job.kind), None, passes, ())
         place = route.largest(NAME, passes)

@@ -32,7 +32,7 @@ from ghoststream.stages.choosing.trial import Row, Trial
 from ghoststream.stages.choosing.ways import EVERY, Ways
 from ghoststream.stages.exploring.files import beside, digests, names_of, write_missing
 from ghoststream.stages.exploring.maps import heat_maps
-from ghoststream.stages.exploring.numbers import USED, Numbers, counts_of
+from ghoststream.stages.exploring.numbers import USED, Numbers, writable_numbers
 from ghoststream.stages.exploring.predicted import predict
 from ghoststream.stages.exploring.report import NAME, DenseFigures, ExplorationReport, Point, Spent
 from ghoststream.stages.exploring.rounds import STAGES, run_rounds
@@ -40,7 +40,6 @@ from ghoststream.stages.output import Output, not_of_this_request
 from ghoststream.stages.refusals import check_model
 from ghoststream.stages.session import ModelSession
 from ghoststream.stages.sharing import on_first_device, scratch_beside
-from ghoststream.stages.way import some_plan
 from ghoststream.stages.workers import Shared, workers_of
 from ghoststream.streaming import Runs
 
@@ -100,11 +99,14 @@ def explore(
     shared = Shared.asked(compute, scheduler)
     session = ModelSession(model, scratch_beside(on_first_device(compute), out, scheduler))
     sizes = session.sizes
-    numbers = Numbers(
-        sizes.n_layers, counts_of(exploration, sizes.n_layers), search.max_spans, exploration.per_count
-    )
-    named = named_method(method)
-    check_model(session, named, (Span(1, 2),), some_plan(sizes.n_layers, max(numbers.counts)))
+    asked, named = Numbers.of(exploration, search, sizes.n_layers), named_method(method)
+    numbers, example = writable_numbers(session.skeleton, asked, exploration)
+    check_model(session, named, (Span(1, 2),), example)
+    without = [str(count) for count in asked.counts if count not in numbers.counts]
+    if without:
+        progress.log(
+            f"explore: {', '.join(without)} layers are left out, as no plan of so many can be written"
+        )
     text = Text.of(calibration).to_calibrate()
     material = Material.read(session, text, search, progress)
     request = {

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ghoststream.errors import RequestError
-from ghoststream.options import Exploration
+from ghoststream.options import Exploration, Search
+from ghoststream.spans import PruningPlan
 from ghoststream.stages.choosing.passes import partitions
+from ghoststream.stages.choosing.writable import none_writable, some_writable
+
+if TYPE_CHECKING:
+    from ghoststream.streaming import Skeleton
 
 MOST_NUMBERS = 16
 """Numbers of layers that are explored where none are named."""
@@ -36,6 +42,11 @@ class Numbers:
     max_spans: int
     per_count: int
 
+    @classmethod
+    def of(cls, exploration: Exploration, search: Search, n_layers: int) -> Numbers:
+        """Return what is asked for; see :func:`counts_of`."""
+        return cls(n_layers, counts_of(exploration, n_layers), search.max_spans, exploration.per_count)
+
     def tried(self, count: int) -> list[list[int]]:
         """Return the sizes of the spans of the plans that are tried for a number of layers."""
         return partitions(count, min(self.max_spans, count))
@@ -50,6 +61,25 @@ class Numbers:
     def sizes(self) -> list[int]:
         """All lengths of spans, ascending."""
         return sorted({*self.counts, *self.parts})
+
+
+def writable_numbers(
+    skeleton: Skeleton, numbers: Numbers, exploration: Exploration
+) -> tuple[Numbers, PruningPlan]:
+    """Return those numbers of layers of which a plan can be written, and one of the largest, for checks.
+
+    Raises:
+        RequestError: If no plan of a number that is named can be written, or of any.
+    """
+    plans = {count: some_writable(skeleton, numbers.tried(count)) for count in numbers.counts}
+    found = {count: plan for count, plan in plans.items() if plan is not None}
+    wrong = [str(count) for count in numbers.counts if count not in found]
+    if wrong and (exploration.counts is not None or not found):
+        advice = f"leave {', '.join(wrong)} out of --counts" if found else "give other --counts"
+        removed = f"{' or '.join(wrong)} layers in up to {numbers.max_spans} spans"
+        raise none_writable(removed, f"{advice}, or give a larger --max-spans")
+    left = tuple(found)
+    return replace(numbers, counts=left), found[left[-1]]
 
 
 def counts_of(exploration: Exploration, n_layers: int) -> tuple[int, ...]:

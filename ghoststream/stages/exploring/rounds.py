@@ -32,7 +32,7 @@ from ghoststream.stages.choosing.rounds import OF_PLANS, OF_SPANS, OF_SURVIVORS,
 from ghoststream.stages.choosing.settling import is_surely_worse, settle
 from ghoststream.stages.choosing.trial import Ranked, Row, Trial
 from ghoststream.stages.choosing.ways import SCREEN
-from ghoststream.stages.choosing.writable import writable
+from ghoststream.stages.choosing.writable import of_any_spans, why_not_writable, writable, writable_spans
 from ghoststream.stages.exploring.numbers import PARTS, Numbers
 from ghoststream.stages.session import ModelSession
 
@@ -77,7 +77,7 @@ def run_rounds(
     """
     found = Explored()
     screen = method or SCREEN
-    plans = [PruningPlan(numbers.n_layers, (span,)) for span in _listed(ranked, numbers)]
+    plans = [PruningPlan(numbers.n_layers, (span,)) for span in _listed(trial.session, ranked, numbers)]
     alone = _measure(trial, found, 2, [Repair.alike(plan, screen) for plan in plans], OF_SPANS)
     found.alone = {repair.plan.spans[0]: row for repair, row in alone}
     finalists = _plans(trial, found, numbers, screen)
@@ -95,10 +95,12 @@ def run_rounds(
     return found
 
 
-def _listed(ranked: Mapping[Span, Similarity], numbers: Numbers) -> list[Span]:
+def _listed(session: ModelSession, ranked: Mapping[Span, Similarity], numbers: Numbers) -> list[Span]:
     """Return the spans that are measured alone: as plans of their own, and as parts of plans of several."""
     count = numbers.per_count
-    own = [shortlist(ranked, size, count) for size in numbers.counts]
+    whole = (span for span in ranked if len(span) in numbers.counts)
+    plans = {span: ranked[span] for span in writable_spans(session.skeleton, whole)}
+    own = [shortlist(plans, size, count) for size in numbers.counts]
     parts = [shortlist(ranked, size, PARTS * count, apart=max(1, round(size / 2))) for size in numbers.parts]
     return sorted({span for spans in (*own, *parts) for span in spans})
 
@@ -108,7 +110,7 @@ def _plans(trial: Trial, found: Explored, numbers: Numbers, screen: Method) -> l
 
     All boundaries are fitted to dense states here, see :mod:`ghoststream.stages.choosing.race`.
     """
-    alone = {span: ranked_gap(row) for span, row in found.alone.items() if not row.get("refusal")}
+    alone = {span: ranked_gap(row) for span, row in found.alone.items() if _may_be_a_part(trial, span, row)}
     repairs: list[Repair] = []
     on_dense = screen.model_copy(update={"inputs": "dense"})
     for count in numbers.counts:
@@ -123,6 +125,12 @@ def _plans(trial: Trial, found: Explored, numbers: Numbers, screen: Method) -> l
         for count in numbers.counts
         for plan in finalists([pair for pair in ranked if pair[0].plan.n_removed == count])
     ]
+
+
+def _may_be_a_part(trial: Trial, span: Span, row: Row) -> bool:
+    """Say whether nothing stands against a span but, where it goes alone, the configuration."""
+    skeleton, refusal = trial.session.skeleton, row.get("refusal")
+    return not refusal or refusal == why_not_writable(skeleton, PruningPlan(skeleton.n_layers, (span,)))
 
 
 def finalists(ranked: Ranked) -> list[PruningPlan]:
@@ -150,12 +158,17 @@ def _likely_plans(
     session: ModelSession, alone: Mapping[Span, float], numbers: Numbers, count: int
 ) -> tuple[list[PruningPlan], list[PruningPlan]]:
     """Return the plans of one span, and of several, that are likely to cost least, of so many layers."""
-    own = sorted((span for span in alone if len(span) == count), key=alone.__getitem__)
+    skeleton, tried = session.skeleton, numbers.tried(count)
+    best_first = sorted((span for span in alone if len(span) == count), key=alone.__getitem__)
+    own = writable_spans(skeleton, best_first)
     singles = [PruningPlan(numbers.n_layers, (span,)) for span in own]
-    several = combined(numbers.n_layers, numbers.tried(count), alone)
     most = alone[own[0]] + WITHIN if own else math.inf
-    near = [plan for plan in several if sum(alone[span] for span in plan.spans) <= most]
-    return singles[: (numbers.per_count + 1) // 2], writable(session, near, numbers.per_count)
+    combinations = combined(numbers.n_layers, tried, alone)
+    near = [plan for plan in combinations if sum(alone[span] for span in plan.spans) <= most]
+    several = writable(skeleton, near, numbers.per_count)
+    if not own and not several:
+        several = of_any_spans(skeleton, tried, numbers.per_count)
+    return singles[: (numbers.per_count + 1) // 2], several
 
 
 def _measure(

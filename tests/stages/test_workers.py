@@ -125,7 +125,7 @@ def test_lines_of_workers_come_with_their_answers_each_once(
         given[-1].log("the fit goes to the host")
         place_fits(*given)
 
-    monkeypatch.setattr("ghoststream.stages.choosing.fitting.place_fits", said)
+    monkeypatch.setattr("ghoststream.stages.choosing.fitted_lanes.place_fits", said)
     session, tokens = open_model(tiny_llama, save_windows(tmp_path))
     n_layers = session.skeleton.n_layers
     repairs = [

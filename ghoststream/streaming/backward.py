@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -134,13 +134,14 @@ class BackwardPass:
         """
         end = self._skeleton.n_layers
         with ExitStack() as kept:
-            keeper = InputKeeper(
-                {end, *(step.position for step in self._steps)}, self._factory, self._skeleton
-            )
+            positions = {end, *(step.position for step in self._steps)}
+            keeper = InputKeeper(positions, self._factory, self._skeleton)
             kept.callback(keeper.release_all)
             weights = self._lane.weights
             lane = Lane("forward", self._plan, self._maps, observers=(keeper,), weights=weights)
-            StreamedPass(self._skeleton, self._batches, [lane], self._factory, self._options).run()
+            # Their gradient comes in the place of the states that go forward.
+            options = replace(self._options, kept=len(positions))
+            StreamedPass(self._skeleton, self._batches, [lane], self._factory, options).run()
             with torch.no_grad(), self._skeleton.loaded_frame():
                 return self._way_back(keeper)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ghoststream.errors import NumericsError, RequestError, UnsupportedModelError
+from ghoststream.errors import BudgetError, NumericsError, RequestError, UnsupportedModelError
 from ghoststream.evaluation.objectives import NextTokenLoss
 from ghoststream.progress import SilentProgress
 from ghoststream.spans import PruningPlan, Span
@@ -27,6 +27,7 @@ from ghoststream.streaming import (
     make_batches,
 )
 from ghoststream.streaming.backward import BackwardPass
+from ghoststream.streaming.budget import layer_work_bytes
 from ghoststream.streaming.calls import ModelCalls
 from ghoststream.testing.models import tiny_model
 from ghoststream.text import TokenSet
@@ -38,6 +39,7 @@ from tests.helpers.backward import (
     C,
     Collected,
     L,
+    S,
     T,
     close,
     make_maps,
@@ -160,6 +162,31 @@ def test_a_start_from_kept_states_and_scratch_change_no_bit(tiny_llama: Path, tm
         assert torch.equal(gradient, scratched.gradients[name])
         assert name not in later.gradients or torch.equal(gradient, later.gradients[name])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_way_back_whose_states_find_no_disk_is_refused_before_it_reads(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States go forward in one place, and one is kept for each layer and for the end: none fits memory."""
+    skeleton = Skeleton(tiny_llama)
+    work = MICRO * T * layer_work_bytes(skeleton, T)
+    least = 2 * skeleton.unit_bytes + max(skeleton.unit_bytes // 2, work)
+    tight = MemoryBudget(host_bytes=least, scratch=tmp_path)
+    needed = (1 + L + 1) * S * T * C * 4
+    read: list[int] = []
+    original = Skeleton.read_layer
+
+    def counted(self: Skeleton, layer: int) -> Any:
+        read.append(layer)
+        return original(self, layer)
+
+    monkeypatch.setattr(Skeleton, "read_layer", counted)
+    monkeypatch.setattr("ghoststream.files.space.free_disk", lambda _: needed - 1)
+    with pytest.raises(BudgetError, match="hidden states between layers"):
+        streamed(tiny_llama, gradients=Collected(), budget=tight)
+    assert not read
+    monkeypatch.setattr("ghoststream.files.space.free_disk", lambda _: needed)
+    streamed(tiny_llama, gradients=Collected(), budget=tight)
 
 
 def test_weights_are_read_once_each_way_and_no_further_down_than_wanted(

@@ -51,6 +51,20 @@ from tests.helpers.backward import (
 pytestmark = pytest.mark.integration
 
 
+@pytest.fixture
+def layers_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers whose weights are read, in order, while a test runs."""
+    read: list[int] = []
+    original = Skeleton.read_layer
+
+    def noted(self: Skeleton, layer: int) -> Any:
+        read.append(layer)
+        return original(self, layer)
+
+    monkeypatch.setattr(Skeleton, "read_layer", noted)
+    return read
+
+
 @pytest.mark.parametrize(
     "family", ["llama", "gpt2", "gemma2", "falcon", "mixtral", "qwen3_moe", "granite", "opt"]
 )
@@ -165,7 +179,7 @@ def test_a_start_from_kept_states_and_scratch_change_no_bit(tiny_llama: Path, tm
 
 
 def test_a_way_back_whose_states_find_no_disk_is_refused_before_it_reads(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers_read: list[int], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """States go forward in one place, and one is kept for each layer and for the end: none fits memory."""
     skeleton = Skeleton(tiny_llama)
@@ -173,36 +187,20 @@ def test_a_way_back_whose_states_find_no_disk_is_refused_before_it_reads(
     least = 2 * skeleton.unit_bytes + max(skeleton.unit_bytes // 2, work)
     tight = MemoryBudget(host_bytes=least, scratch=tmp_path)
     needed = (1 + L + 1) * S * T * C * 4
-    read: list[int] = []
-    original = Skeleton.read_layer
-
-    def counted(self: Skeleton, layer: int) -> Any:
-        read.append(layer)
-        return original(self, layer)
-
-    monkeypatch.setattr(Skeleton, "read_layer", counted)
     monkeypatch.setattr("ghoststream.files.space.free_disk", lambda _: needed - 1)
     with pytest.raises(BudgetError, match="hidden states between layers"):
         streamed(tiny_llama, gradients=Collected(), budget=tight)
-    assert not read
+    assert not layers_read
     monkeypatch.setattr("ghoststream.files.space.free_disk", lambda _: needed)
     streamed(tiny_llama, gradients=Collected(), budget=tight)
 
 
 def test_weights_are_read_once_each_way_and_no_further_down_than_wanted(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    layers_read: list[int], tiny_llama: Path
 ) -> None:
-    read: list[int] = []
-    original = Skeleton.read_layer
-
-    def counted(self: Skeleton, layer: int) -> Any:
-        read.append(layer)
-        return original(self, layer)
-
-    monkeypatch.setattr(Skeleton, "read_layer", counted)
     collected = Collected(lambda layer, name: layer == 2 and name.endswith("down_proj.weight"))
     streamed(tiny_llama, gradients=collected)
-    assert read == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
+    assert layers_read == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
     assert list(collected.gradients) == ["2.mlp.down_proj.weight"]
 
 
